@@ -1,0 +1,32 @@
+"""Hydra's way to loralab's launcher. Imported at every start of Hydra, so nothing heavy is imported here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class PackedLauncherConf:
+    """``hydra/launcher=packed``."""
+
+    _target_: str = "hydra_plugins.loralab_packed.packed_launcher.PackedLauncher"
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="loralab")
+
+
+class PackedLauncher(Launcher):
+    """Runs a sweep's trials in one process over a base that stays loaded, and keeps sweep.json up to date."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from hydra_plugins.loralab_packed import _core
+
+        return _core.launch(self, job_overrides, initial_job_idx)

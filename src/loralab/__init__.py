@@ -1,0 +1,3 @@
+"""LoRA and QLoRA experiments: many trials, one frozen base, records that can be rerun."""
+
+__version__ = "0.1.0"

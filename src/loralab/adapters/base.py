@@ -1,0 +1,200 @@
+"""What an adapter is: a spec with one verb, and a module that owns everything a trial trains."""
+
+import copy
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.sites import Sites, mix
+from loralab.errors import ConfigError, nearest
+from loralab.quantization.base import base_linears, is_linear
+
+
+@dataclass(frozen=True)
+class AdapterSpec(ABC):
+    """A method and its hyper-parameters."""
+
+    packable: ClassVar[bool] = True  # several trials of it may share one pass through the base
+    changes_base: ClassVar[bool] = False  # the base cannot serve another trial afterwards
+
+    @property
+    def method(self) -> str:
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def attach(self, model: nn.Module, seed: int = 0) -> "Adapter":
+        """Freezes ``model`` and returns the trial's trainable parameters, hooked onto it; ``seed`` draws them."""
+
+
+class Adapter(nn.Module):
+    """A trial's trainable parameters. Its ``parameters()`` and ``state_dict()`` are all that is optimized and kept."""
+
+    def __init__(self, model: nn.Module, spec: AdapterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.deltas = nn.ModuleDict()
+        self.saved = nn.ModuleDict()
+        self._sites = Sites.of(model)
+        self._model = [model]  # in a list: the base is not a submodule
+
+    def add(self, name: str, delta: nn.Module) -> None:
+        """Lets ``delta`` change what layer ``name`` of the base gives."""
+        key = name.replace(".", "/")
+        self.deltas[key] = nn.ModuleList([*self.deltas[key], delta]) if key in self.deltas else nn.ModuleList([delta])
+        self._sites.hold(self._model[0], name, self, delta)
+
+    def save_module(self, name: str, module: nn.Module) -> None:
+        """Trains a copy of layer ``name`` in its place (a new classification head)."""
+        copied = SavedModule(module)
+        self.saved[name.replace(".", "/")] = copied
+        self._sites.hold(self._model[0], name, self, copied)
+
+    def adapted(self) -> Iterator[tuple[str, nn.Module]]:
+        """(layer name, delta) of every delta, in the order they were added."""
+        for key, deltas in self.deltas.items():
+            for delta in deltas:  # type: ignore[attr-defined]
+                yield key.replace("/", "."), delta
+
+    def saved_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(layer name, trained copy) of every module trained whole."""
+        for key, module in self.saved.items():
+            yield key.replace("/", "."), module.module
+
+    @property
+    def module_names(self) -> list[str]:
+        """Names of the adapted layers, then of those trained whole."""
+        return [*dict(self.adapted()), *dict(self.saved_modules())]
+
+    def trainable_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def detach(self) -> None:
+        """Takes the hooks off the base; the parameters stay."""
+        self._sites.release(self)
+
+
+class SavedModule(nn.Module):
+    """Computes with its own trainable copy of a base module, in that module's place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).float().requires_grad_(True)
+
+    def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
+        own: Tensor = self.module(x.float() if not torch.is_autocast_enabled(x.device.type) else x)
+        return own.to(y.dtype)
+
+
+class BiasDelta(nn.Module):
+    """Trains a layer's bias as the difference to the frozen one: y + db, db = 0 at first. Shape (out,)."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias_delta = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32))
+
+    def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
+        return y + self.bias_delta.to(y.dtype)
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter of the base receives a gradient."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Draws a layer's start from (seed, layer name): the same whatever else is adapted beside it."""
+    words = [int.from_bytes(name.encode()[i : i + 7], "little") for i in range(0, len(name), 7)]
+    return torch.Generator().manual_seed(mix(seed, *words))
+
+
+def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None, seed: int) -> None:
+    """``modules_to_save``: the names given, else a classification head that the checkpoint did not hold."""
+    heads = new_heads(model)
+    wanted = heads if names is None else [name for entry in names for name in _named(model, entry)]
+    for name in wanted:
+        adapter.save_module(name, model.get_submodule(name))
+        if name in heads:
+            _draw_again(model, adapter.saved[name.replace(".", "/")].module, seed, name)  # type: ignore[arg-type]
+
+
+def new_heads(model: nn.Module) -> list[str]:
+    """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``)."""
+    fresh: set[str] = getattr(model, "loralab_new_parameters", set())
+    return [name for name, _ in model.named_children() if any(key.startswith(f"{name}.") for key in fresh)]
+
+
+def _draw_again(model: nn.Module, module: nn.Module, seed: int, name: str) -> None:
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(mix(seed, len(name), *name.encode()))
+        for part in module.modules():
+            model._init_weights(part)  # type: ignore[operator]
+
+
+def _named(model: nn.Module, entry: str) -> list[str]:
+    names = [name for name, _ in model.named_modules() if name == entry or name.endswith(f".{entry}")]
+    if not names:
+        leaves = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
+        raise ConfigError(f"adapter.modules_to_save: no module is called {entry!r}; {nearest(entry, leaves)}")
+    return names
+
+
+def match_targets(model: nn.Module, target_modules: Any) -> list[str]:
+    """Names of the layers to adapt, in the model's order.
+
+    ``all-linear``: every Linear or Conv1D of the base model, never the LM or a classification head; a list: layers
+    whose name is, or ends in, one of the entries; any other string: a regular expression on the whole name (PEFT's
+    rules). Raises ConfigError where nothing matches, naming what there is.
+    """
+    if target_modules == "all-linear":
+        return base_linears(model)
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    if isinstance(target_modules, str):
+        found = [name for name in linears if _regex(target_modules).fullmatch(name)]
+        missing = [] if found else [target_modules]
+    else:
+        entries = [str(entry) for entry in target_modules]
+        found = [name for name in linears if any(_ends(name, entry) for entry in entries)]
+        missing = [entry for entry in entries if not any(_ends(name, entry) for name in linears)]
+    if missing or not found:
+        _nothing_matches(model, missing, linears)
+    return found
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"adapter.target_modules={pattern!r} is not a valid regular expression ({error})"
+        ) from error
+
+
+def _ends(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _nothing_matches(model: nn.Module, missing: list[str], linears: list[str]) -> None:
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    for entry in missing:
+        others = sorted({kind for name, kind in kinds.items() if _ends(name, entry)} - {"Linear", "Conv1D"})
+        if others and not any(_ends(name, entry) for name in linears):
+            raise ConfigError(
+                f"adapter.target_modules: {entry!r} is of type {others[0]}, and only Linear and Conv1D layers can be adapted"
+            )
+    leaves = Counter(name.rpartition(".")[2] for name in linears)
+    listing = ", ".join(f"{leaf} (x{count})" for leaf, count in leaves.items())
+    hint = nearest(missing[0], leaves) if missing else ""
+    hint = hint.split("valid:")[0]
+    raise ConfigError(
+        f"adapter.target_modules: {', '.join(map(repr, missing)) or 'an empty list'} matches no linear layer of "
+        f"{type(model).__name__}; {hint}there are: {listing}; or all-linear"
+    )

@@ -1,0 +1,42 @@
+"""Full fine-tuning: every parameter of the base trains. The yardstick every adapter is held against."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from loralab.adapters.base import Adapter, AdapterSpec
+from loralab.errors import ConfigError
+from loralab.quantization.base import is_frozen
+
+
+@dataclass(frozen=True)
+class Full(AdapterSpec):
+    """Trains the base itself, so it runs alone and the base serves no other trial afterwards."""
+
+    packable: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = True
+
+    def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
+        packed = [name for name, module in model.named_modules() if is_frozen(module)]
+        if packed:
+            raise ConfigError(
+                f"adapter=full cannot train the quantized layer {packed[0]} (and {len(packed) - 1} more): "
+                "use quantization=none, or an adapter"
+            )
+        adapter = FullAdapter(model, self)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return adapter
+
+
+class FullAdapter(Adapter):
+    """Owns the base's own parameters."""
+
+    def __init__(self, model: nn.Module, spec: Full) -> None:
+        super().__init__(model, spec)
+        self.model = model
+
+    @property
+    def module_names(self) -> list[str]:
+        return [name for name, module in self.model.named_modules() if list(module.parameters(recurse=False))]

@@ -1,0 +1,142 @@
+"""LoRA: y = W x + (lora_alpha / r) B A x with W frozen (Hu et al. 2021, arXiv:2106.09685, equation 3)."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loralab.adapters.base import (
+    Adapter,
+    AdapterSpec,
+    BiasDelta,
+    freeze,
+    generator_for,
+    match_targets,
+    save_modules,
+)
+from loralab.adapters.sites import keyed_dropout
+from loralab.errors import ConfigError, nearest
+from loralab.quantization.base import linear_shape
+
+INITS = ("kaiming", "gaussian")
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True)
+class LoRA(AdapterSpec):
+    """Low-rank adaptation. ``rank_pattern`` and ``alpha_pattern`` map a name's ending or regex to its own r and alpha."""
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: Any = "all-linear"
+    use_rslora: bool = False  # lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv:2312.03732)
+    init_lora_weights: str = "kaiming"  # loralib's and PEFT's draw of A; gaussian is the paper's (section 4.1)
+    bias: str = "none"
+    modules_to_save: Any = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, rank in {"r": self.r, **{f"rank_pattern.{k}": v for k, v in self.rank_pattern.items()}}.items():
+            if rank < 1:
+                raise ConfigError(f"adapter.{name} must be at least 1, got {rank}")
+        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern.{k}": v for k, v in self.alpha_pattern.items()}}
+        for name, alpha in alphas.items():
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise ConfigError(f"adapter.{name} must be a positive number, got {alpha}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+        if self.init_lora_weights not in INITS:
+            raise ConfigError(
+                f"adapter.init_lora_weights={self.init_lora_weights!r} is unknown; {nearest(self.init_lora_weights, INITS)}"
+            )
+        if self.bias not in BIASES:
+            raise ConfigError(f"adapter.bias={self.bias!r} is unknown; {nearest(self.bias, BIASES)}")
+        if not isinstance(self.target_modules, str | list | tuple) or not self.target_modules:
+            raise ConfigError(
+                f"adapter.target_modules must be all-linear, a list of names or a regular expression, "
+                f"got {self.target_modules!r}"
+            )
+
+    def rank(self, name: str) -> int:
+        """The rank of layer ``name``."""
+        return int(_lookup(self.rank_pattern, name, self.r))
+
+    def scaling(self, name: str) -> float:
+        """lora_alpha / r of layer ``name``, or lora_alpha / sqrt(r) with rsLoRA."""
+        r = self.rank(name)
+        return float(_lookup(self.alpha_pattern, name, self.lora_alpha)) / (math.sqrt(r) if self.use_rslora else r)
+
+    def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
+        freeze(model)
+        adapter = Adapter(model, self)
+        names = match_targets(model, self.target_modules)
+        for name in names:
+            out_features, in_features = linear_shape(model.get_submodule(name))
+            device = next(model.parameters()).device
+            delta = LoRADelta(in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device)
+            delta.draw(self.init_lora_weights, generator_for(seed, name))
+            adapter.add(name, delta)
+        self._train_biases(model, adapter, names)
+        save_modules(adapter, model, self.modules_to_save, seed)
+        return adapter
+
+    def _train_biases(self, model: nn.Module, adapter: Adapter, names: list[str]) -> None:
+        if self.bias == "none":
+            return
+        candidates = names if self.bias == "lora_only" else [name for name, _ in model.named_modules()]
+        for name in candidates:
+            bias = getattr(model.get_submodule(name), "bias", None)
+            if isinstance(bias, Tensor):
+                adapter.add(name, BiasDelta(bias))
+
+
+class LoRADelta(nn.Module):
+    """The update of one layer: A (r, in) drawn, B (out, r) zero, so that training starts at the base model."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        scaling: float,
+        dropout: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
+        self.scaling, self.dropout = scaling, dropout
+
+    def draw(self, init: str, generator: torch.Generator) -> None:
+        """Fills A: uniform in +-1/sqrt(in) (kaiming, a = sqrt 5) or normal with deviation 1/r (gaussian)."""
+        if self.lora_A.is_meta:
+            return
+        r, in_features = self.lora_A.shape
+        if init == "gaussian":
+            drawn = torch.randn(r, in_features, generator=generator) / r
+        else:
+            drawn = (torch.rand(r, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
+        with torch.no_grad():
+            self.lora_A.copy_(drawn)
+
+    def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:  # (..., in), (..., out) -> (..., out)
+        x = keyed_dropout(x, self.dropout, key).to(self.lora_A.dtype)
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return y + (self.scaling * update).to(y.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """scaling * B A, shape (out, in): what merging adds to W."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+
+def _lookup(pattern: dict[str, Any], name: str, default: float) -> float:
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return float(value)
+    return default

@@ -1,0 +1,268 @@
+"""The command line: it names the commands, owns the exit code and says in one paragraph what went wrong.
+
+Nothing heavy is imported before a command needs it, so that ``--help`` answers at once.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import ArtifactError, ConfigError, Interrupted, nearest
+
+HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
+
+  loralab train  [k=v ...]        one run; with -m and k=a,b many
+  loralab sweep  NAME [k=v ...]   the question in sweeps/NAME.yaml; finished trials are skipped (--fresh: rerun)
+  loralab sweep  --resume DIR     finishes a half-finished sweep
+  loralab report DIR              table, page, CSV and JSON of a sweep or a run
+  loralab count  [k=v ...]        exact parameter counts, without weights
+  loralab ls     [DIR]            sweeps and runs below DIR (default: runs) and their state
+  loralab doctor                  what this machine can do, and the fix for what it cannot
+
+Settings are Hydra's k=v: model=, quantization=, adapter=, data=, optimizer=, schedule=, trainer=, logger=.
+  loralab train quantization=nf4_double adapter.r=16 adapter.lora_alpha=32 optimizer.lr=2e-4
+  loralab train --cfg job         the whole configuration, composed but not run
+
+Flags, anywhere: --json (count, doctor, ls), --fresh, --resume DIR, --debug (tracebacks), --version, --help
+Exit codes: 0 ok, 1 internal, 2 configuration, 3 data, 4 artifact, 5 diverged, 6 out of memory, 7 disk, 130, 143
+"""
+
+
+@dataclass
+class Words:
+    """The command line, taken apart."""
+
+    command: str = ""
+    rest: list[str] = field(default_factory=list)
+    json: bool = False
+    fresh: bool = False
+    debug: bool = False
+    resume: str | None = None
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> "Words":
+        words, queue = cls(), list(arguments)
+        while queue:
+            word = queue.pop(0)
+            if word in ("--json", "--fresh", "--debug"):
+                setattr(words, word[2:], True)
+            elif word == "--resume" or word.startswith("--resume="):
+                words.resume = word[9:] if "=" in word else (queue.pop(0) if queue else "")
+            elif not words.command and not word.startswith("-"):
+                words.command = word
+            else:
+                words.rest.append(word)
+        return words
+
+    def overrides(self) -> list[str]:
+        """Only k=v words. Raises ConfigError at anything else."""
+        odd = [word for word in self.rest if "=" not in word and not word.startswith("~")]
+        if odd:
+            raise ConfigError(f"loralab {self.command}: {odd[0]!r} is not understood; settings are key=value")
+        return self.rest
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. Leaves with the contract's exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code."""
+    words = Words.parse(arguments)
+    if not words.command or {"--help", "-h"} & set(words.rest):
+        if "--version" in words.rest:
+            from loralab import __version__
+
+            print(f"loralab {__version__}")
+            return 0
+        print(HELP, end="")
+        return 0 if not words.rest or {"--help", "-h"} & set(words.rest) else 2
+    try:
+        if words.command not in COMMANDS:
+            raise ConfigError(f"loralab has no command {words.command!r}; {nearest(words.command, COMMANDS)}")
+        _listen()
+        return COMMANDS[words.command](words)
+    except (Exception, KeyboardInterrupt, Interrupted) as error:
+        return _explain(error, words)
+
+
+def _explain(error: BaseException, words: Words) -> int:
+    if words.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    from loralab.hydra_errors import translate
+
+    known = translate(error)
+    print(f"loralab: {known}", file=sys.stderr)
+    if known.exit_code == 1 and not words.debug:
+        print("this is a fault of loralab's own; --debug shows where", file=sys.stderr)
+    return known.exit_code
+
+
+def _listen() -> None:
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def train(words: Words) -> int:
+    """One run, or with -m many."""
+    many = bool({"-m", "--multirun"} & set(words.rest))
+    jobs = Jobs(fresh=words.fresh or not many, many=many)
+    rest = [*words.rest]
+    if many and not any(word.startswith("hydra/launcher=") for word in rest):
+        rest.append("hydra/launcher=packed")
+    return jobs.run(rest)
+
+
+def sweep(words: Words) -> int:
+    """Every trial of a sweep file that is not finished yet."""
+    from loralab.config import sweep_arguments
+
+    if words.resume is not None:
+        from loralab import record
+
+        folder = Path(words.resume)
+        stored = record.read_sweep(folder)
+        overrides = [str(o) for o in stored.get("overrides") or []]
+        if not overrides:
+            raise ArtifactError(f"{folder / 'sweep.json'} does not say how the sweep was called; run it by its name")
+        rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
+        rest += [*words.overrides(), f"hydra.sweep.dir='{folder}'"]
+    else:
+        names = [word for word in words.rest if "=" not in word and not word.startswith(("-", "~"))]
+        if len(names) != 1:
+            raise ConfigError("loralab sweep needs the name of one sweep; valid: " + ", ".join(_sweep_names()))
+        words.rest.remove(names[0])
+        if names[0] not in _sweep_names():
+            raise ConfigError(f"there is no sweep {names[0]!r}; {nearest(names[0], _sweep_names())}")
+        rest = sweep_arguments(names[0], words.overrides())
+    if not any(word.startswith("hydra/launcher=") for word in rest):
+        rest.append("hydra/launcher=packed")
+    return Jobs(fresh=words.fresh, many=True).run(["-m", *rest])
+
+
+def _sweep_names() -> list[str]:
+    from loralab.config import data_root
+
+    root = data_root() / "sweeps"
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+
+
+@dataclass
+class Jobs:
+    """What Hydra calls for each configuration, and what came of it."""
+
+    fresh: bool
+    many: bool
+    folder: Path | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    runner: Any = None
+
+    def run(self, arguments: list[str]) -> int:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
+        import hydra
+
+        from loralab.config import data_root, register_resolvers
+
+        register_resolvers()
+        sys.argv = ["loralab", *arguments]
+        conf = str(data_root() / "conf")
+        hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
+        if self.many and self.folder is not None:
+            self._conclude()
+        failed = [int(record.get("exit_code") or 0) for record in self.records]
+        return next((code for code in failed if code), 0)
+
+    def job(self, config: Any) -> float | None:
+        """One trial: skipped where it is finished, else run; its metric goes back to the sweeper."""
+        from loralab.jobs import Job
+
+        job = Job.of(config, self.many)
+        self.folder = job.folder.parent if self.many else job.folder
+        record = None if self.fresh else job.finished()
+        if record is None:
+            record = job.execute(self)
+        else:
+            job.say(record, skipped=True)
+        self.records.append(record)
+        return job.value(record)
+
+    def _conclude(self) -> None:
+        from loralab.reporting.report import report
+
+        assert self.folder is not None
+        made = report(self.folder)
+        print(made.table)
+        print(f"\nreport: {made.page}")
+
+
+def report(words: Words) -> int:
+    """Tables and the page of a finished or half-finished sweep, or of a single run."""
+    from loralab.reporting.report import report as write_report
+
+    if len(words.rest) != 1:
+        raise ConfigError("loralab report needs one folder: a sweep's or a run's")
+    made = write_report(Path(words.rest[0]))
+    print(made.table)
+    print(f"\nreport: {made.page}")
+    return 0
+
+
+def count(words: Words) -> int:
+    """Exact parameter counts on the meta device."""
+    from loralab.config import compose, trial_spec
+
+    spec = trial_spec(compose(words.overrides()), Path())
+    from loralab.planning.count import count as count_parameters
+
+    counts = count_parameters(spec.model, spec.quantization, spec.adapter)
+    if words.json:
+        print(json.dumps(counts))
+    else:
+        width = max(len(f"{value:,}") for value in counts.values())
+        for name, value in counts.items():
+            print(f"{name:22} {value:>{width},}")
+    return 0
+
+
+def ls(words: Words) -> int:
+    """Sweeps and runs below a folder."""
+    from loralab.reporting import listing
+
+    root = Path(words.rest[0]) if words.rest else Path("runs")
+    found = listing.listing(root)
+    print(json.dumps({"runs": found}) if words.json else listing.render(found))
+    return 0
+
+
+def doctor(words: Words) -> int:
+    """What this machine can do."""
+    from loralab.doctor import examine, render
+
+    words.overrides()
+    findings = examine()
+    print(json.dumps({"checks": findings}) if words.json else render(findings))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Words], int]] = {
+    "train": train,
+    "sweep": sweep,
+    "report": report,
+    "count": count,
+    "ls": ls,
+    "doctor": doctor,
+}
+
+if __name__ == "__main__":
+    main()

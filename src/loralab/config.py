@@ -1,0 +1,146 @@
+"""From a composed Hydra configuration to checked specs: unknown keys and wrong types fail before anything loads."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from loralab.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from loralab.run import TrialSpec
+
+SPECS = ("model", "quantization", "adapter", "data", "optimizer", "schedule", "trainer", "logger")
+VOLATILE = ("hydra", "logger", "callbacks", "sweep")  # they do not change what a trial computes
+ID_LENGTH = 10
+
+
+def data_root() -> Path:
+    """The folder that holds conf/ and sweeps/: the package in a wheel, the repository in a checkout."""
+    package = Path(__file__).parent
+    return package if (package / "conf").is_dir() else package.parents[1]
+
+
+def register_resolvers() -> None:
+    """``loralab.root``, ``loralab.mul`` (alpha tied to r), ``loralab.trial_id`` (a trial's folder in a sweep)."""
+    OmegaConf.register_new_resolver("loralab.root", lambda: str(data_root()), replace=True)
+    OmegaConf.register_new_resolver("loralab.mul", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("loralab.trial_id", lambda *, _root_: trial_id(_root_), replace=True)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration without Hydra's own part."""
+    copied = OmegaConf.create({str(key): config._get_node(key) for key in config if key != "hydra"})
+    try:
+        resolved = OmegaConf.to_container(copied, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {_first_line(error)}") from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def trial_id(config: DictConfig) -> str:
+    """10 hex digits over all that decides a trial's result: the same packed, alone, in any folder."""
+    kept = {key: value for key, value in plain(config).items() if key not in VOLATILE}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
+
+
+def trial_spec(
+    config: DictConfig, folder: Path, overrides: list[str] | None = None, choices: Mapping[str, str] | None = None
+) -> "TrialSpec":
+    """Every part of ``config`` built and checked. Raises ConfigError with the dotted key that is wrong."""
+    from loralab.run import TrialSpec
+
+    content = plain(config)
+    sweep = content.get("sweep") or {}
+    if content["metric_mode"] not in ("min", "max"):
+        raise ConfigError(f"metric_mode must be min or max, got {content['metric_mode']!r}")
+    if not isinstance(content["seed"], int) or content["seed"] < 0:
+        raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
+    return TrialSpec(
+        id=trial_id(config),
+        folder=folder,
+        seed=content["seed"],
+        metric=content["metric"],
+        metric_mode=content["metric_mode"],
+        **{key: build(content[key], key) for key in SPECS},
+        callbacks=dict(_callbacks(content.get("callbacks") or {})),
+        config=content,
+        overrides=list(overrides or []),
+        choices=dict(choices or {}),
+        sweep=sweep.get("name"),
+    )
+
+
+def build(node: Mapping[str, Any], key: str) -> Any:
+    """The spec that ``node`` names in ``_target_``, its fields checked by name and type."""
+    cls = _target(node, key)
+    values = {str(name): value for name, value in node.items() if name != "_target_"}
+    if not is_dataclass(cls):
+        raise ConfigError(f"{key}._target_={node['_target_']!r} is not a loralab spec")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
+        return OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        unknown = next((name for name in values if name not in {f.name for f in fields(cls)}), "?")
+        raise ConfigError(
+            f"{key}.{unknown} is not an option of {cls.__name__}; {nearest(unknown, (f.name for f in fields(cls)))}"
+        ) from error
+    except OmegaConfBaseException as error:
+        where = f"{key}.{error.full_key}" if getattr(error, "full_key", None) else key
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
+
+
+def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Callbacks are made anew for each fit, so what is kept is how; their keys are checked now."""
+    for name, node in nodes.items():
+        if node is None:
+            continue
+        cls = _target(node, f"callbacks.{name}")
+        values = {str(key): value for key, value in node.items() if key != "_target_"}
+        try:
+            cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"callbacks.{name}: {error}") from error
+        yield name, partial(cls, **values)
+
+
+def _target(node: Any, key: str) -> Any:
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(f"{key} must be one of the options of conf/{key}/, got {node!r}")
+    module, _, name = str(node["_target_"]).rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}._target_={node['_target_']!r} cannot be found: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The configuration of conf/train.yaml with ``overrides``, without running anything."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register_resolvers()
+    with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
+        return hydra_compose("train", overrides=overrides)
+
+
+def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
+    """Hydra's arguments for ``sweeps/NAME.yaml``: its axes, each replaced by an override of the same key."""
+    stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
+    axes = OmegaConf.select(stored, "hydra.sweeper.params") or {}
+    given = {override.lstrip("+~").split("=")[0] for override in overrides}
+    kept = [f"{key}={value}" for key, value in axes.items() if key not in given]
+    return [f"+sweeps={name}", "hydra.sweeper.params=null", *kept, *overrides]

@@ -1,0 +1,97 @@
+"""Rows of text before any tokenizer has seen them, and the spec that every data set fills in."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from loralab.errors import ConfigError
+
+KINDS = ("pairs", "text", "labels")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example: a prompt and its continuation, a text and its label, or (language modelling) a document."""
+
+    prompt: str  # pairs: the source text; labels: the text; text: ""
+    target: str = ""  # pairs: the continuation; labels: the label's name; text: the document
+    label: int | None = None
+    where: str = ""  # file:line, for messages
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of one data set."""
+
+    name: str
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    labels: list[str]  # ordered class names; empty unless kind is labels
+    fingerprint: str  # 16 hex digits of the sha256 over all rows
+    kind: str = "pairs"  # pairs, text, labels
+    skipped: int = 0  # bad rows left out by on_bad_row=skip
+    bytes: dict[str, int] = field(default_factory=dict)  # UTF-8 bytes of the targets, by split: for bits per byte
+
+    def __getitem__(self, split: str) -> list[Row]:
+        rows: list[Row] = getattr(self, split)
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """What every data set is configured by. ``splits()`` reads it; nothing is read before."""
+
+    batch_size: int = 8
+    limit: int | None = None  # the first N rows of each split
+    generate_rows: int = 0  # rows of the held-out split that are also scored by generation
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"data.batch_size must be at least 1, got {self.batch_size}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"data.limit must be at least 1 row (null: all rows), got {self.limit}")
+        if self.generate_rows < 0:
+            raise ConfigError(f"data.generate_rows must be 0 or more, got {self.generate_rows}")
+
+    def splits(self) -> Splits:
+        """Read the rows. Raises DataError with file and line."""
+        raise NotImplementedError
+
+
+def make_splits(
+    name: str,
+    rows: dict[str, list[Row]],
+    *,
+    kind: str = "pairs",
+    limit: int | None = None,
+    labels: Iterable[str] = (),
+    skipped: int = 0,
+) -> Splits:
+    """Cut to ``limit``, weigh and fingerprint."""
+    cut = {split: rows.get(split, [])[:limit] for split in SPLITS}
+    return Splits(
+        name=name,
+        **cut,
+        labels=list(labels),
+        fingerprint=fingerprint(cut),
+        kind=kind,
+        skipped=skipped,
+        bytes={split: sum(len(row.target.encode()) for row in cut[split]) for split in SPLITS},
+    )
+
+
+def fingerprint(rows: dict[str, list[Row]]) -> str:
+    """16 hex digits: the same rows in the same order and splits, whatever file or machine they came from."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        digest.update(f"{split}\0{len(rows[split])}\0".encode())
+        for row in rows[split]:
+            digest.update(f"{row.prompt}\0{row.target}\0{row.label}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def hash_order(text: str) -> bytes:
+    """Sort key that shuffles once and for all, the same on every platform."""
+    return hashlib.sha256(text.encode()).digest()

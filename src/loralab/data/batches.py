@@ -1,0 +1,73 @@
+"""From examples to tensors, and the order in which samples are consumed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loralab.data.encoding import IGNORE, Example
+from loralab.errors import DataError
+
+
+def collate(
+    examples: Sequence[Example], task: str, pad_token_id: int, pad_to: int | None = None
+) -> dict[str, Tensor]:
+    """Right-padded batch: input_ids, attention_mask (B, T) int64; labels (B, T) with -100 on padding, (B,) for classes.
+
+    ``pad_to`` sets T (seq2seq: of source and target alike) where batches must agree in length; longer rows keep theirs.
+    """
+    inputs = _pad([example.input_ids for example in examples], pad_token_id, pad_to)
+    mask = _pad([[1] * len(example.input_ids) for example in examples], 0, pad_to)
+    if task == "sequence_classification":
+        labels = torch.tensor([example.labels[0] for example in examples], dtype=torch.int64)
+    else:
+        labels = _pad([example.labels for example in examples], IGNORE, pad_to)
+    return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, pad_to: int | None) -> Tensor:
+    width = max([len(row) for row in rows] + [pad_to or 0])
+    out = np.full((len(rows), width), value, dtype=np.int64)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = row
+    return torch.from_numpy(out)
+
+
+class Stream:
+    """Sample order without state: epoch e is a permutation of range(n) drawn from (seed, e), epochs follow one another.
+
+    ``position`` counts consumed samples and is all that a checkpoint needs: a stream restarted there continues
+    bit for bit, also across the boundary of an epoch.
+    """
+
+    def __init__(self, n: int, seed: int, position: int = 0) -> None:
+        if n < 1:
+            raise DataError("there is no training row to draw from")
+        self.n, self.seed, self.position = n, seed, position
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs consumed so far, with their fraction."""
+        return self.position / self.n
+
+    def take(self, k: int) -> list[int]:
+        """The indices of the next ``k`` samples."""
+        taken: list[int] = []
+        while len(taken) < k:
+            epoch, start = divmod(self.position, self.n)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, permutation(self.n, self.seed, epoch)
+            part = self._order[start : start + k - len(taken)].tolist()
+            taken += part
+            self.position += len(part)
+        return taken
+
+
+def permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of range(n). Raw Philox words, sorted: numpy keeps those stable for ever (NEP 19), not its shuffles."""
+    words = np.random.Philox(key=[seed % 2**64, epoch]).random_raw(n)
+    return np.argsort(words, kind="stable").astype(np.int64)

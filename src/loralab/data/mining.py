@@ -1,0 +1,107 @@
+"""Functions and their docstrings out of Python source, the split of the standard library by file, and copies of functions."""
+
+import ast
+import hashlib
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SKIPPED_FOLDERS = frozenset(
+    "test tests testing idle_test _tests site-packages dist-packages __pycache__ lib-dynload pydoc_data encodings".split()
+)
+COMMENTS_AND_SPACE = re.compile(r"#[^\n]*|\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One function of a file; ``code`` is dedented and without its docstring."""
+
+    name: str
+    code: str
+    docstring: str  # "" where there is none
+    line: int
+    statements: int  # of the body, without the docstring
+    docstring_lines: tuple[int, int]  # 1-based, inclusive; (0, 0) where there is none
+
+    @property
+    def key(self) -> bytes:
+        return function_key(self.code)
+
+
+def stdlib_root() -> Path:
+    """Where the running interpreter keeps its standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def split_of(relative_path: str) -> str:
+    """train, validation or test by the hash of a file's path: all functions of a file fall on one side."""
+    bucket = int(hashlib.sha256(relative_path.encode()).hexdigest(), 16) % 20
+    return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+def python_files(root: Path, skipped: frozenset[str] = SKIPPED_FOLDERS) -> list[Path]:
+    """Python files below ``root``, sorted, without tests, code pages and generated build data."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        folders = path.relative_to(root).parts[:-1]
+        if skipped.isdisjoint(folders) and not path.name.startswith(("_sysconfigdata", "test_")):
+            found.append(path)
+    return found
+
+
+def read_source(path: Path) -> str | None:
+    """A file's text with plain newlines, or None where it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def functions(source: str) -> Iterator[Function]:
+    """Every function and method, nested ones too. Nothing from a file that does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    # as the parser counts: a form feed or \x85 ends no line
+    lines = source.split("\n")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield _function(node, lines)
+
+
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Function:
+    docstring = ast.get_docstring(node) or ""
+    start, end = node.lineno, node.end_lineno or node.lineno
+    kept = list(range(start, end + 1))
+    cut = (0, 0)
+    first = node.body[0]
+    if docstring and first.lineno > start and _alone(first, lines):
+        cut = (first.lineno, first.end_lineno or first.lineno)
+        kept = [number for number in kept if not cut[0] <= number <= cut[1]]
+    code = "\n".join(lines[number - 1][_indent(lines[number - 1], node.col_offset) :] for number in kept)
+    if cut == (0, 0):
+        docstring = ""
+    return Function(node.name, code.rstrip(), docstring, start, len(node.body) - bool(docstring), cut)
+
+
+def _alone(statement: ast.stmt, lines: list[str]) -> bool:
+    """Whether the lines of a statement hold nothing else, so that they can be cut out."""
+    before = lines[statement.lineno - 1].encode()[: statement.col_offset].strip()
+    after = lines[(statement.end_lineno or 1) - 1].encode()[statement.end_col_offset :].strip()
+    return not before and (not after or after.startswith(b"#"))
+
+
+def _indent(line: str, width: int) -> int:
+    """How much of the function's own indentation this line has (text in a string may have less)."""
+    return min(width, len(line) - len(line.lstrip(" \t")))
+
+
+def function_key(code: str) -> bytes:
+    """8 bytes of sha256 over the code without comments and white space: equal for copies that were only reformatted."""
+    return hashlib.sha256(COMMENTS_AND_SPACE.sub("", code).encode()).digest()[:8]

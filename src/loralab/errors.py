@@ -1,0 +1,67 @@
+"""What can go wrong for a user, one class per exit code. Everything else is loralab's own fault (exit 1)."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LoralabError(Exception):
+    """One short paragraph: what, where (dotted key or file:line), the value, what would be valid."""
+
+    exit_code = 1
+    status = "failed"
+
+
+class ConfigError(LoralabError):
+    """Configuration, a base model that is missing or has no weights, remote code refused."""
+
+    exit_code = 2
+
+
+class DataError(LoralabError):
+    """A data file that is missing, malformed or empty."""
+
+    exit_code = 3
+
+
+class ArtifactError(LoralabError):
+    """An adapter, a checkpoint or a run folder that cannot be used."""
+
+    exit_code = 4
+
+
+class DivergedError(LoralabError):
+    """The loss or a gradient is no longer finite."""
+
+    exit_code = 5
+    status = "diverged"
+
+
+class OutOfMemory(LoralabError):  # noqa: N818 - the record's word
+    """The device or the host has no memory left."""
+
+    exit_code = 6
+    status = "out_of_memory"
+
+
+class DiskError(LoralabError):
+    """Nothing more can be written."""
+
+    exit_code = 7
+
+
+class Interrupted(BaseException):
+    """SIGINT (130) or SIGTERM (143) while a trial ran; like KeyboardInterrupt, no ``except Exception`` holds it."""
+
+    status = "interrupted"
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.exit_code = 128 + signal_number
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A sentence that helps after an unknown ``name``: the nearest valid one and the list."""
+    options = sorted({str(option) for option in valid})
+    close = get_close_matches(name, options, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}valid: {', '.join(options)}"

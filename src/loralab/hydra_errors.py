@@ -1,0 +1,72 @@
+"""Hydra's and OmegaConf's errors as one paragraph with exit code 2 and the nearest valid key."""
+
+import re
+from typing import Any
+
+from loralab.errors import ConfigError, Interrupted, LoralabError, nearest
+
+
+def translate(error: BaseException) -> LoralabError | Interrupted:
+    """``error`` as one of loralab's own."""
+    if isinstance(error, LoralabError | Interrupted):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(2)
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return ConfigError(_paragraph(error))
+    if isinstance(error, OSError):
+        return _disk(error)
+    return LoralabError(f"{type(error).__name__}: {error}")
+
+
+def _paragraph(error: BaseException) -> str:
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    key = re.search(r"Could not (?:override|append to config.*?at|delete.*?from config) '([^']+)'", text)
+    if key and "not in struct" in text:
+        full = key.group(1).rstrip(".")
+        return f"{full} is not an option; {_neighbours(full)}"
+    group = re.search(r"Could not find '([^']+)'", text)
+    if group:
+        return _missing_option(group.group(1), text)
+    missing = re.search(r"Could not override '([^']+)'. No match in the defaults list", text)
+    if missing:
+        return f"{missing.group(1)} is not a group of options; {_neighbours(missing.group(1))}"
+    return re.sub(r" (?:full_key|object_type|reference_type)[:=].*", "", text)[:600]
+
+
+def _missing_option(wanted: str, text: str) -> str:
+    group, _, option = wanted.rpartition("/")
+    listed = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
+    found = listed.group(1) if listed else ""
+    options = re.findall(r"[\w./-]+", found)
+    return f"{group}={option}: there is no such option; {nearest(option, options)}"
+
+
+def _neighbours(full: str) -> str:
+    """The nearest names beside ``full`` in the default configuration."""
+    from omegaconf import DictConfig
+
+    from loralab.config import compose
+
+    node: Any = compose([])
+    *parents, name = full.split(".")
+    for parent in parents:
+        if not isinstance(node, DictConfig) or parent not in node:
+            name = parent
+            break
+        node = node._get_node(parent)
+    keys = [str(key) for key in node if key not in ("hydra", "_target_")] if isinstance(node, DictConfig) else []
+    return nearest(name, keys)
+
+
+def _disk(error: OSError) -> LoralabError:
+    import errno
+
+    from loralab.errors import DiskError
+
+    if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+        return DiskError(f"{error.filename or 'the disk'} cannot be written: {error.strerror}")
+    return LoralabError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,1 @@
+"""Files of other libraries: PEFT adapters and Hugging Face models."""

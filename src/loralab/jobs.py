@@ -1,0 +1,123 @@
+"""One trial as the command line runs it: where it lies, whether it is finished, what is said of it."""
+
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from loralab import record
+from loralab.config import plain, trial_id, trial_spec
+from loralab.errors import ArtifactError, DiskError, LoralabError
+from loralab.telemetry.progress import clock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """A composed configuration and its run folder."""
+
+    config: DictConfig
+    folder: Path
+    overrides: list[str]
+    choices: dict[str, str]
+    number: int
+    many: bool
+
+    @classmethod
+    def of(cls, config: DictConfig, many: bool) -> "Job":
+        """The job Hydra is running now."""
+        hydra = HydraConfig.get()
+        choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
+        number = int(hydra.job.num) if many else 0
+        return cls(config, Path(hydra.runtime.output_dir), list(hydra.overrides.task), choices, number, many)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of an earlier, completed run of the very same trial."""
+        try:
+            stored = record.read(self.folder)
+        except ArtifactError:
+            return None
+        return stored if stored["status"] == "completed" and stored["trial"] == trial_id(self.config) else None
+
+    def execute(self, jobs: Any) -> dict[str, Any]:
+        """Runs the trial. In a sweep a failure is in the record; alone it is raised."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
+        except OSError as error:
+            raise DiskError(f"the run folder {self.folder} cannot be written: {error.strerror or error}") from error
+        started = time.monotonic()
+        try:
+            spec = trial_spec(self.config, self.folder, self.overrides, self.choices)
+        except LoralabError as error:
+            if not self.many:
+                raise
+            return self._refused(error)
+        if not self.many:
+            log.info("trial %s in %s: loading torch and the base model", spec.id, self.folder)
+        else:
+            logging.getLogger("loralab.telemetry.progress").setLevel(logging.WARNING)
+        from loralab.run import Runner
+
+        if jobs.runner is None:
+            jobs.runner = Runner(progress=not self.many and sys.stderr.isatty())
+        done: dict[str, Any] = jobs.runner.run([spec])[0]
+        self.say(done, seconds=time.monotonic() - started)
+        return done
+
+    def _refused(self, error: LoralabError) -> dict[str, Any]:
+        content = plain(self.config)
+        entry = record.blank(
+            trial_id(self.config),
+            config=content,
+            overrides=self.overrides,
+            choices=self.choices,
+            seed=content.get("seed"),
+        )
+        entry.update(status=error.status, error=str(error), exit_code=error.exit_code)
+        record.write(self.folder, entry)
+        self.say(entry)
+        return entry
+
+    def value(self, done: dict[str, Any]) -> float | None:
+        """The trial's metric, what a sweeper optimizes."""
+        value = done["metrics"].get(self.config.metric)
+        return None if value is None else float(value)
+
+    def say(self, done: dict[str, Any], seconds: float | None = None, skipped: bool = False) -> None:
+        """The one line a trial is worth in a sweep; a few more when it runs alone."""
+        metric = str(self.config.metric)
+        value = self.value(done)
+        scored = f"{metric} {value:.4f}" if value is not None else ""
+        if not self.many:
+            if done["error"]:
+                log.error("%s: %s", done["status"], done["error"])
+            else:
+                others = "  ".join(f"{name} {v:.4f}" for name, v in done["metrics"].items() if name != metric)
+                log.info("%s  %s  (%s)\n%s", scored, others, clock(seconds or 0.0), self.folder)
+            return
+        state = "finished before" if skipped else (clock(seconds) if seconds is not None else "")
+        if done["error"]:
+            state = f"{done['status']}: {done['error']}"
+        log.info("[%s] %s  %s  %s", self._place(), self._label(), scored, state)
+
+    def _place(self) -> str:
+        try:
+            total = len(record.read_sweep(self.folder.parent)["trials"])
+        except ArtifactError:
+            return str(self.number + 1)
+        return f"{self.number + 1:>{len(str(total))}}/{total}"
+
+    def _label(self) -> str:
+        try:
+            axes = record.read_sweep(self.folder.parent)["axes"]
+        except ArtifactError:
+            axes = {}
+        shown = [o.lstrip("+") for o in self.overrides if o.lstrip("+").split("=")[0] in axes]
+        return "  ".join(shown or self.overrides)

@@ -1,0 +1,63 @@
+"""What a split is scored by. Losses are sums of negative log-likelihoods over the number of targets."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.text.rouge import ROUGEScore
+
+
+def nll(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed negative log-likelihood, predictions, targets) in float32, masked positions left out.
+
+    Causal LM: logits (B, T, V) at t predict labels (B, T) at t + 1; seq2seq: at t; classification: logits (B, C),
+    labels (B,). Predictions and targets are flat, one entry a target token (or row).
+    """
+    if task == "causal_lm":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    kept = labels != -100
+    logits, targets = logits[kept], labels[kept]
+    return F.cross_entropy(logits.float(), targets, reduction="sum"), logits.argmax(-1), targets
+
+
+class SplitMetrics:
+    """Accumulates one trial's scores over one split; torchmetrics does the sums."""
+
+    def __init__(self, task: str, num_labels: int, device: torch.device) -> None:
+        self.task = task
+        self.loss = MeanMetric().to(device)
+        self.scores: dict[str, Metric] = {}
+        if task == "sequence_classification":
+            self.scores["accuracy"] = MulticlassAccuracy(num_labels, average="micro").to(device)
+            self.scores["f1"] = MulticlassF1Score(num_labels, average="macro").to(device)
+        else:
+            self.scores["token_accuracy"] = MeanMetric().to(device)
+
+    def update(self, loss_sum: Tensor, predictions: Tensor, targets: Tensor) -> None:
+        count = targets.numel()
+        if not count:
+            return
+        self.loss.update(loss_sum / count, weight=count)
+        for name, metric in self.scores.items():
+            if name == "token_accuracy":
+                metric.update((predictions == targets).float().mean(), weight=count)
+            else:
+                metric.update(predictions, targets)
+
+    def compute(self, split: str) -> dict[str, float]:
+        """``{"val/loss": ..., "val/perplexity": ..., ...}`` of everything since the last reset."""
+        loss = float(self.loss.compute())
+        values = {"loss": loss, **{name: float(metric.compute()) for name, metric in self.scores.items()}}
+        if self.task != "sequence_classification":
+            values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        return {f"{split}/{name}": value for name, value in values.items()}
+
+
+def rouge_l(predictions: list[str], references: list[str]) -> float:
+    """Mean ROUGE-L F1 over pairs (torchmetrics; no stemming)."""
+    metric = ROUGEScore(rouge_keys="rougeL")
+    metric.update(predictions, references)
+    return float(metric.compute()["rougeL_fmeasure"])

@@ -1,0 +1,342 @@
+"""Load or build a base model, quantized as its weights stream in, and take its fingerprint."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loralab.errors import ConfigError, nearest
+from loralab.quantization.base import BaseSize, Quantizer, measure
+from loralab.quantization.loading import convert_model, quantization_config
+
+log = logging.getLogger(__name__)
+
+TASKS = ("causal_lm", "seq2seq_lm", "sequence_classification")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SHIPPED = "loralab/tiny"
+SHIPPED_FOLDER = Path(__file__).parent / "tiny"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint: a hub id, a local folder, or loralab/tiny, the code model that ships with this package."""
+
+    name_or_path: str = SHIPPED
+    task: str = "causal_lm"
+    max_length: int = 256  # tokens of prompt and target together
+    dtype: str = "auto"  # of the weights that are not quantized; auto: the checkpoint's
+    gradient_checkpointing: bool = False
+    attn_implementation: str = "sdpa"
+    dropout: Any = "keep"  # the base's own dropout: keep, or one number for all of it
+    tokenizer: str | None = None  # null: beside the weights
+    num_labels: int | None = None  # null: from the data
+    trust_remote_code: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # the architecture, so that counting needs no weights
+
+    def __post_init__(self) -> None:
+        _one_of("model.task", self.task, TASKS)
+        _one_of("model.dtype", self.dtype, DTYPES)
+        if self.max_length < 2:
+            raise ConfigError(f"model.max_length must be at least 2 tokens, got {self.max_length}")
+        if self.dropout != "keep" and not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            raise ConfigError(f"model.dropout must be keep or a number in [0, 1), got {self.dropout!r}")
+
+    @property
+    def path(self) -> str:
+        """What transformers is asked for."""
+        return str(SHIPPED_FOLDER) if self.name_or_path == SHIPPED else str(Path(self.name_or_path).expanduser())
+
+    def check(self) -> None:
+        """Raises ConfigError where a local folder cannot be a base model, before anything heavy happens."""
+        if not self.name_or_path:
+            raise ConfigError("model.name_or_path is empty: a hub id or a local folder is needed")
+        folder = Path(self.path)
+        if not folder.is_dir():
+            if self.name_or_path.startswith((".", "/", "~")) or folder.exists():
+                raise ConfigError(f"model.name_or_path={self.name_or_path!r}: there is no such folder")
+            return  # a hub id
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.name_or_path={self.name_or_path!r}: the folder holds no config.json")
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+            raise ConfigError(
+                f"model.name_or_path={self.name_or_path!r}: the folder holds no weights "
+                "(*.safetensors); model=random draws some from its config.json"
+            )
+        stored = _json(folder / "config.json").get("quantization_config")
+        if stored:
+            raise ConfigError(
+                f"model.name_or_path={self.name_or_path!r} is already quantized "
+                f"({stored.get('quant_method', 'unknown method')}); loralab quantizes a dense checkpoint itself"
+            )
+
+    def architecture(self) -> Any:
+        """The transformers config: the yaml's own where it has one, else the checkpoint's."""
+        if self.config:
+            return _config_of(dict(self.config))
+        return self._stored_config()
+
+    def _stored_config(self) -> Any:
+        from transformers import AutoConfig
+
+        with _explained(self):
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+
+    def prepared_config(self, num_labels: int | None) -> Any:
+        """The config a model of this spec is built with: dropout set, labels counted."""
+        config = self._stored_config()
+        return self._adjust(config, num_labels)
+
+    def _adjust(self, config: Any, num_labels: int | None) -> Any:
+        if self.task == "sequence_classification":
+            config.num_labels = self.num_labels or num_labels or config.num_labels
+        if self.dropout != "keep":
+            for key in [key for key in vars(config) if "dropout" in key or key.endswith("_pdrop")]:
+                if isinstance(getattr(config, key), int | float):
+                    setattr(config, key, float(self.dropout))
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # training never reads it; generation asks for it
+        return config
+
+    def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
+        """The model on the host or on ``device``, its Linear layers quantized one by one while they are read."""
+        with _explained(self):
+            model, info = auto_class(self.task).from_pretrained(
+                self.path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                quantization_config=quantization_config(quantizer, device),
+                output_loading_info=True,
+            )
+        missing = set(info["missing_keys"])
+        _refuse_missing(self, model, missing)
+        model.loralab_new_parameters = missing
+        return model  # type: ignore[no-any-return]
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
+        from transformers import AutoTokenizer
+
+        source = self.path if self.tokenizer is None else replace(self, name_or_path=self.tokenizer).path
+        with _explained(self):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self.trust_remote_code)
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ConfigError(f"the tokenizer of {source} has neither a padding nor an end-of-text token")
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class Random(Pretrained):
+    """Random weights for an architecture: ``name_or_path`` a folder with a config.json, or ``config`` keys of one."""
+
+    name_or_path: str = ""
+    tokenizer: str | None = SHIPPED
+    draw: int = 0  # seed of the weights; trials of different seeds share the base
+
+    def check(self) -> None:
+        if self.name_or_path and not (Path(self.path) / "config.json").is_file():
+            raise ConfigError(f"model.name_or_path={self.name_or_path!r}: there is no config.json in that folder")
+
+    def architecture(self) -> Any:
+        stored = _json(Path(self.path) / "config.json") if self.name_or_path else dict(SMALL_LLAMA)
+        if "model_type" in self.config and self.config["model_type"] != stored.get("model_type"):
+            stored = {}
+        return _config_of({**stored, **self.config})
+
+    def prepared_config(self, num_labels: int | None) -> Any:
+        return self._adjust(self.architecture(), num_labels)
+
+    def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
+        wanted = torch.float32 if dtype == "auto" else dtype
+        with torch.random.fork_rng():
+            torch.manual_seed(self.draw)
+            model = auto_class(self.task).from_config(
+                config, dtype=wanted, attn_implementation=self.attn_implementation
+            )
+        model.loralab_new_parameters = {name for name, _ in model.named_parameters()}
+        convert_model(model, quantizer)
+        return model  # type: ignore[no-any-return]
+
+
+SMALL_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass
+class Base:
+    """A frozen base model, ready for adapters; trials that agree on it share it."""
+
+    spec: Pretrained
+    quantizer: Quantizer
+    model: nn.Module
+    tokenizer: Any
+    size: BaseSize
+    fingerprint: str
+
+    def record(self) -> dict[str, Any]:
+        """The ``base`` part of a run record."""
+        return {
+            "name": self.spec.name_or_path or "random",
+            "fingerprint": self.fingerprint,
+            "parameters": self.size.parameters,
+            "quantized_parameters": self.size.quantized_parameters,
+            "bytes": self.size.bytes,
+            "bits_per_parameter": self.size.bits_per_parameter,
+        }
+
+
+def load(
+    spec: Pretrained, quantizer: Quantizer, tokenizer: Any, num_labels: int | None = None, device: str = "cpu"
+) -> Base:
+    """Loads (or draws) the base of ``spec``, quantized by ``quantizer``. Raises ConfigError where it cannot."""
+    spec.check()
+    config = spec.prepared_config(num_labels)
+    check_window(spec, config)
+    dtype: torch.dtype | str = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    model = spec.weights(config, quantizer, dtype, device)
+    _check_vocabulary(model, tokenizer)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return Base(spec, quantizer, model, tokenizer, measure(model), fingerprint(model))
+
+
+def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:
+    """The architecture of ``spec`` on the meta device: shapes and names, no weights."""
+    config = spec._adjust(spec.architecture(), num_labels)
+    with torch.device("meta"):
+        model = auto_class(spec.task).from_config(config)
+    base = model.base_model
+    inside = set() if base is model else {id(parameter) for parameter in base.parameters()}
+    model.loralab_new_parameters = {
+        name for name, parameter in model.named_parameters() if inside and id(parameter) not in inside
+    }
+    return model  # type: ignore[no-any-return]
+
+
+def auto_class(task: str) -> Any:
+    """transformers' loader of a task."""
+    import transformers
+
+    return {
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
+        "sequence_classification": transformers.AutoModelForSequenceClassification,
+    }[task]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits over names, shapes, dtypes and up to 4096 evenly spaced values of every tensor of the base."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors(model):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer of ``model`` by name, shared ones once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def check_window(spec: Pretrained, config: Any) -> None:
+    """Raises ConfigError where max_length exceeds the positions the base was built with."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions and spec.max_length > positions and spec.task != "seq2seq_lm":
+        raise ConfigError(f"model.max_length={spec.max_length} exceeds the {positions} positions of the base model")
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"model.tokenizer: its {len(tokenizer)} tokens exceed the {rows} embeddings of the base model; "
+            "name the tokenizer that belongs to the base, or raise model.config.vocab_size"
+        )
+
+
+def _refuse_missing(spec: Pretrained, model: nn.Module, missing: set[str]) -> None:
+    base = model.base_model
+    inside = {id(parameter) for parameter in base.parameters()} if base is not model else None  # type: ignore[union-attr]
+    named = dict(model.named_parameters())
+    lost = [key for key in missing if inside is None or (key in named and id(named[key]) in inside)]
+    if lost:
+        raise ConfigError(
+            f"model.name_or_path={spec.name_or_path!r}: the checkpoint lacks {len(lost)} tensors of "
+            f"{type(model).__name__}, {sorted(lost)[0]} among them; model.task={spec.task} may be the wrong one"
+        )
+
+
+def _config_of(keys: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = str(keys.pop("model_type", "llama"))
+    known = CONFIG_MAPPING.keys()
+    if kind not in known:
+        raise ConfigError(f"model.config.model_type={kind!r} is unknown to transformers; {nearest(kind, known)[:200]}")
+    keys = {key: value for key, value in keys.items() if key not in ("architectures", "transformers_version", "dtype")}
+    config = AutoConfig.for_model(kind)
+    unknown = [key for key in keys if not hasattr(config, key)]
+    if unknown:
+        raise ConfigError(f"model.config.{unknown[0]}: {kind} has no such key; {nearest(unknown[0], vars(config))}")
+    try:
+        return AutoConfig.for_model(kind, **keys)
+    except Exception as error:
+        raise ConfigError(f"model.config is refused by transformers: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    return dict(stored)
+
+
+def _one_of(key: str, value: str, valid: Iterable[str]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{key}={value!r} is unknown; {nearest(value, valid)}")
+
+
+@contextmanager
+def _explained(spec: Pretrained) -> Iterator[None]:
+    """transformers' and the hub's errors become one paragraph with exit code 2."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:400]
+        hint = (
+            ""
+            if Path(spec.path).is_dir()
+            else " (no local folder of that name either; offline, put the checkpoint in a folder and name that)"
+        )
+        raise ConfigError(f"model.name_or_path={spec.name_or_path!r} cannot be loaded{hint}: {reason}") from error

@@ -1,0 +1,167 @@
+"""The LightningModule: loss, metrics and the optimizer over a list of trials on one frozen base.
+
+It knows nothing of ranks, quantizers, GPU memory or W&B; one trial is a list of one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from loralab.adapters.sites import Share, Sites
+from loralab.errors import ConfigError
+from loralab.metrics import SplitMetrics, nll
+from loralab.trial import Batch, Trial, stack
+
+
+class FineTuner(LightningModule):
+    """Trains the adapters of ``trials`` on ``model``; their batches are stacked along dim 0."""
+
+    def __init__(self, model: nn.Module, trials: list[Trial]) -> None:
+        super().__init__()
+        self.model = model
+        self.trials = trials
+        self.adapters = nn.ModuleList([trial.adapter for trial in trials])
+        self.sites = Sites.of(model)
+        self.task = trials[0].task
+        self.split = "val"
+        self._scores: list[SplitMetrics] = []
+        self._running: dict[int, float] = {}
+
+    def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """{trial: (summed nll, predictions, targets)} of one pass through the base."""
+        inputs, labels = stack(batches, self.trials[0].pad_token_id, self.device)
+        self.sites.shares = tuple(
+            Share(self.trials[i].adapter, batch["rows"], self.trials[i].key(batch["micro"]) if training else None)
+            for i, batch in batches.items()
+        )
+        if training:
+            # the base's own dropout follows the trial's key too; in a pack the base has none (checked by run)
+            torch.manual_seed(self.sites.shares[0].key or 0)
+        if self.task == "seq2seq_lm":
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+        logits = self.model(**inputs).logits
+        slices = zip(batches, self.sites.split(logits), self.sites.split(labels), strict=True)
+        return {index: nll(own, targets, self.task) for index, own, targets in slices}
+
+    def training_step(self, batches: dict[int, Batch], batch_idx: int) -> Tensor | None:
+        """Sum over trials of nll / target tokens of the whole optimizer step."""
+        if not batches:
+            return None
+        total: list[Tensor] = []
+        for index, (loss_sum, _, _) in self.losses(batches, training=True).items():
+            trial, batch = self.trials[index], batches[index]
+            loss = loss_sum / max(1, batch["step_targets"])
+            value = float(loss.detach())  # one device-to-host synchronization a trial and pass
+            if value != value or value in (float("inf"), float("-inf")):
+                trial.diverge("the training loss")
+                continue
+            trial.tokens += batch["tokens"]
+            self._running[index] = self._running.get(index, 0.0) + value
+            total.append(loss)
+        if not total:
+            self.trainer.should_stop = not any(trial.alive for trial in self.trials)
+            return None
+        # Lightning divides by the number of accumulated passes; the loss is normalised already
+        return torch.stack(total).sum() * self.trainer.accumulate_grad_batches
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips each trial by its own norm; one whose gradient is not finite leaves the pack untouched."""
+        for index, trial in enumerate(self.trials):
+            parameters = [p for p in trial.adapter.parameters() if p.grad is not None]
+            if trial.failure is None and parameters:
+                bound = trial.settings.gradient_clip_val or float("inf")
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+                if not norm < float("inf"):
+                    trial.diverge("the gradient")
+                self._running_norms[index] = norm
+            if trial.failure is not None:
+                for parameter in parameters:
+                    parameter.grad = None
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """One step of every trial that took part in this window."""
+        self._running_norms: dict[int, float] = {}
+        rates = [group["lr"] for group in optimizer.param_groups]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for index, loss in self._running.items():
+            trial = self.trials[index]
+            if trial.failure is None:
+                trial.step += 1
+                if trial.step % trial.settings.log_every_n_steps == 0 or not trial.alive:
+                    norm = self._running_norms.get(index, 0.0)
+                    trial.report({"train/loss": loss, "train/lr": rates[index], "train/grad_norm": norm})
+        self._last = dict(self._running) or self._last
+        self._running = {}
+        self.log("loss", sum(self._last.values()) / max(1, len(self._last)), prog_bar=True, logger=False)
+        if not any(trial.alive for trial in self.trials):
+            self.trainer.should_stop = True
+
+    _last: dict[int, float] = {}  # noqa: RUF012 - replaced, never changed
+
+    def on_validation_epoch_start(self) -> None:
+        labels = max(2, len(self.trials[0].data.splits.labels))
+        self._scores = [SplitMetrics(self.task, labels, self.device) for _ in self.trials]
+
+    def validation_step(self, batches: dict[int, Batch], batch_idx: int) -> None:
+        if not batches:
+            return
+        with torch.random.fork_rng(devices=[]):
+            for index, scored in self.losses(batches, training=False).items():
+                self._scores[index].update(*scored)
+
+    def on_validation_epoch_end(self) -> None:
+        for trial, scores in zip(self.trials, self._scores, strict=True):
+            if trial.failure is None:
+                values = scores.compute(self.split)
+                trial.metrics.update(values)
+                trial.report(values)
+        self._scores = []
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, a parameter group and a schedule for each trial."""
+        settings = [trial.settings for trial in self.trials]
+        names = {one.optimizer.name for one in settings}
+        if len(names) > 1:
+            raise ConfigError(f"trials of one pack share their optimizer class, got {sorted(names)}")
+        groups = [
+            one.optimizer.group(list(trial.adapter.parameters()))
+            for one, trial in zip(settings, self.trials, strict=True)
+        ]
+        optimizer = settings[0].optimizer.build(groups)
+        schedule = LambdaLR(optimizer, [one.schedule.factor(one.max_steps) for one in settings])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # stacked first, moved once, in losses()
+
+    def report(self, values: Mapping[str, float]) -> None:
+        """A row for every trial of the pack (telemetry's way in)."""
+        for trial in self.trials:
+            if trial.failure is None:
+                trial.report(values)
+
+    def progress(self) -> dict[str, float]:
+        """Where the pack stands, for progress lines."""
+        return {
+            "step": max(trial.step for trial in self.trials),
+            "steps": max(trial.settings.max_steps for trial in self.trials),
+            "loss": sum(self._last.values()) / max(1, len(self._last)),
+            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "tokens": sum(trial.tokens for trial in self.trials),
+        }

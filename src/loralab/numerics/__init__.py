@@ -1,0 +1,3 @@
+"""Quantization as formulas: plain torch, no kernels, short enough to teach from. The reference the tests
+hold kernels to.
+"""

@@ -1,0 +1,91 @@
+"""The values that 4-bit and 8-bit codes stand for. A code is an index into one of these tables; all lie in
+[-1, 1].
+"""
+
+from functools import cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+# ((1 - 1/30) + (1 - 1/32)) / 2, rounded as in bitsandbytes' create_normal_map: keeps the outer quantiles finite.
+NF4_OFFSET = 0.9677083
+
+_tables: dict[tuple[str, torch.device], Tensor] = {}
+
+
+@cache
+def nf4_values() -> tuple[float, ...]:
+    """NormalFloat4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, appendix E): 16 ascending values.
+
+    Quantiles of N(0, 1) on an even grid of probabilities, 8 positive, 7 negative and an exact zero, divided
+    by the
+    largest. The grid is float32, as in the code that made the published table: with float64 the last digits
+    differ.
+    (Equation 4 of the paper, taken literally, gives infinite ends and another, symmetric table.)
+    """
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(p) for p in torch.linspace(NF4_OFFSET, 0.5, 9)[:-1].tolist()]
+    negative = [-quantile(p) for p in torch.linspace(NF4_OFFSET, 0.5, 8)[:-1].tolist()]
+    values = torch.tensor(sorted([*positive, 0.0, *negative]), dtype=torch.float32)
+    return tuple((values / values.max()).tolist())
+
+
+@cache
+def fp4_values() -> tuple[float, ...]:
+    """bitsandbytes' FP4 in code order: sign, 2 exponent bits, 1 mantissa bit, divided by 12.
+
+    Not the E2M1 of the QLoRA paper: the smallest step is 0.0625 / 12 where E2M1 has 0.5 / 6.
+    """
+    magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0])
+    return tuple((torch.cat([magnitudes, -magnitudes]) / 12.0).tolist())
+
+
+@cache
+def dynamic_values() -> tuple[float, ...]:
+    """Signed dynamic 8-bit map (Dettmers 2016, arXiv 1511.04561): 256 ascending values.
+
+    Seven decades, 10^-6 to 1; decade i holds 2^i evenly spaced means of [0.1, 1] times its power of ten, in
+    both signs,
+    plus 0 and 1. Precise near 1 and wide in range, so it suits absmax values, which double quantization
+    stores in it.
+    """
+    data = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        data += (10.0 ** (i - 6) * means).tolist()
+        data += (-(10.0 ** (i - 6)) * means).tolist()
+    return tuple(torch.tensor(sorted(data), dtype=torch.float32).tolist())
+
+
+_VALUES = {"nf4": nf4_values, "fp4": fp4_values, "dynamic": dynamic_values}
+
+
+def table(name: str, device: torch.device | str = "cpu") -> Tensor:
+    """The code book ``name`` (nf4, fp4: 16; dynamic: 256 float32 values) on ``device``, one tensor per
+    process.
+    """
+    key = (name, torch.device(device))
+    if key in _tables:
+        return _tables[key]
+    with torch.inference_mode(False):
+        values = torch.tensor(_VALUES[name](), dtype=torch.float32, device=device)
+    if type(values) is Tensor:  # under fake tensors the table is fake too and must not outlive them
+        _tables[key] = values
+    return values
+
+
+def nf4(device: torch.device | str = "cpu") -> Tensor:
+    """(16,) float32, ascending."""
+    return table("nf4", device)
+
+
+def fp4(device: torch.device | str = "cpu") -> Tensor:
+    """(16,) float32, in code order (not ascending)."""
+    return table("fp4", device)
+
+
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """(256,) float32, ascending."""
+    return table("dynamic", device)

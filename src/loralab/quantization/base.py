@@ -1,0 +1,211 @@
+"""What every quantization spec has, which layers it takes, and what a model then weighs."""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loralab.errors import ConfigError, nearest
+from loralab.quantization.linear import COMPUTE_DTYPES, DEQUANTIZE, FrozenLinear
+
+
+def choose(key: str, value: object, valid: Iterable[object]) -> None:
+    """Refuse a value of ``quantization.<key>`` that is not among the valid ones."""
+    options = list(valid)
+    if value not in options or isinstance(value, bool):
+        raise ConfigError(
+            f"quantization.{key} = {value!r} is not known; {nearest(str(value), map(str, options))}"
+        )
+
+
+@dataclass(frozen=True)
+class Quantizer(ABC):
+    """One verb, ``convert``: a dense layer in, a frozen one out. Field for field a yaml of
+    conf/quantization.
+    """
+
+    skip_modules: list[str] = field(default_factory=list)  # stay dense: exact name, last part of it, or regex
+    compute_dtype: str = "auto"  # auto: the dtype of the layer's input
+    dequantize: str = "per_use"  # per_use: the dense weight dies after each use; resident: it is kept
+
+    def __post_init__(self) -> None:
+        choose("compute_dtype", self.compute_dtype, ("auto", *COMPUTE_DTYPES))
+        choose("dequantize", self.dequantize, DEQUANTIZE)
+        for pattern in self.skip_modules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"quantization.skip_modules: {pattern!r} is not a regular expression: {error}"
+                ) from None
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What tables and records call it."""
+
+    @property
+    def packable(self) -> bool:
+        """Whether a row of the batch is computed alike whatever other rows are there."""
+        return True
+
+    @abstractmethod
+    def storage_bits(self, out_features: int, in_features: int) -> int:
+        """Bits of the packed weight and its statistics, known before there is a weight. Code tables are not
+        counted.
+        """
+
+    @abstractmethod
+    def pack(self, weight: Tensor, bias: nn.Parameter | None) -> FrozenLinear:
+        """weight (out, in) -> the frozen layer, which holds no reference to ``weight``."""
+
+    def check(self, name: str, out_features: int, in_features: int) -> None:  # noqa: B027 - most fit all
+        """Raise ConfigError where this scheme does not fit a layer of that shape."""
+
+    def convert(self, linear: nn.Module, name: str = "the layer") -> nn.Module:
+        """A frozen layer from an nn.Linear or Conv1D with a real weight; its bias is the same object.
+        ``name`` is for errors.
+        """
+        self.check(name, *linear_shape(linear))
+        weight = dense_weight(linear)
+        if not bool(torch.isfinite(weight).all()):
+            raise ConfigError(
+                f"model: the weight of {name} {tuple(weight.shape)} holds values that are nan or infinite"
+                f" and cannot be"
+                f" quantized by {self.name}; valid: a checkpoint with finite weights, or"
+                f" quantization.skip_modules=[{name}]"
+            )
+        return self.pack(weight.detach().contiguous(), getattr(linear, "bias", None)).train(linear.training)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, transformers' Conv1D, or one of our frozen layers."""
+    return isinstance(module, (nn.Linear, Conv1D, FrozenLinear))
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features); Conv1D stores its weight as (in, out)."""
+    if isinstance(module, Conv1D):
+        return int(module.nf), int(module.nx)
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Any base layer -> its weight as a matrix (out, in), in the dtype that it has, or had before
+    quantization.
+    """
+    if isinstance(layer, FrozenLinear):
+        return layer.dense(layer.dense_dtype)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """One of our packed layers."""
+    return isinstance(module, FrozenLinear)
+
+
+def base_linears(model: nn.Module) -> list[str]:
+    """Names of every linear layer of the base model, packed or not: never an output embedding, nor a head
+    outside ``model.base_model``.
+    """
+    inside = {id(module) for module in getattr(model, "base_model", model).modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and id(module) in inside and not _is_output(model, name, module)
+    ]
+
+
+def quantizable(model: nn.Module, spec: Quantizer) -> list[str]:
+    """Names of the layers to convert: the Linear and Conv1D of the base model, without outputs, heads and
+    exceptions.
+
+    Left dense: output embeddings and whatever is tied, everything outside ``model.base_model``
+    (classification heads), what
+    the model itself keeps in float32 (T5's ``wo``), and ``skip_modules``.
+    """
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
+    skipped = _skipped(linears, spec.skip_modules)
+    inside = {id(module) for module in getattr(model, "base_model", model).modules()}
+    float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    float32 |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return [
+        name
+        for name, module in linears.items()
+        if id(module) in inside
+        and name not in skipped
+        and name.rpartition(".")[2] not in float32
+        and not _is_output(model, name, module)
+    ]
+
+
+def _is_output(model: nn.Module, name: str, module: nn.Module) -> bool:
+    get = getattr(model, "get_output_embeddings", None)
+    if get is not None and get() is module:
+        return True
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # known before the weights are really tied
+    if f"{name}.weight" in {*tied.keys(), *tied.values()}:
+        return True
+    return any(m.weight is module.weight for m in model.modules() if isinstance(m, nn.Embedding))
+
+
+def _skipped(names: Iterable[str], patterns: list[str]) -> set[str]:
+    found: set[str] = set()
+    names = list(names)
+    for pattern in patterns:
+        hits = {n for n in names if pattern in (n, n.rpartition(".")[2]) or re.fullmatch(pattern, n)}
+        if not hits:
+            last = {n.rpartition(".")[2] for n in names}
+            raise ConfigError(
+                f"quantization.skip_modules: {pattern!r} matches no linear layer; {nearest(pattern, last)}"
+            )
+        found |= hits
+    return found
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """What a base model weighs."""
+
+    parameters: int  # logical: a packed layer counts out * in (+ bias), shared parameters once
+    quantized_parameters: int
+    bytes: int  # storages of all parameters and buffers, and the code tables once
+    bits_per_parameter: (
+        float  # of the quantized layers, statistics included; dense: of the linear layers' dtype
+    )
+
+
+def measure(model: nn.Module) -> BaseSize:
+    """Sums what is really stored; works on meta and fake tensors too."""
+    frozen = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    quantized = sum(layer.out_features * layer.in_features for layer in frozen)
+    tables = [table for layer in frozen for table in layer.code_tables()]
+    packed = 8 * _bytes(tensor for layer in frozen for tensor in layer.packed())
+    return BaseSize(
+        parameters=sum(p.numel() for p in model.parameters()) + quantized,
+        quantized_parameters=quantized,
+        bytes=_bytes([*model.parameters(), *model.buffers(), *tables]),
+        bits_per_parameter=packed / quantized if quantized else _dense_bits(model),
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _dense_bits(model: nn.Module) -> float:
+    linears = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))] or list(
+        model.parameters()
+    )
+    elements = sum(w.numel() for w in linears)
+    return 8.0 * sum(w.numel() * w.element_size() for w in linears) / elements if elements else math.nan

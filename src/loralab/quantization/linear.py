@@ -1,0 +1,142 @@
+"""The frozen layer that every scheme shares: y = x W^T + b with W unpacked when needed, and no gradient for
+W.
+
+bitsandbytes' own layers are not used: on CPUs its 4-bit layer repacks itself at the first evaluation and
+loses the input's
+gradient from then on, its 8-bit layer computes something else in training than in evaluation, and both show
+callers
+a weight whose dtype is uint8 or int8, which transformers' T5 takes for the dtype to compute in.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEQUANTIZE = ("per_use", "resident")
+
+
+class _Product(torch.autograd.Function):
+    """Keeps the layer, and neither its dense weight nor its input: dx = dy W needs only what the layer can
+    make again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: "FrozenLinear") -> Tensor:
+        ctx.layer, ctx.dtype = layer, layer.compute_dtype_for(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return layer.product(x.to(ctx.dtype), bias).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dx = db = None
+        with torch.autocast(dy.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = (dy.to(ctx.dtype) @ ctx.layer.unpacked(ctx.dtype)).to(dy.dtype)
+            if ctx.needs_input_grad[1]:
+                db = dy.reshape(-1, dy.shape[-1]).sum(dim=0).to(ctx.layer.bias.dtype)
+        return dx, db, None
+
+
+class FrozenLinear(nn.Module, ABC):
+    """x (..., in_features) -> (..., out_features). Subclasses say what is stored (``keep``) and how it
+    unpacks (``dense``).
+
+    Under autocast x is cast to the autocast dtype first, as nn.Linear does. Then ``compute_dtype`` "auto"
+    computes in x's
+    dtype; a named one casts x to it and the product back. Training and evaluation take the same path.
+    """
+
+    bias: nn.Parameter | None
+    resident: Tensor | None
+    scheme = ""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        compute_dtype: str = "auto",
+        dequantize: str = "per_use",
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dense_dtype = (
+            weight.dtype
+        )  # the dtype that the weight had; what .weight.dtype answers under "auto"
+        self.compute_dtype, self.dequantize = compute_dtype, dequantize
+        self.packed_names: list[str] = []
+        self.register_parameter("bias", bias)
+        self.register_buffer("resident", None, persistent=False)
+
+    def keep(self, **tensors: Tensor) -> None:
+        """Store packed codes and their statistics: buffers, because ``.to(device)`` moves those, absent from
+        checkpoints.
+        """
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+            self.packed_names.append(name)
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """A new (out_features, in_features) tensor: the values that the codes stand for."""
+
+    def code_tables(self) -> list[Tensor]:
+        """Constants shared by all layers of the process."""
+        return []
+
+    def packed(self) -> list[Tensor]:
+        """Codes and statistics: what counts as this layer's weight."""
+        return [getattr(self, name) for name in self.packed_names]
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight: new at each call ("per_use"), or kept ("resident", same values, more memory)."""
+        if self.dequantize == "per_use":
+            return self.dense(dtype)
+        if self.resident is None or self.resident.dtype != dtype:
+            with torch.inference_mode(False), torch.no_grad():  # a validation may be the first to come here
+                self.resident = self.dense(dtype)
+        return self.resident
+
+    def compute_dtype_for(self, x: Tensor) -> torch.dtype:
+        return COMPUTE_DTYPES.get(self.compute_dtype, x.dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in) in the compute dtype -> (..., out). No graph is recorded here."""
+        return F.linear(x, self.unpacked(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y: Tensor = _Product.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device of the dense weight for code that asks; its values are nan (use
+        ``dense``).
+        """
+        dtype = COMPUTE_DTYPES.get(self.compute_dtype, self.dense_dtype)
+        value = torch.full((), torch.nan, dtype=dtype, device=self.packed()[0].device)
+        return value.expand(self.out_features, self.in_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLinear":
+        """Statistics stay float32 under .half() and .to(bfloat16): a device is for every tensor, a dtype is
+        not.
+        """
+        before = dict(zip(self.packed_names, self.packed(), strict=True))
+        self.resident = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            if self._buffers[name].dtype != old.dtype:  # type: ignore[union-attr]
+                self._buffers[name] = old.to(self._buffers[name].device)  # type: ignore[union-attr]
+        return self
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.scheme}"

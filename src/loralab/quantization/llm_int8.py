@@ -1,0 +1,85 @@
+"""LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): an int8 product, with outlier columns in floating
+point.
+
+    y = (codes(x) codes(W)^T) * absmax(x) absmax(W)^T / 127^2  +  x_O W_O^T  +  b,     O = columns of x with
+    any |x| >= threshold
+
+Weights are per row, activations per token, both absmax int8. Training and evaluation compute this alike
+(bitsandbytes' layer
+does not: on CPUs it is weight-only and has no threshold while training). The gradient is straight through:
+dx = dy W.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loralab.errors import ConfigError
+from loralab.numerics import absmax
+from loralab.quantization import kernels
+from loralab.quantization.base import Quantizer
+from loralab.quantization.linear import FrozenLinear
+
+
+@dataclass(frozen=True)
+class LLMInt8(Quantizer):
+    """threshold 0 quantizes every column; 6.0 is the paper's."""
+
+    threshold: float = 6.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise ConfigError(
+                f"quantization.threshold = {self.threshold!r} is out of range; valid: a number >= 0 (0:"
+                f" no outliers)"
+            )
+
+    @property
+    def name(self) -> str:
+        return "llm_int8"
+
+    @property
+    def packable(self) -> bool:
+        """Outlier columns are found over the whole batch, so with them a row depends on its neighbours."""
+        return self.threshold == 0
+
+    def storage_bits(self, out_features: int, in_features: int) -> int:
+        return 8 * out_features * in_features + 32 * out_features
+
+    def pack(self, weight: Tensor, bias: nn.Parameter | None) -> FrozenLinear:
+        return LLMInt8Linear(weight, bias, self)
+
+
+class LLMInt8Linear(FrozenLinear):
+    """codes (out, in) int8, absmax (out,) float32."""
+
+    codes: Tensor
+    absmax: Tensor
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: LLMInt8) -> None:
+        super().__init__(weight, bias, spec.compute_dtype, spec.dequantize)
+        self.threshold = spec.threshold
+        self.scheme = f"LLM.int8(), threshold={spec.threshold}"
+        codes, scale = absmax.quantize(weight, "row")
+        self.keep(codes=codes, absmax=scale)
+        kernels.bitsandbytes_ops()  # missing: say so now rather than at the first step
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return absmax.dequantize(self.codes, self.absmax, "row").to(dtype)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The scales are applied here in float32: bitsandbytes' int8_mm_dequant rounds through float16 on
+        CUDA, and its
+        constant on CPU is 6.200124e-5 where 1 / 127^2 = 6.200012e-5."""
+        rows = x.reshape(-1, self.in_features)
+        codes, scale, outliers = kernels.quantize_activations(rows, self.threshold)
+        y = kernels.int8_product(codes, self.codes) * (scale[:, None] * (self.absmax / 127.0**2))
+        if outliers is not None and outliers.numel():
+            columns = absmax.dequantize(self.codes[:, outliers], self.absmax, "row").to(x.dtype)
+            y += rows[:, outliers] @ columns.t()
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

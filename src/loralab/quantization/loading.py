@@ -1,0 +1,165 @@
+"""Quantize a transformers model while it loads: each dense weight is packed as it comes from the file and
+dies at once.
+
+transformers' own loader does the work (shards, renames, tied weights, dtype). It calls ``Stream.convert``
+for the weights that
+``LoralabQuantizer`` names; packed layers replace the dense ones at the end, because until then the loader
+re-creates every buffer that is not in the state dict. The model that comes out is an ordinary one, without a
+trace of this.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from loralab.errors import ConfigError
+from loralab.quantization.base import Quantizer, linear_shape, quantizable
+from loralab.quantization.linear import FrozenLinear
+from loralab.quantization.none import NoQuantization
+
+METHOD = "loralab"
+
+
+def quantization_config(spec: Quantizer, device: torch.device | str | None = None) -> Any:
+    """What to hand to ``from_pretrained(quantization_config=...)``; None (an ordinary load) for
+    NoQuantization.
+
+    ``device``: where weights are packed and stay; move the rest there afterwards with ``model.to(device)``.
+    """
+    return None if isinstance(spec, NoQuantization) else LoralabConfig(spec, device)
+
+
+def convert_model(model: nn.Module, spec: Quantizer) -> list[str]:
+    """Quantize a model that already has its weights, in place; the names of the converted layers."""
+    names = quantizable(model, spec)
+    check_all(model, spec, names)
+    for name in names:
+        layer = model.get_submodule(name)
+        replace(model, {id(layer): spec.convert(layer, name)})
+    return names
+
+
+def check_all(model: nn.Module, spec: Quantizer, names: list[str]) -> None:
+    """Every layer against the spec, before any weight is read."""
+    if not names and not isinstance(spec, NoQuantization):
+        raise ConfigError(
+            f"quantization={spec.name} finds no linear layer to quantize in {type(model).__name__};"
+            f" valid: quantization=none,"
+            f" or fewer quantization.skip_modules (now {spec.skip_modules})"
+        )
+    for name in names:
+        spec.check(name, *linear_shape(model.get_submodule(name)))
+
+
+def replace(model: nn.Module, frozen: dict[int, nn.Module]) -> None:
+    """Swap modules by identity, under every name that they have (``frozen``: id of the old one -> the new
+    one).
+    """
+    names = [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False) if id(m) in frozen]
+    for name, old in names:
+        model.set_submodule(name, frozen[old])
+
+
+@register_quantization_config(METHOD)
+class LoralabConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Carries the spec through ``from_pretrained``."""
+
+    def __init__(self, spec: Quantizer, device: torch.device | str | None = None) -> None:
+        self.quant_method = METHOD
+        self.spec, self.device = spec, device
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "name": self.spec.name, **asdict(self.spec)}
+
+
+@register_quantizer(METHOD)
+class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Which weights to pack, and the swap at the end."""
+
+    def __init__(self, quantization_config: LoralabConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.spec, self.device = quantization_config.spec, quantization_config.device
+        self.names: list[str] = []
+        self.frozen: dict[str, nn.Module] = {}
+        self.error: ConfigError | None = None
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self.names = quantizable(model, self.spec)
+        check_all(model, self.spec, self.names)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        layer, _, parameter = param_name.rpartition(".")
+        return parameter == "weight" and layer in self.names
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return Stream(self)
+
+    def pack(self, layer: nn.Module, name: str, weight: Tensor) -> None:
+        """``layer`` still has its weight on meta; it gets the real one for as long as ``convert`` needs
+        it.
+        """
+        meta = layer.weight
+        assert isinstance(meta, nn.Parameter)
+        if weight.shape != meta.shape:
+            raise ConfigError(
+                f"model: {name}.weight is {tuple(weight.shape)} in the checkpoint and {tuple(meta.shape)}"
+                f" by its config.json;"
+                " valid: weights and config.json of the same model"
+            )
+        layer.weight = nn.Parameter(weight.to(self.device or weight.device), requires_grad=False)
+        self.frozen[name] = self.spec.convert(layer, name)
+        layer.weight = meta
+        meta._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers fills it at random
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.error is not None:
+            raise self.error
+        for name in self.names:
+            layer = model.get_submodule(name)
+            frozen = self.frozen.pop(name, None) or self.spec.convert(
+                layer, name
+            )  # not in the file: random by now
+            if isinstance(frozen, FrozenLinear):
+                frozen.bias = layer.bias  # type: ignore[assignment]  # loaded after the weight, perhaps
+            replace(model, {id(layer): frozen.train(layer.training)})
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized  # type: ignore[union-attr]
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class Stream(ConversionOps):  # type: ignore[misc]
+    """Takes a dense weight, leaves a packed layer with the quantizer, and hands nothing back to the
+    loader.
+    """
+
+    def __init__(self, quantizer: LoralabQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        model, missing = kwargs["model"], kwargs.get("missing_keys")
+        for key, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            name = key.removesuffix(".weight")
+            try:
+                if self.quantizer.error is None:
+                    self.quantizer.pack(model.get_submodule(name), name, weight)
+            except ConfigError as error:  # the loader would turn it into a RuntimeError of its own
+                self.quantizer.error = error
+            if missing is not None:
+                missing.discard(key)
+        return {}

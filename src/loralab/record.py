@@ -1,0 +1,238 @@
+"""The run record: what a trial leaves behind, written atomically, read strictly.
+
+``result.json`` holds one trial, ``sweep.json`` lists the trials of a sweep. JSON has no NaN or infinity:
+a number that is not finite is stored as null, and the record's ``status`` and ``error`` say what happened.
+"""
+
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import ArtifactError, DiskError, LoralabError, nearest
+
+SCHEMA = 1
+STATUSES = ("running", "completed", "failed", "out_of_memory", "diverged", "interrupted", "pruned")
+RESULT = "result.json"
+SWEEP = "sweep.json"
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "base": ("name", "fingerprint", "parameters", "quantized_parameters", "bytes", "bits_per_parameter"),
+    "adapter": ("method", "trainable_parameters", "bytes", "modules"),
+    "optimizer": (
+        *("name", "effective_name", "state_bytes"),
+        *("eight_bit_bytes", "paged_bytes", "paged_fraction"),
+    ),
+    "memory": ("device", "predicted_peak_bytes", "measured_peak_bytes", "by_phase", "spikes"),
+    "time": ("startup_s", "train_s", "wall_s", "steps", "tokens", "tokens_per_s"),
+    "pack": ("size", "index"),
+    "data": ("name", "fingerprint", "rows", "truncated"),
+    "environment": ("versions", "git", "python", "cpu", "gpu"),
+}
+PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
+_NOT_RUNS = {"adapter", "checkpoints", "report", "wandb"}
+
+_SECRET_KEY = re.compile(r"(?i)(^|[_.\-])(api_?key|token|secret|passw(or)?d|credentials?|authorization)$")
+_SPECIAL_TOKEN = re.compile(r"(?i)(^|[_.\-])(pad|eos|bos|unk|sep|cls|mask|prompt|stop|start|end)_token$")
+_PUBLIC_KEY = re.compile(r"(?i)(revision|commit|sha\d*|fingerprint|git|trial)$")
+_SECRET_VALUE = re.compile(
+    r"hf_[A-Za-z0-9]{8,}|wandb_v\d_[A-Za-z0-9_]{8,}|\bsk-[A-Za-z0-9_\-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+_HEX40 = re.compile(r"(?<![0-9A-Fa-f])[0-9A-Fa-f]{40}(?![0-9A-Fa-f])")
+MASK = "***"
+
+
+def blank(
+    trial: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+    choices: Mapping[str, str] | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """A new record with every key of the contract; what is not known yet is null."""
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "trial": trial,
+        "status": "running",
+        "error": None,
+        "config": dict(config or {}),
+        "overrides": list(overrides),
+        "choices": dict(choices or {}),
+        "seed": seed,
+        "metrics": {},
+    }
+    record.update({section: dict.fromkeys(keys) for section, keys in SECTIONS.items()})
+    record["memory"]["by_phase"] = dict.fromkeys(PHASES)
+    return record
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Replace ``folder/result.json`` at once: a reader sees the old record or the new one, never a half."""
+    status = record.get("status")
+    if status not in STATUSES:
+        raise ValueError(f"record.status={status!r}: {nearest(str(status), STATUSES)}")
+    hidden = {key: redact(record[key], key) for key in ("config", "overrides", "error") if key in record}
+    _replace(folder / RESULT, {**record, **hidden})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record in ``folder``, with every key of the contract (null where an older record lacks one)."""
+    path = folder / RESULT
+    stored = _load(path)
+    missing = [key for key in ("schema", "trial", "status") if key not in stored]
+    if missing:
+        raise ArtifactError(f"{path}: not a run record: {', '.join(missing)} missing")
+    _check_schema(path, stored["schema"])
+    if stored["status"] not in STATUSES:
+        raise ArtifactError(
+            f"{path}: status {stored['status']!r}; {nearest(str(stored['status']), STATUSES)}"
+        )
+    return _complete(path, stored)
+
+
+def find(root: Path) -> list[Path]:
+    """Run folders (those with a result.json) at or below ``root``, sorted; a run holds no other runs."""
+    found = []
+    for folder, below, files in os.walk(root):
+        if RESULT in files:
+            found.append(Path(folder))
+            below.clear()
+        below[:] = sorted(name for name in below if name not in _NOT_RUNS and not name.startswith("."))
+    return sorted(found)
+
+
+def write_sweep(folder: Path, sweep: Mapping[str, Any]) -> None:
+    """Replace ``folder/sweep.json``: ``{name, question, axes, trials: [{trial, folder, status}]}``."""
+    _replace(folder / SWEEP, {"schema": SCHEMA, **redact(sweep)})
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """The sweep in ``folder``; ``name``, ``question``, ``axes`` and ``trials`` are always there."""
+    path = folder / SWEEP
+    stored = _load(path)
+    _check_schema(path, stored.get("schema", SCHEMA))
+    sweep = {"name": folder.resolve().name, "question": "", "axes": {}, "trials": [], **stored}
+    trials = sweep["trials"]
+    sound = isinstance(sweep["axes"], dict) and isinstance(trials, list)
+    if not sound or not all(isinstance(trial, dict) and "folder" in trial for trial in trials):
+        raise ArtifactError(
+            f"{path}: damaged: axes must be an object, trials a list of objects with a folder"
+        )
+    return sweep
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """``value`` without secrets, as plain JSON types; found by the name of a key or the look of a value.
+
+    ``k=v`` strings are read as a key and a value. 40 hexadecimal digits look like a W&B key, but are kept
+    under names such as ``revision``, where they are a commit.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    name, equals, rest = value.partition("=")
+    if equals and re.fullmatch(r"[+~]*[\w.\-/@]+", name):
+        return f"{name}={redact(rest, name)}"
+    if _SECRET_KEY.search(key) and not _SPECIAL_TOKEN.search(key) and value not in ("", "null"):
+        return MASK
+    text = _SECRET_VALUE.sub(MASK, value)
+    return text if _PUBLIC_KEY.search(key) else _HEX40.sub(MASK, text)
+
+
+def _check_schema(path: Path, schema: Any) -> None:
+    if not isinstance(schema, int) or schema < 1:
+        raise ArtifactError(f"{path}: schema {schema!r}; this version reads 1 to {SCHEMA}")
+    if schema > SCHEMA:
+        raise ArtifactError(
+            f"{path}: schema {schema} is newer than this loralab, which reads up to {SCHEMA}; upgrade loralab"
+        )
+
+
+def _complete(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    record = blank(str(stored["trial"]))
+    for key, value in stored.items():
+        default = record.get(key)
+        if isinstance(default, dict):
+            if not isinstance(value, dict | None):
+                raise ArtifactError(f"{path}: {key} is {value!r}; an object was expected")
+            record[key] = {**default, **(value or {})}
+        else:
+            record[key] = value
+    return record
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file; expected the folder of a run or a sweep") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: damaged or unreadable: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ArtifactError(f"{path}: damaged: holds a {type(loaded).__name__}, not an object")
+    return loaded
+
+
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _disk_error(path, len(text), error) from error
+    finally:
+        _forget(partial)
+
+
+def _forget(partial: Path) -> None:
+    try:
+        partial.unlink(missing_ok=True)
+    except OSError:
+        return  # the folder itself is gone or unreachable: the first error has said so
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename survives a power loss only once the folder is on disk (only POSIX opens folders)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _disk_error(path: Path, size: int, error: OSError) -> LoralabError:
+    return DiskError(
+        f"{path}: cannot write {size} bytes: {error.strerror or error}; free or choose another folder"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only: paths become text, numbers that are not finite become null."""
+    if isinstance(value, bool | int | str | None):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if callable(getattr(value, "item", None)):  # a 0-d tensor or a numpy scalar
+        return _plain(value.item())
+    raise TypeError(f"a {type(value).__name__} does not belong in a record: {value!r}")

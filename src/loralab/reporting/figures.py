@@ -1,0 +1,223 @@
+"""Which charts a study gets, and the words under them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from loralab.reporting import svg
+from loralab.reporting.axes import as_number, short_names
+from loralab.reporting.gather import Study, Trial, curves
+from loralab.reporting.table import Row, score_text, trial_text
+
+SMOOTH = 0.8
+
+
+@dataclass(frozen=True)
+class Figure:
+    """``body``: HTML of the legend and the drawing."""
+
+    title: str
+    caption: str
+    body: str
+
+
+def figures(study: Study, found: Sequence[Row]) -> list[Figure]:
+    """Metric against the axes, quality against bits where quantization varies, curves."""
+    return [*_metric(study, found), *_against_bits(study, found), *_curves(study, found)]
+
+
+def axis_roles(study: Study) -> tuple[str | None, list[str]]:
+    """The x axis, numeric if any is, and the other axes that vary, which become series and then panels."""
+    moving = [axis for axis, labels in study.axes.items() if len(labels) > 1]
+    numeric = [axis for axis in moving if all(as_number(text) is not None for text in study.axes[axis])]
+    x = next(iter([*numeric, *moving]), None)
+    return x, [axis for axis in moving if axis != x]
+
+
+def _metric(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
+    x, others = axis_roles(study)
+    scored = [row for row in found if row.mean is not None]
+    if x is None or not scored:
+        return
+    y = svg.scale(study.metric, _extent(scored))
+    short = short_names(list(study.axes))
+    panels = list(dict.fromkeys(_key(row, others[1:]) for row in scored))
+    for panel in panels:
+        inside = [row for row in found if _key(row, others[1:]) == panel]
+        where = ", ".join(f"{short[axis]} = {text}" for axis, text in zip(others[1:], panel, strict=True))
+        yield _metric_panel(study, inside, x, others[:1], y, where)
+
+
+def _metric_panel(
+    study: Study, found: Sequence[Row], x: str, by: list[str], y: svg.Axis, where: str
+) -> Figure:
+    labels = study.axes[x]
+    numbers = [as_number(text) for text in labels]
+    numeric = all(number is not None for number in numbers)
+    across = [float(number or 0) for number in numbers] if numeric else [float(i) for i in range(len(labels))]
+    name = short_names(list(study.axes))[x]
+    axis = _x_axis(name, labels, across, numeric)
+    series = [
+        svg.Series(
+            key, [_point(study, rows_at, at) for rows_at, at in _along(inside, x, labels, across)], hue
+        )
+        for key, hue, inside in _series(study, found, by)
+    ]
+    lines = _occupied(series)
+    title = f"{study.metric} against {name}" + (f" ({where})" if where else "")
+    drawn = svg.chart(series, axis, y, joined=numeric, description=title)
+    caption = (
+        f"Large marks: mean over seeds; small: each seed; bars: one standard deviation; {_seeds(found)}."
+    )
+    if lines:
+        caption += f" Missing: {lines}."
+    return Figure(title, caption, _legend(series) + drawn)
+
+
+def _against_bits(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
+    by = [axis for axis in study.axes if axis.split(".")[0] == "quantization"][:1]
+    scored = [(row, bits) for row in found if (bits := row.average("base.bits_per_parameter")) and row.scores]
+    if not by or len({bits for _, bits in scored}) < 2:
+        return
+    axis = svg.powers("bits per parameter of the base's quantized layers", _spaced([b for _, b in scored]))
+    axis = svg.Axis(
+        axis.title,
+        min(bits for _, bits in scored) / 1.25,
+        max(bits for _, bits in scored) * 1.25,
+        axis.ticks,
+        log2=True,
+    )
+    series = [
+        svg.Series(key, [_point(study, [row], bits) for row, bits in scored if row in inside], hue)
+        for key, hue, inside in _series(study, found, by)
+    ]
+    y = svg.scale(study.metric, _extent([row for row, _ in scored]))
+    better = "lower" if study.mode == "min" else "higher"
+    title = "Quality against bits per parameter"
+    caption = f"One mark per configuration; left and {better} is better; {_seeds(found)}."
+    yield Figure(title, caption, _legend(series) + svg.scatter(series, axis, y, title))
+
+
+def _curves(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
+    """Training loss (raw and smoothed) and the validation metric, one line per run."""
+    x, others = axis_roles(study)
+    by = others[:1] or ([x] if x else [])
+    runs = [
+        (trial, hue, curves(trial.folder))
+        for _, hue, inside in _series(study, found, by)
+        for row in inside
+        for trial in row.trials
+    ]
+    names = [(name, hue) for name, hue, _ in _series(study, found, by)]
+    for metric, smooth in (("train/loss", SMOOTH), (study.metric, 0.0)):
+        drawn = [_curve(study, trial, hue, rows, metric) for trial, hue, rows in runs]
+        drawn = [curve for curve in drawn if curve.rows]
+        if drawn and (smooth or any(len(curve.rows) > 1 for curve in drawn)):
+            yield _curve_figure(study, drawn, metric, smooth, names)
+
+
+def _curve_figure(
+    study: Study, drawn: list[svg.Curve], metric: str, smooth: float, names: list[tuple[str, int]]
+) -> Figure:
+    steps = [step for curve in drawn for step, _ in curve.rows]
+    y = svg.scale(metric, _without_spikes([value for curve in drawn for _, value in curve.rows]))
+    how = f"faint: as logged; line: exponential mean ({smooth:g})" if smooth else "as logged"
+    caption = f"One line per run, {len(drawn)} of {len(study.trials)} runs; {how}."
+    body = svg.line_plot(drawn, svg.steps("optimizer step", steps), y, smooth, f"{metric} by step")
+    return Figure(f"{metric} by step", caption, (svg.legend(names) if len(names) > 1 else "") + body)
+
+
+def _curve(study: Study, trial: Trial, hue: int, rows: list[dict[str, object]], metric: str) -> svg.Curve:
+    pairs = [
+        (float(step), float(value))
+        for row in rows
+        if isinstance(step := row["step"], int | float)
+        and isinstance(value := row.get(metric), int | float)
+        and math.isfinite(value)
+    ]
+    return svg.Curve(trial_text(study, trial), pairs, hue)
+
+
+def _x_axis(name: str, labels: list[str], across: list[float], numeric: bool) -> svg.Axis:
+    if not numeric:
+        return svg.places(name, labels)
+    spread = min(across) > 0 and max(across) / min(across) >= 4
+    if spread:
+        return svg.powers(name, across)
+    axis = svg.scale(name, across)
+    return svg.Axis(name, axis.low, axis.high, [(at, f"{at:g}") for at in sorted(set(across))])
+
+
+def _series(study: Study, found: Sequence[Row], by: list[str]) -> list[tuple[str, int, list[Row]]]:
+    """(name, colour, rows); an option keeps its colour in every figure of the page."""
+    if not by:
+        return [(study.metric, 0, list(found))]
+    labels = [*study.axes[by[0]], "?"]
+    split = [(text, hue, [r for r in found if r.values[by[0]] == text]) for hue, text in enumerate(labels)]
+    return [one for one in split if one[2]]
+
+
+def _along(
+    inside: Sequence[Row], x: str, labels: list[str], across: list[float]
+) -> list[tuple[list[Row], float]]:
+    return [
+        ([row for row in inside if row.values[x] == text], at)
+        for text, at in zip(labels, across, strict=True)
+    ]
+
+
+def _point(study: Study, at_place: Sequence[Row], x: float) -> svg.Point | None:
+    """The row at a place; where configurations share a place (told apart by no axis) there is none to draw."""
+    scored = [row for row in at_place if row.mean is not None]
+    if len(scored) != 1 or scored[0].mean is None:
+        return None
+    row = scored[0]
+    short = short_names(list(study.axes))
+    where = ", ".join(f"{short[axis]} = {text}" for axis, text in row.values.items())
+    return svg.Point(
+        x, scored[0].mean, row.scores, row.std, f"{where}: {score_text(row)}, n = {len(row.scores)}"
+    )
+
+
+def _occupied(series: Sequence[svg.Series]) -> str:
+    """How many places have no completed run."""
+    missing = sum(point is None for one in series for point in one.points)
+    total = sum(len(one.points) for one in series)
+    return f"{missing} of {total} configurations have no completed run" if missing else ""
+
+
+def _legend(series: Sequence[svg.Series]) -> str:
+    return svg.legend([(one.name, one.colour) for one in series]) if len(series) > 1 else ""
+
+
+def _key(row: Row, axes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(row.values[axis] for axis in axes)
+
+
+def _extent(scored: Sequence[Row]) -> list[float]:
+    """Every value that the y axis must hold, error bars included."""
+    ends = [(row.mean or 0.0) + side * (row.std or 0.0) for row in scored for side in (-1, 1)]
+    return [*ends, *(value for row in scored for value in row.scores)]
+
+
+def _spaced(values: Sequence[float], ratio: float = 1.12) -> list[float]:
+    """Values far enough apart for their tick labels."""
+    kept: list[float] = []
+    for value in sorted(set(values)):
+        if not kept or value / kept[-1] >= ratio:
+            kept.append(value)
+    return kept
+
+
+def _without_spikes(values: Sequence[float]) -> list[float]:
+    """The range of the middle 98%, so that one spike does not flatten every curve; spikes touch the edge."""
+    ordered = sorted(values)
+    cut = len(ordered) // 100
+    return ordered[cut : len(ordered) - cut]
+
+
+def _seeds(found: Sequence[Row]) -> str:
+    counts = sorted({len(row.scores) for row in found if row.scores})
+    if not counts:
+        return "no completed seed"
+    return f"n = {counts[0]} seeds" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]} seeds"

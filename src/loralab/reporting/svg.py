@@ -1,0 +1,296 @@
+"""Small SVG charts in plain Python: no dependency, no script, colours from the page's style sheet.
+
+A figure is text: deterministic, diffable, readable in a browser of any age; ``<title>`` gives the tooltips.
+Series differ by colour (Okabe and Ito, safe for colour-blind readers) and by the shape of their marks.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+LEFT, RIGHT, TOP, BOTTOM = 64.0, 16.0, 14.0, 46.0
+COLOURS = 7
+MAX_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on the x axis: the seeds' values, their mean and standard deviation (None for one seed)."""
+
+    x: float
+    mean: float
+    values: list[float]
+    std: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """``points`` in order of x; None is a missing run: no line is drawn across it."""
+
+    name: str
+    points: list[Point | None]
+    colour: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run over its steps: (step, value) pairs."""
+
+    name: str
+    rows: list[tuple[float, float]]
+    colour: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where data lie on one axis; ``ticks`` are (place, label); ``log2`` spreads powers of two evenly."""
+
+    title: str
+    low: float
+    high: float
+    ticks: list[tuple[float, str]]
+    log2: bool = False
+
+    def share(self, value: float) -> float:
+        """0 at ``low``, 1 at ``high``."""
+        low, high, at = (math.log2(v) if self.log2 else v for v in (self.low, self.high, value))
+        return (at - low) / (high - low) if high > low else 0.5
+
+
+@dataclass
+class Canvas:
+    """An SVG being drawn: a plot area inside margins."""
+
+    x: Axis
+    y: Axis
+    width: float = 720
+    height: float = 340
+    parts: list[str] = field(default_factory=list)
+
+    def px(self, value: float) -> float:
+        return LEFT + self.x.share(value) * (self.width - LEFT - RIGHT)
+
+    def py(self, value: float) -> float:
+        return self.height - BOTTOM - self.y.share(value) * (self.height - TOP - BOTTOM)
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
+        self.parts.append(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+
+    def text(self, x: float, y: float, content: str, kind: str = "tick", extra: str = "") -> None:
+        self.parts.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{extra}>{escape(content)}</text>')
+
+    def path(self, places: Iterable[tuple[float, float]], kind: str, title: str = "") -> None:
+        """A polyline in pixels."""
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        self.parts.append(f'<polyline class="{kind}" points="{points}">{_title(title)}</polyline>')
+
+    def mark(self, x: float, y: float, colour: int, title: str, size: float = 5, kind: str = "mean") -> None:
+        """A series' own shape: circle, square, diamond, triangle."""
+        shape = _shape(x, y, size, colour % 4)
+        self.parts.append(f'<g class="c{colour % COLOURS} {kind}">{_title(title)}{shape}</g>')
+
+    def frame(self) -> None:
+        """Grid, ticks and titles of both axes."""
+        bottom = self.height - BOTTOM
+        for at, name in self.y.ticks:
+            self.line(LEFT, self.py(at), self.width - RIGHT, self.py(at), "grid")
+            self.text(LEFT - 8, self.py(at) + 4, name, "tick end")
+        for at, name in self.x.ticks:
+            self.line(self.px(at), bottom, self.px(at), bottom + 4, "axis")
+            self.text(self.px(at), bottom + 18, name, "tick middle")
+        self.line(LEFT, bottom, self.width - RIGHT, bottom, "axis")
+        self.text((LEFT + self.width - RIGHT) / 2, self.height - 8, self.x.title, "name middle")
+        middle = (TOP + bottom) / 2
+        self.text(14, middle, self.y.title, "name middle", f' transform="rotate(-90 14 {middle:.1f})"')
+
+    def done(self, description: str) -> str:
+        label = f'role="img" aria-label="{escape(description)}"'
+        head = f'<svg viewBox="0 0 {self.width:g} {self.height:g}" {label}>'
+        return "\n".join([head, *self.parts, "</svg>"])
+
+
+def scale(title: str, values: Sequence[float], pad: float = 0.08) -> Axis:
+    """A linear axis over ``values`` with about five round ticks."""
+    low, high = min(values), max(values)
+    margin = (high - low) * pad or max(abs(high) * 0.02, 1e-6)
+    low, high = low - margin, high + margin
+    step = _round_step((high - low) / 5)
+    first = math.ceil(low / step)
+    places = [index * step for index in range(first, math.floor(high / step) + 1)]
+    return Axis(title, low, high, [(at, _tick(at, step)) for at in places])
+
+
+def steps(title: str, values: Sequence[float]) -> Axis:
+    """A linear axis that starts and ends with the data, for training steps."""
+    axis = scale(title, [min(values), max(values)], pad=0)
+    return Axis(title, min(values), max(max(values), min(values) + 1), axis.ticks)
+
+
+def powers(title: str, values: Sequence[float]) -> Axis:
+    """A log2 axis with a tick at each value that was run; all must be positive."""
+    low, high = min(values), max(values)
+    ticks = [(value, f"{value:g}") for value in sorted(set(values))]
+    return Axis(title, low / 2**0.5, high * 2**0.5, ticks, log2=True)
+
+
+def places(title: str, names: Sequence[str]) -> Axis:
+    """A categorical axis: name i is at i."""
+    return Axis(title, -0.6, len(names) - 0.4, [(float(index), name) for index, name in enumerate(names)])
+
+
+def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, description: str = "") -> str:
+    """Means with error bars (one standard deviation) over small points for the seeds; lines if ``joined``."""
+    canvas = Canvas(x, y)
+    canvas.frame()
+    for index, one in enumerate(series):
+        shift = _shift(index, len(series), canvas, joined)
+        if joined:
+            for run in _unbroken(one.points):
+                middle = [(canvas.px(point.x) + shift, canvas.py(point.mean)) for point in run]
+                canvas.path(middle, f"line c{one.colour % COLOURS}", one.name)
+        for point in one.points:
+            if point is not None:
+                _draw_point(canvas, point, one.colour, canvas.px(point.x) + shift)
+    return canvas.done(description)
+
+
+def scatter(series: Sequence[Series], x: Axis, y: Axis, description: str = "") -> str:
+    """The same points on two continuous axes, each series named beside its first point."""
+    canvas = Canvas(x, y)
+    canvas.frame()
+    for one in series:
+        for point in one.points:
+            if point is not None:
+                _draw_point(canvas, point, one.colour, canvas.px(point.x))
+    return canvas.done(description)
+
+
+def line_plot(
+    curves: Sequence[Curve], x: Axis, y: Axis, *, smooth: float = 0.0, description: str = ""
+) -> str:
+    """Training curves; with ``smooth`` the raw values stay as a faint line behind an exponential mean."""
+    canvas = Canvas(x, y)
+    canvas.frame()
+    budget = max(60, min(MAX_POINTS, 16 * MAX_POINTS // max(1, len(curves))))
+    passes: list[tuple[str, Callable[[Curve], list[tuple[float, float]]]]] = [("line", lambda one: one.rows)]
+    if smooth:
+        passes = [("raw", lambda one: one.rows), ("line", lambda one: _smoothed(one.rows, smooth))]
+    for kind, rows in passes:
+        for one in curves:
+            kept = downsample(rows(one), budget)
+            pixels = [(canvas.px(step), canvas.py(min(max(value, y.low), y.high))) for step, value in kept]
+            canvas.path(pixels, f"{kind} thin c{one.colour % COLOURS}", one.name)
+            if len(kept) == 1:
+                canvas.mark(*pixels[0], one.colour, one.name, size=3)
+    return canvas.done(description)
+
+
+def strip(values: Sequence[float], mean: float, std: float | None, low: float, high: float) -> str:
+    """A table cell's picture: the seeds, their mean and standard deviation on a scale shared by all rows."""
+    width, middle = 120.0, 9.0
+    spread = (high - low) or 1.0
+
+    def at(value: float) -> float:
+        return 6 + (min(max(value, low), high) - low) / spread * (width - 12)
+
+    parts = [f'<line class="grid" x1="2" x2="{width - 2:g}" y1="{middle}" y2="{middle}"/>']
+    if std is not None:
+        ends = f'x1="{at(mean - std):.1f}" x2="{at(mean + std):.1f}"'
+        parts.append(f'<line class="bar" {ends} y1="{middle}" y2="{middle}"/>')
+    parts += [f'<circle class="seed" cx="{at(value):.1f}" cy="{middle}" r="2.4"/>' for value in values]
+    parts.append(f'<circle class="mean" cx="{at(mean):.1f}" cy="{middle}" r="4"/>')
+    return f'<svg class="strip" viewBox="0 0 {width:g} 18" aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def legend(names: Sequence[tuple[str, int]]) -> str:
+    """HTML, so that long names wrap: the mark of each series and its name."""
+    items = []
+    for name, colour in names:
+        mark = f'<g class="c{colour % COLOURS} mean">{_shape(7, 7, 5, colour % 4)}</g>'
+        mark = f'<svg viewBox="0 0 14 14" aria-hidden="true">{mark}</svg>'
+        items.append(f"<span>{mark}{escape(name)}</span>")
+    return f'<div class="legend">{"".join(items)}</div>'
+
+
+def downsample(rows: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
+    """At most ``limit`` rows: the least and the greatest of each bucket, in order, so that spikes survive."""
+    if len(rows) <= limit:
+        return list(rows)
+    buckets = max(1, limit // 2)
+    kept = []
+    for index in range(buckets):
+        start, stop = len(rows) * index // buckets, len(rows) * (index + 1) // buckets
+        bucket = range(start, stop)
+        ends = {min(bucket, key=lambda at: rows[at][1]), max(bucket, key=lambda at: rows[at][1])}
+        kept += [rows[at] for at in sorted(ends)]
+    return kept
+
+
+def _draw_point(canvas: Canvas, point: Point, colour: int, x: float) -> None:
+    tone = f"c{colour % COLOURS}"
+    if point.std is not None:
+        low, high = canvas.py(point.mean - point.std), canvas.py(point.mean + point.std)
+        canvas.line(x, low, x, high, f"bar {tone}")
+        for end in (low, high):
+            canvas.line(x - 4, end, x + 4, end, f"bar {tone}")
+    for value in point.values if len(point.values) > 1 else ():
+        where = f'cx="{x:.1f}" cy="{canvas.py(value):.1f}"'
+        canvas.parts.append(f'<circle class="seed {tone}" {where} r="2.6"/>')
+    canvas.mark(x, canvas.py(point.mean), colour, point.text)
+
+
+def _shift(index: int, total: int, canvas: Canvas, joined: bool) -> float:
+    """Pixels to the side, so that error bars of several series do not cover each other."""
+    room = (canvas.width - LEFT - RIGHT) / max(1, len(canvas.x.ticks))
+    spread = min(7.0, room / (total + 1)) if joined else min(26.0, room * 0.8 / max(1, total))
+    return (index - (total - 1) / 2) * spread
+
+
+def _unbroken(points: Sequence[Point | None]) -> list[list[Point]]:
+    runs: list[list[Point]] = [[]]
+    for point in points:
+        if point is None:
+            runs.append([])
+        else:
+            runs[-1].append(point)
+    return [run for run in runs if len(run) > 1]
+
+
+def _smoothed(rows: Sequence[tuple[float, float]], keep: float) -> list[tuple[float, float]]:
+    """Exponential mean, corrected for its start as Adam's moments are (Kingma and Ba 2015, section 3)."""
+    smooth, total, weight = [], 0.0, 0.0
+    for step, value in rows:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append((step, total / weight))
+    return smooth
+
+
+def _shape(x: float, y: float, size: float, kind: int) -> str:
+    if kind == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}"/>'
+    if kind == 1:
+        side = size * 1.7
+        return f'<rect x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" height="{side:.1f}"/>'
+    reach = size * 1.3
+    corners = {
+        2: [(0, -reach), (reach, 0), (0, reach), (-reach, 0)],
+        3: [(0, -reach), (reach, reach * 0.8), (-reach, reach * 0.8)],
+    }[kind]
+    return f'<polygon points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)}"/>'
+
+
+def _title(text: str) -> str:
+    return f"<title>{escape(text)}</title>" if text else ""
+
+
+def _round_step(rough: float) -> float:
+    """1, 2 or 5 times a power of ten, at least ``rough``."""
+    power: float = 10.0 ** math.floor(math.log10(rough))
+    return next((nice * power for nice in (1, 2, 5) if nice * power >= rough), 10 * power)
+
+
+def _tick(value: float, step: float) -> str:
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return f"{value:.{min(decimals, 8)}f}"

@@ -1,0 +1,327 @@
+"""Assemble and fit a list of trials on one frozen base; a single run is a list of one."""
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loralab import generation, models, optimizers, record
+from loralab.adapters.base import AdapterSpec
+from loralab.data.base import DataSpec
+from loralab.data.encoding import Encoded, encode
+from loralab.errors import ConfigError, DataError, Interrupted, LoralabError, OutOfMemory
+from loralab.interop.peft import save_adapter
+from loralab.loggers.wandb import Wandb
+from loralab.module import FineTuner
+from loralab.quantization.base import Quantizer
+from loralab.telemetry.environment import environment
+from loralab.trainers import TrainerSpec, quiet
+from loralab.trial import EvaluationPasses, Settings, TrainPasses, Trial
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything a configuration says about one trial, built and checked, nothing loaded."""
+
+    id: str
+    folder: Path
+    seed: int
+    metric: str
+    metric_mode: str
+    model: models.Pretrained
+    quantization: Quantizer
+    adapter: AdapterSpec
+    data: DataSpec
+    optimizer: optimizers.AdamW
+    schedule: optimizers.Schedule
+    trainer: TrainerSpec
+    logger: Wandb
+    callbacks: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
+    sweep: str | None = None
+
+    def settings(self) -> Settings:
+        """What the trial may differ in from others of its pack."""
+        return Settings(
+            id=self.id,
+            folder=self.folder,
+            seed=self.seed,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            max_steps=self.trainer.max_steps,
+            batch_size=self.data.batch_size,
+            gradient_clip_val=self.trainer.gradient_clip_val,
+            accumulate_grad_batches=self.trainer.accumulate_grad_batches,
+            log_every_n_steps=self.trainer.log_every_n_steps,
+        )
+
+    @property
+    def shares(self) -> tuple[Any, ...]:
+        """What the trials of one pack must agree in."""
+        spec = self.trainer
+        return (
+            *(repr(self.model), repr(self.quantization), self.optimizer.name, type(self.data).__name__),
+            *(spec.accumulate_grad_batches, spec.val_check_interval, spec.precision, spec.accelerator),
+        )
+
+
+class Runner:
+    """Runs packs one after the other and keeps what the next one can use: the base, its tokenizer, encoded data."""
+
+    def __init__(self, progress: bool = False) -> None:
+        self.progress = progress
+        self._base: models.Base | None = None
+        self._base_key: tuple[Any, ...] = ()
+        self._tokenizers: dict[str, Any] = {}
+        self._data: dict[str, Encoded] = {}
+
+    def run(self, specs: list[TrialSpec]) -> list[dict[str, Any]]:
+        """Fits ``specs`` together and returns their records, which are also on disk. A trial's failure is in its
+        record; only an interruption leaves as an exception, after every record has been written."""
+        started = time.monotonic()
+        records = [_new_record(spec, index, len(specs)) for index, spec in enumerate(specs)]
+        for spec, entry in zip(specs, records, strict=True):
+            record.write(spec.folder, entry)
+        try:
+            self._fit(specs, records, started)
+        except (Exception, KeyboardInterrupt, Interrupted) as error:
+            failure = explain(error)
+            for spec, entry in zip(specs, records, strict=True):
+                if entry["status"] == "running":
+                    _close_record(entry, failure)
+                    record.write(spec.folder, entry)
+            if not isinstance(failure, LoralabError):
+                raise failure from error
+            if failure.exit_code == 1:
+                log.debug("trial %s failed", specs[0].id, exc_info=error)
+        finally:
+            if any(spec.adapter.changes_base for spec in specs):
+                self.forget()
+        return records
+
+    def forget(self) -> None:
+        """Drops the base."""
+        self._base, self._base_key = None, ()
+        gc.collect()
+
+    def _fit(self, specs: list[TrialSpec], records: list[dict[str, Any]], started: float) -> None:
+        quiet()
+        _check_pack(specs)
+        device = specs[0].trainer.device
+        tokenizer = self._tokenizer(specs[0].model)
+        data = [self._encoded(spec, tokenizer) for spec in specs]
+        base = self._load(specs[0], tokenizer, data[0], device)
+        _check_labels(base, data)
+        trials = [
+            _trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)
+        ]
+        try:
+            Fit(base, specs, trials, started, self.progress).run()
+        finally:
+            for trial in trials:
+                trial.adapter.detach()
+                trial.close(trial.failure.exit_code if trial.failure else 0)
+
+    def _tokenizer(self, spec: models.Pretrained) -> Any:
+        spec.check()
+        key = f"{spec.tokenizer} {spec.path} {spec.trust_remote_code}"
+        if key not in self._tokenizers:
+            self._tokenizers[key] = spec.load_tokenizer()
+        return self._tokenizers[key]
+
+    def _encoded(self, spec: TrialSpec, tokenizer: Any) -> Encoded:
+        key = f"{spec.data} {spec.model.task} {spec.model.max_length} {tokenizer.name_or_path}"
+        if key not in self._data:
+            encoded = encode(spec.data.splits(), tokenizer, spec.model.task, spec.model.max_length)
+            for split in ("train", "validation"):
+                if not len(getattr(encoded, split)):
+                    raise DataError(f"data: the {split} split of {encoded.splits.name} is empty")
+            self._data = {key: encoded}  # one at a time: sweeps seldom change the data
+        return self._data[key]
+
+    def _load(self, spec: TrialSpec, tokenizer: Any, data: Encoded, device: str) -> models.Base:
+        labels = len(data.splits.labels) or None
+        key = (repr(spec.model), repr(spec.quantization), labels, device)
+        if self._base is None or key != self._base_key:
+            self.forget()
+            self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)
+            self._base_key = key
+        return self._base
+
+
+class Fit:
+    """One fit of a pack: train, validate the final state, score, export, record."""
+
+    def __init__(
+        self, base: models.Base, specs: list[TrialSpec], trials: list[Trial], started: float, progress: bool
+    ) -> None:
+        self.base, self.specs, self.trials, self.started = base, specs, trials, started
+        self.progress = progress
+        self.callbacks = [build() for build in specs[0].callbacks.values()]
+        self.module = FineTuner(base.model, trials)
+        self.train_seconds = 0.0
+
+    def run(self) -> None:
+        for spec, trial in zip(self.specs, self.trials, strict=True):
+            name = " ".join(o for o in spec.overrides if not o.startswith("hydra")) or spec.id
+            trial.open(spec.logger.start(spec.folder, name[:120], spec.sweep, spec.config))
+        trainer = self.specs[0].trainer.build(self.callbacks, self.progress)
+        begun = time.monotonic()
+        trainer.fit(self.module, TrainPasses(self.trials), EvaluationPasses(self.trials, "validation"))
+        self.train_seconds = time.monotonic() - begun
+        self._note(trainer, begun)
+        self._evaluate("val", "validation")
+        if self.specs[0].trainer.test and all(len(trial.data.test) for trial in self.trials):
+            self._evaluate("test", "test")
+        for spec, trial in zip(self.specs, self.trials, strict=True):
+            self._finish(spec, trial)
+
+    def _note(self, trainer: Any, begun: float) -> None:
+        """Memory, time and optimizer state: the pack's, the same in each record."""
+        state = optimizers.describe(trainer.optimizers[0], self.specs[0].optimizer.name)
+        memory: dict[str, Any] = {}
+        for callback in self.callbacks:
+            if hasattr(callback, "summary"):
+                memory.update(callback.summary())
+        for trial in self.trials:
+            trial.record["optimizer"].update(state)
+            trial.record["memory"].update(memory)
+            seconds = self.train_seconds
+            trial.record["time"].update(
+                startup_s=begun - self.started,
+                train_s=seconds,
+                steps=trial.step,
+                tokens=trial.tokens,
+                tokens_per_s=trial.tokens / seconds if seconds else None,
+            )
+
+    def _evaluate(self, prefix: str, split: str) -> None:
+        """The final state's scores, the bare model in evaluation mode with the trials' adapters on."""
+        self.module.split = prefix
+        evaluator = self.specs[0].trainer.build(
+            [c for c in self.callbacks if hasattr(c, "summary")], progress=False
+        )
+        evaluator.validate_loop.trainer.limit_val_batches = 1.0
+        evaluator.validate(self.module, EvaluationPasses(self.trials, split), verbose=False)
+        for spec, trial in zip(self.specs, self.trials, strict=True):
+            self._generate(spec, trial, prefix, split)
+
+    def _generate(self, spec: TrialSpec, trial: Trial, prefix: str, split: str) -> None:
+        rows = getattr(trial.data.splits, split)[: spec.data.generate_rows]
+        if not rows or trial.failure is not None or spec.model.task == "sequence_classification":
+            return
+        base = self.base
+        value = generation.score(
+            base.model, base.tokenizer, trial.adapter, rows, spec.model.task, spec.model.max_length
+        )
+        trial.metrics[f"{prefix}/rouge_l"] = value
+        trial.report({f"{prefix}/rouge_l": value})
+
+    def _finish(self, spec: TrialSpec, trial: Trial) -> None:
+        entry = trial.record
+        if trial.failure is None:
+            folder = spec.folder / "adapter"
+            name = self.base.spec.name_or_path or "random"
+            entry["adapter"]["bytes"] = save_adapter(trial.adapter, self.base.model, folder, trial.task, name)
+            if spec.adapter.changes_base:
+                self.base.tokenizer.save_pretrained(folder)
+        entry["metrics"] = dict(trial.metrics)
+        entry["time"]["wall_s"] = time.monotonic() - self.started
+        _close_record(entry, trial.failure)
+        for sink in trial.sinks:
+            if hasattr(sink, "summarize"):
+                sink.summarize({**trial.metrics, "status": entry["status"]})
+        trial.save()
+
+
+def explain(error: BaseException) -> LoralabError | Interrupted:
+    """Any failure as one of loralab's: out of memory by its name, an unknown one as loralab's own (exit 1)."""
+    if isinstance(error, LoralabError | Interrupted):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(2)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return OutOfMemory(
+            f"out of memory: {' '.join(str(error).split())[:200]}; a smaller data.batch_size or model.max_length, "
+            "model.gradient_checkpointing=true or a 4-bit quantization need less"
+        )
+    wrapped = LoralabError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _new_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
+    entry = record.blank(
+        spec.id, config=spec.config, overrides=spec.overrides, choices=spec.choices, seed=spec.seed
+    )
+    entry["pack"] = {"size": size, "index": index}
+    entry["environment"] = environment()
+    return entry
+
+
+def _close_record(entry: dict[str, Any], failure: LoralabError | Interrupted | None) -> None:
+    entry["status"] = "completed" if failure is None else failure.status
+    entry["error"] = None if failure is None else str(failure)
+    entry["exit_code"] = 0 if failure is None else failure.exit_code
+
+
+def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, Any]) -> Trial:
+    adapter = spec.adapter.attach(base.model, spec.seed)
+    device = spec.trainer.device
+    base.model.to(device)
+    adapter.to(device)
+    entry["base"] = base.record()
+    entry["adapter"].update(
+        method=spec.adapter.method,
+        trainable_parameters=adapter.trainable_parameters(),
+        bytes=sum(p.numel() * p.element_size() for p in adapter.parameters()),
+        modules=adapter.module_names,
+    )
+    entry["data"] = {
+        "name": data.splits.name,
+        "fingerprint": data.splits.fingerprint,
+        "rows": {split: len(getattr(data, split)) for split in ("train", "validation", "test")},
+        "truncated": data.truncated,
+    }
+    return Trial(spec.settings(), adapter, data, spec.model.task, base.tokenizer.pad_token_id, entry)
+
+
+def _check_pack(specs: list[TrialSpec]) -> None:
+    if not specs:
+        raise ConfigError("there is no trial to run")
+    if len(specs) == 1:
+        return
+    if len({spec.shares for spec in specs}) > 1:
+        raise ConfigError("the trials of one pack must share model, quantization, optimizer, precision and intervals")
+    alone = [spec for spec in specs if not (spec.adapter.packable and spec.quantization.packable)]
+    if alone:
+        raise ConfigError(
+            f"trial {alone[0].id} cannot share a pass: adapter={alone[0].adapter.method}, "
+            f"quantization={alone[0].quantization.name}"
+        )
+
+
+def _check_labels(base: models.Base, data: list[Encoded]) -> None:
+    if base.spec.task != "sequence_classification":
+        return
+    count = int(base.model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    for own in data:
+        if len(own.splits.labels) > count:
+            raise ConfigError(
+                f"model.num_labels={count}, but the data has {len(own.splits.labels)} labels: {own.splits.labels}"
+            )
+
+
+def base_dropout(model: nn.Module) -> float:
+    """The largest dropout probability inside the base."""
+    return max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0)

@@ -1,0 +1,1 @@
+"""What is observed of a run. Callbacks hand plain numbers and rows to the trials; training does not know of them."""

@@ -1,0 +1,87 @@
+"""The spec around Lightning's Trainer: what a run may set, checked before anything is loaded."""
+
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from loralab.errors import ConfigError, nearest
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
+ACCELERATORS = ("auto", "cpu", "gpu")
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """How long and on what. Steps are optimizer steps; ``val_check_interval`` counts them too (null: only the end)."""
+
+    accelerator: str = "auto"
+    max_steps: int = 200
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = 1.0
+    precision: str = "auto"  # auto: 32-true
+    val_check_interval: int | None = None
+    log_every_n_steps: int = 1
+    test: bool = False  # score the test split too, once, at the end
+
+    def __post_init__(self) -> None:
+        if self.accelerator not in ACCELERATORS:
+            raise ConfigError(
+                f"trainer.accelerator={self.accelerator!r} is unknown; {nearest(self.accelerator, ACCELERATORS)}"
+            )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision={self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}")
+        for key in ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"trainer.{key} must be at least 1, got {value}")
+        clip = self.gradient_clip_val
+        if clip is not None and not (math.isfinite(clip) and clip > 0):
+            raise ConfigError(f"trainer.gradient_clip_val must be a positive number or null, got {clip}")
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda, as this machine has it. Raises ConfigError where a GPU is asked for and none is there."""
+        import torch
+
+        if self.accelerator == "cpu":
+            return "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        if self.accelerator == "gpu":
+            raise ConfigError("trainer=gpu, but torch sees no CUDA device; trainer=auto takes the CPU")
+        return "cpu"
+
+    def build(self, callbacks: list[Any], progress: bool) -> Any:
+        """Lightning's Trainer: one epoch of numbered passes, no logger or checkpoint of its own."""
+        quiet()
+        from lightning.pytorch import Trainer
+
+        interval = self.val_check_interval
+        return Trainer(
+            accelerator="gpu" if self.device == "cuda" else "cpu",
+            devices=1,
+            precision="32-true" if self.precision == "auto" else self.precision,  # type: ignore[arg-type]
+            max_epochs=1,
+            accumulate_grad_batches=self.accumulate_grad_batches,
+            val_check_interval=None if interval is None else interval * self.accumulate_grad_batches,
+            check_val_every_n_epoch=None if interval is not None else 1,
+            limit_val_batches=1.0 if interval is not None else 0,
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            inference_mode=False,  # weights cached in inference mode would break later training steps
+            log_every_n_steps=1,
+        )
+
+
+def quiet() -> None:
+    """Lightning's advertisements and hardware lines say nothing about an experiment."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")

@@ -1,0 +1,195 @@
+"""A trial: its settings and keys, its step, its adapter, its data stream, its metrics and its record."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab import record
+from loralab.adapters.base import Adapter
+from loralab.adapters.sites import mix
+from loralab.data.batches import Stream, collate
+from loralab.data.encoding import Encoded
+from loralab.errors import DivergedError, LoralabError
+from loralab.loggers.jsonl import MetricsFile
+from loralab.loggers.wandb import Mirror
+from loralab.optimizers import AdamW, Schedule
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a trial may differ in from the others of its pack."""
+
+    id: str
+    folder: Path
+    seed: int
+    optimizer: AdamW
+    schedule: Schedule
+    max_steps: int
+    batch_size: int
+    gradient_clip_val: float | None
+    accumulate_grad_batches: int = 1
+    log_every_n_steps: int = 1
+
+
+@dataclass
+class Trial:
+    """One run of the experiment, alone on the base or beside others."""
+
+    settings: Settings
+    adapter: Adapter
+    data: Encoded
+    task: str
+    pad_token_id: int
+    record: dict[str, Any]
+    step: int = 0
+    tokens: int = 0  # seen in training, padding not counted
+    failure: LoralabError | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    sinks: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = self.settings.batch_size * self.settings.accumulate_grad_batches
+        self.stream = Stream(len(self.data.train), self.settings.seed, position=self.step * size)
+        self.started = time.monotonic()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still trains."""
+        return self.failure is None and self.step < self.settings.max_steps
+
+    def key(self, micro: int) -> int:
+        """What decides every dropout mask of one pass of this trial."""
+        return mix(self.settings.seed, self.step, micro)
+
+    def window(self) -> Iterator[Batch]:
+        """The micro-batches of the next optimizer step, each knowing the target tokens of the whole step."""
+        size, micros = self.settings.batch_size, self.settings.accumulate_grad_batches
+        chosen = self.stream.take(size * micros)
+        batches = [self._batch(self.data.train, chosen[i * size : (i + 1) * size]) for i in range(micros)]
+        targets = sum(batch["target_tokens"] for batch in batches)
+        for micro, batch in enumerate(batches):
+            yield {**batch, "step_targets": targets, "micro": micro}
+
+    def evaluation_batches(self, split: str) -> Iterator[Batch]:
+        """The whole split in its own order."""
+        examples = getattr(self.data, split)
+        for start in range(0, len(examples), self.settings.batch_size):
+            stop = min(start + self.settings.batch_size, len(examples))
+            yield self._batch(examples, list(range(start, stop)))
+
+    def _batch(self, examples: Any, chosen: list[int]) -> Batch:
+        tensors = collate([examples[i] for i in chosen], self.task, self.pad_token_id)
+        labels = tensors["labels"]
+        shifted = labels[:, 1:] if self.task == "causal_lm" else labels
+        return {
+            "tensors": tensors,
+            "rows": len(chosen),
+            "target_tokens": int((shifted != -100).sum()),
+            "tokens": int(tensors["attention_mask"].sum()),
+        }
+
+    def fail(self, error: LoralabError) -> None:
+        """Takes the trial out of the pack; the others go on."""
+        self.failure = self.failure or error
+
+    def diverge(self, what: str) -> None:
+        self.fail(
+            DivergedError(
+                f"{what} is not finite at step {self.step + 1} (lr {self.settings.optimizer.lr:g}): a lower "
+                "optimizer.lr, a warm-up or gradient clipping may help"
+            )
+        )
+
+    def report(self, values: Mapping[str, float]) -> None:
+        """Rows for metrics.jsonl and its mirror, at the trial's own step."""
+        for sink in self.sinks:
+            (sink.write if isinstance(sink, MetricsFile) else sink.log)(self.step, values)
+
+    def open(self, mirror: Mirror) -> None:
+        """Creates the run folder's metrics.jsonl and connects the mirror."""
+        self.sinks = [MetricsFile(self.settings.folder / "metrics.jsonl"), mirror]
+
+    def close(self, exit_code: int) -> None:
+        """Finishes the sinks, on every path."""
+        for sink in self.sinks:
+            sink.close() if isinstance(sink, MetricsFile) else sink.finish(exit_code)
+        self.sinks = []
+
+    def save(self) -> None:
+        """Writes the record as it stands."""
+        record.write(self.settings.folder, self.record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a continuation needs: order and dropout follow from seed and step."""
+        return {"step": self.step, "tokens": self.tokens, "adapter": self.adapter.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        self.adapter.load_state_dict(state["adapter"], strict=True)
+        size = self.settings.batch_size * self.settings.accumulate_grad_batches
+        self.stream = Stream(len(self.data.train), self.settings.seed, position=self.step * size)
+
+
+class TrainPasses:
+    """Training passes of a pack, sized for Lightning: each is {trial's index: micro-batch} of those still alive."""
+
+    def __init__(self, trials: list[Trial]) -> None:
+        self.trials = trials
+        self.micros = trials[0].settings.accumulate_grad_batches
+
+    def __len__(self) -> int:
+        return max(trial.settings.max_steps - trial.step for trial in self.trials) * self.micros
+
+    def __iter__(self) -> Iterator[dict[int, Batch]]:
+        for _ in range(len(self) // self.micros):
+            windows = {index: trial.window() for index, trial in enumerate(self.trials) if trial.alive}
+            for _ in range(self.micros):
+                yield {index: next(window) for index, window in windows.items()}
+
+
+class EvaluationPasses:
+    """Evaluation passes of a pack over one split; a trial with fewer batches drops out earlier."""
+
+    def __init__(self, trials: list[Trial], split: str) -> None:
+        self.trials, self.split = trials, split
+
+    def __len__(self) -> int:
+        return max(
+            -(-len(getattr(trial.data, self.split)) // trial.settings.batch_size) for trial in self.trials
+        )
+
+    def __iter__(self) -> Iterator[dict[int, Batch]]:
+        streams = {
+            index: trial.evaluation_batches(self.split)
+            for index, trial in enumerate(self.trials)
+            if trial.failure is None
+        }
+        for _ in range(len(self)):
+            drawn = {index: next(stream, None) for index, stream in streams.items()}
+            yield {index: batch for index, batch in drawn.items() if batch is not None}
+
+
+def stack(batches: Mapping[int, Batch], pad_token_id: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs and labels of all trials along dim 0, padded on the right to the longest of them."""
+    tensors = [batch["tensors"] for batch in batches.values()]
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+    stacked = {key: _stacked([t[key] for t in tensors], fill[key]) for key in tensors[0]}
+    moved = {key: value.to(device, non_blocking=True) for key, value in stacked.items()}
+    labels = moved.pop("labels")
+    return moved, labels
+
+
+def _stacked(parts: list[Tensor], fill: int) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].dim() == 2:
+        longest = max(part.shape[1] for part in parts)
+        parts = [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
+    return torch.cat(parts)
