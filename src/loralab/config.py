@@ -54,7 +54,10 @@ def trial_id(config: DictConfig) -> str:
 
 
 def trial_spec(
-    config: DictConfig, folder: Path, overrides: list[str] | None = None, choices: Mapping[str, str] | None = None
+    config: DictConfig,
+    folder: Path,
+    overrides: list[str] | None = None,
+    choices: Mapping[str, str] | None = None,
 ) -> "TrialSpec":
     """Every part of ``config`` built and checked. Raises ConfigError with the dotted key that is wrong."""
     from loralab.run import TrialSpec

@@ -26,7 +26,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def complete(
-    model: nn.Module, tokenizer: Any, adapter: Adapter | None, prompts: list[str], task: str, room: int, length: int
+    model: nn.Module,
+    tokenizer: Any,
+    adapter: Adapter | None,
+    prompts: list[str],
+    task: str,
+    room: int,
+    length: int,
 ) -> list[str]:
     """Greedy completions of ``prompts``: at most ``room`` new tokens, prompts cut from the left to fit ``length``."""
     budget = length if task == "seq2seq_lm" else max(1, length - room)
@@ -39,14 +45,25 @@ def complete(
     shares = (Share(adapter, len(prompts)),) if adapter is not None else ()
     with evaluating(model), Sites.of(model).batch(*shares):
         out = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False, use_cache=True, pad_token_id=pad
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=room,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad,
         )
     fresh = out if task == "seq2seq_lm" else out[:, longest:]
     return [str(text) for text in tokenizer.batch_decode(fresh, skip_special_tokens=True)]
 
 
 def score(
-    model: nn.Module, tokenizer: Any, adapter: Adapter, rows: list[Row], task: str, length: int, batch_size: int = 16
+    model: nn.Module,
+    tokenizer: Any,
+    adapter: Adapter,
+    rows: list[Row],
+    task: str,
+    length: int,
+    batch_size: int = 16,
 ) -> float:
     """ROUGE-L of greedy completions against the rows' targets."""
     room = max(8, max(len(tokenizer(row.target)["input_ids"]) for row in rows) + 4)

@@ -32,11 +32,17 @@ class FineTuner(LightningModule):
         self._scores: list[SplitMetrics] = []
         self._running: dict[int, float] = {}
 
-    def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    def losses(
+        self, batches: Mapping[int, Batch], training: bool
+    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         inputs, labels = stack(batches, self.trials[0].pad_token_id, self.device)
         self.sites.shares = tuple(
-            Share(self.trials[i].adapter, batch["rows"], self.trials[i].key(batch["micro"]) if training else None)
+            Share(
+                self.trials[i].adapter,
+                batch["rows"],
+                self.trials[i].key(batch["micro"]) if training else None,
+            )
             for i, batch in batches.items()
         )
         if training:

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -266,6 +268,7 @@ def _new_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     )
     entry["pack"] = {"size": size, "index": index}
     entry["environment"] = environment()
+    entry["pid"], entry["host"] = os.getpid(), socket.gethostname()
     return entry
 
 
@@ -302,7 +305,9 @@ def _check_pack(specs: list[TrialSpec]) -> None:
     if len(specs) == 1:
         return
     if len({spec.shares for spec in specs}) > 1:
-        raise ConfigError("the trials of one pack must share model, quantization, optimizer, precision and intervals")
+        raise ConfigError(
+            "the trials of one pack must share model, quantization, optimizer, precision and intervals"
+        )
     alone = [spec for spec in specs if not (spec.adapter.packable and spec.quantization.packable)]
     if alone:
         raise ConfigError(

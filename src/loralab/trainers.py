@@ -31,7 +31,9 @@ class TrainerSpec:
                 f"trainer.accelerator={self.accelerator!r} is unknown; {nearest(self.accelerator, ACCELERATORS)}"
             )
         if self.precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision={self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}")
+            raise ConfigError(
+                f"trainer.precision={self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}"
+            )
         for key in ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
             value = getattr(self, key)
             if value is not None and value < 1:

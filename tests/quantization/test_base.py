@@ -89,7 +89,7 @@ def test_bad_values_are_refused_with_key_and_value(cls, keys, says):
 
 
 def test_a_block_larger_than_the_layer_is_refused_by_name():
-    with pytest.raises(ConfigError, match="encoder.small"):
+    with pytest.raises(ConfigError, match=r"encoder\.small"):
         FourBit(block_size=4096).check("encoder.small", 32, 32)
 
 
@@ -98,7 +98,7 @@ def test_non_finite_weights_are_refused_by_name(value):
     linear = nn.Linear(64, 4)
     linear.weight.data[1, 2] = value
     for spec in (FourBit(), Int8Absmax(), LLMInt8()):
-        with pytest.raises(ConfigError, match="block.q_proj"):
+        with pytest.raises(ConfigError, match=r"block\.q_proj"):
             spec.convert(linear, "block.q_proj")
 
 
@@ -160,8 +160,6 @@ def test_predicted_bits_are_the_stored_bits(shape):
     [
         (FourBit(), 4.5),
         (FourBit(double_quant=True), 4.126955),
-        (FourBit(quant_type="fp4"), 4.5),
-        (FourBit(block_size=256, double_quant=True), 4.031740),
         (Int8Absmax(), 8.007812),
         (LLMInt8(), 8.007812),
     ],

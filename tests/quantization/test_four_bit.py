@@ -13,12 +13,12 @@ from loralab.quantization.four_bit import BLOCK_SIZES, FourBit
 functional = pytest.importorskip("bitsandbytes.functional")
 
 
-def reference(weight, spec):
-    """(out, in) through loralab.numerics alone."""
+def reference(weight, spec, layer=None):
+    """(out, in) through loralab.numerics alone; the second level from the bytes of ``layer``."""
     code = codebooks.table(spec.quant_type)
     codes, absmax = blockwise.quantize_blockwise(weight, code, spec.block_size)
-    if spec.double_quant:
-        absmax = blockwise.undo_double_quantize(*blockwise.double_quantize(absmax))
+    if layer is not None and layer.double_quant:
+        absmax = blockwise.undo_double_quantize(layer.absmax, layer.second_absmax, layer.offset)
     return blockwise.dequantize_blockwise(codes, absmax, code, spec.block_size).view(weight.shape)
 
 
@@ -38,8 +38,9 @@ def test_every_shape_unpacks_to_the_reference(
     spec = FourBit(quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)).to(dtype)
     layer = spec.pack(weight, None)
-    assert torch.equal(layer.dense(torch.float32), reference(weight, spec))
-    assert torch.equal(layer.dense(dtype), reference(weight, spec).to(dtype))
+    expected = reference(weight, spec, layer)
+    assert torch.equal(layer.dense(torch.float32), expected)
+    assert torch.equal(layer.dense(dtype), expected.to(dtype))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -58,14 +59,10 @@ def test_storage_is_bitsandbytes_own(double_quant):
 
 
 def faulty_kernel(packed, absmax, quant_type, block_size, shape, dtype):
-    """What bitsandbytes 0.50.2 does on CPUs with AVX-512: blocks start anew at each row."""
+    """What bitsandbytes 0.50.2 does on CPUs with AVX-512: width // block_size whole blocks to a row."""
     codes = blockwise.unpack_4bit(packed, shape[0] * shape[1]).view(shape)
-    per_row = -(-shape[1] // block_size)
-    index = (torch.arange(shape[0])[:, None] * shape[1] // block_size) + torch.arange(shape[1])[
-        None
-    ] // block_size
-    assert per_row >= 1
-    return (codebooks.table(quant_type)[codes.long()] * absmax[index.clamp(max=absmax.numel() - 1)]).to(dtype)
+    block = torch.arange(shape[0])[:, None] * (shape[1] // block_size) + torch.arange(shape[1]) // block_size
+    return (codebooks.table(quant_type)[codes.long()] * absmax[block]).to(dtype)
 
 
 def relative_error(layer, weight):
@@ -81,9 +78,7 @@ def fresh_probe():
 
 @pytest.mark.usefixtures("fresh_probe")
 @pytest.mark.parametrize(("width", "block_size"), [(96, 64), (160, 64), (384, 256), (64, 128)])
-def test_a_kernel_that_restarts_its_blocks_at_each_row_is_noticed_and_not_used(
-    monkeypatch, width, block_size
-):
+def test_a_kernel_that_counts_blocks_by_rows_is_noticed_and_not_used(monkeypatch, width, block_size):
     weight = torch.randn(64, width, generator=torch.Generator().manual_seed(0)) * torch.rand(64, 1)
     spec = FourBit(block_size=block_size)
     layer = spec.pack(weight, None)
@@ -99,7 +94,8 @@ def test_a_kernel_that_restarts_its_blocks_at_each_row_is_noticed_and_not_used(
 def test_without_the_guard_the_real_kernel_is_wrong_on_some_cpus(monkeypatch, width, block_size):
     if kernels.kernel_is_right("nf4", block_size, width, torch.float32, torch.device("cpu")):
         pytest.skip(
-            f"bitsandbytes unpacks width {width} rightly on this CPU ({torch.backends.cpu.get_cpu_capability()})"
+            f"bitsandbytes unpacks width {width} rightly on this CPU"
+            f" ({torch.backends.cpu.get_cpu_capability()})"
         )
     weight = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
     layer = FourBit(block_size=block_size).pack(weight, None)
@@ -117,6 +113,12 @@ def test_aligned_widths_use_the_kernel(monkeypatch):
     layer.dense(torch.float32)
     layer.dense(torch.float32)
     assert used.count((32, 128)) == 2
+
+
+def test_equal_statistics_survive_double_quantization():
+    """All absmax equal: nothing is left once their mean is taken off."""
+    weight = torch.full((8, 64), 0.5)
+    assert torch.equal(FourBit(double_quant=True).pack(weight, None).dense(torch.float32), weight)
 
 
 def test_the_probe_leaves_the_random_state_alone():

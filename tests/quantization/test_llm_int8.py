@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loralab.numerics import absmax
 from loralab.quantization.base import dense_weight
@@ -92,6 +93,14 @@ def test_rows_of_zeros_and_leading_dimensions():
     y = layer(x.view(2, 5, 128))
     assert y.shape == (2, 5, 48)
     torch.testing.assert_close(y.view(10, 48)[4], layer.bias)
+
+
+def test_shapes_are_known_under_fake_tensors():
+    with FakeTensorMode():
+        layer = LLMInt8().convert(nn.Linear(64, 32))
+        x = torch.randn(2, 3, 64, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.shape == (2, 3, 64)
 
 
 def test_bfloat16_in_and_out():

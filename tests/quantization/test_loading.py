@@ -3,7 +3,6 @@ after it.
 """
 
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -133,8 +132,12 @@ def test_the_callers_config_is_left_alone(saved):
     assert getattr(config, "quantization_config", None) is None
 
 
-def test_loading_needs_no_accelerate():
-    assert importlib.util.find_spec("accelerate") is None, "this environment cannot show it"
+def test_loading_needs_no_accelerate(saved, monkeypatch):
+    folder, _, auto = saved["llama"]
+    for place in ("transformers.modeling_utils", "transformers.utils"):
+        monkeypatch.setattr(f"{place}.is_accelerate_available", lambda *_: False)
+    loaded = auto.from_pretrained(folder, quantization_config=quantization_config(FourBit()))
+    assert measure(loaded).quantized_parameters > 0
 
 
 def test_weights_are_packed_in_the_load_dtype(saved):

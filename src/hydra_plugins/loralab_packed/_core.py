@@ -80,18 +80,24 @@ def axes(configs: list[DictConfig]) -> dict[str, list[str]]:
 
 
 def status_of(folder: Path) -> str:
-    """The status in the folder's record, or running where it has none yet."""
+    """The status in the folder's record, or pending where it has none yet."""
     try:
         return str(record.read(folder)["status"])
     except Exception:
         return "pending"
 
 
-def _entry(folder: Path, config: DictConfig) -> dict[str, str]:
+def _entry(folder: Path, config: DictConfig) -> dict[str, Any]:
     original = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
     try:
         subdir = str(OmegaConf.select(config, "hydra.sweep.subdir"))
     finally:
         HydraConfig.instance().cfg = original
-    return {"trial": trial_id(config), "folder": subdir, "status": status_of(folder / subdir)}
+    return {
+        "trial": trial_id(config),
+        "folder": subdir,
+        "status": status_of(folder / subdir),
+        "overrides": list(config.hydra.overrides.task),
+        "choices": {k: v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra/")},
+    }

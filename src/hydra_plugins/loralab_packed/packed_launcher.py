@@ -17,7 +17,9 @@ class PackedLauncherConf:
     _target_: str = "hydra_plugins.loralab_packed.packed_launcher.PackedLauncher"
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="loralab")
+ConfigStore.instance().store(
+    group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="loralab"
+)
 
 
 class PackedLauncher(Launcher):

@@ -46,7 +46,9 @@ class Adapter(nn.Module):
     def add(self, name: str, delta: nn.Module) -> None:
         """Lets ``delta`` change what layer ``name`` of the base gives."""
         key = name.replace(".", "/")
-        self.deltas[key] = nn.ModuleList([*self.deltas[key], delta]) if key in self.deltas else nn.ModuleList([delta])
+        self.deltas[key] = (
+            nn.ModuleList([*self.deltas[key], delta]) if key in self.deltas else nn.ModuleList([delta])
+        )
         self._sites.hold(self._model[0], name, self, delta)
 
     def save_module(self, name: str, module: nn.Module) -> None:
@@ -127,7 +129,15 @@ def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None
 def new_heads(model: nn.Module) -> list[str]:
     """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``)."""
     fresh: set[str] = getattr(model, "loralab_new_parameters", set())
-    return [name for name, _ in model.named_children() if any(key.startswith(f"{name}.") for key in fresh)]
+    base = getattr(model, "base_model", model)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        name
+        for name, child in model.named_children()
+        if base is not model
+        and child not in (base, output)
+        and any(key.startswith(f"{name}.") for key in fresh)
+    ]
 
 
 def _draw_again(model: nn.Module, module: nn.Module, seed: int, name: str) -> None:

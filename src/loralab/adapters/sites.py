@@ -121,5 +121,3 @@ def keyed_dropout(x: Tensor, p: float, key: int | None) -> Tensor:
     generator = torch.Generator(device=x.device).manual_seed(key)
     keep = torch.empty_like(x).bernoulli_(1.0 - p, generator=generator)
     return x * keep.div_(1.0 - p)
-
-

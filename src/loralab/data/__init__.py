@@ -1,1 +1,1 @@
-"""Data sets: a spec each (docstrings, python_source, files, hub), prompt masking, collation and the order of samples."""
+"""Data sets (docstrings, python_source, files, hub), prompt masking, collation, the order of samples."""

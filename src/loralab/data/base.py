@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example: a prompt and its continuation, a text and its label, or (language modelling) a document."""
+    """One example: a prompt and its continuation, a text and its label, or a document."""
 
     prompt: str  # pairs: the source text; labels: the text; text: ""
     target: str = ""  # pairs: the continuation; labels: the label's name; text: the document
@@ -32,7 +32,9 @@ class Splits:
     fingerprint: str  # 16 hex digits of the sha256 over all rows
     kind: str = "pairs"  # pairs, text, labels
     skipped: int = 0  # bad rows left out by on_bad_row=skip
-    bytes: dict[str, int] = field(default_factory=dict)  # UTF-8 bytes of the targets, by split: for bits per byte
+    bytes: dict[str, int] = field(
+        default_factory=dict
+    )  # UTF-8 bytes of the targets, by split: for bits per byte
 
     def __getitem__(self, split: str) -> list[Row]:
         rows: list[Row] = getattr(self, split)

@@ -14,9 +14,9 @@ from loralab.errors import DataError
 def collate(
     examples: Sequence[Example], task: str, pad_token_id: int, pad_to: int | None = None
 ) -> dict[str, Tensor]:
-    """Right-padded batch: input_ids, attention_mask (B, T) int64; labels (B, T) with -100 on padding, (B,) for classes.
+    """Right-padded batch of int64: input_ids, attention_mask (B, T); labels (B, T), -100 on padding, or (B,).
 
-    ``pad_to`` sets T (seq2seq: of source and target alike) where batches must agree in length; longer rows keep theirs.
+    ``pad_to`` sets T (seq2seq: of source and target alike) where batches must agree; longer rows keep theirs.
     """
     inputs = _pad([example.input_ids for example in examples], pad_token_id, pad_to)
     mask = _pad([[1] * len(example.input_ids) for example in examples], 0, pad_to)
@@ -36,10 +36,10 @@ def _pad(rows: Sequence[Sequence[int]], value: int, pad_to: int | None) -> Tenso
 
 
 class Stream:
-    """Sample order without state: epoch e is a permutation of range(n) drawn from (seed, e), epochs follow one another.
+    """Sample order without state: epoch e is a permutation of range(n) drawn from (seed, e).
 
-    ``position`` counts consumed samples and is all that a checkpoint needs: a stream restarted there continues
-    bit for bit, also across the boundary of an epoch.
+    ``position`` counts consumed samples and is all that a checkpoint needs: a stream restarted there
+    continues bit for bit, also across the boundary of an epoch.
     """
 
     def __init__(self, n: int, seed: int, position: int = 0) -> None:
@@ -68,6 +68,6 @@ class Stream:
 
 
 def permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of range(n). Raw Philox words, sorted: numpy keeps those stable for ever (NEP 19), not its shuffles."""
+    """A permutation of range(n) by sorting raw Philox words, which numpy keeps stable (NEP 19)."""
     words = np.random.Philox(key=[seed % 2**64, epoch]).random_raw(n)
     return np.argsort(words, kind="stable").astype(np.int64)

@@ -1,7 +1,8 @@
 """The docstring task: a function of the standard library without its docstring -> the docstring's first line.
 
-Mined from the running interpreter, so nothing is downloaded; what comes out depends on the Python version, and the
-fingerprint says which rows they were. ``python -m loralab.data.docstrings`` rebuilds the shipped hashes.
+Mined from the running interpreter, so nothing is downloaded; the rows depend on the Python version,
+and the fingerprint says which rows they were. ``python -m loralab.data.docstrings`` rebuilds the hashes of
+training functions that ship with the package.
 """
 
 import gzip
@@ -42,9 +43,9 @@ class Docstrings(DataSpec):
         held_out = len(rows["validation"]) + len(rows["test"])
         if held_out < FEWEST_HELD_OUT or not rows["train"]:
             raise DataError(
-                f"data=docstrings: the standard library in {root} yields {len(rows['train'])} training and {held_out} "
-                f"held-out docstrings; at least {FEWEST_HELD_OUT} held-out ones are needed. This Python seems to be "
-                "installed without its sources: use a full Python, or data=files"
+                f"data=docstrings: the standard library in {root} yields {len(rows['train'])} training and "
+                f"{held_out} held-out docstrings; at least {FEWEST_HELD_OUT} held-out ones are needed. "
+                "This Python seems to be installed without its sources: use a full Python, or data=files"
             )
         return make_splits("docstrings", rows, limit=self.limit)
 
@@ -52,37 +53,40 @@ class Docstrings(DataSpec):
 def mine(root: Path) -> Mined:
     """Pairs by split, in an order fixed by hash (so ``limit`` takes a fair part), each function once.
 
-    A held-out function that is also a training function, here or in the Python that the shipped base was trained
-    with, is dropped.
+    A held-out function that is also a training function, here or in the Python that the shipped base was
+    trained with, is dropped.
     """
     found: Mined = {split: [] for split in SPLITS}
     keys = {split: set[bytes]() for split in SPLITS}
     seen = {split: set[bytes]() for split in SPLITS}
-    pending: list[tuple[str, bytes, Row]] = []
+    pending: list[tuple[str, mining.Function, Row]] = []
     for path in mining.python_files(root):
         relative = path.relative_to(root).as_posix()
         split = mining.split_of(relative)
         for function in mining.functions(mining.read_source(path) or ""):
             keys[split].add(function.key)
             if summary := first_line(function):
-                where = f"{relative}:{function.line}"
-                row = Row(function.code + OPENER, summary + CLOSER, where=where)
-                pending.append((split, function.key, row))
+                keys[split].add(function.answer_key)
+                row = Row(function.code + OPENER, summary + CLOSER, where=f"{relative}:{function.line}")
+                pending.append((split, function, row))
     forbidden = {
         "train": set[bytes](),
         "validation": keys["train"] | training_keys(),
         "test": keys["train"] | keys["validation"] | training_keys(),
     }
-    for split, key, row in pending:
-        if key not in forbidden[split] and key not in seen[split]:
-            seen[split].add(key)
-            found[split].append(row)
+    for split, function, row in pending:
+        if function.key in seen[split] or not forbidden[split].isdisjoint(
+            (function.key, function.answer_key)
+        ):
+            continue
+        seen[split].add(function.key)
+        found[split].append(row)
     return {split: sorted(rows, key=lambda row: hash_order(row.where)) for split, rows in found.items()}
 
 
 def first_line(function: mining.Function) -> str | None:
     """The docstring's first line where the pair is a fair question, else None."""
-    summary = function.docstring.split("\n", 1)[0].strip()
+    summary = function.summary
     words = len(summary.split())
     fits = 3 <= words <= 25 and len(summary) <= 160 and 40 <= len(function.code) <= 1600
     if not fits or function.statements < 1 or not summary.isascii() or CLOSER in summary:
@@ -124,7 +128,10 @@ def cache_path(root: Path) -> Path:
 def _read_cache(path: Path) -> Mined | None:
     try:
         stored = json.loads(gzip.decompress(path.read_bytes()))
-        return {split: [Row(prompt, target, where=where) for prompt, target, where in stored[split]] for split in SPLITS}
+        return {
+            split: [Row(prompt, target, where=where) for prompt, target, where in stored[split]]
+            for split in SPLITS
+        }
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
         return None
 
@@ -142,11 +149,13 @@ def _write_cache(path: Path, rows: Mined) -> None:
 
 def write_training_keys(root: Path, path: Path = TRAINING_KEYS) -> int:
     """(Re)build the shipped hashes from the training files below ``root``; returns how many there are."""
-    keys = set()
+    keys = set[bytes]()
     for source in mining.python_files(root):
         if mining.split_of(source.relative_to(root).as_posix()) == "train":
             found = mining.functions(mining.read_source(source) or "")
-            keys |= {function.key for function in found if len(function.code) >= 40}
+            for function in found:
+                keys |= {function.key} if len(function.code) >= 40 else set()
+                keys |= {function.answer_key} if first_line(function) else set()
     path.write_bytes(b"".join(sorted(keys)))
     return len(keys)
 

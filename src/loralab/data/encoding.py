@@ -1,6 +1,6 @@
-"""Tokenization with the prompt masked: the boundary between prompt and target is exact, because each is tokenized alone."""
+"""Tokenization with the prompt masked: prompt and target are tokenized alone, so their boundary is exact."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -25,7 +25,7 @@ class Example:
     """One row in token ids.
 
     causal_lm: ``labels`` aligned with ``input_ids``, -100 on the prompt; seq2seq_lm: source and target;
-    sequence_classification: ``labels`` is [class index]. ``target_tokens`` counts the labels that enter the loss.
+    sequence_classification: ``labels`` is [class index]. ``target_tokens`` counts what enters the loss.
     """
 
     input_ids: list[int]
@@ -51,10 +51,10 @@ class Encoded:
 
 
 class Blocks(Sequence[Example]):
-    """Language modelling: one long stream of tokens, cut in consecutive blocks of ``length``, every token a target.
+    """Language modelling: a long stream of tokens in consecutive blocks of ``length``, all of them targets.
 
-    The last token of a block is the first of the next: a causal model predicts nothing at a block's first position,
-    so each token of the stream but its very first is predicted exactly once.
+    The last token of a block is the first of the next: nothing predicts a block's first token, so each token
+    of the stream but its very first is predicted exactly once.
     """
 
     def __init__(self, stream: NDArray[np.int32], length: int) -> None:
@@ -85,7 +85,10 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int) -> Encode
     """
     valid = KINDS_BY_TASK[task]
     if splits.kind not in valid:
-        need = {"sequence_classification": "data.text and data.label", "seq2seq_lm": "data.prompt and data.target"}
+        need = {
+            "sequence_classification": "data.text and data.label",
+            "seq2seq_lm": "data.prompt and data.target",
+        }
         raise ConfigError(
             f"model.task={task} needs {need[task]}, but data {splits.name} holds "
             f"{'plain text' if splits.kind == 'text' else 'prompts and targets'}"
@@ -117,8 +120,8 @@ class Encoder:
         self.eos = tokenizer.eos_token_id
         if self.eos is None and task != "sequence_classification":
             raise ConfigError(
-                f"model.tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__} has no end-of-sequence token, "
-                f"which model.task={task} needs to learn where a target ends"
+                f"model.tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__} has no "
+                f"end-of-sequence token, which model.task={task} needs to learn where a target ends"
             )
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
@@ -143,7 +146,7 @@ class Encoder:
         return Example(ids, labels, counted, len(head) + len(target) > len(ids) or len(kept) < len(prompt))
 
     def seq2seq(self, prompt: list[int], target: list[int]) -> Example:
-        """Encoder and decoder side, each with the special tokens of its tokenizer and each at most max_length long."""
+        """Source and target, each with its special tokens, each at most max_length long."""
         room = max(0, self.max_length - len(self.prefix) - len(self.suffix))
         end = self.suffix or [self.eos]
         wanted = self.prefix + target
@@ -159,22 +162,20 @@ class Encoder:
         cut = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         room = self.max_length - len(self.prefix) - len(self.suffix)
         full = [len(ids) > room for ids in self.plain(texts)]
-        return [
-            Example(ids, [_label(row)], 1, long) for ids, row, long in zip(cut, rows, full, strict=True)
-        ]
+        return [Example(ids, [_label(row)], 1, long) for ids, row, long in zip(cut, rows, full, strict=True)]
 
     def blocks(self, rows: Sequence[Row]) -> Blocks:
-        """Documents joined by eos (one before the first, so that its first token is predicted too), then cut."""
+        """Documents joined by eos (one before the first: its first token is predicted too), then cut."""
         parts = [np.array([self.eos], np.int32)]
         for start in range(0, len(rows), DOCUMENTS_PER_CALL):
             documents = [row.target for row in rows[start : start + DOCUMENTS_PER_CALL]]
             # a document that quotes "</s>" does not end there
-            for ids in self.plain(documents, split_special_tokens=True):
-                parts.append(np.array([*ids, self.eos], np.int32))
+            ids = self.plain(documents, split_special_tokens=True)
+            parts += [np.array([*document, self.eos], np.int32) for document in ids]
         return Blocks(np.concatenate(parts) if rows else np.empty(0, np.int32), self.max_length)
 
     def plain(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
-        """Token ids without special tokens, no truncation. (SentencePiece marks each text's first word with a space.)"""
+        """Token ids, nothing cut, no special tokens (SentencePiece still marks the first word by a space)."""
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -185,7 +186,7 @@ class Encoder:
 
 
 def special_affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text: Llama ([bos], []), T5 ([], [eos]), BERT ([cls], [sep])."""
+    """What a tokenizer puts around a text: Llama ([bos], []), T5 ([], [eos]), BERT ([cls], [sep])."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -208,7 +209,12 @@ def _statistics(examples: Sequence[Example]) -> dict[str, int]:
     if isinstance(examples, Blocks):
         total = len(examples.stream)
         longest = min(total, examples.length)
-        return {"rows": len(examples), "tokens": total, "target_tokens": max(0, total - 1), "longest": longest}
+        return {
+            "rows": len(examples),
+            "tokens": total,
+            "target_tokens": max(0, total - 1),
+            "longest": longest,
+        }
     lengths = [len(example.input_ids) for example in examples]
     return {
         "rows": len(examples),
@@ -216,8 +222,3 @@ def _statistics(examples: Sequence[Example]) -> dict[str, int]:
         "target_tokens": sum(example.target_tokens for example in examples),
         "longest": max(lengths, default=0),
     }
-
-
-def lengths(examples: Sequence[Example]) -> Iterator[int]:
-    """Tokens of each example."""
-    return (len(example.input_ids) for example in examples)

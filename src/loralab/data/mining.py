@@ -1,4 +1,4 @@
-"""Functions and their docstrings out of Python source, the split of the standard library by file, and copies of functions."""
+"""Functions and docstrings out of Python source, the split by file, and how a copy of a function is known."""
 
 import ast
 import hashlib
@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SKIPPED_FOLDERS = frozenset(
-    "test tests testing idle_test _tests site-packages dist-packages __pycache__ lib-dynload pydoc_data encodings".split()
-)
+TESTS = frozenset({"test", "tests", "testing", "idle_test", "_tests"})
+NOT_SOURCE = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
+TABLES = frozenset({"pydoc_data", "encodings"})
+SKIPPED_FOLDERS = TESTS | NOT_SOURCE | TABLES
 COMMENTS_AND_SPACE = re.compile(r"#[^\n]*|\s+")
 
 
@@ -28,7 +29,17 @@ class Function:
 
     @property
     def key(self) -> bytes:
+        """What the function does: equal for copies, however documented."""
         return function_key(self.code)
+
+    @property
+    def summary(self) -> str:
+        return self.docstring.split("\n", 1)[0].strip()
+
+    @property
+    def answer_key(self) -> bytes:
+        """Name and summary: equal for edited copies, whose docstring would give the held-out one away."""
+        return function_key(f"{self.name}:{self.summary}")
 
 
 def stdlib_root() -> Path:
@@ -103,5 +114,5 @@ def _indent(line: str, width: int) -> int:
 
 
 def function_key(code: str) -> bytes:
-    """8 bytes of sha256 over the code without comments and white space: equal for copies that were only reformatted."""
+    """8 bytes of sha256 over the code without comments and space: the same for reformatted copies."""
     return hashlib.sha256(COMMENTS_AND_SPACE.sub("", code).encode()).digest()[:8]

@@ -26,15 +26,18 @@ GENERATED_NAMES = re.compile(r"(_pb2|_pb2_grpc|parsetab|lextab|conftest|_tests?)
 
 @dataclass(frozen=True)
 class PythonSource(DataSpec):
-    """Each file is a document. Files whose docstrings are held out (data=docstrings) and copies of their functions
-    anywhere are never in the training split; they are the validation and test splits.
+    """Each file is a document. The files that data=docstrings holds out are the validation and test splits;
+    no file that holds a copy of one of their functions is in the training split.
 
-    The training files are whole, docstrings in place, so a base trained on them has seen the answers of the docstring
-    task's training split (never of its held-out splits). ``strip_docstrings`` is the share of functions (0 to 1, chosen
-    by hash) whose docstring is cut out of the training text, to leave a fine-tune more to learn.
+    The training files are whole, docstrings in place, so a base trained on them has seen the answers of the
+    docstring task's training split (never of its held-out splits). ``strip_docstrings`` is the share of
+    functions (0 to 1, chosen by hash) whose docstring is cut out of the training text, to leave a fine-tune
+    more to learn.
     """
 
-    packages: list[str] = field(default_factory=list)  # top-level names in site-packages; empty: all; [none]: no package
+    packages: list[str] = field(
+        default_factory=list
+    )  # top-level names in site-packages; empty: all; [none]: no package
     max_megabytes: float | None = None  # of training text, 1e6 bytes; the first files in hash order
     strip_docstrings: float = 0.0
 
@@ -43,7 +46,9 @@ class PythonSource(DataSpec):
         if not 0 <= self.strip_docstrings <= 1:
             raise ConfigError(f"data.strip_docstrings is a share from 0 to 1, got {self.strip_docstrings}")
         if self.max_megabytes is not None and self.max_megabytes <= 0:
-            raise ConfigError(f"data.max_megabytes must be positive (null: no bound), got {self.max_megabytes}")
+            raise ConfigError(
+                f"data.max_megabytes must be positive (null: no bound), got {self.max_megabytes}"
+            )
 
     def splits(self) -> Splits:
         root = mining.stdlib_root()
@@ -53,7 +58,9 @@ class PythonSource(DataSpec):
             if text := usable_text(path):
                 documents[mining.split_of(relative)].append(Row("", text, where=relative))
         if not all(documents.values()):
-            raise DataError(f"data=python_source: the standard library in {root} is installed without its sources")
+            raise DataError(
+                f"data=python_source: the standard library in {root} is installed without its sources"
+            )
         held_out = HeldOut(documents["validation"] + documents["test"])
         documents["train"] = self.training(documents["train"], held_out)
         for rows in documents.values():
@@ -62,7 +69,7 @@ class PythonSource(DataSpec):
         return make_splits("python_source", documents, kind="text", limit=self.limit)
 
     def training(self, stdlib: list[Row], held_out: "HeldOut") -> list[Row]:
-        """The standard library's training files and the packages', each text once, copies of held-out code left out."""
+        """Training files of the standard library and packages, each once, no copies of held-out code."""
         seen: set[str] = set()
         kept: list[Row] = []
         copies = 0
@@ -79,11 +86,17 @@ class PythonSource(DataSpec):
 
     def package_files(self) -> Iterator[Row]:
         """Source files of the installed packages, sorted by path."""
-        for site in sorted({sysconfig.get_paths()[key] for key in ("purelib", "platlib")}):
-            root = Path(site)
-            names = {path.name for path in root.iterdir()} if root.is_dir() else set()
-            if unknown := set(self.packages) - names - {f"{name}"[:-3] for name in names if name.endswith(".py")} - {"none"}:
-                raise ConfigError(f"data.packages: {', '.join(sorted(unknown))} not found in {root}")
+        roots = [
+            Path(site) for site in sorted({sysconfig.get_paths()[key] for key in ("purelib", "platlib")})
+        ]
+        installed = {
+            path.name.removesuffix(".py") for root in roots if root.is_dir() for path in root.iterdir()
+        }
+        if unknown := sorted(set(self.packages) - installed - {"none"}):
+            raise ConfigError(
+                f"data.packages: {', '.join(unknown)} not installed in {', '.join(map(str, roots))}"
+            )
+        for root in roots:
             for path in mining.python_files(root):
                 relative = path.relative_to(root)
                 top = relative.parts[0].removesuffix(".py")
@@ -96,7 +109,9 @@ class PythonSource(DataSpec):
         left = float("inf") if self.max_megabytes is None else self.max_megabytes * 1e6
         kept = []
         for row in rows:
-            text = without_docstrings(row.target, self.strip_docstrings) if self.strip_docstrings else row.target
+            text = (
+                without_docstrings(row.target, self.strip_docstrings) if self.strip_docstrings else row.target
+            )
             left -= len(text.encode())
             if left < 0:
                 break
@@ -105,34 +120,34 @@ class PythonSource(DataSpec):
 
 
 class HeldOut:
-    """Recognizes a text that holds a copy of a held-out function: reformatted or with another docstring, it is still one."""
+    """Knows a copy of a held-out function, also reformatted, redocumented, or edited under its docstring."""
 
     def __init__(self, documents: list[Row]) -> None:
         self.keys: set[bytes] = set()
         self.needles: set[str] = set()
         for document in documents:
             for function in mining.functions(document.target):
-                if first_line(function) or len(function.code) >= COPY_LENGTH:
+                if summary := first_line(function):
+                    self.keys.add(function.answer_key)
+                    self.needles.add(_bare(summary))
+                if summary or len(function.code) >= COPY_LENGTH:
                     self.keys.add(function.key)
-                    self.needles.add(_needle(function.code))
+                    self.needles.add(max(map(_bare, function.code.split("\n")), key=len))
 
     def copied_in(self, text: str) -> bool:
-        """Parses only a text that shares a function's longest line with the held-out files."""
+        """Parses only a text that has a function's longest line, or its summary, from the held-out files."""
         if self.needles.isdisjoint(_bare(line) for line in text.split("\n")):
             return False
-        return any(function.key in self.keys for function in mining.functions(text))
-
-
-def _needle(code: str) -> str:
-    return max((_bare(line) for line in code.split("\n")), key=len)
+        return any(not self.keys.isdisjoint((each.key, each.answer_key)) for each in mining.functions(text))
 
 
 def _bare(line: str) -> str:
-    return mining.COMMENTS_AND_SPACE.sub("", line)
+    """The line without comments, space and outer quotes."""
+    return mining.COMMENTS_AND_SPACE.sub("", line).strip("'\"r")
 
 
 def usable_text(path: Path) -> str | None:
-    """The file's text, or None for what teaches no code: tables, generated files, tests, other scripts, huge files."""
+    """The file's text, or None for what teaches no code: tables, generated or huge files, other scripts."""
     if GENERATED_NAMES.search(path.name) or path.stat().st_size > 4 * LARGEST_FILE:
         return None
     text = mining.read_source(path)
@@ -149,7 +164,7 @@ def usable_text(path: Path) -> str | None:
 
 
 def without_docstrings(text: str, share: float) -> str:
-    """The text less the docstrings of a ``share`` of its functions; a function is chosen by the hash of its code."""
+    """The text less the docstrings of a ``share`` of its functions, chosen by the hash of their code."""
     cut: set[int] = set()
     for function in mining.functions(text):
         first, last = function.docstring_lines

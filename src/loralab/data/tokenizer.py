@@ -13,10 +13,12 @@ log = logging.getLogger(__name__)
 
 END, PAD = "</s>", "<pad>"
 
-# A line break keeps the indentation that follows it; a word keeps the one space before it; digits come in threes.
+# A line break keeps the indentation that follows it, a word the one space, dot or underscore before it;
+# digits come in threes. A line break never joins the punctuation before it: the quotes that close a
+# docstring are then the same token in the middle of a file and at the end of a target.
 SPLIT = (
     r"(?:\r?\n)+[ \t]*"
-    r"| ?\p{L}+"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
     r"| ?\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+"
     r"|[ \t]+(?!\S)|\s+"
@@ -63,8 +65,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--max-megabytes", type=float, default=40.0, help="of training text, 1e6 bytes")
+    parser.add_argument(
+        "--packages", nargs="*", default=[], help="as data.packages: none for the standard library alone"
+    )
     arguments = parser.parse_args()
-    splits = PythonSource(max_megabytes=arguments.max_megabytes).splits()
+    splits = PythonSource(packages=arguments.packages, max_megabytes=arguments.max_megabytes).splits()
     tokenizer = train_tokenizer((row.target for row in splits.train), arguments.vocab_size)
     tokenizer.save_pretrained(arguments.out)
     for name in ("validation", "test"):

@@ -25,7 +25,9 @@ def save_adapter(adapter: Adapter, model: nn.Module, folder: Path, task: str, ba
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(adapter.spec, LoRA):
-            state = {key: value.detach().cpu().contiguous() for key, value in lora_state(adapter, model).items()}
+            state = {
+                key: value.detach().cpu().contiguous() for key, value in lora_state(adapter, model).items()
+            }
             save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
             config = lora_config(adapter, adapter.spec, model, task, base_name)
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -73,7 +75,9 @@ def lora_config(adapter: Adapter, spec: LoRA, model: nn.Module, task: str, base_
         "bias": "none" if spec.bias == "none" else "all",
         "modules_to_save": [name for name, _ in adapter.saved_modules()] or None,
         "rank_pattern": {name: spec.rank(name) for name in names if spec.rank(name) != spec.r},
-        "alpha_pattern": {name: _alpha(spec, name) for name in names if _alpha(spec, name) != spec.lora_alpha},
+        "alpha_pattern": {
+            name: _alpha(spec, name) for name in names if _alpha(spec, name) != spec.lora_alpha
+        },
         "inference_mode": True,
     }
 

@@ -1,3 +1,1 @@
-"""Quantization as formulas: plain torch, no kernels, short enough to teach from. The reference the tests
-hold kernels to.
-"""
+"""Quantization as formulas, in plain torch: the reference that the tests hold kernels to."""

@@ -1,12 +1,12 @@
 """Symmetric int8 by the absolute maximum: one scale per tensor, per row, or per block of consecutive weights.
 
-    absmax_g = max |w_i| over the group g          codes_i = round(w_i * 127 / absmax_g)          w_i ~
-    codes_i * absmax_g / 127
+    absmax_g = max |w_i| over the group g
+    codes_i = round(w_i * 127 / absmax_g)
+    w_i ~ codes_i * absmax_g / 127
 
 LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), section 2.1 for tensors, 3.1 ("vector-wise") for rows.
 Per row, codes and absmax equal bitsandbytes' ``int8_vectorwise_quant`` at threshold 0 bit for bit (tested on
-CPU);
-groups of zeros, where that kernel divides by zero, get the code 0 here.
+CPU); groups of zeros, where that kernel divides by zero, get the code 0 here.
 """
 
 import torch
@@ -17,9 +17,7 @@ TINY = 1e-36  # below this, 127 / absmax is no longer a finite float32
 
 
 def groups(matrix: Tensor, granularity: str, block_size: int) -> Tensor:
-    """(out, in) -> (groups, group size). Blocks run through the rows one after another; the last one is
-    zero-padded.
-    """
+    """(out, in) -> (groups, group size). Blocks run on from row to row; the last one is zero-padded."""
     if granularity == "tensor":
         return matrix.reshape(1, -1)
     if granularity == "row":

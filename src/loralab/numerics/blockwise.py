@@ -1,10 +1,11 @@
-"""Block-wise quantization against a code book, packing of 4-bit codes, and double quantization of the
-statistics.
+"""Block-wise quantization by a code book, packing of 4-bit codes, double quantization of the statistics.
 
     absmax_b = max |w_i| over block b (block_size consecutive weights, row after row)
-    codes_i = index of the code book value nearest to w_i / absmax_b          w_i ~ code[codes_i] * absmax_b
+    codes_i = index of the code book value nearest to w_i / absmax_b
+    w_i ~ code[codes_i] * absmax_b
 
-QLoRA (arXiv 2305.14314) section 3; the bytes are bitsandbytes' own (tested bit for bit on CPU).
+QLoRA (arXiv 2305.14314) section 3. The bytes are bitsandbytes' own, but that its 8-bit CPU kernel looks the
+nearest code up in a table and may miss it by 2^-15 of absmax.
 """
 
 import torch
@@ -17,9 +18,7 @@ SMALLEST = 1e-38  # keeps the reciprocal of an all-zero block finite
 
 
 def quantize_blockwise(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """weight, n elements of any shape; code (k,) -> codes (n,) uint8, absmax (ceil(n / block_size),)
-    float32.
-    """
+    """weight, n elements; code (k,) -> codes (n,) uint8, absmax (ceil(n / block_size),) float32."""
     flat = weight.reshape(-1).float()
     full = flat.numel() - flat.numel() % block_size
     blocks, rest = flat[:full].view(-1, block_size), flat[full:]
@@ -46,8 +45,8 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, block_size
 
 
 def pack_4bit(codes: Tensor) -> Tensor:
-    """codes (n,) uint8 below 16 -> (ceil(n / 2), 1) uint8: the first of each pair in the high half, 0 pads
-    an odd end.
+    """codes (n,) below 16 -> (ceil(n / 2), 1) uint8, the first of each pair in the high half, 0 at an odd
+    end.
     """
     even = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
     return (even[::2] << 4 | even[1::2])[:, None]
@@ -62,9 +61,8 @@ def unpack_4bit(packed: Tensor, n: int) -> Tensor:
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """absmax (b,) -> codes (b,) uint8, second absmax (ceil(b / 256),) float32, offset () float32.
 
-    The mean is taken off first, because absmax is positive and the map is symmetric. 32 / block_size bits
-    per weight
-    become 8 / block_size + 32 / (256 block_size): 0.5 -> 0.127 at block size 64.
+    The mean is taken off first, because absmax is positive and the map is symmetric. 32 / block_size bits per
+    weight become 8 / block_size + 32 / (256 block_size): 0.5 -> 0.127 at block size 64.
     """
     offset = absmax.mean()
     codes, second = quantize_blockwise(absmax - offset, dynamic_map(absmax.device), STATISTICS_BLOCK)

@@ -1,28 +1,21 @@
-"""The values that 4-bit and 8-bit codes stand for. A code is an index into one of these tables; all lie in
-[-1, 1].
-"""
+"""The values in [-1, 1] that 4-bit and 8-bit codes stand for: a code is an index into one of these tables."""
 
-from functools import cache
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-# ((1 - 1/30) + (1 - 1/32)) / 2, rounded as in bitsandbytes' create_normal_map: keeps the outer quantiles finite.
+# ((1 - 1/30) + (1 - 1/32)) / 2 as rounded in bitsandbytes: keeps the outermost quantiles finite.
 NF4_OFFSET = 0.9677083
 
-_tables: dict[tuple[str, torch.device], Tensor] = {}
 
-
-@cache
 def nf4_values() -> tuple[float, ...]:
     """NormalFloat4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, appendix E): 16 ascending values.
 
     Quantiles of N(0, 1) on an even grid of probabilities, 8 positive, 7 negative and an exact zero, divided
-    by the
-    largest. The grid is float32, as in the code that made the published table: with float64 the last digits
-    differ.
-    (Equation 4 of the paper, taken literally, gives infinite ends and another, symmetric table.)
+    by the largest. The grid is float32, as in the code that made the published table: with float64 the last
+    digits differ. (Equation 4 of the paper, taken literally, gives infinite ends and another, symmetric
+    table.)
     """
     quantile = NormalDist().inv_cdf
     positive = [quantile(p) for p in torch.linspace(NF4_OFFSET, 0.5, 9)[:-1].tolist()]
@@ -31,7 +24,6 @@ def nf4_values() -> tuple[float, ...]:
     return tuple((values / values.max()).tolist())
 
 
-@cache
 def fp4_values() -> tuple[float, ...]:
     """bitsandbytes' FP4 in code order: sign, 2 exponent bits, 1 mantissa bit, divided by 12.
 
@@ -41,14 +33,12 @@ def fp4_values() -> tuple[float, ...]:
     return tuple((torch.cat([magnitudes, -magnitudes]) / 12.0).tolist())
 
 
-@cache
 def dynamic_values() -> tuple[float, ...]:
     """Signed dynamic 8-bit map (Dettmers 2016, arXiv 1511.04561): 256 ascending values.
 
     Seven decades, 10^-6 to 1; decade i holds 2^i evenly spaced means of [0.1, 1] times its power of ten, in
-    both signs,
-    plus 0 and 1. Precise near 1 and wide in range, so it suits absmax values, which double quantization
-    stores in it.
+    both signs, plus 0 and 1. Precise near 1 and wide in range, so it suits absmax values, which double
+    quantization stores in it.
     """
     data = [0.0, 1.0]
     for i in range(7):
@@ -59,21 +49,19 @@ def dynamic_values() -> tuple[float, ...]:
     return tuple(torch.tensor(sorted(data), dtype=torch.float32).tolist())
 
 
-_VALUES = {"nf4": nf4_values, "fp4": fp4_values, "dynamic": dynamic_values}
+_VALUES = {"nf4": nf4_values(), "fp4": fp4_values(), "dynamic": dynamic_values()}
+_tables: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def table(name: str, device: torch.device | str = "cpu") -> Tensor:
-    """The code book ``name`` (nf4, fp4: 16; dynamic: 256 float32 values) on ``device``, one tensor per
-    process.
-    """
+    """Code book ``name`` on ``device``: nf4, fp4 (16,), dynamic (256,) float32. One tensor per process."""
     key = (name, torch.device(device))
-    if key in _tables:
-        return _tables[key]
-    with torch.inference_mode(False):
-        values = torch.tensor(_VALUES[name](), dtype=torch.float32, device=device)
-    if type(values) is Tensor:  # under fake tensors the table is fake too and must not outlive them
-        _tables[key] = values
-    return values
+    if type(torch.empty(0)) is not Tensor:  # under fake tensors it would be fake, and must not outlive them
+        return torch.tensor(_VALUES[name], dtype=torch.float32, device=device)
+    if key not in _tables:
+        with torch.inference_mode(False):
+            _tables[key] = torch.tensor(_VALUES[name], dtype=torch.float32, device=device)
+    return _tables[key]
 
 
 def nf4(device: torch.device | str = "cpu") -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from loralab.errors import ConfigError, nearest
@@ -25,9 +26,7 @@ def choose(key: str, value: object, valid: Iterable[object]) -> None:
 
 @dataclass(frozen=True)
 class Quantizer(ABC):
-    """One verb, ``convert``: a dense layer in, a frozen one out. Field for field a yaml of
-    conf/quantization.
-    """
+    """One verb, ``convert``: a dense layer in, a frozen one out. The fields are the keys of the yamls."""
 
     skip_modules: list[str] = field(default_factory=list)  # stay dense: exact name, last part of it, or regex
     compute_dtype: str = "auto"  # auto: the dtype of the layer's input
@@ -56,9 +55,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def storage_bits(self, out_features: int, in_features: int) -> int:
-        """Bits of the packed weight and its statistics, known before there is a weight. Code tables are not
-        counted.
-        """
+        """Bits of the packed weight and its statistics, code tables not counted; needs no weight."""
 
     @abstractmethod
     def pack(self, weight: Tensor, bias: nn.Parameter | None) -> FrozenLinear:
@@ -68,17 +65,14 @@ class Quantizer(ABC):
         """Raise ConfigError where this scheme does not fit a layer of that shape."""
 
     def convert(self, linear: nn.Module, name: str = "the layer") -> nn.Module:
-        """A frozen layer from an nn.Linear or Conv1D with a real weight; its bias is the same object.
-        ``name`` is for errors.
-        """
+        """nn.Linear or Conv1D -> frozen layer that owns the same bias object; errors speak of ``name``."""
         self.check(name, *linear_shape(linear))
         weight = dense_weight(linear)
-        if not bool(torch.isfinite(weight).all()):
+        if not isinstance(weight, FakeTensor) and not bool(torch.isfinite(weight).all()):
             raise ConfigError(
-                f"model: the weight of {name} {tuple(weight.shape)} holds values that are nan or infinite"
-                f" and cannot be"
-                f" quantized by {self.name}; valid: a checkpoint with finite weights, or"
-                f" quantization.skip_modules=[{name}]"
+                f"model: the weight of {name}, {tuple(weight.shape)}, holds nan or infinite values, which"
+                f" {self.name}"
+                f" cannot quantize; valid: finite weights, or quantization.skip_modules=[{name}]"
             )
         return self.pack(weight.detach().contiguous(), getattr(linear, "bias", None)).train(linear.training)
 
@@ -96,9 +90,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """Any base layer -> its weight as a matrix (out, in), in the dtype that it has, or had before
-    quantization.
-    """
+    """Any base layer -> its weight as a matrix (out, in), in the dtype it has or had before quantization."""
     if isinstance(layer, FrozenLinear):
         return layer.dense(layer.dense_dtype)
     weight = layer.weight
@@ -112,55 +104,47 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def base_linears(model: nn.Module) -> list[str]:
-    """Names of every linear layer of the base model, packed or not: never an output embedding, nor a head
-    outside ``model.base_model``.
+    """Names of every linear layer of the base model, packed or not, in order.
+
+    Left out: output embeddings and whatever is tied, and everything outside ``model.base_model``, where
+    transformers keeps classification heads.
     """
     inside = {id(module) for module in getattr(model, "base_model", model).modules()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # known before the weights are really tied
+    tied_names = {*tied.keys(), *tied.values()}
+    outputs = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return [
         name
         for name, module in model.named_modules()
-        if is_linear(module) and id(module) in inside and not _is_output(model, name, module)
+        if is_linear(module)
+        and id(module) in inside
+        and module is not outputs
+        and f"{name}.weight" not in tied_names
+        and id(module.weight) not in embeddings
     ]
 
 
 def quantizable(model: nn.Module, spec: Quantizer) -> list[str]:
-    """Names of the layers to convert: the Linear and Conv1D of the base model, without outputs, heads and
-    exceptions.
+    """Names of the layers to convert: ``base_linears`` that are still dense, less the exceptions.
 
-    Left dense: output embeddings and whatever is tied, everything outside ``model.base_model``
-    (classification heads), what
-    the model itself keeps in float32 (T5's ``wo``), and ``skip_modules``.
+    Exceptions are what the model itself keeps in float32 (T5's ``wo``), and ``skip_modules``.
     """
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
-    }
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     skipped = _skipped(linears, spec.skip_modules)
-    inside = {id(module) for module in getattr(model, "base_model", model).modules()}
-    float32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    float32 |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    float32 = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    float32 |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     return [
         name
-        for name, module in linears.items()
-        if id(module) in inside
-        and name not in skipped
+        for name in base_linears(model)
+        if name not in skipped
         and name.rpartition(".")[2] not in float32
-        and not _is_output(model, name, module)
+        and not is_frozen(model.get_submodule(name))
     ]
 
 
-def _is_output(model: nn.Module, name: str, module: nn.Module) -> bool:
-    get = getattr(model, "get_output_embeddings", None)
-    if get is not None and get() is module:
-        return True
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # known before the weights are really tied
-    if f"{name}.weight" in {*tied.keys(), *tied.values()}:
-        return True
-    return any(m.weight is module.weight for m in model.modules() if isinstance(m, nn.Embedding))
-
-
-def _skipped(names: Iterable[str], patterns: list[str]) -> set[str]:
+def _skipped(names: list[str], patterns: list[str]) -> set[str]:
     found: set[str] = set()
-    names = list(names)
     for pattern in patterns:
         hits = {n for n in names if pattern in (n, n.rpartition(".")[2]) or re.fullmatch(pattern, n)}
         if not hits:
@@ -179,9 +163,7 @@ class BaseSize:
     parameters: int  # logical: a packed layer counts out * in (+ bias), shared parameters once
     quantized_parameters: int
     bytes: int  # storages of all parameters and buffers, and the code tables once
-    bits_per_parameter: (
-        float  # of the quantized layers, statistics included; dense: of the linear layers' dtype
-    )
+    bits_per_parameter: float  # of the quantized layers with statistics; none: the linear layers' dtype
 
 
 def measure(model: nn.Module) -> BaseSize:
@@ -204,8 +186,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _dense_bits(model: nn.Module) -> float:
-    linears = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))] or list(
-        model.parameters()
-    )
-    elements = sum(w.numel() for w in linears)
-    return 8.0 * sum(w.numel() * w.element_size() for w in linears) / elements if elements else math.nan
+    linears = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    weights = linears or list(model.parameters())
+    elements = sum(w.numel() for w in weights)
+    return 8.0 * sum(w.numel() * w.element_size() for w in weights) / elements if elements else math.nan

@@ -1,6 +1,4 @@
-"""NF4 and FP4 in blocks, with or without double quantization of the statistics (QLoRA, arXiv 2305.14314,
-section 3).
-"""
+"""NF4 and FP4 in blocks, statistics in float32 or quantized again (QLoRA, arXiv 2305.14314, section 3)."""
 
 from dataclasses import dataclass
 
@@ -20,9 +18,7 @@ QUANT_TYPES = ("nf4", "fp4")
 
 @dataclass(frozen=True)
 class FourBit(Quantizer):
-    """bits per weight: 4 + 32 / block_size, and with double_quant 4 + 8 / block_size + 32 / (256
-    block_size).
-    """
+    """Bits per weight: 4 + 32 / block_size; with double_quant 4 + 8 / block_size + 32 / (256 block_size)."""
 
     quant_type: str = "nf4"
     block_size: int = 64
@@ -48,10 +44,8 @@ class FourBit(Quantizer):
         n = out_features * in_features
         blocks = -(-n // self.block_size)
         statistics = 32 * blocks
-        if self.double_quant:
-            statistics = (
-                8 * blocks + 32 * -(-blocks // blockwise.STATISTICS_BLOCK) + 32
-            )  # the last: the offset
+        if self.double_quant:  # one byte a block, its second absmax, the offset
+            statistics = 8 * blocks + 32 * -(-blocks // blockwise.STATISTICS_BLOCK) + 32
         return 8 * -(-n // 2) + statistics
 
     def pack(self, weight: Tensor, bias: nn.Parameter | None) -> FrozenLinear:
@@ -59,8 +53,9 @@ class FourBit(Quantizer):
 
 
 class FourBitLinear(FrozenLinear):
-    """bitsandbytes' own bytes: codes (ceil(out in / 2), 1) uint8 and absmax float32; double: codes of
-    absmax, second, offset.
+    """bitsandbytes' own bytes: codes (ceil(out in / 2), 1) uint8, absmax (blocks,) float32.
+
+    Double: absmax (blocks,) uint8, second_absmax (ceil(blocks / 256),) float32, offset () float32.
     """
 
     codes: Tensor
@@ -70,11 +65,8 @@ class FourBitLinear(FrozenLinear):
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: FourBit) -> None:
         super().__init__(weight, bias, spec.compute_dtype, spec.dequantize)
-        self.quant_type, self.block_size, self.double_quant = (
-            spec.quant_type,
-            spec.block_size,
-            spec.double_quant,
-        )
+        self.quant_type, self.block_size = spec.quant_type, spec.block_size
+        self.double_quant = spec.double_quant
         self.scheme = f"{spec.quant_type}, block_size={spec.block_size}, double_quant={spec.double_quant}"
         codes, absmax = kernels.quantize_4bit(weight, spec.quant_type, spec.block_size)
         if not spec.double_quant:

@@ -48,9 +48,9 @@ def check_block(name: str, block_size: int, out_features: int, in_features: int)
     if block_size > out_features * in_features:
         raise ConfigError(
             f"quantization.block_size = {block_size} is larger than {name}, which has {out_features} x"
-            f" {in_features} ="
-            f" {out_features * in_features} weights; valid: at most that, or put {name} into"
-            f" quantization.skip_modules"
+            f" {in_features}"
+            f" = {out_features * in_features} weights; valid: at most that, or"
+            f" quantization.skip_modules=[{name}]"
         )
 
 

@@ -1,6 +1,4 @@
-"""bitsandbytes' functional kernels, and when not to use them. The one door of this package to
-bitsandbytes.
-"""
+"""The one door of this package to bitsandbytes: its functional kernels, and when not to use them."""
 
 import logging
 from functools import cache
@@ -8,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from loralab.errors import ConfigError
 from loralab.numerics import blockwise, codebooks
@@ -22,9 +21,8 @@ def bitsandbytes_ops() -> Any:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"quantization: bitsandbytes cannot be imported ({error}); valid: pip install bitsandbytes,"
-            f" or quantization=none"
-            " or int8_absmax, which do without it"
+            f"quantization: bitsandbytes cannot be imported ({error}); valid: pip install bitsandbytes, or"
+            " quantization=none or int8_absmax, which do without it"
         ) from error
     return torch.ops.bitsandbytes
 
@@ -39,7 +37,7 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """absmax (b,) -> codes (b,) uint8, second absmax (ceil(b / 256),) float32, offset () float32."""
     offset = absmax.mean()
-    table = codebooks.dynamic_map(absmax.device)
+    table = codebooks.dynamic_map(absmax.device).clone()  # older CPU kernels write into it
     codes, second = bitsandbytes_ops().quantize_blockwise(absmax - offset, table, blockwise.STATISTICS_BLOCK)
     return codes, second, offset
 
@@ -62,7 +60,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """-> (out, in) in ``dtype``: by the kernel where it is right for this width, else by the reference."""
     kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
-    fake = type(packed) is not Tensor  # shapes are all that fake tensors have
+    fake = isinstance(packed, FakeTensor)  # has a shape and no values
     if fake or kernel_is_right(quant_type, block_size, shape[1], kernel_dtype, packed.device):
         dense = _kernel(packed, absmax, quant_type, block_size, shape, kernel_dtype)
     else:
@@ -94,17 +92,13 @@ def _reference(
 def kernel_is_right(
     quant_type: str, block_size: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Ask the kernel itself, once per width: blocks run through the rows, and not every kernel follows them
-    there.
+    """Ask the kernel itself, once per width: blocks run through the rows, and not every kernel follows.
 
-    bitsandbytes 0.50.2 on CPUs with AVX-512 starts a new block at each row, silently, when ``width`` is a
-    multiple of 16 but
-    not of ``block_size`` (relative weight error 0.25 in place of 0.09 at 96 x 64). Measured on an AVX2 CPU:
-    right for
-    every width from 3 to 1376, every block size, both types, three dtypes. So the CPU decides, and it is
-    tried out here.
-    Odd widths, and blocks of 2048 and 4096, go to the reference unasked: there bitsandbytes leaves its kernel
-    for a torch.compile'd function, which costs seconds at first use and needs a compiler.
+    bitsandbytes 0.50.2 on CPUs with AVX-512 gives each row ``width // block_size`` whole blocks, silently,
+    when ``width`` is a multiple of 16 but not of ``block_size`` (NF4 weight error 0.25 instead of 0.09 at 96
+    x 64). On an AVX2 CPU it is right: widths 3 to 1376, every block size, both types, three dtypes. So it is
+    tried out. Odd widths, and blocks of 2048 and 4096, go to the reference unasked: there bitsandbytes leaves
+    its kernel for a torch.compile'd function, which costs seconds at first use and needs a compiler.
     """
     if device.type == "cpu" and (width % 2 or block_size >= 2048):
         return False
@@ -119,10 +113,7 @@ def kernel_is_right(
         right = torch.equal(got, _reference(packed, used, quant_type, block_size, (rows, width)).to(dtype))
     if not right:
         log.info(
-            "bitsandbytes unpacks %s at width %d, block %d wrongly; using loralab.numerics",
-            quant_type,
-            width,
-            block_size,
+            "bitsandbytes unpacks %s wrongly at width %d, block %d: bypassed", quant_type, width, block_size
         )
     return right
 
@@ -133,6 +124,8 @@ def quantize_activations(rows: Tensor, threshold: float) -> tuple[Tensor, Tensor
 
     The CUDA kernel takes float16 only; the CPU one writes into its argument and back, hence the copy.
     """
+    if isinstance(rows, FakeTensor):  # how many columns hold outliers depends on values
+        threshold = 0.0
     source = rows.to(torch.float16, copy=True) if rows.is_cuda else rows.clone()
     codes, absmax, outliers = bitsandbytes_ops().int8_vectorwise_quant(source, threshold)
     return codes, absmax, outliers

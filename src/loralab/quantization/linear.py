@@ -1,11 +1,9 @@
-"""The frozen layer that every scheme shares: y = x W^T + b with W unpacked when needed, and no gradient for
-W.
+"""The frozen layer that every scheme shares: y = x W^T + b, W unpacked when needed and without a gradient.
 
 bitsandbytes' own layers are not used: on CPUs its 4-bit layer repacks itself at the first evaluation and
-loses the input's
-gradient from then on, its 8-bit layer computes something else in training than in evaluation, and both show
-callers
-a weight whose dtype is uint8 or int8, which transformers' T5 takes for the dtype to compute in.
+loses the input's gradient from then on, its 8-bit layer computes something else in training than in
+evaluation, and both show callers a weight whose dtype is uint8 or int8, which transformers' T5 takes for the
+dtype to compute in.
 """
 
 from abc import ABC, abstractmethod
@@ -22,9 +20,7 @@ DEQUANTIZE = ("per_use", "resident")
 
 
 class _Product(torch.autograd.Function):
-    """Keeps the layer, and neither its dense weight nor its input: dx = dy W needs only what the layer can
-    make again.
-    """
+    """Keeps the layer, neither its dense weight nor its input: dx = dy W, and the layer can make W again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: "FrozenLinear") -> Tensor:
@@ -45,12 +41,11 @@ class _Product(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module, ABC):
-    """x (..., in_features) -> (..., out_features). Subclasses say what is stored (``keep``) and how it
-    unpacks (``dense``).
+    """x (..., in) -> (..., out). Subclasses ``keep`` packed tensors and say how they unpack (``dense``).
 
     Under autocast x is cast to the autocast dtype first, as nn.Linear does. Then ``compute_dtype`` "auto"
-    computes in x's
-    dtype; a named one casts x to it and the product back. Training and evaluation take the same path.
+    computes in x's dtype; a named one casts x to it and the product back. Training and evaluation take the
+    same path.
     """
 
     bias: nn.Parameter | None
@@ -66,18 +61,14 @@ class FrozenLinear(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.dense_dtype = (
-            weight.dtype
-        )  # the dtype that the weight had; what .weight.dtype answers under "auto"
+        self.dense_dtype = weight.dtype  # what .weight.dtype answers where compute_dtype is auto
         self.compute_dtype, self.dequantize = compute_dtype, dequantize
         self.packed_names: list[str] = []
         self.register_parameter("bias", bias)
         self.register_buffer("resident", None, persistent=False)
 
     def keep(self, **tensors: Tensor) -> None:
-        """Store packed codes and their statistics: buffers, because ``.to(device)`` moves those, absent from
-        checkpoints.
-        """
+        """Store codes and statistics as buffers that ``.to(device)`` moves and checkpoints leave out."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
             self.packed_names.append(name)
@@ -118,17 +109,13 @@ class FrozenLinear(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """Shape, dtype and device of the dense weight for code that asks; its values are nan (use
-        ``dense``).
-        """
+        """For code that asks a weight's shape, dtype or device; the values are nan (``dense`` has them)."""
         dtype = COMPUTE_DTYPES.get(self.compute_dtype, self.dense_dtype)
         value = torch.full((), torch.nan, dtype=dtype, device=self.packed()[0].device)
         return value.expand(self.out_features, self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLinear":
-        """Statistics stay float32 under .half() and .to(bfloat16): a device is for every tensor, a dtype is
-        not.
-        """
+        """Packed tensors follow a device but no dtype: .half() would round the float32 statistics."""
         before = dict(zip(self.packed_names, self.packed(), strict=True))
         self.resident = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -1,13 +1,11 @@
-"""LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): an int8 product, with outlier columns in floating
-point.
+"""LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): int8 product, outlier columns in floating point.
 
-    y = (codes(x) codes(W)^T) * absmax(x) absmax(W)^T / 127^2  +  x_O W_O^T  +  b,     O = columns of x with
-    any |x| >= threshold
+    y = (codes(x) codes(W)^T) * absmax(x) absmax(W)^T / 127^2  +  x_O W_O^T  +  b
+    O = columns of x with any |x| >= threshold
 
 Weights are per row, activations per token, both absmax int8. Training and evaluation compute this alike
-(bitsandbytes' layer
-does not: on CPUs it is weight-only and has no threshold while training). The gradient is straight through:
-dx = dy W.
+(bitsandbytes' layer does not: on CPUs it is weight-only and has no threshold while training). The gradient is
+straight through: dx = dy W.
 """
 
 import math
@@ -33,8 +31,7 @@ class LLMInt8(Quantizer):
         super().__post_init__()
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
             raise ConfigError(
-                f"quantization.threshold = {self.threshold!r} is out of range; valid: a number >= 0 (0:"
-                f" no outliers)"
+                f"quantization.threshold = {self.threshold!r} is out of range; valid: 0 (no outliers) or more"
             )
 
     @property
@@ -71,9 +68,12 @@ class LLMInt8Linear(FrozenLinear):
         return absmax.dequantize(self.codes, self.absmax, "row").to(dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The scales are applied here in float32: bitsandbytes' int8_mm_dequant rounds through float16 on
-        CUDA, and its
-        constant on CPU is 6.200124e-5 where 1 / 127^2 = 6.200012e-5."""
+        """x (..., in) -> (..., out), scaled here in float32.
+
+        bitsandbytes' int8_mm_dequant goes through float16 on CUDA, and its constant on CPU is 6.200124e-5
+        where
+        1 / 127^2 = 6.200012e-5.
+        """
         rows = x.reshape(-1, self.in_features)
         codes, scale, outliers = kernels.quantize_activations(rows, self.threshold)
         y = kernels.int8_product(codes, self.codes) * (scale[:, None] * (self.absmax / 127.0**2))

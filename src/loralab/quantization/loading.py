@@ -1,11 +1,9 @@
-"""Quantize a transformers model while it loads: each dense weight is packed as it comes from the file and
-dies at once.
+"""Quantize a transformers model while it loads: each dense weight is packed as it arrives and dies at once.
 
 transformers' own loader does the work (shards, renames, tied weights, dtype). It calls ``Stream.convert``
-for the weights that
-``LoralabQuantizer`` names; packed layers replace the dense ones at the end, because until then the loader
-re-creates every buffer that is not in the state dict. The model that comes out is an ordinary one, without a
-trace of this.
+for the weights that ``LoralabQuantizer`` names; packed layers replace the dense ones at the end, because
+until then the loader re-creates every buffer that is not in the state dict. The model that comes out is an
+ordinary one, without a trace of this.
 """
 
 from dataclasses import asdict
@@ -27,8 +25,7 @@ METHOD = "loralab"
 
 
 def quantization_config(spec: Quantizer, device: torch.device | str | None = None) -> Any:
-    """What to hand to ``from_pretrained(quantization_config=...)``; None (an ordinary load) for
-    NoQuantization.
+    """For ``from_pretrained(quantization_config=...)``; None, an ordinary load, for NoQuantization.
 
     ``device``: where weights are packed and stay; move the rest there afterwards with ``model.to(device)``.
     """
@@ -49,18 +46,15 @@ def check_all(model: nn.Module, spec: Quantizer, names: list[str]) -> None:
     """Every layer against the spec, before any weight is read."""
     if not names and not isinstance(spec, NoQuantization):
         raise ConfigError(
-            f"quantization={spec.name} finds no linear layer to quantize in {type(model).__name__};"
-            f" valid: quantization=none,"
-            f" or fewer quantization.skip_modules (now {spec.skip_modules})"
+            f"quantization={spec.name} finds no linear layer to quantize in {type(model).__name__}; valid:"
+            f" quantization=none, or fewer quantization.skip_modules (now {spec.skip_modules})"
         )
     for name in names:
         spec.check(name, *linear_shape(model.get_submodule(name)))
 
 
 def replace(model: nn.Module, frozen: dict[int, nn.Module]) -> None:
-    """Swap modules by identity, under every name that they have (``frozen``: id of the old one -> the new
-    one).
-    """
+    """Swap modules under every name that they have; ``frozen``: id of the old one -> the new one."""
     names = [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False) if id(m) in frozen]
     for name, old in names:
         model.set_submodule(name, frozen[old])
@@ -101,16 +95,14 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
         return Stream(self)
 
     def pack(self, layer: nn.Module, name: str, weight: Tensor) -> None:
-        """``layer`` still has its weight on meta; it gets the real one for as long as ``convert`` needs
-        it.
-        """
+        """``layer`` has its weight on meta; it holds the real one for as long as ``convert`` needs it."""
         meta = layer.weight
         assert isinstance(meta, nn.Parameter)
         if weight.shape != meta.shape:
             raise ConfigError(
                 f"model: {name}.weight is {tuple(weight.shape)} in the checkpoint and {tuple(meta.shape)}"
-                f" by its config.json;"
-                " valid: weights and config.json of the same model"
+                f" by its"
+                " config.json; valid: weights and config.json of the same model"
             )
         layer.weight = nn.Parameter(weight.to(self.device or weight.device), requires_grad=False)
         self.frozen[name] = self.spec.convert(layer, name)
@@ -122,9 +114,9 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
             raise self.error
         for name in self.names:
             layer = model.get_submodule(name)
-            frozen = self.frozen.pop(name, None) or self.spec.convert(
-                layer, name
-            )  # not in the file: random by now
+            frozen = self.frozen.pop(name, None)
+            if frozen is None:  # not in the file: filled at random by now
+                frozen = self.spec.convert(layer, name)
             if isinstance(frozen, FrozenLinear):
                 frozen.bias = layer.bias  # type: ignore[assignment]  # loaded after the weight, perhaps
             replace(model, {id(layer): frozen.train(layer.training)})
@@ -143,9 +135,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class Stream(ConversionOps):  # type: ignore[misc]
-    """Takes a dense weight, leaves a packed layer with the quantizer, and hands nothing back to the
-    loader.
-    """
+    """Takes a dense weight, leaves a packed layer with the quantizer, hands nothing back to the loader."""
 
     def __init__(self, quantizer: LoralabQuantizer) -> None:
         self.quantizer = quantizer

@@ -63,14 +63,11 @@ def _metric_panel(
         )
         for key, hue, inside in _series(study, found, by)
     ]
-    lines = _occupied(series)
     title = f"{study.metric} against {name}" + (f" ({where})" if where else "")
     drawn = svg.chart(series, axis, y, joined=numeric, description=title)
-    caption = (
-        f"Large marks: mean over seeds; small: each seed; bars: one standard deviation; {_seeds(found)}."
-    )
-    if lines:
-        caption += f" Missing: {lines}."
+    caption = f"Large: mean over seeds; small: each seed; bars: one standard deviation; {_seeds(found)}."
+    missing = _missing(series)
+    caption += f" {missing}." if missing else ""
     return Figure(title, caption, _legend(series) + drawn)
 
 
@@ -79,14 +76,10 @@ def _against_bits(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
     scored = [(row, bits) for row in found if (bits := row.average("base.bits_per_parameter")) and row.scores]
     if not by or len({bits for _, bits in scored}) < 2:
         return
-    axis = svg.powers("bits per parameter of the base's quantized layers", _spaced([b for _, b in scored]))
-    axis = svg.Axis(
-        axis.title,
-        min(bits for _, bits in scored) / 1.25,
-        max(bits for _, bits in scored) * 1.25,
-        axis.ticks,
-        log2=True,
-    )
+    spread = [bits for _, bits in scored]
+    ticks = [(bits, f"{bits:.4g}") for bits in _spaced(spread)]
+    name = "bits per parameter of the quantized layers"
+    axis = svg.Axis(name, min(spread) / 1.25, max(spread) * 1.25, ticks, log2=True)
     series = [
         svg.Series(key, [_point(study, [row], bits) for row, bits in scored if row in inside], hue)
         for key, hue, inside in _series(study, found, by)
@@ -108,7 +101,8 @@ def _curves(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
         for row in inside
         for trial in row.trials
     ]
-    names = [(name, hue) for name, hue, _ in _series(study, found, by)]
+    logged = {hue for _, hue, rows in runs if rows}
+    names = [(name, hue) for name, hue, _ in _series(study, found, by) if hue in logged]
     for metric, smooth in (("train/loss", SMOOTH), (study.metric, 0.0)):
         drawn = [_curve(study, trial, hue, rows, metric) for trial, hue, rows in runs]
         drawn = [curve for curve in drawn if curve.rows]
@@ -122,7 +116,8 @@ def _curve_figure(
     steps = [step for curve in drawn for step, _ in curve.rows]
     y = svg.scale(metric, _without_spikes([value for curve in drawn for _, value in curve.rows]))
     how = f"faint: as logged; line: exponential mean ({smooth:g})" if smooth else "as logged"
-    caption = f"One line per run, {len(drawn)} of {len(study.trials)} runs; {how}."
+    caption = f"One line per run, {len(drawn)} of {len(study.trials)} runs; {how}"
+    caption += "; dashed: not completed." if any(curve.broken for curve in drawn) else "."
     body = svg.line_plot(drawn, svg.steps("optimizer step", steps), y, smooth, f"{metric} by step")
     return Figure(f"{metric} by step", caption, (svg.legend(names) if len(names) > 1 else "") + body)
 
@@ -135,7 +130,8 @@ def _curve(study: Study, trial: Trial, hue: int, rows: list[dict[str, object]], 
         and isinstance(value := row.get(metric), int | float)
         and math.isfinite(value)
     ]
-    return svg.Curve(trial_text(study, trial), pairs, hue)
+    name = trial_text(study, trial) + ("" if trial.ok else f" ({trial.status})")
+    return svg.Curve(name, pairs, hue, broken=not trial.ok)
 
 
 def _x_axis(name: str, labels: list[str], across: list[float], numeric: bool) -> svg.Axis:
@@ -167,7 +163,7 @@ def _along(
 
 
 def _point(study: Study, at_place: Sequence[Row], x: float) -> svg.Point | None:
-    """The row at a place; where configurations share a place (told apart by no axis) there is none to draw."""
+    """The completed row at a place; None where there is none, or more than one without an axis between."""
     scored = [row for row in at_place if row.mean is not None]
     if len(scored) != 1 or scored[0].mean is None:
         return None
@@ -179,8 +175,8 @@ def _point(study: Study, at_place: Sequence[Row], x: float) -> svg.Point | None:
     )
 
 
-def _occupied(series: Sequence[svg.Series]) -> str:
-    """How many places have no completed run."""
+def _missing(series: Sequence[svg.Series]) -> str:
+    """How many places have no completed run; none of them is drawn over."""
     missing = sum(point is None for one in series for point in one.points)
     total = sum(len(one.points) for one in series)
     return f"{missing} of {total} configurations have no completed run" if missing else ""

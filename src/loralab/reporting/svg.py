@@ -5,11 +5,12 @@ Series differ by colour (Okabe and Ito, safe for colour-blind readers) and by th
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-LEFT, RIGHT, TOP, BOTTOM = 64.0, 16.0, 14.0, 46.0
+LEFT, RIGHT, TOP, BOTTOM = 72.0, 16.0, 14.0, 46.0
 COLOURS = 7
 MAX_POINTS = 2000
 
@@ -36,11 +37,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run over its steps: (step, value) pairs."""
+    """One run over its steps: (step, value) pairs; ``broken``: it did not complete."""
 
     name: str
     rows: list[tuple[float, float]]
     colour: int
+    broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,26 @@ class Canvas:
 
     x: Axis
     y: Axis
-    width: float = 720
-    height: float = 340
+    width: float = 540
+    height: float = 310
     parts: list[str] = field(default_factory=list)
+
+    @property
+    def bottom(self) -> float:
+        """Where the plot area ends; the x axis' labels may need several lines below it."""
+        most = max((len(_wrapped(name, self.room)) for _, name in self.x.ticks), default=1)
+        return self.height - BOTTOM - 15 * (most - 1)
+
+    @property
+    def room(self) -> int:
+        """Letters that fit under one tick of the x axis."""
+        return max(5, int((self.width - LEFT - RIGHT) / max(1, len(self.x.ticks)) / 7.4))
 
     def px(self, value: float) -> float:
         return LEFT + self.x.share(value) * (self.width - LEFT - RIGHT)
 
     def py(self, value: float) -> float:
-        return self.height - BOTTOM - self.y.share(value) * (self.height - TOP - BOTTOM)
+        return self.bottom - self.y.share(value) * (self.bottom - TOP)
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
         self.parts.append(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
@@ -93,13 +106,14 @@ class Canvas:
 
     def frame(self) -> None:
         """Grid, ticks and titles of both axes."""
-        bottom = self.height - BOTTOM
+        bottom = self.bottom
         for at, name in self.y.ticks:
             self.line(LEFT, self.py(at), self.width - RIGHT, self.py(at), "grid")
             self.text(LEFT - 8, self.py(at) + 4, name, "tick end")
         for at, name in self.x.ticks:
             self.line(self.px(at), bottom, self.px(at), bottom + 4, "axis")
-            self.text(self.px(at), bottom + 18, name, "tick middle")
+            for row, words in enumerate(_wrapped(name, self.room)):
+                self.text(self.px(at), bottom + 18 + 15 * row, words, "tick middle")
         self.line(LEFT, bottom, self.width - RIGHT, bottom, "axis")
         self.text((LEFT + self.width - RIGHT) / 2, self.height - 8, self.x.title, "name middle")
         middle = (TOP + bottom) / 2
@@ -114,9 +128,10 @@ class Canvas:
 def scale(title: str, values: Sequence[float], pad: float = 0.08) -> Axis:
     """A linear axis over ``values`` with about five round ticks."""
     low, high = min(values), max(values)
-    margin = (high - low) * pad or max(abs(high) * 0.02, 1e-6)
+    size = max(abs(low), abs(high))
+    margin = (high - low) * pad if high - low > 1e-6 * size + 1e-9 else 0.02 * size + 1e-6
     low, high = low - margin, high + margin
-    step = _round_step((high - low) / 5)
+    step = _round_step((high - low) / 6)
     first = math.ceil(low / step)
     places = [index * step for index in range(first, math.floor(high / step) + 1)]
     return Axis(title, low, high, [(at, _tick(at, step)) for at in places])
@@ -124,8 +139,9 @@ def scale(title: str, values: Sequence[float], pad: float = 0.08) -> Axis:
 
 def steps(title: str, values: Sequence[float]) -> Axis:
     """A linear axis that starts and ends with the data, for training steps."""
-    axis = scale(title, [min(values), max(values)], pad=0)
-    return Axis(title, min(values), max(max(values), min(values) + 1), axis.ticks)
+    low, high = min(values), max(max(values), min(values) + 1)
+    ticks = [(at, name) for at, name in scale(title, [low, high], pad=0).ticks if low <= at <= high]
+    return Axis(title, low, high, ticks)
 
 
 def powers(title: str, values: Sequence[float]) -> Axis:
@@ -167,9 +183,7 @@ def scatter(series: Sequence[Series], x: Axis, y: Axis, description: str = "") -
     return canvas.done(description)
 
 
-def line_plot(
-    curves: Sequence[Curve], x: Axis, y: Axis, *, smooth: float = 0.0, description: str = ""
-) -> str:
+def line_plot(curves: Sequence[Curve], x: Axis, y: Axis, smooth: float = 0.0, description: str = "") -> str:
     """Training curves; with ``smooth`` the raw values stay as a faint line behind an exponential mean."""
     canvas = Canvas(x, y)
     canvas.frame()
@@ -181,7 +195,8 @@ def line_plot(
         for one in curves:
             kept = downsample(rows(one), budget)
             pixels = [(canvas.px(step), canvas.py(min(max(value, y.low), y.high))) for step, value in kept]
-            canvas.path(pixels, f"{kind} thin c{one.colour % COLOURS}", one.name)
+            dashed = " broken" if one.broken else ""
+            canvas.path(pixels, f"{kind} thin c{one.colour % COLOURS}{dashed}", one.name)
             if len(kept) == 1:
                 canvas.mark(*pixels[0], one.colour, one.name, size=3)
     return canvas.done(description)
@@ -236,7 +251,7 @@ def _draw_point(canvas: Canvas, point: Point, colour: int, x: float) -> None:
         for end in (low, high):
             canvas.line(x - 4, end, x + 4, end, f"bar {tone}")
     for value in point.values if len(point.values) > 1 else ():
-        where = f'cx="{x:.1f}" cy="{canvas.py(value):.1f}"'
+        where = f'cx="{x + 9:.1f}" cy="{canvas.py(value):.1f}"'
         canvas.parts.append(f'<circle class="seed {tone}" {where} r="2.6"/>')
     canvas.mark(x, canvas.py(point.mean), colour, point.text)
 
@@ -281,16 +296,28 @@ def _shape(x: float, y: float, size: float, kind: int) -> str:
     return f'<polygon points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)}"/>'
 
 
+def _wrapped(text: str, room: int) -> list[str]:
+    """At most four lines, broken after commas, underscores and spaces; clipped where that is not enough."""
+    lines = [""]
+    for piece in re.findall(r"[^,_ ]*[,_ ]?", text):
+        if lines[-1] and len(lines[-1] + piece) > room:
+            lines.append("")
+        lines[-1] += piece
+    lines = [*lines[:3], "..."] if len(lines) > 4 else lines
+    return [line if len(line) <= room + 1 else line[: room - 1] + "..." for line in lines]
+
+
 def _title(text: str) -> str:
     return f"<title>{escape(text)}</title>" if text else ""
 
 
 def _round_step(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, at least ``rough``."""
+    """1, 2, 2.5 or 5 times a power of ten, at least ``rough``."""
     power: float = 10.0 ** math.floor(math.log10(rough))
-    return next((nice * power for nice in (1, 2, 5) if nice * power >= rough), 10 * power)
+    return next((nice * power for nice in (1, 2, 2.5, 5) if nice * power >= rough), 10 * power)
 
 
 def _tick(value: float, step: float) -> str:
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{value:.{min(decimals, 8)}f}"
+    """As many decimals as the step has."""
+    decimals = next((n for n in range(9) if math.isclose(step, round(step, n), rel_tol=1e-6)), 9)
+    return f"{value:.{decimals}f}"

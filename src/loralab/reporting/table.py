@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from loralab.reporting.axes import identity, lookup, short_names
@@ -11,7 +12,8 @@ from loralab.reporting.gather import Study, Trial, reason
 WIDTH = 100
 MIB, GIB = 2**20, 2**30
 # Columns that go first when the terminal is narrow; the axes, the metric and the seeds always stay.
-_EXPENDABLE = ("predicted peak", "tokens/s", "train s", "trainable", "peak memory", "bits/param")
+_EXPENDABLE = ("predicted peak", "tokens/s", "peak memory", "trainable", "bits/param", "train s")
+_BROKEN = ("out_of_memory", "diverged")  # counted as failed; each is named below the table
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def seeds_text(row: Row) -> str:
     """``2 ok``, ``1 ok, 1 failed``; nothing that went wrong is left out."""
     counts: dict[str, int] = {}
     for trial in row.trials:
-        name = "ok" if trial.ok else trial.status.replace("_", " ")
+        name = "ok" if trial.ok else "failed" if trial.status in _BROKEN else trial.status
         counts[name] = counts.get(name, 0) + 1
     unscored = len(row.ok) - len(row.scores)
     if unscored:
@@ -124,8 +126,8 @@ def trial_text(study: Study, trial: Trial) -> str:
 def terminal(study: Study, found: Sequence[Row], width: int = WIDTH) -> str:
     """The results as plain text, at most ``width`` columns wide."""
     better = "lower" if study.mode == "min" else "higher"
-    lines = [clip(f"{study.name}: {study.question}" if study.question else study.name, width)]
-    lines.append(f"{study.metric}: mean +- standard deviation over seeds, {better} is better")
+    lines = wrap(f"{study.name}: {study.question}" if study.question else study.name, width)
+    lines += wrap(f"{study.metric}: mean +- standard deviation over seeds, {better} is better", width)
     lines += ["", *_fit(study, found, width)]
     notes = [f"{trial.status}: {trial_text(study, trial)}: {reason(trial)}" for trial in study.broken]
     if any(row.packed for row in found):

@@ -1,0 +1,48 @@
+"""``loralab ls``: every sweep and every lone run once, damaged ones too."""
+
+import shutil
+
+import pytest
+
+from loralab import record
+from loralab.errors import ArtifactError
+from loralab.reporting.listing import listing, render
+
+
+def test_sweeps_and_lone_runs_are_listed_and_trials_of_a_sweep_are_not(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep, tmp_path / "synthetic")
+    shutil.copytree(synthetic_sweep / "none,r=2,seed=0", tmp_path / "train" / "lone")
+    entries = {entry["name"]: entry for entry in listing(tmp_path)}
+    assert set(entries) == {"synthetic", "lone"}
+    sweep = entries["synthetic"]
+    assert (sweep["kind"], sweep["trials"], sweep["completed"], sweep["failed"]) == ("sweep", 12, 11, 1)
+    assert entries["lone"]["kind"] == "run"
+
+
+def test_the_records_say_how_far_a_sweep_is_not_its_list(tmp_path):
+    trials = [{"trial": name, "folder": name, "status": "running"} for name in ("a", "b")]
+    record.write_sweep(tmp_path / "s", {"name": "s", "trials": trials})
+    record.write(tmp_path / "s" / "a", {**record.blank("a"), "status": "completed"})
+    (entry,) = listing(tmp_path)
+    assert (entry["completed"], entry["running"], entry["missing"]) == (1, 0, 1)
+    assert "1 completed, 1 missing" in render([entry])
+
+
+def test_a_damaged_sweep_is_listed_as_damaged(tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "sweep.json").write_text("{")
+    (entry,) = listing(tmp_path)
+    assert "sweep.json" in entry["error"]
+    assert "damaged" in render([entry])
+
+
+def test_an_empty_folder_and_a_missing_one(tmp_path):
+    assert listing(tmp_path) == []
+    assert "no sweep" in render([])
+    with pytest.raises(ArtifactError, match="no such folder"):
+        listing(tmp_path / "nothing")
+
+
+def test_the_text_fits_the_terminal(tmp_path):
+    record.write(tmp_path / ("long" * 40), {**record.blank("a"), "status": "failed", "error": "x"})
+    assert max(map(len, render(listing(tmp_path)).splitlines())) <= 100

@@ -1,0 +1,202 @@
+"""``report`` writes four files from records alone; the page is one file and fetches nothing."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import socket
+from html.parser import HTMLParser
+
+import pytest
+
+from loralab import record
+from loralab.errors import ArtifactError, DiskError
+from loralab.reporting.gather import study
+from loralab.reporting.page import rerun
+from loralab.reporting.report import report
+
+
+@pytest.fixture(scope="module")
+def reported(synthetic_sweep, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copy") / "synthetic"
+    shutil.copytree(synthetic_sweep, folder)
+    return report(folder)
+
+
+class Balance(HTMLParser):
+    """Collects tags that are closed without having been opened, or the other way round."""
+
+    void = frozenset({"meta", "br", "wbr"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.wrong = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_four_files_are_written(reported):
+    assert sorted(reported.files) == ["index.html", "report.md", "results.csv", "results.json"]
+    assert all(path.stat().st_size > 300 for path in reported.files.values())
+    assert reported.index == reported.files["index.html"]
+
+
+def test_the_page_fetches_nothing(reported):
+    text = reported.index.read_text()
+    assert not re.search(r"(?i)\b(src|href|srcset|action)\s*=|url\(|@import|fetch\(|https?:", text)
+
+
+def test_the_page_is_balanced_html(reported):
+    parser = Balance()
+    parser.feed(reported.index.read_text())
+    assert parser.wrong == []
+    assert parser.open == []
+
+
+def test_the_page_has_every_section_and_what_it_must_say(reported):
+    text = reported.index.read_text()
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings == ["Results", "Figures", "Not completed", "Provenance"]
+    for wanted in (
+        "SYNTHETIC: what do quantization and rank cost?",
+        "lora_alpha = 16 while r moves",
+        "11 of 12",
+        "Synthetic CPU, 2 cores",
+        "torch 2.13.0",
+        "abc1234",
+        "loralab train quantization=int8_absmax adapter.r=8 seed=1",
+        "d" * 64,
+        "f" * 64,
+    ):
+        assert wanted in text, wanted
+
+
+def test_every_figure_says_over_how_many_seeds_or_runs(reported):
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", reported.index.read_text())
+    assert len(captions) == 4
+    assert all(re.search(r"n = \d|\d+ of \d+ runs", caption) for caption in captions)
+
+
+def test_texts_from_records_are_escaped(reported):
+    text = reported.index.read_text()
+    assert "&lt;on cpu&gt;" in text
+    assert "<on cpu>" not in text
+
+
+def test_a_hostile_record_cannot_put_markup_on_the_page(tmp_path, make_trial):
+    synthetic, write = make_trial
+    evil = '"><script>alert(1)</script>'
+    made = synthetic("none", 2, 0)
+    made["config"]["adapter"]["target_modules"] = evil
+    made["config"]["metric"] = evil
+    made.update(status="failed", error=evil, overrides=[f"x={evil}"], choices={"quantization": evil})
+    made["environment"]["cpu"] = evil
+    write(tmp_path / "a", made)
+    sweep = {"name": evil, "question": evil, "fixed": [evil], "command": evil, "axes": {evil: [evil]}}
+    record.write_sweep(tmp_path, {**sweep, "trials": [{"trial": "a", "folder": "a"}]})
+    assert "<script>alert" not in report(tmp_path).index.read_text()
+
+
+def test_results_csv_has_one_line_per_trial(reported):
+    lines = list(csv.DictReader(reported.files["results.csv"].read_text().splitlines()))
+    assert len(lines) == 12
+    assert {line["status"] for line in lines} == {"completed", "out_of_memory"}
+    failed = next(line for line in lines if line["status"] != "completed")
+    assert failed["error"].startswith("backward: no room")
+    assert failed["val/loss"] == ""
+
+
+def test_results_json_holds_rows_and_trials(reported):
+    result = json.loads(reported.files["results.json"].read_text(), parse_constant=pytest.fail)
+    assert len(result["rows"]) == 6
+    assert len(result["trials"]) == 12
+    assert sum(row["best"] for row in result["rows"]) == 1
+    for row in result["rows"]:
+        assert row["n"] == len(row["scores"])
+        assert row["mean"] == pytest.approx(sum(row["scores"]) / row["n"])
+
+
+def test_reporting_twice_gives_the_same_files(reported):
+    before = {name: path.read_bytes() for name, path in reported.files.items()}
+    again = report(reported.index.parent.parent)
+    assert {name: path.read_bytes() for name, path in again.files.items()} == before
+
+
+def test_a_moved_sweep_is_still_readable(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep, tmp_path / "moved")
+    sweep = record.read_sweep(tmp_path / "moved")
+    for trial in sweep["trials"]:
+        trial["folder"] = f"/nowhere/any/more/{trial['folder']}"
+    record.write_sweep(tmp_path / "moved", sweep)
+    assert study(tmp_path / "moved").count("completed") == 11
+
+
+def test_a_single_run_can_be_reported(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep / "none,r=2,seed=0", tmp_path / "run")
+    done = report(tmp_path / "run")
+    assert "1 of 1" in done.index.read_text()
+    assert "1 ok" in done.table
+
+
+def test_a_sweep_that_has_only_begun_can_be_reported(tmp_path):
+    trials = [{"trial": "a", "folder": "a", "status": "running", "overrides": ["adapter.r=2"]}]
+    record.write_sweep(tmp_path, {"name": "t", "axes": {"adapter.r": [2]}, "trials": trials})
+    done = report(tmp_path)
+    assert "1 missing" in done.table
+    assert "0 of 1" in done.index.read_text()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_without_records_says_what_was_looked_for(tmp_path, exists):
+    folder = tmp_path if exists else tmp_path / "nothing"
+    with pytest.raises(ArtifactError, match="looked for sweep.json" if exists else "no such folder"):
+        report(folder)
+
+
+def test_a_damaged_record_names_its_file(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep, tmp_path / "s")
+    (tmp_path / "s" / "none,r=2,seed=0" / "result.json").write_text('{"schema": 1,')
+    with pytest.raises(ArtifactError, match=r"none,r=2,seed=0/result\.json: damaged"):
+        report(tmp_path / "s")
+
+
+def test_a_torn_metrics_line_is_left_out(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep / "none,r=2,seed=0", tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 61, "train/lo')
+    assert "train/loss by step" in report(tmp_path / "run").index.read_text()
+
+
+def test_a_report_that_cannot_be_written_is_a_disk_error(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep, tmp_path / "s")
+    (tmp_path / "s" / "report").write_text("in the way")
+    with pytest.raises(DiskError, match="report"):
+        report(tmp_path / "s")
+
+
+def test_a_running_record_whose_process_is_gone_is_interrupted(tmp_path, make_trial):
+    synthetic, write = make_trial
+    gone = {"status": "running", "host": socket.gethostname(), "pid": 2**22 + 1}
+    write(tmp_path / "gone", {**synthetic("none", 2, 0), **gone})
+    write(tmp_path / "here", {**synthetic("none", 2, 1), **gone, "pid": os.getpid()})
+    write(tmp_path / "away", {**synthetic("none", 2, 2), **gone, "host": "another-machine"})
+    statuses = {trial.name: trial.status for trial in study(tmp_path).trials}
+    assert statuses == {"gone": "interrupted", "here": "running", "away": "running"}
+
+
+def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, make_trial):
+    synthetic, write = make_trial
+    made = {**synthetic("none", 2, 7), "overrides": ["data.prompt={a} {b}\\n"]}
+    write(tmp_path / "a", made)
+    (trial,) = study(tmp_path).trials
+    assert rerun(trial) == "loralab train 'data.prompt={a} {b}\\n' seed=7"

@@ -1,0 +1,105 @@
+"""The charts: well-formed, inside their frame, no line across a missing run, spikes kept."""
+
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loralab.reporting import svg
+
+finite = st.floats(-1e6, 1e6)
+
+
+def point(x, *values):
+    mean = sum(values) / len(values)
+    return svg.Point(x, mean, list(values), 0.1 if len(values) > 1 else None, "<tip & text>")
+
+
+def drawn(series, **more):
+    x = svg.powers("r", [2.0, 4.0, 8.0])
+    return svg.chart(series, x, svg.scale("val/loss", [1.0, 2.0]), **more)
+
+
+def test_a_chart_is_well_formed_and_escapes_its_texts():
+    text = drawn([svg.Series("a<b", [point(2.0, 1.0, 1.2), point(4.0, 1.5)], 0)], description='"x" & <y>')
+    root = ElementTree.fromstring(text)
+    assert root.attrib["aria-label"] == '"x" & <y>'
+    assert "<tip & text>" in [node.text for node in root.iter("title")]
+
+
+def test_powers_of_two_are_evenly_spread():
+    axis = svg.powers("r", [2.0, 4.0, 8.0])
+    assert axis.share(4.0) - axis.share(2.0) == pytest.approx(axis.share(8.0) - axis.share(4.0))
+    assert [name for _, name in axis.ticks] == ["2", "4", "8"]
+
+
+def test_no_line_is_drawn_across_a_missing_run():
+    whole = drawn([svg.Series("a", [point(2.0, 1.0), point(4.0, 1.5), point(8.0, 2.0)], 0)])
+    broken = drawn([svg.Series("a", [point(2.0, 1.0), None, point(8.0, 2.0)], 0)])
+    assert whole.count("<polyline") == 1
+    assert broken.count("<polyline") == 0
+
+
+def test_every_seed_is_a_point_and_bars_span_one_deviation():
+    text = drawn([svg.Series("a", [point(2.0, 1.1, 1.3, 1.5)], 0)])
+    assert text.count('class="seed') == 3
+    low, high = (float(v) for v in re.search(r'class="bar c0".* y1="(.*?)".* y2="(.*?)"', text).groups())
+    canvas = svg.Canvas(svg.powers("r", [2.0]), svg.scale("", [1.0, 2.0]))
+    assert abs(high - low) == pytest.approx(abs(canvas.py(1.2) - canvas.py(1.4)), abs=0.11)
+
+
+@given(st.lists(finite, min_size=1, max_size=8))
+def test_a_scale_holds_its_values_and_has_ticks_inside(values):
+    axis = svg.scale("y", values)
+    assert axis.low < min(values) <= max(values) < axis.high
+    assert 1 <= len(axis.ticks) <= 8
+    assert all(axis.low - 1e-6 <= at <= axis.high + 1e-6 for at, _ in axis.ticks)
+    names = [name for _, name in axis.ticks]
+    assert len(set(names)) == len(names)
+
+
+def test_training_steps_have_no_tick_before_the_first():
+    assert all(1 <= at <= 60 for at, _ in svg.steps("step", [1.0, 60.0]).ticks)
+
+
+@given(st.lists(finite, min_size=1, max_size=300), st.integers(2, 50))
+def test_downsampling_keeps_the_extremes_and_the_order(values, limit):
+    rows = [(float(index), value) for index, value in enumerate(values)]
+    kept = svg.downsample(rows, limit)
+    assert len(kept) <= max(limit, 2)
+    assert kept == sorted(kept)
+    assert min(v for _, v in kept) == min(values)
+    assert max(v for _, v in kept) == max(values)
+
+
+def test_a_spike_survives_in_a_long_curve():
+    rows = [(float(step), 1.0) for step in range(100_000)]
+    rows[77_777] = (77_777.0, 50.0)
+    assert (77_777.0, 50.0) in svg.downsample(rows, svg.MAX_POINTS)
+
+
+def test_the_exponential_mean_of_a_constant_is_the_constant():
+    curve = svg.Curve("a", [(float(step), 3.0) for step in range(5)], 0)
+    axis = svg.scale("y", [2.0, 4.0])
+    text = svg.line_plot([curve], svg.steps("step", [0.0, 4.0]), axis, smooth=0.9)
+    raw, smooth = re.findall(r'points="(.*?)"', text)
+    assert raw == smooth
+
+
+def test_a_curve_stays_inside_the_frame_even_where_it_spikes():
+    curve = svg.Curve("a", [(0.0, 1.0), (1.0, 1e9)], 0)
+    text = svg.line_plot([curve], svg.steps("step", [0.0, 1.0]), svg.scale("y", [1.0, 2.0]))
+    places = [float(y) for y in re.findall(r",([-\d.]+)", re.search(r'points="(.*?)"', text).group(1))]
+    assert min(places) >= svg.TOP - 0.1
+    assert all(math.isfinite(place) for place in places)
+
+
+def test_long_names_below_the_axis_wrap_instead_of_running_into_each_other():
+    names = ["q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj", "all-linear", "x", "y"]
+    text = svg.chart([], svg.places("targets", names), svg.scale("y", [1.0, 2.0]))
+    words = [node.text for node in ElementTree.fromstring(text).iter("text")]
+    assert "".join(words[-13:]).count("proj") >= 1
+    assert max(len(word) for word in words) <= 16
