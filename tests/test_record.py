@@ -159,9 +159,7 @@ def test_a_sweep_comes_back_and_has_its_keys(tmp_path):
     assert sweep["question"] == ""
 
 
-@pytest.mark.parametrize(
-    "damage", [{"axes": [1]}, {"trials": {}}, {"trials": [{"trial": "a"}]}, {"schema": 9}]
-)
+@pytest.mark.parametrize("damage", [{"axes": [1]}, {"trials": {}}, {"trials": [{"trial": "a"}]}, {"schema": 9}])
 def test_a_damaged_sweep_is_an_artifact_error(tmp_path, damage):
     (tmp_path / "sweep.json").write_text(json.dumps(damage))
     with pytest.raises(ArtifactError, match=r"sweep\.json"):
@@ -197,9 +195,7 @@ def test_what_only_sounds_secret_is_kept():
 
 def test_a_written_record_holds_no_secret(tmp_path):
     key = "hf_" + "q" * 30
-    record.write(
-        tmp_path, done(config={"hub": {"token": "abc"}}, overrides=[f"x={key}"], error=f"401 for {key}")
-    )
+    record.write(tmp_path, done(config={"hub": {"token": "abc"}}, overrides=[f"x={key}"], error=f"401 for {key}"))
     text = (tmp_path / "result.json").read_text()
     assert key not in text
     assert "abc" not in text

@@ -135,17 +135,13 @@ def sweep(words: Words) -> int:
         stored = record.read_sweep(folder)
         overrides = [str(o) for o in stored.get("overrides") or []]
         if not overrides:
-            raise ArtifactError(
-                f"{folder / 'sweep.json'} does not say how the sweep was called; run it by its name"
-            )
+            raise ArtifactError(f"{folder / 'sweep.json'} does not say how the sweep was called; run it by its name")
         rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
         rest += [*words.overrides(), f"hydra.sweep.dir='{folder}'"]
     else:
         names = [word for word in words.rest if "=" not in word and not word.startswith(("-", "~"))]
         if len(names) != 1:
-            raise ConfigError(
-                "loralab sweep needs the name of one sweep; valid: " + ", ".join(_sweep_names())
-            )
+            raise ConfigError("loralab sweep needs the name of one sweep; valid: " + ", ".join(_sweep_names()))
         words.rest.remove(names[0])
         if names[0] not in _sweep_names():
             raise ConfigError(f"there is no sweep {names[0]!r}; {nearest(names[0], _sweep_names())}")

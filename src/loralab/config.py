@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -87,16 +87,15 @@ def build(node: Mapping[str, Any], key: str) -> Any:
     """The spec that ``node`` names in ``_target_``, its fields checked by name and type."""
     cls = _target(node, key)
     values = {str(name): value for name, value in node.items() if name != "_target_"}
-    if not is_dataclass(cls):
+    if not (isinstance(cls, type) and is_dataclass(cls)):
         raise ConfigError(f"{key}._target_={node['_target_']!r} is not a loralab spec")
+    names = [one.name for one in fields(cls)]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), values)
         return OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        unknown = next((name for name in values if name not in {f.name for f in fields(cls)}), "?")
-        raise ConfigError(
-            f"{key}.{unknown} is not an option of {cls.__name__}; {nearest(unknown, (f.name for f in fields(cls)))}"
-        ) from error
+        unknown = next((name for name in values if name not in names), "?")
+        raise ConfigError(f"{key}.{unknown} is not an option of {cls.__name__}; {nearest(unknown, names)}") from error
     except OmegaConfBaseException as error:
         where = f"{key}.{error.full_key}" if getattr(error, "full_key", None) else key
         raise ConfigError(f"{where}: {_first_line(error)}") from error
@@ -137,7 +136,7 @@ def compose(overrides: list[str]) -> DictConfig:
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        return hydra_compose("train", overrides=overrides)
+        return cast(DictConfig, hydra_compose("train", overrides=overrides))
 
 
 def sweep_arguments(name: str, overrides: list[str]) -> list[str]:

@@ -58,9 +58,7 @@ def _neighbours(full: str) -> str:
             name = parent
             break
         node = node._get_node(parent)
-    keys = (
-        [str(key) for key in node if key not in ("hydra", "_target_")] if isinstance(node, DictConfig) else []
-    )
+    keys = [str(key) for key in node if key not in ("hydra", "_target_")] if isinstance(node, DictConfig) else []
     return nearest(name, keys)
 
 

@@ -33,9 +33,7 @@ class Job:
     def of(cls, config: DictConfig, many: bool) -> "Job":
         """The job Hydra is running now."""
         hydra = HydraConfig.get()
-        choices = {
-            str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")
-        }
+        choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
         number = int(hydra.job.num) if many else 0
         return cls(config, Path(hydra.runtime.output_dir), list(hydra.overrides.task), choices, number, many)
 
@@ -45,9 +43,7 @@ class Job:
             stored = record.read(self.folder)
         except ArtifactError:
             return None
-        return (
-            stored if stored["status"] == "completed" and stored["trial"] == trial_id(self.config) else None
-        )
+        return stored if stored["status"] == "completed" and stored["trial"] == trial_id(self.config) else None
 
     def execute(self, jobs: Any) -> dict[str, Any]:
         """Runs the trial. In a sweep a failure is in the record; alone it is raised."""
@@ -55,9 +51,7 @@ class Job:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
         except OSError as error:
-            raise DiskError(
-                f"the run folder {self.folder} cannot be written: {error.strerror or error}"
-            ) from error
+            raise DiskError(f"the run folder {self.folder} cannot be written: {error.strerror or error}") from error
         started = time.monotonic()
         try:
             spec = trial_spec(self.config, self.folder, self.overrides, self.choices)

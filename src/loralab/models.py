@@ -39,9 +39,7 @@ class Pretrained:
     tokenizer: str | None = None  # null: beside the weights
     num_labels: int | None = None  # null: from the data
     trust_remote_code: bool = False
-    config: dict[str, Any] = field(
-        default_factory=dict
-    )  # the architecture, so that counting needs no weights
+    config: dict[str, Any] = field(default_factory=dict)  # the architecture, so that counting needs no weights
 
     def __post_init__(self) -> None:
         _one_of("model.task", self.task, TASKS)
@@ -54,9 +52,7 @@ class Pretrained:
     @property
     def path(self) -> str:
         """What transformers is asked for."""
-        return (
-            str(SHIPPED_FOLDER) if self.name_or_path == SHIPPED else str(Path(self.name_or_path).expanduser())
-        )
+        return str(SHIPPED_FOLDER) if self.name_or_path == SHIPPED else str(Path(self.name_or_path).expanduser())
 
     def check(self) -> None:
         """Raises ConfigError where a local folder cannot be a base model, before anything heavy happens."""
@@ -150,9 +146,7 @@ class Random(Pretrained):
 
     def check(self) -> None:
         if self.name_or_path and not (Path(self.path) / "config.json").is_file():
-            raise ConfigError(
-                f"model.name_or_path={self.name_or_path!r}: there is no config.json in that folder"
-            )
+            raise ConfigError(f"model.name_or_path={self.name_or_path!r}: there is no config.json in that folder")
 
     def architecture(self) -> Any:
         stored = _json(Path(self.path) / "config.json") if self.name_or_path else dict(SMALL_LLAMA)
@@ -222,7 +216,7 @@ def load(
     model = spec.weights(config, quantizer, dtype, device)
     _check_vocabulary(model, tokenizer)
     if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return Base(spec, quantizer, model, tokenizer, measure(model), fingerprint(model))
@@ -273,9 +267,7 @@ def check_window(spec: Pretrained, config: Any) -> None:
     """Raises ConfigError where max_length exceeds the positions the base was built with."""
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if positions and spec.max_length > positions and spec.task != "seq2seq_lm":
-        raise ConfigError(
-            f"model.max_length={spec.max_length} exceeds the {positions} positions of the base model"
-        )
+        raise ConfigError(f"model.max_length={spec.max_length} exceeds the {positions} positions of the base model")
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
@@ -306,20 +298,12 @@ def _config_of(keys: dict[str, Any]) -> Any:
     kind = str(keys.pop("model_type", "llama"))
     known = CONFIG_MAPPING.keys()
     if kind not in known:
-        raise ConfigError(
-            f"model.config.model_type={kind!r} is unknown to transformers; {nearest(kind, known)[:200]}"
-        )
-    keys = {
-        key: value
-        for key, value in keys.items()
-        if key not in ("architectures", "transformers_version", "dtype")
-    }
+        raise ConfigError(f"model.config.model_type={kind!r} is unknown to transformers; {nearest(kind, known)[:200]}")
+    keys = {key: value for key, value in keys.items() if key not in ("architectures", "transformers_version", "dtype")}
     config = AutoConfig.for_model(kind)
     unknown = [key for key in keys if not hasattr(config, key)]
     if unknown:
-        raise ConfigError(
-            f"model.config.{unknown[0]}: {kind} has no such key; {nearest(unknown[0], vars(config))}"
-        )
+        raise ConfigError(f"model.config.{unknown[0]}: {kind} has no such key; {nearest(unknown[0], vars(config))}")
     try:
         return AutoConfig.for_model(kind, **keys)
     except Exception as error:
@@ -355,6 +339,4 @@ def _explained(spec: Pretrained) -> Iterator[None]:
             if Path(spec.path).is_dir()
             else " (no local folder of that name either; offline, put the checkpoint in a folder and name that)"
         )
-        raise ConfigError(
-            f"model.name_or_path={spec.name_or_path!r} cannot be loaded{hint}: {reason}"
-        ) from error
+        raise ConfigError(f"model.name_or_path={spec.name_or_path!r} cannot be loaded{hint}: {reason}") from error

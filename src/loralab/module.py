@@ -29,12 +29,13 @@ class FineTuner(LightningModule):
         self.sites = Sites.of(model)
         self.task = trials[0].task
         self.split = "val"
+        self.validated: list[int] = []  # each trial's step at the last validation
         self._scores: list[SplitMetrics] = []
-        self._running: dict[int, float] = {}
+        self._running: dict[int, float] = {}  # {trial: loss} of the window under way
+        self._norms: dict[int, float] = {}
+        self._last: dict[int, float] = {}  # {trial: loss} of the last finished window
 
-    def losses(
-        self, batches: Mapping[int, Batch], training: bool
-    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         inputs, labels = stack(batches, self.trials[0].pad_token_id, self.device)
         self.sites.shares = tuple(
@@ -89,7 +90,7 @@ class FineTuner(LightningModule):
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
                 if not norm < float("inf"):
                     trial.diverge("the gradient")
-                self._running_norms[index] = norm
+                self._norms[index] = norm
             if trial.failure is not None:
                 for parameter in parameters:
                     parameter.grad = None
@@ -102,7 +103,7 @@ class FineTuner(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """One step of every trial that took part in this window."""
-        self._running_norms: dict[int, float] = {}
+        self._norms = {}
         rates = [group["lr"] for group in optimizer.param_groups]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for index, loss in self._running.items():
@@ -110,15 +111,13 @@ class FineTuner(LightningModule):
             if trial.failure is None:
                 trial.step += 1
                 if trial.step % trial.settings.log_every_n_steps == 0 or not trial.alive:
-                    norm = self._running_norms.get(index, 0.0)
+                    norm = self._norms.get(index, 0.0)
                     trial.report({"train/loss": loss, "train/lr": rates[index], "train/grad_norm": norm})
         self._last = dict(self._running) or self._last
         self._running = {}
         self.log("loss", sum(self._last.values()) / max(1, len(self._last)), prog_bar=True, logger=False)
         if not any(trial.alive for trial in self.trials):
             self.trainer.should_stop = True
-
-    _last: dict[int, float] = {}  # noqa: RUF012 - replaced, never changed
 
     def on_validation_epoch_start(self) -> None:
         labels = max(2, len(self.trials[0].data.splits.labels))
@@ -138,6 +137,7 @@ class FineTuner(LightningModule):
                 trial.metrics.update(values)
                 trial.report(values)
         self._scores = []
+        self.validated = [trial.step for trial in self.trials]
 
     def configure_optimizers(self) -> Any:
         """One optimizer, a parameter group and a schedule for each trial."""

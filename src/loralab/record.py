@@ -89,9 +89,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: not a run record: {', '.join(missing)} missing")
     _check_schema(path, stored["schema"])
     if stored["status"] not in STATUSES:
-        raise ArtifactError(
-            f"{path}: status {stored['status']!r}; {nearest(str(stored['status']), STATUSES)}"
-        )
+        raise ArtifactError(f"{path}: status {stored['status']!r}; {nearest(str(stored['status']), STATUSES)}")
     return _complete(path, stored)
 
 
@@ -120,9 +118,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     trials = sweep["trials"]
     sound = isinstance(sweep["axes"], dict) and isinstance(trials, list)
     if not sound or not all(isinstance(trial, dict) and "folder" in trial for trial in trials):
-        raise ArtifactError(
-            f"{path}: damaged: axes must be an object, trials a list of objects with a folder"
-        )
+        raise ArtifactError(f"{path}: damaged: axes must be an object, trials a list of objects with a folder")
     return sweep
 
 
@@ -216,9 +212,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _disk_error(path: Path, size: int, error: OSError) -> LoralabError:
-    return DiskError(
-        f"{path}: cannot write {size} bytes: {error.strerror or error}; free or choose another folder"
-    )
+    return DiskError(f"{path}: cannot write {size} bytes: {error.strerror or error}; free or choose another folder")
 
 
 def _plain(value: Any) -> Any:

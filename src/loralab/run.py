@@ -124,9 +124,7 @@ class Runner:
         data = [self._encoded(spec, tokenizer) for spec in specs]
         base = self._load(specs[0], tokenizer, data[0], device)
         _check_labels(base, data)
-        trials = [
-            _trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)
-        ]
+        trials = [_trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)]
         try:
             Fit(base, specs, trials, started, self.progress).run()
         finally:
@@ -171,7 +169,6 @@ class Fit:
         self.progress = progress
         self.callbacks = [build() for build in specs[0].callbacks.values()]
         self.module = FineTuner(base.model, trials)
-        self.train_seconds = 0.0
 
     def run(self) -> None:
         for spec, trial in zip(self.specs, self.trials, strict=True):
@@ -180,27 +177,26 @@ class Fit:
         trainer = self.specs[0].trainer.build(self.callbacks, self.progress)
         begun = time.monotonic()
         trainer.fit(self.module, TrainPasses(self.trials), EvaluationPasses(self.trials, "validation"))
-        self.train_seconds = time.monotonic() - begun
-        self._note(trainer, begun)
+        seconds = time.monotonic() - begun
+        optimizer = optimizers.describe(trainer.optimizers[0], self.specs[0].optimizer.name)
         self._evaluate("val", "validation")
         if self.specs[0].trainer.test and all(len(trial.data.test) for trial in self.trials):
             self._evaluate("test", "test")
+        self._note(optimizer, begun - self.started, seconds)
         for spec, trial in zip(self.specs, self.trials, strict=True):
             self._finish(spec, trial)
 
-    def _note(self, trainer: Any, begun: float) -> None:
+    def _note(self, optimizer: dict[str, Any], startup: float, seconds: float) -> None:
         """Memory, time and optimizer state: the pack's, the same in each record."""
-        state = optimizers.describe(trainer.optimizers[0], self.specs[0].optimizer.name)
         memory: dict[str, Any] = {}
         for callback in self.callbacks:
             if hasattr(callback, "summary"):
                 memory.update(callback.summary())
         for trial in self.trials:
-            trial.record["optimizer"].update(state)
+            trial.record["optimizer"].update(optimizer)
             trial.record["memory"].update(memory)
-            seconds = self.train_seconds
             trial.record["time"].update(
-                startup_s=begun - self.started,
+                startup_s=startup,
                 train_s=seconds,
                 steps=trial.step,
                 tokens=trial.tokens,
@@ -208,13 +204,12 @@ class Fit:
             )
 
     def _evaluate(self, prefix: str, split: str) -> None:
-        """The final state's scores, the bare model in evaluation mode with the trials' adapters on."""
+        """Scores the final state over a split, unless the last validation of the fit did."""
         self.module.split = prefix
-        evaluator = self.specs[0].trainer.build(
-            [c for c in self.callbacks if hasattr(c, "summary")], progress=False
-        )
-        evaluator.validate_loop.trainer.limit_val_batches = 1.0
-        evaluator.validate(self.module, EvaluationPasses(self.trials, split), verbose=False)
+        if prefix != "val" or self.module.validated != [trial.step for trial in self.trials]:
+            observers = [callback for callback in self.callbacks if hasattr(callback, "summary")]
+            evaluator = self.specs[0].trainer.build(observers, progress=False, evaluating=True)
+            evaluator.validate(self.module, EvaluationPasses(self.trials, split), verbose=False)
         for spec, trial in zip(self.specs, self.trials, strict=True):
             self._generate(spec, trial, prefix, split)
 
@@ -263,9 +258,7 @@ def explain(error: BaseException) -> LoralabError | Interrupted:
 
 
 def _new_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
-    entry = record.blank(
-        spec.id, config=spec.config, overrides=spec.overrides, choices=spec.choices, seed=spec.seed
-    )
+    entry = record.blank(spec.id, config=spec.config, overrides=spec.overrides, choices=spec.choices, seed=spec.seed)
     entry["pack"] = {"size": size, "index": index}
     entry["environment"] = environment()
     entry["pid"], entry["host"] = os.getpid(), socket.gethostname()
@@ -305,9 +298,7 @@ def _check_pack(specs: list[TrialSpec]) -> None:
     if len(specs) == 1:
         return
     if len({spec.shares for spec in specs}) > 1:
-        raise ConfigError(
-            "the trials of one pack must share model, quantization, optimizer, precision and intervals"
-        )
+        raise ConfigError("the trials of one pack must share model, quantization, optimizer, precision and intervals")
     alone = [spec for spec in specs if not (spec.adapter.packable and spec.quantization.packable)]
     if alone:
         raise ConfigError(

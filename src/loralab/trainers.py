@@ -31,9 +31,7 @@ class TrainerSpec:
                 f"trainer.accelerator={self.accelerator!r} is unknown; {nearest(self.accelerator, ACCELERATORS)}"
             )
         if self.precision not in PRECISIONS:
-            raise ConfigError(
-                f"trainer.precision={self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}"
-            )
+            raise ConfigError(f"trainer.precision={self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}")
         for key in ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -55,7 +53,7 @@ class TrainerSpec:
             raise ConfigError("trainer=gpu, but torch sees no CUDA device; trainer=auto takes the CPU")
         return "cpu"
 
-    def build(self, callbacks: list[Any], progress: bool) -> Any:
+    def build(self, callbacks: list[Any], progress: bool, evaluating: bool = False) -> Any:
         """Lightning's Trainer: one epoch of numbered passes, no logger or checkpoint of its own."""
         quiet()
         from lightning.pytorch import Trainer
@@ -69,7 +67,7 @@ class TrainerSpec:
             accumulate_grad_batches=self.accumulate_grad_batches,
             val_check_interval=None if interval is None else interval * self.accumulate_grad_batches,
             check_val_every_n_epoch=None if interval is not None else 1,
-            limit_val_batches=1.0 if interval is not None else 0,
+            limit_val_batches=1.0 if evaluating or interval is not None else 0,
             num_sanity_val_steps=0,
             callbacks=callbacks,
             logger=False,

@@ -161,9 +161,7 @@ class EvaluationPasses:
         self.trials, self.split = trials, split
 
     def __len__(self) -> int:
-        return max(
-            -(-len(getattr(trial.data, self.split)) // trial.settings.batch_size) for trial in self.trials
-        )
+        return max(-(-len(getattr(trial.data, self.split)) // trial.settings.batch_size) for trial in self.trials)
 
     def __iter__(self) -> Iterator[dict[int, Batch]]:
         streams = {
@@ -176,9 +174,7 @@ class EvaluationPasses:
             yield {index: batch for index, batch in drawn.items() if batch is not None}
 
 
-def stack(
-    batches: Mapping[int, Batch], pad_token_id: int, device: torch.device
-) -> tuple[dict[str, Tensor], Tensor]:
+def stack(batches: Mapping[int, Batch], pad_token_id: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs and labels of all trials along dim 0, padded on the right to the longest of them."""
     tensors = [batch["tensors"] for batch in batches.values()]
     fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}

@@ -24,9 +24,7 @@ def test_source_and_target_are_padded_each_to_its_own_length():
 
 
 def test_class_labels_have_one_number_a_row():
-    batch = collate(
-        [Example([5, 6], [2], 1), Example([5], [0], 1)], "sequence_classification", pad_token_id=0
-    )
+    batch = collate([Example([5, 6], [2], 1), Example([5], [0], 1)], "sequence_classification", pad_token_id=0)
     assert batch["labels"].tolist() == [2, 0]
 
 

@@ -103,9 +103,7 @@ def test_the_standard_library_gives_thousands_of_pairs_and_no_function_twice():
     splits = Docstrings().splits()
     assert 4000 < len(splits.train) < 8000
     assert min(len(splits.validation), len(splits.test)) >= 100
-    files = {
-        split: {row.where.split(":")[0] for row in splits[split]} for split in ("train", "validation", "test")
-    }
+    files = {split: {row.where.split(":")[0] for row in splits[split]} for split in ("train", "validation", "test")}
     assert files["train"].isdisjoint(files["validation"] | files["test"])
     keys = [
         mining.function_key(row.prompt.removesuffix(OPENER))

@@ -164,18 +164,14 @@ def test_documents_come_from_a_text_template_without_a_label(jsonl):
 
 
 def test_real_pairs_are_read(real_data):
-    files = {
-        split: str(real_data / "e2e_nlg" / f"{split}.jsonl.gz") for split in ("train", "validation", "test")
-    }
+    files = {split: str(real_data / "e2e_nlg" / f"{split}.jsonl.gz") for split in ("train", "validation", "test")}
     splits = Files(**files, **TEMPLATES).splits()
     assert [len(splits[split]) for split in files] == [4188, 484, 4693]
     assert all(row.prompt.endswith("\n") and row.target for row in splits.train)
 
 
 def test_real_labels_are_read(real_data):
-    files = {
-        split: str(real_data / "rotten_tomatoes" / f"{split}.jsonl.gz") for split in ("train", "validation")
-    }
+    files = {split: str(real_data / "rotten_tomatoes" / f"{split}.jsonl.gz") for split in ("train", "validation")}
     splits = Files(**files, text="{text}", label="label", labels=["negative", "positive"]).splits()
     assert len(splits.train) == 8529
     assert {(row.label, row.target) for row in splits.train} == {(0, "negative"), (1, "positive")}

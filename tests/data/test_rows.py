@@ -116,9 +116,7 @@ def test_labels_that_are_given_keep_their_order_and_name_numbers():
 
 @pytest.mark.parametrize("value", ["pso", 2, -1, "-1", "²"])
 def test_a_label_out_of_range_or_unknown_is_named(value):
-    with pytest.raises(
-        DataError, match=rf"t\.jsonl:1: field 'y' is .*{value}.*not one of the 2 labels \(neg, pos\)"
-    ):
+    with pytest.raises(DataError, match=rf"t\.jsonl:1: field 'y' is .*{value}.*not one of the 2 labels \(neg, pos\)"):
         classify(labelled(value), labels=["neg", "pos"])
 
 

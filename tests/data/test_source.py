@@ -71,9 +71,7 @@ def test_an_unknown_package_is_refused():
         list(PythonSource(packages=["no_such_package"]).package_files())
 
 
-@pytest.mark.parametrize(
-    "value", [{"strip_docstrings": 1.5}, {"max_megabytes": 0.0}, {"batch_size": 0}, {"limit": 0}]
-)
+@pytest.mark.parametrize("value", [{"strip_docstrings": 1.5}, {"max_megabytes": 0.0}, {"batch_size": 0}, {"limit": 0}])
 def test_values_out_of_range_are_refused(value):
     with pytest.raises(ConfigError, match=next(iter(value))):
         PythonSource(**value)

@@ -5,10 +5,7 @@ from transformers import AutoTokenizer
 
 from loralab.data.tokenizer import bytes_per_token, train_tokenizer
 
-CODE = (
-    'def add(first, second):\n    """Add two numbers."""\n    return first + second\n\n\n'
-    "class Sum:\n    total = 0\n"
-)
+CODE = 'def add(first, second):\n    """Add two numbers."""\n    return first + second\n\n\nclass Sum:\n    total = 0\n'
 TOKENIZER = train_tokenizer([CODE] * 20, vocab_size=400)
 
 

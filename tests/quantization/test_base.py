@@ -47,9 +47,7 @@ def gpt2():
 
 def t5():
     return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=96, d_model=64, d_ff=128, d_kv=16, num_layers=1, num_heads=4, decoder_start_token_id=0
-        )
+        T5Config(vocab_size=96, d_model=64, d_ff=128, d_kv=16, num_layers=1, num_heads=4, decoder_start_token_id=0)
     )
 
 
@@ -185,8 +183,7 @@ def test_measure_counts_shared_parameters_and_code_tables_once():
     assert after.quantized_parameters == 2 * 12 * 64 * 64
     saved = before.bytes - after.bytes
     packed = sum(
-        FourBit(double_quant=True).storage_bits(o, 64 * k) // 8
-        for o, k in [(192, 1), (64, 1), (256, 1), (64, 4)]
+        FourBit(double_quant=True).storage_bits(o, 64 * k) // 8 for o, k in [(192, 1), (64, 1), (256, 1), (64, 4)]
     )
     assert saved == 4 * after.quantized_parameters - 2 * packed - 64 - 1024
 

@@ -47,9 +47,7 @@ def test_every_shape_unpacks_to_the_reference(
 def test_storage_is_bitsandbytes_own(double_quant):
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
     layer = FourBit(double_quant=double_quant).pack(weight, None)
-    packed, state = functional.quantize_4bit(
-        weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4"
-    )
+    packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
     assert torch.equal(layer.codes, packed)
     assert torch.equal(layer.absmax, state.absmax)
     if double_quant:
@@ -94,8 +92,7 @@ def test_a_kernel_that_counts_blocks_by_rows_is_noticed_and_not_used(monkeypatch
 def test_without_the_guard_the_real_kernel_is_wrong_on_some_cpus(monkeypatch, width, block_size):
     if kernels.kernel_is_right("nf4", block_size, width, torch.float32, torch.device("cpu")):
         pytest.skip(
-            f"bitsandbytes unpacks width {width} rightly on this CPU"
-            f" ({torch.backends.cpu.get_cpu_capability()})"
+            f"bitsandbytes unpacks width {width} rightly on this CPU ({torch.backends.cpu.get_cpu_capability()})"
         )
     weight = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
     layer = FourBit(block_size=block_size).pack(weight, None)

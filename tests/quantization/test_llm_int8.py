@@ -28,21 +28,12 @@ def by_definition(layer, x, threshold):
     codes, scale = absmax.quantize(rest)
     codes[:, outliers] = 0
     product = (
-        (codes.long() @ layer.codes.long().t()).double()
-        * scale[:, None].double()
-        * layer.absmax.double()
-        / 127**2
+        (codes.long() @ layer.codes.long().t()).double() * scale[:, None].double() * layer.absmax.double() / 127**2
     )
-    return (
-        product
-        + x[:, outliers].double() @ dense_weight(layer)[:, outliers].double().t()
-        + layer.bias.double()
-    )
+    return product + x[:, outliers].double() @ dense_weight(layer)[:, outliers].double().t() + layer.bias.double()
 
 
-@pytest.mark.parametrize(
-    ("threshold", "outlier"), [(0.0, None), (0.0, 30.0), (6.0, None), (6.0, 30.0), (1.0, 30.0)]
-)
+@pytest.mark.parametrize(("threshold", "outlier"), [(0.0, None), (0.0, 30.0), (6.0, None), (6.0, 30.0), (1.0, 30.0)])
 def test_forward_is_the_definition(threshold, outlier):
     layer, x = layer_and_input(threshold, outlier)
     for mode in (True, False):

@@ -42,9 +42,7 @@ SCHEMES = {
 
 def llama():
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=96, tie_word_embeddings=True, **small)
-    ), AutoModelForCausalLM
+    return LlamaForCausalLM(LlamaConfig(vocab_size=96, tie_word_embeddings=True, **small)), AutoModelForCausalLM
 
 
 def gpt2():
@@ -144,9 +142,7 @@ def test_weights_are_packed_in_the_load_dtype(saved):
     folder, model, auto = saved["llama"]
     half = copy.deepcopy(model).to(torch.bfloat16)
     convert_model(half, Int8Absmax())
-    loaded = auto.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantization_config(Int8Absmax())
-    )
+    loaded = auto.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization_config(Int8Absmax()))
     ours, theirs = packed(loaded), packed(half)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     layer = loaded.model.layers[0].mlp.down_proj
@@ -190,9 +186,7 @@ def test_shapes_that_contradict_the_config_are_named(saved):
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(saved, monkeypatch):
     folder, _, auto = saved["llama"]
-    monkeypatch.setattr(
-        "transformers.modeling_utils.safe_open", lambda *a, **k: pytest.fail("weights were read")
-    )
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", lambda *a, **k: pytest.fail("weights were read"))
     for spec in (Int8Absmax(granularity="block", block_size=65536), FourBit(skip_modules=["no_such"])):
         with pytest.raises(ConfigError, match="quantization"):
             auto.from_pretrained(folder, quantization_config=quantization_config(spec))

@@ -34,9 +34,7 @@ def synthetic_record(scheme: str, r: int, seed: int) -> dict:
         choices={"model": "tiny", "quantization": scheme, "adapter": "lora", "data": "docstrings"},
         seed=seed,
     )
-    made["base"].update(
-        name="tiny", fingerprint="f" * 64, parameters=4_325_376, quantized_parameters=3_145_728
-    )
+    made["base"].update(name="tiny", fingerprint="f" * 64, parameters=4_325_376, quantized_parameters=3_145_728)
     made["base"].update(bytes=int(3_145_728 * bits / 8), bits_per_parameter=bits)
     made["adapter"].update(method="lora", trainable_parameters=6144 * r, bytes=6144 * r * 4, modules=28)
     made["memory"].update(device="cpu", predicted_peak_bytes=210_000_000, measured_peak_bytes=212_345_678 + r)
@@ -44,9 +42,7 @@ def synthetic_record(scheme: str, r: int, seed: int) -> dict:
     made["time"].update(tokens_per_s=5200 + 300 * noise.random())
     made["pack"].update(size=1, index=0)
     made["data"].update(name="docstrings", fingerprint="d" * 64, rows={"train": 4000, "validation": 300})
-    made["environment"].update(
-        versions={"torch": "2.13.0", "lightning": "2.6.6"}, git="abc1234", python="3.11.4"
-    )
+    made["environment"].update(versions={"torch": "2.13.0", "lightning": "2.6.6"}, git="abc1234", python="3.11.4")
     made["environment"].update(cpu="Synthetic CPU, 2 cores")
     made.update(status="completed", metrics={"val/loss": loss, "val/perplexity": math.exp(loss)})
     return made
@@ -55,8 +51,7 @@ def synthetic_record(scheme: str, r: int, seed: int) -> dict:
 def synthetic_curve(final: float, name: str) -> list[dict]:
     noise = random.Random(name)
     rows = [
-        {"step": step, "train/loss": final + 0.9 * math.exp(-step / 14) + noise.gauss(0, 0.05)}
-        for step in range(1, 61)
+        {"step": step, "train/loss": final + 0.9 * math.exp(-step / 14) + noise.gauss(0, 0.05)} for step in range(1, 61)
     ]
     return rows + [{"step": step, "val/loss": final + 0.8 * math.exp(-step / 14)} for step in (20, 40, 60)]
 
@@ -77,9 +72,7 @@ def synthetic_sweep(tmp_path_factory):
             for seed in (0, 1):
                 made = synthetic_record(scheme, r, seed)
                 if (scheme, r, seed) == ("int8_absmax", 8, 1):
-                    made.update(
-                        status="out_of_memory", metrics={}, error="backward: no room for 31 MiB <on cpu>"
-                    )
+                    made.update(status="out_of_memory", metrics={}, error="backward: no room for 31 MiB <on cpu>")
                 folder = f"{scheme},r={r},seed={seed}"
                 write_trial(root / folder, made)
                 trials.append({"trial": made["trial"], "folder": folder, "status": made["status"]})

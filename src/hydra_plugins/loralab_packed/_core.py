@@ -38,7 +38,7 @@ def launch(launcher: PackedLauncher, job_overrides: Sequence[Sequence[str]], fir
 
 
 def _compose(launcher: PackedLauncher, overrides: list[str], number: int) -> DictConfig:
-    config = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, overrides)
+    config: DictConfig = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, overrides)
     with open_dict(config):
         config.hydra.job.id = config.hydra.job.num = number
     return config

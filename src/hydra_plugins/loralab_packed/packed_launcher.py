@@ -17,12 +17,10 @@ class PackedLauncherConf:
     _target_: str = "hydra_plugins.loralab_packed.packed_launcher.PackedLauncher"
 
 
-ConfigStore.instance().store(
-    group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="loralab"
-)
+ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="loralab")
 
 
-class PackedLauncher(Launcher):
+class PackedLauncher(Launcher):  # type: ignore[misc]
     """Runs a sweep's trials in one process over a base that stays loaded, and keeps sweep.json up to date."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,9 @@ class Adapter(nn.Module):
     def add(self, name: str, delta: nn.Module) -> None:
         """Lets ``delta`` change what layer ``name`` of the base gives."""
         key = name.replace(".", "/")
-        self.deltas[key] = (
-            nn.ModuleList([*self.deltas[key], delta]) if key in self.deltas else nn.ModuleList([delta])
-        )
+        if key not in self.deltas:
+            self.deltas[key] = nn.ModuleList()
+        cast(nn.ModuleList, self.deltas[key]).append(delta)
         self._sites.hold(self._model[0], name, self, delta)
 
     def save_module(self, name: str, module: nn.Module) -> None:
@@ -60,13 +60,13 @@ class Adapter(nn.Module):
     def adapted(self) -> Iterator[tuple[str, nn.Module]]:
         """(layer name, delta) of every delta, in the order they were added."""
         for key, deltas in self.deltas.items():
-            for delta in deltas:  # type: ignore[attr-defined]
+            for delta in cast(nn.ModuleList, deltas):
                 yield key.replace("/", "."), delta
 
     def saved_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(layer name, trained copy) of every module trained whole."""
         for key, module in self.saved.items():
-            yield key.replace("/", "."), module.module
+            yield key.replace("/", "."), cast(SavedModule, module).module
 
     @property
     def module_names(self) -> list[str]:
@@ -134,9 +134,7 @@ def new_heads(model: nn.Module) -> list[str]:
     return [
         name
         for name, child in model.named_children()
-        if base is not model
-        and child not in (base, output)
-        and any(key.startswith(f"{name}.") for key in fresh)
+        if base is not model and child not in (base, output) and any(key.startswith(f"{name}.") for key in fresh)
     ]
 
 
@@ -183,9 +181,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ConfigError(
-            f"adapter.target_modules={pattern!r} is not a valid regular expression ({error})"
-        ) from error
+        raise ConfigError(f"adapter.target_modules={pattern!r} is not a valid regular expression ({error})") from error
 
 
 def _ends(name: str, entry: str) -> bool:

@@ -35,9 +35,7 @@ class LoRA(AdapterSpec):
     lora_dropout: float = 0.0
     target_modules: Any = "all-linear"
     use_rslora: bool = False  # lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv:2312.03732)
-    init_lora_weights: str = (
-        "kaiming"  # loralib's and PEFT's draw of A; gaussian is the paper's (section 4.1)
-    )
+    init_lora_weights: str = "kaiming"  # loralib's and PEFT's draw of A; gaussian is the paper's (section 4.1)
     bias: str = "none"
     modules_to_save: Any = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -78,9 +76,7 @@ class LoRA(AdapterSpec):
     def scaling(self, name: str) -> float:
         """lora_alpha / r of layer ``name``, or lora_alpha / sqrt(r) with rsLoRA."""
         r = self.rank(name)
-        return float(_lookup(self.alpha_pattern, name, self.lora_alpha)) / (
-            math.sqrt(r) if self.use_rslora else r
-        )
+        return float(_lookup(self.alpha_pattern, name, self.lora_alpha)) / (math.sqrt(r) if self.use_rslora else r)
 
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)
@@ -89,9 +85,7 @@ class LoRA(AdapterSpec):
         for name in names:
             out_features, in_features = linear_shape(model.get_submodule(name))
             device = next(model.parameters()).device
-            delta = LoRADelta(
-                in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device
-            )
+            delta = LoRADelta(in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device)
             delta.draw(self.init_lora_weights, generator_for(seed, name))
             adapter.add(name, delta)
         self._train_biases(model, adapter, names)

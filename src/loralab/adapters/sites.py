@@ -5,7 +5,7 @@ rows are where; each hooked layer hands every trial its own slice of input and o
 again. One trial alone is the same code with one slice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -61,7 +61,7 @@ class Sites:
         factor, rest = divmod(x.shape[0], total)
         if rest or not factor:
             raise NotPackable(f"a layer sees {tuple(x.shape)} where {total} stacked rows were fed")
-        return x.split([share.rows * factor for share in self.shares])
+        return torch.split(x, [share.rows * factor for share in self.shares])
 
     def hold(self, model: nn.Module, name: str, owner: nn.Module, delta: nn.Module) -> None:
         """From now on ``delta(x, y, key) -> y`` acts on ``owner``'s rows at layer ``name``."""

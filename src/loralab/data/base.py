@@ -32,9 +32,7 @@ class Splits:
     fingerprint: str  # 16 hex digits of the sha256 over all rows
     kind: str = "pairs"  # pairs, text, labels
     skipped: int = 0  # bad rows left out by on_bad_row=skip
-    bytes: dict[str, int] = field(
-        default_factory=dict
-    )  # UTF-8 bytes of the targets, by split: for bits per byte
+    bytes: dict[str, int] = field(default_factory=dict)  # UTF-8 bytes of the targets, by split: for bits per byte
 
     def __getitem__(self, split: str) -> list[Row]:
         rows: list[Row] = getattr(self, split)

@@ -11,9 +11,7 @@ from loralab.data.encoding import IGNORE, Example
 from loralab.errors import DataError
 
 
-def collate(
-    examples: Sequence[Example], task: str, pad_token_id: int, pad_to: int | None = None
-) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], task: str, pad_token_id: int, pad_to: int | None = None) -> dict[str, Tensor]:
     """Right-padded batch of int64: input_ids, attention_mask (B, T); labels (B, T), -100 on padding, or (B,).
 
     ``pad_to`` sets T (seq2seq: of source and target alike) where batches must agree; longer rows keep theirs.

@@ -75,9 +75,7 @@ def mine(root: Path) -> Mined:
         "test": keys["train"] | keys["validation"] | training_keys(),
     }
     for split, function, row in pending:
-        if function.key in seen[split] or not forbidden[split].isdisjoint(
-            (function.key, function.answer_key)
-        ):
+        if function.key in seen[split] or not forbidden[split].isdisjoint((function.key, function.answer_key)):
             continue
         seen[split].add(function.key)
         found[split].append(row)
@@ -129,8 +127,7 @@ def _read_cache(path: Path) -> Mined | None:
     try:
         stored = json.loads(gzip.decompress(path.read_bytes()))
         return {
-            split: [Row(prompt, target, where=where) for prompt, target, where in stored[split]]
-            for split in SPLITS
+            split: [Row(prompt, target, where=where) for prompt, target, where in stored[split]] for split in SPLITS
         }
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
         return None

@@ -27,9 +27,7 @@ class Files(RowSpec):
 
     def splits(self) -> Splits:
         if not self.train:
-            raise ConfigError(
-                "data.train is missing: the path of a .jsonl, .csv or .txt file (or .gz of one)"
-            )
+            raise ConfigError("data.train is missing: the path of a .jsonl, .csv or .txt file (or .gz of one)")
         paths = {split: Path(value).expanduser() for split in SPLITS if (value := getattr(self, split))}
         formats = {split: file_format(path, f"data.{split}") for split, path in paths.items()}
         name = paths["train"].name
@@ -41,9 +39,7 @@ class Files(RowSpec):
                 f"data: .txt is plain text and cannot be mixed with other formats: {sorted(formats.values())}"
             )
         if self.text is not None or self.target is not None:
-            raise ConfigError(
-                "data: a .txt file is plain text; templates (prompt, target, text) need .jsonl or .csv"
-            )
+            raise ConfigError("data: a .txt file is plain text; templates (prompt, target, text) need .jsonl or .csv")
         return self.plain_text(name, paths)
 
     def plain_text(self, name: str, paths: dict[str, Path]) -> Splits:
@@ -72,9 +68,7 @@ def file_format(path: Path, key: str) -> str:
     for ending in FORMATS:
         if name.endswith(ending):
             return ending
-    raise DataError(
-        f"{key}={str(path)!r}: this format is not read; valid: {', '.join(FORMATS)}, and .gz of them"
-    )
+    raise DataError(f"{key}={str(path)!r}: this format is not read; valid: {', '.join(FORMATS)}, and .gz of them")
 
 
 def _listing(folder: Path) -> str:
@@ -129,13 +123,11 @@ def csv_records(path: Path, columns: list[str]) -> Iterator[Record]:
         header = list(reader.fieldnames or [])
         for name in columns:
             if name not in header:
-                raise DataError(
-                    f"{path}:1: column {name!r} is missing (has: {', '.join(header) or 'nothing'})"
-                )
+                raise DataError(f"{path}:1: column {name!r} is missing (has: {', '.join(header) or 'nothing'})")
         for fields in reader:
             yield _csv_record(fields, header, f"{path}:{reader.line_num}")
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+        raise DataError(f"{path}:{reader.reader.line_num}: not CSV ({error})") from None
 
 
 def _csv_record(fields: dict[Any, Any], header: list[str], where: str) -> Record:

@@ -46,13 +46,9 @@ class Hub(RowSpec):
         if offline:
             library.config.HF_HUB_OFFLINE = True
         try:
-            return library.load_dataset(
-                str(folder) if folder.is_dir() else name, self.config_name, split=split
-            )
+            return library.load_dataset(str(folder) if folder.is_dir() else name, self.config_name, split=split)
         except Exception as error:  # the library raises a dozen unrelated kinds
-            reason = (
-                "the hub cannot be reached and the cache holds no such data set" if offline else str(error)
-            )
+            reason = "the hub cannot be reached and the cache holds no such data set" if offline else str(error)
             raise DataError(
                 f"data.name={name!r} (config_name={self.config_name}, split {split!r}) cannot be loaded: "
                 f"{reason.strip().splitlines()[0] if reason.strip() else type(error).__name__}"

@@ -54,9 +54,7 @@ class Template:
 
     def render(self, fields: Mapping[str, Any]) -> str:
         """The text, or BadRow."""
-        return "".join(
-            literal + (text_of(fields, name) if name is not None else "") for literal, name in self.parts
-        )
+        return "".join(literal + (text_of(fields, name) if name is not None else "") for literal, name in self.parts)
 
 
 @dataclass(frozen=True)
@@ -67,29 +65,21 @@ class RowSpec(DataSpec):
     target: str | None = None
     text: str | None = None
     label: str | None = None  # column name
-    labels: list[str] = field(
-        default_factory=list
-    )  # ordered names; empty: those of the training rows, sorted
+    labels: list[str] = field(default_factory=list)  # ordered names; empty: those of the training rows, sorted
     on_bad_row: str = "error"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.on_bad_row not in ON_BAD_ROW:
-            raise ConfigError(
-                f"data.on_bad_row={self.on_bad_row!r} is unknown; {nearest(self.on_bad_row, ON_BAD_ROW)}"
-            )
+            raise ConfigError(f"data.on_bad_row={self.on_bad_row!r} is unknown; {nearest(self.on_bad_row, ON_BAD_ROW)}")
         if self.text is not None and (self.prompt is not None or self.target is not None):
             raise ConfigError("data.text and data.prompt/data.target exclude each other: give one form")
         if self.prompt is not None and self.target is None:
             raise ConfigError("data.target is missing beside data.prompt: what should be learnt?")
         if self.label is not None and self.text is None:
-            raise ConfigError(
-                f"data.label={self.label!r} needs data.text, the template of what is to be classified"
-            )
+            raise ConfigError(f"data.label={self.label!r} needs data.text, the template of what is to be classified")
         if self.labels and self.label is None:
-            raise ConfigError(
-                "data.labels names classes, but data.label, the column that holds them, is missing"
-            )
+            raise ConfigError("data.labels names classes, but data.label, the column that holds them, is missing")
         if len(set(self.labels)) < len(self.labels):
             raise ConfigError(f"data.labels names a class twice: {self.labels}")
         for key in ("prompt", "target", "text"):
@@ -113,21 +103,15 @@ class RowSpec(DataSpec):
         ]
         return list(dict.fromkeys([*names, *([self.label] if self.label else [])]))
 
-    def assemble(
-        self, name: str, records: Mapping[str, Iterable[Record]], labels: Iterable[str] = ()
-    ) -> Splits:
+    def assemble(self, name: str, records: Mapping[str, Iterable[Record]], labels: Iterable[str] = ()) -> Splits:
         """Rows by split; the labels are the spec's, else ``labels``, else those of the training rows."""
         if self.text is None and self.target is None:
-            raise ConfigError(
-                "data: give data.prompt and data.target (templates), or data.text and data.label"
-            )
+            raise ConfigError("data: give data.prompt and data.target (templates), or data.text and data.label")
         reader = Reader(self, list(self.labels or labels))
         rows = {split: reader.rows(split, part) for split, part in records.items()}
         if "validation" not in rows:
             rows["train"], rows["validation"] = split_off(rows["train"])
-        splits = make_splits(
-            name, rows, kind=self.kind, limit=self.limit, labels=reader.labels, skipped=reader.skipped
-        )
+        splits = make_splits(name, rows, kind=self.kind, limit=self.limit, labels=reader.labels, skipped=reader.skipped)
         warn_of_overlap(splits)
         return splits
 
@@ -171,9 +155,7 @@ class Reader:
             )
         if problems:
             self.skipped += len(problems)
-            log.warning(
-                "%s: %d of %d rows are bad and left out, such as %s", split, len(problems), read, problems[0]
-            )
+            log.warning("%s: %d of %d rows are bad and left out, such as %s", split, len(problems), read, problems[0])
 
     def row(self, record: Record) -> Row:
         """One row, or BadRow."""

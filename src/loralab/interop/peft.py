@@ -25,9 +25,7 @@ def save_adapter(adapter: Adapter, model: nn.Module, folder: Path, task: str, ba
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(adapter.spec, LoRA):
-            state = {
-                key: value.detach().cpu().contiguous() for key, value in lora_state(adapter, model).items()
-            }
+            state = {key: value.detach().cpu().contiguous() for key, value in lora_state(adapter, model).items()}
             save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
             config = lora_config(adapter, adapter.spec, model, task, base_name)
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -58,9 +56,7 @@ def lora_config(adapter: Adapter, spec: LoRA, model: nn.Module, task: str, base_
     """PEFT's LoraConfig as a plain dictionary."""
     names = [name for name, delta in adapter.adapted() if isinstance(delta, LoRADelta)]
     kinds = {type(model.get_submodule(name)).__name__ for name in names}
-    transposed = kinds == {"Conv1D"} or all(
-        getattr(model.get_submodule(name), "transposed", False) for name in names
-    )
+    transposed = kinds == {"Conv1D"} or all(getattr(model.get_submodule(name), "transposed", False) for name in names)
     return {
         "peft_type": "LORA",
         "task_type": TASK_TYPES[task],
@@ -75,9 +71,7 @@ def lora_config(adapter: Adapter, spec: LoRA, model: nn.Module, task: str, base_
         "bias": "none" if spec.bias == "none" else "all",
         "modules_to_save": [name for name, _ in adapter.saved_modules()] or None,
         "rank_pattern": {name: spec.rank(name) for name in names if spec.rank(name) != spec.r},
-        "alpha_pattern": {
-            name: _alpha(spec, name) for name in names if _alpha(spec, name) != spec.lora_alpha
-        },
+        "alpha_pattern": {name: _alpha(spec, name) for name in names if _alpha(spec, name) != spec.lora_alpha},
         "inference_mode": True,
     }
 

@@ -99,9 +99,7 @@ def _start(options: dict[str, Any], online: bool, folder: Path) -> Any:
             log.warning("W&B could not start (%s); metrics.jsonl goes on", error)
             return None
         reason = " ".join(str(error).split())[:160]
-        log.warning(
-            "W&B not reachable (%s); logging offline, upload later: wandb sync %s", reason, folder / "wandb"
-        )
+        log.warning("W&B not reachable (%s); logging offline, upload later: wandb sync %s", reason, folder / "wandb")
     try:
         return _init(wandb, options, "offline")
     except Exception as error:
@@ -110,9 +108,7 @@ def _start(options: dict[str, Any], online: bool, folder: Path) -> Any:
 
 
 def _init(wandb: Any, options: dict[str, Any], mode: str) -> Any:
-    settings = wandb.Settings(
-        console="off", silent=True, x_disable_stats=True, disable_git=True, init_timeout=20
-    )
+    settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, init_timeout=20)
     # 15 s by default: a killed run would lose everything since the last flush
     for key, value in {"x_transaction_log_flush_interval": 1.0, "finish_timeout": 60.0}.items():
         if key in type(settings).model_fields:

@@ -19,9 +19,7 @@ def choose(key: str, value: object, valid: Iterable[object]) -> None:
     """Refuse a value of ``quantization.<key>`` that is not among the valid ones."""
     options = list(valid)
     if value not in options or isinstance(value, bool):
-        raise ConfigError(
-            f"quantization.{key} = {value!r} is not known; {nearest(str(value), map(str, options))}"
-        )
+        raise ConfigError(f"quantization.{key} = {value!r} is not known; {nearest(str(value), map(str, options))}")
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,7 @@ def quantizable(model: nn.Module, spec: Quantizer) -> list[str]:
     return [
         name
         for name in base_linears(model)
-        if name not in skipped
-        and name.rpartition(".")[2] not in float32
-        and not is_frozen(model.get_submodule(name))
+        if name not in skipped and name.rpartition(".")[2] not in float32 and not is_frozen(model.get_submodule(name))
     ]
 
 

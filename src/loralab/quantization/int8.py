@@ -22,9 +22,7 @@ class Int8Absmax(Quantizer):
         super().__post_init__()
         choose("granularity", self.granularity, absmax.GRANULARITIES)
         if isinstance(self.block_size, bool) or not 8 <= self.block_size <= 65536:
-            raise ConfigError(
-                f"quantization.block_size = {self.block_size!r} is out of range; valid: 8 to 65536"
-            )
+            raise ConfigError(f"quantization.block_size = {self.block_size!r} is out of range; valid: 8 to 65536")
 
     @property
     def name(self) -> str:

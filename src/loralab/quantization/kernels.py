@@ -80,18 +80,14 @@ def _kernel(
     return dense
 
 
-def _reference(
-    packed: Tensor, absmax: Tensor, quant_type: str, block_size: int, shape: tuple[int, int]
-) -> Tensor:
+def _reference(packed: Tensor, absmax: Tensor, quant_type: str, block_size: int, shape: tuple[int, int]) -> Tensor:
     codes = blockwise.unpack_4bit(packed, shape[0] * shape[1])
     code = codebooks.table(quant_type, packed.device)
     return blockwise.dequantize_blockwise(codes, absmax, code, block_size).view(shape)
 
 
 @cache
-def kernel_is_right(
-    quant_type: str, block_size: int, width: int, dtype: torch.dtype, device: torch.device
-) -> bool:
+def kernel_is_right(quant_type: str, block_size: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Ask the kernel itself, once per width: blocks run through the rows, and not every kernel follows.
 
     bitsandbytes 0.50.2 on CPUs with AVX-512 gives each row ``width // block_size`` whole blocks, silently,
@@ -112,9 +108,7 @@ def kernel_is_right(
         got = _kernel(packed, absmax, quant_type, block_size, (rows, width), dtype)
         right = torch.equal(got, _reference(packed, used, quant_type, block_size, (rows, width)).to(dtype))
     if not right:
-        log.info(
-            "bitsandbytes unpacks %s wrongly at width %d, block %d: bypassed", quant_type, width, block_size
-        )
+        log.info("bitsandbytes unpacks %s wrongly at width %d, block %d: bypassed", quant_type, width, block_size)
     return right
 
 

@@ -48,9 +48,7 @@ def _metric(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
         yield _metric_panel(study, inside, x, others[:1], y, where)
 
 
-def _metric_panel(
-    study: Study, found: Sequence[Row], x: str, by: list[str], y: svg.Axis, where: str
-) -> Figure:
+def _metric_panel(study: Study, found: Sequence[Row], x: str, by: list[str], y: svg.Axis, where: str) -> Figure:
     labels = study.axes[x]
     numbers = [as_number(text) for text in labels]
     numeric = all(number is not None for number in numbers)
@@ -58,9 +56,7 @@ def _metric_panel(
     name = short_names(list(study.axes))[x]
     axis = _x_axis(name, labels, across, numeric)
     series = [
-        svg.Series(
-            key, [_point(study, rows_at, at) for rows_at, at in _along(inside, x, labels, across)], hue
-        )
+        svg.Series(key, [_point(study, rows_at, at) for rows_at, at in _along(inside, x, labels, across)], hue)
         for key, hue, inside in _series(study, found, by)
     ]
     title = f"{study.metric} against {name}" + (f" ({where})" if where else "")
@@ -153,13 +149,8 @@ def _series(study: Study, found: Sequence[Row], by: list[str]) -> list[tuple[str
     return [one for one in split if one[2]]
 
 
-def _along(
-    inside: Sequence[Row], x: str, labels: list[str], across: list[float]
-) -> list[tuple[list[Row], float]]:
-    return [
-        ([row for row in inside if row.values[x] == text], at)
-        for text, at in zip(labels, across, strict=True)
-    ]
+def _along(inside: Sequence[Row], x: str, labels: list[str], across: list[float]) -> list[tuple[list[Row], float]]:
+    return [([row for row in inside if row.values[x] == text], at) for text, at in zip(labels, across, strict=True)]
 
 
 def _point(study: Study, at_place: Sequence[Row], x: float) -> svg.Point | None:
@@ -170,9 +161,7 @@ def _point(study: Study, at_place: Sequence[Row], x: float) -> svg.Point | None:
     row = scored[0]
     short = short_names(list(study.axes))
     where = ", ".join(f"{short[axis]} = {text}" for axis, text in row.values.items())
-    return svg.Point(
-        x, scored[0].mean, row.scores, row.std, f"{where}: {score_text(row)}, n = {len(row.scores)}"
-    )
+    return svg.Point(x, scored[0].mean, row.scores, row.std, f"{where}: {score_text(row)}, n = {len(row.scores)}")
 
 
 def _missing(series: Sequence[svg.Series]) -> str:

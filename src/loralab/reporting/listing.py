@@ -36,9 +36,7 @@ def render(entries: Sequence[dict[str, Any]], width: int = WIDTH) -> str:
     lines = [("when", "trials", "state", "name", "folder")]
     lines += [(_clock(e["when"]), str(e["trials"]), _state(e), e["name"], e["folder"]) for e in entries]
     widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    texts = [
-        "  ".join(cell.ljust(size) for cell, size in zip(line, [*widths, 0], strict=True)) for line in lines
-    ]
+    texts = ["  ".join(cell.ljust(size) for cell, size in zip(line, [*widths, 0], strict=True)) for line in lines]
     return "".join(clip(text.rstrip(), width) + "\n" for text in texts)
 
 

@@ -76,9 +76,7 @@ def _tiles(study: Study, found: Sequence[Row], known: Facts) -> Iterator[str]:
 
 
 def _tile(value: str, words: str, bad: bool = False) -> str:
-    return (
-        f'<div class="tile{" bad" if bad else ""}"><b>{escape(value)}</b><span>{escape(words)}</span></div>'
-    )
+    return f'<div class="tile{" bad" if bad else ""}"><b>{escape(value)}</b><span>{escape(words)}</span></div>'
 
 
 def _where(study: Study, row: Row) -> str:

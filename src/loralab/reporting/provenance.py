@@ -93,14 +93,9 @@ def _common(study: Study, found: list[Record]) -> str:
 def _alpha(study: Study, found: list[Record]) -> list[str]:
     """How lora_alpha goes with r, where r moves."""
     pairs = {
-        (lookup(record["config"], "adapter.r"), lookup(record["config"], "adapter.lora_alpha"))
-        for record in found
+        (lookup(record["config"], "adapter.r"), lookup(record["config"], "adapter.lora_alpha")) for record in found
     }
-    known = {
-        (r, alpha)
-        for r, alpha in pairs
-        if isinstance(r, int | float) and isinstance(alpha, int | float) and r
-    }
+    known = {(r, alpha) for r, alpha in pairs if isinstance(r, int | float) and isinstance(alpha, int | float) and r}
     if len({r for r, _ in known}) < 2:
         return []
     if len({alpha for _, alpha in known}) == 1:

@@ -140,10 +140,7 @@ def markdown(study: Study, found: Sequence[Row]) -> str:
     """The same table for a README or an issue."""
     titles, body = _cells(study, found, columns(study, found))
     lines = [titles, ["---"] * len(titles), *body]
-    return (
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        + "\n"
-    )
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def clip(text: str, width: int) -> str:
