@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ArtifactError, ConfigError, Interrupted, nearest
+from loralab.errors import ArtifactError, ConfigError, Interrupted, LoralabError, nearest
 
 HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
 
@@ -167,6 +167,7 @@ class Jobs:
     folder: Path | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     runner: Any = None
+    refused: LoralabError | None = None
 
     def run(self, arguments: list[str]) -> int:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
@@ -178,6 +179,8 @@ class Jobs:
         sys.argv = ["loralab", *arguments]
         conf = str(data_root() / "conf")
         hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
+        if self.refused is not None:
+            raise self.refused
         if self.many and self.folder is not None:
             self._conclude()
         failed = [int(record.get("exit_code") or 0) for record in self.records]
@@ -191,7 +194,11 @@ class Jobs:
         self.folder = job.folder.parent if self.many else job.folder
         record = None if self.fresh else job.finished()
         if record is None:
-            record = job.execute(self)
+            try:
+                record = job.execute(self)
+            except LoralabError as error:  # of a single run; Hydra would print its own lines about it
+                self.refused = error
+                return None
         else:
             job.say(record, skipped=True)
         self.records.append(record)

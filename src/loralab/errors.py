@@ -62,6 +62,6 @@ class Interrupted(BaseException):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that helps after an unknown ``name``: the nearest valid one and the list."""
     options = sorted({str(option) for option in valid})
-    close = get_close_matches(name, options, n=1, cutoff=0.6)
+    close = get_close_matches(name, options, n=1, cutoff=0.35)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{hint}valid: {', '.join(options)}"

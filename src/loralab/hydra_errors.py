@@ -27,7 +27,10 @@ def _paragraph(error: BaseException) -> str:
     key = re.search(r"Could not (?:override|append to config.*?at|delete.*?from config) '([^']+)'", text)
     if key and "not in struct" in text:
         full = key.group(1).rstrip(".")
-        return f"{full} is not an option; {_neighbours(full)}"
+        valid = _neighbours(full)
+        if not valid:
+            return f"{full} is not set yet; +{full}=VALUE adds it"
+        return f"{full} is not an option; {valid}"
     group = re.search(r"Could not find '([^']+)'", text)
     if group:
         return _missing_option(group.group(1), text)
@@ -46,7 +49,7 @@ def _missing_option(wanted: str, text: str) -> str:
 
 
 def _neighbours(full: str) -> str:
-    """The nearest names beside ``full`` in the default configuration."""
+    """The nearest names beside ``full`` in the default configuration; nothing where keys are free."""
     from omegaconf import DictConfig
 
     from loralab.config import compose
@@ -59,7 +62,7 @@ def _neighbours(full: str) -> str:
             break
         node = node._get_node(parent)
     keys = [str(key) for key in node if key not in ("hydra", "_target_")] if isinstance(node, DictConfig) else []
-    return nearest(name, keys)
+    return nearest(name, keys) if keys else ""
 
 
 def _disk(error: OSError) -> LoralabError:

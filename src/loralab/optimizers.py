@@ -16,6 +16,7 @@ BITSANDBYTES = {
     "paged_adamw": "PagedAdamW32bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
+MAX_LR = 1e30  # beyond, a step size overflows float32 inside torch, which would end the whole pack
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -33,8 +34,8 @@ class AdamW:
         names = (TORCH, *BITSANDBYTES)
         if self.name not in names:
             raise ConfigError(f"optimizer.name={self.name!r} is unknown; {nearest(self.name, names)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"optimizer.lr must be a positive number, got {self.lr}")
+        if not 0 < self.lr <= MAX_LR:
+            raise ConfigError(f"optimizer.lr must be a positive number of at most {MAX_LR:g}, got {self.lr}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

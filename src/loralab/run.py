@@ -124,6 +124,11 @@ class Runner:
         data = [self._encoded(spec, tokenizer) for spec in specs]
         base = self._load(specs[0], tokenizer, data[0], device)
         _check_labels(base, data)
+        if len(specs) > 1 and base_dropout(base.model) > 0:
+            raise ConfigError(
+                f"the base's own dropout ({base_dropout(base.model):g}) cannot be drawn for each trial of a pack; "
+                "model.dropout=0 switches it off"
+            )
         trials = [_trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)]
         try:
             Fit(base, specs, trials, started, self.progress).run()
@@ -319,5 +324,7 @@ def _check_labels(base: models.Base, data: list[Encoded]) -> None:
 
 
 def base_dropout(model: nn.Module) -> float:
-    """The largest dropout probability inside the base."""
-    return max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0)
+    """The largest dropout probability inside the base, attention's included."""
+    names = ("p", "dropout", "attention_dropout", "dropout_prob", "dropout_rate")
+    found = [getattr(module, name, None) for module in model.modules() for name in names]
+    return max((value for value in found if isinstance(value, float)), default=0.0)

@@ -80,8 +80,11 @@ class TrainerSpec:
 
 
 def quiet() -> None:
-    """Lightning's advertisements and hardware lines say nothing about an experiment."""
+    """Lightning's advertisements, hardware lines and loading bars say nothing about an experiment."""
+    from transformers.utils.logging import disable_progress_bar
+
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
+    disable_progress_bar()
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")

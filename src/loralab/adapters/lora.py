@@ -28,7 +28,7 @@ BIASES = ("none", "all", "lora_only")
 
 @dataclass(frozen=True)
 class LoRA(AdapterSpec):
-    """Low-rank adaptation. ``rank_pattern`` and ``alpha_pattern`` map a name's ending or regex to its own r and alpha."""
+    """Low-rank adaptation. ``rank_pattern`` and ``alpha_pattern`` map a name's ending or regex to an r, an alpha."""
 
     r: int = 8
     lora_alpha: float = 16.0
@@ -58,9 +58,8 @@ class LoRA(AdapterSpec):
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}")
         if self.init_lora_weights not in INITS:
-            raise ConfigError(
-                f"adapter.init_lora_weights={self.init_lora_weights!r} is unknown; {nearest(self.init_lora_weights, INITS)}"
-            )
+            hint = nearest(self.init_lora_weights, INITS)
+            raise ConfigError(f"adapter.init_lora_weights={self.init_lora_weights!r} is unknown; {hint}")
         if self.bias not in BIASES:
             raise ConfigError(f"adapter.bias={self.bias!r} is unknown; {nearest(self.bias, BIASES)}")
         if not isinstance(self.target_modules, str | list | tuple) or not self.target_modules:

@@ -2,9 +2,11 @@
 
 import ast
 import hashlib
+import os
 import re
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +58,11 @@ def split_of(relative_path: str) -> str:
 def python_files(root: Path, skipped: frozenset[str] = SKIPPED_FOLDERS) -> list[Path]:
     """Python files below ``root``, sorted, without tests, code pages and generated build data."""
     found = []
-    for path in sorted(root.rglob("*.py")):
-        folders = path.relative_to(root).parts[:-1]
-        if skipped.isdisjoint(folders) and not path.name.startswith(("_sysconfigdata", "test_")):
-            found.append(path)
-    return found
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped]
+        python = [name for name in names if name.endswith(".py")]
+        found += [Path(folder, name) for name in python if not name.startswith(("_sysconfigdata", "test_"))]
+    return sorted(found)
 
 
 def read_source(path: Path) -> str | None:
@@ -81,7 +83,13 @@ def functions(source: str) -> Iterator[Function]:
         return
     # as the parser counts: a form feed or \x85 ends no line
     lines = source.split("\n")
-    for node in ast.walk(tree):
+    queue: deque[ast.AST] = deque([tree])
+    while queue:
+        node = queue.popleft()
+        # expressions hold no functions with docstrings: three quarters of the tree need no visit
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            children = getattr(node, block, None)
+            queue.extend(children if isinstance(children, list) else [])
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield _function(node, lines)
 

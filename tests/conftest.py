@@ -1,0 +1,190 @@
+"""Small random bases, a tokenizer of single bytes and small files, so that tests need no network and no weights."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from loralab import models
+from loralab.adapters.lora import LoRA
+from loralab.data.files import Files
+from loralab.data.tokenizer import train_tokenizer
+from loralab.loggers.wandb import Wandb
+from loralab.optimizers import AdamW, Schedule
+from loralab.quantization.four_bit import FourBit
+from loralab.quantization.none import NoQuantization
+from loralab.run import TrialSpec
+from loralab.trainers import TrainerSpec
+
+torch.set_num_threads(1)
+
+VOCABULARY = 258  # 256 bytes, </s> and <pad>: a text's tokens are its bytes
+FAMILIES = {
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "t5": {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
+    "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2},
+    "roberta": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "phi": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+MORE = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False, "max_position_embeddings": 128},
+    "roberta": {"max_position_embeddings": 130},
+    "phi": {"max_position_embeddings": 128},
+}
+TASKS = {"t5": "seq2seq_lm", "distilbert": "sequence_classification", "roberta": "sequence_classification"}
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data sets, where this machine has it."""
+    folder = os.environ.get("LORALAB_TEST_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LORALAB_TEST_DATA names no folder with real data sets")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A saved tokenizer whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["a"], VOCABULARY).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """Paths: pairs (all rows of 24 bytes, prompt and target of differing share), ragged pairs, labelled texts."""
+    folder = tmp_path_factory.mktemp("rows")
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    paths = {}
+    for split, count in (("train", 20), ("validation", 7)):
+        pairs, ragged, labels = [], [], []
+        for i in range(count):
+            text = f"{words[i % 6]} {words[(i * i + 1) % 6]} {i:02d}".ljust(24, ".")[:24]
+            cut = 6 + 2 * (i % 7)
+            pairs.append({"q": text[:cut], "a": text[cut:]})
+            ragged.append({"q": words[i % 6] * (1 + i % 3), "a": words[(i + 1) % 6] + "!" * (i % 5)})
+            labels.append({"t": text[: 8 + i % 9], "y": ["no", "yes", "maybe"][i % 3]})
+        for name, content in (("pairs", pairs), ("ragged", ragged), ("labels", labels)):
+            path = folder / f"{name}_{split}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in content))
+            paths[name, split] = path
+    return paths
+
+
+@pytest.fixture(scope="session")
+def make_data(rows):
+    """A ``data=files`` spec over one kind of ``rows``."""
+
+    def make(kind="pairs", **changes):
+        templates = {"text": "{t}", "label": "y"} if kind == "labels" else {"prompt": "{q}", "target": "{a}"}
+        paths = {split: str(rows[kind, split]) for split in ("train", "validation")}
+        return Files(**{"batch_size": 2, **paths, **templates, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer_folder):
+    """The spec of a small random base of one of FAMILIES."""
+
+    def make(family="llama", config=None, **changes):
+        keys = {"model_type": family, "vocab_size": VOCABULARY, **FAMILIES[family], **MORE.get(family, {})}
+        given = {"task": TASKS.get(family, "causal_lm"), "max_length": 64, "dropout": 0.0, "dtype": "float32"}
+        given.update(tokenizer=str(tokenizer_folder), config={**keys, **(config or {})})
+        return models.Random(**{**given, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_base(make_model):
+    """A loaded base: (family, scheme none or nf4, further fields of the spec)."""
+
+    def load(family="llama", scheme="none", num_labels=None, **changes):
+        spec = make_model(family, **changes)
+        quantizer = FourBit() if scheme == "nf4" else NoQuantization()
+        labels = num_labels or (3 if spec.task == "sequence_classification" else None)
+        return models.load(spec, quantizer, spec.load_tokenizer(), labels)
+
+    return load
+
+
+@pytest.fixture
+def make_spec(tmp_path, make_model, make_data):
+    """A checked trial of four steps below tmp_path; every field can be replaced, also ``max_steps`` and the like."""
+
+    def make(name="trial", family="llama", kind=None, **changes):
+        task = TASKS.get(family, "causal_lm")
+        kind = kind or ("labels" if task == "sequence_classification" else "pairs")
+        steps = {key: changes.pop(key) for key in list(changes) if key in TrainerSpec.__dataclass_fields__}
+        trainer = TrainerSpec(**{"accelerator": "cpu", "max_steps": 4, **steps})
+        given = {
+            **{"id": name, "folder": tmp_path / name, "seed": 0, "metric": "val/loss", "metric_mode": "min"},
+            **{"model": make_model(family), "quantization": NoQuantization(), "adapter": LoRA(r=4)},
+            **{"data": make_data(kind), "optimizer": AdamW(lr=1e-2), "schedule": Schedule(), "trainer": trainer},
+            "logger": Wandb(mode="disabled"),
+        }
+        return TrialSpec(**{**given, **changes})
+
+    return make
+
+
+@pytest.fixture
+def curve():
+    """The values of one key in a run's metrics.jsonl, in order."""
+
+    def read(folder, key="train/loss"):
+        lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+        return [row[key] for row in lines if key in row]
+
+    return read
+
+
+@pytest.fixture
+def weights():
+    """The tensors of a run's exported adapter."""
+    from safetensors.torch import load_file
+
+    def read(folder):
+        return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+
+    return read
+
+
+@pytest.fixture
+def inputs():
+    """Model inputs of two rows of 12 tokens for a task, right padding in the second."""
+
+    def make(task="causal_lm", length=12):
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(2, VOCABULARY, (2, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, -3:] = 0
+        made = {"input_ids": ids, "attention_mask": mask}
+        return {**made, "decoder_input_ids": ids[:, :7]} if task == "seq2seq_lm" else made
+
+    return make
+
+
+@pytest.fixture
+def tiny_arguments(tokenizer_folder, rows):
+    """``key=value`` words of the smallest run of the command line."""
+    config = {"vocab_size": VOCABULARY, **FAMILIES["llama"], "num_key_value_heads": 2}
+    return [
+        *("model=random", f"model.tokenizer={tokenizer_folder}", "model.max_length=64"),
+        *(f"+model.config.{key}={value}" for key, value in config.items()),
+        *("data=files", "data.prompt='{q}'", "data.target='{a}'", "data.batch_size=2"),
+        *(f"data.{split}={rows['pairs', split]}" for split in ("train", "validation")),
+        *("logger=none", "trainer=cpu", "trainer.max_steps=2", "adapter.r=2", "callbacks=none"),
+    ]
+
+
+@pytest.fixture
+def vary():
+    """dataclasses.replace."""
+    return replace
