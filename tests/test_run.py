@@ -204,7 +204,9 @@ def test_the_record_counts_what_the_run_did(make_spec, make_data):
     assert record["time"]["tokens"] == 3 * 2 * 2 * 25  # steps x passes x rows x (24 bytes and </s>)
     assert record["data"]["rows"] == {"train": 20, "validation": 7, "test": 0}
     assert record["adapter"]["modules"] == [
-        f"model.layers.{i}.{name}" for i in (0, 1) for name in (
+        f"model.layers.{i}.{name}"
+        for i in (0, 1)
+        for name in (
             *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
             *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
         )

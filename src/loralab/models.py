@@ -1,8 +1,10 @@
 """Load or build a base model, quantized as its weights stream in, and take its fingerprint."""
 
 import hashlib
+import inspect
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -101,6 +103,8 @@ class Pretrained:
             for key in [key for key in vars(config) if "dropout" in key or key.endswith("_pdrop")]:
                 if isinstance(getattr(config, key), int | float):
                     setattr(config, key, float(self.dropout))
+        if self.task == "seq2seq_lm" and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = config.pad_token_id or 0
         if hasattr(config, "use_cache"):
             config.use_cache = False  # training never reads it; generation asks for it
         return config
@@ -227,12 +231,21 @@ def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:
     config = spec._adjust(spec.architecture(), num_labels)
     with torch.device("meta"):
         model = auto_class(spec.task).from_config(config)
+    if spec.config.get("tie_word_embeddings") is False:
+        _untie(model)
     base = model.base_model
     inside = set() if base is model else {id(parameter) for parameter in base.parameters()}
     model.loralab_new_parameters = {
         name for name, parameter in model.named_parameters() if inside and id(parameter) not in inside
     }
     return model  # type: ignore[no-any-return]
+
+
+def _untie(model: nn.Module) -> None:
+    """transformers builds every T5 tied and unties where the checkpoint holds an output matrix of its own."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    if output is not None and output.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+        output.weight = nn.Parameter(torch.empty_like(output.weight))
 
 
 def auto_class(task: str) -> Any:
@@ -301,13 +314,20 @@ def _config_of(keys: dict[str, Any]) -> Any:
         raise ConfigError(f"model.config.model_type={kind!r} is unknown to transformers; {nearest(kind, known)[:200]}")
     keys = {key: value for key, value in keys.items() if key not in ("architectures", "transformers_version", "dtype")}
     config = AutoConfig.for_model(kind)
-    unknown = [key for key in keys if not hasattr(config, key)]
+    unknown = [key for key in keys if not (hasattr(config, key) or _reads(config, key))]
     if unknown:
-        raise ConfigError(f"model.config.{unknown[0]}: {kind} has no such key; {nearest(unknown[0], vars(config))}")
+        valid = [key for key in vars(config) if not key.startswith("_")]
+        raise ConfigError(f"model.config.{unknown[0]}: {kind} has no such key; {nearest(unknown[0], valid)}")
     try:
         return AutoConfig.for_model(kind, **keys)
     except Exception as error:
         raise ConfigError(f"model.config is refused by transformers: {error}") from error
+
+
+def _reads(config: Any, key: str) -> bool:
+    """Whether the architecture's own source names ``key``: transformers reads some that its configs do not declare."""
+    folder = Path(inspect.getfile(type(config))).parent
+    return any(re.search(rf"\b{re.escape(key)}\b", path.read_text()) for path in folder.glob("*.py"))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -180,6 +180,7 @@ class Fit:
             name = " ".join(o for o in spec.overrides if not o.startswith("hydra")) or spec.id
             trial.open(spec.logger.start(spec.folder, name[:120], spec.sweep, spec.config))
         trainer = self.specs[0].trainer.build(self.callbacks, self.progress)
+        self.module.train()  # Lightning keeps the mode it finds, and from_pretrained leaves evaluation mode
         begun = time.monotonic()
         trainer.fit(self.module, TrainPasses(self.trials), EvaluationPasses(self.trials, "validation"))
         seconds = time.monotonic() - begun

@@ -1,0 +1,85 @@
+"""Counts from shapes alone agree with the papers and with models that really exist."""
+
+import pytest
+
+from loralab import models
+from loralab.adapters.full import Full
+from loralab.adapters.lora import LoRA
+from loralab.config import build, compose, plain
+from loralab.planning.count import count
+from loralab.quantization.four_bit import FourBit
+from loralab.quantization.loading import convert_model
+from loralab.quantization.none import NoQuantization
+
+
+def named(name):
+    return build(plain(compose([f"model={name}"]))["model"], "model")
+
+
+HEAD = 592_130  # RoBERTa base's and DistilBERT's classification head for two labels
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "r", "trainable"),
+    [
+        ("roberta_base", ["query", "value"], 8, 294_912 + HEAD),
+        ("distilbert", ["q_lin", "v_lin"], 1, 18_432 + HEAD),
+        ("distilbert", ["q_lin", "v_lin"], 16, 294_912 + HEAD),
+        ("gpt2_medium", ["c_attn"], 4, 393_216),
+        ("gpt2_large", ["c_attn"], 4, 737_280),
+        ("flan_t5_small", ["q", "v"], 8, 344_064),
+        ("flan_t5_base", ["q", "v"], 16, 1_769_472),
+        ("flan_t5_large", ["q", "v"], 32, 9_437_184),
+        ("phi2", ["q_proj", "k_proj", "v_proj", "dense"], 32, 20_971_520),
+        ("phi2", ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"], 32, 47_185_920),
+        ("llama_7b", "all-linear", 64, 159_907_840),
+        ("llama2_13b", "all-linear", 64, 250_347_520),
+        ("llama_33b", "all-linear", 64, 487_587_840),
+        ("llama_65b", "all-linear", 64, 799_539_200),
+        ("llama2_70b", "all-linear", 64, 828_375_040),
+    ],
+)
+def test_lora_counts_of_the_papers_models(name, targets, r, trainable):
+    # GPT-2's c_attn holds W_q, W_k and W_v in one matrix: (768 + 3 x 768) r a layer, as PEFT counts it
+    found = count(named(name), NoQuantization(), LoRA(r=r, target_modules=targets))
+    assert found["trainable_parameters"] == trainable
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("distilbert", 66_955_010),
+        ("gpt2_medium", 354_823_168),
+        ("gpt2_large", 774_030_080),
+        ("flan_t5_base", 247_577_856),
+        ("phi2", 2_779_683_840),
+        ("llama2_7b", 6_738_415_616),
+    ],
+)
+def test_totals_of_the_bare_models(name, total):
+    assert count(named(name), NoQuantization(), Full())["total_parameters"] == total
+
+
+SMALL = {
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_counts_equal_those_of_the_attached_model(kind):
+    config = {"model_type": kind, "vocab_size": 320, **SMALL[kind]}
+    spec = models.Random(config=config)
+    quantizer, adapter = FourBit(), LoRA(r=4)
+    found = count(spec, quantizer, adapter)
+    model = spec.weights(spec.prepared_config(None), NoQuantization(), "auto", "cpu")
+    dense = sum(p.numel() for p in model.parameters())
+    names = convert_model(model, quantizer)
+    attached = adapter.attach(model)
+    trained = sum(p.numel() for p in attached.parameters())
+    packed = sum(model.get_submodule(name).out_features * model.get_submodule(name).in_features for name in names)
+    assert found == {
+        "trainable_parameters": trained,
+        "total_parameters": dense + trained,
+        "quantized_parameters": packed,
+    }

@@ -1,0 +1,81 @@
+"""The house: imports point down, libraries stay behind their fences, functions fit on a screen."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import loralab
+
+SRC = Path(loralab.__file__).parent
+PLUGIN = SRC.parent / "hydra_plugins"
+FLOORS = [
+    {"errors"},
+    {"record", "numerics"},
+    {"quantization"},
+    {"adapters"},
+    {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},
+    {"trial"},
+    {"module", "models", "generation"},
+    {"planning", "interop"},
+    {"run"},
+    {"packing", "reporting"},
+    {"cli", "config", "jobs", "doctor", "hydra_errors", "hydra_plugins"},
+]
+FENCES = {
+    "bitsandbytes": {"quantization", "optimizers"},
+    "wandb": {"loggers", "reporting"},
+    "hydra": {"config", "cli", "jobs", "hydra_errors", "hydra_plugins"},
+    "omegaconf": {"config", "cli", "jobs", "hydra_errors", "hydra_plugins"},
+    "peft": set(),
+}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted([*SRC.rglob("*.py"), *PLUGIN.rglob("*.py")])
+
+
+def room(path):
+    if PLUGIN in path.parents:
+        return "hydra_plugins"
+    first = path.relative_to(SRC).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC.parent)))
+def test_imports_point_down(path):
+    here = room(path)
+    if here == "__init__":
+        return
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "loralab" and rest:
+            there = rest.split(".")[0]
+            if there in ("__version__", here):
+                continue
+            top_floor = FLOOR[here] == FLOOR[there] == len(FLOORS) - 1
+            assert FLOOR[there] < FLOOR[here] or top_floor, f"{path.name} ({here}) imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC.parent)))
+def test_libraries_stay_behind_their_fences(path):
+    used = {name.split(".")[0] for name in imports(path)}
+    for library, rooms in FENCES.items():
+        assert library not in used or room(path) in rooms, f"{library} in {path}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC.parent)))
+def test_a_file_says_what_it_is_and_a_function_fits_on_a_screen(path):
+    tree = ast.parse(path.read_text())
+    assert not tree.body or ast.get_docstring(tree), f"{path} has no docstring"
+    assert path.name not in ("utils.py", "helpers.py", "common.py")
+    assert len(path.read_text().splitlines()) <= 400
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
