@@ -110,7 +110,7 @@ def test_a_pack_over_a_base_with_dropout_of_its_own_is_refused(make_spec, make_m
 def digest(model):
     whole = hashlib.sha256()
     for name, tensor in models.tensors(model):
-        whole.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        whole.update(name.encode() + tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
 

@@ -25,7 +25,7 @@ class ProgressLines(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.monotonic()
-        if now - self._last < self.seconds:
+        if now - self._last < self.seconds or trainer.progress_bar_callback is not None:
             return
         self._last = now
         state: dict[str, float] = pl_module.progress()  # type: ignore[operator]
