@@ -6,27 +6,33 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hydra_plugins.loralab_packed.packed_launcher import PackedLauncher
 from loralab import record
 from loralab.config import trial_id
 
 
-def launch(launcher: PackedLauncher, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+def launch(
+    context: HydraContext,
+    task_function: TaskFunction,
+    master: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
+) -> list[JobReturn]:
     """A JobReturn for each of ``job_overrides``, in their order."""
     setup_globals()
-    hydra = launcher.config.hydra
+    hydra = master.hydra
     configure_log(hydra.hydra_logging, hydra.verbose)
     folder = Path(str(hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
-    configs = [_compose(launcher, list(overrides), first + i) for i, overrides in enumerate(job_overrides)]
-    ledger = Ledger(folder, launcher.config, configs)
+    configs = [_compose(context, master, list(overrides), first + i) for i, overrides in enumerate(job_overrides)]
+    ledger = Ledger(folder, master, configs)
     returns = []
     for index, config in enumerate(configs):
         done = run_job(
-            hydra_context=launcher.hydra_context,
-            task_function=launcher.task_function,
+            hydra_context=context,
+            task_function=task_function,
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
@@ -37,8 +43,8 @@ def launch(launcher: PackedLauncher, job_overrides: Sequence[Sequence[str]], fir
     return returns
 
 
-def _compose(launcher: PackedLauncher, overrides: list[str], number: int) -> DictConfig:
-    config: DictConfig = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, overrides)
+def _compose(context: HydraContext, master: DictConfig, overrides: list[str], number: int) -> DictConfig:
+    config: DictConfig = context.config_loader.load_sweep_config(master, overrides)
     with open_dict(config):
         config.hydra.job.id = config.hydra.job.num = number
     return config

@@ -29,4 +29,4 @@ class PackedLauncher(Launcher):  # type: ignore[misc]
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from hydra_plugins.loralab_packed import _core
 
-        return _core.launch(self, job_overrides, initial_job_idx)
+        return _core.launch(self.hydra_context, self.task_function, self.config, job_overrides, initial_job_idx)

@@ -1,0 +1,69 @@
+"""The hooks hand each trial its own rows, and nothing to a batch that belongs to nobody."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from loralab.adapters.sites import NotPackable, Share, Sites, keyed_dropout, mix
+
+
+class Plus(nn.Module):
+    def __init__(self, amount):
+        super().__init__()
+        self.amount = amount
+
+    def forward(self, x, y, key):
+        return y + self.amount
+
+
+def held(amounts):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    owners = [Plus(amount) for amount in amounts]
+    for owner in owners:
+        Sites.of(model).hold(model, "0", owner, owner)
+    return model, owners
+
+
+def test_each_trial_changes_its_own_rows_only():
+    model, (one, two) = held([1.0, 10.0])
+    x = torch.randn(5, 4)
+    with Sites.of(model).batch(Share(one, 2), Share(two, 3)):
+        change = model(x) - model[0].weight.new_tensor(0) - x @ model[0].weight.T
+    torch.testing.assert_close(change, torch.tensor([1.0, 1.0, 10.0, 10.0, 10.0])[:, None].expand(5, 4))
+
+
+def test_a_batch_without_shares_is_the_bare_base_and_a_released_layer_has_no_hook():
+    model, (one,) = held([1.0])
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), x @ model[0].weight.T)
+    Sites.of(model).release(one)
+    assert not model[0]._forward_hooks
+
+
+def test_a_layer_that_folds_the_batch_is_not_packable():
+    model, (one, two) = held([1.0, 2.0])
+    with Sites.of(model).batch(Share(one, 2), Share(two, 3)), pytest.raises(NotPackable, match="5 stacked rows"):
+        model(torch.randn(7, 4))
+
+
+def test_rows_multiplied_by_beams_stay_with_their_trial():
+    sites = Sites()
+    with sites.batch(Share(nn.Identity(), 1), Share(nn.Identity(), 2)):
+        assert [part.tolist() for part in sites.split(torch.arange(6))] == [[0, 1], [2, 3, 4, 5]]
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4))
+def test_a_key_fits_63_bits_and_depends_on_every_word(words):
+    key = mix(*words)
+    assert 0 <= key < 2**63
+    assert mix(*words[:-1], words[-1] ^ 1) != key
+
+
+def test_keyed_dropout_keeps_the_mean_and_the_asked_share():
+    x = torch.ones(100_000)
+    y = keyed_dropout(x, 0.25, 11)
+    assert float((y == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(y.mean()) == pytest.approx(1.0, abs=0.01)
+    assert keyed_dropout(x, 0.25, None) is x

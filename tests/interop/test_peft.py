@@ -1,0 +1,80 @@
+"""What a run exports, PEFT loads, and computes the same logits from."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from loralab.adapters.lora import LoRA
+from loralab.adapters.sites import Share, Sites
+from loralab.interop.peft import save_adapter
+
+SPECS = {
+    "plain": LoRA(r=4, lora_alpha=12),
+    "patterns": LoRA(r=4, rank_pattern={r".*\.1\..*": 2}, alpha_pattern={"q_proj": 5.0, "c_attn": 5.0}),
+    "rslora": LoRA(r=4, use_rslora=True, rank_pattern={r".*\.0\..*": 9}),
+    "bias all": LoRA(r=4, bias="all"),
+    "bias of adapted": LoRA(r=4, bias="lora_only"),
+}
+CASES = [(family, "plain") for family in ("llama", "gpt2", "t5", "distilbert", "roberta", "phi")]
+CASES += [(f, s) for s in ("patterns", "rslora", "bias all", "bias of adapted") for f in ("llama", "gpt2", "roberta")]
+
+
+def trained(model, spec):
+    """An adapter whose every parameter has moved."""
+    adapter = spec.attach(model, seed=5)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+def logits(model, adapter, given):
+    model.eval()
+    with torch.no_grad(), Sites.of(model).batch(Share(adapter, 2)):
+        return model(**given).logits
+
+
+def in_peft(base, folder, given):
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base.model, folder).eval()(**given).logits
+
+
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_an_exported_adapter_gives_the_same_logits_in_peft(load_base, inputs, tmp_path, family, case):
+    base = load_base(family)
+    given = inputs(base.spec.task)
+    bare = base.model.eval()(**given).logits
+    adapter = trained(base.model, SPECS[case])
+    ours = logits(base.model, adapter, given)
+    size = save_adapter(adapter, base.model, tmp_path, base.spec.task, "somewhere/base")
+    assert size == (tmp_path / "adapter_model.safetensors").stat().st_size
+    theirs = in_peft(load_base(family), tmp_path, given)
+    assert not torch.allclose(theirs, bare, atol=1e-3)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_a_quantized_base_names_its_layers_and_loads_over_the_dense_one(load_base, inputs, tmp_path):
+    adapter = trained(load_base("gpt2", "nf4").model, LoRA(r=4))
+    save_adapter(adapter, adapter._model[0], tmp_path, "causal_lm", "base")
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["fan_in_fan_out"] is True
+    assert stored["target_modules"] == [name for name, _ in adapter.adapted()]
+    dense = load_base("gpt2")
+    ours = LoRA(r=4).attach(dense.model)
+    ours.load_state_dict(adapter.state_dict())
+    given = inputs()
+    expected = logits(dense.model, ours, given)
+    torch.testing.assert_close(in_peft(load_base("gpt2"), tmp_path, given), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_list_of_one_name_does_not_become_a_pattern(load_base, tmp_path):
+    base = load_base("llama")
+    adapter = trained(base.model, LoRA(r=4, target_modules="model.layers.0.self_attn.q_proj"))
+    save_adapter(adapter, base.model, tmp_path, "causal_lm", "base")
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["target_modules"] == ["model.layers.0.self_attn.q_proj"]
+    assert (stored["r"], stored["lora_alpha"], stored["task_type"]) == (4, 16.0, "CAUSAL_LM")
