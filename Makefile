@@ -7,7 +7,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
 DATA := $(realpath $(wildcard ../shared/data))
 export LORALAB_TEST_DATA ?= $(DATA)

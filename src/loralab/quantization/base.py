@@ -68,11 +68,12 @@ class Quantizer(ABC):
         weight = dense_weight(linear)
         if not isinstance(weight, FakeTensor) and not bool(torch.isfinite(weight).all()):
             raise ConfigError(
-                f"model: the weight of {name}, {tuple(weight.shape)}, holds nan or infinite values, which"
-                f" {self.name}"
+                f"model: the weight of {name}, {tuple(weight.shape)}, holds nan or infinite values, which {self.name}"
                 f" cannot quantize; valid: finite weights, or quantization.skip_modules=[{name}]"
             )
-        return self.pack(weight.detach().contiguous(), getattr(linear, "bias", None)).train(linear.training)
+        frozen = self.pack(weight.detach().contiguous(), getattr(linear, "bias", None))
+        frozen.transposed = isinstance(linear, Conv1D)
+        return frozen.train(linear.training)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -51,6 +51,7 @@ class FrozenLinear(nn.Module, ABC):
     bias: nn.Parameter | None
     resident: Tensor | None
     scheme = ""
+    transposed = False  # made from a Conv1D, whose weight is (in, out)
 
     def __init__(
         self,
