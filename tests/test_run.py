@@ -191,9 +191,9 @@ def test_a_fault_of_our_own_is_recorded_with_exit_code_1(make_spec, monkeypatch)
 
 
 def test_no_trial_is_a_configuration_error():
-    with pytest.raises(ConfigError, match="no trial"):
-        from loralab.run import _check_pack
+    from loralab.run import _check_pack
 
+    with pytest.raises(ConfigError, match="no trial"):
         _check_pack([])
 
 

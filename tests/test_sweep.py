@@ -1,0 +1,161 @@
+"""A sweep loses nothing: one failure stops no other trial, and what is finished is never run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from loralab import cli, record
+from loralab.config import compose, trial_id
+
+FAST = ["hydra/launcher=packed", "data.limit=6"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "a swéep with a space"
+
+
+@pytest.fixture
+def sweep(tiny_arguments, folder, monkeypatch, tmp_path):
+    """Runs ``train -m`` or its likes in this process; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, flags=()):
+        return cli.run(["train", "-m", *flags, *tiny_arguments, *FAST, f"hydra.sweep.dir='{folder}'", *words])
+
+    return run
+
+
+def statuses(folder):
+    return [trial["status"] for trial in record.read_sweep(folder)["trials"]]
+
+
+def times(folder):
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/result.json")}
+
+
+@pytest.mark.usefixtures("_no_output")
+def test_a_failing_trial_stops_no_other_and_gives_the_exit_code(sweep, folder):
+    assert sweep("adapter.target_modules=[q_proj],[nope],[v_proj]") == 2
+    assert statuses(folder) == ["completed", "failed", "completed"]
+    failed = next(r for r in map(record.read, record.find(folder)) if r["status"] == "failed")
+    assert "'nope' matches no linear layer" in failed["error"]
+    assert (folder / "report" / "index.html").is_file()
+
+
+@pytest.fixture
+def _no_output(capsys):
+    """Keeps the sweeps' tables out of the test report."""
+    yield
+    capsys.readouterr()
+
+
+def test_a_second_call_skips_what_is_finished_and_reruns_what_failed(sweep, folder):
+    sweep("adapter.r=0,2,4")
+    before = times(folder)
+    assert sweep("adapter.r=0,2,4") == 2
+    after = times(folder)
+    kept = {name for name in before if before[name] == after[name]}
+    assert len(kept) == 2
+    assert all(record.read(folder / name)["status"] == "completed" for name in kept)
+
+
+def test_fresh_reruns_everything(sweep, folder):
+    sweep("adapter.r=2,4")
+    before = times(folder)
+    assert sweep("adapter.r=2,4", flags=["--fresh"]) == 0
+    assert all(times(folder)[name] > before[name] for name in before)
+
+
+def test_resume_finishes_a_folder_by_its_name_alone(sweep, folder):
+    sweep("adapter.r=2,4")
+    gone = next(iter(times(folder)))
+    (folder / gone / "result.json").unlink()
+    kept = next(name for name in times(folder) if name != gone)
+    before = times(folder)[kept]
+    assert cli.run(["sweep", "--resume", str(folder)]) == 0
+    assert record.read(folder / gone)["status"] == "completed"
+    assert times(folder)[kept] == before
+
+
+def test_resume_of_a_folder_without_a_sweep_is_refused(tmp_path, capsys):
+    assert cli.run(["sweep", "--resume", str(tmp_path)]) == 4
+    assert "sweep.json" in capsys.readouterr().err
+
+
+def start(tiny_arguments, folder, cwd, *words):
+    command = [sys.executable, "-m", "loralab.cli", "train", "-m", *tiny_arguments, f"hydra.sweep.dir='{folder}'"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *words], cwd=cwd, env=environment, **quiet)
+
+
+def until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if condition():
+                return
+        except Exception:
+            pass
+        time.sleep(0.05)
+    pytest.fail("waited in vain")
+
+
+def running_one(folder):
+    """One trial is complete and another under way."""
+    states = [record.read(found)["status"] for found in record.find(folder)]
+    return "completed" in states and "running" in states
+
+
+def test_after_kill_9_the_same_command_finishes_the_rest(tiny_arguments, sweep, folder, tmp_path):
+    words = ["seed=0,1,2", "trainer.max_steps=2", *FAST]
+    slow = start(tiny_arguments, folder, tmp_path, *words)
+    until(lambda: len(record.read_sweep(folder)["trials"]) == 3)
+    assert statuses(folder)[-1] != "completed"  # listed before they run
+    until(lambda: any(record.read(found)["status"] == "completed" for found in record.find(folder)))
+    slow.kill()
+    slow.communicate()
+    done = {f.name for f in record.find(folder) if record.read(f)["status"] == "completed"}
+    before = times(folder)
+    assert len(done) > 0
+    assert sweep("seed=0,1,2") == 0
+    assert statuses(folder) == ["completed"] * 3
+    assert all(times(folder)[name] == before[name] for name in done)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_sweep_with_its_code_and_keeps_what_is_done(tiny_arguments, folder, tmp_path, number, code):
+    running = start(tiny_arguments, folder, tmp_path, "trainer.max_steps=2,100000", *FAST)
+    until(lambda: running_one(folder))
+    time.sleep(0.5)
+    running.send_signal(number)
+    running.communicate(timeout=60)
+    assert running.returncode == code
+    states = [record.read(found)["status"] for found in record.find(folder)]
+    assert sorted(states) == ["completed", "interrupted"]
+
+
+def test_a_trial_has_the_same_id_alone_in_a_sweep_and_in_another_folder(sweep, folder, tiny_arguments, tmp_path):
+    sweep("adapter.r=2,4")
+    alone = [*tiny_arguments, "data.limit=6", "adapter.r=4"]
+    assert cli.run(["train", *alone, f"hydra.run.dir={tmp_path / 'alone'}"]) == 0
+    known = {trial["trial"] for trial in record.read_sweep(folder)["trials"]}
+    assert record.read(tmp_path / "alone")["trial"] in known
+    assert trial_id(compose(alone)) in known
+
+
+def test_the_folder_of_a_run_is_exactly_the_one_named(tiny_arguments, tmp_path):
+    target = tmp_path / "här" / "my run"
+    assert cli.run(["train", *tiny_arguments, f"hydra.run.dir='{target}'"]) == 0
+    names = {path.name for path in target.iterdir()}
+    assert {"result.json", "metrics.jsonl", "config.yaml", "train.log", "adapter"} <= names
+    assert {path.name for path in (target / "adapter").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors")
+    }
+    assert json.loads((target / "result.json").read_text())["status"] == "completed"
