@@ -69,19 +69,29 @@ def trial_spec(
         raise ConfigError(f"metric_mode must be min or max, got {content['metric_mode']!r}")
     if not isinstance(content["seed"], int) or content["seed"] < 0:
         raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
+    specs = {key: build(content[key], key) for key in SPECS}
+    _check_metric(content["metric"], specs)
     return TrialSpec(
         id=trial_id(config),
         folder=folder,
         seed=content["seed"],
         metric=content["metric"],
         metric_mode=content["metric_mode"],
-        **{key: build(content[key], key) for key in SPECS},
+        **specs,
         callbacks=dict(_callbacks(content.get("callbacks") or {})),
         config=content,
         overrides=list(overrides or []),
         choices=dict(choices or {}),
         sweep=sweep.get("name"),
     )
+
+
+def _check_metric(metric: str, specs: Mapping[str, Any]) -> None:
+    from loralab.metrics import names
+
+    valid = names(specs["model"].task, specs["data"].generate_rows > 0, specs["trainer"].test)
+    if metric not in valid:
+        raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
 
 
 def build(node: Mapping[str, Any], key: str) -> Any:

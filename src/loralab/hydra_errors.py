@@ -1,6 +1,7 @@
 """Hydra's and OmegaConf's errors as one paragraph with exit code 2 and the nearest valid key."""
 
 import re
+import sys
 from typing import Any
 
 from loralab.errors import ConfigError, Interrupted, LoralabError, nearest
@@ -27,16 +28,13 @@ def _paragraph(error: BaseException) -> str:
     key = re.search(r"Could not (?:override|append to config.*?at|delete.*?from config) '([^']+)'", text)
     if key and "not in struct" in text:
         full = key.group(1).rstrip(".")
-        valid = _neighbours(full)
-        if not valid:
-            return f"{full} is not set yet; +{full}=VALUE adds it"
-        return f"{full} is not an option; {valid}"
+        return f"{full} {_neighbours(full)}"
     group = re.search(r"Could not find '([^']+)'", text)
     if group:
         return _missing_option(group.group(1), text)
     missing = re.search(r"Could not override '([^']+)'. No match in the defaults list", text)
     if missing:
-        return f"{missing.group(1)} is not a group of options; {_neighbours(missing.group(1))}"
+        return f"{missing.group(1)} {_neighbours(missing.group(1))}"
     return re.sub(r" (?:full_key|object_type|reference_type)[:=].*", "", text)[:600]
 
 
@@ -49,12 +47,13 @@ def _missing_option(wanted: str, text: str) -> str:
 
 
 def _neighbours(full: str) -> str:
-    """The nearest names beside ``full`` in the default configuration; nothing where keys are free."""
+    """What may stand beside ``full``, in the configuration with the groups that the command line chose."""
     from omegaconf import DictConfig
 
-    from loralab.config import compose
+    from loralab.config import compose, data_root
 
-    node: Any = compose([])
+    chosen = [w for w in sys.argv[1:] if (data_root() / "conf" / w.partition("=")[0]).is_dir() and "," not in w]
+    node: Any = compose([word for word in chosen if "=" in word])
     *parents, name = full.split(".")
     for parent in parents:
         if not isinstance(node, DictConfig) or parent not in node:
@@ -62,7 +61,11 @@ def _neighbours(full: str) -> str:
             break
         node = node._get_node(parent)
     keys = [str(key) for key in node if key not in ("hydra", "_target_")] if isinstance(node, DictConfig) else []
-    return nearest(name, keys) if keys else ""
+    if keys:
+        return f"is not an option; {nearest(name, keys)}"
+    if isinstance(node, DictConfig) and "_target_" in node:
+        return f"is not an option: {str(node._target_).rpartition('.')[2]} has none"
+    return f"is not set yet; +{full}=VALUE adds it"
 
 
 def _disk(error: OSError) -> LoralabError:
@@ -70,6 +73,7 @@ def _disk(error: OSError) -> LoralabError:
 
     from loralab.errors import DiskError
 
-    if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+    full = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT)
+    if error.errno in (*full, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
         return DiskError(f"{error.filename or 'the disk'} cannot be written: {error.strerror}")
     return LoralabError(f"{type(error).__name__}: {error}")

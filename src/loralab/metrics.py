@@ -23,6 +23,15 @@ def nll(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tens
     return F.cross_entropy(logits.float(), targets, reduction="sum"), logits.argmax(-1), targets
 
 
+def names(task: str, generated: bool, tested: bool) -> list[str]:
+    """The metrics that a run of ``task`` ends with; ``generated``: some rows are completed, ``tested``: the test
+    split."""
+    scores = ["accuracy", "f1"] if task == "sequence_classification" else ["token_accuracy", "perplexity"]
+    if generated and task != "sequence_classification":
+        scores.append("rouge_l")
+    return [f"{split}/{name}" for split in ["val", *(["test"] if tested else [])] for name in ["loss", *scores]]
+
+
 class SplitMetrics:
     """Accumulates one trial's scores over one split; torchmetrics does the sums."""
 
