@@ -183,6 +183,22 @@ def test_out_of_memory_is_named_in_the_record(make_spec, monkeypatch):
     assert "data.batch_size" in record["error"]
 
 
+def test_a_full_disk_is_exit_7_and_keeps_the_finished_steps(make_spec, monkeypatch, curve):
+    from safetensors import SafetensorError
+
+    from loralab.interop import peft
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(peft, "save_file", full)
+    spec = make_spec()
+    record = Runner().run([spec])[0]
+    assert (record["status"], record["exit_code"]) == ("failed", 7)
+    assert "the disk is full" in record["error"]
+    assert len(curve(spec.folder)) == 4
+
+
 def test_a_fault_of_our_own_is_recorded_with_exit_code_1(make_spec, monkeypatch):
     monkeypatch.setattr(models, "load", lambda *args: 1 / 0)
     record = Runner().run([make_spec()])[0]

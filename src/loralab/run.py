@@ -17,7 +17,7 @@ from loralab import generation, models, optimizers, record
 from loralab.adapters.base import AdapterSpec
 from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
-from loralab.errors import ConfigError, DataError, Interrupted, LoralabError, OutOfMemory
+from loralab.errors import ConfigError, DataError, DiskError, Interrupted, LoralabError, OutOfMemory
 from loralab.interop.peft import save_adapter
 from loralab.loggers.wandb import Wandb
 from loralab.module import FineTuner
@@ -258,6 +258,8 @@ def explain(error: BaseException) -> LoralabError | Interrupted:
             f"out of memory: {' '.join(str(error).split())[:200]}; a smaller data.batch_size or model.max_length, "
             "model.gradient_checkpointing=true or a 4-bit quantization need less"
         )
+    if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+        return DiskError(f"the disk is full: {' '.join(str(error).split())[:200]}; what was finished before is kept")
     wrapped = LoralabError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
     wrapped.__cause__ = error
     return wrapped

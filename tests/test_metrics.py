@@ -1,0 +1,42 @@
+"""Scores against figures worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from loralab.metrics import SplitMetrics, nll, rouge_l
+
+
+def test_accuracy_and_macro_f1_equal_the_hand_computed_ones_over_uneven_batches():
+    predictions = torch.tensor([0, 0, 1, 2, 2, 1, 0])
+    targets = torch.tensor([0, 1, 1, 2, 0, 1, 0])
+    scores = SplitMetrics("sequence_classification", 3, torch.device("cpu"))
+    scores.update(torch.tensor(4.0), predictions[:5], targets[:5])
+    scores.update(torch.tensor(3.0), predictions[5:], targets[5:])
+    values = scores.compute("val")
+    f1 = ((2 * 2) / (3 + 3) + (2 * 2) / (2 + 3) + (2 * 1) / (2 + 1)) / 3  # 2 tp / (predicted + true) of each class
+    assert values == pytest.approx({"val/loss": 1.0, "val/accuracy": 5 / 7, "val/f1": f1})
+
+
+def test_a_splits_loss_weighs_tokens_not_batches():
+    scores = SplitMetrics("causal_lm", 2, torch.device("cpu"))
+    scores.update(torch.tensor(2.0), torch.tensor([1]), torch.tensor([1]))
+    scores.update(torch.tensor(3.0), torch.tensor([1, 2, 3, 4]), torch.tensor([1, 0, 0, 0]))
+    expected = {"test/loss": 1.0, "test/token_accuracy": 2 / 5, "test/perplexity": math.e}
+    assert scores.compute("test") == pytest.approx(expected)
+
+
+def test_a_batch_without_targets_counts_nothing():
+    logits, labels = torch.randn(2, 4, 7, requires_grad=True), torch.full((2, 4), -100)
+    total, predictions, targets = nll(logits, labels, "causal_lm")
+    assert float(total) == 0.0
+    scores = SplitMetrics("causal_lm", 2, torch.device("cpu"))
+    scores.update(total, predictions, targets)
+    scores.update(torch.tensor(2.0), torch.tensor([1]), torch.tensor([1]))
+    assert scores.compute("val")["val/loss"] == 2.0
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
+    # LCS of (the cat sat, the dog sat) is 2 of 3 words each way; the second pair is equal
+    assert rouge_l(["the cat sat", "same words"], ["the dog sat", "same words"]) == pytest.approx((2 / 3 + 1) / 2)
