@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from loralab import cli, doctor, models
 
-NAMES = {"python", "torch", "cuda", "bitsandbytes", "nf4", "paged optimizers", "packages", "model=tiny", "wandb"}
+NAMES = {"python", "torch", "cuda", "bitsandbytes", "nf4", "paged optimizers", "packages", "model=tiny", "wandb", "git"}
 
 
 def test_every_check_has_a_finding_and_every_warning_a_fix():
@@ -19,6 +20,24 @@ def test_every_check_has_a_finding_and_every_warning_a_fix():
 def test_a_missing_base_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "SHIPPED_FOLDER", tmp_path)
     assert doctor.shipped_base()["status"] == "fail"
+
+
+def test_a_damaged_base_is_a_failure_that_names_the_file(tmp_path, monkeypatch):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("cut off")
+    monkeypatch.setattr(models, "SHIPPED_FOLDER", tmp_path)
+    found = doctor.shipped_base()
+    assert found["status"] == "fail"
+    assert "model.safetensors is damaged" in found["detail"]
+
+
+@pytest.mark.parametrize(
+    ("device", "shared", "status"), [(False, True, "warn"), (True, False, "warn"), (True, True, "ok")]
+)
+def test_paging_needs_a_device_that_shares_managed_memory(monkeypatch, device, shared, status):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    monkeypatch.setattr(doctor, "concurrent_managed_access", lambda: shared)
+    assert doctor.paging()["status"] == status
 
 
 def test_a_check_that_breaks_is_a_finding(monkeypatch):

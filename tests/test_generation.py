@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from loralab.adapters.lora import LoRA
-from loralab.generation import complete, evaluating
+from loralab.data.base import Row
+from loralab.generation import complete, evaluating, score
+from loralab.metrics import rouge_l
 
 PROMPTS = ["a", "some more words", "four", "a prompt of quite another length"]
 
@@ -42,3 +44,23 @@ def test_generating_leaves_the_mode_of_the_base_as_it_was(load_base):
             assert not model.training
             assert not torch.is_grad_enabled()
         assert model.training is training
+
+
+def test_a_detached_adapter_leaves_the_bare_base(load_base):
+    base = load_base()
+    bare = complete(base.model, base.tokenizer, None, PROMPTS, "causal_lm", 8, 64)
+    adapter = moved(base)
+    assert complete(base.model, base.tokenizer, None, PROMPTS, "causal_lm", 8, 64) == bare
+    adapter.detach()
+    assert complete(base.model, base.tokenizer, adapter, PROMPTS, "causal_lm", 8, 64) == bare
+
+
+def test_the_score_is_the_mean_rouge_l_of_the_completions_over_all_batches(load_base):
+    base = load_base()
+    adapter = moved(base)
+    targets = ["alpha beta", "gamma", "delta", "x" * 40]
+    made = complete(base.model, base.tokenizer, adapter, PROMPTS, "causal_lm", 32, 64)  # room is half the length
+    targets[2] = made[2][:10]  # one that is partly right, so that the mean is not zero
+    rows = [Row(prompt, target=target) for prompt, target in zip(PROMPTS, targets, strict=True)]
+    expected = rouge_l(made, targets)
+    assert score(base.model, base.tokenizer, adapter, rows, "causal_lm", 64, batch_size=3) == pytest.approx(expected)

@@ -40,3 +40,9 @@ def test_a_batch_without_targets_counts_nothing():
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
     # LCS of (the cat sat, the dog sat) is 2 of 3 words each way; the second pair is equal
     assert rouge_l(["the cat sat", "same words"], ["the dog sat", "same words"]) == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_rouge_l_of_equal_texts_is_one_and_of_strangers_zero():
+    assert rouge_l(["a b c"], ["a b c"]) == pytest.approx(1.0)
+    assert rouge_l(["a b c"], ["d e f"]) == 0.0
+    assert rouge_l(["a b c d"], ["a c"]) == pytest.approx(2 * 0.5 * 1.0 / 1.5)  # longest common: a c

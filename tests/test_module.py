@@ -11,7 +11,7 @@ from loralab.adapters.lora import LoRA
 from loralab.adapters.sites import Share, Sites
 from loralab.data.batches import collate
 from loralab.data.encoding import encode
-from loralab.metrics import nll
+from loralab.metrics import names, nll
 from loralab.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.run import Runner
@@ -188,3 +188,18 @@ def test_classification_scores_are_those_of_the_whole_split(make_spec, make_data
     assert record["metrics"]["val/accuracy"] * rows == pytest.approx(round(record["metrics"]["val/accuracy"] * rows))
     rows = [json.loads(line) for line in (spec.folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "distilbert"])
+def test_a_run_ends_with_exactly_the_metrics_it_promises(make_spec, make_data, family):
+    kind = "labels" if family == "distilbert" else "pairs"
+    spec = make_spec(family, family, data=make_data(kind, generate_rows=2))
+    record = Runner().run([spec])[0]
+    assert record["status"] == "completed", record["error"]
+    assert set(record["metrics"]) == set(names(spec.model.task, generated=True, tested=False))
+
+
+def test_the_test_split_is_scored_where_it_is_asked_for(make_spec, make_data, rows):
+    spec = make_spec(data=make_data(test=str(rows["pairs", "validation"])), test=True)
+    metrics = Runner().run([spec])[0]["metrics"]
+    assert metrics["test/loss"] == pytest.approx(metrics["val/loss"])

@@ -30,7 +30,7 @@ def unlike(make_spec, make_data, prefix="", **shared):
     )
     second = make_spec(
         prefix + "second",
-        adapter=LoRA(r=8, lora_alpha=32, use_rslora=True),
+        adapter=LoRA(r=8, lora_alpha=32, lora_dropout=0.2, use_rslora=True),
         optimizer=AdamW(lr=3e-3, betas=[0.8, 0.95]),
         schedule=Schedule(kind="cosine"),
         data=make_data(batch_size=3),
@@ -70,6 +70,37 @@ def test_two_unlike_trials_in_a_pack_equal_two_solo_runs_bit_for_bit(
         assert same(weights(ours.folder), weights(theirs.folder))
     assert [r["metrics"]["val/loss"] for r in together] == [r["metrics"]["val/loss"] for r in apart]
     assert [r["pack"] for r in together] == [{"size": 2, "index": 0}, {"size": 2, "index": 1}]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "distilbert", "roberta", "phi"])
+def test_a_pack_of_any_shape_of_base_equals_solo_runs_bit_for_bit(
+    make_spec, make_data, rows, tmp_path, curve, weights, family
+):
+    path = tmp_path / "alike.jsonl"  # texts of one length, so that a pack pads nothing more than a solo run does
+    labels = ["no", "yes", "maybe"]
+    path.write_text("".join(f'{{"t": "text {i:02d}", "y": "{labels[i % 3]}"}}\n' for i in range(12)))
+    pairs = {"prompt": "{q}", "target": "{a}"}
+    if family in ("distilbert", "roberta"):
+        changes = {"train": str(path), "validation": str(path)}
+        data = make_data("labels", **changes)
+    elif family == "t5":  # source and target each of one length
+        path.write_text("".join(f'{{"q": "source {i:02d}", "a": "tgt {i * i:03d}"}}\n' for i in range(12)))
+        data = make_data("pairs", train=str(path), validation=str(path), **pairs)
+    else:
+        data = make_data("pairs")
+
+    def two(prefix):
+        first = make_spec(prefix + "1", family, data=data, adapter=LoRA(r=2, lora_dropout=0.1), seed=1, max_steps=3)
+        second = make_spec(prefix + "2", family, data=data, adapter=LoRA(r=8, lora_dropout=0.2), seed=2, max_steps=5)
+        return [first, second]
+
+    packed, solo = two("packed"), two("solo")
+    together, apart = Runner().run(packed), alone(solo)
+    assert [r["status"] for r in (*together, *apart)] == ["completed"] * 4, together[0]["error"]
+    for ours, theirs in zip(packed, solo, strict=True):
+        assert curve(ours.folder) == curve(theirs.folder)
+        assert same(weights(ours.folder), weights(theirs.folder))
+    assert [r["metrics"] for r in together] == [r["metrics"] for r in apart]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def examine() -> list[Finding]:
     """Every check, in the order in which a run would meet them; a check that breaks is itself a finding."""
     checks: list[Callable[[], Finding]] = [
         *(python, torch_build, cuda, bitsandbytes, four_bit, paging, packages),
-        *(shipped_base, wandb_mode, cache_folder, disk),
+        *(shipped_base, wandb_mode, cache_folder, disk, git),
     ]
     findings = []
     for check in checks:
@@ -99,9 +99,22 @@ def four_bit() -> Finding:
 def paging() -> Finding:
     import torch
 
+    name = "paged optimizers"
     if not torch.cuda.is_available():
-        return finding("paged optimizers", "warn", "run unpaged here: there is no CUDA device", "needs a CUDA GPU")
-    return finding("paged optimizers", "ok", "CUDA managed memory; tensors under 100,000 elements are never paged")
+        return finding(name, "warn", "run unpaged here: there is no CUDA device", "needs a CUDA GPU")
+    if not concurrent_managed_access():
+        detail = "run unpaged here: the device and the host cannot share managed memory"
+        return finding(name, "warn", detail, "needs Linux without a virtual GPU, and a card from 2016 (Pascal) on")
+    return finding(name, "ok", "CUDA managed memory; tensors under 100,000 elements are never paged")
+
+
+def concurrent_managed_access() -> bool:
+    """Whether pages of managed memory move on demand: CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS (89) of card 0."""
+    import ctypes
+
+    driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+    failed = driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(value), 89, 0)
+    return not failed and value.value == 1
 
 
 def packages() -> Finding:
@@ -110,14 +123,23 @@ def packages() -> Finding:
 
 
 def shipped_base() -> Finding:
+    """The files are there and the weights' index can be read; the tensors themselves are left alone."""
+    from safetensors import SafetensorError, safe_open
+
     from loralab.models import SHIPPED_FOLDER
 
+    name, fix = "model=tiny", "install loralab again"
     files = [SHIPPED_FOLDER / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        return finding("model=tiny", "fail", f"{', '.join(missing)} missing", "install loralab again")
+        return finding(name, "fail", f"{', '.join(missing)} missing in {SHIPPED_FOLDER}", fix)
+    try:
+        with safe_open(files[1], "pt") as stored:
+            tensors = len(stored.keys())
+    except SafetensorError as error:
+        return finding(name, "fail", f"{files[1]} is damaged: {error}", fix)
     size = sum(path.stat().st_size for path in files)
-    return finding("model=tiny", "ok", f"{size / 1e6:.1f} MB in {SHIPPED_FOLDER}")
+    return finding(name, "ok", f"{tensors} tensors, {size / 1e6:.1f} MB in {SHIPPED_FOLDER}")
 
 
 def wandb_mode() -> Finding:
@@ -140,3 +162,10 @@ def disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     enough = free > 2
     return finding("disk", "ok" if enough else "warn", f"{free:.0f} GiB free here", "" if enough else "free some space")
+
+
+def git() -> Finding:
+    """Records name the commit they were made with."""
+    if shutil.which("git"):
+        return finding("git", "ok", "records hold the commit of the folder they are made in")
+    return finding("git", "warn", "not found: records hold no commit", "install git")

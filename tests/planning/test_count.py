@@ -19,10 +19,17 @@ def named(name):
 HEAD = 592_130  # RoBERTa base's and DistilBERT's classification head for two labels
 
 
+def head(width):
+    """Parameters of a dense layer of ``width`` and two labels above it."""
+    return width * width + width + 2 * width + 2
+
+
 @pytest.mark.parametrize(
     ("name", "targets", "r", "trainable"),
     [
         ("roberta_base", ["query", "value"], 8, 294_912 + HEAD),
+        ("roberta_large", ["query", "value"], 8, 786_432 + head(1024)),
+        ("deberta_v2_xxlarge", ["query_proj", "value_proj"], 16, 4_718_592 + head(1536)),
         ("distilbert", ["q_lin", "v_lin"], 1, 18_432 + HEAD),
         ("distilbert", ["q_lin", "v_lin"], 16, 294_912 + HEAD),
         ("gpt2_medium", ["c_attn"], 4, 393_216),
@@ -48,6 +55,8 @@ def test_lora_counts_of_the_papers_models(name, targets, r, trainable):
 @pytest.mark.parametrize(
     ("name", "total"),
     [
+        ("roberta_base", 124_055_040 + HEAD),
+        ("roberta_large", 354_310_144 + head(1024)),
         ("distilbert", 66_955_010),
         ("gpt2_medium", 354_823_168),
         ("gpt2_large", 774_030_080),
@@ -58,6 +67,19 @@ def test_lora_counts_of_the_papers_models(name, targets, r, trainable):
 )
 def test_totals_of_the_bare_models(name, total):
     assert count(named(name), NoQuantization(), Full())["total_parameters"] == total
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "ffn", "key_width"),
+    [
+        ("llama2_7b", 32, 4096, 11008, 4096),
+        ("llama2_13b", 40, 5120, 13824, 5120),
+        ("llama2_70b", 80, 8192, 28672, 1024),
+    ],
+)
+def test_quantized_parameters_are_the_linear_layers_and_not_the_head(name, layers, width, ffn, key_width):
+    found = count(named(name), FourBit(), LoRA())
+    assert found["quantized_parameters"] == layers * (2 * width * width + 2 * width * key_width + 3 * width * ffn)
 
 
 SMALL = {

@@ -1,0 +1,81 @@
+"""The words of the command line, and what each command gives back."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from loralab import cli, record
+
+
+def test_flags_may_stand_anywhere():
+    words = cli.Words.parse(["--json", "count", "a=1", "--debug", "--resume=somewhere", "b=2"])
+    assert (words.command, words.rest, words.json, words.debug) == ("count", ["a=1", "b=2"], True, True)
+    assert words.resume == "somewhere"
+    assert cli.Words.parse(["sweep", "--resume", "a b", "--fresh"]).resume == "a b"
+
+
+def test_help_answers_in_half_a_second_and_imports_nothing_heavy():
+    code = (
+        "import sys; from loralab import cli; cli.run(['--help']); "
+        "print('torch' in sys.modules, 'hydra' in sys.modules)"
+    )
+    best, out = 9.0, ""
+    for _ in range(3):
+        begun = time.perf_counter()
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        best = min(best, time.perf_counter() - begun)
+    assert out.splitlines()[-1] == "False False"
+    assert "loralab train" in out
+    assert best < 0.5
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 0), (["--help"], 0), (["train", "--help"], 0), (["--version"], 0)])
+def test_help_and_version_are_not_errors(words, code, capsys):
+    assert cli.run(words) == code
+    assert "loralab" in capsys.readouterr().out
+
+
+def test_a_run_folder_holds_what_the_contract_lists(tiny_arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["train", *tiny_arguments, "hydra.run.dir='a run'"]) == 0
+    folder = tmp_path / "a run"
+    names = {path.name for path in folder.iterdir()}
+    assert {"result.json", "metrics.jsonl", "config.yaml", "adapter", "train.log"} <= names
+    assert {p.name for p in (folder / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    stored = record.read(folder)
+    assert (stored["status"], stored["time"]["steps"], stored["config"]["adapter"]["r"]) == ("completed", 2, 2)
+    assert all(record.blank("x")[section].keys() <= stored[section].keys() for section in record.SECTIONS)
+
+
+def test_count_gives_one_json_object_that_agrees_with_a_run(tiny_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [*tiny_arguments, "quantization=nf4"]
+    assert cli.run(["count", *words, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert cli.run(["train", *words, "hydra.run.dir=run"]) == 0
+    stored = record.read(tmp_path / "run")
+    assert counted["trainable_parameters"] == stored["adapter"]["trainable_parameters"]
+    assert counted["quantized_parameters"] == stored["base"]["quantized_parameters"]
+    assert counted["total_parameters"] >= stored["base"]["parameters"]
+
+
+def test_cfg_job_prints_the_configuration_and_runs_nothing(tiny_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["train", *tiny_arguments, "--cfg", "job"]) == 0
+    assert "max_steps: 2" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_trial_runs_twice_to_the_same_numbers_in_two_processes(tiny_arguments, tmp_path):
+    curves = []
+    for name in ("one", "two"):
+        words = [sys.executable, "-m", "loralab.cli", "train", *tiny_arguments, f"hydra.run.dir={name}"]
+        quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=quiet, check=False)
+        assert done.returncode == 0, done.stderr
+        curves.append((tmp_path / name / "metrics.jsonl").read_text())
+    assert curves[0] == curves[1]
