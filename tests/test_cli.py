@@ -70,6 +70,7 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(tiny_arguments, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_trial_runs_twice_to_the_same_numbers_in_two_processes(tiny_arguments, tmp_path):
     curves = []
     for name in ("one", "two"):
