@@ -51,6 +51,7 @@ def complete(
             do_sample=False,
             use_cache=True,
             pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
         )
     fresh = out if task == "seq2seq_lm" else out[:, longest:]
     return [str(text) for text in tokenizer.batch_decode(fresh, skip_special_tokens=True)]
