@@ -86,3 +86,10 @@ def test_the_id_ignores_what_does_not_change_a_result_and_only_that():
     assert trial_id(compose(["logger=none", "callbacks=none"])) == base
     assert trial_id(compose(["seed=1"])) != base
     assert trial_id(compose(["adapter.r=9"])) != base
+
+
+@pytest.mark.parametrize("word", ["data.prompt={mr}\\n", "data.prompt='{mr}\\n'", 'data.prompt="{mr}\\n"'])
+def test_a_template_needs_no_quotes_of_hydras(word):
+    config = compose(["data=files", "data.train=t.jsonl", word, "data.target=it's {ref}, yes"])
+    assert config.data.prompt == "{mr}\\n"
+    assert config.data.target == "it's {ref}, yes"

@@ -173,10 +173,10 @@ class Jobs:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
         import hydra
 
-        from loralab.config import data_root, register_resolvers
+        from loralab.config import data_root, quoted, register_resolvers
 
         register_resolvers()
-        sys.argv = ["loralab", *arguments]
+        sys.argv = ["loralab", *quoted(arguments)]
         conf = str(data_root() / "conf")
         hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
         if self.refused is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SPECS = ("model", "quantization", "adapter", "data", "optimizer", "schedule", "trainer", "logger")
 VOLATILE = ("hydra", "logger", "callbacks", "sweep")  # they do not change what a trial computes
 ID_LENGTH = 10
+TEMPLATES = ("data.prompt", "data.target", "data.text")
 
 
 def data_root() -> Path:
@@ -140,6 +141,16 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
+def quoted(words: list[str]) -> list[str]:
+    """Templates in the quotes that Hydra's grammar wants and the shell has taken: ``data.prompt={mr}``."""
+    made = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        bare = key in TEMPLATES and "{" in value and value[:1] not in ("'", '"')
+        made.append(key + equals + "'" + value.replace("'", "\\'") + "'" if bare else word)
+    return made
+
+
 def compose(overrides: list[str]) -> DictConfig:
     """The configuration of conf/train.yaml with ``overrides``, without running anything."""
     from hydra import compose as hydra_compose
@@ -147,7 +158,7 @@ def compose(overrides: list[str]) -> DictConfig:
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        return cast(DictConfig, hydra_compose("train", overrides=overrides))
+        return cast(DictConfig, hydra_compose("train", overrides=quoted(overrides)))
 
 
 def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
