@@ -12,7 +12,11 @@ from omegaconf import OmegaConf
 from loralab.config import SPECS, build, compose, data_root, plain, sweep_arguments, trial_id, trial_spec
 
 CONF = data_root() / "conf"
-OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+OPTIONS = sorted(
+    (path.relative_to(CONF).parts[0], str(path.relative_to(CONF / path.relative_to(CONF).parts[0]).with_suffix("")))
+    for path in CONF.rglob("*/*.yaml")
+    if "hydra" not in path.relative_to(CONF).parts
+)
 SWEEPS = sorted(
     str(path.relative_to(data_root() / "sweeps").with_suffix("")) for path in (data_root() / "sweeps").rglob("*.yaml")
 )

@@ -16,9 +16,9 @@ FLOORS = [
     {"adapters"},
     {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},
     {"trial"},
-    {"module", "models", "generation"},
+    {"module", "models", "generation", "evaluation"},
     {"planning", "interop"},
-    {"run"},
+    {"run", "study"},
     {"packing", "reporting"},
     {"cli", "config", "jobs", "doctor", "hydra_errors", "hydra_plugins"},
 ]

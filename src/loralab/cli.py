@@ -21,6 +21,7 @@ HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
   loralab sweep  --resume DIR     finishes a half-finished sweep
   loralab report DIR              table, page, CSV and JSON of a sweep or a run
   loralab count  [k=v ...]        exact parameter counts, without weights
+  loralab quantize [k=v ...]      a model's weights under every scheme: bits, bytes, error; --evaluate: also loss, KL
   loralab ls     [DIR]            sweeps and runs below DIR (default: runs) and their state
   loralab doctor                  what this machine can do, and the fix for what it cannot
 
@@ -28,7 +29,8 @@ Settings are Hydra's k=v: model=, quantization=, adapter=, data=, optimizer=, sc
   loralab train quantization=nf4_double adapter.r=16 adapter.lora_alpha=32 optimizer.lr=2e-4
   loralab train --cfg job         the whole configuration, composed but not run
 
-Flags, anywhere: --json (count, doctor, ls), --fresh, --resume DIR, --debug (tracebacks), --version, --help
+Flags, anywhere: --json (count, quantize, doctor, ls), --evaluate, --fresh, --resume DIR, --debug (tracebacks),
+  --version, --help
 Exit codes: 0 ok, 1 internal, 2 configuration, 3 data, 4 artifact, 5 diverged, 6 out of memory, 7 disk, 130, 143
 """
 
@@ -42,6 +44,7 @@ class Words:
     json: bool = False
     fresh: bool = False
     debug: bool = False
+    evaluate: bool = False
     resume: str | None = None
 
     @classmethod
@@ -49,7 +52,7 @@ class Words:
         words, queue = cls(), list(arguments)
         while queue:
             word = queue.pop(0)
-            if word in ("--json", "--fresh", "--debug"):
+            if word in ("--json", "--fresh", "--debug", "--evaluate"):
                 setattr(words, word[2:], True)
             elif word == "--resume" or word.startswith("--resume="):
                 words.resume = word[9:] if "=" in word else (queue.pop(0) if queue else "")
@@ -242,6 +245,39 @@ def count(words: Words) -> int:
     return 0
 
 
+def quantize(words: Words) -> int:
+    """A quantization study: JSON and a page in its run folder, a table here."""
+    from loralab.config import build, compose, plain, quantizers
+
+    config = compose(words.overrides(), "quantize")
+    content, schemes = plain(config), quantizers(config)
+    keys = ("study", "model", "data", "trainer", "logger")
+    spec, model, data, trainer, logger = (build(content[key], key) for key in keys)
+    folder = Path(config.hydra.run.dir).absolute()
+    _messages_to_stderr()
+    from loralab.reporting import quantization
+    from loralab.study import study
+    from loralab.telemetry.environment import environment
+
+    result = study(spec, schemes, model, data, trainer, words.evaluate)
+    machine = environment()
+    result.update(machine=machine["gpu"] or machine["cpu"], versions=machine["versions"], config=content)
+    index = quantization.write(folder, result)
+    mirror = logger.start(folder, f"quantize {result['weights']}", "quantize", content)
+    mirror.table("quantization/schemes", *quantization.wandb_table(result))
+    mirror.finish()
+    print(json.dumps(result) if words.json else f"{quantization.terminal(result)}\n\nreport: {index}")
+    return 0
+
+
+def _messages_to_stderr() -> None:
+    """As Hydra's logging of conf/ would have it, for a command that Hydra only composes."""
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("loralab").setLevel(logging.INFO)
+
+
 def ls(words: Words) -> int:
     """Sweeps and runs below a folder."""
     from loralab.reporting import listing
@@ -267,6 +303,7 @@ COMMANDS: dict[str, Callable[[Words], int]] = {
     "sweep": sweep,
     "report": report,
     "count": count,
+    "quantize": quantize,
     "ls": ls,
     "doctor": doctor,
 }

@@ -151,14 +151,37 @@ def quoted(words: list[str]) -> list[str]:
     return made
 
 
-def compose(overrides: list[str]) -> DictConfig:
-    """The configuration of conf/train.yaml with ``overrides``, without running anything."""
+def quantizers(config: DictConfig) -> dict[str, Any]:
+    """The schemes of a quantization study by name: ``study.schemes``, or the one that ``quantization=`` chooses.
+
+    A scheme is {option: a file of conf/quantization, any of its keys}; an option of the scheme's own name may be left
+    out. Each spec is built, so that a wrong key is told before a weight is read.
+    """
+    content = plain(config)
+    schemes = {str(name): dict(node or {}) for name, node in content["study"]["schemes"].items()}
+    chosen = build(content["quantization"], "quantization")
+    if chosen.name != "none":
+        return {chosen.name: chosen}
+    folder = data_root() / "conf" / "quantization"
+    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    made = {}
+    for name, keys in schemes.items():
+        option = str(keys.pop("option", name))
+        if option not in known:
+            raise ConfigError(f"study.schemes.{name}.option={option!r} is unknown; {nearest(option, known)}")
+        node = OmegaConf.merge(OmegaConf.load(folder / f"{option}.yaml"), keys)
+        made[name] = build(cast(Any, OmegaConf.to_container(node)), f"study.schemes.{name}")
+    return made
+
+
+def compose(overrides: list[str], name: str = "train") -> DictConfig:
+    """The configuration of conf/NAME.yaml with ``overrides``, without running anything."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        return cast(DictConfig, hydra_compose("train", overrides=quoted(overrides)))
+        return cast(DictConfig, hydra_compose(name, overrides=quoted(overrides), return_hydra_config=name != "train"))
 
 
 def sweep_arguments(name: str, overrides: list[str]) -> list[str]:

@@ -16,11 +16,16 @@ def nll(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tens
     Causal LM: logits (B, T, V) at t predict labels (B, T) at t + 1; seq2seq: at t; classification: logits (B, C),
     labels (B,). Predictions and targets are flat, one entry a target token (or row).
     """
+    logits, targets = target_logits(logits, labels, task)
+    return F.cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1), targets
+
+
+def target_logits(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
+    """(logits (n, V) in float32, targets (n,)) where there is something to predict."""
     if task == "causal_lm":
         logits, labels = logits[:, :-1], labels[:, 1:]
     kept = labels != -100
-    logits, targets = logits[kept], labels[kept]
-    return F.cross_entropy(logits.float(), targets, reduction="sum"), logits.argmax(-1), targets
+    return logits[kept].float(), labels[kept]
 
 
 def names(task: str, generated: bool, tested: bool) -> list[str]:

@@ -212,14 +212,18 @@ class Base:
 def load(
     spec: Pretrained, quantizer: Quantizer, tokenizer: Any, num_labels: int | None = None, device: str = "cpu"
 ) -> Base:
-    """Loads (or draws) the base of ``spec``, quantized by ``quantizer``. Raises ConfigError where it cannot."""
+    """Loads (or draws) the base of ``spec``, quantized by ``quantizer``. Raises ConfigError where it cannot.
+
+    ``tokenizer`` None: for a look at the weights alone.
+    """
     spec.check()
     config = spec.prepared_config(num_labels)
     check_window(spec, config)
     dtype: torch.dtype | str = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     model = spec.weights(config, quantizer, dtype, device)
-    _check_vocabulary(model, tokenizer)
-    if getattr(model.config, "pad_token_id", None) is None:
+    if tokenizer is not None:
+        _check_vocabulary(model, tokenizer)
+    if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

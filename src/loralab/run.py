@@ -22,6 +22,7 @@ from loralab.interop.peft import save_adapter
 from loralab.loggers.wandb import Wandb
 from loralab.module import FineTuner
 from loralab.quantization.base import Quantizer
+from loralab.quantization.none import NoQuantization
 from loralab.telemetry.environment import environment
 from loralab.trainers import TrainerSpec, quiet
 from loralab.trial import EvaluationPasses, Settings, TrainPasses, Trial
@@ -146,12 +147,13 @@ class Runner:
 
     def _encoded(self, spec: TrialSpec, tokenizer: Any) -> Encoded:
         key = f"{spec.data} {spec.model.task} {spec.model.max_length} {tokenizer.name_or_path}"
+        key += repr(spec.model) if spec.data.from_base else ""
         if key not in self._data:
-            encoded = encode(spec.data.splits(), tokenizer, spec.model.task, spec.model.max_length)
-            for split in ("train", "validation"):
-                if not len(getattr(encoded, split)):
-                    raise DataError(f"data: the {split} split of {encoded.splits.name} is empty")
+            encoded = encoded_data(spec.data, spec.model, tokenizer, spec.trainer.device)
             self._data = {key: encoded}  # one at a time: sweeps seldom change the data
+        for split in ("train", "validation") if spec.trainer.max_steps else ("validation",):
+            if not len(getattr(self._data[key], split)):
+                raise DataError(f"data: the {split} split of {self._data[key].splits.name} is empty")
         return self._data[key]
 
     def _load(self, spec: TrialSpec, tokenizer: Any, data: Encoded, device: str) -> models.Base:
@@ -162,6 +164,15 @@ class Runner:
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)
             self._base_key = key
         return self._base
+
+
+def encoded_data(data: DataSpec, model: models.Pretrained, tokenizer: Any, device: str) -> Encoded:
+    """The rows of ``data`` in token ids; where it draws them from the base, that is loaded, unquantized."""
+    if not data.from_base:
+        return encode(data.splits(), tokenizer, model.task, model.max_length)
+    base = models.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
+    sampled: Encoded = data.sample(base, tokenizer, model.task, model.max_length)
+    return sampled
 
 
 class Fit:
@@ -179,18 +190,22 @@ class Fit:
         for spec, trial in zip(self.specs, self.trials, strict=True):
             name = " ".join(o for o in spec.overrides if not o.startswith("hydra")) or spec.id
             trial.open(spec.logger.start(spec.folder, name[:120], spec.sweep, spec.config))
-        trainer = self.specs[0].trainer.build(self.callbacks, self.progress)
-        self.module.train()  # Lightning keeps the mode it finds, and from_pretrained leaves evaluation mode
         begun = time.monotonic()
-        trainer.fit(self.module, TrainPasses(self.trials), EvaluationPasses(self.trials, "validation"))
+        optimizer = self._train() if any(trial.alive for trial in self.trials) else {}
         seconds = time.monotonic() - begun
-        optimizer = optimizers.describe(trainer.optimizers[0], self.specs[0].optimizer.name)
         self._evaluate("val", "validation")
         if self.specs[0].trainer.test and all(len(trial.data.test) for trial in self.trials):
             self._evaluate("test", "test")
         self._note(optimizer, begun - self.started, seconds)
         for spec, trial in zip(self.specs, self.trials, strict=True):
             self._finish(spec, trial)
+
+    def _train(self) -> dict[str, Any]:
+        """What came of the optimizer's state. Not called for max_steps=0, which scores the base as it is."""
+        trainer = self.specs[0].trainer.build(self.callbacks, self.progress)
+        self.module.train()  # Lightning keeps the mode it finds, and from_pretrained leaves evaluation mode
+        trainer.fit(self.module, TrainPasses(self.trials), EvaluationPasses(self.trials, "validation"))
+        return optimizers.describe(trainer.optimizers[0], self.specs[0].optimizer.name)
 
     def _note(self, optimizer: dict[str, Any], startup: float, seconds: float) -> None:
         """Memory, time and optimizer state: the pack's, the same in each record."""

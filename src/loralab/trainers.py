@@ -32,7 +32,11 @@ class TrainerSpec:
             )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision={self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}")
-        for key in ("max_steps", "accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
+        if self.max_steps < 0:
+            raise ConfigError(
+                f"trainer.max_steps must be at least 0 (0: score the base as it is), got {self.max_steps}"
+            )
+        for key in ("accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{key} must be at least 1, got {value}")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from loralab.errors import ConfigError
 
@@ -41,7 +42,12 @@ class Splits:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """What every data set is configured by. ``splits()`` reads it; nothing is read before."""
+    """What every data set is configured by. ``splits()`` reads it; nothing is read before.
+
+    One that is drawn from the base itself says ``from_base`` and has ``sample`` in place of ``splits``.
+    """
+
+    from_base: ClassVar[bool] = False
 
     batch_size: int = 8
     limit: int | None = None  # the first N rows of each split
@@ -57,6 +63,10 @@ class DataSpec:
 
     def splits(self) -> Splits:
         """Read the rows. Raises DataError with file and line."""
+        raise NotImplementedError
+
+    def sample(self, model: Any, tokenizer: Any, task: str, max_length: int) -> Any:
+        """Draw encoded rows from the unquantized base."""
         raise NotImplementedError
 
 

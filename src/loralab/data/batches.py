@@ -41,8 +41,6 @@ class Stream:
     """
 
     def __init__(self, n: int, seed: int, position: int = 0) -> None:
-        if n < 1:
-            raise DataError("there is no training row to draw from")
         self.n, self.seed, self.position = n, seed, position
         self._epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
@@ -54,6 +52,8 @@ class Stream:
 
     def take(self, k: int) -> list[int]:
         """The indices of the next ``k`` samples."""
+        if self.n < 1:
+            raise DataError("there is no training row to draw from")
         taken: list[int] = []
         while len(taken) < k:
             epoch, start = divmod(self.position, self.n)

@@ -106,7 +106,7 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int) -> Encode
         validation=parts["validation"],
         test=parts["test"],
         truncated=sum(_truncated(part) for part in parts.values()),
-        tokens={split: _statistics(part) for split, part in parts.items()},
+        tokens={split: statistics(part) for split, part in parts.items()},
         splits=splits,
     )
 
@@ -205,7 +205,8 @@ def _truncated(examples: Sequence[Example]) -> int:
     return 0 if isinstance(examples, Blocks) else sum(example.truncated for example in examples)
 
 
-def _statistics(examples: Sequence[Example]) -> dict[str, int]:
+def statistics(examples: Sequence[Example]) -> dict[str, int]:
+    """rows, tokens, target_tokens and the longest row of one split."""
     if isinstance(examples, Blocks):
         total = len(examples.stream)
         longest = min(total, examples.length)

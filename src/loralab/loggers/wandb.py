@@ -58,6 +58,16 @@ class Mirror:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._try(lambda run: run.log({"trainer/global_step": step, **values}))
 
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Rows that W&B's dashboards can sort and plot."""
+
+        def add(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Table(columns=columns, data=rows)})
+
+        self._try(add)
+
     def summarize(self, values: Mapping[str, Any]) -> None:
         self._try(lambda run: run.summary.update(dict(values)))
 

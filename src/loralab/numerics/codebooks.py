@@ -33,6 +33,23 @@ def fp4_values() -> tuple[float, ...]:
     return tuple((torch.cat([magnitudes, -magnitudes]) / 12.0).tolist())
 
 
+def e2m1_values() -> tuple[float, ...]:
+    """FP4 with 2 exponent bits and 1 mantissa bit, the E2M1 of QLoRA table 2, in code order, divided by 6."""
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    return tuple((torch.cat([magnitudes, -magnitudes]) / 6.0).tolist())
+
+
+def e3m0_values() -> tuple[float, ...]:
+    """FP4 with 3 exponent bits and no mantissa, the E3M0 of QLoRA table 2, in code order, divided by 16."""
+    magnitudes = torch.tensor([0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
+    return tuple((torch.cat([magnitudes, -magnitudes]) / 16.0).tolist())
+
+
+def int4_values() -> tuple[float, ...]:
+    """Int4 absmax: -7/7 to 7/7, evenly spaced; the sixteenth code is not used."""
+    return tuple((torch.arange(-7, 8) / 7.0).tolist())
+
+
 def dynamic_values() -> tuple[float, ...]:
     """Signed dynamic 8-bit map (Dettmers 2016, arXiv 1511.04561): 256 ascending values.
 
@@ -49,12 +66,20 @@ def dynamic_values() -> tuple[float, ...]:
     return tuple(torch.tensor(sorted(data), dtype=torch.float32).tolist())
 
 
-_VALUES = {"nf4": nf4_values(), "fp4": fp4_values(), "dynamic": dynamic_values()}
+FOUR_BIT = ("nf4", "fp4", "e2m1", "e3m0", "int4")
+_VALUES = {
+    "nf4": nf4_values(),
+    "fp4": fp4_values(),
+    "e2m1": e2m1_values(),
+    "e3m0": e3m0_values(),
+    "int4": int4_values(),
+    "dynamic": dynamic_values(),
+}
 _tables: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def table(name: str, device: torch.device | str = "cpu") -> Tensor:
-    """Code book ``name`` on ``device``: nf4, fp4 (16,), dynamic (256,) float32. One tensor per process."""
+    """Code book ``name`` on ``device``, float32: 16 values (int4: 15), dynamic 256. One tensor per process."""
     key = (name, torch.device(device))
     if type(torch.empty(0)) is not Tensor:  # under fake tensors it would be fake, and must not outlive them
         return torch.tensor(_VALUES[name], dtype=torch.float32, device=device)

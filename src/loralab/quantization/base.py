@@ -22,6 +22,15 @@ def choose(key: str, value: object, valid: Iterable[object]) -> None:
         raise ConfigError(f"quantization.{key} = {value!r} is not known; {nearest(str(value), map(str, options))}")
 
 
+def check_block(name: str, block_size: int, out_features: int, in_features: int) -> None:
+    """A block larger than the layer would be a per-tensor scale under another name."""
+    if block_size > out_features * in_features:
+        raise ConfigError(
+            f"quantization.block_size = {block_size} is larger than {name}, which has {out_features} x {in_features}"
+            f" = {out_features * in_features} weights; valid: at most that, or quantization.skip_modules=[{name}]"
+        )
+
+
 @dataclass(frozen=True)
 class Quantizer(ABC):
     """One verb, ``convert``: a dense layer in, a frozen one out. The fields are the keys of the yamls."""
@@ -66,6 +75,11 @@ class Quantizer(ABC):
         """nn.Linear or Conv1D -> frozen layer that owns the same bias object; errors speak of ``name``."""
         self.check(name, *linear_shape(linear))
         weight = dense_weight(linear)
+        if weight.dim() != 2 or not weight.numel():
+            raise ConfigError(
+                f"model: the weight of {name} has shape {tuple(weight.shape)}, which {self.name} cannot quantize;"
+                " valid: a matrix (out_features, in_features) that is not empty"
+            )
         if not isinstance(weight, FakeTensor) and not bool(torch.isfinite(weight).all()):
             raise ConfigError(
                 f"model: the weight of {name}, {tuple(weight.shape)}, holds nan or infinite values, which {self.name}"
@@ -175,6 +189,11 @@ def measure(model: nn.Module) -> BaseSize:
         bytes=_bytes([*model.parameters(), *model.buffers(), *tables]),
         bits_per_parameter=packed / quantized if quantized else _dense_bits(model),
     )
+
+
+def packed_bytes(layer: nn.Module) -> int:
+    """Bytes of one layer's weight as stored, statistics with it, code tables and bias without."""
+    return _bytes(layer.packed() if isinstance(layer, FrozenLinear) else [dense_weight(layer)])
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

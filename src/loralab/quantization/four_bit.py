@@ -1,4 +1,4 @@
-"""NF4 and FP4 in blocks, statistics in float32 or quantized again (QLoRA, arXiv 2305.14314, section 3)."""
+"""4-bit code books in blocks, statistics in float32 or quantized again (QLoRA, arXiv 2305.14314, section 3)."""
 
 from dataclasses import dataclass
 
@@ -7,42 +7,73 @@ from torch import Tensor, nn
 
 from loralab.errors import ConfigError
 from loralab.numerics import blockwise, codebooks
+from loralab.numerics.absmax import GRANULARITIES
 from loralab.quantization import kernels
-from loralab.quantization.base import Quantizer, choose
-from loralab.quantization.int8 import check_block
+from loralab.quantization.base import Quantizer, check_block, choose
 from loralab.quantization.linear import FrozenLinear
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-QUANT_TYPES = ("nf4", "fp4")
+BLOCK_SIZES = kernels.KERNEL_BLOCKS
+STORAGE = {
+    "uint8": torch.uint8,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
 class FourBit(Quantizer):
-    """Bits per weight: 4 + 32 / block_size; with double_quant 4 + 8 / block_size + 32 / (256 block_size)."""
+    """Bits per weight: 4 + 32 / block_size; with double_quant 4 + 8 / block_size + 32 / (256 block_size).
+
+    nf4 and fp4 are bitsandbytes'; e2m1 and e3m0 are the FP4 formats of QLoRA's table 2, which bitsandbytes' fp4 is
+    not; int4 is absmax on an even grid.
+    """
 
     quant_type: str = "nf4"
-    block_size: int = 64
+    granularity: str = "block"
+    block_size: int = 64  # read where granularity is block
     double_quant: bool = False  # the absmax values in 8 bits, 256 to a second absmax
+    quant_storage: str = "uint8"  # dtype that the packed bytes are stored as, for sharding that flattens one dtype
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("quant_type", self.quant_type, QUANT_TYPES)
+        choose("quant_type", self.quant_type, codebooks.FOUR_BIT)
+        choose("granularity", self.granularity, GRANULARITIES)
         choose("block_size", self.block_size, BLOCK_SIZES)
+        choose("quant_storage", self.quant_storage, STORAGE)
         if not isinstance(self.double_quant, bool):
             raise ConfigError(
                 f"quantization.double_quant = {self.double_quant!r} is no truth value; valid: true, false"
             )
+        if self.double_quant and self.granularity == "tensor":
+            raise ConfigError(
+                "quantization.double_quant = True needs many absmax values, and granularity=tensor has one; valid:"
+                " granularity=block or row, or double_quant=false"
+            )
 
     @property
     def name(self) -> str:
-        return self.quant_type + ("_double" if self.double_quant else "")
+        """The data types of the papers by their own names: ``int4_absmax``, ``fp4_e2m1``, ``nf4_double``."""
+        names = {"int4": "int4_absmax", "e2m1": "fp4_e2m1", "e3m0": "fp4_e3m0"}
+        granularity = "" if self.granularity == "block" else f"_{self.granularity}"
+        return names.get(self.quant_type, self.quant_type) + granularity + ("_double" if self.double_quant else "")
+
+    def block(self, out_features: int, in_features: int) -> int:
+        """Weights that share one absmax. A row is a block of its width, a tensor one block."""
+        return {"block": self.block_size, "row": in_features, "tensor": out_features * in_features}[self.granularity]
 
     def check(self, name: str, out_features: int, in_features: int) -> None:
-        check_block(name, self.block_size, out_features, in_features)
+        check_block(name, self.block(out_features, in_features), out_features, in_features)
+        packed, size = -(-out_features * in_features // 2), STORAGE[self.quant_storage].itemsize
+        if packed % size:
+            raise ConfigError(
+                f"quantization.quant_storage = {self.quant_storage}: the {packed} packed bytes of {name} are not a"
+                f" multiple of its {size}; valid: uint8, or quantization.skip_modules=[{name}]"
+            )
 
     def storage_bits(self, out_features: int, in_features: int) -> int:
         n = out_features * in_features
-        blocks = -(-n // self.block_size)
+        blocks = -(-n // self.block(out_features, in_features))
         statistics = 32 * blocks
         if self.double_quant:  # one byte a block, its second absmax, the offset
             statistics = 8 * blocks + 32 * -(-blocks // blockwise.STATISTICS_BLOCK) + 32
@@ -55,7 +86,8 @@ class FourBit(Quantizer):
 class FourBitLinear(FrozenLinear):
     """bitsandbytes' own bytes: codes (ceil(out in / 2), 1) uint8, absmax (blocks,) float32.
 
-    Double: absmax (blocks,) uint8, second_absmax (ceil(blocks / 256),) float32, offset () float32.
+    ``quant_storage`` is another dtype for the same bytes. Double: absmax (blocks,) uint8, second_absmax
+    (ceil(blocks / 256),) float32, offset () float32.
     """
 
     codes: Tensor
@@ -65,10 +97,12 @@ class FourBitLinear(FrozenLinear):
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: FourBit) -> None:
         super().__init__(weight, bias, spec.compute_dtype, spec.dequantize)
-        self.quant_type, self.block_size = spec.quant_type, spec.block_size
+        self.quant_type, self.block_size = spec.quant_type, spec.block(self.out_features, self.in_features)
         self.double_quant = spec.double_quant
-        self.scheme = f"{spec.quant_type}, block_size={spec.block_size}, double_quant={spec.double_quant}"
-        codes, absmax = kernels.quantize_4bit(weight, spec.quant_type, spec.block_size)
+        self.scheme = f"{spec.quant_type}, block_size={self.block_size}, double_quant={spec.double_quant}"
+        codes, absmax = kernels.quantize_4bit(weight, self.quant_type, self.block_size)
+        if spec.quant_storage != "uint8":
+            codes = codes.view(-1).view(STORAGE[spec.quant_storage])[:, None]
         if not spec.double_quant:
             self.keep(codes=codes, absmax=absmax)
             return
@@ -84,4 +118,5 @@ class FourBitLinear(FrozenLinear):
         if self.double_quant:
             absmax = kernels.undo_double_quantize(self.absmax, self.second_absmax, self.offset)
         shape = (self.out_features, self.in_features)
-        return kernels.dequantize_4bit(self.codes, absmax, self.quant_type, self.block_size, shape, dtype)
+        codes = self.codes if self.codes.dtype == torch.uint8 else self.codes.view(-1).view(torch.uint8)[:, None]
+        return kernels.dequantize_4bit(codes, absmax, self.quant_type, self.block_size, shape, dtype)

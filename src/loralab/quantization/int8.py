@@ -1,4 +1,4 @@
-"""int8 absmax, weight-only: W = codes * absmax / 127, the same arithmetic in training and evaluation."""
+"""Weight-only int8, the same arithmetic in training and evaluation: by absmax, or by range and zero point."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from loralab.errors import ConfigError
-from loralab.numerics import absmax
-from loralab.quantization.base import Quantizer, choose
+from loralab.numerics import absmax, affine
+from loralab.quantization.base import Quantizer, check_block, choose
 from loralab.quantization.linear import FrozenLinear
 
 
 @dataclass(frozen=True)
 class Int8Absmax(Quantizer):
-    """One float32 absmax per tensor, row (output feature) or block of ``block_size`` consecutive weights."""
+    """W = codes * absmax / 127: one absmax per tensor, row (output feature) or block of consecutive weights."""
 
     granularity: str = "row"
     block_size: int = 64  # read where granularity is block
@@ -26,7 +26,16 @@ class Int8Absmax(Quantizer):
 
     @property
     def name(self) -> str:
-        return "int8_absmax"
+        return "int8_absmax" + self.suffix
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.granularity == "row" else f"_{self.granularity}"
+
+    @property
+    def statistics_bits(self) -> int:
+        """Of one group: absmax in float32."""
+        return 32
 
     def check(self, name: str, out_features: int, in_features: int) -> None:
         if self.granularity == "block":
@@ -35,37 +44,49 @@ class Int8Absmax(Quantizer):
     def storage_bits(self, out_features: int, in_features: int) -> int:
         n = out_features * in_features
         groups = {"tensor": 1, "row": out_features, "block": -(-n // self.block_size)}
-        return 8 * n + 32 * groups[self.granularity]
+        return 8 * n + self.statistics_bits * groups[self.granularity]
 
     def pack(self, weight: Tensor, bias: nn.Parameter | None) -> FrozenLinear:
         return Int8Linear(weight, bias, self)
 
 
-def check_block(name: str, block_size: int, out_features: int, in_features: int) -> None:
-    """A block larger than the layer would be a per-tensor scale under another name."""
-    if block_size > out_features * in_features:
-        raise ConfigError(
-            f"quantization.block_size = {block_size} is larger than {name}, which has {out_features} x"
-            f" {in_features}"
-            f" = {out_features * in_features} weights; valid: at most that, or"
-            f" quantization.skip_modules=[{name}]"
-        )
+@dataclass(frozen=True)
+class Int8ZeroPoint(Int8Absmax):
+    """W = (codes - zero) * scale: the whole range of a group on all 255 codes, for a zero point of 8 bits more."""
+
+    @property
+    def name(self) -> str:
+        return "int8_zeropoint" + self.suffix
+
+    @property
+    def statistics_bits(self) -> int:
+        """Of one group: scale in float32, zero in int8."""
+        return 40
 
 
 class Int8Linear(FrozenLinear):
-    """codes (out, in) int8, absmax (groups,) float32."""
+    """codes (out, in) int8; absmax (groups,) float32, or scale (groups,) float32 and zero (groups,) int8."""
 
     codes: Tensor
     absmax: Tensor
+    scale: Tensor
+    zero: Tensor
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: Int8Absmax) -> None:
         super().__init__(weight, bias, spec.compute_dtype, spec.dequantize)
         self.granularity, self.block_size = spec.granularity, spec.block_size
-        self.scheme = f"int8 absmax per {spec.granularity}" + (
-            f", block_size={spec.block_size}" if spec.granularity == "block" else ""
-        )
-        codes, scale = absmax.quantize(weight, spec.granularity, spec.block_size)
-        self.keep(codes=codes.clone(), absmax=scale)  # clone: codes may be a view of a padded tensor
+        self.zero_point = isinstance(spec, Int8ZeroPoint)
+        blocks = f", block_size={spec.block_size}" if spec.granularity == "block" else ""
+        self.scheme = f"{spec.name} per {spec.granularity}{blocks}"
+        if self.zero_point:
+            codes, scale, zero = affine.quantize(weight, spec.granularity, spec.block_size)
+            self.keep(codes=codes.clone(), scale=scale, zero=zero)  # codes may be a view of a padded tensor
+        else:
+            codes, largest = absmax.quantize(weight, spec.granularity, spec.block_size)
+            self.keep(codes=codes.clone(), absmax=largest)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return absmax.dequantize(self.codes, self.absmax, self.granularity, self.block_size).to(dtype)
+        how = (self.granularity, self.block_size)
+        if self.zero_point:
+            return affine.dequantize(self.codes, self.scale, self.zero, *how).to(dtype)
+        return absmax.dequantize(self.codes, self.absmax, *how).to(dtype)

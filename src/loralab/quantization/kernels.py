@@ -12,6 +12,8 @@ from loralab.errors import ConfigError
 from loralab.numerics import blockwise, codebooks
 
 log = logging.getLogger(__name__)
+KERNEL_TYPES = ("nf4", "fp4")
+KERNEL_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,26 +30,42 @@ def bitsandbytes_ops() -> Any:
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
-    """weight, n elements -> packed (ceil(n / 2), 1) uint8, absmax (ceil(n / block_size),) float32."""
+    """weight, n elements -> packed (ceil(n / 2), 1) uint8, absmax (ceil(n / block_size),) float32.
+
+    By the kernel for the types and block sizes that it has, else by the reference.
+    """
+    if quant_type not in KERNEL_TYPES or block_size not in KERNEL_BLOCKS:
+        codes, absmax = blockwise.quantize_blockwise(weight, codebooks.table(quant_type, weight.device), block_size)
+        return blockwise.pack_4bit(codes), absmax
     source = weight if weight.dtype in KERNEL_DTYPES else weight.float()
     packed, absmax = bitsandbytes_ops().quantize_4bit(source, block_size, quant_type, torch.uint8)
     return packed, absmax
 
 
+def quantize_8bit(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """weight, n elements -> codes of the dynamic map, uint8 of its shape, absmax (ceil(n / block_size),) float32."""
+    table = codebooks.dynamic_map(weight.device).clone()  # older CPU kernels write into it
+    codes, absmax = bitsandbytes_ops().quantize_blockwise(weight.float(), table, block_size)
+    return codes, absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """-> values in the shape of ``codes``."""
+    table = codebooks.dynamic_map(codes.device)
+    kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
+    values: Tensor = bitsandbytes_ops().dequantize_blockwise(codes, absmax, table, block_size, kernel_dtype)
+    return values.to(dtype)
+
+
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """absmax (b,) -> codes (b,) uint8, second absmax (ceil(b / 256),) float32, offset () float32."""
     offset = absmax.mean()
-    table = codebooks.dynamic_map(absmax.device).clone()  # older CPU kernels write into it
-    codes, second = bitsandbytes_ops().quantize_blockwise(absmax - offset, table, blockwise.STATISTICS_BLOCK)
-    return codes, second, offset
+    return *quantize_8bit(absmax - offset, blockwise.STATISTICS_BLOCK), offset
 
 
 def undo_double_quantize(codes: Tensor, second: Tensor, offset: Tensor) -> Tensor:
     """-> absmax (b,) float32."""
-    table = codebooks.dynamic_map(codes.device)
-    ops, size = bitsandbytes_ops(), blockwise.STATISTICS_BLOCK
-    absmax: Tensor = ops.dequantize_blockwise(codes, second, table, size, torch.float32) + offset
-    return absmax
+    return dequantize_8bit(codes, second, blockwise.STATISTICS_BLOCK, torch.float32) + offset
 
 
 def dequantize_4bit(
@@ -61,7 +79,8 @@ def dequantize_4bit(
     """-> (out, in) in ``dtype``: by the kernel where it is right for this width, else by the reference."""
     kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
     fake = isinstance(packed, FakeTensor)  # has a shape and no values
-    if fake or kernel_is_right(quant_type, block_size, shape[1], kernel_dtype, packed.device):
+    has_kernel = quant_type in KERNEL_TYPES and block_size in KERNEL_BLOCKS
+    if has_kernel and (fake or kernel_is_right(quant_type, block_size, shape[1], kernel_dtype, packed.device)):
         dense = _kernel(packed, absmax, quant_type, block_size, shape, kernel_dtype)
     else:
         dense = _reference(packed, absmax, quant_type, block_size, shape)

@@ -43,11 +43,12 @@ def report(folder: Path) -> Report:
         "results.json": json.dumps(_json(gathered, found), indent=1, allow_nan=False) + "\n",
         "report.md": _markdown(gathered, found),
     }
-    written = {name: _write(folder / "report" / name, text) for name, text in texts.items()}
+    written = {name: write_text(folder / "report" / name, text) for name, text in texts.items()}
     return Report(terminal(gathered, found), written["index.html"], written)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Whole or not at all. Raises DiskError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

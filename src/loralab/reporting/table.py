@@ -207,7 +207,7 @@ def _fit(study: Study, found: Sequence[Row], width: int) -> list[str]:
     shown = columns(study, found)
     for title in ("", *_EXPENDABLE):
         shown = [column for column in shown if column.title != title]
-        lines = _align(*_cells(study, found, shown), numeric_from=len(study.axes))
+        lines = align(*_cells(study, found, shown), numeric_from=len(study.axes))
         if max(map(len, lines)) <= width:
             return lines
     titles, body = _cells(study, found, shown)
@@ -215,10 +215,11 @@ def _fit(study: Study, found: Sequence[Row], width: int) -> list[str]:
     room = max(4, spare // max(1, len(study.axes)) - 2)
     axes = len(study.axes)
     clipped = [[*(clip(cell, room) for cell in line[:axes]), *line[axes:]] for line in [titles, *body]]
-    return [clip(line, width) for line in _align(clipped[0], clipped[1:], numeric_from=axes)]
+    return [clip(line, width) for line in align(clipped[0], clipped[1:], numeric_from=axes)]
 
 
-def _align(titles: list[str], body: list[list[str]], numeric_from: int) -> list[str]:
+def align(titles: list[str], body: list[list[str]], numeric_from: int) -> list[str]:
+    """Lines of equal columns; those between ``numeric_from`` and the last one are set to the right."""
     table = [titles, *body]
     widths = [max(len(line[column]) for line in table) for column in range(len(titles))]
     last = len(titles) - 1

@@ -1,0 +1,70 @@
+"""The int8 products of LLM.int8()'s table 1 (arXiv 2208.07339) as layers: activations are quantized too."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loralab.errors import ConfigError
+from loralab.numerics import int8_product
+from loralab.quantization.base import Quantizer, choose
+from loralab.quantization.int8 import Int8Absmax, Int8Linear, Int8ZeroPoint
+from loralab.quantization.linear import FrozenLinear
+
+
+@dataclass(frozen=True)
+class Int8Product(Quantizer):
+    """For studies: clear, not fast. threshold 0: no decomposition. The gradient is straight through, dx = dy W."""
+
+    granularity: str = "vector"  # tensor, row, vector: see numerics/int8_product.py
+    zero_point: bool = False
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("granularity", self.granularity, int8_product.GRANULARITIES)
+        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise ConfigError(
+                f"quantization.threshold = {self.threshold!r} is out of range; valid: 0 (no outliers) or more"
+            )
+
+    @property
+    def name(self) -> str:
+        kind = "zeropoint" if self.zero_point else "absmax"
+        return f"int8_product_{kind}_{self.granularity}" + ("_decomposed" if self.threshold else "")
+
+    @property
+    def packable(self) -> bool:
+        """Scales per tensor and outlier columns are found over the whole batch."""
+        return self.granularity != "tensor" and self.threshold == 0
+
+    @property
+    def weights(self) -> Int8Absmax:
+        """How W is stored."""
+        kind = Int8ZeroPoint if self.zero_point else Int8Absmax
+        return kind(
+            self.skip_modules, self.compute_dtype, self.dequantize, int8_product.GRANULARITIES[self.granularity][1]
+        )
+
+    def storage_bits(self, out_features: int, in_features: int) -> int:
+        return self.weights.storage_bits(out_features, in_features)
+
+    def pack(self, weight: Tensor, bias: nn.Parameter | None) -> FrozenLinear:
+        return Int8ProductLinear(weight, bias, self)
+
+
+class Int8ProductLinear(Int8Linear):
+    """Stored as Int8Linear; the product sees x through int8 as well."""
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: Int8Product) -> None:
+        super().__init__(weight, bias, spec.weights)
+        self.spec = spec
+        self.scheme = spec.name
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows, spec = x.reshape(-1, self.in_features), self.spec
+        weight = self.unpacked(torch.float32)
+        y = int8_product.product(rows, weight, spec.granularity, spec.zero_point, spec.threshold)
+        y = y if bias is None else y + bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
