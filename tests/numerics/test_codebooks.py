@@ -24,6 +24,27 @@ def test_four_bit_tables_equal_bitsandbytes_bitwise(name):
     assert torch.equal(codebooks.table(name), functional.get_4bit_type(name, device="cpu"))
 
 
+def test_e2m1_and_e3m0_are_the_formats_of_their_names_and_not_bitsandbytes_fp4():
+    def values(exponent_bits, mantissa_bits, bias):
+        found = set()
+        for exponent in range(2**exponent_bits):
+            for mantissa in range(2**mantissa_bits):
+                share = mantissa / 2**mantissa_bits
+                subnormal = exponent == 0 and (mantissa_bits or share == 0)
+                found.add(share * 2.0 ** (1 - bias) if subnormal else (1 + share) * 2.0 ** (exponent - bias))
+        top = max(found)
+        return sorted({sign * value / top for value in found for sign in (-1, 1)})
+
+    assert values(2, 1, 1) == pytest.approx(sorted(set(codebooks.table("e2m1").tolist())), abs=1e-7)
+    assert values(3, 0, 3) == pytest.approx(sorted(set(codebooks.table("e3m0").tolist())), abs=1e-7)
+    steps = {name: min(v for v in codebooks.table(name).tolist() if v > 0) for name in ("fp4", "e2m1")}
+    assert steps == pytest.approx({"fp4": 0.0625 / 12, "e2m1": 0.5 / 6})
+
+
+def test_int4_is_fifteen_even_steps():
+    assert torch.equal(codebooks.table("int4"), torch.arange(-7, 8) / 7.0)
+
+
 def test_dynamic_map_equals_bitsandbytes_bitwise():
     functional = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(codebooks.dynamic_map(), functional.create_dynamic_map(signed=True))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from loralab.reporting import svg
+from loralab.reporting import published, svg
 from loralab.reporting.axes import flatten, label, short_names
 from loralab.reporting.figures import figures
 from loralab.reporting.gather import MISSING, Study, Trial, reason
@@ -89,13 +89,17 @@ def _results(study: Study, found: Sequence[Row]) -> str:
     shown = columns(study, found)
     heads = [head(short[axis], axis, key=True) for axis in study.axes]
     heads += [head(study.metric, "mean and standard deviation over seeds"), '<th aria-label="spread"></th>']
+    paper = any(published.published(study, row) for row in found)
+    heads += [head("published")] if paper else []
     heads += [head("seeds"), *(head(column.title) for column in shown)]
     ends = [value for row in found for value in row.scores]
     scale = (min(ends), max(ends)) if ends else (0.0, 1.0)
     body = []
     for row in found:
         cells = [cell(text, text, "key") for text in row.values.values()]
-        cells += [_score_cell(row), _strip_cell(row, *scale), _seeds_cell(row)]
+        cells += [_score_cell(row), _strip_cell(row, *scale)]
+        cells += [cell(published.published(study, row), "")] if paper else []
+        cells.append(_seeds_cell(row))
         cells += [cell(column.text(row), sort_key(column.number(row))) for column in shown]
         kind = ' class="best"' if row.best else ""
         body.append(f"<tr{kind}>{''.join(cells)}</tr>")
@@ -113,6 +117,7 @@ def _notes(study: Study, found: Sequence[Row]) -> str:
         "Bits per parameter: packed weights and their statistics over the quantized layers' parameters. "
         "Peak memory is the largest over the seeds, times and speeds are means.",
     ]
+    notes += published.notes(study, found)
     if any(row.packed for row in found):
         notes.append("Trials were trained in packs: memory and time are the whole pack's, the same in each.")
     return "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
