@@ -43,7 +43,7 @@ CONFIGURATION = {
     "learning rate": (["optimizer.lr=nan"], "optimizer.lr must be a positive number"),
     "betas": (["optimizer.betas=[0.9]"], "optimizer.betas"),
     "warm-up twice": (["schedule.warmup_steps=2", "schedule.warmup_ratio=0.1"], "exclude each other"),
-    "steps": (["trainer.max_steps=0"], "trainer.max_steps must be at least 1"),
+    "steps": (["trainer.max_steps=-1"], "trainer.max_steps must be at least 0"),
     "precision": (["trainer.precision=bf17"], "trainer.precision='bf17'"),
     "batch": (["data.batch_size=0"], "data.batch_size must be at least 1"),
     "block size": (["quantization=nf4", "quantization.block_size=48"], "quantization.block_size"),
@@ -57,6 +57,18 @@ CONFIGURATION = {
     "architecture key": (["+model.config.hiden_size=64"], "did you mean hidden_size?"),
     "task": (["model.task=translation"], "model.task='translation'"),
     "window": (["model.max_length=100000"], "exceeds the"),
+    "unknown top key": (["+foo=1"], "foo is not an option"),
+    "part taken away": (["~schedule"], "schedule is missing"),
+    "part null": (["adapter=null"], "a group was set to null or a number"),
+    "sweep is a word": (["sweep=abc"], "sweep='abc' is no group of settings"),
+    "callback key": (
+        ["callbacks=default", "callbacks.progress.seconds=abc"],
+        "seconds must be a number of at least 0, got 'abc'",
+    ),
+    "callback class": (["+callbacks.foo._target_=os.getcwd"], "is not a Lightning callback"),
+    "half precision": (["trainer.precision=16-mixed"], "trainer.precision=16-mixed needs a GPU"),
+    "flag": (["--cgf", "job"], "loralab has no flag '--cgf'"),
+    "flag of another command": (["--resume", "x"], "loralab train has no --resume; valid: loralab sweep"),
     "interpolation": (["adapter.r=${nowhere}"], "nowhere"),
 }
 

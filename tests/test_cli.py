@@ -13,7 +13,7 @@ from loralab import cli, record
 
 def test_flags_may_stand_anywhere():
     words = cli.Words.parse(["--json", "count", "a=1", "--debug", "--resume=somewhere", "b=2"])
-    assert (words.command, words.rest, words.json, words.debug) == ("count", ["a=1", "b=2"], True, True)
+    assert (words.command, words.rest, words.flags) == ("count", ["a=1", "b=2"], {"json", "debug"})
     assert words.resume == "somewhere"
     assert cli.Words.parse(["sweep", "--resume", "a b", "--fresh"]).resume == "a b"
 

@@ -15,11 +15,12 @@ FLOORS = [
     {"quantization"},
     {"adapters"},
     {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},
-    {"trial"},
+    {"trial", "checkpoints"},
     {"module", "models", "generation", "evaluation"},
     {"planning", "interop"},
     {"run", "study"},
     {"packing", "reporting"},
+    {"words", "locks"},
     {"cli", "config", "jobs", "doctor", "hydra_errors", "hydra_plugins"},
 ]
 FENCES = {

@@ -11,6 +11,7 @@ import pytest
 
 from loralab import cli, record
 from loralab.config import compose, trial_id
+from loralab.locks import hold
 
 FAST = ["hydra/launcher=packed", "data.limit=6"]
 
@@ -83,6 +84,69 @@ def test_resume_finishes_a_folder_by_its_name_alone(sweep, folder):
     assert times(folder)[kept] == before
 
 
+def test_a_call_with_fewer_seeds_hides_no_finished_trial(sweep, folder):
+    sweep("seed=0,1", "adapter.r=2,4")
+    everything = {trial["trial"] for trial in record.read_sweep(folder)["trials"]}
+    before = times(folder)
+    assert sweep("seed=0", "adapter.r=2,8") == 0
+    listed = record.read_sweep(folder)
+    assert everything < {trial["trial"] for trial in listed["trials"]}
+    assert listed["axes"] == {"seed": ["0", "1"], "adapter.r": ["2", "4", "8"]}
+    assert all(times(folder)[name] == before[name] for name in before)
+
+
+def test_a_second_sweep_is_kept_out_of_a_folder_in_use(sweep, folder, capsys):
+    with hold(folder):
+        assert sweep("adapter.r=2,4") == 4
+    assert "is in use by process" in capsys.readouterr().err
+    assert not record.find(folder)
+
+
+def test_trials_that_would_share_a_folder_are_refused(sweep, folder, capsys):
+    assert sweep("adapter.r=2,4", "hydra.sweep.subdir=x") == 2
+    assert "hydra.sweep.subdir gives several trials one folder" in capsys.readouterr().err
+
+
+def test_a_trial_named_twice_runs_once(sweep, folder):
+    assert sweep("adapter.r=2,2", "seed=0,0") == 0
+    assert len(record.read_sweep(folder)["trials"]) == len(record.find(folder)) == 1
+
+
+def test_changed_data_files_are_noticed(sweep, folder, rows, tmp_path):
+    copy = tmp_path / "train.jsonl"
+    copy.write_bytes(rows["pairs", "train"].read_bytes())
+    words = ["seed=0,1", f"data.train={copy}"]
+    sweep(*words)
+    before = times(folder)
+    sweep(*words)
+    assert times(folder) == before
+    lines = copy.read_text().splitlines(keepends=True)
+    copy.write_text("".join(reversed(lines)))
+    assert sweep(*words) == 0
+    assert all(times(folder)[name] > before[name] for name in before)
+
+
+def test_a_trial_in_bf16_changes_nothing_for_the_next_on_the_same_base(sweep, folder, tiny_arguments, tmp_path):
+    sweep("trainer.precision=bf16-true,32-true")
+    after = next(r for r in map(record.read, record.find(folder)) if r["config"]["trainer"]["precision"] == "32-true")
+    alone = [*tiny_arguments, "data.limit=6", "trainer.precision=32-true", f"hydra.run.dir={tmp_path / 'alone'}"]
+    assert cli.run(["train", *alone]) == 0
+    assert record.read(tmp_path / "alone")["metrics"] == after["metrics"]
+
+
+def test_a_finished_run_is_not_overwritten(tiny_arguments, tmp_path, capsys):
+    words = ["train", *tiny_arguments, f"hydra.run.dir={tmp_path / 'run'}"]
+    assert cli.run(words) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.suffix != ".log"}
+    for other in (["adapter.r=3"], ["adapter.r=0"], ["data.train=missing.jsonl"]):
+        assert cli.run([*words, *other]) in (2, 4)
+    assert cli.run(words) == 0
+    assert "finished before" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert cli.run([*words, "adapter.r=3", "--fresh"]) == 0
+    assert record.read(tmp_path / "run")["config"]["adapter"]["r"] == 3
+
+
 def test_resume_of_a_folder_without_a_sweep_is_refused(tmp_path, capsys):
     assert cli.run(["sweep", "--resume", str(tmp_path)]) == 4
     assert "sweep.json" in capsys.readouterr().err
@@ -135,8 +199,10 @@ def test_a_signal_ends_the_sweep_with_its_code_and_keeps_what_is_done(tiny_argum
     until(lambda: running_one(folder))
     time.sleep(0.5)
     running.send_signal(number)
-    running.communicate(timeout=60)
+    _, said = running.communicate(timeout=60)
     assert running.returncode == code
+    assert "1 trials are left: loralab sweep --resume" in said
+    assert statuses(folder) == ["completed", "interrupted"]
     states = [record.read(found)["status"] for found in record.find(folder)]
     assert sorted(states) == ["completed", "interrupted"]
 

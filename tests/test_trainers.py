@@ -12,7 +12,7 @@ from loralab.trainers import TrainerSpec
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"max_steps": 0}, "trainer.max_steps must be at least 1, got 0"),
+        ({"max_steps": -1}, "trainer.max_steps must be at least 0"),
         ({"accumulate_grad_batches": -1}, "trainer.accumulate_grad_batches"),
         ({"val_check_interval": 0}, "trainer.val_check_interval"),
         ({"log_every_n_steps": 0}, "trainer.log_every_n_steps"),

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that ``--help`` answers 
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ArtifactError, ConfigError, Interrupted, LoralabError, nearest
+from loralab.words import Words, quoted
 
 HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
 
@@ -35,41 +37,6 @@ Exit codes: 0 ok, 1 internal, 2 configuration, 3 data, 4 artifact, 5 diverged, 6
 """
 
 
-@dataclass
-class Words:
-    """The command line, taken apart."""
-
-    command: str = ""
-    rest: list[str] = field(default_factory=list)
-    json: bool = False
-    fresh: bool = False
-    debug: bool = False
-    evaluate: bool = False
-    resume: str | None = None
-
-    @classmethod
-    def parse(cls, arguments: list[str]) -> "Words":
-        words, queue = cls(), list(arguments)
-        while queue:
-            word = queue.pop(0)
-            if word in ("--json", "--fresh", "--debug", "--evaluate"):
-                setattr(words, word[2:], True)
-            elif word == "--resume" or word.startswith("--resume="):
-                words.resume = word[9:] if "=" in word else (queue.pop(0) if queue else "")
-            elif not words.command and not word.startswith("-"):
-                words.command = word
-            else:
-                words.rest.append(word)
-        return words
-
-    def overrides(self) -> list[str]:
-        """Only k=v words. Raises ConfigError at anything else."""
-        odd = [word for word in self.rest if "=" not in word and not word.startswith("~")]
-        if odd:
-            raise ConfigError(f"loralab {self.command}: {odd[0]!r} is not understood; settings are key=value")
-        return self.rest
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Leaves with the contract's exit code."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
@@ -77,26 +44,31 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
-    words = Words.parse(arguments)
-    if not words.command or {"--help", "-h"} & set(words.rest):
-        if "--version" in words.rest:
+    debug = "--debug" in arguments
+    try:
+        words = Words.parse(arguments)
+        if "version" in words:
             from loralab import __version__
 
             print(f"loralab {__version__}")
             return 0
-        print(HELP, end="")
-        return 0 if not words.rest or {"--help", "-h"} & set(words.rest) else 2
-    try:
+        if "help" in words or not words.command:
+            print(HELP, end="")
+            return 0 if "help" in words or not words.rest else 2
         if words.command not in COMMANDS:
             raise ConfigError(f"loralab has no command {words.command!r}; {nearest(words.command, COMMANDS)}")
+        words.refuse({flag: "loralab " + w for flag, w in FLAGS.items() if words.command not in w.split(", ")})
         _listen()
         return COMMANDS[words.command](words)
+    except BrokenPipeError:  # the reader of our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (Exception, KeyboardInterrupt, Interrupted) as error:
-        return _explain(error, words)
+        return _explain(error, debug)
 
 
-def _explain(error: BaseException, words: Words) -> int:
-    if words.debug:
+def _explain(error: BaseException, debug: bool) -> int:
+    if debug:
         import traceback
 
         traceback.print_exception(error)
@@ -104,13 +76,15 @@ def _explain(error: BaseException, words: Words) -> int:
 
     known = translate(error)
     print(f"loralab: {known}", file=sys.stderr)
-    if known.exit_code == 1 and not words.debug:
+    if known.exit_code == 1 and not debug:
         print("this is a fault of loralab's own; --debug shows where", file=sys.stderr)
     return known.exit_code
 
 
 def _listen() -> None:
     def stop(number: int, frame: Any) -> None:
+        for other in (signal.SIGINT, signal.SIGTERM):  # once is enough: records are being written now
+            signal.signal(other, signal.SIG_IGN)
         raise Interrupted(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -119,12 +93,10 @@ def _listen() -> None:
 
 def train(words: Words) -> int:
     """One run, or with -m many."""
-    many = bool({"-m", "--multirun"} & set(words.rest))
-    jobs = Jobs(fresh=words.fresh or not many, many=many)
-    rest = [*words.rest]
-    if many and not any(word.startswith("hydra/launcher=") for word in rest):
+    rest = words.overrides()
+    if words.many and not any(word.startswith("hydra/launcher=") for word in rest):
         rest.append("hydra/launcher=packed")
-    return jobs.run(rest)
+    return Jobs(fresh="fresh" in words, many=words.many).run([*words.hydra, *rest])
 
 
 def sweep(words: Words) -> int:
@@ -140,9 +112,9 @@ def sweep(words: Words) -> int:
         if not overrides:
             raise ArtifactError(f"{folder / 'sweep.json'} does not say how the sweep was called; run it by its name")
         rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
-        rest += [*words.overrides(), f"hydra.sweep.dir='{folder}'"]
+        rest += [*words.overrides(), f"hydra.sweep.dir={folder}"]
     else:
-        names = [word for word in words.rest if "=" not in word and not word.startswith(("-", "~"))]
+        names = [word for word in words.rest if "=" not in word and not word.startswith("~")]
         if len(names) != 1:
             raise ConfigError("loralab sweep needs the name of one sweep; valid: " + ", ".join(_sweep_names()))
         words.rest.remove(names[0])
@@ -151,7 +123,10 @@ def sweep(words: Words) -> int:
         rest = sweep_arguments(names[0], words.overrides())
     if not any(word.startswith("hydra/launcher=") for word in rest):
         rest.append("hydra/launcher=packed")
-    return Jobs(fresh=words.fresh, many=True).run(["-m", *rest])
+    shown = [word for word in words.hydra if word not in ("-m", "--multirun")]
+    return Jobs(fresh="fresh" in words, many="--cfg" not in shown).run(
+        [*([] if "--cfg" in shown else ["-m"]), *shown, *rest]
+    )
 
 
 def _sweep_names() -> list[str]:
@@ -176,12 +151,15 @@ class Jobs:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
         import hydra
 
-        from loralab.config import data_root, quoted, register_resolvers
+        from loralab.config import data_root, register_resolvers
 
         register_resolvers()
         sys.argv = ["loralab", *quoted(arguments)]
         conf = str(data_root() / "conf")
-        hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
+        try:
+            hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
+        except Interrupted as stopped:
+            raise self._resumable(stopped) from stopped
         if self.refused is not None:
             raise self.refused
         if self.many and self.folder is not None:
@@ -195,17 +173,28 @@ class Jobs:
 
         job = Job.of(config, self.many)
         self.folder = job.folder.parent if self.many else job.folder
-        record = None if self.fresh else job.finished()
-        if record is None:
-            try:
+        try:
+            record = None if self.fresh else job.finished()
+            if record is None:
                 record = job.execute(self)
-            except LoralabError as error:  # of a single run; Hydra would print its own lines about it
-                self.refused = error
-                return None
-        else:
-            job.say(record, skipped=True)
+            else:
+                job.say(record, skipped=True)
+        except LoralabError as error:  # of a single run; Hydra would print its own lines about it
+            self.refused = error
+            return None
         self.records.append(record)
         return job.value(record)
+
+    def _resumable(self, stopped: Interrupted) -> Interrupted:
+        """What is left to do and how, for a sweep that was stopped."""
+        if self.many and self.folder is not None:
+            from loralab import record
+
+            left = sum(trial.get("status") != "completed" for trial in record.read_sweep(self.folder)["trials"])
+            stopped.args = (
+                f"{stopped}; {left} trials are left: loralab sweep --resume {shlex.quote(str(self.folder))}",
+            )
+        return stopped
 
     def _conclude(self) -> None:
         from loralab.reporting.report import report
@@ -236,7 +225,7 @@ def count(words: Words) -> int:
     from loralab.planning.count import count as count_parameters
 
     counts = count_parameters(spec.model, spec.quantization, spec.adapter)
-    if words.json:
+    if "json" in words:
         print(json.dumps(counts))
     else:
         width = max(len(f"{value:,}") for value in counts.values())
@@ -259,14 +248,14 @@ def quantize(words: Words) -> int:
     from loralab.study import study
     from loralab.telemetry.environment import environment
 
-    result = study(spec, schemes, model, data, trainer, words.evaluate)
+    result = study(spec, schemes, model, data, trainer, "evaluate" in words)
     machine = environment()
     result.update(machine=machine["gpu"] or machine["cpu"], versions=machine["versions"], config=content)
     index = quantization.write(folder, result)
     mirror = logger.start(folder, f"quantize {result['weights']}", "quantize", content)
     mirror.table("quantization/schemes", *quantization.wandb_table(result))
     mirror.finish()
-    print(json.dumps(result) if words.json else f"{quantization.terminal(result)}\n\nreport: {index}")
+    print(json.dumps(result) if "json" in words else f"{quantization.terminal(result)}\n\nreport: {index}")
     return 0
 
 
@@ -284,7 +273,7 @@ def ls(words: Words) -> int:
 
     root = Path(words.rest[0]) if words.rest else Path("runs")
     found = listing.listing(root)
-    print(json.dumps({"runs": found}) if words.json else listing.render(found))
+    print(json.dumps({"runs": found}) if "json" in words else listing.render(found))
     return 0
 
 
@@ -294,10 +283,16 @@ def doctor(words: Words) -> int:
 
     words.overrides()
     findings = examine()
-    print(json.dumps({"checks": findings}) if words.json else render(findings))
+    print(json.dumps({"checks": findings}) if "json" in words else render(findings))
     return 0
 
 
+FLAGS = {  # where each means something
+    "json": "count, quantize, doctor, ls",
+    "evaluate": "quantize",
+    "fresh": "train, sweep",
+    "resume": "sweep",
+}
 COMMANDS: dict[str, Callable[[Words], int]] = {
     "train": train,
     "sweep": sweep,

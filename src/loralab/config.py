@@ -13,14 +13,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from loralab.errors import ConfigError, nearest
+from loralab.words import quoted
 
 if TYPE_CHECKING:
     from loralab.run import TrialSpec
 
-SPECS = ("model", "quantization", "adapter", "data", "optimizer", "schedule", "trainer", "logger")
+SPECS = (
+    "adapter",
+    "quantization",
+    "optimizer",
+    "schedule",
+    "trainer",
+    "data",
+    "logger",
+    "model",
+)  # cheapest import first
 VOLATILE = ("hydra", "logger", "callbacks", "sweep")  # they do not change what a trial computes
 ID_LENGTH = 10
-TEMPLATES = ("data.prompt", "data.target", "data.text")
+OTHERS = ("callbacks", "seed", "metric", "metric_mode", "sweep")
 
 
 def data_root() -> Path:
@@ -62,15 +72,17 @@ def trial_spec(
     choices: Mapping[str, str] | None = None,
 ) -> "TrialSpec":
     """Every part of ``config`` built and checked. Raises ConfigError with the dotted key that is wrong."""
-    from loralab.run import TrialSpec
-
     content = plain(config)
+    _check_keys(content)
     sweep = content.get("sweep") or {}
     if content["metric_mode"] not in ("min", "max"):
         raise ConfigError(f"metric_mode must be min or max, got {content['metric_mode']!r}")
     if not isinstance(content["seed"], int) or content["seed"] < 0:
         raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
     specs = {key: build(content[key], key) for key in SPECS}
+    callbacks = dict(_callbacks(content.get("callbacks") or {}))
+    from loralab.run import TrialSpec  # torch, Lightning and the rest, once the settings are known to be sound
+
     _check_metric(content["metric"], specs)
     return TrialSpec(
         id=trial_id(config),
@@ -79,12 +91,25 @@ def trial_spec(
         metric=content["metric"],
         metric_mode=content["metric_mode"],
         **specs,
-        callbacks=dict(_callbacks(content.get("callbacks") or {})),
+        callbacks=callbacks,
         config=content,
         overrides=list(overrides or []),
         choices=dict(choices or {}),
         sweep=sweep.get("name"),
     )
+
+
+def _check_keys(content: Mapping[str, Any]) -> None:
+    valid = (*SPECS, *OTHERS)
+    for key in valid:
+        if key not in content:
+            raise ConfigError(f"{key} is missing: ~{key} took it away; valid: all of {', '.join(valid)}")
+    for key in content:
+        if key not in valid:
+            raise ConfigError(f"{key} is not an option; {nearest(key, valid)}")
+    for key in ("sweep", "callbacks"):
+        if not isinstance(content[key], Mapping | None):
+            raise ConfigError(f"{key}={content[key]!r} is no group of settings; valid: a mapping, or null")
 
 
 def _check_metric(metric: str, specs: Mapping[str, Any]) -> None:
@@ -106,7 +131,9 @@ def build(node: Mapping[str, Any], key: str) -> Any:
         merged = OmegaConf.merge(OmegaConf.structured(cls), values)
         return OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        unknown = next((name for name in values if name not in names), "?")
+        unknown = next((name for name in values if name not in names), None)
+        if unknown is None:  # a key inside one of them
+            raise ConfigError(f"{key}.{error.full_key or '?'}: {_first_line(error)}") from error
         raise ConfigError(f"{key}.{unknown} is not an option of {cls.__name__}; {nearest(unknown, names)}") from error
     except OmegaConfBaseException as error:
         where = f"{key}.{error.full_key}" if getattr(error, "full_key", None) else key
@@ -119,6 +146,10 @@ def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if node is None:
             continue
         cls = _target(node, f"callbacks.{name}")
+        from lightning.pytorch import Callback
+
+        if not (isinstance(cls, type) and issubclass(cls, Callback)):
+            raise ConfigError(f"callbacks.{name}._target_={node['_target_']!r} is not a Lightning callback")
         values = {str(key): value for key, value in node.items() if key != "_target_"}
         try:
             cls(**values)
@@ -139,16 +170,6 @@ def _target(node: Any, key: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def quoted(words: list[str]) -> list[str]:
-    """Templates in the quotes that Hydra's grammar wants and the shell has taken: ``data.prompt={mr}``."""
-    made = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        bare = key in TEMPLATES and "{" in value and value[:1] not in ("'", '"')
-        made.append(key + equals + "'" + value.replace("'", "\\'") + "'" if bare else word)
-    return made
 
 
 def quantizers(config: DictConfig) -> dict[str, Any]:

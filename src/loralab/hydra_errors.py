@@ -20,6 +20,8 @@ def translate(error: BaseException) -> LoralabError | Interrupted:
         return ConfigError(_paragraph(error))
     if isinstance(error, OSError):
         return _disk(error)
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return ConfigError("a group was set to null or a number; valid: group=OPTION with one of the options of conf/")
     return LoralabError(f"{type(error).__name__}: {error}")
 
 
@@ -73,7 +75,9 @@ def _disk(error: OSError) -> LoralabError:
 
     from loralab.errors import DiskError
 
-    full = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT)
+    if isinstance(error, FileNotFoundError) and not error.filename:
+        return ConfigError("the current folder is gone; valid: start loralab in a folder that exists")
+    full = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.ENOENT)
     if error.errno in (*full, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
         return DiskError(f"{error.filename or 'the disk'} cannot be written: {error.strerror}")
     return LoralabError(f"{type(error).__name__}: {error}")

@@ -1,5 +1,6 @@
 """One trial as the command line runs it: where it lies, whether it is finished, what is said of it."""
 
+import hashlib
 import logging
 import sys
 import time
@@ -12,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab import record
 from loralab.config import plain, trial_id, trial_spec
-from loralab.errors import ArtifactError, DiskError, LoralabError
+from loralab.errors import ArtifactError, ConfigError, LoralabError
+from loralab.locks import hold
 from loralab.telemetry.progress import clock
 
 log = logging.getLogger(__name__)
@@ -33,41 +35,66 @@ class Job:
     def of(cls, config: DictConfig, many: bool) -> "Job":
         """The job Hydra is running now."""
         hydra = HydraConfig.get()
+        if hydra.job.chdir:
+            raise ConfigError("hydra.job.chdir=true would move every relative path; valid: false")
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
         number = int(hydra.job.num) if many else 0
         return cls(config, Path(hydra.runtime.output_dir), list(hydra.overrides.task), choices, number, many)
 
     def finished(self) -> dict[str, Any] | None:
-        """The record of an earlier, completed run of the very same trial."""
+        """The record of an earlier, completed run of the very same trial on the same files.
+
+        Raises ArtifactError where a single run would overwrite another trial's result.
+        """
         try:
             stored = record.read(self.folder)
         except ArtifactError:
             return None
-        return stored if stored["status"] == "completed" and stored["trial"] == trial_id(self.config) else None
+        if stored["status"] != "completed":
+            return None
+        if stored["trial"] != trial_id(self.config):
+            raise ArtifactError(
+                f"{self.folder} holds the completed trial {stored['trial']} of other settings; valid: another"
+                " hydra.run.dir, or --fresh to overwrite it"
+            )
+        if stored["data"].get("source") != self.source():
+            log.info("the data files have changed since this trial ran: it runs again")
+            return None
+        return stored
+
+    def source(self) -> str | None:
+        """16 hex digits of the bytes of the data files that the configuration names; null where it names none."""
+        named = (self.config.data.get(key) for key in ("train", "validation", "test"))
+        paths = [Path(str(name)).expanduser() for name in named if name]
+        digest = hashlib.sha256()
+        for path in paths:
+            if path.is_file():
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16] if paths else None
 
     def execute(self, jobs: Any) -> dict[str, Any]:
         """Runs the trial. In a sweep a failure is in the record; alone it is raised."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
-        except OSError as error:
-            raise DiskError(f"the run folder {self.folder} cannot be written: {error.strerror or error}") from error
-        started = time.monotonic()
+        started, source = time.monotonic(), self.source()
         try:
             spec = trial_spec(self.config, self.folder, self.overrides, self.choices)
         except LoralabError as error:
             if not self.many:
                 raise
             return self._refused(error)
-        if not self.many:
-            log.info("trial %s in %s: loading torch and the base model", spec.id, self.folder)
-        else:
-            logging.getLogger("loralab.telemetry.progress").setLevel(logging.WARNING)
-        from loralab.run import Runner
+        with hold(self.folder):
+            (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
+            if not self.many:
+                log.info("trial %s in %s: loading the base model", spec.id, self.folder)
+            else:
+                logging.getLogger("loralab.telemetry.progress").setLevel(logging.WARNING)
+            from loralab.run import Runner
 
-        if jobs.runner is None:
-            jobs.runner = Runner(progress=not self.many and sys.stderr.isatty())
-        done: dict[str, Any] = jobs.runner.run([spec])[0]
+            if jobs.runner is None:
+                jobs.runner = Runner(progress=not self.many and sys.stderr.isatty())
+            done: dict[str, Any] = jobs.runner.run([spec])[0]
+            done["data"]["source"], done["cwd"] = source, str(Path.cwd())
+            record.write(self.folder, done)
         self.say(done, seconds=time.monotonic() - started)
         return done
 
@@ -98,6 +125,8 @@ class Job:
         if not self.many:
             if done["error"]:
                 log.error("%s: %s", done["status"], done["error"])
+            elif skipped:
+                log.info("%s  finished before; --fresh runs it again\n%s", scored, self.folder)
             else:
                 others = "  ".join(f"{name} {v:.4f}" for name, v in done["metrics"].items() if name != metric)
                 log.info("%s  %s  (%s)\n%s", scored, others, clock(seconds or 0.0), self.folder)
@@ -109,7 +138,7 @@ class Job:
 
     def _place(self) -> str:
         try:
-            total = len(record.read_sweep(self.folder.parent)["trials"])
+            total = sum(not one.get("earlier") for one in record.read_sweep(self.folder.parent)["trials"])
         except ArtifactError:
             return str(self.number + 1)
         return f"{self.number + 1:>{len(str(total))}}/{total}"

@@ -121,6 +121,7 @@ class Runner:
         quiet()
         _check_pack(specs)
         device = specs[0].trainer.device
+        specs[0].trainer.check_precision()
         tokenizer = self._tokenizer(specs[0].model)
         data = [self._encoded(spec, tokenizer) for spec in specs]
         base = self._load(specs[0], tokenizer, data[0], device)
@@ -158,7 +159,7 @@ class Runner:
 
     def _load(self, spec: TrialSpec, tokenizer: Any, data: Encoded, device: str) -> models.Base:
         labels = len(data.splits.labels) or None
-        key = (repr(spec.model), repr(spec.quantization), labels, device)
+        key = (repr(spec.model), repr(spec.quantization), labels, device, spec.trainer.precision)
         if self._base is None or key != self._base_key:
             self.forget()
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)

@@ -57,6 +57,11 @@ class TrainerSpec:
             raise ConfigError("trainer=gpu, but torch sees no CUDA device; trainer=auto takes the CPU")
         return "cpu"
 
+    def check_precision(self) -> None:
+        """Raises ConfigError for 16-mixed on a CPU, where Lightning would compute in bf16 and not say so."""
+        if self.precision == "16-mixed" and self.device == "cpu":
+            raise ConfigError("trainer.precision=16-mixed needs a GPU; valid on a CPU: 32-true, bf16-mixed, bf16-true")
+
     def build(self, callbacks: list[Any], progress: bool, evaluating: bool = False) -> Any:
         """Lightning's Trainer: one epoch of numbered passes, no logger or checkpoint of its own."""
         quiet()

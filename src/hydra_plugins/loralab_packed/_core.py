@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loralab import record
 from loralab.config import trial_id
+from loralab.errors import ArtifactError, ConfigError
+from loralab.locks import hold
 
 
 def launch(
@@ -25,22 +27,24 @@ def launch(
     hydra = master.hydra
     configure_log(hydra.hydra_logging, hydra.verbose)
     folder = Path(str(hydra.sweep.dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    configs = [_compose(context, master, list(overrides), first + i) for i, overrides in enumerate(job_overrides)]
-    ledger = Ledger(folder, master, configs)
-    returns = []
-    for index, config in enumerate(configs):
-        done = run_job(
+    with hold(folder):
+        configs = [_compose(context, master, list(overrides), first + i) for i, overrides in enumerate(job_overrides)]
+        ledger = Ledger(folder, master, configs)
+        return [_run(context, task_function, config, ledger) for config in configs]
+
+
+def _run(context: HydraContext, task_function: TaskFunction, config: DictConfig, ledger: "Ledger") -> JobReturn:
+    try:
+        return run_job(
             hydra_context=context,
             task_function=task_function,
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-        returns.append(done)
-        ledger.update(index)
-        configure_log(hydra.hydra_logging, hydra.verbose)
-    return returns
+    finally:  # a sweep that is stopped leaves no trial in doubt
+        ledger.update(config)
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
 
 
 def _compose(context: HydraContext, master: DictConfig, overrides: list[str], number: int) -> DictConfig:
@@ -51,32 +55,51 @@ def _compose(context: HydraContext, master: DictConfig, overrides: list[str], nu
 
 
 class Ledger:
-    """sweep.json: what the sweep asks, its axes, and how each trial stands."""
+    """sweep.json: what the sweep asks, its axes, and how each trial stands.
+
+    Trials of earlier calls that have a record stay listed: a call with fewer seeds or other settings hides nothing.
+    """
 
     def __init__(self, folder: Path, config: DictConfig, configs: list[DictConfig]) -> None:
         self.folder = folder
         sweep = OmegaConf.to_container(config.sweep, resolve=True) if config.get("sweep") else {}
-        assert isinstance(sweep, dict)
+        if not isinstance(sweep, dict):
+            raise ConfigError(f"sweep={sweep!r} is no group of settings; valid: a sweep file, or null")
+        trials = {one["trial"]: one for one in (_entry(folder, config) for config in configs)}
+        if len({one["folder"] for one in trials.values()}) < len(trials):
+            raise ConfigError("hydra.sweep.subdir gives several trials one folder; valid: ${loralab.trial_id:} in it")
+        before = [trials.pop(one["trial"], {**one, "earlier": True}) for one in _earlier(folder)]
+        listed = [*before, *trials.values()]
         self.content: dict[str, Any] = {
             **{str(key): value for key, value in sweep.items()},
             "name": sweep.get("name") or folder.name,
             "question": sweep.get("question"),
-            "axes": axes(configs),
+            "axes": axes([list(one.get("overrides") or []) for one in listed]),
             "overrides": list(config.hydra.overrides.task),
-            "trials": [_entry(folder, one) for one in configs],
+            "trials": listed,
         }
         record.write_sweep(folder, self.content)
 
-    def update(self, index: int) -> None:
-        entry = self.content["trials"][index]
+    def update(self, config: DictConfig) -> None:
+        """Read one trial's status from its record."""
+        entry = next(one for one in self.content["trials"] if one["trial"] == trial_id(config))
         entry["status"] = status_of(self.folder / entry["folder"])
         record.write_sweep(self.folder, self.content)
 
 
-def axes(configs: list[DictConfig]) -> dict[str, list[str]]:
+def _earlier(folder: Path) -> list[dict[str, Any]]:
+    """Trials that sweep.json already lists and that have a record."""
+    try:
+        listed: list[dict[str, Any]] = record.read_sweep(folder)["trials"]
+    except ArtifactError:
+        return []
+    return [one for one in listed if "trial" in one and status_of(folder / str(one["folder"])) != "pending"]
+
+
+def axes(trials: list[list[str]]) -> dict[str, list[str]]:
     """{swept key: its values in order} over the trials' own overrides."""
     found: dict[str, list[str]] = {}
-    every = [dict(o.split("=", 1) for o in config.hydra.overrides.task if "=" in o) for config in configs]
+    every = [dict(o.split("=", 1) for o in overrides if "=" in o) for overrides in trials]
     for overrides in every:
         for key, value in overrides.items():
             values = found.setdefault(key.lstrip("+"), [])

@@ -21,8 +21,8 @@ class PhaseMemory(Callback):
     pack_aware = True
 
     def __init__(self, every_n_steps: int = 10) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"callbacks.memory.every_n_steps must be at least 1, got {every_n_steps}")
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.peaks: dict[str, int] = {}
         self._now: dict[str, int] = {}

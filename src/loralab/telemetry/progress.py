@@ -15,6 +15,8 @@ class ProgressLines(Callback):
     pack_aware = True
 
     def __init__(self, seconds: float = 10.0) -> None:
+        if not (isinstance(seconds, int | float) and seconds >= 0):
+            raise ValueError(f"seconds must be a number of at least 0, got {seconds!r}")
         self.seconds = seconds
         self._last = self._start = 0.0
 
