@@ -14,7 +14,7 @@ export LORALAB_TEST_DATA ?= $(DATA)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all setup check format sweep clean
+.PHONY: help run test test-all setup check format sweep bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ format: $(VENV)/.setup ## write the format
 
 sweep: $(VENV)/.run ## one sweep: make sweep SWEEP=rank ARGS="seed=0,1"
 	$(BIN)/loralab sweep $(SWEEP) $(ARGS)
+
+bench: $(VENV)/.setup ## speed beside other libraries, measured in one run
+	$(BIN)/loralab bench
 
 clean: ## the environment and every cache; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -20,11 +20,11 @@ FLOORS = [
     {"planning", "interop"},
     {"run", "study"},
     {"packing", "reporting"},
-    {"words", "locks"},
+    {"words", "locks", "bench"},
     {"cli", "config", "jobs", "doctor", "hydra_errors", "hydra_plugins"},
 ]
 FENCES = {
-    "bitsandbytes": {"quantization", "optimizers"},
+    "bitsandbytes": {"quantization", "optimizers", "bench"},
     "wandb": {"loggers", "reporting"},
     "hydra": {"config", "cli", "jobs", "hydra_errors", "hydra_plugins"},
     "omegaconf": {"config", "cli", "jobs", "hydra_errors", "hydra_plugins"},

@@ -26,12 +26,13 @@ HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
   loralab quantize [k=v ...]      a model's weights under every scheme: bits, bytes, error; --evaluate: also loss, KL
   loralab ls     [DIR]            sweeps and runs below DIR (default: runs) and their state
   loralab doctor                  what this machine can do, and the fix for what it cannot
+  loralab bench                   speed of a quantized layer beside bitsandbytes' own, in one run
 
 Settings are Hydra's k=v: model=, quantization=, adapter=, data=, optimizer=, schedule=, trainer=, logger=.
   loralab train quantization=nf4_double adapter.r=16 adapter.lora_alpha=32 optimizer.lr=2e-4
   loralab train --cfg job         the whole configuration, composed but not run
 
-Flags, anywhere: --json (count, quantize, doctor, ls), --evaluate, --fresh, --resume DIR, --debug (tracebacks),
+Flags, anywhere: --json (count, quantize, doctor, ls, bench), --evaluate, --fresh, --resume DIR, --debug (tracebacks),
   --version, --help
 Exit codes: 0 ok, 1 internal, 2 configuration, 3 data, 4 artifact, 5 diverged, 6 out of memory, 7 disk, 130, 143
 """
@@ -288,11 +289,21 @@ def doctor(words: Words) -> int:
 
 
 FLAGS = {  # where each means something
-    "json": "count, quantize, doctor, ls",
+    "json": "count, quantize, doctor, ls, bench",
     "evaluate": "quantize",
     "fresh": "train, sweep",
     "resume": "sweep",
 }
+def bench(words: Words) -> int:
+    """Speed beside other libraries, in one run."""
+    from loralab import bench as benchmark
+
+    words.overrides()
+    found = benchmark.bench()
+    print(json.dumps(found) if "json" in words else benchmark.render(found))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Words], int]] = {
     "train": train,
     "sweep": sweep,
@@ -301,6 +312,7 @@ COMMANDS: dict[str, Callable[[Words], int]] = {
     "quantize": quantize,
     "ls": ls,
     "doctor": doctor,
+    "bench": bench,
 }
 
 if __name__ == "__main__":

@@ -166,6 +166,29 @@ def test_a_head_that_the_checkpoint_lacks_is_initialised_and_the_base_packed(sav
     assert len(packed(loaded)) == 2 * 14
 
 
+def test_a_weight_that_the_checkpoint_lacks_stays_dense_and_missing(tmp_path):
+    model, auto = llama()
+    lost = "model.layers.0.self_attn.q_proj.weight"
+    model.save_pretrained(tmp_path, state_dict={key: w for key, w in model.state_dict().items() if key != lost})
+    loaded, info = auto.from_pretrained(
+        tmp_path, quantization_config=quantization_config(FourBit()), output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {lost}
+    assert isinstance(loaded.model.layers[0].self_attn.q_proj, nn.Linear)
+    assert isinstance(loaded.model.layers[1].self_attn.q_proj, FrozenLinear)
+
+
+def test_an_error_while_packing_arrives_as_it_was_raised(saved, monkeypatch):
+    folder, _, auto = saved["llama"]
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FourBit, "pack", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        auto.from_pretrained(folder, quantization_config=quantization_config(FourBit()))
+
+
 def test_non_finite_weights_in_the_file_are_named(tmp_path):
     model, auto = llama()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan

@@ -1,4 +1,4 @@
-"""The schemes beyond NF4 and int8 rows: against their formulas and bitsandbytes, on any shape; and the bits they take."""
+"""Every scheme against its formula and bitsandbytes, on any shape; and the bits it takes."""
 
 import pytest
 import torch

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def anonymous():
             return 1024 * int(line.split()[1])
 
 def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config(FourBit()), dtype="auto")
+    quantized = quantization_config(FourBit())
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized, dtype="auto")
 
 load(sys.argv[1])  # imports, kernels, code tables
 before, peak, done = anonymous(), 0, False
@@ -79,7 +81,7 @@ def write_model(folder, layers, hidden, shards):
     return sum(sizes), max(sizes)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("layers", "hidden", "least"),
     [(16, 768, 150e6), pytest.param(24, 1664, 1e9, marks=pytest.mark.slow)],
