@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from loralab import cli, models
+from loralab import cli, models, record
 
 
 @pytest.fixture
@@ -171,6 +171,15 @@ def test_bitsandbytes_missing_is_exit_2_and_names_a_way_out(refuse, monkeypatch)
     code, text = refuse("quantization=nf4")
     assert code == 2
     assert "pip install bitsandbytes" in text
+
+
+def test_a_run_whose_gradient_vanishes_is_exit_5(tmp_path, monkeypatch, capsys):
+    """At this learning rate every position becomes the same: the loss is ln(vocabulary) and nothing moves any more."""
+    monkeypatch.chdir(tmp_path)
+    words = ["trainer=cpu", "trainer.max_steps=5", "data.limit=6", "data.batch_size=2", "logger=none", "callbacks=none"]
+    assert cli.run(["train", *words, "optimizer.lr=1e6", "hydra.run.dir=run"]) == 5
+    assert "the gradient is exactly zero at step" in capsys.readouterr().err
+    assert record.read(tmp_path / "run")["status"] == "diverged"
 
 
 def test_a_run_that_diverges_is_exit_5(refuse, tmp_path):

@@ -51,6 +51,16 @@ def test_a_run_folder_holds_what_the_contract_lists(tiny_arguments, tmp_path, mo
     assert all(record.blank("x")[section].keys() <= stored[section].keys() for section in record.SECTIONS)
 
 
+def test_preview_shows_rows_and_leaves_nothing_behind(tiny_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["train", "--preview", *tiny_arguments]) == 0
+    out = capsys.readouterr().out
+    assert "training row 1" in out
+    assert "prompt" in out
+    assert "target" in out
+    assert not list(tmp_path.iterdir())
+
+
 def test_count_gives_one_json_object_that_agrees_with_a_run(tiny_arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [*tiny_arguments, "quantization=nf4"]

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from loralab.metrics import SplitMetrics, nll, rouge_l
+from loralab.run import Runner
 
 
-def test_accuracy_and_macro_f1_equal_the_hand_computed_ones_over_uneven_batches():
+@pytest.mark.parametrize("classes", [3, 50])
+def test_accuracy_and_macro_f1_equal_the_hand_computed_ones_over_uneven_batches(classes):
     predictions = torch.tensor([0, 0, 1, 2, 2, 1, 0])
     targets = torch.tensor([0, 1, 1, 2, 0, 1, 0])
-    scores = SplitMetrics("sequence_classification", 3, torch.device("cpu"))
+    scores = SplitMetrics("sequence_classification", classes, torch.device("cpu"))
     scores.update(torch.tensor(4.0), predictions[:5], targets[:5])
     scores.update(torch.tensor(3.0), predictions[5:], targets[5:])
     values = scores.compute("val")
@@ -35,6 +37,14 @@ def test_a_batch_without_targets_counts_nothing():
     scores.update(total, predictions, targets)
     scores.update(torch.tensor(2.0), torch.tensor([1]), torch.tensor([1]))
     assert scores.compute("val")["val/loss"] == 2.0
+
+
+def test_a_head_of_more_classes_than_the_data_has_is_scored(make_spec, make_model, make_data):
+    model = make_model("distilbert", num_labels=50)
+    spec = make_spec("labels", "distilbert", model=model, data=make_data("labels"), max_steps=20)
+    record = Runner().run([spec])[0]
+    assert record["status"] == "completed", record["error"]
+    assert 0.0 < record["metrics"]["val/accuracy"] <= 1.0
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():

@@ -31,6 +31,7 @@ HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
 Settings are Hydra's k=v: model=, quantization=, adapter=, data=, optimizer=, schedule=, trainer=, logger=.
   loralab train quantization=nf4_double adapter.r=16 adapter.lora_alpha=32 optimizer.lr=2e-4
   loralab train --cfg job         the whole configuration, composed but not run
+  loralab train --preview         the first rows as the model sees them; nothing is trained
 
 Flags, anywhere: --json (count, quantize, doctor, ls, bench), --evaluate, --fresh, --resume DIR, --debug (tracebacks),
   --version, --help
@@ -97,7 +98,24 @@ def train(words: Words) -> int:
     rest = words.overrides()
     if words.many and not any(word.startswith("hydra/launcher=") for word in rest):
         rest.append("hydra/launcher=packed")
+    if "preview" in words:
+        return preview(rest)
     return Jobs(fresh="fresh" in words, many=words.many).run([*words.hydra, *rest])
+
+
+def preview(overrides: list[str]) -> int:
+    """The first rows as the model would see them; nothing is trained."""
+    from loralab.config import compose, trial_spec
+
+    _messages_to_stderr()
+    spec = trial_spec(compose(overrides), Path())
+    from loralab.data.preview import preview as first_rows
+    from loralab.run import encoded_data
+
+    spec.model.check()
+    tokenizer = spec.model.load_tokenizer()
+    print(first_rows(encoded_data(spec.data, spec.model, tokenizer, "cpu"), tokenizer))
+    return 0
 
 
 def sweep(words: Words) -> int:
@@ -292,6 +310,7 @@ FLAGS = {  # where each means something
     "json": "count, quantize, doctor, ls, bench",
     "evaluate": "quantize",
     "fresh": "train, sweep",
+    "preview": "train",
     "resume": "sweep",
 }
 def bench(words: Words) -> int:

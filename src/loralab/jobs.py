@@ -124,7 +124,7 @@ class Job:
         scored = f"{metric} {value:.4f}" if value is not None else ""
         if not self.many:
             if done["error"]:
-                log.error("%s: %s", done["status"], done["error"])
+                log.error("loralab: %s", done["error"])
             elif skipped:
                 log.info("%s  finished before; --fresh runs it again\n%s", scored, self.folder)
             else:

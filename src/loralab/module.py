@@ -90,6 +90,8 @@ class FineTuner(LightningModule):
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
                 if not norm < float("inf"):
                     trial.diverge("the gradient")
+                elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
+                    trial.vanish()
                 self._norms[index] = norm
             if trial.failure is not None:
                 for parameter in parameters:
@@ -120,7 +122,8 @@ class FineTuner(LightningModule):
             self.trainer.should_stop = True
 
     def on_validation_epoch_start(self) -> None:
-        labels = max(2, len(self.trials[0].data.splits.labels))
+        # as many as the logits, which may be more than the data has
+        labels = max(2, int(getattr(self.model.config, "num_labels", 2)))
         self._scores = [SplitMetrics(self.task, labels, self.device) for _ in self.trials]
 
     def validation_step(self, batches: dict[int, Batch], batch_idx: int) -> None:

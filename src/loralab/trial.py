@@ -107,6 +107,15 @@ class Trial:
             )
         )
 
+    def vanish(self) -> None:
+        """A loss without any gradient: the adapter has saturated the base, and no further step would move it."""
+        self.fail(
+            DivergedError(
+                f"the gradient is exactly zero at step {self.step + 1} while the loss is not (lr"
+                f" {self.settings.optimizer.lr:g}): the adapter has grown beyond repair; try a lower optimizer.lr"
+            )
+        )
+
     def report(self, values: Mapping[str, float]) -> None:
         """Rows for metrics.jsonl and its mirror, at the trial's own step."""
         for sink in self.sinks:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from loralab.errors import ConfigError, nearest
 
-SWITCHES = ("json", "fresh", "debug", "evaluate", "help", "version")
+SWITCHES = ("json", "fresh", "debug", "evaluate", "preview", "help", "version")
 HYDRA_SWITCHES = ("-m", "--multirun", "--resolve")
 HYDRA_VALUES = ("--cfg", "-c", "--package", "-p", "--info", "-i")
 TEXTS = (
     *("data.prompt", "data.target", "data.text", "data.label", "model.name_or_path", "model.tokenizer"),
     *("data.train", "data.validation", "data.test", "hydra.run.dir", "hydra.sweep.dir"),
 )
+MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "model.config")
 PLAIN = re.compile(r"[\w/.:@+*%$ -]*", re.ASCII)  # what Hydra's grammar takes without quotes
 
 
@@ -78,6 +79,8 @@ def quoted(words: list[str]) -> list[str]:
 
 def _quoted(word: str) -> str:
     key, equals, value = word.partition("=")
+    if key in MAPPINGS and value.startswith("{"):  # adds keys, which Hydra takes only with a plus
+        return f"+{word}"
     if not equals or key.lstrip("+") not in TEXTS or PLAIN.fullmatch(value):
         return word
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":

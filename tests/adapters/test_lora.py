@@ -104,9 +104,44 @@ def test_bias_all_trains_every_bias_and_lora_only_those_of_adapted_layers(load_b
     assert counts == {"none": 0, "lora_only": 2, "all": 2 * 6 + 1}  # 4 layers and 2 norms a block, one norm at the end
 
 
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("q_porj", "'q_porj' matches no adapted layer; did you mean q_proj"),
+        ("k_proj", "valid: q_proj"),
+        ("(", "regular"),
+    ],
+)
+def test_a_pattern_that_no_adapted_layer_answers_to_is_refused(load_base, key, name, says):
+    with pytest.raises(ConfigError, match=f"adapter.{key}: .*{says}"):
+        LoRA(r=4, target_modules=["q_proj"], **{key: {name: 2}}).attach(load_base().model)
+
+
+@pytest.mark.parametrize(("family", "warned"), [("llama", True), ("gpt2", False)])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_a_base_that_has_none_are_warned_of(load_base, caplog, family, warned, bias):
+    LoRA(r=4, bias=bias).attach(load_base(family).model)
+    said = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert said == [f"adapter.bias={bias} has no effect"] * warned
+
+
+@pytest.mark.parametrize(("r", "warned"), [(64, []), (65, ["adapter.r=65 exceeds the smaller dimension of 14 of 14"])])
+def test_a_rank_above_what_a_layer_can_have_is_warned_of_once(load_base, caplog, r, warned):
+    LoRA(r=r).attach(load_base().model)
+    assert [record.getMessage().partition(" layers")[0] for record in caplog.records] == warned
+
+
+def test_one_module_to_save_needs_no_list(load_base):
+    model = load_base().model
+    alone, listed = (LoRA(r=2, modules_to_save=given).attach(model) for given in ("lm_head", ["lm_head"]))
+    assert list(dict(alone.saved_modules())) == list(dict(listed.saved_modules())) == ["lm_head"]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"modules_to_save": 3}, "adapter.modules_to_save must be a list of module names or null, got a value of int"),
         ({"r": 0}, "adapter.r must be at least 1, got 0"),
         ({"lora_alpha": -1.0}, "adapter.lora_alpha must be a positive number, got -1"),
         ({"lora_alpha": math.nan}, "adapter.lora_alpha must be a positive number, got nan"),

@@ -28,11 +28,6 @@ def test_class_labels_have_one_number_a_row():
     assert batch["labels"].tolist() == [2, 0]
 
 
-def test_pad_to_widens_a_batch_and_never_cuts_it():
-    assert collate([SHORT], "causal_lm", 0, pad_to=6)["labels"].shape == (1, 6)
-    assert collate([LONG], "causal_lm", 0, pad_to=2)["input_ids"].shape == (1, 4)
-
-
 @given(n=st.integers(1, 40), seed=st.integers(0, 2**63), epoch=st.integers(0, 5))
 def test_an_epoch_visits_every_sample_once(n, seed, epoch):
     assert sorted(permutation(n, seed, epoch).tolist()) == list(range(n))
@@ -62,4 +57,4 @@ def test_seeds_and_epochs_differ():
     first, second = stream.take(100), stream.take(100)
     assert first != second
     assert first != Stream(100, seed=1).take(100)
-    assert stream.epoch == 2.0
+    assert stream.position == 200

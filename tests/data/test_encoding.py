@@ -138,6 +138,14 @@ def test_a_row_without_a_label_is_refused(tokenizer):
         encode(splits, tokenizer, "sequence_classification", 16)
 
 
+@pytest.mark.parametrize(("task", "warned"), [("causal_lm", True), ("sequence_classification", False)])
+def test_labels_for_a_language_model_are_warned_of_with_the_task_that_classifies(framing, caplog, task, warned):
+    rows = [Row("hello", "good", 1), Row("world", "bad", 0)]
+    encode(make_splits("t", {"train": rows}, kind="labels", labels=["bad", "good"]), framing, task, 12)
+    assert ("model.task=sequence_classification trains a classifier" in caplog.text) == warned
+    assert len(caplog.records) == int(warned)
+
+
 def test_statistics_add_up(tokenizer):
     encoded = encode(pairs(Row("print(", "hello"), Row("a", "b")), tokenizer, "causal_lm", 64)
     assert encoded.tokens["train"] == {

@@ -91,6 +91,8 @@ GOOD = '{"mr": "a", "ref": "b"}\n'
         ),
         ("r.jsonl", GOOD + '{"mr": "a", "ref": "b\\u0000"}\n', r"r\.jsonl:2: field 'ref' holds a NUL"),
         ("r.jsonl", GOOD + '{"mr": "a", "ref": "\\ud800"}\n', r"r\.jsonl:2: field 'ref' is not valid UTF-8"),
+        ("r.jsonl", GOOD + '{"mr": NaN, "ref": "b"}\n', r"r\.jsonl:2: field 'mr' is nan, text or a finite number"),
+        ("r.jsonl", GOOD + '{"mr": null, "ref": "b"}\n', r"r\.jsonl:2: field 'mr' is null"),
         ("r.jsonl", GOOD + "[" * 100_000 + "\n", r"r\.jsonl:2: not JSON \(nested too deeply\)"),
         ("r.jsonl", "", "train split is empty: 0 rows read"),
         ("r.csv", "mr,text\na,b\n", r"r\.csv:1: column 'ref' is missing \(has: mr, text\)"),
@@ -122,6 +124,18 @@ def test_bad_rows_can_be_skipped(tmp_path):
     path = write(tmp_path / "r.jsonl", content)
     splits = Files(train=path, validation=path, on_bad_row="skip", **TEMPLATES).splits()
     assert (len(splits.train), splits.skipped) == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl"])
+def test_the_bare_name_of_a_column_is_read_from_any_format(tmp_path, name):
+    rows = [("good film", "yes"), ("bad film", "no")]
+    lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+    content = "\n".join(lines if name == "r.jsonl" else ["text,label", *(",".join(row) for row in rows)])
+    path = write(tmp_path / name, content + "\n")
+    splits = Files(train=path, validation=path, text="text", label="{label}").splits()
+    assert [(row.prompt, row.target) for row in splits.train] == rows
+    with pytest.raises(ConfigError, match=r"data\.text='txt' has no \{field\}.*did you mean text\?.*label, text"):
+        Files(train=path, validation=path, text="txt", label="label").splits()
 
 
 def test_plain_text_keeps_every_character(tmp_path):

@@ -59,6 +59,8 @@ def test_a_contradictory_spec_is_refused_before_anything_is_read(options, messag
         ("a\0b", "NUL"),
         ("\udc80", "UTF-8"),
         ("   ", "target is empty"),
+        (float("nan"), "'ref' is nan, text or a finite number is wanted"),
+        (float("-inf"), "'ref' is -inf"),
     ],
 )
 def test_a_bad_value_is_named_with_its_line_and_field(value, message):
@@ -93,6 +95,60 @@ def test_a_split_without_a_good_row_is_an_error_even_when_skipping():
         spec.assemble("t", {"train": records({"mr": "a"}, {"mr": "b"})})
 
 
+PAIR = {"mr": "a", "ref": "b"}, {"mr": "c", "ref": "d"}
+
+
+@pytest.mark.parametrize("options", [{"prompt": "mr", "target": "ref"}, {"prompt": "{mr}", "target": "ref"}])
+def test_the_bare_name_of_a_column_is_that_column(options):
+    written = RowSpec(prompt="{mr}", target="{ref}").assemble("t", {"train": records(*PAIR)})
+    assert RowSpec(**options).assemble("t", {"train": records(*PAIR)}).fingerprint == written.fingerprint
+
+
+def test_a_bare_name_reaches_a_column_that_no_field_can_name():
+    spec = RowSpec(text="a.b", label="{y}")
+    rows = records({"a.b": "one", "y": 0}, {"a.b": "two", "y": 1})
+    splits = spec.assemble("t", {"train": rows, "validation": rows})
+    assert [(row.prompt, row.label) for row in splits.validation] == [("one", 0), ("two", 1)]
+
+
+@pytest.mark.parametrize("key", ["prompt", "target"])
+@pytest.mark.parametrize("text", ["rfe", "{{ref}}", "Answer:"])
+def test_a_template_without_a_field_is_refused_with_the_columns_there_are(key, text):
+    spec = RowSpec(**{"prompt": "{mr}", "target": "{ref}", key: text})
+    with pytest.raises(ConfigError, match=rf"data\.{key}='{text}' has no {{field}}.*valid: mr, ref$"):
+        spec.assemble("t", {"train": records(*PAIR)})
+
+
+def test_an_empty_prompt_is_no_prompt():
+    splits = RowSpec(prompt="", target="{ref}").assemble("t", {"train": records(*PAIR)})
+    assert {row.prompt for row in [*splits.train, *splits.validation]} == {""}
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"text": "{mr}", "label": "y"}, [{"mr": "a", "y": 0}, {"mr": "a", "y": 1}]),
+        ({"prompt": "{mr}", "target": "{ref}"}, [PAIR[0]] * 3),
+        ({"target": "{ref}"}, [PAIR[0]] * 3),
+        ({"text": "{ref}"}, [PAIR[0]] * 3),
+    ],
+    ids=["labels", "pairs", "targets", "documents"],
+)
+def test_training_rows_that_are_all_the_same_are_refused(options, rows, caplog):
+    with pytest.raises(DataError, match=f"t: all {len(rows)} training rows hold the same input"):
+        RowSpec(**options).assemble("t", {"train": records(*rows), "validation": records(*rows)})
+    assert "are also training rows" not in caplog.text
+
+
+def test_a_single_row_and_rows_of_one_prompt_are_trained(caplog):
+    spec = RowSpec(prompt="{mr}", target="{ref}")
+    spec.assemble("t", {"train": records(PAIR[0]), "validation": records(PAIR[1])})
+    assert not caplog.records
+    same = records({"mr": "a", "ref": "b"}, {"mr": "a", "ref": "c"})
+    assert len(spec.assemble("t", {"train": same, "validation": records(PAIR[1])}).train) == 2
+    assert "all 2 training rows have the same prompt ('a')" in caplog.text
+
+
 def labelled(*values):
     return records(*[{"text": f"text {index}", "y": value} for index, value in enumerate(values)])
 
@@ -124,6 +180,12 @@ def test_a_label_out_of_range_or_unknown_is_named(value):
 def test_a_label_of_another_type_is_refused(value):
     with pytest.raises(DataError, match="a label is a name or a whole number"):
         classify(labelled(value), labels=["neg", "pos"])
+
+
+@pytest.mark.parametrize(("limit", "warned"), [(2, True), (3, False)])
+def test_a_single_class_is_warned_of_also_where_the_limit_left_it(caplog, limit, warned):
+    classify(labelled("pos", "pos", "neg"), limit=limit)
+    assert ("every training row has the label 'pos'" in caplog.text) == warned
 
 
 def test_a_name_wins_over_a_number():

@@ -12,7 +12,7 @@ from loralab.interop.peft import save_adapter
 
 SPECS = {
     "plain": LoRA(r=4, lora_alpha=12),
-    "patterns": LoRA(r=4, rank_pattern={r".*\.1\..*": 2}, alpha_pattern={"q_proj": 5.0, "c_attn": 5.0}),
+    "patterns": LoRA(r=4, rank_pattern={r".*\.1\..*": 2}, alpha_pattern={"q_proj|c_attn|query": 5.0}),
     "rslora": LoRA(r=4, use_rslora=True, rank_pattern={r".*\.0\..*": 9}),
     "bias all": LoRA(r=4, bias="all"),
     "bias of adapted": LoRA(r=4, bias="lora_only"),

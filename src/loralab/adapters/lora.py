@@ -1,5 +1,6 @@
 """LoRA: y = W x + (lora_alpha / r) B A x with W frozen (Hu et al. 2021, arXiv:2106.09685, equation 3)."""
 
+import logging
 import math
 import re
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from loralab.adapters.sites import keyed_dropout
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import linear_shape
 
+log = logging.getLogger(__name__)
+
 INITS = ("kaiming", "gaussian")
 BIASES = ("none", "all", "lora_only")
 
@@ -42,17 +45,12 @@ class LoRA(AdapterSpec):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, rank in {
-            "r": self.r,
-            **{f"rank_pattern.{k}": v for k, v in self.rank_pattern.items()},
-        }.items():
+        if isinstance(self.modules_to_save, str):
+            object.__setattr__(self, "modules_to_save", [self.modules_to_save])
+        for name, rank in {"r": self.r, **_dotted("rank_pattern", self.rank_pattern)}.items():
             if rank < 1:
                 raise ConfigError(f"adapter.{name} must be at least 1, got {rank}")
-        alphas = {
-            "lora_alpha": self.lora_alpha,
-            **{f"alpha_pattern.{k}": v for k, v in self.alpha_pattern.items()},
-        }
-        for name, alpha in alphas.items():
+        for name, alpha in {"lora_alpha": self.lora_alpha, **_dotted("alpha_pattern", self.alpha_pattern)}.items():
             if not (math.isfinite(alpha) and alpha > 0):
                 raise ConfigError(f"adapter.{name} must be a positive number, got {alpha}")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -67,6 +65,9 @@ class LoRA(AdapterSpec):
                 f"adapter.target_modules must be all-linear, a list of names or a regular expression, "
                 f"got {self.target_modules!r}"
             )
+        if self.modules_to_save is not None and not isinstance(self.modules_to_save, list | tuple):
+            kind = type(self.modules_to_save).__name__
+            raise ConfigError(f"adapter.modules_to_save must be a list of module names or null, got a value of {kind}")
 
     def rank(self, name: str) -> int:
         """The rank of layer ``name``."""
@@ -81,8 +82,10 @@ class LoRA(AdapterSpec):
         freeze(model)
         adapter = Adapter(model, self)
         names = match_targets(model, self.target_modules)
-        for name in names:
-            out_features, in_features = linear_shape(model.get_submodule(name))
+        shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
+        self._check_patterns(names)
+        self._warn_of_ranks(shapes)
+        for name, (out_features, in_features) in shapes.items():
             device = next(model.parameters()).device
             delta = LoRADelta(in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device)
             delta.draw(self.init_lora_weights, generator_for(seed, name))
@@ -91,14 +94,37 @@ class LoRA(AdapterSpec):
         save_modules(adapter, model, self.modules_to_save, seed)
         return adapter
 
+    def _check_patterns(self, names: list[str]) -> None:
+        """Raises ConfigError for a key that no adapted layer answers to."""
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field_name):
+                try:
+                    found = any(_answers(name, key) for name in names)
+                except re.error as error:
+                    raise ConfigError(f"adapter.{field_name}: {key!r} is no regular expression ({error})") from error
+                if not found:
+                    leaves = {name.rpartition(".")[2] for name in names}
+                    raise ConfigError(f"adapter.{field_name}: {key!r} matches no adapted layer; {nearest(key, leaves)}")
+
+    def _warn_of_ranks(self, shapes: dict[str, tuple[int, int]]) -> None:
+        wide = [name for name, shape in shapes.items() if self.rank(name) > min(shape)]
+        if wide:
+            log.warning(
+                "adapter.r=%d exceeds the smaller dimension of %d of %d layers (%s is %d x %d): the rank of an update "
+                "cannot be larger than that",
+                *(self.rank(wide[0]), len(wide), len(shapes), wide[0], *shapes[wide[0]]),
+            )
+
     def _train_biases(self, model: nn.Module, adapter: Adapter, names: list[str]) -> None:
         if self.bias == "none":
             return
         candidates = names if self.bias == "lora_only" else [name for name, _ in model.named_modules()]
-        for name in candidates:
-            bias = getattr(model.get_submodule(name), "bias", None)
+        biases = {name: getattr(model.get_submodule(name), "bias", None) for name in candidates}
+        for name, bias in biases.items():
             if isinstance(bias, Tensor):
                 adapter.add(name, BiasDelta(bias))
+        if not any(isinstance(bias, Tensor) for bias in biases.values()):
+            log.warning("adapter.bias=%s has no effect: none of these layers of the base has a bias", self.bias)
 
 
 class LoRADelta(nn.Module):
@@ -140,8 +166,14 @@ class LoRADelta(nn.Module):
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
+def _dotted(key: str, pattern: dict[str, Any]) -> dict[str, Any]:
+    return {f"{key}.{name}": value for name, value in pattern.items()}
+
+
+def _answers(name: str, key: str) -> bool:
+    """Whether a pattern's key is meant for layer ``name`` (PEFT's rule)."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
 def _lookup(pattern: dict[str, Any], name: str, default: float) -> float:
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return float(value)
-    return default
+    return next((float(value) for key, value in pattern.items() if _answers(name, key)), default)

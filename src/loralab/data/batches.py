@@ -11,23 +11,19 @@ from loralab.data.encoding import IGNORE, Example
 from loralab.errors import DataError
 
 
-def collate(examples: Sequence[Example], task: str, pad_token_id: int, pad_to: int | None = None) -> dict[str, Tensor]:
-    """Right-padded batch of int64: input_ids, attention_mask (B, T); labels (B, T), -100 on padding, or (B,).
-
-    ``pad_to`` sets T (seq2seq: of source and target alike) where batches must agree; longer rows keep theirs.
-    """
-    inputs = _pad([example.input_ids for example in examples], pad_token_id, pad_to)
-    mask = _pad([[1] * len(example.input_ids) for example in examples], 0, pad_to)
+def collate(examples: Sequence[Example], task: str, pad_token_id: int) -> dict[str, Tensor]:
+    """Right-padded batch of int64: input_ids, attention_mask (B, T); labels (B, T), -100 on padding, or (B,)."""
+    inputs = _pad([example.input_ids for example in examples], pad_token_id)
+    mask = _pad([[1] * len(example.input_ids) for example in examples], 0)
     if task == "sequence_classification":
         labels = torch.tensor([example.labels[0] for example in examples], dtype=torch.int64)
     else:
-        labels = _pad([example.labels for example in examples], IGNORE, pad_to)
+        labels = _pad([example.labels for example in examples], IGNORE)
     return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int, pad_to: int | None) -> Tensor:
-    width = max([len(row) for row in rows] + [pad_to or 0])
-    out = np.full((len(rows), width), value, dtype=np.int64)
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    out = np.full((len(rows), max(map(len, rows), default=0)), value, dtype=np.int64)
     for index, row in enumerate(rows):
         out[index, : len(row)] = row
     return torch.from_numpy(out)
@@ -44,11 +40,6 @@ class Stream:
         self.n, self.seed, self.position = n, seed, position
         self._epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
-
-    @property
-    def epoch(self) -> float:
-        """Epochs consumed so far, with their fraction."""
-        return self.position / self.n
 
     def take(self, k: int) -> list[int]:
         """The indices of the next ``k`` samples."""

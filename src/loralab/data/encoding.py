@@ -1,5 +1,6 @@
 """Tokenization with the prompt masked: prompt and target are tokenized alone, so their boundary is exact."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 
 from loralab.data.base import SPLITS, Row, Splits
 from loralab.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 IGNORE = -100  # the label that transformers' losses skip
 DOCUMENTS_PER_CALL = 128  # a tokenizer call returns Python lists: bounds the memory of a large corpus
@@ -44,6 +47,7 @@ class Encoded:
     truncated: int  # rows cut to max_length, all splits
     tokens: dict[str, dict[str, int]]
     splits: Splits
+    task: str = "causal_lm"
 
     def __getitem__(self, split: str) -> Sequence[Example]:
         examples: Sequence[Example] = getattr(self, split)
@@ -93,6 +97,12 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int) -> Encode
             f"model.task={task} needs {need[task]}, but data {splits.name} holds "
             f"{'plain text' if splits.kind == 'text' else 'prompts and targets'}"
         )
+    if splits.kind == "labels" and task == "causal_lm":
+        log.warning(
+            "data %s has labels, but model.task=causal_lm trains a language model to write the classes' names, and "
+            "val/token_accuracy counts tokens, not rows; model.task=sequence_classification trains a classifier",
+            splits.name,
+        )
     encoder = Encoder(tokenizer, task, max_length)
     parts: dict[str, Sequence[Example]] = {}
     for split in SPLITS:
@@ -108,6 +118,7 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int) -> Encode
         truncated=sum(_truncated(part) for part in parts.values()),
         tokens={split: statistics(part) for split, part in parts.items()},
         splits=splits,
+        task=task,
     )
 
 

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-TESTS = frozenset({"test", "tests", "testing", "idle_test", "_tests"})
-NOT_SOURCE = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
-TABLES = frozenset({"pydoc_data", "encodings"})
-SKIPPED_FOLDERS = TESTS | NOT_SOURCE | TABLES
+TESTS = {"test", "tests", "testing", "idle_test", "_tests"}
+NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+SKIPPED_FOLDERS = TESTS | NOT_SOURCE | {"pydoc_data", "encodings"}  # the last two are tables
 COMMENTS_AND_SPACE = re.compile(r"#[^\n]*|\s+")
 
 
@@ -55,11 +54,11 @@ def split_of(relative_path: str) -> str:
     return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
-def python_files(root: Path, skipped: frozenset[str] = SKIPPED_FOLDERS) -> list[Path]:
+def python_files(root: Path) -> list[Path]:
     """Python files below ``root``, sorted, without tests, code pages and generated build data."""
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in skipped]
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
         python = [name for name in names if name.endswith(".py")]
         found += [Path(folder, name) for name in python if not name.startswith(("_sysconfigdata", "test_"))]
     return sorted(found)

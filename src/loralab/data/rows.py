@@ -1,8 +1,10 @@
 """From a record (a JSON object, a CSV line) to a row: templates, labels, and what is wrong with a bad one."""
 
 import logging
+import math
+import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +54,18 @@ class Template:
     def fields(self) -> list[str]:
         return [name for _, name in self.parts if name is not None]
 
+    def filled_from(self, text: str, key: str, columns: Sequence[str]) -> "Template":
+        """Itself, or where it has no field: the column of that name. ConfigError where there is none."""
+        if self.fields or not self.parts:
+            return self
+        if text not in columns:
+            raise ConfigError(
+                f"data.{key}={text!r} has no {{field}}, so every row would be the same, and there is no column of "
+                f"that name; {nearest(text, columns)}"
+            )
+        self.parts = [("", text)]
+        return self
+
     def render(self, fields: Mapping[str, Any]) -> str:
         """The text, or BadRow."""
         return "".join(literal + (text_of(fields, name) if name is not None else "") for literal, name in self.parts)
@@ -61,7 +75,7 @@ class Template:
 class RowSpec(DataSpec):
     """Data sets made of records: ``prompt`` and ``target``, or ``text`` and ``label``, or ``text`` alone."""
 
-    prompt: str | None = None  # template such as '{mr}\n'
+    prompt: str | None = None  # template such as '{mr}\n', or the name of a column
     target: str | None = None
     text: str | None = None
     label: str | None = None  # column name
@@ -70,6 +84,8 @@ class RowSpec(DataSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.label is not None and (braces := re.fullmatch(r"\{([^{}]+)\}", self.label)):
+            object.__setattr__(self, "label", braces[1])
         if self.on_bad_row not in ON_BAD_ROW:
             raise ConfigError(f"data.on_bad_row={self.on_bad_row!r} is unknown; {nearest(self.on_bad_row, ON_BAD_ROW)}")
         if self.text is not None and (self.prompt is not None or self.target is not None):
@@ -82,9 +98,12 @@ class RowSpec(DataSpec):
             raise ConfigError("data.labels names classes, but data.label, the column that holds them, is missing")
         if len(set(self.labels)) < len(self.labels):
             raise ConfigError(f"data.labels names a class twice: {self.labels}")
-        for key in ("prompt", "target", "text"):
-            if getattr(self, key) is not None:
-                Template(getattr(self, key), key)
+        self.templates()  # each is parsed
+
+    def templates(self) -> dict[str, Template]:
+        """{key: template} of those that are set. Raises ConfigError."""
+        given = {key: getattr(self, key) for key in ("prompt", "target", "text")}
+        return {key: Template(text, key) for key, text in given.items() if text is not None}
 
     @property
     def kind(self) -> str:
@@ -95,12 +114,7 @@ class RowSpec(DataSpec):
     @property
     def columns(self) -> list[str]:
         """The fields a record must have."""
-        names = [
-            name
-            for key in ("prompt", "target", "text")
-            if getattr(self, key) is not None
-            for name in Template(getattr(self, key), key).fields
-        ]
+        names = [name for template in self.templates().values() for name in template.fields]
         return list(dict.fromkeys([*names, *([self.label] if self.label else [])]))
 
     def assemble(self, name: str, records: Mapping[str, Iterable[Record]], labels: Iterable[str] = ()) -> Splits:
@@ -109,10 +123,13 @@ class RowSpec(DataSpec):
             raise ConfigError("data: give data.prompt and data.target (templates), or data.text and data.label")
         reader = Reader(self, list(self.labels or labels))
         rows = {split: reader.rows(split, part) for split, part in records.items()}
+        refuse_identical(name, rows["train"], self.kind)
         if "validation" not in rows:
             rows["train"], rows["validation"] = split_off(rows["train"])
         splits = make_splits(name, rows, kind=self.kind, limit=self.limit, labels=reader.labels, skipped=reader.skipped)
         warn_of_overlap(splits)
+        if self.kind == "labels" and len(classes := {row.target for row in splits.train}) == 1:
+            log.warning("%s: every training row has the label %r: there is nothing to tell apart", name, *classes)
         return splits
 
 
@@ -120,14 +137,14 @@ class Reader:
     """Turns records into rows, split by split (train first: it may name the labels)."""
 
     def __init__(self, spec: RowSpec, labels: list[str]) -> None:
-        self.spec, self.labels = spec, labels
+        self.spec, self.labels, self.templates = spec, labels, spec.templates()
         self.skipped = 0
-        templates = {key: getattr(spec, key) for key in ("prompt", "target", "text")}
-        self.templates = {key: Template(text, key) for key, text in templates.items() if text is not None}
 
     def rows(self, split: str, records: Iterable[Record]) -> list[Row]:
         """The good rows of a split; DataError for bad ones (on_bad_row=error) or none left."""
         records = list(records)
+        if any(not record.problem for record in records):
+            self.fill(records)
         if self.spec.label is not None and not self.labels:
             self.labels = infer_labels(records, self.spec.label)
         rows: list[Row] = []
@@ -139,6 +156,14 @@ class Reader:
                 problems.append(f"{record.where}: {problem}")
         self.judge(split, len(records), problems)
         return rows
+
+    def fill(self, records: Sequence[Record]) -> None:
+        """A template that is the bare name of a column becomes that column."""
+        if all(template.fields for template in self.templates.values()):
+            return
+        columns = list(dict.fromkeys(str(name) for record in records for name in record.fields))
+        for key, template in self.templates.items():
+            template.filled_from(getattr(self.spec, key), key, columns)
 
     def judge(self, split: str, read: int, problems: list[str]) -> None:
         """Bad rows are an error, or a warning; a split without a good one is always an error."""
@@ -178,6 +203,8 @@ def text_of(fields: Mapping[str, Any], name: str) -> str:
     value = _field(fields, name)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow(f"field {name!r} is {_typename(value)}, text is wanted")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"field {name!r} is {value}, text or a finite number is wanted")
     text = str(value)
     if "\0" in text:
         raise BadRow(f"field {name!r} holds a NUL character")
@@ -234,16 +261,28 @@ def split_off(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     return [row for row, key in zip(rows, keys, strict=True) if key > bound], held_out
 
 
-def warn_of_overlap(splits: Splits) -> int:
+def refuse_identical(name: str, rows: Sequence[Row], kind: str) -> None:
+    """DataError where all rows hold the same input, as after a template of the wrong column."""
+    first = rows[0]
+    if len(rows) < 2 or any(row.prompt != first.prompt for row in rows):
+        return
+    if kind == "labels" or all(row.target == first.target for row in rows):
+        shown = (first.prompt or first.target)[:60]
+        raise DataError(
+            f"{name}: all {len(rows)} training rows hold the same input ({shown!r}), so nothing can be learnt; "
+            f"look at {'data.prompt and data.target' if kind == 'pairs' else 'data.text'}"
+        )
+    if first.prompt:
+        log.warning("%s: all %d training rows have the same prompt (%r)", name, len(rows), first.prompt[:60])
+
+
+def warn_of_overlap(splits: Splits) -> None:
     """Counts the held-out rows that are also training rows."""
     known = {(row.prompt, row.target) for row in splits.train}
-    shared = 0
     for split in ("validation", "test"):
         count = sum((row.prompt, row.target) in known for row in splits[split])
         if count:
             log.warning("%d of %d %s rows are also training rows", count, len(splits[split]), split)
-        shared += count
-    return shared
 
 
 def _field(fields: Mapping[str, Any], name: str) -> Any:

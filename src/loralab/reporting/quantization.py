@@ -46,7 +46,9 @@ def fitting(result: Mapping[str, Any]) -> Rows:
 def terminal(result: Mapping[str, Any]) -> str:
     """The table as plain text; schemes that do not fit say why below it."""
     rows = fitting(result)
-    shown = [column for column in _shown(rows) if column[0] != "bulk_relative_rmse"]
+    evaluated = any("kl" in row for row in rows.values())
+    hidden = ("bulk_relative_rmse", *(("bytes", "snr_db", "zeroed_share", "same_prediction") if evaluated else ()))
+    shown = [column for column in _shown(rows) if column[0] not in hidden]
     titles = ["scheme", *(title for _, title, _, _ in shown), ""]
     body = [[name, *(_text(column, row) for column in shown), ""] for name, row in rows.items()]
     lines = [f"{subject(result)}", "", *align(titles, body, numeric_from=0)]
