@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loralab import cli, models, record
+from loralab.quantization.none import NoQuantization
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_a_checkpoint_that_is_already_quantized_is_exit_2(tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(stored))
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(models.ConfigError, match="already quantized \\(gptq\\)"):
-        models.Pretrained(name_or_path=str(folder)).check()
+        models.load(models.Pretrained(name_or_path=str(folder)), NoQuantization(), None)
 
 
 def test_bitsandbytes_missing_is_exit_2_and_names_a_way_out(refuse, monkeypatch):

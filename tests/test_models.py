@@ -61,7 +61,7 @@ def test_a_truncated_weight_file_is_refused(saved):
     _, spec, folder = saved()
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"cannot be loaded, model\.safetensors: SafetensorError"):
         models.load(spec, NoQuantization(), spec.load_tokenizer())
 
 
@@ -88,9 +88,45 @@ def test_a_hub_id_out_of_reach_says_that_a_local_folder_would_do(monkeypatch, to
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    models.checkpoints._offline.cache_clear()
     spec = models.Pretrained(name_or_path="nobody/nothing", tokenizer=str(tokenizer_folder))
     with pytest.raises(ConfigError, match="no local folder of that name either"):
         models.load(spec, NoQuantization(), spec.load_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("", "model.tokenizer is empty"), ("/nope", "model.tokenizer='/nope': there is no such folder")],
+)
+def test_a_tokenizer_that_is_not_there_is_blamed_on_its_own_key(name, match):
+    with pytest.raises(ConfigError, match=match):
+        models.Pretrained(tokenizer=name).load_tokenizer()
+
+
+@pytest.mark.parametrize("content", ["{nope", "[]", "{}"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_broken_tokenizer_file_is_named(saved, content, own):
+    _, spec, folder = saved()
+    (folder / "tokenizer.json").write_text(content)
+    spec = replace(models.Pretrained(), tokenizer=str(folder)) if own else spec
+    with pytest.raises(ConfigError) as caught:
+        spec.load_tokenizer()
+    assert str(folder / "tokenizer.json") in str(caught.value)
+    assert ("name_or_path" in str(caught.value)) <= (not own)
+
+
+def test_a_folder_without_a_tokenizer_asks_for_one(saved):
+    _, spec, folder = saved()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"beside its weights \(model\.tokenizer can name another\) cannot be"):
+        spec.load_tokenizer()
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_a_number_of_labels_below_one_is_refused_and_stated(count):
+    with pytest.raises(ConfigError, match=rf"model\.num_labels must be at least 1, .*, got {count}$"):
+        models.Pretrained(num_labels=count)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(make_model):

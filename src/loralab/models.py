@@ -2,18 +2,19 @@
 
 import hashlib
 import inspect
-import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from loralab import checkpoints
+from loralab.checkpoints import explained
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import BaseSize, Quantizer, measure
 from loralab.quantization.loading import convert_model, quantization_config
@@ -25,6 +26,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHIPPED = "loralab/tiny"
 SHIPPED_FOLDER = Path(__file__).parent / "tiny"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -50,33 +52,40 @@ class Pretrained:
             raise ConfigError(f"model.max_length must be at least 2 tokens, got {self.max_length}")
         if self.dropout != "keep" and not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise ConfigError(f"model.dropout must be keep or a number in [0, 1), got {self.dropout!r}")
+        if self.num_labels is not None and self.num_labels < 1:
+            raise ConfigError(f"model.num_labels must be at least 1, or null (from the data), got {self.num_labels}")
 
     @property
     def path(self) -> str:
         """What transformers is asked for."""
-        return str(SHIPPED_FOLDER) if self.name_or_path == SHIPPED else str(Path(self.name_or_path).expanduser())
+        return _path(self.name_or_path)
+
+    @property
+    def _named(self) -> str:
+        return f"model.name_or_path={self.name_or_path!r}" if self.name_or_path else "model=random"
+
+    @property
+    def _config_key(self) -> str:
+        """What errors put before a key of the architecture."""
+        return f"{self._named}: its config's "
+
+    def _building(self) -> AbstractContextManager[None]:
+        return explained(f"{self._named}: no model for model.task={self.task} can be built from model.config")
 
     def check(self) -> None:
         """Raises ConfigError where a local folder cannot be a base model, before anything heavy happens."""
-        if not self.name_or_path:
-            raise ConfigError("model.name_or_path is empty: a hub id or a local folder is needed")
-        folder = Path(self.path)
-        if not folder.is_dir():
-            if self.name_or_path.startswith((".", "/", "~")) or folder.exists():
-                raise ConfigError(f"model.name_or_path={self.name_or_path!r}: there is no such folder")
+        folder = checkpoints.find("model.name_or_path", self.name_or_path, self.path)
+        if folder is None:
             return  # a hub id
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.name_or_path={self.name_or_path!r}: the folder holds no config.json")
+            raise ConfigError(f"{self._named}: the folder holds no config.json")
+        stored = checkpoints.read_json(folder / "config.json").get("quantization_config")
+        if not isinstance(stored, dict | None):
+            raise ConfigError(f"{folder / 'config.json'}: quantization_config={stored!r}; valid: an object, or none")
         if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
             raise ConfigError(
-                f"model.name_or_path={self.name_or_path!r}: the folder holds no weights "
-                "(*.safetensors); model=random draws some from its config.json"
-            )
-        stored = _json(folder / "config.json").get("quantization_config")
-        if stored:
-            raise ConfigError(
-                f"model.name_or_path={self.name_or_path!r} is already quantized "
-                f"({stored.get('quant_method', 'unknown method')}); loralab quantizes a dense checkpoint itself"
+                f"{self._named}: the folder holds no weights (*.safetensors); "
+                "model=random draws some from its config.json"
             )
 
     def architecture(self) -> Any:
@@ -88,7 +97,7 @@ class Pretrained:
     def _stored_config(self) -> Any:
         from transformers import AutoConfig
 
-        with _explained(self):
+        with explained(f"{self._named} cannot be loaded", self.path):
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
 
     def prepared_config(self, num_labels: int | None) -> Any:
@@ -97,6 +106,7 @@ class Pretrained:
         return self._adjust(config, num_labels)
 
     def _adjust(self, config: Any, num_labels: int | None) -> Any:
+        checkpoints.check_sizes(config, self._config_key)
         if self.task == "sequence_classification":
             config.num_labels = self.num_labels or num_labels or config.num_labels
         if self.dropout != "keep":
@@ -111,7 +121,9 @@ class Pretrained:
 
     def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
         """The model on the host or on ``device``, its Linear layers quantized one by one while they are read."""
-        with _explained(self):
+        checkpoints.refuse_quantized(self._named, config, quantizer.name)
+        seen = checkpoints.check_files(self._named, self.path)
+        with explained(f"{self._named} cannot be loaded", self.path), checkpoints.quiet_loading():
             model, info = auto_class(self.task).from_pretrained(
                 self.path,
                 config=config,
@@ -119,19 +131,32 @@ class Pretrained:
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
                 quantization_config=quantization_config(quantizer, device),
+                ignore_mismatched_sizes=True,  # refuse_differences names them
                 output_loading_info=True,
             )
-        missing = set(info["missing_keys"])
-        _refuse_missing(self, model, missing)
-        model.loralab_new_parameters = missing
+        if not seen:  # downloaded by now
+            checkpoints.check_files(self._named, self.path)
+        new = checkpoints.refuse_differences(self._named, model, info, self.task)
+        if new:
+            log.info("%s has no %s: drawn by the seed", self._named, ", ".join(sorted(new)))
+        model.loralab_new_parameters = new
         return model  # type: ignore[no-any-return]
 
     def load_tokenizer(self) -> Any:
         """The tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
         from transformers import AutoTokenizer
 
-        source = self.path if self.tokenizer is None else replace(self, name_or_path=self.tokenizer).path
-        with _explained(self):
+        if self.tokenizer is None:
+            key, name, whose = "model.name_or_path", self.name_or_path, "the tokenizer beside its weights"
+        else:
+            key, name, whose = "model.tokenizer", self.tokenizer, "the tokenizer"
+        source = _path(name)
+        folder = checkpoints.find(key, name, source) or Path(source)
+        files = [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
+        for file in files:
+            checkpoints.read_json(file)
+        where = f" ({files[0]})" if files else "" if self.tokenizer else " (model.tokenizer can name another)"
+        with explained(f"{key}={name!r}: {whose}{where} cannot be loaded", source):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self.trust_remote_code)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
@@ -153,17 +178,22 @@ class Random(Pretrained):
             raise ConfigError(f"model.name_or_path={self.name_or_path!r}: there is no config.json in that folder")
 
     def architecture(self) -> Any:
-        stored = _json(Path(self.path) / "config.json") if self.name_or_path else dict(SMALL_LLAMA)
+        stored = checkpoints.read_json(Path(self.path) / "config.json") if self.name_or_path else dict(SMALL_LLAMA)
+        stored.pop("quantization_config", None)
         if "model_type" in self.config and self.config["model_type"] != stored.get("model_type"):
             stored = {}
         return _config_of({**stored, **self.config})
+
+    @property
+    def _config_key(self) -> str:
+        return "model.config."
 
     def prepared_config(self, num_labels: int | None) -> Any:
         return self._adjust(self.architecture(), num_labels)
 
     def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
         wanted = torch.float32 if dtype == "auto" else dtype
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self._building():
             torch.manual_seed(self.draw)
             model = auto_class(self.task).from_config(
                 config, dtype=wanted, attn_implementation=self.attn_implementation
@@ -221,19 +251,21 @@ def load(
     check_window(spec, config)
     dtype: torch.dtype | str = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     model = spec.weights(config, quantizer, dtype, device)
+    checkpoints.refuse_non_finite(spec._named, model)
     if tokenizer is not None:
         _check_vocabulary(model, tokenizer)
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        with explained("model.gradient_checkpointing=true is refused"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return Base(spec, quantizer, model, tokenizer, measure(model), fingerprint(model))
 
 
 def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:
     """The architecture of ``spec`` on the meta device: shapes and names, no weights."""
     config = spec._adjust(spec.architecture(), num_labels)
-    with torch.device("meta"):
+    with torch.device("meta"), spec._building():
         model = auto_class(spec.task).from_config(config)
     if spec.config.get("tie_word_embeddings") is False:
         _untie(model)
@@ -296,18 +328,6 @@ def _check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def _refuse_missing(spec: Pretrained, model: nn.Module, missing: set[str]) -> None:
-    base = model.base_model
-    inside = {id(parameter) for parameter in base.parameters()} if base is not model else None  # type: ignore[union-attr]
-    named = dict(model.named_parameters())
-    lost = [key for key in missing if inside is None or (key in named and id(named[key]) in inside)]
-    if lost:
-        raise ConfigError(
-            f"model.name_or_path={spec.name_or_path!r}: the checkpoint lacks {len(lost)} tensors of "
-            f"{type(model).__name__}, {sorted(lost)[0]} among them; model.task={spec.task} may be the wrong one"
-        )
-
-
 def _config_of(keys: dict[str, Any]) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -325,7 +345,7 @@ def _config_of(keys: dict[str, Any]) -> Any:
     try:
         return AutoConfig.for_model(kind, **keys)
     except Exception as error:
-        raise ConfigError(f"model.config is refused by transformers: {error}") from error
+        raise ConfigError(f"model.config is refused by transformers: {' '.join(str(error).split())}") from error
 
 
 def _reads(config: Any, key: str) -> bool:
@@ -334,33 +354,10 @@ def _reads(config: Any, key: str) -> bool:
     return any(re.search(rf"\b{re.escape(key)}\b", path.read_text()) for path in folder.glob("*.py"))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    return dict(stored)
-
-
 def _one_of(key: str, value: str, valid: Iterable[str]) -> None:
     if value not in valid:
         raise ConfigError(f"{key}={value!r} is unknown; {nearest(value, valid)}")
 
 
-@contextmanager
-def _explained(spec: Pretrained) -> Iterator[None]:
-    """transformers' and the hub's errors become one paragraph with exit code 2."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = " ".join(str(error).split())[:400]
-        hint = (
-            ""
-            if Path(spec.path).is_dir()
-            else " (no local folder of that name either; offline, put the checkpoint in a folder and name that)"
-        )
-        raise ConfigError(f"model.name_or_path={spec.name_or_path!r} cannot be loaded{hint}: {reason}") from error
+def _path(name: str) -> str:
+    return str(SHIPPED_FOLDER) if name == SHIPPED else str(Path(name).expanduser())

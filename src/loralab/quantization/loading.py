@@ -81,7 +81,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
         self.spec, self.device = quantization_config.spec, quantization_config.device
         self.names: list[str] = []
         self.frozen: dict[str, nn.Module] = {}
-        self.error: ConfigError | None = None
+        self.error: Exception | None = None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.names = quantizable(model, self.spec)
@@ -100,8 +100,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
         assert isinstance(meta, nn.Parameter)
         if weight.shape != meta.shape:
             raise ConfigError(
-                f"model: {name}.weight is {tuple(weight.shape)} in the checkpoint and {tuple(meta.shape)}"
-                f" by its"
+                f"model: {name}.weight is {tuple(weight.shape)} in the checkpoint and {tuple(meta.shape)} by its"
                 " config.json; valid: weights and config.json of the same model"
             )
         layer.weight = nn.Parameter(weight.to(self.device or weight.device), requires_grad=False)
@@ -115,8 +114,8 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in self.names:
             layer = model.get_submodule(name)
             frozen = self.frozen.pop(name, None)
-            if frozen is None:  # not in the file: filled at random by now
-                frozen = self.spec.convert(layer, name)
+            if frozen is None:  # not in the file: stays dense, and in the loading info's missing_keys
+                continue
             if isinstance(frozen, FrozenLinear):
                 frozen.bias = layer.bias  # type: ignore[assignment]  # loaded after the weight, perhaps
             replace(model, {id(layer): frozen.train(layer.training)})
@@ -148,7 +147,7 @@ class Stream(ConversionOps):  # type: ignore[misc]
             try:
                 if self.quantizer.error is None:
                     self.quantizer.pack(model.get_submodule(name), name, weight)
-            except ConfigError as error:  # the loader would turn it into a RuntimeError of its own
+            except Exception as error:  # the loader would turn it into a RuntimeError of its own
                 self.quantizer.error = error
             if missing is not None:
                 missing.discard(key)
