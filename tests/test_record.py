@@ -114,6 +114,14 @@ def test_a_folder_that_is_a_file_is_a_disk_error(tmp_path):
         ('{"schema": "1", "trial": "a", "status": "failed"}', "schema '1'"),
         ('{"schema": 1, "trial": "a", "status": "ok"}', "status 'ok'"),
         ('{"schema": 1, "trial": "a", "status": "failed", "time": 3}', "time is 3"),
+        ('{"schema": 1, "trial": "a", "status": "failed", "time": {"train_s": "x"}}', "time.train_s"),
+        ('{"schema": 1, "trial": "a", "status": "failed", "pack": {"size": "2"}}', "pack.size"),
+        ('{"schema": 1, "trial": "a", "status": "failed", "overrides": [1]}', "overrides"),
+        ('{"schema": 1, "trial": "a", "status": "failed", "seed": [1]}', "seed"),
+        ('{"schema": 1, "trial": 5, "status": "failed"}', "trial"),
+        ('{"schema": 1, "trial": "a", "status": "failed", "metrics": {"x": NaN}}', "NaN"),
+        ('{"schema": 1, "trial": "a", "status": "failed", "metrics": {"x": 1e999}}', "1e999"),
+        ("[" * 100_000, "damaged"),
         ("\x80", "damaged"),
     ],
 )
@@ -159,7 +167,19 @@ def test_a_sweep_comes_back_and_has_its_keys(tmp_path):
     assert sweep["question"] == ""
 
 
-@pytest.mark.parametrize("damage", [{"axes": [1]}, {"trials": {}}, {"trials": [{"trial": "a"}]}, {"schema": 9}])
+def test_what_a_sweep_leaves_null_has_its_default(tmp_path):
+    (tmp_path / "sweep.json").write_text('{"name": null, "question": null, "axes": null, "trials": null}')
+    sweep = record.read_sweep(tmp_path)
+    assert sweep == {"name": tmp_path.name, "question": "", "axes": {}, "trials": []}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"axes": [1]}, {"trials": {}}, {"trials": [{"trial": "a"}]}, {"schema": 9}),
+        *({"trials": [{"folder": 5}]}, {"trials": [{"folder": "a", "overrides": [1]}]}, {"name": 1}, {"question": [1]}),
+    ],
+)
 def test_a_damaged_sweep_is_an_artifact_error(tmp_path, damage):
     (tmp_path / "sweep.json").write_text(json.dumps(damage))
     with pytest.raises(ArtifactError, match=r"sweep\.json"):

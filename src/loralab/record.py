@@ -36,6 +36,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
 _NOT_RUNS = {"adapter", "checkpoints", "report", "wandb"}
 
+_NUMERIC = re.compile(r"(bytes|parameters?|fraction|size|index|steps|tokens|_s|truncated)$")
+
 _SECRET_KEY = re.compile(r"(?i)(^|[_.\-])(api_?key|token|secret|passw(or)?d|credentials?|authorization)$")
 _SPECIAL_TOKEN = re.compile(r"(?i)(^|[_.\-])(pad|eos|bos|unk|sep|cls|mask|prompt|stop|start|end)_token$")
 _PUBLIC_KEY = re.compile(r"(?i)(revision|commit|sha\d*|fingerprint|git|trial)$")
@@ -112,14 +114,33 @@ def write_sweep(folder: Path, sweep: Mapping[str, Any]) -> None:
 def read_sweep(folder: Path) -> dict[str, Any]:
     """The sweep in ``folder``; ``name``, ``question``, ``axes`` and ``trials`` are always there."""
     path = folder / SWEEP
-    stored = _load(path)
+    stored = {key: value for key, value in _load(path).items() if value is not None}
     _check_schema(path, stored.get("schema", SCHEMA))
     sweep = {"name": folder.resolve().name, "question": "", "axes": {}, "trials": [], **stored}
-    trials = sweep["trials"]
-    sound = isinstance(sweep["axes"], dict) and isinstance(trials, list)
-    if not sound or not all(isinstance(trial, dict) and "folder" in trial for trial in trials):
-        raise ArtifactError(f"{path}: damaged: axes must be an object, trials a list of objects with a folder")
+    kinds = {"name": str, "question": str, "axes": dict, "trials": list, "paper": dict}
+    wrong = [key for key, kind in kinds.items() if key in sweep and not isinstance(sweep[key], kind)]
+    wrong += [f"trials[{index}]" for index, entry in enumerate(sweep["trials"]) if not _is_entry(entry)]
+    if wrong:
+        raise ArtifactError(
+            f"{path}: damaged: {', '.join(wrong)}; name and question must be texts, axes an object, trials a list"
+            " of {trial, folder, status}"
+        )
     return sweep
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is how sweep.json lists a trial."""
+    text = str | None
+    kinds: dict[str, Any] = {
+        "folder": str,
+        "trial": text,
+        "status": text,
+        "overrides": list | None,
+        "choices": dict | None,
+    }
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return all(isinstance(word, str) for word in entry.get("overrides") or ())
 
 
 def redact(value: Any, key: str = "") -> Any:
@@ -162,19 +183,44 @@ def _complete(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
             record[key] = {**default, **(value or {})}
         else:
             record[key] = value
+    _check_values(path, record)
     return record
+
+
+def _check_values(path: Path, record: Mapping[str, Any]) -> None:
+    """Whoever reads a record may calculate with its numbers and split its overrides."""
+    wrong = [
+        f"{section}.{key}"
+        for section in SECTIONS
+        for key, value in record[section].items()
+        if _NUMERIC.search(key) and not isinstance(value, int | float | None)
+    ]
+    wrong += [key for key, kind in (("trial", str), ("seed", int | None)) if not isinstance(record[key], kind)]
+    overrides = record["overrides"]
+    if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
+        wrong.append("overrides")
+    if wrong:
+        raise ArtifactError(f"{path}: damaged: {', '.join(wrong)} of another kind than loralab writes")
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        loaded = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file; expected the folder of a run or a sweep") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged or unreadable: {error}") from error
     if not isinstance(loaded, dict):
         raise ArtifactError(f"{path}: damaged: holds a {type(loaded).__name__}, not an object")
     return loaded
+
+
+def _finite(text: str) -> float:
+    """What stands for NaN or infinity was not written by loralab, which writes null."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a number of JSON")
+    return number
 
 
 def _replace(path: Path, content: Mapping[str, Any]) -> None:

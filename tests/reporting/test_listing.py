@@ -1,5 +1,6 @@
 """``loralab ls``: every sweep and every lone run once, damaged ones too."""
 
+import json
 import shutil
 
 import pytest
@@ -46,3 +47,39 @@ def test_an_empty_folder_and_a_missing_one(tmp_path):
 def test_the_text_fits_the_terminal(tmp_path):
     record.write(tmp_path / ("long" * 40), {**record.blank("a"), "status": "failed", "error": "x"})
     assert max(map(len, render(listing(tmp_path)).splitlines())) <= 100
+
+
+def test_runs_are_told_apart_by_value_model_data_and_settings(tmp_path, make_trial):
+    synthetic, write = make_trial
+    for r in (2, 8):
+        write(tmp_path / "train" / f"2026-01-0{r}", {**synthetic("none", r, 0), "metrics": {"val/loss": r + 0.5}})
+    lines = render(listing(tmp_path), 200).splitlines()[1:]
+    for r, line in zip((2, 8), lines, strict=True):
+        for wanted in (f"val/loss {r}.5000", "tiny", "docstrings", f"adapter.r={r}", "completed"):
+            assert wanted in line, wanted
+
+
+def test_a_sweeps_own_folder_lists_its_trials(synthetic_sweep):
+    entries = listing(synthetic_sweep)
+    assert {entry["kind"] for entry in entries} == {"trial"}
+    assert len(entries) == 12
+    text = " ".join(render(entries).split())
+    assert "quantization=int8_absmax r=8 seed=1" in text
+    assert "out of memory" in text
+
+
+@pytest.mark.parametrize("damage", [{"trials": [{"folder": 5}]}, {"name": [1]}, {"question": [1]}, {"paper": "x"}])
+def test_what_one_folder_holds_does_not_hide_the_others(synthetic_sweep, tmp_path, damage):
+    shutil.copytree(synthetic_sweep, tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "sweep.json").write_text(json.dumps(damage))
+    entries = {entry["name"]: entry for entry in listing(tmp_path)}
+    assert entries["synthetic"]["completed"] == 11
+    assert "sweep.json" in entries["bad"]["error"]
+
+
+def test_a_damaged_trial_is_counted_in_its_sweep(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep, tmp_path / "s")
+    (tmp_path / "s" / "none,r=2,seed=0" / "result.json").write_text("")
+    (entry,) = listing(tmp_path)
+    assert (entry["completed"], entry["failed"], entry["statuses"]["damaged"]) == (10, 2, 1)

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import socket
+from html import escape
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 
@@ -53,7 +55,10 @@ def test_four_files_are_written(reported):
 
 def test_the_page_fetches_nothing(reported):
     text = reported.index.read_text()
-    assert not re.search(r"(?i)\b(src|href|srcset|action)\s*=|url\(|@import|fetch\(|https?:", text)
+    assert not re.search(r"(?i)\b(src|srcset|action)\s*=|<link|url\(|@import|fetch\(|https?:", text)
+    links = re.findall(r'href="(.*?)"', text)
+    assert links
+    assert all(re.match(r"(\.\./)+[^:]*$", link) for link in links)
 
 
 def test_the_page_is_balanced_html(reported):
@@ -163,11 +168,92 @@ def test_a_folder_without_records_says_what_was_looked_for(tmp_path, exists):
         report(folder)
 
 
-def test_a_damaged_record_names_its_file(synthetic_sweep, tmp_path):
+@pytest.mark.parametrize(
+    "text", ['{"schema": 1,', "", '{"schema": 99, "trial": "a", "status": "failed"}', '{"schema": 1, "trial": NaN}']
+)
+def test_a_damaged_record_is_one_trial_not_completed_and_the_others_are_shown(synthetic_sweep, tmp_path, text):
     shutil.copytree(synthetic_sweep, tmp_path / "s")
-    (tmp_path / "s" / "none,r=2,seed=0" / "result.json").write_text('{"schema": 1,')
-    with pytest.raises(ArtifactError, match=r"none,r=2,seed=0/result\.json: damaged"):
-        report(tmp_path / "s")
+    (tmp_path / "s" / "none,r=2,seed=0" / "result.json").write_text(text)
+    trials = record.read_sweep(tmp_path / "s")["trials"]
+    trials[0]["overrides"] = ["quantization=none", "adapter.r=2", "seed=0"]
+    record.write_sweep(tmp_path / "s", {**record.read_sweep(tmp_path / "s"), "trials": trials})
+    done = report(tmp_path / "s")
+    assert "damaged: quantization=none r=2 seed=0: " in done.table
+    assert "10 of 12" in done.index.read_text()
+    rows = json.loads(done.files["results.json"].read_text())["rows"]
+    assert [row["statuses"] for row in rows if row["values"] == {"quantization": "none", "adapter.r": "2"}] == [
+        ["damaged", "completed"]
+    ]
+
+
+def test_a_damaged_run_alone_names_its_file(tmp_path):
+    (tmp_path / "result.json").write_text('{"schema": 1,')
+    with pytest.raises(ArtifactError, match=r"result\.json: damaged"):
+        report(tmp_path)
+
+
+def test_every_trial_has_its_command_and_links_to_its_files(reported):
+    details = re.search(r"<details><summary>All 12 trials.*?</details>", reported.index.read_text(), re.S).group()
+    commands = re.findall(r"<code>(.*?)</code>", details)
+    assert len(commands) == 12
+    assert "loralab train quantization=nf4_double adapter.r=8 seed=1" in commands
+    for link in re.findall(r'href="(.*?)"', details):
+        assert (reported.index.parent / unquote(link)).is_file(), link
+    assert details.count("result.json</a>") == 12
+
+
+def test_the_page_names_the_baseline_the_method_and_what_was_cut(tmp_path, make_trial):
+    synthetic, write = make_trial
+    for r in (2, 8):
+        for seed in (0, 1):
+            made = synthetic("none", r, seed)
+            made["data"]["truncated"] = 50
+            made["memory"]["measured_peak_bytes"] = None
+            made["config"]["data"]["prompt"] = "{a}\n"
+            write(tmp_path / f"{r}-{seed}", made)
+    text = report(tmp_path).index.read_text()
+    for wanted in (
+        "Baseline: r = 2.",
+        "Student&#x27;s t",
+        "50 of 4,300 rows were cut",
+        "not a benchmark",
+        "lora_alpha = 16",
+    ):
+        assert wanted in text, wanted
+    assert escape('data.prompt = "{a}\\n"') in text
+    assert "Peak memory" not in text
+
+
+def test_a_single_runs_page_is_its_own_and_shows_every_metric(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep / "none,r=2,seed=0", tmp_path / "run")
+    text = report(tmp_path / "run").index.read_text()
+    assert 'class="kicker">loralab run<' in text
+    assert "<h1>run</h1>" in text
+    assert ">val/perplexity</button>" in text
+    for unwanted in ("best", "standard deviation over n", "baseline", "lowest mean"):
+        assert unwanted not in text.partition("<body>")[2].partition("<footer>")[0], unwanted
+
+
+def test_trials_of_other_data_or_metrics_stand_in_tables_of_their_own(tmp_path, make_trial):
+    synthetic, write = make_trial
+    for index, (fingerprint, metric) in enumerate([("a", "val/loss"), ("b", "val/loss"), ("a", "val/perplexity")]):
+        for r in (2, 8):
+            for seed in (0, 1):
+                made = synthetic("none", r, seed)
+                made["trial"] += str(index)
+                made["data"]["fingerprint"] = fingerprint * 16
+                made["config"]["metric"] = metric
+                write(tmp_path / f"{index}-{r}-{seed}", made)
+    done = report(tmp_path)
+    assert len(re.findall(r"<h2>Results: ", done.index.read_text())) == 3
+    assert "cannot be compared" in done.table
+    assert "lowest mean" not in done.index.read_text()
+    rows = json.loads(done.files["results.json"].read_text())["rows"]
+    assert [row["set"] for row in rows if row["baseline"]] == [
+        f"docstrings {'a' * 16}: val/loss",
+        f"docstrings {'b' * 16}: val/loss",
+        f"docstrings {'a' * 16}: val/perplexity",
+    ]
 
 
 def test_a_torn_metrics_line_is_left_out(synthetic_sweep, tmp_path):
@@ -189,9 +275,10 @@ def test_a_running_record_whose_process_is_gone_is_interrupted(tmp_path, make_tr
     gone = {"status": "running", "host": socket.gethostname(), "pid": 2**22 + 1}
     write(tmp_path / "gone", {**synthetic("none", 2, 0), **gone})
     write(tmp_path / "here", {**synthetic("none", 2, 1), **gone, "pid": os.getpid()})
+    write(tmp_path / "huge", {**synthetic("none", 2, 3), **gone, "pid": 10**30})
     write(tmp_path / "away", {**synthetic("none", 2, 2), **gone, "host": "another-machine"})
     statuses = {trial.name: trial.status for trial in study(tmp_path).trials}
-    assert statuses == {"gone": "interrupted", "here": "running", "away": "running"}
+    assert statuses == {"gone": "interrupted", "huge": "interrupted", "here": "running", "away": "running"}
 
 
 def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, make_trial):

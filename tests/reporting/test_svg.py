@@ -103,3 +103,20 @@ def test_long_names_below_the_axis_wrap_instead_of_running_into_each_other():
     words = [node.text for node in ElementTree.fromstring(text).iter("text")]
     assert "".join(words[-13:]).count("proj") >= 1
     assert max(len(word) for word in words) <= 16
+
+
+def test_marks_of_other_shapes_tell_a_second_axis_apart():
+    x, y = svg.powers("bits", [4.0, 8.0]), svg.scale("y", [1.0, 2.0])
+    points = [svg.Point(4.0, 1.5, [1.5], shape=shape) for shape in (0, 1, 2)]
+    root = ElementTree.fromstring(svg.scatter([svg.Series("nf4", points, 3)], x, y))
+    marks = [next(node for node in group if node.tag != "title").tag for group in root.iter("g")]
+    assert marks == ["circle", "rect", "polygon"]
+    assert {group.attrib["class"] for group in root.iter("g")} == {"c3 mean"}
+
+
+def test_curves_of_one_colour_differ_by_their_style_and_a_broken_one_ends_in_a_cross():
+    rows = [(0.0, 1.0), (1.0, 1.5)]
+    curves = [svg.Curve("a", rows, 0, style=svg.DASHES[1]), svg.Curve("b", rows, 0, broken=True)]
+    text = svg.line_plot(curves, svg.steps("step", [0.0, 1.0]), svg.scale("y", [1.0, 2.0]))
+    assert text.count("stroke-dasharray") == 1
+    assert text.count('<line class="bar c0"') == 2

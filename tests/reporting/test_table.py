@@ -1,10 +1,13 @@
 """Rows average seeds, and only seeds; failures stay in sight; the text fits a terminal."""
 
+import statistics
+
 import pytest
 
 from loralab import record
 from loralab.reporting.gather import study
-from loralab.reporting.table import columns, rows, seeds_text, terminal
+from loralab.reporting.table import as_plain, columns, rows, seeds_text, tables
+from loralab.reporting.text import terminal
 
 
 def test_trials_that_differ_only_by_seed_share_a_row(synthetic_sweep):
@@ -51,16 +54,98 @@ def test_different_configurations_are_never_averaged_even_if_no_axis_says_so(tmp
     assert gathered.axes[f"adapter.{key}"] == ["8", "32"]
 
 
+def test_the_first_value_of_every_axis_is_the_baseline_and_differences_are_paired_by_seed(tmp_path, make_trial):
+    synthetic, write = make_trial
+    losses = {(2, 0): 1.0, (2, 1): 5.0, (2, 2): 9.0, (8, 0): 0.9, (8, 1): 4.8, (16, 2): 9.5}
+    for (r, seed), loss in losses.items():
+        write(tmp_path / f"{r}-{seed}", {**synthetic("none", r, seed), "metrics": {"val/loss": loss}})
+    gathered = study(tmp_path)
+    first, second, third = (as_plain(gathered, row) for row in rows(gathered))
+    assert (first["baseline"], first["difference"]) == (True, None)
+    spread = 12.7062047 * statistics.stdev([-0.1, -0.2]) / 2**0.5
+    assert second["difference"]["mean"] == pytest.approx(-0.15)
+    assert second["difference"]["low"] == pytest.approx(-0.15 - spread)
+    assert second["difference"]["high"] == pytest.approx(-0.15 + spread)
+    assert second["difference"]["seeds"] == ["0", "1"]
+    assert third["difference"] == {"mean": pytest.approx(0.5), "low": None, "high": None, "n": 1, "seeds": ["2"]}
+    assert "-0.1500 [-0.7853, +0.4853]" in terminal(gathered, tables(gathered))
+
+
+def test_the_declared_order_of_an_axis_decides_the_baseline(synthetic_sweep):
+    (baseline,) = (row for row in rows(study(synthetic_sweep)) if row.baseline)
+    assert baseline.values == {"quantization": "none", "adapter.r": "2"}
+
+
+def test_the_best_of_single_seeds_is_not_marked(tmp_path, make_trial):
+    synthetic, write = make_trial
+    for r in (2, 8):
+        write(tmp_path / str(r), synthetic("none", r, 0))
+    gathered = study(tmp_path)
+    text = terminal(gathered, tables(gathered))
+    assert not any(row.best for row in rows(gathered))
+    assert "*" not in text
+    assert "standard deviation" not in text
+    assert "no interval" in text
+
+
+def test_a_trial_listed_or_found_twice_counts_once(tmp_path, make_trial):
+    synthetic, write = make_trial
+    made = synthetic("none", 2, 0)
+    write(tmp_path / "a", made)
+    write(tmp_path / "b", made)
+    found = study(tmp_path)
+    record.write_sweep(tmp_path, {"name": "t", "axes": {}, "trials": [{"trial": "a", "folder": "a"}] * 2})
+    for gathered in (found, study(tmp_path)):
+        (row,) = rows(gathered)
+        assert (len(row.scores), row.std, seeds_text(row), gathered.repeats) == (1, None, "1 ok", 1)
+
+
+def test_the_name_of_the_sweep_is_no_axis_and_one_trial_has_none(tmp_path, make_trial):
+    synthetic, write = make_trial
+    for r, name in ((2, "rank"), (8, "alpha")):
+        made = synthetic("none", r, 0)
+        made["choices"].update(sweeps=name, logger=name)
+        write(tmp_path / name, made)
+    assert list(study(tmp_path).axes) == ["adapter.r"]
+    axes = {"sweeps": ["rank"], "logger": ["none"], "adapter.r": ["2"]}
+    record.write_sweep(tmp_path, {"name": "t", "axes": axes, "trials": [{"trial": "a", "folder": "rank"}]})
+    assert study(tmp_path).axes == {}
+
+
+def test_labels_too_long_for_the_terminal_are_spelled_out_below_numbered_rows(tmp_path, make_trial):
+    synthetic, write = make_trial
+    for index, prompt in enumerate(["{question} " * 9, "{context} " * 9]):
+        made = synthetic("none", 2, 0)
+        made["config"]["data"]["prompt"] = prompt
+        write(tmp_path / str(index), made)
+    gathered = study(tmp_path)
+    text = terminal(gathered, tables(gathered), 60)
+    assert "..." not in text
+    assert " ".join(text.split()).count("{question}") == 9
+    assert "\nrow  val/loss" in text
+
+
+def test_a_long_error_is_wrapped_not_cut(tmp_path, make_trial):
+    synthetic, write = make_trial
+    failed = {**synthetic("none", 2, 0), "status": "failed", "metrics": {}, "error": "word " * 60 + "end"}
+    write(tmp_path / "a", failed)
+    gathered = study(tmp_path)
+    text = terminal(gathered, tables(gathered))
+    assert text.split().count("word") == 60
+    assert text.split()[-1] == "end"
+    assert max(map(len, text.splitlines())) <= 100
+
+
 def test_logger_settings_do_not_make_a_configuration(synthetic_sweep):
     assert not any("logger" in axis for axis in study(synthetic_sweep).axes)
 
 
 def test_the_best_row_follows_the_metric_and_its_direction(tmp_path, make_trial):
     synthetic, write = make_trial
-    for r, value in ((2, 0.7), (8, 0.9)):
-        made = synthetic("none", r, 0)
+    for r, seed, value in ((2, 0, 0.7), (2, 1, 0.71), (8, 0, 0.9), (8, 1, 0.91)):
+        made = synthetic("none", r, seed)
         made["config"].update(metric="val/accuracy", metric_mode="max")
-        write(tmp_path / str(r), {**made, "metrics": {"val/accuracy": value, "val/loss": value}})
+        write(tmp_path / f"{r}-{seed}", {**made, "metrics": {"val/accuracy": value, "val/loss": value}})
     gathered = study(tmp_path)
     best = [row.values["adapter.r"] for row in rows(gathered) if row.best]
     assert gathered.metric == "val/accuracy"
@@ -96,7 +181,7 @@ def test_a_trial_without_a_record_is_missing_and_joins_its_configuration(tmp_pat
     gathered = study(tmp_path)
     (row,) = rows(gathered)
     assert seeds_text(row) == "1 ok, 1 missing"
-    assert "missing: r=2 seed=1" in terminal(gathered, [row])
+    assert "missing: r=2 seed=1" in terminal(gathered, tables(gathered))
 
 
 def test_a_completed_trial_without_the_metric_is_counted_as_such(tmp_path, make_trial):
@@ -109,10 +194,10 @@ def test_a_completed_trial_without_the_metric_is_counted_as_such(tmp_path, make_
 
 def test_the_terminal_table_fits_and_names_every_failure(synthetic_sweep):
     gathered = study(synthetic_sweep)
-    text = terminal(gathered, rows(gathered))
+    text = terminal(gathered, tables(gathered))
     assert max(map(len, text.splitlines())) <= 100
     assert "out_of_memory: quantization=int8_absmax r=8 seed=1: backward: no room" in text
-    for wanted in ("val/loss", "bits/param", "trainable", "train s", "4.127", "1 ok, 1 failed"):
+    for wanted in ("val/loss", "vs baseline", "train s", "1 ok, 1 failed"):
         assert wanted in text
 
 
@@ -124,7 +209,7 @@ def test_a_table_with_long_labels_still_fits(tmp_path, make_trial, width):
         made["config"]["adapter"]["target_modules"] = modules
         write(tmp_path / str(index), made)
     gathered = study(tmp_path)
-    text = terminal(gathered, rows(gathered), width)
+    text = terminal(gathered, tables(gathered), width)
     assert max(map(len, text.splitlines())) <= width
 
 
@@ -135,7 +220,7 @@ def test_columns_that_nothing_can_fill_are_left_out(tmp_path, make_trial):
     write(tmp_path / "a", made)
     gathered = study(tmp_path)
     titles = [column.title for column in columns(gathered, rows(gathered))]
-    assert titles == ["bits/param", "trainable", "train s", "tokens/s"]
+    assert titles == ["bits/param", "base size", "trainable", "train s", "tokens/s"]
 
 
 def test_a_packs_memory_and_time_are_marked(tmp_path, make_trial):
@@ -144,6 +229,6 @@ def test_a_packs_memory_and_time_are_marked(tmp_path, make_trial):
     made["pack"]["size"] = 4
     write(tmp_path / "a", made)
     gathered = study(tmp_path)
-    text = terminal(gathered, rows(gathered))
+    text = terminal(gathered, tables(gathered))
     assert "(p) trained in a pack" in text
     assert "MiB (p)" in text

@@ -8,7 +8,7 @@ from typing import Any
 
 Record = dict[str, Any]
 # No part of what a trial is: trials that differ only here (and by seed) are seeds of one configuration.
-_ASIDE = {"seed", "sweep", "hydra", "logger", "callbacks", "metric", "metric_mode", "output", "run_dir"}
+_ASIDE = {"seed", "sweep", "sweeps", "hydra", "logger", "callbacks", "metric", "metric_mode", "output", "run_dir"}
 
 
 def label(value: Any) -> str:
@@ -69,7 +69,7 @@ def varying(found: Sequence[Record], axes: list[str]) -> list[str]:
     chosen: list[str] = []
     for key in [*choices, *keys]:
         known = [*axes, *chosen]
-        if not _aside(key) and key not in known and not _follows(found, flat, known, key):
+        if not aside(key) and key not in known and not _follows(found, flat, known, key):
             chosen.append(key)
     return chosen
 
@@ -87,8 +87,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def identity(record: Record) -> str:
     """Equal for trials that differ only by seed: the whole config and the choices, without what is aside."""
-    config = {key: value for key, value in record["config"].items() if not _aside(key)}
-    choices = {key: value for key, value in record["choices"].items() if not _aside(key)}
+    config = {key: value for key, value in record["config"].items() if not aside(key)}
+    choices = {key: value for key, value in record["choices"].items() if not aside(key)}
     return json.dumps([config, choices], sort_keys=True, default=str)
 
 
@@ -109,5 +109,6 @@ def _follows(found: Sequence[Record], flat: list[Record], known: list[str], key:
     return True
 
 
-def _aside(key: str) -> bool:
+def aside(key: str) -> bool:
+    """Whether a key says nothing about what a trial is."""
     return re.split(r"[./]", key)[0] in _ASIDE

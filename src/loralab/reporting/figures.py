@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loralab.reporting import svg
 from loralab.reporting.axes import as_number, short_names
 from loralab.reporting.gather import Study, Trial, curves
-from loralab.reporting.table import Row, score_text, trial_text
+from loralab.reporting.table import Row, score_text, trial_text, where
 
 SMOOTH = 0.8
 
@@ -44,11 +44,13 @@ def _metric(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
     panels = list(dict.fromkeys(_key(row, others[1:]) for row in scored))
     for panel in panels:
         inside = [row for row in found if _key(row, others[1:]) == panel]
-        where = ", ".join(f"{short[axis]} = {text}" for axis, text in zip(others[1:], panel, strict=True))
-        yield _metric_panel(study, inside, x, others[:1], y, where)
+        if len(panels) > 1 and sum(row in scored for row in inside) < 2:
+            continue  # one mark alone compares nothing
+        place = ", ".join(f"{short[axis]} = {text}" for axis, text in zip(others[1:], panel, strict=True))
+        yield _metric_panel(study, inside, x, others[:1], y, place)
 
 
-def _metric_panel(study: Study, found: Sequence[Row], x: str, by: list[str], y: svg.Axis, where: str) -> Figure:
+def _metric_panel(study: Study, found: Sequence[Row], x: str, by: list[str], y: svg.Axis, place: str) -> Figure:
     labels = study.axes[x]
     numbers = [as_number(text) for text in labels]
     numeric = all(number is not None for number in numbers)
@@ -59,7 +61,7 @@ def _metric_panel(study: Study, found: Sequence[Row], x: str, by: list[str], y: 
         svg.Series(key, [_point(study, rows_at, at) for rows_at, at in _along(inside, x, labels, across)], hue)
         for key, hue, inside in _series(study, found, by)
     ]
-    title = f"{study.metric} against {name}" + (f" ({where})" if where else "")
+    title = f"{study.metric} against {name}" + (f" ({place})" if place else "")
     drawn = svg.chart(series, axis, y, joined=numeric, description=title)
     caption = f"Large: mean over seeds; small: each seed; bars: one standard deviation; {_seeds(found)}."
     missing = _missing(series)
@@ -76,49 +78,74 @@ def _against_bits(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
     ticks = [(bits, f"{bits:.4g}") for bits in _spaced(spread)]
     name = "bits per parameter of the quantized layers"
     axis = svg.Axis(name, min(spread) / 1.25, max(spread) * 1.25, ticks, log2=True)
+    second = next(
+        (axis for axis, labels in study.axes.items() if axis != by[0] and 1 < len(labels) <= svg.SHAPES), None
+    )
     series = [
-        svg.Series(key, [_point(study, [row], bits) for row, bits in scored if row in inside], hue)
+        svg.Series(key, [_shaped(study, row, bits, second) for row, bits in scored if row in inside], hue)
         for key, hue, inside in _series(study, found, by)
     ]
     y = svg.scale(study.metric, _extent([row for row, _ in scored]))
     better = "lower" if study.mode == "min" else "higher"
     title = "Quality against bits per parameter"
     caption = f"One mark per configuration; left and {better} is better; {_seeds(found)}."
-    yield Figure(title, caption, _legend(series) + svg.scatter(series, axis, y, title))
+    legend = svg.legend([(one.name, one.colour) for one in series], round_marks=second is not None)
+    legend += svg.shape_legend(_values(study, second)) if second else ""
+    yield Figure(title, caption, legend + svg.scatter(series, axis, y, title))
+
+
+def _shaped(study: Study, row: Row, bits: float, axis: str | None) -> svg.Point | None:
+    point = _point(study, [row], bits)
+    labels = study.axes[axis] if axis else []
+    shape = labels.index(row.values[axis]) if axis and row.values[axis] in labels else None
+    return replace(point, shape=shape) if point else None
+
+
+def _values(study: Study, axis: str) -> list[str]:
+    return [f"{short_names(list(study.axes))[axis]} = {text}" for text in study.axes[axis]]
 
 
 def _curves(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
     """Training loss (raw and smoothed) and the validation metric, one line per run."""
     x, others = axis_roles(study)
     by = others[:1] or ([x] if x else [])
+    second = x if others else None
+    styles = dict(zip(study.axes[second], _styles(len(study.axes[second])), strict=True)) if second else {}
     runs = [
-        (trial, hue, curves(trial.folder))
+        (trial, hue, styles.get(row.values.get(second or "", ""), ""), curves(trial.folder))
         for _, hue, inside in _series(study, found, by)
         for row in inside
         for trial in row.trials
     ]
-    logged = {hue for _, hue, rows in runs if rows}
+    logged = {hue for _, hue, _, rows in runs if rows}
     names = [(name, hue) for name, hue, _ in _series(study, found, by) if hue in logged]
+    legend = svg.legend(names) if len(names) > 1 else ""
+    legend += svg.line_legend(list(zip(_values(study, second), styles.values(), strict=True))) if second else ""
     for metric, smooth in (("train/loss", SMOOTH), (study.metric, 0.0)):
-        drawn = [_curve(study, trial, hue, rows, metric) for trial, hue, rows in runs]
+        drawn = [_curve(study, trial, hue, style, rows, metric) for trial, hue, style, rows in runs]
         drawn = [curve for curve in drawn if curve.rows]
         if drawn and (smooth or any(len(curve.rows) > 1 for curve in drawn)):
-            yield _curve_figure(study, drawn, metric, smooth, names)
+            yield _curve_figure(study, drawn, metric, smooth, legend)
 
 
-def _curve_figure(
-    study: Study, drawn: list[svg.Curve], metric: str, smooth: float, names: list[tuple[str, int]]
-) -> Figure:
+def _styles(count: int) -> list[str]:
+    """One look of a line for each value: dashes while they can be told apart, else shades."""
+    if count <= len(svg.DASHES):
+        return list(svg.DASHES[:count])
+    return [f"stroke-opacity:{0.25 + 0.75 * index / (count - 1):.2f}" for index in range(count)]
+
+
+def _curve_figure(study: Study, drawn: list[svg.Curve], metric: str, smooth: float, legend: str) -> Figure:
     steps = [step for curve in drawn for step, _ in curve.rows]
     y = svg.scale(metric, _without_spikes([value for curve in drawn for _, value in curve.rows]))
     how = f"faint: as logged; line: exponential mean ({smooth:g})" if smooth else "as logged"
     caption = f"One line per run, {len(drawn)} of {len(study.trials)} runs; {how}"
-    caption += "; dashed: not completed." if any(curve.broken for curve in drawn) else "."
+    caption += "; cross: not completed." if any(curve.broken for curve in drawn) else "."
     body = svg.line_plot(drawn, svg.steps("optimizer step", steps), y, smooth, f"{metric} by step")
-    return Figure(f"{metric} by step", caption, (svg.legend(names) if len(names) > 1 else "") + body)
+    return Figure(f"{metric} by step", caption, legend + body)
 
 
-def _curve(study: Study, trial: Trial, hue: int, rows: list[dict[str, object]], metric: str) -> svg.Curve:
+def _curve(study: Study, trial: Trial, hue: int, style: str, rows: list[dict[str, object]], metric: str) -> svg.Curve:
     pairs = [
         (float(step), float(value))
         for row in rows
@@ -127,7 +154,7 @@ def _curve(study: Study, trial: Trial, hue: int, rows: list[dict[str, object]], 
         and math.isfinite(value)
     ]
     name = trial_text(study, trial) + ("" if trial.ok else f" ({trial.status})")
-    return svg.Curve(name, pairs, hue, broken=not trial.ok)
+    return svg.Curve(name, pairs, hue, not trial.ok, style)
 
 
 def _x_axis(name: str, labels: list[str], across: list[float], numeric: bool) -> svg.Axis:
@@ -159,9 +186,8 @@ def _point(study: Study, at_place: Sequence[Row], x: float) -> svg.Point | None:
     if len(scored) != 1 or scored[0].mean is None:
         return None
     row = scored[0]
-    short = short_names(list(study.axes))
-    where = ", ".join(f"{short[axis]} = {text}" for axis, text in row.values.items())
-    return svg.Point(x, scored[0].mean, row.scores, row.std, f"{where}: {score_text(row)}, n = {len(row.scores)}")
+    text = f"{where(study, row)}: {score_text(row)}, n = {len(row.scores)}"
+    return svg.Point(x, scored[0].mean, row.scores, row.std, text)
 
 
 def _missing(series: Sequence[svg.Series]) -> str:
@@ -205,4 +231,6 @@ def _seeds(found: Sequence[Row]) -> str:
     counts = sorted({len(row.scores) for row in found if row.scores})
     if not counts:
         return "no completed seed"
+    if counts == [1]:
+        return "n = 1 seed"
     return f"n = {counts[0]} seeds" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]} seeds"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from urllib.parse import quote
 
 from loralab.reporting.axes import as_number
 
@@ -63,9 +64,15 @@ def head(text: str, hint: str = "", key: bool = False) -> str:
 
 
 def cell(text: str, sort: str, kind: str = "") -> str:
-    """``sort``: what sorting compares."""
+    """``sort``: what sorting compares; the texts of ``kind`` key may be broken after commas."""
     css = f' class="{kind}"' if kind else ""
-    return f'<td{css} data-sort="{escape(sort)}">{escape(text).replace(",", ",<wbr>")}</td>'
+    shown = escape(text).replace(",", ",<wbr>") if kind == "key" else escape(text)
+    return f'<td{css} data-sort="{escape(sort)}">{shown}</td>'
+
+
+def link(path: str, text: str) -> str:
+    """To a file beside the page; quoted, so that no path can name another scheme."""
+    return f'<a href="{escape(quote(path))}">{escape(text)}</a>'
 
 
 def sort_key(value: float | None) -> str:

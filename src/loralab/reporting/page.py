@@ -1,14 +1,16 @@
 """The page of a sweep or a run."""
 
+import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from loralab.reporting import published, svg
 from loralab.reporting.axes import flatten, label, short_names
 from loralab.reporting.figures import figures
-from loralab.reporting.gather import MISSING, Study, Trial, reason
+from loralab.reporting.gather import MISSING, Study, Trial, reason, subject
 from loralab.reporting.html import (
     cell,
     definitions,
@@ -16,6 +18,7 @@ from loralab.reporting.html import (
     duration,
     figure,
     head,
+    link,
     merged,
     pairs,
     sort_key,
@@ -23,19 +26,27 @@ from loralab.reporting.html import (
     tile,
 )
 from loralab.reporting.provenance import Facts, facts, held_fixed
-from loralab.reporting.table import Row, columns, score, seeds_text, trial_text
+from loralab.reporting.table import (
+    VERSUS,
+    Column,
+    Row,
+    Table,
+    columns,
+    deviates,
+    score,
+    seeds_text,
+    trial_text,
+    where,
+)
 
 
-def page(study: Study, found: Sequence[Row]) -> str:
-    """The whole document."""
+def page(study: Study, tables: Sequence[Table]) -> str:
+    """The whole document; where trials cannot be compared, results and figures by set."""
     known = facts(study)
-    sections = [
-        _header(study, found, known),
-        _results(study, found),
-        _figures(study, found),
-        _failures(study),
-        _provenance(study, known),
-    ]
+    sections = [_header(study, tables, known)]
+    for part, found in tables:
+        sections += [_results(part, found, len(tables) > 1), _figures(part, found)]
+    sections += [_failures(study), _provenance(study, known)]
     return document(study.name, [section for section in sections if section])
 
 
@@ -48,15 +59,16 @@ def rerun(trial: Trial) -> str:
     return shlex.join(["loralab", "train", *words])
 
 
-def _header(study: Study, found: Sequence[Row], known: Facts) -> str:
+def _header(study: Study, tables: Sequence[Table], known: Facts) -> str:
     question = f'<p class="question">{escape(study.question)}</p>' if study.question else ""
-    fixed = [("held fixed", text) for text in held_fixed(study)]
+    fixed = [("settings" if study.single else "held fixed", text) for text in held_fixed(study)]
     rows = [*merged(fixed), *pairs(known.header)]
     command = study.about.get("command")
     rows += [("command", f"<code>{escape(_command(command))}</code>")] if command else []
+    kind = "run" if study.single else "study"
     return (
-        f'<header>\n<div class="kicker">loralab study</div>\n<h1>{escape(study.name)}</h1>\n{question}\n'
-        f'<div class="tiles">{"".join(_tiles(study, found, known))}</div>\n{definitions(rows)}\n</header>'
+        f'<header>\n<div class="kicker">loralab {kind}</div>\n<h1>{escape(study.name)}</h1>\n{question}\n'
+        f'<div class="tiles">{"".join(_tiles(study, tables, known))}</div>\n{definitions(rows)}\n</header>'
     )
 
 
@@ -64,34 +76,38 @@ def _command(command: Any) -> str:
     return shlex.join(map(str, command)) if isinstance(command, list) else str(command)
 
 
-def _tiles(study: Study, found: Sequence[Row], known: Facts) -> Iterator[str]:
+def _tiles(study: Study, tables: Sequence[Table], known: Facts) -> Iterator[str]:
     done, total = study.count("completed"), len(study.trials)
     waiting = study.count("running", MISSING)
     failed = total - done - waiting
     parts = [f"{failed} failed, listed below"] if failed else []
     parts += [f"{waiting} running or not started"] if waiting else []
     yield tile(f"{done} of {total}", ", ".join(["trials completed", *parts]), bad=bool(failed))
-    best = [row for row in found if row.best]
-    if best:
-        better = "lowest" if study.mode == "min" else "highest"
-        yield tile(f"{best[0].mean:.4f}", f"{better} mean {study.metric}: {_where(study, best[0])}")
+    if len(tables) > 1:
+        yield tile(f"{len(tables)} sets", "of other data, tasks or metrics: no number of one compares with another's")
+    else:
+        yield from _headline(*tables[0])
     if known.seconds:
         yield tile(duration(known.seconds), "of running time, all trials together")
 
 
-def _where(study: Study, row: Row) -> str:
-    short = short_names(list(study.axes))
-    return ", ".join(f"{short[axis]} = {text}" for axis, text in row.values.items()) or "the only one"
+def _headline(study: Study, found: Sequence[Row]) -> Iterator[str]:
+    if study.single and found[0].mean is not None:
+        yield tile(f"{found[0].mean:.4f}", study.metric)
+    best = next((row for row in found if row.best), None)
+    if best is not None:
+        lowest = "lowest" if study.mode == "min" else "highest"
+        yield tile(f"{best.mean:.4f}", f"{lowest} mean {study.metric}: {where(study, best)}")
 
 
-def _results(study: Study, found: Sequence[Row]) -> str:
+def _results(study: Study, found: Sequence[Row], one_of_several: bool) -> str:
     short = short_names(list(study.axes))
     shown = columns(study, found)
+    paper = any(published.published(study, row) for row in found)
     heads = [head(short[axis], axis, key=True) for axis in study.axes]
     heads += [head(study.metric, "mean and standard deviation over seeds"), '<th aria-label="spread"></th>']
-    paper = any(published.published(study, row) for row in found)
     heads += [head("published")] if paper else []
-    heads += [head("seeds"), *(head(column.title) for column in shown)]
+    heads += [*(head(column.title) for column in shown), head("seeds")]
     ends = [value for row in found for value in row.scores]
     scale = (min(ends), max(ends)) if ends else (0.0, 1.0)
     body = []
@@ -99,28 +115,61 @@ def _results(study: Study, found: Sequence[Row]) -> str:
         cells = [cell(text, text, "key") for text in row.values.values()]
         cells += [_score_cell(row), _strip_cell(row, *scale)]
         cells += [cell(published.published(study, row), "")] if paper else []
-        cells.append(_seeds_cell(row))
         cells += [cell(column.text(row), sort_key(column.number(row))) for column in shown]
+        cells.append(_seeds_cell(row))
         kind = ' class="best"' if row.best else ""
         body.append(f"<tr{kind}>{''.join(cells)}</tr>")
-    return f"<section>\n<h2>Results</h2>\n{table(heads, body, 'sortable')}\n{_notes(study, found)}</section>"
+    notes = [*(f"Held fixed: {text}." for text in held_fixed(study) if one_of_several), *_notes(study, found, shown)]
+    words = "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes if note)
+    title = f"Results: {subject(study)}" if one_of_several else "Results"
+    return f"<section>\n<h2>{escape(title)}</h2>\n{table(heads, body, 'sortable')}\n{words}</section>"
 
 
-def _notes(study: Study, found: Sequence[Row]) -> str:
+def _notes(study: Study, found: Sequence[Row], shown: Sequence[Column]) -> Iterator[str]:
     better = "lower" if study.mode == "min" else "higher"
     counts = sorted({len(row.scores) for row in found})
-    n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "0"
-    notes = [
-        f"{study.metric}: mean and sample standard deviation over n = {n} completed seeds; {better} is "
-        "better. The best mean is marked; a difference within the spread of the seeds is not a finding. "
-        "The strip shows each seed, the mean and one standard deviation, on one scale for all rows.",
-        "Bits per parameter: packed weights and their statistics over the quantized layers' parameters. "
-        "Peak memory is the largest over the seeds, times and speeds are means.",
-    ]
-    notes += published.notes(study, found)
+    n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    titles = {column.title for column in shown}
+    if deviates(found):
+        yield (
+            f"{study.metric}: mean and sample standard deviation over n = {n} completed seeds; {better} is better. "
+            "The strip shows each seed, the mean and one standard deviation, on one scale for all rows."
+        )
+    else:
+        yield f"{study.metric}: {better} is better" + ("." if study.single else f"; completed seeds: n = {n}.")
+    yield from (_versus_note(study, row) for row in found if row.baseline and VERSUS in titles)
+    explained = {
+        "bits/param": "Bits per parameter: packed weights and their statistics over the quantized layers' parameters.",
+        "peak memory": "Peak memory is the largest over the seeds.",
+        "train s": "Times and speeds are means, and not a benchmark: other processes on the machine count.",
+    }
+    yield " ".join(text for title, text in explained.items() if title in titles)
+    yield from _cut(study)
+    yield from published.notes(study, found)
     if any(row.packed for row in found):
-        notes.append("Trials were trained in packs: memory and time are the whole pack's, the same in each.")
-    return "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes)
+        yield "Trials were trained in packs: memory and time are the whole pack's, the same in each."
+    if study.repeats:
+        yield f"Found again and counted once: {study.repeats} repetitions of the same trials."
+
+
+def _versus_note(study: Study, baseline: Row) -> str:
+    return (
+        f"Baseline: {where(study, baseline)}. Arms share data order and initialization seed by seed, so read the "
+        f"paired difference: the mean over the seeds both completed of {study.metric} less the baseline's, with its "
+        "95% interval (Student's t, n - 1 degrees of freedom; not corrected for the number of rows). An interval "
+        "that holds 0 is not a finding; nor is a difference of one seed, which has no interval."
+    )
+
+
+def _cut(study: Study) -> Iterator[str]:
+    """``50 of 384 rows were cut``, once for each pair of numbers."""
+    counts = []
+    for data in (trial.record["data"] for trial in study.trials):
+        rows = data["rows"] if isinstance(data["rows"], Mapping) else {}
+        total = sum(count for count in rows.values() if isinstance(count, int))
+        counts += [(data["truncated"], total)] if data["truncated"] else []
+    for cut, total in dict.fromkeys(counts):
+        yield f"{cut:,} of {total:,} rows were cut to model.max_length."
 
 
 def _score_cell(row: Row) -> str:
@@ -173,30 +222,44 @@ def _provenance(study: Study, known: Facts) -> str:
 
 
 def _trials(study: Study) -> str:
-    """Every trial on its own row, for those who want to look one up."""
+    """Every trial on its own row, with its files and the command that runs it again."""
     short = short_names(list(study.axes))
-    heads = [head(short[axis], axis, key=True) for axis in study.axes]
-    heads += [head("seed"), head(study.metric), head("status", key=True), head("trial", key=True)]
-    heads.append(head("folder", key=True))
+    keys = [*((short[axis], axis) for axis in study.axes), ("seed", "seed"), ("status", ""), ("trial", "")]
+    heads = [head(text, hint, key=True) for text, hint in keys]
+    heads += [head(study.metric), head("files", key=True), head("run it again", key=True)]
     body = []
     for trial in study.trials:
         value = score(trial, study.metric)
-        cells = [cell(trial.values[axis], trial.values[axis], "key") for axis in study.axes]
+        name = str(trial.record["trial"])
+        names = name if trial.name in (name, "") else f"{name} in {trial.name}"
+        texts = [*(trial.values[axis] for axis in study.axes), trial.seed, trial.status, names]
+        cells = [*(cell(text, text, "key") for text in texts)]
+        cells.append(cell("-" if value is None else f"{value:.4f}", sort_key(value)))
         cells += [
-            cell(trial.seed, trial.seed),
-            cell("-" if value is None else f"{value:.4f}", sort_key(value)),
+            f'<td class="key">{_files(study, trial)}</td>',
+            f'<td class="key"><code>{escape(rerun(trial))}</code>',
         ]
-        cells += [cell(text, text, "key") for text in (trial.status, str(trial.record["trial"]), trial.name)]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    summary = f"<summary>All {len(study.trials)} trials</summary>"
+        body.append(f"<tr>{''.join(cells)}</td></tr>")
+    summary = f"<summary>{'The trial' if study.single else f'All {len(study.trials)} trials'}</summary>"
     return f"<details>{summary}{table(heads, body, 'sortable')}</details>"
 
 
+def _files(study: Study, trial: Trial) -> str:
+    there = [name for name in ("result.json", "train.log", "metrics.jsonl") if (trial.folder / name).exists()]
+    return " ".join(link(_beside(study.folder, trial.folder / name), name) for name in there)
+
+
+def _beside(root: Path, path: Path) -> str:
+    """The path as seen from the page in ``root/report``."""
+    return Path(os.path.relpath(path, root / "report")).as_posix()
+
+
 def _config(study: Study) -> str:
-    """The configuration shared by all trials."""
+    """What all trials share; of a single run, everything."""
     flat = [flatten(trial.record["config"]) for trial in study.trials if trial.record["config"]]
     if not flat:
         return ""
     shared = [key for key in flat[0] if len({label(config.get(key)) for config in flat}) == 1]
     lines = escape("\n".join(f"{key}={label(flat[0][key])}" for key in shared))
-    return f"<details><summary>Configuration shared by all trials</summary><pre>{lines}</pre></details>"
+    title = "Configuration" if study.single else "Configuration shared by all trials"
+    return f"<details><summary>{title}</summary><pre>{lines}</pre></details>"

@@ -1,5 +1,6 @@
 """Where the numbers come from: machine, versions, data, base; and what the study holds fixed."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,9 +12,11 @@ from loralab.reporting.gather import Study
 
 # What a reader asks first; shown where it is one value in all trials.
 _FIXED = (
-    *("model.name_or_path", "model.max_length", "data.batch_size", "data.limit", "optimizer.lr"),
+    *("model.name_or_path", "model.max_length", "data.train", "data.prompt", "data.target", "data.text", "data.label"),
+    *("data.batch_size", "data.limit", "adapter.r", "adapter.lora_alpha", "adapter.target_modules", "optimizer.lr"),
     *("optimizer.weight_decay", "trainer.max_steps", "trainer.accumulate_grad_batches", "trainer.precision"),
 )
+_TEMPLATES = ("data.prompt", "data.target", "data.text")
 _GROUPS = ("model", "data", "adapter", "quantization", "optimizer", "schedule")
 
 
@@ -85,8 +88,9 @@ def _common(study: Study, found: list[Record]) -> str:
             pairs.append(f"{group} = {options.pop()}")
     for key in _FIXED:
         values = {label(lookup(record["config"], key)) for record in found}
-        if len(values) == 1 and key not in study.axes and values != {"null"}:
-            pairs.append(f"{key} = {values.pop()}")
+        if len(values) == 1 and key not in study.axes and not values & {"null", ""}:
+            value = lookup(found[0]["config"], key)
+            pairs.append(f"{key} = {json.dumps(value) if key in _TEMPLATES else values.pop()}")
     return ", ".join(pairs)
 
 

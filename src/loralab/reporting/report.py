@@ -10,10 +10,11 @@ from typing import Any
 
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting.axes import lookup
-from loralab.reporting.gather import Study, Trial, reason, study
+from loralab.reporting.gather import Study, Trial, reason, study, subject
 from loralab.reporting.page import page, rerun
 from loralab.reporting.provenance import facts, held_fixed
-from loralab.reporting.table import Row, as_plain, markdown, rows, terminal, trial_text
+from loralab.reporting.table import Table, as_plain, tables, trial_text
+from loralab.reporting.text import markdown, measure, terminal, versus
 
 _MEASURED = (
     *("base.bits_per_parameter", "base.bytes", "adapter.trainable_parameters", "optimizer.effective_name"),
@@ -36,7 +37,7 @@ def report(folder: Path) -> Report:
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; expected the folder of a sweep or of a run")
     gathered = study(folder)
-    found = rows(gathered)
+    found = tables(gathered)
     texts = {
         "index.html": page(gathered, found),
         "results.csv": _csv(gathered),
@@ -75,7 +76,7 @@ def _csv(gathered: Study) -> str:
     return out.getvalue()
 
 
-def _json(gathered: Study, found: list[Row]) -> dict[str, Any]:
+def _json(gathered: Study, found: list[Table]) -> dict[str, Any]:
     return {
         "name": gathered.name,
         "question": gathered.question,
@@ -83,7 +84,7 @@ def _json(gathered: Study, found: list[Row]) -> dict[str, Any]:
         "metric": gathered.metric,
         "metric_mode": gathered.mode,
         "held_fixed": held_fixed(gathered),
-        "rows": [as_plain(gathered, row) for row in found],
+        "rows": [{"set": subject(part), **as_plain(part, row)} for part, rows in found for row in rows],
         "trials": [_trial(trial) for trial in gathered.trials],
     }
 
@@ -103,12 +104,12 @@ def _trial(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _markdown(gathered: Study, found: list[Row]) -> str:
-    better = "lower" if gathered.mode == "min" else "higher"
+def _markdown(gathered: Study, found: list[Table]) -> str:
     known = facts(gathered)
     lines = [f"# {gathered.name}", "", *([gathered.question, ""] if gathered.question else [])]
-    lines += [f"{gathered.metric}: mean +- standard deviation over seeds; {better} is better, * is best."]
-    lines += ["", markdown(gathered, found)]
+    for part, rows in found:
+        lines += [f"## {subject(part)}", ""] if len(found) > 1 else []
+        lines += [f"{measure(part, rows)}.", "", markdown(part, rows), *(f"- {note}" for note in versus(rows)), ""]
     lines += [f"- held fixed: {text}" for text in held_fixed(gathered)]
     lines += [f"- {term}: {text}" for term, text in {**known.header, **known.provenance}.items() if text]
     troubled = [trial for trial in gathered.trials if not trial.ok]

@@ -11,19 +11,24 @@ from dataclasses import dataclass, field
 from html import escape
 
 LEFT, RIGHT, TOP, BOTTOM = 72.0, 16.0, 14.0, 46.0
-COLOURS = 7
+COLOURS, SHAPES = 7, 4
+DASHES = ("", "stroke-dasharray:7 3", "stroke-dasharray:2 3", "stroke-dasharray:10 3 2 3")
 MAX_POINTS = 2000
 
 
 @dataclass(frozen=True)
 class Point:
-    """One place on the x axis: the seeds' values, their mean and standard deviation (None for one seed)."""
+    """One place on the x axis: the seeds' values, their mean and standard deviation (None for one seed).
+
+    ``shape``: of the mark, where it is not the series' own.
+    """
 
     x: float
     mean: float
     values: list[float]
     std: float | None = None
     text: str = ""
+    shape: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run over its steps: (step, value) pairs; ``broken``: it did not complete."""
+    """One run over its steps: (step, value) pairs; ``broken``: it did not complete; ``style``: CSS of its line."""
 
     name: str
     rows: list[tuple[float, float]]
     colour: int
     broken: bool = False
+    style: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,15 +100,21 @@ class Canvas:
     def text(self, x: float, y: float, content: str, kind: str = "tick", extra: str = "") -> None:
         self.parts.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{extra}>{escape(content)}</text>')
 
-    def path(self, places: Iterable[tuple[float, float]], kind: str, title: str = "") -> None:
+    def path(self, places: Iterable[tuple[float, float]], kind: str, title: str = "", style: str = "") -> None:
         """A polyline in pixels."""
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        self.parts.append(f'<polyline class="{kind}" points="{points}">{_title(title)}</polyline>')
+        css = f' style="{style}"' if style else ""
+        self.parts.append(f'<polyline class="{kind}"{css} points="{points}">{_title(title)}</polyline>')
 
-    def mark(self, x: float, y: float, colour: int, title: str, size: float = 5, kind: str = "mean") -> None:
-        """A series' own shape: circle, square, diamond, triangle."""
-        shape = _shape(x, y, size, colour % 4)
-        self.parts.append(f'<g class="c{colour % COLOURS} {kind}">{_title(title)}{shape}</g>')
+    def mark(self, x: float, y: float, colour: int, title: str, size: float = 5, shape: int | None = None) -> None:
+        """The series' own shape unless another is given: circle, square, diamond, triangle."""
+        drawn = _shape(x, y, size, (colour if shape is None else shape) % SHAPES)
+        self.parts.append(f'<g class="c{colour % COLOURS} mean">{_title(title)}{drawn}</g>')
+
+    def cross(self, x: float, y: float, colour: int) -> None:
+        """Where a run ended too early."""
+        for up in (-4, 4):
+            self.line(x - 4, y - up, x + 4, y + up, f"bar c{colour % COLOURS}")
 
     def frame(self) -> None:
         """Grid, ticks and titles of both axes."""
@@ -173,13 +185,13 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, de
 
 
 def scatter(series: Sequence[Series], x: Axis, y: Axis, description: str = "") -> str:
-    """The same points on two continuous axes, each series named beside its first point."""
+    """The same points on two continuous axes; marks of other shapes stand side by side."""
     canvas = Canvas(x, y)
     canvas.frame()
     for one in series:
         for point in one.points:
             if point is not None:
-                _draw_point(canvas, point, one.colour, canvas.px(point.x))
+                _draw_point(canvas, point, one.colour, canvas.px(point.x) + 7 * (point.shape or 0))
     return canvas.done(description)
 
 
@@ -195,10 +207,12 @@ def line_plot(curves: Sequence[Curve], x: Axis, y: Axis, smooth: float = 0.0, de
         for one in curves:
             kept = downsample(rows(one), budget)
             pixels = [(canvas.px(step), canvas.py(min(max(value, y.low), y.high))) for step, value in kept]
-            dashed = " broken" if one.broken else ""
-            canvas.path(pixels, f"{kind} thin c{one.colour % COLOURS}{dashed}", one.name)
+            style = one.style if kind == "line" else ""
+            canvas.path(pixels, f"{kind} thin c{one.colour % COLOURS}", one.name, style)
             if len(kept) == 1:
                 canvas.mark(*pixels[0], one.colour, one.name, size=3)
+            if one.broken and kind == "line":
+                canvas.cross(*pixels[-1], one.colour)
     return canvas.done(description)
 
 
@@ -219,14 +233,30 @@ def strip(values: Sequence[float], mean: float, std: float | None, low: float, h
     return f'<svg class="strip" viewBox="0 0 {width:g} 18" aria-hidden="true">{"".join(parts)}</svg>'
 
 
-def legend(names: Sequence[tuple[str, int]]) -> str:
+def legend(names: Sequence[tuple[str, int]], round_marks: bool = False) -> str:
     """HTML, so that long names wrap: the mark of each series and its name."""
-    items = []
-    for name, colour in names:
-        mark = f'<g class="c{colour % COLOURS} mean">{_shape(7, 7, 5, colour % 4)}</g>'
-        mark = f'<svg viewBox="0 0 14 14" aria-hidden="true">{mark}</svg>'
-        items.append(f"<span>{mark}{escape(name)}</span>")
-    return f'<div class="legend">{"".join(items)}</div>'
+    shapes = [(name, colour, 0 if round_marks else colour % SHAPES) for name, colour in names]
+    return _legend(
+        (name, f'<g class="c{colour % COLOURS} mean">{_shape(7, 7, 5, shape)}</g>') for name, colour, shape in shapes
+    )
+
+
+def shape_legend(names: Sequence[str]) -> str:
+    """What the marks' shapes stand for."""
+    return _legend((name, f'<g class="plain">{_shape(7, 7, 5, at % SHAPES)}</g>') for at, name in enumerate(names))
+
+
+def line_legend(names: Sequence[tuple[str, str]]) -> str:
+    """(name, style): what the dashes and shades of lines stand for."""
+    line = '<line class="axis" stroke-width="2" x1="0" x2="28" y1="7" y2="7" style="{}"/>'
+    return _legend(((name, line.format(style)) for name, style in names), width=28)
+
+
+def _legend(items: Iterable[tuple[str, str]], width: int = 14) -> str:
+    box = f'<svg viewBox="0 0 {width} 14" style="width:{width}px" aria-hidden="true">'
+    return (
+        f'<div class="legend">{"".join(f"<span>{box}{mark}</svg>{escape(name)}</span>" for name, mark in items)}</div>'
+    )
 
 
 def downsample(rows: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
@@ -253,7 +283,7 @@ def _draw_point(canvas: Canvas, point: Point, colour: int, x: float) -> None:
     for value in point.values if len(point.values) > 1 else ():
         where = f'cx="{x + 9:.1f}" cy="{canvas.py(value):.1f}"'
         canvas.parts.append(f'<circle class="seed {tone}" {where} r="2.6"/>')
-    canvas.mark(x, canvas.py(point.mean), colour, point.text)
+    canvas.mark(x, canvas.py(point.mean), colour, point.text, shape=point.shape)
 
 
 def _shift(index: int, total: int, canvas: Canvas, joined: bool) -> float:

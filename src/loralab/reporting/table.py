@@ -2,28 +2,32 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from textwrap import wrap
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loralab.reporting.axes import identity, lookup, short_names
-from loralab.reporting.gather import Study, Trial, reason
+from loralab.reporting.gather import Study, Trial, comparable
+from loralab.reporting.paired import Difference, paired
 
-WIDTH = 100
 MIB, GIB = 2**20, 2**30
-# Columns that go first when the terminal is narrow; the axes, the metric and the seeds always stay.
-_EXPENDABLE = ("predicted peak", "tokens/s", "peak memory", "trainable", "bits/param", "train s")
+VERSUS = "vs baseline"
 _BROKEN = ("out_of_memory", "diverged")  # counted as failed; each is named below the table
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration. ``scores``: the metric per completed seed."""
+    """One configuration. ``by_seed``: the metric of each completed seed; ``difference``: to the baseline row."""
 
     values: dict[str, str]
     trials: list[Trial]
-    scores: list[float]
+    by_seed: dict[str, float]
     best: bool = False
+    baseline: bool = False
+    difference: Difference | None = None
+
+    @property
+    def scores(self) -> list[float]:
+        return list(self.by_seed.values())
 
     @property
     def mean(self) -> float | None:
@@ -51,6 +55,15 @@ class Row:
         """The largest over the seeds: what a machine must have for all of them."""
         return max(self._numbers(key), default=None)
 
+    def trained(self, key: str) -> float | None:
+        """The mean, where there was any training to measure."""
+        return None if self.average("time.steps") == 0 else self.average(key)
+
+    def measured(self, name: str) -> float | None:
+        """Mean of another metric over the completed seeds."""
+        found = [value for trial in self.trials if (value := score(trial, name)) is not None]
+        return statistics.fmean(found) if found else None
+
     def _numbers(self, key: str) -> list[float]:
         found = [lookup(trial.record, key) for trial in self.ok]
         return [float(value) for value in found if isinstance(value, int | float)]
@@ -65,14 +78,22 @@ class Column:
     number: Callable[[Row], float | None]
 
 
+Table = tuple[Study, list[Row]]
+
+
+def tables(study: Study) -> list[Table]:
+    """A table for each set of trials that may be compared."""
+    return [(part, rows(part)) for part in comparable(study)]
+
+
 def rows(study: Study) -> list[Row]:
-    """One row per configuration, in the order of the axes, the best mean marked."""
+    """One row per configuration in the order of the axes: first the baseline, the first value of every axis."""
     groups: dict[str, list[Trial]] = {}
     for trial in study.trials:
         groups.setdefault(_group(study, trial), []).append(trial)
     found = [_row(study, trials) for trials in groups.values()]
     found.sort(key=lambda row: [_position(labels, row.values[axis]) for axis, labels in study.axes.items()])
-    return _mark_best(found, study.mode)
+    return _mark_best(_compared(found), study.mode)
 
 
 def score(trial: Trial, metric: str) -> float | None:
@@ -83,12 +104,15 @@ def score(trial: Trial, metric: str) -> float | None:
 def columns(study: Study, found: Sequence[Row]) -> list[Column]:
     """The measured columns that any row can fill."""
     every = [
+        Column(VERSUS, _difference_text, lambda row: row.difference.mean if row.difference else None),
+        *(_metric_column(name) for name in _other_metrics(study)),
         _column("bits/param", lambda row: row.average("base.bits_per_parameter"), "{:.3f}".format),
+        _column("base size", lambda row: row.average("base.bytes"), memory),
         _column("trainable", lambda row: row.average("adapter.trainable_parameters"), "{:,.0f}".format),
         _column("predicted peak", lambda row: row.largest("memory.predicted_peak_bytes"), memory),
         _column("peak memory", lambda row: row.largest("memory.measured_peak_bytes"), memory),
-        _column("train s", lambda row: row.average("time.train_s"), "{:.1f}".format),
-        _column("tokens/s", lambda row: row.average("time.tokens_per_s"), "{:,.0f}".format),
+        _column("train s", lambda row: row.trained("time.train_s"), "{:.1f}".format),
+        _column("tokens/s", lambda row: row.trained("time.tokens_per_s"), "{:,.0f}".format),
     ]
     return [column for column in every if any(column.number(row) is not None for row in found)]
 
@@ -99,7 +123,7 @@ def seeds_text(row: Row) -> str:
     for trial in row.trials:
         name = "ok" if trial.ok else "failed" if trial.status in _BROKEN else trial.status
         counts[name] = counts.get(name, 0) + 1
-    unscored = len(row.ok) - len(row.scores)
+    unscored = sum(trial.seed not in row.by_seed for trial in row.ok)
     if unscored:
         counts["of them without the metric"] = unscored
     return ", ".join(f"{counts[name]} {name}" for name in sorted(counts, key=lambda name: name != "ok"))
@@ -123,30 +147,30 @@ def trial_text(study: Study, trial: Trial) -> str:
     return " ".join([*pairs, f"seed={trial.seed}"])
 
 
-def terminal(study: Study, found: Sequence[Row], width: int = WIDTH) -> str:
-    """The results as plain text, at most ``width`` columns wide."""
-    better = "lower" if study.mode == "min" else "higher"
-    lines = wrap(f"{study.name}: {study.question}" if study.question else study.name, width)
-    lines += wrap(f"{study.metric}: mean +- standard deviation over seeds, {better} is better", width)
-    lines += ["", *_fit(study, found, width)]
-    notes = [f"{trial.status}: {trial_text(study, trial)}: {reason(trial)}" for trial in study.broken]
-    if any(row.packed for row in found):
-        notes.insert(0, "(p) trained in a pack: memory and time are the pack's")
-    lines += ["", *(clip(note, width) for note in notes)] if notes else []
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+def where(study: Study, row: Row) -> str:
+    """``quantization = nf4, r = 8``."""
+    short = short_names(list(study.axes))
+    known = [f"{short[axis]} = {text}" for axis, text in row.values.items() if text != "?"]
+    return ", ".join(known) or "the only row"
 
 
-def markdown(study: Study, found: Sequence[Row]) -> str:
-    """The same table for a README or an issue."""
-    titles, body = _cells(study, found, columns(study, found))
-    lines = [titles, ["---"] * len(titles), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+def deviates(found: Sequence[Row]) -> bool:
+    """Whether there is a standard deviation to speak of."""
+    return any(row.std is not None for row in found)
 
 
-def clip(text: str, width: int) -> str:
-    """Printable, on one line, no longer than ``width``."""
-    flat = "".join(letter if letter.isprintable() else " " for letter in text)
-    return flat if len(flat) <= width else flat[: width - 3] + "..."
+def _difference_text(row: Row) -> str:
+    return "baseline" if row.baseline else row.difference.text if row.difference else "-"
+
+
+def _other_metrics(study: Study) -> list[str]:
+    """What else a single run measured; a sweep's are in its CSV."""
+    found = study.trials[0].record["metrics"] if study.single else {}
+    return [name for name, value in found.items() if name != study.metric and isinstance(value, int | float)]
+
+
+def _metric_column(name: str) -> Column:
+    return _column(name, lambda row: row.measured(name), "{:.4f}".format)
 
 
 def _column(title: str, number: Callable[[Row], float | None], show: Callable[[float], str]) -> Column:
@@ -170,52 +194,32 @@ def _same_place(study: Study, one: Trial, other: Trial) -> bool:
 
 
 def _row(study: Study, trials: list[Trial]) -> Row:
-    scores = [score(trial, study.metric) for trial in trials]
-    known = [value for value in scores if value is not None]
-    return Row({axis: trials[0].values[axis] for axis in study.axes}, trials, known)
+    by_seed = {trial.seed: value for trial in trials if (value := score(trial, study.metric)) is not None}
+    return Row({axis: trials[0].values[axis] for axis in study.axes}, trials, by_seed)
 
 
 def _position(labels: list[str], value: str) -> int:
     return labels.index(value) if value in labels else len(labels)
 
 
+def _compared(found: list[Row]) -> list[Row]:
+    """Every row less the first that has a result, seed by seed."""
+    first = next((row for row in found if row.scores), None)
+    if first is None or len(found) < 2:
+        return found
+    return [
+        replace(row, baseline=True) if row is first else replace(row, difference=paired(row.by_seed, first.by_seed))
+        for row in found
+    ]
+
+
 def _mark_best(found: list[Row], mode: str) -> list[Row]:
+    """The best mean, where it is one of several seeds: a single run's may be its luck."""
     means = [row.mean for row in found if row.mean is not None]
     if len(means) < 2:
         return found
     best = min(means) if mode == "min" else max(means)
-    return [Row(row.values, row.trials, row.scores, best=row.mean == best) for row in found]
-
-
-def _cells(study: Study, found: Sequence[Row], shown: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
-    short = short_names(list(study.axes))
-    titles = [*(short[axis] for axis in study.axes), study.metric, *(c.title for c in shown), "seeds"]
-    body = []
-    for row in found:
-        mark = " *" if row.best else ""
-        measured = [column.text(row) + (" (p)" if _is_packs(column, row) else "") for column in shown]
-        body.append([*row.values.values(), score_text(row) + mark, *measured, seeds_text(row)])
-    return titles, body
-
-
-def _is_packs(column: Column, row: Row) -> bool:
-    return row.packed and column.title in ("peak memory", "train s", "tokens/s")
-
-
-def _fit(study: Study, found: Sequence[Row], width: int) -> list[str]:
-    """Leave out the expendable columns one by one, then clip the axes' labels, until the table fits."""
-    shown = columns(study, found)
-    for title in ("", *_EXPENDABLE):
-        shown = [column for column in shown if column.title != title]
-        lines = align(*_cells(study, found, shown), numeric_from=len(study.axes))
-        if max(map(len, lines)) <= width:
-            return lines
-    titles, body = _cells(study, found, shown)
-    spare = width - sum(max(len(line[i]) for line in [titles, *body]) + 2 for i in (-2, -1))
-    room = max(4, spare // max(1, len(study.axes)) - 2)
-    axes = len(study.axes)
-    clipped = [[*(clip(cell, room) for cell in line[:axes]), *line[axes:]] for line in [titles, *body]]
-    return [clip(line, width) for line in align(clipped[0], clipped[1:], numeric_from=axes)]
+    return [replace(row, best=row.mean == best and len(row.scores) > 1) for row in found]
 
 
 def align(titles: list[str], body: list[list[str]], numeric_from: int) -> list[str]:
@@ -242,8 +246,11 @@ def as_plain(study: Study, row: Row) -> dict[str, Any]:
         "n": len(row.scores),
         "scores": row.scores,
         "best": row.best,
+        "baseline": row.baseline,
+        "difference": _plain_difference(row),
         "packed": row.packed,
         "bits_per_parameter": row.average("base.bits_per_parameter"),
+        "base_bytes": row.average("base.bytes"),
         "trainable_parameters": row.average("adapter.trainable_parameters"),
         "predicted_peak_bytes": row.largest("memory.predicted_peak_bytes"),
         "measured_peak_bytes": row.largest("memory.measured_peak_bytes"),
@@ -253,3 +260,12 @@ def as_plain(study: Study, row: Row) -> dict[str, Any]:
         "statuses": [trial.status for trial in row.trials],
         "trials": [trial.record["trial"] for trial in row.trials],
     }
+
+
+def _plain_difference(row: Row) -> dict[str, Any] | None:
+    """``low`` and ``high``: the 95% interval of the mean paired difference."""
+    if row.difference is None:
+        return None
+    mean, reach, seeds = row.difference.mean, row.difference.reach, row.difference.seeds
+    ends = (None, None) if reach is None else (mean - reach, mean + reach)
+    return {"mean": mean, "low": ends[0], "high": ends[1], "n": len(seeds), "seeds": seeds}
