@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -25,9 +25,10 @@ def test_help_answers_in_half_a_second_and_imports_nothing_heavy():
     )
     best, out = 9.0, ""
     for _ in range(3):
-        begun = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        best = min(best, time.perf_counter() - begun)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # its own CPU time: others may be busy too
+        best = min(best, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
     assert out.splitlines()[-1] == "False False"
     assert "loralab train" in out
     assert best < 0.5

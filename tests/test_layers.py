@@ -21,12 +21,12 @@ FLOORS = [
     {"run", "study"},
     {"packing", "reporting"},
     {"words", "locks", "bench"},
-    {"cli", "config", "jobs", "doctor", "hydra_errors", "hydra_plugins"},
+    {"cli", "config", "jobs", "sweep", "doctor", "hydra_errors", "hydra_plugins"},
 ]
 FENCES = {
     "bitsandbytes": {"quantization", "optimizers", "bench"},
     "wandb": {"loggers", "reporting"},
-    "hydra": {"config", "cli", "jobs", "hydra_errors", "hydra_plugins"},
+    "hydra": {"config", "cli", "jobs", "sweep", "hydra_errors", "hydra_plugins"},
     "omegaconf": {"config", "cli", "jobs", "hydra_errors", "hydra_plugins"},
     "peft": set(),
 }

@@ -1,13 +1,17 @@
 """Optimizers say what they keep; schedules start, hold and end where they should."""
 
+import copy
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loralab import optimizers
+from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
-from loralab.optimizers import SCHEDULES, AdamW, Schedule
+from loralab.optimizers import PAGED_FROM, SCHEDULES, AdamW, Schedule, describe, repage
 from loralab.run import Runner
 
 
@@ -18,12 +22,169 @@ def test_every_optimizer_trains_and_its_record_says_what_was_paged(make_spec, na
     state = record["optimizer"]
     assert state["state_bytes"] > 0
     assert (state["paged_bytes"], state["paged_fraction"]) == (0, 0.0)  # a CPU pages nothing
+    paged = name.startswith("paged_")
+    assert state["paging"] == ("not applicable" if paged else "off")
+    assert ("no CUDA device" in state["note"]) if paged else state["note"] is None
     assert state["effective_name"] == {"paged_adamw": "adamw_32bit"}.get(name, name.removeprefix("paged_"))
 
 
 def test_torchs_state_is_two_float32_moments_a_parameter(make_spec):
     record = Runner().run([make_spec()])[0]
     assert record["optimizer"]["state_bytes"] == 8 * record["adapter"]["trainable_parameters"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_32bit", "paged_adamw"])
+def test_one_flat_buffer_gives_the_loss_of_many_tensors(make_spec, curve, weights, name):
+    found = {}
+    for flat in (False, True):
+        changes = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2, "max_steps": 6}
+        spec = make_spec(f"{flat}", optimizer=AdamW(name=name, lr=1e-2, weight_decay=0.1, flat=flat), **changes)
+        record = Runner().run([spec])[0]
+        assert record["status"] == "completed", record["error"]
+        found[flat] = (curve(spec.folder), curve(spec.folder, "train/grad_norm"), weights(spec.folder), record)
+    assert found[True][0] == pytest.approx(found[False][0], abs=1e-6)
+    assert found[True][1] == pytest.approx(found[False][1], abs=1e-6)
+    assert found[True][2].keys() == found[False][2].keys()
+    for key, value in found[True][2].items():
+        assert torch.allclose(value, found[False][2][key], atol=1e-6)
+    assert found[True][3]["optimizer"]["state_bytes"] == found[False][3]["optimizer"]["state_bytes"]
+
+
+def test_small_tensors_take_8_bits_only_in_a_flat_buffer(make_spec, curve):
+    eight, losses = {}, {}
+    for flat in (False, True):
+        spec = make_spec(f"{flat}", adapter=LoRA(r=2), optimizer=AdamW("adamw_8bit", lr=1e-2, flat=flat))
+        eight[flat] = Runner().run([spec])[0]["optimizer"]["eight_bit_bytes"]
+        losses[flat] = curve(spec.folder)
+    assert eight[False] == 0  # every tensor is under bitsandbytes' 4,096 elements
+    assert eight[True] > 4096
+    assert losses[True] == pytest.approx(losses[False], abs=0.05)  # other block borders: near, not equal
+
+
+def test_trials_of_a_pack_with_flat_state_equal_solo_runs(make_spec, curve, weights):
+    def two(prefix):
+        kinds = (LoRA(r=4), LoRA(r=8))
+        return [
+            make_spec(f"{prefix}{i}", adapter=kind, optimizer=AdamW(lr=1e-2, flat=True), max_steps=3 + 2 * i)
+            for i, kind in enumerate(kinds)
+        ]
+
+    packed, solo = two("packed"), two("solo")
+    Runner().run(packed)
+    for spec in solo:
+        Runner().run([spec])
+    for ours, theirs in zip(packed, solo, strict=True):
+        assert curve(ours.folder) == curve(theirs.folder)
+        assert all(map(torch.equal, weights(ours.folder).values(), weights(theirs.folder).values()))
+
+
+def test_loading_an_adapter_reaches_its_flat_buffer():
+    layer = torch.nn.Linear(3, 2)
+    (buffer,) = optimizers.flatten(layer.parameters())
+    layer.load_state_dict({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
+    assert buffer.tolist() == [1.0] * 6 + [0.0] * 2
+    assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+@pytest.fixture
+def paging(monkeypatch):
+    """A machine that can page, its managed memory played by ordinary tensors."""
+    import bitsandbytes
+
+    def get_paged(*shape, dtype, device):
+        buffer = torch.zeros(*shape, dtype=dtype)
+        buffer.is_paged, buffer.page_deviceid = True, 0
+        return buffer
+
+    monkeypatch.setattr(optimizers, "cannot_page", lambda: "")
+    monkeypatch.setattr(bitsandbytes.functional, "get_paged", get_paged)
+    monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", lambda *_: None)
+    manager = bitsandbytes.functional.GlobalPageManager.get_instance()
+    monkeypatch.setattr(manager, "paged_tensors", [])
+
+
+def stepped(sizes, name="paged_adamw"):
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    spec = AdamW(name, lr=1e-2)
+    optimizer = spec.build([spec.group(parameters)])
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+def test_a_restored_state_is_paged_again_and_keeps_its_values(paging, name):
+    optimizer = stepped([PAGED_FROM, PAGED_FROM - 1], name)
+    before = [state[key].clone() for state in optimizer.state.values() for key in ("state1", "state2")]
+    assert describe(optimizer, name)["paged_bytes"] == 0
+    assert repage(optimizer) == 2  # state1 and state2 of the large one
+    found = describe(optimizer, name)
+    assert found["paging"] == "on"
+    assert found["effective_name"] == name
+    assert found["paged_bytes"] == 2 * PAGED_FROM * (1 if "8bit" in name else 4)
+    after = [state[key] for state in optimizer.state.values() for key in ("state1", "state2")]
+    assert all(map(torch.equal, before, after))
+    assert repage(optimizer) == 0
+
+
+def test_a_copy_that_only_claims_to_be_paged_is_paged_again(paging):
+    optimizer = stepped([PAGED_FROM])
+    repage(optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()), move_to_device=False)
+    state = next(iter(optimizer.state.values()))["state1"]
+    state.is_paged = True
+    assert repage(optimizer) == 2
+
+
+def test_the_first_step_after_a_resume_pages_the_state(paging):
+    saved = stepped([PAGED_FROM]).state_dict()
+    parameter = torch.nn.Parameter(torch.zeros(PAGED_FROM))
+    spec = AdamW("paged_adamw", lr=1e-2)
+    optimizer = spec.build([spec.group([parameter])])
+    optimizer.load_state_dict(saved)
+    assert describe(optimizer, spec.name)["paged_bytes"] == 0
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert describe(optimizer, spec.name)["paged_fraction"] == 1.0
+
+
+def test_a_paged_optimizer_that_pages_nothing_says_so_before_the_first_step(paging, caplog):
+    optimizers._warn_once.cache_clear()
+    optimizer = stepped([PAGED_FROM - 1, 10])
+    assert "pages nothing: bitsandbytes pages no tensor under 100,000 elements" in caplog.text
+    assert "99,999" in caplog.text
+    found = describe(optimizer, "paged_adamw")
+    assert found["paging"] == "nothing"
+    assert found["effective_name"] == "adamw_32bit"
+    assert "optimizer.flat=true" in found["note"]
+
+
+def test_a_machine_that_cannot_page_runs_the_unpaged_optimizer_and_says_so_once(caplog):
+    import bitsandbytes
+
+    optimizers._warn_once.cache_clear()
+    first, _ = stepped([10]), stepped([10])
+    assert type(first) is bitsandbytes.optim.AdamW32bit
+    assert caplog.text.count("no CUDA device") == 1
+
+
+@pytest.mark.parametrize(("failed", "value", "says"), [(0, 1, ""), (0, 0, "cannot share"), (1, 0, "cannot share")])
+def test_the_driver_decides_whether_memory_can_be_paged(monkeypatch, failed, value, says):
+    class Driver:
+        def cuInit(self, flags):
+            return failed
+
+        def cuDeviceGetAttribute(self, out, attribute, device):
+            assert attribute == 89
+            out._obj.value = value
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(optimizers.ctypes, "CDLL", lambda name: Driver())
+    found = optimizers.cannot_page.__wrapped__()
+    assert says in found
+    assert bool(found) == bool(says)
 
 
 def test_the_learning_rate_in_the_rows_is_the_one_that_was_used(make_spec, curve):

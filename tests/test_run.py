@@ -11,6 +11,7 @@ from loralab.errors import ConfigError
 from loralab.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.run import Runner
+from loralab.telemetry.memory import PhaseMemory
 
 NF4 = FourBit(quant_type="nf4", double_quant=True)
 
@@ -212,6 +213,34 @@ def test_out_of_memory_is_named_in_the_record(make_spec, monkeypatch):
     record = Runner().run([make_spec()])[0]
     assert (record["status"], record["exit_code"]) == ("out_of_memory", 6)
     assert "data.batch_size" in record["error"]
+
+
+def test_a_run_that_dies_of_memory_leaves_what_it_used_in_its_record(make_spec, monkeypatch):
+    from loralab.module import FineTuner
+
+    def third_fails(self, *arguments):
+        if self.trials[0].step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *arguments)
+
+    step = FineTuner.training_step
+    monkeypatch.setattr(FineTuner, "training_step", third_fails)
+    record = Runner().run([make_spec(callbacks={"memory": PhaseMemory})])[0]
+    assert (record["status"], record["exit_code"]) == ("out_of_memory", 6)
+    assert record["memory"]["resident_by_phase"]["backward"] > 0
+    assert record["optimizer"]["state_bytes"] == 8 * record["adapter"]["trainable_parameters"]
+    assert (record["time"]["steps"], record["time"]["train_s"] > 0) == (2, True)
+
+
+def test_flat_state_with_a_loss_scaler_is_refused(make_spec):
+    record = Runner().run([make_spec(optimizer=AdamW(flat=True), precision="16-mixed")])[0]
+    assert record["exit_code"] == 2
+    assert "optimizer.flat=true does not go with trainer.precision=16-mixed" in record["error"]
+
+
+def test_flat_and_unflat_state_do_not_share_a_pack(make_spec):
+    records = Runner().run([make_spec("one"), make_spec("two", optimizer=AdamW(flat=True))])
+    assert [r["exit_code"] for r in records] == [2, 2]
 
 
 def test_a_full_disk_is_exit_7_and_keeps_the_finished_steps(make_spec, monkeypatch, curve):

@@ -5,16 +5,14 @@ Nothing heavy is imported before a command needs it, so that ``--help`` answers 
 
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ArtifactError, ConfigError, Interrupted, LoralabError, nearest
-from loralab.words import Words, quoted
+from loralab.errors import ArtifactError, ConfigError, Interrupted, nearest
+from loralab.words import Words
 
 HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
 
@@ -100,7 +98,7 @@ def train(words: Words) -> int:
         rest.append("hydra/launcher=packed")
     if "preview" in words:
         return preview(rest)
-    return Jobs(fresh="fresh" in words, many=words.many).run([*words.hydra, *rest])
+    return _run(words, words.many, [*words.hydra, *rest])
 
 
 def preview(overrides: list[str]) -> int:
@@ -143,9 +141,27 @@ def sweep(words: Words) -> int:
     if not any(word.startswith("hydra/launcher=") for word in rest):
         rest.append("hydra/launcher=packed")
     shown = [word for word in words.hydra if word not in ("-m", "--multirun")]
-    return Jobs(fresh="fresh" in words, many="--cfg" not in shown).run(
-        [*([] if "--cfg" in shown else ["-m"]), *shown, *rest]
-    )
+    many = "--cfg" not in shown
+    return _run(words, many, [*(["-m"] if many else []), *shown, *rest])
+
+
+def _run(words: Words, many: bool, arguments: list[str]) -> int:
+    """Through Hydra; the table and the page of what was a sweep."""
+    from loralab.sweep import Jobs
+
+    jobs = Jobs(fresh="fresh" in words, many=many)
+    code = jobs.run(arguments)
+    if many and jobs.folder is not None:
+        _show_report(jobs.folder)
+    return code
+
+
+def _show_report(folder: Path) -> None:
+    from loralab.reporting.report import report as write_report
+
+    made = write_report(folder)
+    print(made.table)
+    print(f"\nreport: {made.index}")
 
 
 def _sweep_names() -> list[str]:
@@ -155,84 +171,11 @@ def _sweep_names() -> list[str]:
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
 
 
-@dataclass
-class Jobs:
-    """What Hydra calls for each configuration, and what came of it."""
-
-    fresh: bool
-    many: bool
-    folder: Path | None = None
-    records: list[dict[str, Any]] = field(default_factory=list)
-    runner: Any = None
-    refused: LoralabError | None = None
-
-    def run(self, arguments: list[str]) -> int:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
-        import hydra
-
-        from loralab.config import data_root, register_resolvers
-
-        register_resolvers()
-        sys.argv = ["loralab", *quoted(arguments)]
-        conf = str(data_root() / "conf")
-        try:
-            hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
-        except Interrupted as stopped:
-            raise self._resumable(stopped) from stopped
-        if self.refused is not None:
-            raise self.refused
-        if self.many and self.folder is not None:
-            self._conclude()
-        failed = [int(record.get("exit_code") or 0) for record in self.records]
-        return next((code for code in failed if code), 0)
-
-    def job(self, config: Any) -> float | None:
-        """One trial: skipped where it is finished, else run; its metric goes back to the sweeper."""
-        from loralab.jobs import Job
-
-        job = Job.of(config, self.many)
-        self.folder = job.folder.parent if self.many else job.folder
-        try:
-            record = None if self.fresh else job.finished()
-            if record is None:
-                record = job.execute(self)
-            else:
-                job.say(record, skipped=True)
-        except LoralabError as error:  # of a single run; Hydra would print its own lines about it
-            self.refused = error
-            return None
-        self.records.append(record)
-        return job.value(record)
-
-    def _resumable(self, stopped: Interrupted) -> Interrupted:
-        """What is left to do and how, for a sweep that was stopped."""
-        if self.many and self.folder is not None:
-            from loralab import record
-
-            left = sum(trial.get("status") != "completed" for trial in record.read_sweep(self.folder)["trials"])
-            stopped.args = (
-                f"{stopped}; {left} trials are left: loralab sweep --resume {shlex.quote(str(self.folder))}",
-            )
-        return stopped
-
-    def _conclude(self) -> None:
-        from loralab.reporting.report import report
-
-        assert self.folder is not None
-        made = report(self.folder)
-        print(made.table)
-        print(f"\nreport: {made.index}")
-
-
 def report(words: Words) -> int:
     """Tables and the page of a finished or half-finished sweep, or of a single run."""
-    from loralab.reporting.report import report as write_report
-
     if len(words.rest) != 1:
         raise ConfigError("loralab report needs one folder: a sweep's or a run's")
-    made = write_report(Path(words.rest[0]))
-    print(made.table)
-    print(f"\nreport: {made.index}")
+    _show_report(Path(words.rest[0]))
     return 0
 
 
@@ -313,6 +256,8 @@ FLAGS = {  # where each means something
     "preview": "train",
     "resume": "sweep",
 }
+
+
 def bench(words: Words) -> int:
     """Speed beside other libraries, in one run."""
     from loralab import bench as benchmark

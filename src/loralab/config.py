@@ -27,6 +27,7 @@ SPECS = (
     "data",
     "logger",
     "model",
+    "memory",
 )  # cheapest import first
 VOLATILE = ("hydra", "logger", "callbacks", "sweep")  # they do not change what a trial computes
 ID_LENGTH = 10

@@ -31,6 +31,9 @@ def _paragraph(error: BaseException) -> str:
     if key and "not in struct" in text:
         full = key.group(1).rstrip(".")
         return f"{full} {_neighbours(full)}"
+    inner = re.search(r"Could not override '([^']+)'.*Key '[^']+' not in '([^']+)'", text)
+    if inner:
+        return f"{inner.group(1)} is not an option of {inner.group(2)}; loralab train --cfg hydra shows what is"
     group = re.search(r"Could not find '([^']+)'", text)
     if group:
         return _missing_option(group.group(1), text)

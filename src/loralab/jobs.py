@@ -2,11 +2,12 @@
 
 import hashlib
 import logging
-import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +17,9 @@ from loralab.config import plain, trial_id, trial_spec
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.locks import hold
 from loralab.telemetry.progress import clock
+
+if TYPE_CHECKING:
+    from loralab.run import TrialSpec
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +34,21 @@ class Job:
     choices: dict[str, str]
     number: int
     many: bool
+    _source: str | None = None
 
     @classmethod
     def of(cls, config: DictConfig, many: bool) -> "Job":
         """The job Hydra is running now."""
-        hydra = HydraConfig.get()
+        return cls.composed(config, HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir), many)
+
+    @classmethod
+    def composed(cls, config: DictConfig, hydra: Any, folder: Path, many: bool = True) -> "Job":
+        """A job that may run later; ``hydra``: Hydra's own part of its configuration."""
         if hydra.job.chdir:
             raise ConfigError("hydra.job.chdir=true would move every relative path; valid: false")
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
         number = int(hydra.job.num) if many else 0
-        return cls(config, Path(hydra.runtime.output_dir), list(hydra.overrides.task), choices, number, many)
+        return cls(config, folder, list(hydra.overrides.task), choices, number, many)
 
     def finished(self) -> dict[str, Any] | None:
         """The record of an earlier, completed run of the very same trial on the same files.
@@ -52,7 +61,7 @@ class Job:
             return None
         if stored["status"] != "completed":
             return None
-        if stored["trial"] != trial_id(self.config):
+        if stored["trial"] != self.trial:
             raise ArtifactError(
                 f"{self.folder} holds the completed trial {stored['trial']} of other settings; valid: another"
                 " hydra.run.dir, or --fresh to overwrite it"
@@ -73,35 +82,50 @@ class Job:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:16] if paths else None
 
-    def execute(self, jobs: Any) -> dict[str, Any]:
-        """Runs the trial. In a sweep a failure is in the record; alone it is raised."""
-        started, source = time.monotonic(), self.source()
+    @cached_property
+    def trial(self) -> str:
+        return trial_id(self.config)
+
+    def spec(self) -> "TrialSpec":
+        """Built and checked. Raises ConfigError."""
+        return trial_spec(self.config, self.folder, self.overrides, self.choices)
+
+    def execute(self, runner: Any) -> dict[str, Any]:
+        """Runs the trial alone. In a sweep a failure is in the record; a single run raises what is wrong with it."""
+        started = time.monotonic()
         try:
-            spec = trial_spec(self.config, self.folder, self.overrides, self.choices)
+            self.spec()
         except LoralabError as error:
             if not self.many:
                 raise
             return self._refused(error)
-        with hold(self.folder):
-            (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
+        with ExitStack() as stack:
+            spec = self.open(stack)
             if not self.many:
                 log.info("trial %s in %s: loading the base model", spec.id, self.folder)
-            else:
-                logging.getLogger("loralab.telemetry.progress").setLevel(logging.WARNING)
-            from loralab.run import Runner
-
-            if jobs.runner is None:
-                jobs.runner = Runner(progress=not self.many and sys.stderr.isatty())
-            done: dict[str, Any] = jobs.runner.run([spec])[0]
-            done["data"]["source"], done["cwd"] = source, str(Path.cwd())
-            record.write(self.folder, done)
+            done: dict[str, Any] = runner.run([spec])[0]
+            self.close(done)
         self.say(done, seconds=time.monotonic() - started)
         return done
+
+    def open(self, stack: ExitStack) -> "TrialSpec":
+        """The run folder, held until ``stack`` closes, with the configuration in it."""
+        stack.enter_context(hold(self.folder))
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
+        if self.many:
+            logging.getLogger("loralab.telemetry.progress").setLevel(logging.WARNING)
+        self._source = self.source()
+        return self.spec()
+
+    def close(self, done: dict[str, Any]) -> None:
+        """What only the command line knows: which files were read, and from where."""
+        done["data"]["source"], done["cwd"] = self._source, str(Path.cwd())
+        record.write(self.folder, done)
 
     def _refused(self, error: LoralabError) -> dict[str, Any]:
         content = plain(self.config)
         entry = record.blank(
-            trial_id(self.config),
+            self.trial,
             config=content,
             overrides=self.overrides,
             choices=self.choices,

@@ -119,6 +119,12 @@ class Pretrained:
             config.use_cache = False  # training never reads it; generation asks for it
         return config
 
+    def own_dropout(self) -> float:
+        """The largest dropout probability that the base itself would train with."""
+        found = vars(self.prepared_config(self.num_labels))
+        rates = [v for k, v in found.items() if "dropout" in k or k.endswith("_pdrop")]
+        return max((float(rate) for rate in rates if isinstance(rate, int | float)), default=0.0)
+
     def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
         """The model on the host or on ``device``, its Linear layers quantized one by one while they are read."""
         checkpoints.refuse_quantized(self._named, config, quantizer.name)

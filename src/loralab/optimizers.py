@@ -1,13 +1,19 @@
 """Specs around third-party optimizers and the learning-rate schedules: the bare classes accept nonsense."""
 
+import ctypes
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from loralab.errors import ConfigError, nearest
+
+log = logging.getLogger(__name__)
 
 TORCH = "adamw"
 BITSANDBYTES = {
@@ -16,6 +22,9 @@ BITSANDBYTES = {
     "paged_adamw": "PagedAdamW32bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
+UNPAGED = {"paged_adamw": "adamw_32bit", "paged_adamw_8bit": "adamw_8bit"}
+PAGED_FROM = 100_000  # elements; bitsandbytes pages no smaller state tensor (Optimizer8bit.get_state_buffer)
+MEMBERS = "loralab_members"  # attribute of a flat buffer: the parameters that are views of it
 MAX_LR = 1e30  # beyond, a step size overflows float32 inside torch, which would end the whole pack
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -29,6 +38,7 @@ class AdamW:
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
+    flat: bool = False  # one state buffer for all parameters of a dtype, so that small ranks page and take 8 bits
 
     def __post_init__(self) -> None:
         names = (TORCH, *BITSANDBYTES)
@@ -43,10 +53,15 @@ class AdamW:
         if not self.eps > 0:
             raise ConfigError(f"optimizer.eps must be positive, got {self.eps}")
 
-    def group(self, parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
-        """A parameter group with this spec's hyper-parameters."""
+    @property
+    def effective_name(self) -> str:
+        """The optimizer that this machine can run: a paged one's unpaged twin where memory cannot be paged."""
+        return UNPAGED.get(self.name, self.name) if cannot_page() else self.name
+
+    def group(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
+        """A parameter group with this spec's hyper-parameters; ``flat`` turns ``parameters`` into views of buffers."""
         return {
-            "params": parameters,
+            "params": flatten(parameters) if self.flat else parameters,
             "lr": self.lr,
             "weight_decay": self.weight_decay,
             "betas": tuple(self.betas),
@@ -55,9 +70,68 @@ class AdamW:
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """One optimizer over the groups of all trials of a pack."""
-        if self.name == TORCH:
-            return torch.optim.AdamW(groups)
-        return getattr(_bitsandbytes().optim, BITSANDBYTES[self.name])(groups)  # type: ignore[no-any-return]
+        kind: Any = torch.optim.AdamW
+        if self.name != TORCH:
+            kind = getattr(_bitsandbytes().optim, BITSANDBYTES[self.effective_name])
+        buffers = [parameter for group in groups for parameter in group["params"]]
+        if any(hasattr(parameter, MEMBERS) for parameter in buffers):
+            kind = type(f"Flat{kind.__name__}", (_Flat, kind), {})
+        optimizer: torch.optim.Optimizer = kind(groups)
+        if self.name in UNPAGED:
+            if doubt := _doubt(buffers):
+                _warn_once(f"optimizer={self.name} pages nothing: {doubt}")
+            _page_after_resume(optimizer)
+        return optimizer
+
+
+def flatten(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """One buffer for each dtype, shape (n,); from now on the parameters are views of it, under their own names."""
+    members: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        members.setdefault(parameter.dtype, []).append(parameter)
+    return [_buffer(own) for own in members.values()]
+
+
+def _buffer(members: list[nn.Parameter]) -> nn.Parameter:
+    buffer = nn.Parameter(torch.cat([member.detach().reshape(-1) for member in members]))
+    parts = torch.split(buffer.detach(), [member.numel() for member in members])
+    for member, part in zip(members, parts, strict=True):
+        member.data = part.view(member.shape)
+    setattr(buffer, MEMBERS, members)
+    return buffer
+
+
+class _Flat(torch.optim.Optimizer):
+    """Mixed into an optimizer over flat buffers: autograd and clipping see the parameters, the update the buffers."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:  # here, because clipping is part of Lightning's closure
+            with torch.enable_grad():
+                loss = closure()
+        for buffer in self._buffers():
+            members = getattr(buffer, MEMBERS)
+            if any(member.grad is not None for member in members):  # none: a trial that left its pack
+                buffer.grad = torch.cat([_gradient(member) for member in members])
+                for member in members:
+                    member.grad = None
+        super().step()
+        for buffer in self._buffers():
+            buffer.grad = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for buffer in self._buffers():
+            for member in getattr(buffer, MEMBERS):
+                member.grad = None
+
+    def _buffers(self) -> Iterator[nn.Parameter]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -98,27 +172,102 @@ class Schedule:
 def describe(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Any]:
     """The ``optimizer`` part of a record: bytes of state, of them in 8 bits and really paged.
 
-    bitsandbytes pages no tensor under 100,000 elements and none on a CPU; both are counted as they are, from the
-    ``is_paged`` mark of each state tensor.
+    All are counted as they are: from the dtype and the ``is_paged`` mark of each state tensor. ``paging`` is off (not
+    asked for), on, nothing (asked for, and no tensor is), or not applicable (this machine cannot); ``note`` says why.
     """
     states = [
         value
         for state in optimizer.state.values()
         for value in state.values()
-        if isinstance(value, torch.Tensor) and value.numel() > 1
+        if isinstance(value, Tensor) and value.numel() > 1
     ]
-    size = sum(value.numel() * value.element_size() for value in states)
-    eight = sum(value.numel() for value in states if value.dtype == torch.uint8)
-    paged = sum(value.numel() * value.element_size() for value in states if getattr(value, "is_paged", False))
-    effective = name if paged or not name.startswith("paged_") else name.removeprefix("paged_")
-    return {
+    size = sum(value.nbytes for value in states)
+    paged = sum(value.nbytes for value in states if getattr(value, "is_paged", False))
+    found = {
         "name": name,
-        "effective_name": "adamw_32bit" if effective == "adamw" and name != "adamw" else effective,
+        "effective_name": name if paged else UNPAGED.get(name, name),
         "state_bytes": size,
-        "eight_bit_bytes": eight,
+        "eight_bit_bytes": sum(value.numel() for value in states if value.dtype == torch.uint8),
         "paged_bytes": paged,
         "paged_fraction": paged / size if size else 0.0,
+        "paging": "on" if paged else "off",
+        "note": None,
     }
+    if name in UNPAGED and not paged:
+        found["paging"] = "not applicable" if cannot_page() else "nothing"
+        doubt = _doubt(parameter for group in optimizer.param_groups for parameter in group["params"])
+        found["note"] = f"optimizer={name} paged nothing: {doubt or 'no tensor of its state is marked as paged'}"
+        if not doubt:  # else it was told before the first step
+            log.warning("%s", found["note"])
+    return found
+
+
+def _doubt(parameters: Iterable[Tensor]) -> str:
+    """Why nothing of these can be paged; empty where something can."""
+    if reason := cannot_page():
+        return f"{reason}; it runs as its unpaged twin"
+    largest = max((parameter.numel() for parameter in parameters), default=0)
+    if largest >= PAGED_FROM:
+        return ""
+    return (
+        f"bitsandbytes pages no tensor under {PAGED_FROM:,} elements, and the largest here has {largest:,}: this run "
+        "differs in nothing from its unpaged twin. optimizer.flat=true joins tensors, a larger adapter.r widens them"
+    )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+@cache
+def cannot_page() -> str:
+    """Why this machine cannot page optimizer state to the host; empty where it can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    try:
+        driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+        # CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS; without it the device may not touch bitsandbytes' buffers
+        failed = driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(value), 89, 0)
+    except OSError as error:
+        return f"the CUDA driver cannot be asked ({error})"
+    return "" if not failed and value.value == 1 else "the device and the host cannot share managed memory"
+
+
+def repage(optimizer: Any) -> int:
+    """Pages state that a resume turned into ordinary tensors; returns how many tensors it moved.
+
+    bitsandbytes' load_state_dict and Lightning's move to the device each make plain CUDA tensors of it; a deep copy
+    even keeps the mark ``is_paged`` on memory that is not managed, so the page manager's own list decides.
+    """
+    functional, manager = _bitsandbytes().functional, optimizer.page_mng
+    managed = {tensor.data_ptr() for tensor in manager.paged_tensors}
+    moved = 0
+    for parameter, state in optimizer.state.items():
+        for key in ("state1", "state2"):
+            old = state.get(key)
+            if isinstance(old, Tensor) and old.numel() >= PAGED_FROM and old.data_ptr() not in managed:
+                new = functional.get_paged(*old.shape, dtype=old.dtype, device=parameter.device)
+                new.copy_(old.cpu())
+                state[key] = new
+                manager.paged_tensors.append(new)
+                moved += 1
+    return moved
+
+
+def _page_after_resume(optimizer: torch.optim.Optimizer) -> None:
+    """Before the first step, when a state, if any was, has been restored and moved for the last time."""
+    if cannot_page():
+        return
+
+    started: list[bool] = []
+
+    def at_first(*_: Any) -> None:
+        if not started and (moved := repage(optimizer)):
+            log.info("%d restored tensors of optimizer state are paged again", moved)
+        started[:] = [True]
+
+    optimizer.register_step_pre_hook(at_first)
 
 
 def _bitsandbytes() -> Any:

@@ -24,6 +24,7 @@ from loralab.module import FineTuner
 from loralab.quantization.base import Quantizer
 from loralab.quantization.none import NoQuantization
 from loralab.telemetry.environment import environment
+from loralab.telemetry.limits import MemorySpec
 from loralab.trainers import TrainerSpec, quiet
 from loralab.trial import EvaluationPasses, Settings, TrainPasses, Trial
 
@@ -47,6 +48,7 @@ class TrialSpec:
     schedule: optimizers.Schedule
     trainer: TrainerSpec
     logger: Wandb
+    memory: MemorySpec = field(default_factory=MemorySpec)
     callbacks: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
@@ -75,6 +77,7 @@ class TrialSpec:
         return (
             *(repr(self.model), repr(self.quantization), self.optimizer.name, type(self.data).__name__),
             *(spec.accumulate_grad_batches, spec.val_check_interval, spec.precision, spec.accelerator),
+            self.optimizer.flat,
         )
 
 
@@ -122,6 +125,7 @@ class Runner:
         _check_pack(specs)
         device = specs[0].trainer.device
         specs[0].trainer.check_precision()
+        specs[0].memory.check(device)
         tokenizer = self._tokenizer(specs[0].model)
         data = [self._encoded(spec, tokenizer) for spec in specs]
         base = self._load(specs[0], tokenizer, data[0], device)
@@ -145,6 +149,10 @@ class Runner:
         if key not in self._tokenizers:
             self._tokenizers[key] = spec.load_tokenizer()
         return self._tokenizers[key]
+
+    def encoded(self, spec: TrialSpec) -> Encoded:
+        """The trial's data in token ids, read once for all trials that share it."""
+        return self._encoded(spec, self._tokenizer(spec.model))
 
     def _encoded(self, spec: TrialSpec, tokenizer: Any) -> Encoded:
         key = f"{spec.data} {spec.model.task} {spec.model.max_length} {tokenizer.name_or_path}"
@@ -184,45 +192,61 @@ class Fit:
     ) -> None:
         self.base, self.specs, self.trials, self.started = base, specs, trials, started
         self.progress = progress
-        self.callbacks = [build() for build in specs[0].callbacks.values()]
+        self.callbacks = [build() for build in specs[0].callbacks.values()] + specs[0].memory.callbacks()
         self.module = FineTuner(base.model, trials)
+        self.optimizer: dict[str, Any] = {}  # what came of its state
 
     def run(self) -> None:
         for spec, trial in zip(self.specs, self.trials, strict=True):
             name = " ".join(o for o in spec.overrides if not o.startswith("hydra")) or spec.id
             trial.open(spec.logger.start(spec.folder, name[:120], spec.sweep, spec.config))
         begun = time.monotonic()
-        optimizer = self._train() if any(trial.alive for trial in self.trials) else {}
-        seconds = time.monotonic() - begun
-        self._evaluate("val", "validation")
-        if self.specs[0].trainer.test and all(len(trial.data.test) for trial in self.trials):
-            self._evaluate("test", "test")
-        self._note(optimizer, begun - self.started, seconds)
+        seconds = 0.0
+        try:
+            if any(trial.alive for trial in self.trials):
+                self._train()
+            seconds = time.monotonic() - begun
+            self._evaluate("val", "validation")
+            if self.specs[0].trainer.test and all(len(trial.data.test) for trial in self.trials):
+                self._evaluate("test", "test")
+        finally:  # what a run that ran out of memory used is the point of its record
+            self._note(begun - self.started, seconds or time.monotonic() - begun)
         for spec, trial in zip(self.specs, self.trials, strict=True):
             self._finish(spec, trial)
 
-    def _train(self) -> dict[str, Any]:
-        """What came of the optimizer's state. Not called for max_steps=0, which scores the base as it is."""
-        trainer = self.specs[0].trainer.build(self.callbacks, self.progress)
+    def _train(self) -> None:
+        """Not called for max_steps=0, which scores the base as it is."""
+        spec, config = self.specs[0], self.base.model.config
+        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        passes = spec.memory.passes(TrainPasses(self.trials), spec.model.max_length, positions)
+        trainer = spec.trainer.build(self.callbacks, self.progress)
         self.module.train()  # Lightning keeps the mode it finds, and from_pretrained leaves evaluation mode
-        trainer.fit(self.module, TrainPasses(self.trials), EvaluationPasses(self.trials, "validation"))
-        return optimizers.describe(trainer.optimizers[0], self.specs[0].optimizer.name)
+        try:
+            with spec.memory.capped():
+                trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
+        finally:
+            if trainer.optimizers:
+                self.optimizer = optimizers.describe(trainer.optimizers[0], spec.optimizer.name)
 
-    def _note(self, optimizer: dict[str, Any], startup: float, seconds: float) -> None:
-        """Memory, time and optimizer state: the pack's, the same in each record."""
-        memory: dict[str, Any] = {}
+    def _note(self, startup: float, seconds: float) -> None:
+        """Memory, time and optimizer state: the pack's, the same in each record. A profiled step is in no time."""
+        memory: dict[str, Any] = self.specs[0].memory.record()
+        left_out: dict[int, int] = {}
         for callback in self.callbacks:
             if hasattr(callback, "summary"):
                 memory.update(callback.summary())
-        for trial in self.trials:
-            trial.record["optimizer"].update(optimizer)
+            seconds -= getattr(callback, "excluded_s", 0.0)
+            left_out.update(getattr(callback, "excluded_tokens", {}))
+        for index, trial in enumerate(self.trials):
+            trial.record["optimizer"].update(self.optimizer)
             trial.record["memory"].update(memory)
+            timed = trial.tokens - left_out.get(index, 0)
             trial.record["time"].update(
                 startup_s=startup,
                 train_s=seconds,
                 steps=trial.step,
                 tokens=trial.tokens,
-                tokens_per_s=trial.tokens / seconds if seconds else None,
+                tokens_per_s=timed / seconds if seconds > 0 else None,
             )
 
     def _evaluate(self, prefix: str, split: str) -> None:
@@ -260,6 +284,8 @@ class Fit:
         for sink in trial.sinks:
             if hasattr(sink, "summarize"):
                 sink.summarize({**trial.metrics, "status": entry["status"]})
+                if spikes := entry["memory"].get("spikes"):
+                    sink.table("memory/spikes", list(spikes[0]), [list(spike.values()) for spike in spikes])
         trial.save()
 
 
@@ -319,10 +345,19 @@ def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, A
 def _check_pack(specs: list[TrialSpec]) -> None:
     if not specs:
         raise ConfigError("there is no trial to run")
+    flat = next((spec for spec in specs if spec.optimizer.flat and spec.trainer.precision == "16-mixed"), None)
+    if flat is not None:
+        raise ConfigError(
+            "optimizer.flat=true does not go with trainer.precision=16-mixed, whose loss scaler looks for gradients in "
+            "the optimizer's own buffers; valid: bf16-mixed or 32-true, or optimizer.flat=false"
+        )
     if len(specs) == 1:
         return
     if len({spec.shares for spec in specs}) > 1:
         raise ConfigError("the trials of one pack must share model, quantization, optimizer, precision and intervals")
+    measured = [spec for spec in specs if spec.memory.alone]
+    if measured:
+        raise ConfigError(f"trial {measured[0].id} cannot share a pass: {measured[0].memory.alone}")
     alone = [spec for spec in specs if not (spec.adapter.packable and spec.quantization.packable)]
     if alone:
         raise ConfigError(

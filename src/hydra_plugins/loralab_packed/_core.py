@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loralab import record
 from loralab.config import trial_id
-from loralab.errors import ArtifactError, ConfigError
+from loralab.errors import ArtifactError, ConfigError, nearest
+from loralab.jobs import Job
 from loralab.locks import hold
 
 
@@ -21,6 +22,8 @@ def launch(
     master: DictConfig,
     job_overrides: Sequence[Sequence[str]],
     first: int,
+    token_budget: int | None = None,
+    pack: bool = False,
 ) -> list[JobReturn]:
     """A JobReturn for each of ``job_overrides``, in their order."""
     setup_globals()
@@ -30,6 +33,9 @@ def launch(
     with hold(folder):
         configs = [_compose(context, master, list(overrides), first + i) for i, overrides in enumerate(job_overrides)]
         ledger = Ledger(folder, master, configs)
+        owner: Any = getattr(task_function, "__self__", None)
+        if pack and hasattr(owner, "prepare"):  # loralab's own; another's task runs trial by trial
+            owner.prepare([_job(folder, config) for config in configs], token_budget)
         return [_run(context, task_function, config, ledger) for config in configs]
 
 
@@ -43,8 +49,17 @@ def _run(context: HydraContext, task_function: TaskFunction, config: DictConfig,
             job_subdir_key="hydra.sweep.subdir",
         )
     finally:  # a sweep that is stopped leaves no trial in doubt
-        ledger.update(config)
+        ledger.update()
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+
+
+def checked(pack: str, token_budget: int | None) -> int | None:
+    """The token budget. Raises ConfigError for an unknown policy or a budget below one token."""
+    if pack not in ("auto", "off"):
+        raise ConfigError(f"hydra.launcher.pack={pack!r} is unknown; {nearest(str(pack), ('auto', 'off'))}")
+    if token_budget is not None and token_budget < 1:
+        raise ConfigError(f"hydra.launcher.token_budget must be at least 1 token, got {token_budget}")
+    return token_budget
 
 
 def _compose(context: HydraContext, master: DictConfig, overrides: list[str], number: int) -> DictConfig:
@@ -52,6 +67,11 @@ def _compose(context: HydraContext, master: DictConfig, overrides: list[str], nu
     with open_dict(config):
         config.hydra.job.id = config.hydra.job.num = number
     return config
+
+
+def _job(folder: Path, config: DictConfig) -> Job:
+    hidden = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return Job.composed(hidden, config.hydra, folder / _subdir(config))
 
 
 class Ledger:
@@ -80,10 +100,11 @@ class Ledger:
         }
         record.write_sweep(folder, self.content)
 
-    def update(self, config: DictConfig) -> None:
-        """Read one trial's status from its record."""
-        entry = next(one for one in self.content["trials"] if one["trial"] == trial_id(config))
-        entry["status"] = status_of(self.folder / entry["folder"])
+    def update(self) -> None:
+        """Read the status of every trial that was not complete from its record."""
+        for entry in self.content["trials"]:
+            if entry["status"] != "completed" or not entry.get("earlier"):
+                entry["status"] = status_of(self.folder / entry["folder"])
         record.write_sweep(self.folder, self.content)
 
 
@@ -116,13 +137,18 @@ def status_of(folder: Path) -> str:
         return "pending"
 
 
-def _entry(folder: Path, config: DictConfig) -> dict[str, Any]:
+def _subdir(config: DictConfig) -> str:
+    """As Hydra will resolve it for this trial."""
     original = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
     try:
-        subdir = str(OmegaConf.select(config, "hydra.sweep.subdir"))
+        return str(OmegaConf.select(config, "hydra.sweep.subdir"))
     finally:
         HydraConfig.instance().cfg = original
+
+
+def _entry(folder: Path, config: DictConfig) -> dict[str, Any]:
+    subdir = _subdir(config)
     return {
         "trial": trial_id(config),
         "folder": subdir,

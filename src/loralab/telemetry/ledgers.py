@@ -1,0 +1,166 @@
+"""Who holds how many bytes: torch's allocator, the driver, the host; and how long a phase took on each device.
+
+bitsandbytes' paged state is in none of torch's numbers: it is managed memory, seen by the driver while its pages are
+on the card, and by the host while they are not.
+"""
+
+import logging
+import os
+import re
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+PROC = ("/proc/self/statm", "/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One phase's memory. ``peak``: the allocator's on CUDA, the resident set at the phase's end on a CPU."""
+
+    peak: int
+    reserved: int | None = None  # by torch's caching allocator, at its peak
+    used: int | None = None  # on the card by everyone, as the driver says
+
+
+class Host:
+    """A CPU: torch keeps no allocator statistics there, so a phase has its resident set."""
+
+    device = "cpu"
+    instrument = "resident set size"
+    retries = 0
+
+    def __init__(self) -> None:
+        # kept open: a step may not cost a look-up of the path
+        opened = [os.open(p, os.O_RDONLY | os.O_CLOEXEC) if Path(p).is_file() else None for p in PROC]
+        self._statm, self._meminfo = opened
+        for one in opened:
+            if one is not None:
+                weakref.finalize(self, os.close, one)
+        self._page = os.sysconf("SC_PAGE_SIZE")
+
+    def read(self) -> Reading:
+        """Memory since the last reading."""
+        return Reading(self.resident())
+
+    def resident(self) -> int:
+        """Resident set size of this process in bytes (Linux; elsewhere its peak so far)."""
+        if self._statm is not None:
+            return int(os.pread(self._statm, 64, 0).split()[1]) * self._page
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def available(self) -> int | None:
+        """Bytes that the host could still give without swapping; null where it does not say."""
+        if self._meminfo is None:
+            return None
+        found = re.search(rb"MemAvailable:\s+(\d+) kB", os.pread(self._meminfo, 512, 0))
+        return int(found[1]) * 1024 if found else None
+
+    def managed_resident(self, managed: int) -> int | None:
+        """How many of the ``managed`` bytes are on the card, by estimate."""
+        return None
+
+    def mark(self) -> Any:
+        """A point in the device's time."""
+        return time.perf_counter()
+
+    def passed(self, mark: Any) -> bool:
+        """Whether the device has come to ``mark``; asking does not wait."""
+        return True
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(end - start)
+
+    def wait(self) -> None:
+        """Returns when all that was given to the device is done."""
+
+
+class Cuda(Host):
+    """A card: three ledgers. Nothing here waits for the device but ``wait``."""
+
+    device = "cuda"
+    instrument = "torch allocator peak"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._readable = True
+        self._reserved = 0
+        used = self.used()
+        self._overhead = None if used is None else used - torch.cuda.memory_reserved()
+        self.others = other_processes()
+        if self.others:
+            log.warning(
+                "%d other processes use this card: device_used and managed_resident count their memory too, and times "
+                "are shared with them",
+                self.others,
+            )
+
+    def read(self) -> Reading:
+        stats = torch.cuda.memory_stats_as_nested_dict()  # memory_stats() flattens and sorts hundreds of entries
+        torch.cuda.reset_peak_memory_stats()
+        self.retries = int(stats.get("num_alloc_retries", 0))
+        allocated, reserved = (stats.get(f"{kind}_bytes", {}).get("all", {}) for kind in ("allocated", "reserved"))
+        self._reserved = int(reserved.get("current", 0))
+        return Reading(int(allocated.get("peak", 0)), int(reserved.get("peak", 0)), self.used())
+
+    def used(self) -> int | None:
+        """Bytes in use on the card by the driver's count; null, and said once, where it does not answer."""
+        if self._readable:
+            try:
+                free, total = torch.cuda.mem_get_info()
+                return total - free
+            except RuntimeError as error:
+                self._readable = False
+                log.warning("the driver does not say how much of the card is used (%s); training goes on", error)
+        return None
+
+    def managed_resident(self, managed: int) -> int | None:
+        used = self.used()
+        if used is None or self._overhead is None:
+            return None
+        return min(max(used - self._reserved - self._overhead, 0), managed)
+
+    def mark(self) -> Any:
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def passed(self, mark: Any) -> bool:
+        return bool(mark.query())
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) / 1000
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+def other_processes() -> int | None:
+    """Processes that compute on this card beside this one; null, and said, where NVML cannot be read."""
+    try:
+        text = torch.cuda.list_gpu_processes()
+    except Exception as error:  # NVML's own errors, or no library at all
+        text = f"{type(error).__name__}: {error}"
+    found = re.findall(r"process\s+\d+ uses", text)
+    if found or "no processes" in text:
+        return max(0, len(found) - 1)  # process ids differ inside a container: count, do not compare
+    log.warning("NVML cannot be read (%s): whether others use this card is not known", " ".join(text.split())[:120])
+    return None
+
+
+def managed_bytes(optimizers: Iterable[Any]) -> int:
+    """Bytes of optimizer state in managed memory, as each tensor's own mark says."""
+    states = (state for optimizer in optimizers for state in optimizer.state.values())
+    values = (value for state in states for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, Tensor) and getattr(value, "is_paged", False))
