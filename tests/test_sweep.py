@@ -152,11 +152,22 @@ def test_resume_of_a_folder_without_a_sweep_is_refused(tmp_path, capsys):
     assert "sweep.json" in capsys.readouterr().err
 
 
-def start(tiny_arguments, folder, cwd, *words):
+@pytest.fixture
+def start(tiny_arguments, folder, tmp_path):
+    """Starts a sweep in a process of its own, which no test leaves behind."""
     command = [sys.executable, "-m", "loralab.cli", "train", "-m", *tiny_arguments, f"hydra.sweep.dir='{folder}'"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *words], cwd=cwd, env=environment, **quiet)
+    started = []
+
+    def run(*words):
+        started.append(subprocess.Popen([*command, *words], cwd=tmp_path, env=environment, **quiet))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def until(condition, seconds=60.0):
@@ -177,9 +188,9 @@ def running_one(folder):
     return "completed" in states and "running" in states
 
 
-def test_after_kill_9_the_same_command_finishes_the_rest(tiny_arguments, sweep, folder, tmp_path):
+def test_after_kill_9_the_same_command_finishes_the_rest(start, sweep, folder):
     words = ["seed=0,1,2", "trainer.max_steps=2", *FAST]
-    slow = start(tiny_arguments, folder, tmp_path, *words)
+    slow = start(*words)
     until(lambda: len(record.read_sweep(folder)["trials"]) == 3)
     assert statuses(folder)[-1] != "completed"  # listed before they run
     until(lambda: any(record.read(found)["status"] == "completed" for found in record.find(folder)))
@@ -194,8 +205,8 @@ def test_after_kill_9_the_same_command_finishes_the_rest(tiny_arguments, sweep, 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_sweep_with_its_code_and_keeps_what_is_done(tiny_arguments, folder, tmp_path, number, code):
-    running = start(tiny_arguments, folder, tmp_path, "trainer.max_steps=2,100000", *FAST)
+def test_a_signal_ends_the_sweep_with_its_code_and_keeps_what_is_done(start, folder, number, code):
+    running = start("trainer.max_steps=2,100000", *FAST)
     until(lambda: running_one(folder))
     time.sleep(0.5)
     running.send_signal(number)

@@ -108,7 +108,7 @@ class Jobs:
         for pack in packs:
             if len(pack.trials) > 1:
                 together = [waiting[trial] for trial in pack.trials]
-                self.packs.update({trial: together for trial in pack.trials})
+                self.packs.update(dict.fromkeys(pack.trials, together))
         for why, count in Counter(pack.why for pack in packs if pack.why).items():
             log.info("%d of %d trials run alone: %s", count, len(waiting), why)
         return packs

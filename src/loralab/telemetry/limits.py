@@ -153,7 +153,9 @@ class Ballast(Callback):
     ) -> None:
         if self._held is None and trainer.global_step == (self.steps if self.size == "auto" else WARM_UP):
             observer = next((one for one in trainer.callbacks if isinstance(one, PhaseMemory)), None)  # type: ignore[attr-defined]
-            seen = [observer.peaks[phase] for phase in SPLIT] if observer else [torch.cuda.max_memory_allocated()]
+            seen = (
+                [observer.peaks.get(phase, 0) for phase in SPLIT] if observer else [torch.cuda.max_memory_allocated()]
+            )
             self._take(max(seen), trainer.optimizers)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
