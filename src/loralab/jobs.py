@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,6 @@ class Job:
     choices: dict[str, str]
     number: int
     many: bool
-    _source: str | None = None
 
     @classmethod
     def of(cls, config: DictConfig, many: bool) -> "Job":
@@ -104,7 +103,6 @@ class Job:
             if not self.many:
                 log.info("trial %s in %s: loading the base model", spec.id, self.folder)
             done: dict[str, Any] = runner.run([spec])[0]
-            self.close(done)
         self.say(done, seconds=time.monotonic() - started)
         return done
 
@@ -114,13 +112,7 @@ class Job:
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
         if self.many:
             logging.getLogger("loralab.telemetry.progress").setLevel(logging.WARNING)
-        self._source = self.source()
-        return self.spec()
-
-    def close(self, done: dict[str, Any]) -> None:
-        """What only the command line knows: which files were read, and from where."""
-        done["data"]["source"], done["cwd"] = self._source, str(Path.cwd())
-        record.write(self.folder, done)
+        return replace(self.spec(), source=self.source())
 
     def _refused(self, error: LoralabError) -> dict[str, Any]:
         content = plain(self.config)

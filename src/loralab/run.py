@@ -54,6 +54,7 @@ class TrialSpec:
     overrides: list[str] = field(default_factory=list)
     choices: dict[str, str] = field(default_factory=dict)
     sweep: str | None = None
+    source: str | None = None  # digest of the data files, by which a rerun knows that they are the same
 
     def settings(self) -> Settings:
         """What the trial may differ in from others of its pack."""
@@ -311,6 +312,7 @@ def _new_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     entry = record.blank(spec.id, config=spec.config, overrides=spec.overrides, choices=spec.choices, seed=spec.seed)
     entry["pack"] = {"size": size, "index": index}
     entry["environment"] = environment()
+    entry["cwd"] = str(Path.cwd())  # what relative paths among the overrides are relative to
     entry["pid"], entry["host"] = os.getpid(), socket.gethostname()
     return entry
 
@@ -338,6 +340,7 @@ def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, A
         "fingerprint": data.splits.fingerprint,
         "rows": {split: len(getattr(data, split)) for split in ("train", "validation", "test")},
         "truncated": data.truncated,
+        "source": spec.source,
     }
     return Trial(spec.settings(), adapter, data, spec.model.task, base.tokenizer.pad_token_id, entry)
 

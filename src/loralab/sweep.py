@@ -124,8 +124,6 @@ class Jobs:
         with ExitStack() as stack:
             specs = [job.open(stack) for job in jobs]
             done = self.runner.run(specs)
-            for job, one in zip(jobs, done, strict=True):
-                job.close(one)
         undone = [job for job, one in zip(jobs, done, strict=True) if one["status"] in ("failed", "out_of_memory")]
         seconds = (time.monotonic() - begun) / len(jobs)
         for job, one in zip(jobs, done, strict=True):
@@ -163,6 +161,8 @@ def _alone(spec: "TrialSpec") -> str:
         return f"adapter={spec.adapter.method} cannot share a pass"
     if not spec.quantization.packable:
         return f"quantization={spec.quantization.name} looks at the whole batch"
+    if spec.memory.alone:
+        return spec.memory.alone
     dropout = spec.model.own_dropout()
     if dropout:
         return f"the base's own dropout ({dropout:g}) cannot be drawn for each trial; model.dropout=0 switches it off"
