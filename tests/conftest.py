@@ -180,7 +180,7 @@ def tiny_arguments(tokenizer_folder, rows):
         *(f"+model.config.{key}={value}" for key, value in config.items()),
         *("data=files", "data.prompt='{q}'", "data.target='{a}'", "data.batch_size=2"),
         *(f"data.{split}={rows['pairs', split]}" for split in ("train", "validation")),
-        *("logger=none", "trainer=cpu", "trainer.max_steps=2", "adapter.r=2", "callbacks=none"),
+        *("logger=none", "trainer=cpu", "trainer.max_steps=2", "adapter.r=2", "callbacks=none", "plan.record=false"),
     ]
 
 

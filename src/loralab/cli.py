@@ -20,6 +20,7 @@ HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
   loralab sweep  NAME [k=v ...]   the question in sweeps/NAME.yaml; finished trials are skipped (--fresh: rerun)
   loralab sweep  --resume DIR     finishes a half-finished sweep
   loralab report DIR              table, page, CSV and JSON of a sweep or a run
+  loralab plan   [k=v ...]        predicted peak memory, without weights or GPU; plan.budget_gib=24: what would fit
   loralab count  [k=v ...]        exact parameter counts, without weights
   loralab quantize [k=v ...]      a model's weights under every scheme: bits, bytes, error; --evaluate: also loss, KL
   loralab ls     [DIR]            sweeps and runs below DIR (default: runs) and their state
@@ -31,8 +32,8 @@ Settings are Hydra's k=v: model=, quantization=, adapter=, data=, optimizer=, sc
   loralab train --cfg job         the whole configuration, composed but not run
   loralab train --preview         the first rows as the model sees them; nothing is trained
 
-Flags, anywhere: --json (count, quantize, doctor, ls, bench), --evaluate, --fresh, --resume DIR, --debug (tracebacks),
-  --version, --help
+Flags, anywhere: --json (count, plan, quantize, doctor, ls, bench), --evaluate, --fresh, --resume DIR,
+  --debug (tracebacks), --version, --help
 Exit codes: 0 ok, 1 internal, 2 configuration, 3 data, 4 artifact, 5 diverged, 6 out of memory, 7 disk, 130, 143
 """
 
@@ -196,6 +197,26 @@ def count(words: Words) -> int:
     return 0
 
 
+def plan(words: Words) -> int:
+    """Predicted peak memory, without weights, data or a GPU."""
+    from loralab.config import compose, trial_spec
+
+    spec = trial_spec(compose(words.overrides()), Path())
+    from loralab.planning import plan as planning
+
+    device = "cuda" if spec.plan.device == "auto" else spec.plan.device
+    found = planning.predict(spec, device)
+    if "json" in words:
+        print(json.dumps(found.as_dict()))
+        return 0
+    print(planning.render(found), flush=True)
+    budget = spec.plan.budget_gib or 0.0
+    for what in planning.WHATS if budget else ():  # each a bisection of traces: a minute or so for a large model
+        fits = planning.largest(spec, budget * planning.GIB, what, device)
+        print(f"largest {what} in {budget:g} GiB, the rest as it is: {fits:,}", flush=True)
+    return 0
+
+
 def quantize(words: Words) -> int:
     """A quantization study: JSON and a page in its run folder, a table here."""
     from loralab.config import build, compose, plain, quantizers
@@ -250,7 +271,7 @@ def doctor(words: Words) -> int:
 
 
 FLAGS = {  # where each means something
-    "json": "count, quantize, doctor, ls, bench",
+    "json": "count, plan, quantize, doctor, ls, bench",
     "evaluate": "quantize",
     "fresh": "train, sweep",
     "preview": "train",
@@ -273,6 +294,7 @@ COMMANDS: dict[str, Callable[[Words], int]] = {
     "sweep": sweep,
     "report": report,
     "count": count,
+    "plan": plan,
     "quantize": quantize,
     "ls": ls,
     "doctor": doctor,

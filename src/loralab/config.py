@@ -28,8 +28,9 @@ SPECS = (
     "logger",
     "model",
     "memory",
+    "plan",
 )  # cheapest import first
-VOLATILE = ("hydra", "logger", "callbacks", "sweep")  # they do not change what a trial computes
+VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # they do not change what a trial computes
 ID_LENGTH = 10
 OTHERS = ("callbacks", "seed", "metric", "metric_mode", "sweep")
 

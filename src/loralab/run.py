@@ -21,6 +21,8 @@ from loralab.errors import ConfigError, DataError, DiskError, Interrupted, Loral
 from loralab.interop.peft import save_adapter
 from loralab.loggers.wandb import Wandb
 from loralab.module import FineTuner
+from loralab.planning.foresee import Foresight
+from loralab.planning.plan import PlanSpec
 from loralab.quantization.base import Quantizer
 from loralab.quantization.none import NoQuantization
 from loralab.telemetry.environment import environment
@@ -49,6 +51,7 @@ class TrialSpec:
     trainer: TrainerSpec
     logger: Wandb
     memory: MemorySpec = field(default_factory=MemorySpec)
+    plan: PlanSpec = field(default_factory=lambda: PlanSpec(record=False))
     callbacks: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
@@ -91,6 +94,7 @@ class Runner:
         self._base_key: tuple[Any, ...] = ()
         self._tokenizers: dict[str, Any] = {}
         self._data: dict[str, Encoded] = {}
+        self.foresight = Foresight()
 
     def run(self, specs: list[TrialSpec]) -> list[dict[str, Any]]:
         """Fits ``specs`` together and returns their records, which are also on disk. A trial's failure is in its
@@ -129,6 +133,10 @@ class Runner:
         specs[0].memory.check(device)
         tokenizer = self._tokenizer(specs[0].model)
         data = [self._encoded(spec, tokenizer) for spec in specs]
+        held = self._base.size.bytes if self._base is not None else 0
+        plan = self.foresight.check(specs, data, device, held)
+        for entry in records:
+            entry["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
         base = self._load(specs[0], tokenizer, data[0], device)
         _check_labels(base, data)
         if len(specs) > 1 and base_dropout(base.model) > 0:

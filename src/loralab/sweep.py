@@ -109,9 +109,24 @@ class Jobs:
             if len(pack.trials) > 1:
                 together = [waiting[trial] for trial in pack.trials]
                 self.packs.update(dict.fromkeys(pack.trials, together))
+        self._foresee(packs, waiting)
         for why, count in Counter(pack.why for pack in packs if pack.why).items():
             log.info("%d of %d trials run alone: %s", count, len(waiting), why)
         return packs
+
+    def _foresee(self, packs: Sequence[Pack], waiting: dict[str, Job]) -> None:
+        """Arithmetic over all packs, and a trace of the one that seems to need most."""
+        specs = [[waiting[trial].spec() for trial in pack.trials] for pack in packs]
+        if not specs or not specs[0][0].plan.record:
+            return
+        from loralab.planning.foresee import sentence
+        from loralab.planning.plan import estimate
+
+        device = specs[0][0].trainer.device
+        largest = max(specs, key=lambda pack: estimate(pack, device))
+        plan = self.runner.foresight.plan(largest, [self.runner.encoded(one) for one in largest], device)
+        if plan is not None:
+            log.info("%s", sentence(len(largest), plan))
 
     def _run_pack(self, jobs: list[Job]) -> None:
         """Trials together; what fails for all of them runs again in halves (memory) or one by one."""

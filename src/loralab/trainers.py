@@ -96,4 +96,5 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     disable_progress_bar()
+    warnings.filterwarnings("ignore", message=r".*gradient_checkpointing_enable. is deprecated")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")

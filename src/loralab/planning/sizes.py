@@ -1,0 +1,113 @@
+"""What a run weighs before any activation, from shapes alone: the model is built on the meta device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loralab import models
+from loralab.adapters.base import Adapter
+from loralab.optimizers import PAGED_FROM, TORCH, UNPAGED
+from loralab.planning.trace import Planned, stack
+from loralab.quantization.base import is_linear, linear_shape, quantizable
+
+EIGHT_BIT_FROM = 4096  # elements; bitsandbytes keeps smaller states in 32 bits (min_8bit_size)
+EIGHT_BIT_BLOCK = 256  # states that share one float32 absmax
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes, but for ``dtype_bytes`` (of one unquantized weight), ``largest_layer`` (weights), ``adapted_width``."""
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    paged: int  # of ``optimizer``, where managed memory can be had
+    dtype_bytes: int
+    largest_layer: int
+    adapted_width: int  # input features of all adapted layers together
+
+
+def sizes(spec: Planned) -> Sizes:
+    """Exact, but for code tables and rounding."""
+    model = _skeleton(spec.model)
+    dtype = spec.model.dtype if spec.model.dtype != "auto" else "float32"
+    each = int(getattr(torch, dtype).itemsize)
+    shapes = [linear_shape(model.get_submodule(name)) for name in _quantized(model, spec)]
+    packed = sum(-(-spec.quantization.storage_bits(*shape) // 8) for shape in shapes)
+    dense = sum(p.numel() for p in model.parameters()) - sum(out * width for out, width in shapes)
+    adapter = spec.adapter.attach(model)
+    trained = [p.numel() for p in adapter.parameters()]
+    adapted = [model.get_submodule(name) for name in {name for name, _ in adapter.adapted()}]
+    adapter.detach()
+    own = sum(trained) * (each if spec.adapter.changes_base else 4)
+    trained = [sum(trained)] if spec.optimizer.flat else trained
+    states = {n: _state(spec.optimizer.name, n, own // sum(trained) if sum(trained) else 4) for n in set(trained)}
+    return Sizes(
+        base=packed + each * dense,
+        adapter=0 if spec.adapter.changes_base else own,
+        gradients=own,
+        optimizer=sum(states[n] for n in trained),
+        paged=sum(states[n] for n in trained if n >= PAGED_FROM) if spec.optimizer.name in UNPAGED else 0,
+        dtype_bytes=each,
+        largest_layer=max((out * width for out, width in shapes), default=0),
+        adapted_width=sum(linear_shape(layer)[1] for layer in adapted if is_linear(layer)),
+    )
+
+
+def _state(name: str, n: int, bytes_each: int) -> int:
+    """Of a tensor of n parameters: two moments, in its own dtype (torch), float32, or 8 bits and an absmax a block."""
+    if name == TORCH:
+        return 2 * bytes_each * n + 4
+    if "8bit" not in name or n < EIGHT_BIT_FROM:
+        return 8 * n
+    return 2 * (n + 4 * -(-n // EIGHT_BIT_BLOCK))
+
+
+def homogeneous_layers(specs: Sequence[Planned]) -> int | None:
+    """How many layers the stack has, where all are alike to every trial of the pack; None where they are not."""
+    model = _skeleton(specs[0].model)
+    config: Any = model.config
+    layers = stack(model)
+    if layers is None or len(set(getattr(config, "layer_types", None) or [""])) > 1:
+        return None
+    adapters = [spec.adapter.attach(model) for spec in specs]
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    marks: list[set[Any]] = [{(name, tuple(p.shape)) for name, p in layer.named_parameters()} for layer in layers]
+    for name in _quantized(model, specs[0]):
+        _mark(marks, prefix, name, "packed")
+    for number, adapter in enumerate(adapters):
+        for name, shapes in _deltas(adapter):
+            _mark(marks, prefix, name, (number, shapes))
+        adapter.detach()
+    return len(layers) if all(mark == marks[0] for mark in marks) else None
+
+
+def _mark(marks: list[set[Any]], prefix: str, name: str, what: Any) -> None:
+    if name.startswith(f"{prefix}."):
+        number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+        marks[int(number)].add((rest, what))
+
+
+def _deltas(adapter: Adapter) -> list[tuple[str, tuple[Any, ...]]]:
+    parts: list[tuple[str, nn.Module]] = [*adapter.adapted(), *adapter.saved_modules()]
+    return [(name, tuple(tuple(p.shape) for p in part.parameters())) for name, part in parts]
+
+
+def _quantized(model: nn.Module, spec: Planned) -> list[str]:
+    return [] if spec.quantization.name == "none" else quantizable(model, spec.quantization)
+
+
+def _skeleton(spec: models.Pretrained) -> nn.Module:
+    """Kept for the next trial of a sweep, which seldom changes it."""
+    key = repr(spec)
+    if key not in _skeletons:
+        _skeletons.clear()
+        _skeletons[key] = models.skeleton(spec)
+    return _skeletons[key]
+
+
+_skeletons: dict[str, nn.Module] = {}

@@ -1,0 +1,286 @@
+"""Traces the real training step of the real module under fake tensors: no weights, no GPU, every allocation seen.
+
+The step runs in Lightning's order: forward, zero_grad, backward, clipping, optimizer, so the gradients of the step
+before are alive in the forward pass. The second step counts, because the first has no optimizer state.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Protocol
+from unittest.mock import patch
+
+import torch
+import transformers.masking_utils
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from loralab import models
+from loralab.adapters.base import AdapterSpec
+from loralab.module import FineTuner
+from loralab.optimizers import PAGED_FROM, UNPAGED, AdamW
+from loralab.planning.attention import kernels
+from loralab.planning.tracker import Segment, Tracker
+from loralab.quantization.base import Quantizer, quantizable
+from loralab.quantization.loading import replace
+from loralab.trainers import TrainerSpec
+from loralab.trial import Settings, Trial
+
+CUDA_BLOCK = 512  # bytes every block of CUDA's caching allocator is a multiple of (c10/cuda/CUDACachingAllocator)
+
+
+class Planned(Protocol):
+    """What a trial's spec must have to be planned."""
+
+    @property
+    def model(self) -> models.Pretrained: ...
+    @property
+    def quantization(self) -> Quantizer: ...
+    @property
+    def adapter(self) -> AdapterSpec: ...
+    @property
+    def optimizer(self) -> AdamW: ...
+    @property
+    def trainer(self) -> TrainerSpec: ...
+    def settings(self) -> Settings: ...
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a step is fed: ``rows`` of each trial, padded to ``length`` tokens. ``ragged``: some rows are shorter."""
+
+    rows: int
+    length: int
+    cuda: bool
+    ragged: bool
+    targets: float = 1.0  # share of the positions that enter the loss
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Peaks of the load, of one training step and of a validation pass, and what is paged to the host."""
+
+    segments: list[Segment]
+    paged: int
+
+
+def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = None) -> Traced:
+    """One pack on one base. ``layers``: as if the stack had that many.
+
+    What the first step leaves behind, gradients and optimizer state, is made without tracing that step, unless it
+    leaves more (weights kept dense) or less (parameters that no batch reaches).
+    """
+    whole = specs[0].quantization.dequantize == "resident" or specs[0].adapter.changes_base
+    traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)
+    assert traced is not None
+    return traced
+
+
+def _trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None, whole: bool) -> Traced | None:
+    spec = specs[0].model
+    new: Any = set()
+    vocabulary = 0
+    if spec.task == "sequence_classification":
+        new = models.skeleton(spec).loralab_new_parameters
+    else:
+        vocabulary = int(spec.architecture().get_text_config().vocab_size)
+    tracker = Tracker(CUDA_BLOCK if geometry.cuda else 1, not geometry.ragged, vocabulary, geometry.targets)
+    with _faked(geometry.cuda), FakeTensorMode(allow_non_fake_inputs=True):
+        model = build(spec, layers)
+        model.loralab_new_parameters = new
+        with tracker:
+            return _Step(tracker, model, specs, geometry).run(whole)
+
+
+def build(spec: models.Pretrained, layers: int | None) -> nn.Module:
+    """The dense model; under fake tensors, so that it takes no memory."""
+    config = spec._adjust(spec.architecture(), None)
+    dtype = getattr(torch, spec.dtype) if spec.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    model = models.auto_class(spec.task).from_config(config, dtype=dtype, attn_implementation=spec.attn_implementation)
+    if spec.config.get("tie_word_embeddings") is False:
+        models._untie(model)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _faked(cuda: bool) -> Iterator[None]:
+    """Nothing outside may notice: not the random state, not the kernels, not what transformers does while tracing."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(kernels(cuda))
+        # transformers keeps the attention mask of a fake batch whatever is in it; let it ask the tracker
+        stack.enter_context(patch.object(transformers.masking_utils, "is_tracing", lambda *_: False))
+        # modules convert fake parameters by swapping them, which a weak reference forbids
+        stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
+        yield
+
+
+def _swap(parameter: Tensor, converted: Tensor) -> None:
+    if parameter.dtype != converted.dtype:
+        parameter.data = converted.detach()
+
+
+class _Step:
+    """A pack on its base, and the training step."""
+
+    def __init__(self, tracker: Tracker, model: nn.Module, specs: Sequence[Planned], geometry: Geometry) -> None:
+        self.tracker, self.model, self.geometry = tracker, model, geometry
+        self.spec, self.phase = specs[0], ""
+        self.plugin = precision(self.spec.trainer.precision)
+        tracker.mark("load")
+        self._convert()
+        trials = [self._trial(spec) for spec in specs]
+        self.module = FineTuner(model, trials)
+        self.plugin.convert_module(self.module)
+        tracker.tag((tensor for _, tensor in models.tensors(model)), "base")
+        self.optimizer = self._optimizer()
+        tracker.tag(self.module.adapters.parameters(), "adapter")  # which may be views of a new buffer by now
+        self.micros = min(2, self.spec.trainer.accumulate_grad_batches)  # more of them keep nothing more
+        self.trainer = SimpleNamespace(accumulate_grad_batches=self.micros, should_stop=False)
+        self.module.trainer = self.trainer  # type: ignore[assignment]
+        self.batches = {index: self._batch() for index in range(len(specs))}
+
+    def run(self, whole: bool) -> Traced | None:
+        """None: some parameter got no gradient, so the first step must be traced as well."""
+        self.module.train()
+        if whole:
+            self._train(reported=False)
+        else:
+            self._leave()
+        paged = self._page()
+        self._watch()
+        self._train(reported=True)
+        if not whole and any(p.grad is None for p in self.module.adapters.parameters()):
+            return None
+        self._evaluate()
+        return Traced([segment for segment in self.tracker.segments() if segment.phase], paged)
+
+    def _convert(self) -> None:
+        """Layer by layer, as weights are quantized while they are read; the others are there already."""
+        quantizer = self.spec.quantization
+        names = [] if quantizer.name == "none" else quantizable(self.model, quantizer)
+        waiting = {id(self.model.get_submodule(name).weight) for name in names}
+        self.tracker.tag((t for _, t in models.tensors(self.model) if id(t) not in waiting), "base")
+        for name in names:
+            layer = self.model.get_submodule(name)
+            if self.geometry.cuda:  # moved there dense, packed there
+                layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+            replace(self.model, {id(layer): quantizer.convert(layer, name)})
+
+    def _trial(self, spec: Planned) -> Trial:
+        settings, optimizer = spec.settings(), spec.optimizer
+        twin = dataclasses.replace(optimizer, name=UNPAGED.get(optimizer.name, optimizer.name))
+        adapter = spec.adapter.attach(self.model, settings.seed)
+        data: Any = SimpleNamespace(train=[0])
+        return Trial(dataclasses.replace(settings, optimizer=twin), adapter, data, spec.model.task, 0, {})
+
+    def _optimizer(self) -> Any:
+        optimizer = self.module.configure_optimizers()["optimizer"]
+        if hasattr(optimizer, "name2qmap"):  # bitsandbytes computes its maps from values, which fake tensors lack
+            optimizer.name2qmap = {name: torch.empty(256) for name in ("dynamic", "udynamic")}
+            self.tracker.tag(optimizer.name2qmap.values(), "constants")
+        for group in optimizer.param_groups if self.geometry.cuda else ():
+            if "foreach" in group:
+                group["foreach"] = True  # torch's choice on CUDA
+        return optimizer
+
+    def _batch(self) -> dict[str, Any]:
+        rows, length = self.geometry.rows, self.geometry.length
+        ids = torch.ones(rows, length, dtype=torch.int64)
+        classes = self.spec.model.task == "sequence_classification"
+        labels = torch.ones(rows, dtype=torch.int64) if classes else torch.ones_like(ids)
+        tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        self.tracker.tag(tensors.values(), "activations")
+        count = rows if classes else rows * length
+        return {"tensors": tensors, "rows": rows, "step_targets": count, "tokens": rows * length, "micro": 0}
+
+    def _enter(self, phase: str, reported: bool) -> None:
+        self.phase = phase if reported else ""
+        self.tracker.mark(self.phase, "before")
+
+    def _train(self, reported: bool) -> None:
+        def closure() -> None:
+            for micro in range(self.micros):
+                self._enter("forward", reported)
+                with self.plugin.train_step_context():
+                    loss = self.module.training_step(self.batches, micro)
+                if not micro:
+                    self.optimizer.zero_grad()
+                self._enter("backward", reported)
+                assert loss is not None
+                loss.backward()  # type: ignore[no-untyped-call]
+            self._enter("optimizer", reported)
+            self.module.configure_gradient_clipping(self.optimizer)
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self.tracker.tag(gradients, "gradients")
+
+        self.optimizer.step(closure)
+        self.tracker.tag(self._state(), "optimizer")
+
+    def _leave(self) -> None:
+        """What a first step leaves behind."""
+        self._enter("optimizer", False)
+        for parameter in self.module.adapters.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        self.tracker.tag((p.grad for p in self.module.adapters.parameters() if p.grad is not None), "gradients")
+        self.optimizer.step()
+        self.tracker.tag(self._state(), "optimizer")
+        if self.spec.optimizer.flat:  # which uses them up in a buffer of its own
+            self.optimizer.zero_grad()
+
+    def _state(self) -> list[Tensor]:
+        maps = {id(table) for table in getattr(self.optimizer, "name2qmap", {}).values()}
+        values = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [value for value in values if isinstance(value, Tensor) and id(value) not in maps]
+
+    def _page(self) -> int:
+        """Takes out what bitsandbytes would keep in managed memory, which torch's allocator does not see."""
+        if not self.geometry.cuda or self.spec.optimizer.name not in UNPAGED:
+            return 0
+        states = [state[key] for state in self.optimizer.state.values() for key in ("state1", "state2")]
+        return self.tracker.leave_out(state for state in states if state.numel() >= PAGED_FROM)
+
+    def _evaluate(self) -> None:
+        self._enter("evaluation", True)
+        self.module.eval()
+        with torch.no_grad(), self.plugin.val_step_context():
+            self.module.losses(self.batches, training=False)
+
+    def _watch(self) -> None:
+        """Marks where each layer of the stack begins, forward and backward."""
+        layers = stack(self.model)
+        for number, layer in enumerate(layers or ()):
+            layer.register_forward_pre_hook(lambda *_, place=str(number): self.tracker.mark(self.phase, place))
+            layer.register_forward_hook(lambda _, __, out, n=number: self._after(out, n, len(layers or ())))
+
+    def _after(self, out: Any, number: int, count: int) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self.tracker.mark(self.phase, str(number)))
+        if number == count - 1:
+            self.tracker.mark(self.phase, "after")
+
+
+def stack(model: nn.Module) -> nn.ModuleList | None:
+    """The layers of a model that is one stack of them; None for an encoder with a decoder."""
+    config: Any = model.config
+    if config.is_encoder_decoder:
+        return None
+    count = getattr(config, "num_hidden_layers", None)
+    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+
+
+def precision(name: str) -> Precision:
+    """Lightning's own plugin; 16-mixed keeps as many bytes as bf16-mixed."""
+    if name.endswith("-mixed"):
+        return MixedPrecision("bf16-mixed", "cpu")
+    return HalfPrecision("bf16-true") if name == "bf16-true" else Precision()

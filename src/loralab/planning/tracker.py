@@ -1,0 +1,143 @@
+"""Counts live storages, operator by operator, while a step runs under fake tensors: nothing is really allocated.
+
+Every storage is followed by a weak reference from the operator that made it to its end. What each was for is settled
+afterwards, when it is known which of them outlived the forward pass.
+"""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+KINDS = ("base", "constants", "adapter", "gradients", "optimizer", "activations", "logits", "transient")
+PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
+aten = torch.ops.aten
+
+
+@dataclass
+class Block:
+    """One storage."""
+
+    size: int
+    kind: str
+    graph: bool  # made while a graph was recorded
+    born: int  # index of its event
+    died: int | None = None
+
+
+@dataclass
+class Segment:
+    """A stretch of the run and the most that was alive in it, split by kind."""
+
+    phase: str
+    place: str
+    peak: int = -1
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Entered above a FakeTensorMode. ``rounding``: bytes a block is a multiple of (CUDA's allocator: 512).
+
+    Fake tensors have no values, so two questions about them are answered here: a boolean scalar is ``answer`` (asked
+    by transformers: is nothing masked?), and a boolean mask selects the share ``targets`` of its elements (asked by
+    the loss: which positions are targets).
+    """
+
+    def __init__(self, rounding: int, answer: bool, vocabulary: int = 0, targets: float = 1.0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rounding, self.answer, self.vocabulary, self.targets = rounding, answer, vocabulary, targets
+        self.marks: list[tuple[int, str, str]] = []
+        self._events: list[tuple[Block, int]] = []  # +1: born, -1: died
+        self._live: dict[int, tuple[Block, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return self.answer if args[0].dtype == torch.bool else 1
+        if func is aten.index.Tensor and any(t is not None and t.dtype == torch.bool for t in args[1]):
+            args = (args[0], self._everything(args[1]))
+        out = func(*args, **(kwargs or {}))
+        for leaf in out if isinstance(out, (list, tuple)) else (out,):
+            for tensor in (leaf,) if isinstance(leaf, Tensor) else tree_leaves(leaf):
+                if isinstance(tensor, Tensor):
+                    self._note(tensor)
+        return out
+
+    def mark(self, phase: str, place: str = "") -> None:
+        """From here on everything belongs to ``phase`` and the ``place`` in it; phase "" is not reported."""
+        self.marks.append((len(self._events), phase, place))
+
+    def tag(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Says what these are for, and counts those that no operator was seen to make."""
+        for tensor in tensors:
+            self._note(tensor).kind = kind
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> int:
+        """These are no memory of the allocator's (inputs of a CPU run, paged state); returns their bytes."""
+        total = 0
+        for tensor in tensors:
+            block = self._note(tensor)
+            total, block.size = total + block.size, 0
+        return total
+
+    def _note(self, tensor: Tensor) -> Block:
+        storage = tensor.untyped_storage()
+        known = self._live.get(storage._cdata)
+        if known is not None:
+            return known[0]
+        size = -(-storage.nbytes() // self.rounding) * self.rounding
+        logits = tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
+        block = Block(size, "logits" if logits else "", torch.is_grad_enabled(), len(self._events))
+        self._live[storage._cdata] = block, weakref.ref(storage, partial(self._end, storage._cdata))
+        self._events.append((block, 1))
+        return block
+
+    def _end(self, key: int, _: Any) -> None:
+        block, _ = self._live.pop(key)
+        block.died = len(self._events)
+        self._events.append((block, -1))
+
+    def segments(self) -> list[Segment]:
+        """The peak of each stretch between two marks, in order."""
+        alive, total = dict.fromkeys(KINDS, 0), 0
+        found = []
+        for number, (start, phase, place) in enumerate(self.marks):
+            later = [(tick, name) for tick, name, _ in self.marks[number + 1 :]]
+            stop = later[0][0] if later else len(self._events)
+            over = next((tick for tick, name in later if name != phase), len(self._events))
+            segment = Segment(phase, place, total, dict(alive))
+            for block, sign in self._events[start:stop]:
+                block.kind = block.kind or _kind(block, phase, over)
+                alive[block.kind] += sign * block.size
+                total += sign * block.size
+                if total > segment.peak:
+                    segment.peak, segment.kinds = total, dict(alive)
+            found.append(segment)
+        return found
+
+    def _everything(self, indices: Any) -> list[Any]:
+        """What nonzero() of each mask would give, had that share been true: (n, dim) int64, as kernels do."""
+        found: list[Any] = []
+        for index in indices:
+            if index is None or index.dtype != torch.bool:
+                found.append(index)
+                continue
+            count = max(1, round(index.numel() * self.targets))
+            positions = torch.empty(count, index.dim(), dtype=torch.int64, device=index.device)
+            self._note(positions)
+            found += positions.unbind(1)
+        return found
+
+
+def _kind(block: Block, phase: str, over: int) -> str:
+    """What outlives its forward pass, and what a checkpoint's recomputation makes for its graph, are activations."""
+    outlives = block.died is None or block.died > over
+    if phase == "load":
+        return "constants" if block.died is None else "transient"
+    kept = block.graph if phase == "backward" else outlives and phase == "forward"
+    return "activations" if kept else "transient"

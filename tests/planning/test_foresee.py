@@ -1,0 +1,89 @@
+"""What a run says of its memory before it starts, and what it refuses."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+
+from loralab import cli, record
+from loralab.errors import OutOfMemory
+from loralab.planning import foresee
+from loralab.planning.foresee import Foresight
+from loralab.planning.plan import GIB, PlanSpec
+from loralab.run import Runner, encoded_data
+
+MIB = 2**20
+
+
+@pytest.fixture
+def trial(make_spec):
+    """A spec that is planned, and its data."""
+    spec = replace(make_spec(), plan=PlanSpec())
+    return spec, [encoded_data(spec.data, spec.model, spec.model.load_tokenizer(), "cpu")]
+
+
+def test_a_pack_is_traced_once(trial, monkeypatch):
+    spec, data = trial
+    calls = []
+    real = foresee.predict
+    monkeypatch.setattr(foresee, "predict", lambda *a, **k: calls.append(1) or real(*a, **k))
+    foresight = Foresight()
+    plans = [foresight.check([spec], data, "cpu") for _ in range(3)]
+    assert len(calls) == 1
+    assert plans[0] == plans[2]
+    two = foresight.check([spec, replace(spec, id="other")], data * 2, "cpu")
+    assert len(calls) == 2
+    assert two.predicted_peak_bytes > plans[0].predicted_peak_bytes
+
+
+def test_what_cannot_fit_is_refused_or_warned_of(trial, caplog):
+    spec, data = trial
+    small = replace(spec, plan=PlanSpec(budget_gib=1 * MIB / GIB))
+    with pytest.raises(OutOfMemory, match="predicted to need"):
+        Foresight().check([small], data, "cpu")
+    warned = replace(spec, plan=PlanSpec(budget_gib=1 * MIB / GIB, enforce=False))
+    with caplog.at_level(logging.WARNING):
+        assert Foresight().check([warned], data, "cpu") is not None
+    assert "plan.enforce=false" in caplog.text
+
+
+def test_room_is_what_is_free_and_what_is_held_already(trial, monkeypatch):
+    spec, data = trial
+    need = Foresight().plan([spec], data, "cpu").device_bytes
+    monkeypatch.setattr(foresee, "free_bytes", lambda device: need - 1.0)
+    with pytest.raises(OutOfMemory):
+        Foresight().check([spec], data, "cpu")
+    assert Foresight().check([spec], data, "cpu", held=1) is not None
+
+
+def test_a_fault_of_the_planner_stops_no_run(trial, monkeypatch):
+    spec, data = trial
+    monkeypatch.setattr(foresee, "predict", lambda *a, **k: 1 / 0)
+    assert Foresight().check([spec], data, "cpu") is None
+
+
+def test_the_record_holds_predicted_beside_measured(trial, tmp_path):
+    spec, _ = trial
+    (done,) = Runner().run([spec])
+    assert done["status"] == "completed"
+    assert done["memory"]["predicted_peak_bytes"] > 0
+
+
+def test_a_run_that_cannot_fit_is_exit_6_and_loads_nothing(tiny_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in tiny_arguments if not word.startswith("plan.")]
+    assert cli.run(["train", *words, "plan.budget_gib=0.0001", "hydra.run.dir=run"]) == 6
+    assert "predicted to need" in capsys.readouterr().err
+    stored = record.read(tmp_path / "run")
+    assert (stored["status"], stored["base"]["fingerprint"]) == ("out_of_memory", None)
+
+
+def test_plan_gives_one_json_object_of_the_contract(tiny_arguments, capsys):
+    words = [word for word in tiny_arguments if not word.startswith("data.train")]
+    assert cli.run(["plan", "--json", *words, "data.train=nowhere.jsonl", "plan.device=cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"device", "predicted_peak_bytes", "device_bytes", "by_phase", "by_kind", "fits"} <= found.keys()
+    assert found["predicted_peak_bytes"] == max(found["by_phase"].values()) == sum(found["by_kind"].values())
+    assert cli.run(["plan", *words]) == 0
+    assert "predicted peak" in capsys.readouterr().out
