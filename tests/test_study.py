@@ -186,7 +186,7 @@ def test_wrong_words_are_exit_2(words, says, capsys, tmp_path, monkeypatch):
 
 def test_the_command_prints_one_json_object_and_writes_a_page(tiny_arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    left = ("adapter.", "callbacks", "trainer.max_steps")
+    left = ("adapter.", "callbacks", "trainer.max_steps", "plan.")
     words = [word for word in tiny_arguments if not word.startswith(left)]
     few = "study.schemes={nf4: {}, nf4_double: {}, int8_absmax: {}, nf4_4096: {option: nf4, block_size: 4096}}"
     schemes = ["~study.schemes", f"+{few}"]

@@ -1,11 +1,15 @@
 """Predictions against the CPU allocator's own record, against longer traces and against published numbers."""
 
+import copy
 import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loralab import config, models
 from loralab.adapters.full import Full
@@ -13,6 +17,7 @@ from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.optimizers import AdamW
 from loralab.planning import plan as planning
+from loralab.planning import trace
 from loralab.planning.plan import GIB, PlanSpec, device_bytes, estimate, largest, predict
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.quantization.four_bit import FourBit
@@ -148,14 +153,22 @@ def test_kinds_add_up_to_the_highest_phase(make):
 
 
 def test_the_random_state_is_untouched_and_a_cpu_costs_nothing_more(make):
-    import torch
-
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     found = predict(make(), "cpu")
     assert found.device == "cpu"
     assert found.device_bytes == found.predicted_peak_bytes  # a CPU has no context
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_fake_parameter_is_copied_without_its_mode():
+    # the garbage collector crashes on a copied FakeTensorMode; classification heads are copied
+    with trace._faked(cuda=False), FakeTensorMode() as mode:
+        parameter = nn.Parameter(torch.empty(3))
+        copied = copy.deepcopy(parameter)
+    assert copied.fake_mode is mode
+    assert isinstance(copied, nn.Parameter)
+    assert copied.untyped_storage()._cdata != parameter.untyped_storage()._cdata
 
 
 def test_an_adapter_on_one_layer_only_is_not_extrapolated(make):

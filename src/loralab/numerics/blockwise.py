@@ -58,17 +58,17 @@ def unpack_4bit(packed: Tensor, n: int) -> Tensor:
     return torch.stack([flat >> 4, flat & 0xF], dim=1).view(-1)[:n]
 
 
-def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """absmax (b,) -> codes (b,) uint8, second absmax (ceil(b / 256),) float32, offset () float32.
+def double_quantize(absmax: Tensor, block_size: int = STATISTICS_BLOCK) -> tuple[Tensor, Tensor, Tensor]:
+    """absmax (b,) -> codes (b,) uint8, second absmax (ceil(b / block_size),) float32, offset () float32.
 
     The mean is taken off first, because absmax is positive and the map is symmetric. 32 / block_size bits per
     weight become 8 / block_size + 32 / (256 block_size): 0.5 -> 0.127 at block size 64.
     """
     offset = absmax.mean()
-    codes, second = quantize_blockwise(absmax - offset, dynamic_map(absmax.device), STATISTICS_BLOCK)
+    codes, second = quantize_blockwise(absmax - offset, dynamic_map(absmax.device), block_size)
     return codes, second, offset
 
 
-def undo_double_quantize(codes: Tensor, second: Tensor, offset: Tensor) -> Tensor:
+def undo_double_quantize(codes: Tensor, second: Tensor, offset: Tensor, block_size: int = STATISTICS_BLOCK) -> Tensor:
     """-> absmax (b,) float32."""
-    return dequantize_blockwise(codes, second, dynamic_map(codes.device), STATISTICS_BLOCK) + offset
+    return dequantize_blockwise(codes, second, dynamic_map(codes.device), block_size) + offset

@@ -16,7 +16,7 @@ import torch
 import transformers.masking_utils
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from loralab import models
 from loralab.adapters.base import AdapterSpec
@@ -121,12 +121,20 @@ def _faked(cuda: bool) -> Iterator[None]:
         stack.enter_context(patch.object(transformers.masking_utils, "is_tracing", lambda *_: False))
         # modules convert fake parameters by swapping them, which a weak reference forbids
         stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
+        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _copied))
         yield
 
 
 def _swap(parameter: Tensor, converted: Tensor) -> None:
     if parameter.dtype != converted.dtype:
         parameter.data = converted.detach()
+
+
+def _copied(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    """torch's own copies the tensor's FakeTensorMode too, and the garbage collector crashes on what that leaves."""
+    copied = tensor.detach().clone()
+    memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    return memo[id(tensor)]  # type: ignore[no-any-return]
 
 
 class _Step:
@@ -162,7 +170,9 @@ class _Step:
         if not whole and any(p.grad is None for p in self.module.adapters.parameters()):
             return None
         self._evaluate()
-        return Traced([segment for segment in self.tracker.segments() if segment.phase], paged)
+        segments = [segment for segment in self.tracker.segments() if segment.phase]
+        self.tracker.forget()
+        return Traced(segments, paged)
 
     def _convert(self) -> None:
         """Layer by layer, as weights are quantized while they are read; the others are there already."""

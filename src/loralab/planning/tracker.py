@@ -120,6 +120,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.append(segment)
         return found
 
+    def forget(self) -> None:
+        """Follows no storage any further."""
+        self._live.clear()
+        self._events.clear()
+
     def _everything(self, indices: Any) -> list[Any]:
         """What nonzero() of each mask would give, had that share been true: (n, dim) int64, as kernels do."""
         found: list[Any] = []
