@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import torch
 
-from loralab import cli, doctor, models
+from loralab import cli, doctor, models, optimizers
 
 NAMES = {"python", "torch", "cuda", "bitsandbytes", "nf4", "paged optimizers", "packages", "model=tiny", "wandb", "git"}
 
@@ -31,13 +30,11 @@ def test_a_damaged_base_is_a_failure_that_names_the_file(tmp_path, monkeypatch):
     assert "model.safetensors is damaged" in found["detail"]
 
 
-@pytest.mark.parametrize(
-    ("device", "shared", "status"), [(False, True, "warn"), (True, False, "warn"), (True, True, "ok")]
-)
-def test_paging_needs_a_device_that_shares_managed_memory(monkeypatch, device, shared, status):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
-    monkeypatch.setattr(doctor, "concurrent_managed_access", lambda: shared)
+@pytest.mark.parametrize(("reason", "status"), [("there is no CUDA device", "warn"), ("", "ok")])
+def test_paging_is_what_the_optimizers_find(monkeypatch, reason, status):
+    monkeypatch.setattr(optimizers, "cannot_page", lambda: reason)
     assert doctor.paging()["status"] == status
+    assert reason in doctor.paging()["detail"]
 
 
 def test_a_check_that_breaks_is_a_finding(monkeypatch):

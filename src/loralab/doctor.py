@@ -97,24 +97,13 @@ def four_bit() -> Finding:
 
 
 def paging() -> Finding:
-    import torch
+    from loralab.optimizers import cannot_page
 
     name = "paged optimizers"
-    if not torch.cuda.is_available():
-        return finding(name, "warn", "run unpaged here: there is no CUDA device", "needs a CUDA GPU")
-    if not concurrent_managed_access():
-        detail = "run unpaged here: the device and the host cannot share managed memory"
-        return finding(name, "warn", detail, "needs Linux without a virtual GPU, and a card from 2016 (Pascal) on")
+    if reason := cannot_page():
+        fix = "needs Linux without a virtual GPU, and a CUDA card from 2016 (Pascal) on"
+        return finding(name, "warn", f"run unpaged here: {reason}", fix)
     return finding(name, "ok", "CUDA managed memory; tensors under 100,000 elements are never paged")
-
-
-def concurrent_managed_access() -> bool:
-    """Whether pages of managed memory move on demand: CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS (89) of card 0."""
-    import ctypes
-
-    driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
-    failed = driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(value), 89, 0)
-    return not failed and value.value == 1
 
 
 def packages() -> Finding:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from loralab.reporting import published, svg
+from loralab.reporting import memory, published, svg
 from loralab.reporting.axes import flatten, label, short_names
 from loralab.reporting.figures import figures
 from loralab.reporting.gather import MISSING, Study, Trial, reason, subject
@@ -45,7 +45,7 @@ def page(study: Study, tables: Sequence[Table]) -> str:
     known = facts(study)
     sections = [_header(study, tables, known)]
     for part, found in tables:
-        sections += [_results(part, found, len(tables) > 1), _figures(part, found)]
+        sections += [_results(part, found, len(tables) > 1), memory.section(part, found), _figures(part, found)]
     sections += [_failures(study), _provenance(study, known)]
     return document(study.name, [section for section in sections if section])
 

@@ -1,0 +1,79 @@
+"""The memory section tells paged from unpaged, and says where the two are the same thing."""
+
+import json
+
+import pytest
+
+from loralab import record
+from loralab.reporting import gather, memory
+from loralab.reporting.page import page
+from loralab.reporting.table import tables
+
+NOTE = "optimizer=paged_adamw paged nothing: the largest tensor has 8,192 elements"
+
+
+@pytest.fixture
+def paged_sweep(tmp_path, make_trial):
+    """Four runs, two of them paged; the unpaged one of the spiky arm ran out of memory."""
+
+    def build(paging: str):
+        synthetic, write = make_trial
+        root, trials = tmp_path / "paged", []
+        for name in ("adamw_32bit", "paged_adamw"):
+            for every in (None, 8):
+                made = synthetic("nf4_double", 8, 0)
+                asked = name.startswith("paged")
+                on = asked and paging == "on"
+                died = every is not None and not on
+                made["trial"] = f"{name}-{every}"
+                made["choices"]["optimizer"] = name
+                made["config"]["memory"] = {"spiky_every": every}
+                made["optimizer"] |= {
+                    "name": name,
+                    "paging": paging if asked else "off",
+                    "note": NOTE if asked and not on else None,
+                    "state_bytes": 4 * 2**20,
+                    "eight_bit_bytes": 0,
+                    "paged_fraction": 1.0 if on else 0.0,
+                }
+                made["memory"] |= {"by_phase": {"backward": 300 * 2**20}, "spike_count": 3 if every else 0}
+                if died:
+                    made.update(status="out_of_memory", metrics={}, error="no room")
+                write(root / made["trial"], made)
+                series = [{"step": step, "memory/backward_peak_gib": 0.25 + 0.01 * step} for step in range(1, 5)]
+                (root / made["trial"] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in series))
+                trials.append({"trial": made["trial"], "folder": made["trial"], "status": made["status"]})
+        axes = {"optimizer": ["adamw_32bit", "paged_adamw"], "memory.spiky_every": [None, 8], "seed": [0]}
+        record.write_sweep(root, {"name": "paged", "question": "?", "axes": axes, "trials": trials})
+        return gather.study(root)
+
+    return build
+
+
+def test_the_arms_are_on_one_axis_with_what_was_paged_and_who_died(paged_sweep):
+    study = paged_sweep("on")
+    found = memory.section(study, tables(study)[0][1])
+    assert found.count("<svg viewBox") >= 1
+    assert found.count('class="line thin') == 4
+    assert "100%" in found
+    assert "1 out of memory" in found
+    assert "300.0" in found
+    assert NOTE not in found
+    assert "not applicable" not in found
+
+
+def test_a_run_that_paged_nothing_is_named_with_the_reason(paged_sweep):
+    study = paged_sweep("nothing")
+    whole = page(study, tables(study))
+    assert NOTE in whole
+    assert "trouble" in memory.section(study, tables(study)[0][1])
+
+
+def test_where_nothing_can_page_the_panel_says_not_applicable(paged_sweep):
+    study = paged_sweep("not applicable")
+    assert "Paging is not applicable on this machine" in memory.section(study, tables(study)[0][1])
+
+
+def test_a_study_without_paging_has_no_such_section(synthetic_sweep):
+    study = gather.study(synthetic_sweep)
+    assert memory.section(study, tables(study)[0][1]) == ""
