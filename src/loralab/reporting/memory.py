@@ -79,7 +79,10 @@ def _notes(found: Sequence[Row]) -> Iterator[str]:
     for note in dict.fromkeys(str(note) for note in notes if note):
         yield f"{note}."
     if all(_paging(trial) in ("", "off", "not applicable") for row in found for trial in row.trials):
-        yield "Paging is not applicable on this machine: the arms differ in nothing, and their difference is noise."
+        yield (
+            "Paging is not applicable on this machine: a paged arm is its unpaged twin here, and what lies between "
+            "the two is noise."
+        )
     crowded = [trial for row in found for trial in row.trials if lookup(trial.record, "memory.other_processes")]
     if crowded:
         yield f"Other processes used the card during {len(crowded)} trials; device figures count their memory too."
@@ -98,7 +101,9 @@ def timelines(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
     ]
     drawn = [curve for curve in drawn if curve.rows]
     steps = [step for curve in drawn for step, _ in curve.rows]
-    y = svg.scale(SOURCES[source], [value for curve in drawn for _, value in curve.rows])
+    on_cpu = all(lookup(trial.record, "memory.device") == "cpu" for _, trial, _ in runs)
+    name = "resident memory of the process (GiB)" if on_cpu else SOURCES[source]
+    y = svg.scale(name, [value for curve in drawn for _, value in curve.rows])
     legend = svg.legend([(name, at) for at, name in enumerate(names)])
     legend += svg.line_legend([("paged", svg.DASHES[0]), ("not paged", svg.DASHES[1])])
     body = svg.line_plot(drawn, svg.steps("optimizer step", steps), y, description="memory by step")
