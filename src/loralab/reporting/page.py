@@ -140,6 +140,7 @@ def _notes(study: Study, found: Sequence[Row], shown: Sequence[Column]) -> Itera
     yield from (_versus_note(study, row) for row in found if row.baseline and VERSUS in titles)
     explained = {
         "bits/param": "Bits per parameter: packed weights and their statistics over the quantized layers' parameters.",
+        "predicted peak": "Predicted: for the largest batch that the data can give; a CPU measures one step's batch.",
         "peak memory": "Peak memory is the largest over the seeds.",
         "train s": "Times and speeds are means, and not a benchmark: other processes on the machine count.",
     }
