@@ -8,13 +8,15 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
+# what `make gpu` runs on: the interpreter that is named, else the environment's where there is one
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
 DATA := $(realpath $(wildcard ../shared/data))
 export LORALAB_TEST_DATA ?= $(DATA)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all setup check format sweep bench clean
+.PHONY: help run test test-all setup check format sweep bench gpu clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,6 +46,9 @@ sweep: $(VENV)/.run ## one sweep: make sweep SWEEP=rank ARGS="seed=0,1"
 
 bench: $(VENV)/.setup ## speed beside other libraries, measured in one run
 	$(BIN)/loralab bench
+
+gpu: ## everything that needs CUDA, within 9 minutes; writes $OUT or runs/gpu (ARGS=--cpu: a rehearsal)
+	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m loralab.gpu $(ARGS)
 
 clean: ## the environment and every cache; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -21,14 +21,14 @@ FLOORS = [
     {"run", "study"},
     {"packing", "reporting"},
     {"words", "locks", "bench"},
-    {"cli", "config", "jobs", "sweep", "doctor", "hydra_errors", "hydra_plugins"},
+    {"cli", "config", "jobs", "sweep", "doctor", "hydra_errors", "hydra_plugins", "gpu"},
 ]
 FENCES = {
     "bitsandbytes": {"quantization", "optimizers", "bench"},
     "wandb": {"loggers", "reporting"},
     "hydra": {"config", "cli", "jobs", "sweep", "hydra_errors", "hydra_plugins"},
     "omegaconf": {"config", "cli", "jobs", "hydra_errors", "hydra_plugins"},
-    "peft": set(),
+    "peft": {"gpu"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted([*SRC.rglob("*.py"), *PLUGIN.rglob("*.py")])

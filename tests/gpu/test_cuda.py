@@ -1,0 +1,103 @@
+"""What only a CUDA card can show."""
+
+import json
+
+import pytest
+import torch
+
+from loralab import cli, optimizers, record
+from loralab.numerics import blockwise, codebooks
+from loralab.optimizers import AdamW
+from loralab.quantization.four_bit import FourBit
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+
+NAMES = ("adamw_32bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+
+
+@pytest.mark.parametrize("block_size", [64, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_four_bit_layer_computes_what_the_reference_says(block_size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 256, generator=generator)
+    dense = torch.nn.Linear(256, 96, bias=False)
+    dense.weight.data.copy_(weight)
+    layer = FourBit(quant_type="nf4", block_size=block_size, double_quant=False).convert(dense).to("cuda")
+    codes, absmax = blockwise.quantize_blockwise(weight, codebooks.nf4(), block_size)
+    expected = blockwise.dequantize_blockwise(codes, absmax, codebooks.nf4(), block_size).view(96, 256).double()
+    x = torch.randn(16, 256, generator=generator).to(dtype)
+    given = x.to("cuda").requires_grad_(True)
+    out = layer(given)
+    out.sum().backward()
+    bound = 1e-5 if dtype == torch.float32 else 2e-2  # of the largest value; bfloat16 has 8 bits of mantissa
+    for ours, theirs in (
+        (out, x.double() @ expected.T),
+        (given.grad, torch.ones(16, 96, dtype=torch.float64) @ expected),
+    ):
+        error = (ours.detach().double().cpu() - theirs).abs().max() / theirs.abs().max()
+        assert float(error) < bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_optimizer_pages_exactly_where_its_name_says_so(name):
+    if name in optimizers.UNPAGED and optimizers.cannot_page():
+        pytest.skip(optimizers.cannot_page())
+    spec = AdamW(name=name)
+    parameters = [torch.nn.Parameter(torch.zeros(size, device="cuda")) for size in (50_000, 200_000)]
+    optimizer = spec.build([spec.group(parameters)])
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    told = optimizers.describe(optimizer, name)
+    bytes_each = 1 if "8bit" in name else 4
+    assert told["paged_bytes"] == (2 * 200_000 * bytes_each if name in optimizers.UNPAGED else 0)
+    assert told["paging"] == ("on" if name in optimizers.UNPAGED else "off")
+    assert all(bool((parameter < 0).all()) for parameter in parameters)
+
+
+def test_paged_state_lies_outside_of_torchs_memory():
+    if reason := optimizers.cannot_page():
+        pytest.skip(reason)
+    used = {}
+    for name in ("adamw_32bit", "paged_adamw"):
+        parameter = torch.nn.Parameter(torch.zeros(1_000_000, device="cuda"))
+        spec = AdamW(name=name)
+        optimizer = spec.build([spec.group([parameter])])
+        before = torch.cuda.memory_allocated()
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        used[name] = torch.cuda.memory_allocated() - before
+    assert used["adamw_32bit"] - used["paged_adamw"] >= 0.99 * 8_000_000
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Trains a small random Llama on the card by the command line; returns its record."""
+    monkeypatch.chdir(tmp_path)
+    rows = (json.dumps({"text": f"row {i} holds word {i} " * 200}) for i in range(8))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+
+    def run(*words):
+        data = ["data=files", "data.text='{text}'", "data.train=rows.jsonl", "data.validation=rows.jsonl"]
+        fixed = ["model=random", "model.max_length=128", "data.batch_size=4", "trainer=gpu", "logger=none"]
+        assert cli.run(["train", *fixed, *data, "trainer.max_steps=4", *words, "hydra.run.dir=run"]) == 0
+        return record.read(tmp_path / "run")
+
+    return run
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4_double"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_planned_peak_is_within_five_percent_of_the_measured(trained, quantization, precision):
+    memory = trained(f"quantization={quantization}", f"trainer.precision={precision}")["memory"]
+    assert memory["device"] == "cuda"
+    assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
+
+
+def test_a_run_on_the_card_learns_and_leaves_a_whole_record(trained, curve, tmp_path):
+    stored = trained("quantization=nf4_double", "trainer.max_steps=20", "optimizer.lr=1e-2")
+    assert (stored["status"], stored["time"]["steps"]) == ("completed", 20)
+    losses = curve(tmp_path / "run")
+    assert losses[-1] < losses[0]
+    assert all(stored["memory"]["by_phase"][phase] > 0 for phase in ("forward", "backward", "optimizer"))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
