@@ -16,7 +16,7 @@ from loralab.loggers.wandb import Wandb
 from loralab.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
-from loralab.run import TrialSpec
+from loralab.specs import TrialSpec
 from loralab.trainers import TrainerSpec
 
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from loralab.errors import ConfigError, nearest
 from loralab.words import quoted
 
 if TYPE_CHECKING:
-    from loralab.run import TrialSpec
+    from loralab.specs import TrialSpec
 
 SPECS = (
     "adapter",
@@ -83,7 +83,7 @@ def trial_spec(
         raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
     specs = {key: build(content[key], key) for key in SPECS}
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
-    from loralab.run import TrialSpec  # torch, Lightning and the rest, once the settings are known to be sound
+    from loralab.specs import TrialSpec  # torch, Lightning and the rest, once the settings are known to be sound
 
     _check_metric(content["metric"], specs)
     return TrialSpec(

@@ -19,7 +19,7 @@ from loralab.locks import hold
 from loralab.telemetry.progress import clock
 
 if TYPE_CHECKING:
-    from loralab.run import TrialSpec
+    from loralab.specs import TrialSpec
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from loralab.packing.plan import TOKEN_BUDGET, Member, Pack, halves, plan
 from loralab.words import quoted
 
 if TYPE_CHECKING:
-    from loralab.run import TrialSpec
+    from loralab.specs import TrialSpec
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,68 @@
+"""Everything a configuration says about one trial, and what trials of one pack must agree in."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loralab import models, optimizers
+from loralab.adapters.base import AdapterSpec
+from loralab.data.base import DataSpec
+from loralab.loggers.wandb import Wandb
+from loralab.planning.plan import PlanSpec
+from loralab.quantization.base import Quantizer
+from loralab.telemetry.limits import MemorySpec
+from loralab.trainers import TrainerSpec
+from loralab.trial import Settings
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything a configuration says about one trial, built and checked, nothing loaded."""
+
+    id: str
+    folder: Path
+    seed: int
+    metric: str
+    metric_mode: str
+    model: models.Pretrained
+    quantization: Quantizer
+    adapter: AdapterSpec
+    data: DataSpec
+    optimizer: optimizers.AdamW
+    schedule: optimizers.Schedule
+    trainer: TrainerSpec
+    logger: Wandb
+    memory: MemorySpec = field(default_factory=MemorySpec)
+    plan: PlanSpec = field(default_factory=lambda: PlanSpec(record=False))
+    callbacks: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
+    sweep: str | None = None
+    source: str | None = None  # digest of the data files, by which a rerun knows that they are the same
+
+    def settings(self) -> Settings:
+        """What the trial may differ in from others of its pack."""
+        return Settings(
+            id=self.id,
+            folder=self.folder,
+            seed=self.seed,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            max_steps=self.trainer.max_steps,
+            batch_size=self.data.batch_size,
+            gradient_clip_val=self.trainer.gradient_clip_val,
+            accumulate_grad_batches=self.trainer.accumulate_grad_batches,
+            log_every_n_steps=self.trainer.log_every_n_steps,
+        )
+
+    @property
+    def shares(self) -> tuple[Any, ...]:
+        """What the trials of one pack must agree in."""
+        spec = self.trainer
+        return (
+            *(repr(self.model), repr(self.quantization), self.optimizer.name, type(self.data).__name__),
+            *(spec.accumulate_grad_batches, spec.val_check_interval, spec.precision, spec.accelerator),
+            self.optimizer.flat,
+        )
