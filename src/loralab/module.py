@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from loralab.adapters.sites import Share, Sites
+from loralab.adapters.sites import Share
 from loralab.errors import ConfigError
-from loralab.metrics import SplitMetrics, nll
+from loralab.forward import Forward
+from loralab.metrics import SplitMetrics
 from loralab.trial import Batch, Trial, stack
 
 
@@ -26,8 +27,8 @@ class FineTuner(LightningModule):
         self.model = model
         self.trials = trials
         self.adapters = nn.ModuleList([trial.adapter for trial in trials])
-        self.sites = Sites.of(model)
         self.task = trials[0].task
+        self.forward_pass = Forward(model, self.task, all(trial.adapter.spec.tokenwise for trial in trials))
         self.split = "val"
         self.validated: list[int] = []  # each trial's step at the last validation
         self._scores: list[SplitMetrics] = []
@@ -38,22 +39,16 @@ class FineTuner(LightningModule):
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         inputs, labels = stack(batches, self.trials[0].pad_token_id, self.device)
-        self.sites.shares = tuple(
-            Share(
-                self.trials[i].adapter,
-                batch["rows"],
-                self.trials[i].key(batch["micro"]) if training else None,
-            )
+        shares = [
+            Share(self.trials[i].adapter, batch["rows"], self.trials[i].key(batch["micro"]) if training else None)
             for i, batch in batches.items()
-        )
+        ]
         if training:
             # the base's own dropout follows the trial's key too; in a pack the base has none (checked by run)
-            torch.manual_seed(self.sites.shares[0].key or 0)
+            torch.manual_seed(shares[0].key or 0)
         if self.task == "seq2seq_lm":
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
-        logits = self.model(**inputs).logits
-        slices = zip(batches, self.sites.split(logits), self.sites.split(labels), strict=True)
-        return {index: nll(own, targets, self.task) for index, own, targets in slices}
+        return dict(zip(batches, self.forward_pass(inputs, labels, shares), strict=True))
 
     def training_step(self, batches: dict[int, Batch], batch_idx: int) -> Tensor | None:
         """Sum over trials of nll / target tokens of the whole optimizer step."""

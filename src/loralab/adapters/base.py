@@ -21,6 +21,7 @@ class AdapterSpec(ABC):
     """A method and its hyper-parameters."""
 
     packable: ClassVar[bool] = True  # several trials of it may share one pass through the base
+    tokenwise: ClassVar[bool] = True  # what it adds at a token depends on nothing but that token
     changes_base: ClassVar[bool] = False  # the base cannot serve another trial afterwards
 
     @property

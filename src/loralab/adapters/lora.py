@@ -3,11 +3,11 @@
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loralab.adapters.base import (
@@ -19,7 +19,7 @@ from loralab.adapters.base import (
     match_targets,
     save_modules,
 )
-from loralab.adapters.sites import keyed_dropout
+from loralab.adapters.fused import Part, lora_update
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import linear_shape
 
@@ -157,9 +157,13 @@ class LoRADelta(nn.Module):
             self.lora_A.copy_(drawn)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:  # (..., in), (..., out) -> (..., out)
-        x = keyed_dropout(x, self.dropout, key).to(self.lora_A.dtype)
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return y + (self.scaling * update).to(y.dtype)
+        return self.together(x, y.clone(), [(0, x.numel() // x.shape[-1], self, key)])
+
+    @staticmethod
+    def together(x: Tensor, y: Tensor, shares: Sequence[tuple[int, int, "LoRADelta", int | None]]) -> Tensor:
+        """The updates of several trials, each (start, stop, delta, key) at its own positions, in one function."""
+        parts = [Part(start, stop, one.scaling, one.dropout, key) for start, stop, one, key in shares]
+        return lora_update(x, y, parts, [f for _, _, one, _ in shares for f in (one.lora_A, one.lora_B)])
 
     def delta_weight(self) -> Tensor:
         """scaling * B A, shape (out, in): what merging adds to W."""

@@ -5,9 +5,10 @@ rows are where; each hooked layer hands every trial its own slice of input and o
 again. One trial alone is the same code with one slice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 from zlib import crc32
 
@@ -28,6 +29,7 @@ class Share:
     owner: nn.Module  # the trial's adapter
     rows: int
     key: int | None = None  # dropout key of this pass; None while evaluating
+    tokens: int | None = None  # of all its rows, where the batch is flat
 
 
 class Sites:
@@ -53,15 +55,39 @@ class Sites:
         finally:
             self.shares = ()
 
+    @property
+    def flat(self) -> bool:
+        """Whether the batch under way is one row of all trials' tokens, without padding."""
+        return all(share.tokens is not None for share in self.shares)
+
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Slices of ``x`` (rows of all shares, ...), one a share; rows may be multiplied (beams, flat tokens)."""
+        """Slices of ``x`` (rows of all shares, ...), one a share; rows may be multiplied (beams, flat tokens).
+        Of a flat batch (1, tokens, ...) along its tokens."""
+        return (x,) if len(self.shares) == 1 else torch.split(x, self._sizes(x), int(self.flat))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """What ``split`` took apart."""
+        return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), int(self.flat))
+
+    def spans(self, x: Tensor) -> list[tuple[int, int]]:
+        """Where each share begins and ends in ``x`` with its leading dimensions flattened."""
+        count = x.numel() // x.shape[-1]
         if len(self.shares) == 1:
-            return (x,)
+            return [(0, count)]
+        sizes = self._sizes(x)
+        ends = list(accumulate(size * count // sum(sizes) for size in sizes))
+        return list(zip([0, *ends], ends, strict=False))
+
+    def _sizes(self, x: Tensor) -> list[int]:
+        if self.flat and x.shape[0] == 1:
+            sizes = [share.tokens or 0 for share in self.shares]
+            if x.dim() > 1 and x.shape[1] == sum(sizes):
+                return sizes
         total = sum(share.rows for share in self.shares)
         factor, rest = divmod(x.shape[0], total)
-        if rest or not factor:
+        if rest or not factor or self.flat:
             raise NotPackable(f"a layer sees {tuple(x.shape)} where {total} stacked rows were fed")
-        return torch.split(x, [share.rows * factor for share in self.shares])
+        return [share.rows * factor for share in self.shares]
 
     def hold(self, model: nn.Module, name: str, owner: nn.Module, delta: nn.Module) -> None:
         """From now on ``delta(x, y, key) -> y`` acts on ``owner``'s rows at layer ``name``."""
@@ -90,17 +116,33 @@ class _Site:
         shares = self.sites.shares
         if not any(share.owner in self.deltas for share in shares):
             return y
+        found = [self.deltas.get(share.owner, []) for share in shares]
+        kinds = {type(delta) for own in found for delta in own}
+        if len(kinds) == 1 and all(len(own) < 2 for own in found) and hasattr(kind := kinds.pop(), "together"):
+            return self._together(kind, args[0], y)
         parts = [
             self._own(share, a, b)
             for share, a, b in zip(shares, self.sites.split(args[0]), self.sites.split(y), strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.sites.join(parts)
+
+    def _together(self, kind: Any, x: Tensor, y: Tensor) -> Tensor:
+        """Deltas of a kind that can act on its rows of the whole stack, which saves taking it apart."""
+        given = [
+            (*span, delta, self._key(share))
+            for share, span in zip(self.sites.shares, self.sites.spans(x), strict=True)
+            for delta in self.deltas.get(share.owner, ())
+        ]
+        changed: Tensor = kind.together(x, y, given)
+        return changed
 
     def _own(self, share: Share, x: Tensor, y: Tensor) -> Tensor:
-        key = None if share.key is None else mix(share.key, self.salt)
         for delta in self.deltas.get(share.owner, ()):
-            y = delta(x, y, key)
+            y = delta(x, y, self._key(share))
         return y
+
+    def _key(self, share: Share) -> int | None:
+        return None if share.key is None else mix(share.key, self.salt)
 
 
 def mix(*words: int) -> int:

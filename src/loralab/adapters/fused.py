@@ -1,0 +1,97 @@
+"""LoRA's update as one autograd function: y + scaling * drop(x) A^T B^T over the rows of every trial of a pass.
+
+Autograd's own graph would keep the dropped-out x beside x and write the update three times (B A x, scaled, added). This
+one keeps x and h = drop(x) A^T, draws dropout again from its key, and adds into y as the product is made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loralab.adapters.sites import keyed_dropout
+
+
+@dataclass(frozen=True)
+class Part:
+    """One trial's positions (``start`` to ``stop`` of the leading dimensions flattened) and what its update needs."""
+
+    start: int
+    stop: int
+    scaling: float
+    dropout: float
+    key: int | None
+
+
+def lora_update(x: Tensor, y: Tensor, parts: Sequence[Part], factors: Sequence[Tensor]) -> Tensor:
+    """y (..., out) with each part's update added; x (..., in), ``factors``: A (r, in) and B (out, r) of
+    each part in turn. y is written to, unless it is a view of something else."""
+    if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad):
+        y = y.clone(memory_format=torch.contiguous_format)
+    updated: Tensor = _Update.apply(x, y, tuple(parts), *factors)  # type: ignore[no-untyped-call]
+    return updated
+
+
+class _Update(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, parts: tuple[Part, ...], *factors: Tensor) -> Tensor:
+        ctx.parts = parts
+        ctx.dtype = factors[0].dtype
+        if torch.is_autocast_enabled(x.device.type) and ctx.dtype != torch.float64:
+            ctx.dtype = torch.get_autocast_dtype(x.device.type)
+        inner = []
+        with torch.autocast(x.device.type, enabled=False):
+            for part, (a, b) in zip(parts, _pairs(factors), strict=True):
+                h = _input(x, part, ctx.dtype) @ a.to(ctx.dtype).t()
+                _add(y.view(-1, y.shape[-1])[part.start : part.stop], h, b.to(ctx.dtype).t(), part.scaling)
+                inner.append(h)
+        ctx.save_for_backward(x, *factors, *inner)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        count = 2 * len(ctx.parts)
+        factors, inner = saved[:count], saved[count:]
+        dx = _like(x, ctx.parts) if ctx.needs_input_grad[0] else None
+        dys = dy.reshape(-1, dy.shape[-1])
+        found: list[Tensor | None] = []
+        with torch.autocast(x.device.type, enabled=False):
+            for part, (a, b), h in zip(ctx.parts, _pairs(factors), inner, strict=True):
+                own = dys[part.start : part.stop].to(ctx.dtype)
+                dh = (own @ b.to(ctx.dtype)).mul_(part.scaling)
+                found.append((dh.t() @ _input(x, part, ctx.dtype)).to(a.dtype))
+                found.append((own.t() @ h).mul_(part.scaling).to(b.dtype))
+                if dx is not None:
+                    back = (dh @ a.to(ctx.dtype)).to(x.dtype)
+                    dx[part.start : part.stop] = keyed_dropout(back, part.dropout, part.key)
+        return None if dx is None else dx.view(x.shape), dy, None, *found
+
+
+def _pairs(factors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(factors[::2], factors[1::2], strict=True))
+
+
+def _input(x: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
+    """The part's inputs, dropped out, (n, in). The same values however often it is asked for."""
+    own = x.reshape(-1, x.shape[-1])[part.start : part.stop]
+    return keyed_dropout(own, part.dropout, part.key).to(dtype)
+
+
+def _add(y: Tensor, h: Tensor, b: Tensor, scaling: float) -> None:
+    if y.dtype == h.dtype:
+        y.addmm_(h, b, alpha=scaling)
+    else:
+        y.add_((h @ b).mul_(scaling).to(y.dtype))
+
+
+def _like(x: Tensor, parts: Sequence[Part]) -> Tensor:
+    """For the gradient of x, (positions, in); zero where they belong to nobody."""
+    count = x.numel() // x.shape[-1]
+    make = torch.empty if sum(part.stop - part.start for part in parts) == count else torch.zeros
+    return make(count, x.shape[-1], dtype=x.dtype, device=x.device)

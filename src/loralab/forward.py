@@ -1,0 +1,149 @@
+"""One pass of a stacked batch through the base, by the fastest way that gives the base's own losses.
+
+A way that leaves padding or dense logits out is held against the plain one on the first batch; a base that it does not
+suit (soft-capped logits, another kind of attention) is computed the plain way, and the log says so.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from loralab.adapters.sites import Share, Sites
+from loralab.head import bypassed, frozen_head, head_nll
+from loralab.metrics import nll
+from loralab.unpadded import can_unpad, flat, flatten, prepare
+
+log = logging.getLogger(__name__)
+
+Scores = tuple[Tensor, Tensor, Tensor]  # summed nll, predictions, targets
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of a row's mean nll; half precision rounds by 2^-8
+HALF_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a pass is computed."""
+
+    unpadded: bool = False
+    headless: bool = False
+
+    def __str__(self) -> str:
+        names = {"without padding": self.unpadded, "without dense logits": self.headless}
+        return " and ".join(name for name, chosen in names.items() if chosen) or "the plain way"
+
+
+class Forward:
+    """The base of a pack, called with stacked batches."""
+
+    def __init__(self, model: nn.Module, task: str, tokenwise: bool = True) -> None:
+        self.model, self.task, self.tokenwise = model, task, tokenwise
+        self.sites = Sites.of(model)
+        self.way: Way | None = None
+
+    def __call__(self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> list[Scores]:
+        """Scores of each share. ``inputs`` and ``labels``: rows of all shares along dim 0, padded on the right."""
+        if self.way is None:
+            self.way = self._choose(inputs, labels, shares)
+        return self._scores(self.way, inputs, labels, shares)
+
+    def _scores(self, way: Way, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> list[Scores]:
+        self.sites.shares = tuple(shares)
+        if self.task == "causal_lm":  # a position predicts the next one
+            labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], 1)
+        if way.unpadded:
+            inputs, labels = self._flattened(inputs, labels)
+        if not way.headless:
+            return self._plain(inputs, labels)
+        head = frozen_head(self.model)
+        assert head is not None
+        with bypassed(head):
+            hidden = self.model(**inputs).logits
+        kept = labels != -100
+        targets = labels[kept]
+        losses, predictions = head_nll(hidden[kept], targets, head)
+        counts = self._counts(kept, len(targets))
+        parts = zip(*(torch.split(x, counts) for x in (losses, predictions, targets)), strict=True)
+        return [(own.sum(), *rest) for own, *rest in parts]
+
+    def _counts(self, kept: Tensor, total: int) -> list[int]:
+        """Targets of each share."""
+        parts = self.sites.split(kept)
+        if len(parts) == 1:
+            return [total]
+        if isinstance(kept, FakeTensor):
+            return [total // len(parts)] * (len(parts) - 1) + [total - total // len(parts) * (len(parts) - 1)]
+        return [int(own.sum()) for own in parts]
+
+    def _plain(self, inputs: dict[str, Any], labels: Tensor) -> list[Scores]:
+        logits = self.model(**inputs).logits
+        task = "seq2seq_lm" if self.task == "causal_lm" else self.task  # the labels are shifted already
+        return [nll(*own, task) for own in zip(self.sites.split(logits), self.sites.split(labels), strict=True)]
+
+    def _flattened(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+        lengths = lengths_of(inputs["attention_mask"])
+        counts = iter(lengths)
+        self.sites.shares = tuple(
+            Share(share.owner, share.rows, share.key, sum(next(counts) for _ in range(share.rows)))
+            for share in self.sites.shares
+        )
+        return flatten(inputs, lengths), flat(labels, lengths)
+
+    def _choose(self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> Way:
+        """The way for this base and these adapters; under fake tensors whatever its shape allows."""
+        headless = self.task != "sequence_classification" and frozen_head(self.model) is not None
+        unpadded = self.task == "causal_lm" and self.tokenwise and labels.device.type == "cpu" and can_unpad(self.model)
+        if unpadded:
+            prepare(self.model)
+        ways = [Way(unpadded, headless), Way(headless=headless), Way()]
+        if isinstance(labels, FakeTensor):
+            return ways[0]
+        for way in dict.fromkeys(ways):
+            if way == Way() or self._agrees(way, inputs, labels, shares[0]):
+                break
+            log.info("this base is not computed %s: its losses would differ", way)
+        return way
+
+    @torch.no_grad()
+    def _agrees(self, way: Way, inputs: dict[str, Tensor], labels: Tensor, share: Share) -> bool:
+        """On one row, and on itself cut short: padded, they are two rows of unequal lengths."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            few = _two_rows(inputs)
+            targets = torch.cat([labels[:1], labels[:1]])
+            if self.task == "causal_lm":
+                targets = targets.masked_fill(few["attention_mask"] == 0, -100)
+            own = [Share(share.owner, 2)]
+            (plain, *_), (other, *_) = (self._scores(one, few, targets, own)[0] for one in (Way(), way))
+            allowed = TOLERANCE.get(_computed_in(self.model, labels.device.type), HALF_TOLERANCE)
+            return bool((plain - other).abs() <= allowed * max(1.0, float(plain)))
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            log.debug("%s", way, exc_info=error)
+            return False
+        finally:
+            self.model.train(training)
+
+
+def lengths_of(mask: Tensor) -> list[int]:
+    """Tokens of each row of a mask (rows, T) that is padded on the right; of one without values, all of them."""
+    if isinstance(mask, FakeTensor):
+        return [mask.shape[1]] * mask.shape[0]
+    return [int(length) for length in mask.sum(1).tolist()]
+
+
+def _two_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    few = {name: torch.cat([value[:1], value[:1]]) for name, value in inputs.items()}
+    length = int(few["attention_mask"][0].sum())
+    few["attention_mask"][1, length - length // 3 :] = 0
+    return few
+
+
+def _computed_in(model: nn.Module, device: str) -> torch.dtype:
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return next(model.parameters()).dtype

@@ -1,0 +1,79 @@
+"""Frozen language-model head and cross-entropy in one function: no logits are kept, none are made where nothing is
+predicted.
+
+The head has no gradient of its own, so the gradient of its input can be made in the forward pass, chunk by chunk, while
+a chunk's logits are still there. What is kept for the backward pass is one gradient row a target.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = 512  # target rows whose logits are there at once
+LEAST = 4  # rows of a product; below, a CPU's GEMM rounds otherwise than for many rows
+
+
+class _NLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        losses, predictions, gradients = [], [], []
+        for rows, labels in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
+            short = max(0, LEAST - len(rows))
+            logits = F.linear(F.pad(rows, (0, 0, 0, short)) if short else rows, weight, bias)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            highest, found = logits.max(-1, keepdim=True)
+            at = F.pad(labels, (0, short))[:, None]
+            chosen = logits.sub_(highest).gather(1, at)
+            total = logits.exp_().sum(-1, keepdim=True)
+            losses.append((total.log() - chosen)[: len(rows), 0])
+            predictions.append(found[: len(rows), 0])
+            if ctx.needs_input_grad[0]:
+                logits.div_(total).scatter_add_(1, at, -torch.ones_like(total))  # softmax minus one-hot
+                gradients.append((logits.to(weight.dtype) @ weight)[: len(rows)].to(hidden.dtype))
+        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        best = torch.cat(predictions)
+        ctx.mark_non_differentiable(best)
+        return torch.cat(losses), best
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * grad[:, None].to(gradients.dtype), None, None, None
+
+
+def head_nll(hidden: Tensor, targets: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """(negative log-likelihood (n,) in float32, predictions (n,)) of hidden (n, width) and targets (n,)."""
+    if not len(targets):
+        return hidden.sum(-1).float(), targets
+    scored: tuple[Tensor, Tensor] = _NLL.apply(hidden, targets, head.weight, head.bias)  # type: ignore[no-untyped-call]
+    return scored
+
+
+def frozen_head(model: nn.Module) -> nn.Linear | None:
+    """The model's output embeddings, where they are a plain linear layer that nobody trains, adapts or watches."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear or head.weight.requires_grad:
+        return None
+    return None if head._forward_hooks or head._forward_pre_hooks else head
+
+
+@contextmanager
+def bypassed(head: nn.Linear) -> Iterator[None]:
+    """Within, the model hands on what would enter its head, in place of logits."""
+    head.forward = _same  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _same(hidden: Tensor) -> Tensor:
+    return hidden

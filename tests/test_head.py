@@ -1,0 +1,73 @@
+"""The frozen head with its loss is the head, and then the loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from loralab.head import CHUNK, bypassed, frozen_head, head_nll
+
+
+def head_of(width=8, classes=11, bias=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Linear(width, classes, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 40, 2 * CHUNK + 1])
+def test_losses_predictions_and_gradients_are_those_of_the_dense_way(rows, bias):
+    head = head_of(bias=bias)
+    hidden, targets = torch.randn(rows, 8, requires_grad=True), torch.randint(11, (rows,))
+    weights = torch.rand(rows)
+    losses, predictions = head_nll(hidden, targets, head)
+    logits = head(hidden)
+    dense = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(losses, dense)
+    assert torch.equal(predictions, logits.argmax(-1))
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), hidden)[0] for x in (losses, dense))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_are_right_to_double_precision():
+    head = head_of(dtype=torch.float64)
+    hidden = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (5,))
+    assert torch.autograd.gradcheck(lambda h: head_nll(h, targets, head)[0], (hidden,), atol=1e-6, eps=1e-4)
+
+
+def test_a_rows_loss_has_the_same_bits_beside_any_number_of_others():
+    head = head_of(64, 512)
+    hidden, targets = torch.randn(600, 64), torch.randint(512, (600,))
+    together = head_nll(hidden, targets, head)[0]
+    for count in (1, 2, 3, 7, 60):
+        assert torch.equal(head_nll(hidden[:count], targets[:count], head)[0], together[:count])
+
+
+def test_without_a_target_there_is_no_loss():
+    hidden = torch.randn(0, 8, requires_grad=True)
+    losses, _ = head_nll(hidden, torch.empty(0, dtype=torch.int64), head_of())
+    losses.sum().backward()
+    assert losses.shape == (0,)
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        head_nll(torch.randn(50, 8, requires_grad=True), torch.randint(11, (50,)), head_of())
+    assert kept == [torch.Size([50, 8])]
+
+
+def test_a_head_that_is_trained_watched_or_none_is_left_alone(load_base):
+    model = load_base().model
+    model.requires_grad_(False)
+    head = frozen_head(model)
+    assert head is model.lm_head
+    with bypassed(head):
+        assert model(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.shape[-1] == head.in_features
+    assert model(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.shape[-1] == head.out_features
+    handle = head.register_forward_hook(lambda *_: None)
+    assert frozen_head(model) is None
+    handle.remove()
+    head.weight.requires_grad_(True)
+    assert frozen_head(model) is None
+    assert frozen_head(load_base("distilbert").model) is None
