@@ -25,7 +25,9 @@ class Fit:
         self.base, self.specs, self.trials, self.started = base, specs, trials, started
         self.progress = progress
         self.callbacks = [build() for build in specs[0].callbacks.values()] + specs[0].memory.callbacks()
-        self.module = FineTuner(base.model, trials)
+        # outliers are found over a whole batch: there a row's states are not its own
+        prefix_bytes = specs[0].memory.prefix_bytes if specs[0].quantization.packable else 0
+        self.module = FineTuner(base.model, trials, prefix_bytes)
         self.optimizer: dict[str, Any] = {}  # what came of its state
 
     def run(self) -> None:

@@ -5,7 +5,8 @@ suit (soft-capped logits, another kind of attention) is computed the plain way, 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,13 @@ from loralab.metrics import nll
 from loralab.unpadded import can_unpad, flat, flatten, prepare
 
 log = logging.getLogger(__name__)
+
+Around = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
+
+
+def _nothing(_: Mapping[str, Any]) -> AbstractContextManager[None]:
+    return nullcontext()
+
 
 Scores = tuple[Tensor, Tensor, Tensor]  # summed nll, predictions, targets
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of a row's mean nll; half precision rounds by 2^-8
@@ -45,23 +53,35 @@ class Forward:
         self.sites = Sites.of(model)
         self.way: Way | None = None
 
-    def __call__(self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> list[Scores]:
-        """Scores of each share. ``inputs`` and ``labels``: rows of all shares along dim 0, padded on the right."""
+    def __call__(
+        self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share], around: Around = _nothing
+    ) -> list[Scores]:
+        """Scores of each share. ``inputs`` and ``labels``: rows of all shares along dim 0, padded on the right.
+        ``around``: what the model is called within, given its inputs."""
         if self.way is None:
             self.way = self._choose(inputs, labels, shares)
-        return self._scores(self.way, inputs, labels, shares)
+        return self._scores(self.way, inputs, labels, shares, around)
 
-    def _scores(self, way: Way, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> list[Scores]:
+    def _scores(
+        self,
+        way: Way,
+        inputs: dict[str, Tensor],
+        labels: Tensor,
+        shares: Sequence[Share],
+        around: Around = _nothing,
+    ) -> list[Scores]:
         self.sites.shares = tuple(shares)
         if self.task == "causal_lm":  # a position predicts the next one
             labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], 1)
         if way.unpadded:
             inputs, labels = self._flattened(inputs, labels)
         if not way.headless:
-            return self._plain(inputs, labels)
+            with around(inputs):
+                logits = self.model(**inputs).logits
+            return self._plain(logits, labels)
         head = frozen_head(self.model)
         assert head is not None
-        with bypassed(head):
+        with bypassed(head), around(inputs):
             hidden = self.model(**inputs).logits
         kept = labels != -100
         targets = labels[kept]
@@ -79,8 +99,7 @@ class Forward:
             return [total // len(parts)] * (len(parts) - 1) + [total - total // len(parts) * (len(parts) - 1)]
         return [int(own.sum()) for own in parts]
 
-    def _plain(self, inputs: dict[str, Any], labels: Tensor) -> list[Scores]:
-        logits = self.model(**inputs).logits
+    def _plain(self, logits: Tensor, labels: Tensor) -> list[Scores]:
         task = "seq2seq_lm" if self.task == "causal_lm" else self.task  # the labels are shifted already
         return [nll(*own, task) for own in zip(self.sites.split(logits), self.sites.split(labels), strict=True)]
 

@@ -16,17 +16,19 @@ from loralab.adapters.sites import Share
 from loralab.errors import ConfigError
 from loralab.forward import Forward
 from loralab.metrics import SplitMetrics
+from loralab.prefix import Prefix
 from loralab.trial import Batch, Trial, stack
 
 
 class FineTuner(LightningModule):
     """Trains the adapters of ``trials`` on ``model``; their batches are stacked along dim 0."""
 
-    def __init__(self, model: nn.Module, trials: list[Trial]) -> None:
+    def __init__(self, model: nn.Module, trials: list[Trial], prefix_bytes: int = 0) -> None:
         super().__init__()
         self.model = model
         self.trials = trials
         self.adapters = nn.ModuleList([trial.adapter for trial in trials])
+        self.prefix = Prefix(model, [t.adapter for t in trials], [t.data for t in trials], prefix_bytes)
         self.task = trials[0].task
         self.forward_pass = Forward(model, self.task, all(trial.adapter.spec.tokenwise for trial in trials))
         self.split = "val"
@@ -48,7 +50,8 @@ class FineTuner(LightningModule):
             torch.manual_seed(shares[0].key or 0)
         if self.task == "seq2seq_lm":
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
-        return dict(zip(batches, self.forward_pass(inputs, labels, shares), strict=True))
+        scores = self.forward_pass(inputs, labels, shares, lambda given: self.prefix.shared(given, batches))
+        return dict(zip(batches, scores, strict=True))
 
     def training_step(self, batches: dict[int, Batch], batch_idx: int) -> Tensor | None:
         """Sum over trials of nll / target tokens of the whole optimizer step."""

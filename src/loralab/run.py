@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from loralab import models, record
 from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
 from loralab.fit import Fit, close_record, explain
 from loralab.planning.foresee import Foresight
+from loralab.prefix import base_dropout
 from loralab.quantization.none import NoQuantization
 from loralab.specs import TrialSpec
 from loralab.telemetry.environment import environment
@@ -197,10 +196,3 @@ def _check_labels(base: models.Base, data: list[Encoded]) -> None:
             raise ConfigError(
                 f"model.num_labels={count}, but the data has {len(own.splits.labels)} labels: {own.splits.labels}"
             )
-
-
-def base_dropout(model: nn.Module) -> float:
-    """The largest dropout probability inside the base, attention's included."""
-    names = ("p", "dropout", "attention_dropout", "dropout_prob", "dropout_rate")
-    found = [getattr(module, name, None) for module in model.modules() for name in names]
-    return max((value for value in found if isinstance(value, float)), default=0.0)

@@ -91,6 +91,7 @@ class Trial:
         return {
             "tensors": tensors,
             "rows": len(chosen),
+            "chosen": [(id(examples), row) for row in chosen],  # what tells equal rows of several trials
             "target_tokens": int((shifted != -100).sum()),
             "tokens": int(tensors["attention_mask"].sum()),
         }

@@ -10,7 +10,8 @@ from torch import nn
 from loralab import models
 from loralab.adapters.base import Adapter
 from loralab.optimizers import PAGED_FROM, TORCH, UNPAGED
-from loralab.planning.trace import Planned, stack
+from loralab.planning.trace import Planned
+from loralab.prefix import stack
 from loralab.quantization.base import is_linear, linear_shape, quantizable
 
 EIGHT_BIT_FROM = 4096  # elements; bitsandbytes keeps smaller states in 32 bits (min_8bit_size)

@@ -24,6 +24,7 @@ from loralab.module import FineTuner
 from loralab.optimizers import PAGED_FROM, UNPAGED, AdamW
 from loralab.planning.attention import kernels
 from loralab.planning.tracker import Segment, Tracker
+from loralab.prefix import stack
 from loralab.quantization.base import Quantizer, quantizable
 from loralab.quantization.loading import replace
 from loralab.trainers import TrainerSpec
@@ -278,15 +279,6 @@ class _Step:
             hidden.register_hook(lambda _: self.tracker.mark(self.phase, str(number)))
         if number == count - 1:
             self.tracker.mark(self.phase, "after")
-
-
-def stack(model: nn.Module) -> nn.ModuleList | None:
-    """The layers of a model that is one stack of them; None for an encoder with a decoder."""
-    config: Any = model.config
-    if config.is_encoder_decoder:
-        return None
-    count = getattr(config, "num_hidden_layers", None)
-    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
 
 
 def precision(name: str) -> Precision:

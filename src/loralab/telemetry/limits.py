@@ -37,6 +37,7 @@ class MemorySpec:
     spiky_every: int | None = None
     spiky_length: int | None = None
     solo: bool = False
+    prefix_cache: float = 1.0  # GiB of host memory
 
     def __post_init__(self) -> None:
         sized = isinstance(self.ballast, int | float) and not isinstance(self.ballast, bool)
@@ -44,6 +45,8 @@ class MemorySpec:
             raise ConfigError(f"memory.ballast={self.ballast!r} must be null, auto or a positive number of GiB")
         if self.cap is not None and not 0 < self.cap < math.inf:
             raise ConfigError(f"memory.cap={self.cap} must be null or a positive number of GiB")
+        if not 0 <= self.prefix_cache < math.inf:
+            raise ConfigError(f"memory.prefix_cache={self.prefix_cache} must be a number of GiB, 0: nothing is kept")
         for key in ("spiky_every", "spiky_length"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -55,6 +58,11 @@ class MemorySpec:
         keys = [key for key in ("ballast", "cap", "snapshot", "spiky_every") if getattr(self, key) is not None]
         keys += ["solo"] if self.solo else []
         return f"memory.{keys[0]} is set, and a measured trial runs alone" if keys else ""
+
+    @property
+    def prefix_bytes(self) -> int:
+        """What may be kept of blocks below the lowest adapted one; nothing where memory or time is measured."""
+        return 0 if self.alone else int(self.prefix_cache * GIB)
 
     def check(self, device: str) -> None:
         """Raises ConfigError for what only a card can do."""
