@@ -28,7 +28,7 @@ test: $(VENV)/.setup ## fresh machine -> environment -> fast tests
 	$(PYTEST)
 
 test-all: $(VENV)/.setup ## the slow tests too
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not bench"
 
 setup: $(VENV)/.setup ## the environment with the test and development tools
 
@@ -45,7 +45,8 @@ sweep: $(VENV)/.run ## one sweep: make sweep SWEEP=rank ARGS="seed=0,1"
 	$(BIN)/loralab sweep $(SWEEP) $(ARGS)
 
 bench: $(VENV)/.setup ## speed beside other libraries, measured in one run
-	$(BIN)/loralab bench
+	$(BIN)/loralab bench $(ARGS)
+	$(BIN)/python -m pytest -q -m bench tests/bench
 
 gpu: ## everything that needs CUDA, within 9 minutes; writes $OUT or runs/gpu (ARGS=--cpu: a rehearsal)
 	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m loralab.gpu $(ARGS)
@@ -78,5 +79,5 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.setup: $(VENV)/.run
 	@echo "installing the test and development tools"
-	@$(PIP) --editable ".[test,dev]"
+	@$(PIP) --editable ".[test,bench,dev]"
 	@touch $@

@@ -25,7 +25,7 @@ HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
   loralab quantize [k=v ...]      a model's weights under every scheme: bits, bytes, error; --evaluate: also loss, KL
   loralab ls     [DIR]            sweeps and runs below DIR (default: runs) and their state
   loralab doctor                  what this machine can do, and the fix for what it cannot
-  loralab bench                   speed of a quantized layer beside bitsandbytes' own, in one run
+  loralab bench  [PART ...]       speed beside PEFT, Lightning and bitsandbytes; parts: layer, step, sweep, prefix
 
 Settings are Hydra's k=v: model=, quantization=, adapter=, data=, optimizer=, schedule=, trainer=, logger=.
   loralab train quantization=nf4_double adapter.r=16 adapter.lora_alpha=32 optimizer.lr=2e-4
@@ -33,7 +33,7 @@ Settings are Hydra's k=v: model=, quantization=, adapter=, data=, optimizer=, sc
   loralab train --preview         the first rows as the model sees them; nothing is trained
 
 Flags, anywhere: --json (count, plan, quantize, doctor, ls, bench), --evaluate, --fresh, --resume DIR,
-  --debug (tracebacks), --version, --help
+  --quick and --out FILE (bench), --debug (tracebacks), --version, --help
 Exit codes: 0 ok, 1 internal, 2 configuration, 3 data, 4 artifact, 5 diverged, 6 out of memory, 7 disk, 130, 143
 """
 
@@ -276,17 +276,25 @@ FLAGS = {  # where each means something
     "fresh": "train, sweep",
     "preview": "train",
     "resume": "sweep",
+    "quick": "bench",
+    "out": "bench",
 }
 
 
 def bench(words: Words) -> int:
-    """Speed beside other libraries, in one run."""
-    from loralab import bench as benchmark
+    """Speed beside other libraries, in one run; a Markdown table, and JSON on disk."""
+    _messages_to_stderr()
+    from loralab.bench.run import ABOUT
+    from loralab.bench.run import bench as measured
+    from loralab.bench.table import render
 
-    words.overrides()
-    found = benchmark.bench()
-    print(json.dumps(found) if "json" in words else benchmark.render(found))
-    return 0
+    for word in words.rest:
+        if word not in ABOUT:
+            raise ConfigError(f"loralab bench: there is no part {word!r}; {nearest(word, ABOUT)}")
+    found = measured(words.rest, "quick" in words, Path(words.out or "runs/bench/bench.json"))
+    print(json.dumps(found) if "json" in words else render(found))
+    failed = any(part["status"] != "completed" for part in found["parts"].values())
+    return int(failed)
 
 
 COMMANDS: dict[str, Callable[[Words], int]] = {

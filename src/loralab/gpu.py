@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from loralab import models, record
+from loralab.bench.ground import LLAMA_1B
 from loralab.optimizers import UNPAGED, cannot_page
 from loralab.reporting import card
 from loralab.telemetry.ledgers import GIB
@@ -43,10 +44,6 @@ ABOUT = (
     "print(json.dumps({'environment': environment(), 'doctor': examine()}))"
 )
 
-LLAMA_1B = {
-    **{"model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22},
-    **{"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048},
-}
 SMALL_LLAMA = {
     **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2},
     "num_key_value_heads": 2,

@@ -79,7 +79,7 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     if status not in STATUSES:
         raise ValueError(f"record.status={status!r}: {nearest(str(status), STATUSES)}")
     hidden = {key: redact(record[key], key) for key in ("config", "overrides", "error") if key in record}
-    _replace(folder / RESULT, {**record, **hidden})
+    replace(folder / RESULT, {**record, **hidden})
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def find(root: Path) -> list[Path]:
 
 def write_sweep(folder: Path, sweep: Mapping[str, Any]) -> None:
     """Replace ``folder/sweep.json``: ``{name, question, axes, trials: [{trial, folder, status}]}``."""
-    _replace(folder / SWEEP, {"schema": SCHEMA, **redact(sweep)})
+    replace(folder / SWEEP, {"schema": SCHEMA, **redact(sweep)})
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
@@ -223,7 +223,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _replace(path: Path, content: Mapping[str, Any]) -> None:
+def replace(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes ``content`` as JSON; a reader sees the old file or the new one, never a half."""
     text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
     partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:

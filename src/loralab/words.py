@@ -6,7 +6,8 @@ from pathlib import Path
 
 from loralab.errors import ConfigError, nearest
 
-SWITCHES = ("json", "fresh", "debug", "evaluate", "preview", "help", "version")
+SWITCHES = ("json", "fresh", "debug", "evaluate", "preview", "quick", "help", "version")
+VALUES = ("--resume", "--out")
 HYDRA_SWITCHES = ("-m", "--multirun", "--resolve")
 HYDRA_VALUES = ("--cfg", "-c", "--package", "-p", "--info", "-i")
 TEXTS = (
@@ -26,6 +27,7 @@ class Words:
     hydra: list[str] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
     resume: str | None = None
+    out: str | None = None
 
     @classmethod
     def parse(cls, arguments: list[str]) -> "Words":
@@ -36,14 +38,14 @@ class Words:
             name, equals, value = word.partition("=")
             if word == "-h" or (word.startswith("--") and word[2:] in SWITCHES):
                 words.flags.add("help" if word == "-h" else word[2:])
-            elif name == "--resume":
-                words.resume = value if equals else (queue.pop(0) if queue else "")
+            elif name in VALUES:
+                setattr(words, name[2:], value if equals else (queue.pop(0) if queue else ""))
             elif word in HYDRA_SWITCHES:
                 words.hydra.append(word)
             elif name in HYDRA_VALUES:
                 words.hydra += [name, value if equals else (queue.pop(0) if queue else "")]
             elif word.startswith("-"):
-                valid = [*(f"--{one}" for one in SWITCHES), "--resume", *HYDRA_SWITCHES, "--cfg"]
+                valid = [*(f"--{one}" for one in SWITCHES), *VALUES, *HYDRA_SWITCHES, "--cfg"]
                 raise ConfigError(f"loralab has no flag {word!r}; {nearest(word, valid)}")
             elif not words.command:
                 words.command = word
@@ -68,7 +70,7 @@ class Words:
     def refuse(self, flags: dict[str, str]) -> None:
         """Raises ConfigError for a flag that this command would ignore; ``flags``: flag -> where it belongs."""
         for flag, where in flags.items():
-            if flag in self.flags or (flag == "resume" and self.resume is not None):
+            if flag in self.flags or (f"--{flag}" in VALUES and getattr(self, flag) is not None):
                 raise ConfigError(f"loralab {self.command} has no --{flag}; valid: {where}")
 
 

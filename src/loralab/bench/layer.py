@@ -1,0 +1,74 @@
+"""One NF4 layer beside bitsandbytes' own, in this process."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from loralab.bench.table import OURS, Table
+from loralab.quantization.four_bit import FourBit
+
+SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))  # (out, in): attention and feed-forward of a 1B Llama
+ROWS = (16, 128, 512)  # tokens in a pass
+PEER = "bitsandbytes Linear4bit"
+
+
+def layers(
+    table: Table, rounds: int, shapes: tuple[tuple[int, int], ...] = SHAPES, rows: tuple[int, ...] = ROWS
+) -> None:
+    """NF4, double quantization, block size 64: forward and backward with respect to the input, per_use, against
+    bitsandbytes' Linear4bit holding the same bytes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for out_features, in_features in shapes:
+        dense = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+        peer = _linear4bit(dense, dtype).to(device)
+        ours = FourBit(double_quant=True).convert(dense).to(device)
+        for n in rows:
+            x = torch.randn(n, in_features, device=device, dtype=dtype)
+            times = interleaved({PEER: _step(peer, x), OURS: _step(ours, x)}, device, rounds)
+            difference = float((ours(x) - peer(x)).norm() / peer(x).norm())
+            for name, seconds in times.items():
+                row = table.row(name, f"{in_features} -> {out_features}, {n} rows", "ms", tokens=n)
+                table.add(row, [1000 * one for one in seconds], output_difference=difference)
+
+
+def interleaved(work: Mapping[str, Callable[[], None]], device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round, one after the other in turn, after two rounds to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 2):
+        for name in sorted(work, reverse=bool(number % 2)):
+            begun = time.perf_counter()
+            work[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number >= 2:
+                times[name].append(time.perf_counter() - begun)
+    return times
+
+
+def _linear4bit(dense: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(
+        dense.in_features,
+        dense.out_features,
+        bias=False,
+        compute_dtype=dtype,
+        quant_type="nf4",
+        compress_statistics=True,
+    )
+    layer.weight = bnb.nn.Params4bit(
+        dense.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+    )
+    made: nn.Module = layer
+    return made
+
+
+def _step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        given = x.detach().requires_grad_(True)
+        layer(given).sum().backward()
+
+    return step
