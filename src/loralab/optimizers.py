@@ -76,7 +76,9 @@ class AdamW:
         buffers = [parameter for group in groups for parameter in group["params"]]
         if any(hasattr(parameter, MEMBERS) for parameter in buffers):
             kind = type(f"Flat{kind.__name__}", (_Flat, kind), {})
-        optimizer: torch.optim.Optimizer = kind(groups)
+        # one kernel in place of ten a tensor; on CUDA it would do a loss scaler's work, which clipping forbids
+        fused = {"fused": True} if self.name == TORCH and all(p.device.type == "cpu" for p in buffers) else {}
+        optimizer: torch.optim.Optimizer = kind(groups, **fused)
         if self.name in UNPAGED:
             if doubt := _doubt(buffers):
                 _warn_once(f"optimizer={self.name} pages nothing: {doubt}")

@@ -201,7 +201,7 @@ class _Step:
             self.tracker.tag(optimizer.name2qmap.values(), "constants")
         for group in optimizer.param_groups if self.geometry.cuda else ():
             if "foreach" in group:
-                group["foreach"] = True  # torch's choice on CUDA
+                group["foreach"], group["fused"] = True, False  # torch's choice on CUDA
         return optimizer
 
     def _batch(self) -> dict[str, Any]:

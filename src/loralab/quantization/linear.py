@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from loralab.quantization import gemm
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEQUANTIZE = ("per_use", "resident")
@@ -34,7 +35,7 @@ class _Product(torch.autograd.Function):
         dx = db = None
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = (dy.to(ctx.dtype) @ ctx.layer.unpacked(ctx.dtype)).to(dy.dtype)
+                dx = gemm.backward(dy.to(ctx.dtype), ctx.layer.unpacked(ctx.dtype)).to(dy.dtype)
             if ctx.needs_input_grad[1]:
                 db = dy.reshape(-1, dy.shape[-1]).sum(dim=0).to(ctx.layer.bias.dtype)
         return dx, db, None
@@ -100,7 +101,7 @@ class FrozenLinear(nn.Module, ABC):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) in the compute dtype -> (..., out). No graph is recorded here."""
-        return F.linear(x, self.unpacked(x.dtype), None if bias is None else bias.to(x.dtype))
+        return gemm.linear(x, self.unpacked(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
