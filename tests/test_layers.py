@@ -19,14 +19,14 @@ FLOORS = [
     {"trial", "checkpoints", "head", "prefix"},
     {"forward"},
     {"module", "models", "generation", "evaluation"},
-    {"planning", "interop"},
+    {"planning", "interop", "first_batch"},
     {"specs", "study"},
     {"fit"},
     {"run"},
     {"packing", "reporting"},
     {"words", "locks"},
     {"bench"},
-    {"cli", "config", "jobs", "sweep", "doctor", "hydra_errors", "hydra_plugins", "gpu"},
+    {"cli", "config", "jobs", "sweep", "workers", "doctor", "hydra_errors", "hydra_plugins", "gpu"},
 ]
 FENCES = {
     "bitsandbytes": {"quantization", "optimizers", "bench"},

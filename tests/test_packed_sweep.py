@@ -1,10 +1,15 @@
 """A packed sweep gives what the same trials give alone, whatever happens to one of them."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from loralab import cli, record
+from loralab.config import trial_spec
 from loralab.module import FineTuner
+from loralab.planning.plan import estimate
 
 FAST = ["hydra/launcher=packed", "data.limit=6", "trainer.max_steps=3"]
 PACKED = ["hydra.launcher.token_budget=100000"]
@@ -102,11 +107,61 @@ def test_llm_int8_with_outliers_runs_alone(sweep):
     assert sizes(records) == [1, 1]
 
 
+def need(records, trials):
+    """Bytes that ``trials`` of a finished sweep are expected to take in one pass."""
+    specs = [trial_spec(OmegaConf.create(records[trial]["config"]), Path()) for trial in trials]
+    return estimate(specs, "cpu", length=25)  # rows of 24 bytes and an end
+
+
+def test_a_memory_budget_sizes_the_packs_and_their_predicted_peak_stays_under_it(sweep):
+    words = ["adapter.r=2,64,3,4", "plan.record=true", *PACKED]
+    _, whole = sweep("whole", *words)
+    assert sizes(whole) == [4] * 4
+    three = max(need(whole, [t for t in whole if t != out]) for out in whole) / 2**30
+    budget = max(three, *(one["memory"]["predicted_peak_bytes"] / 2**30 * 0.9 for one in whole.values()))
+    assert need(whole, list(whole)) / 2**30 > budget
+    code, records = sweep("s", *words, f"hydra.launcher.memory_budget={budget}")
+    assert code == 0
+    assert max(sizes(records)) < 4
+    assert max(sizes(records)) > 1
+    assert all(one["memory"]["predicted_peak_bytes"] <= budget * 2**30 for one in records.values())
+
+
+def test_a_trial_that_exceeds_the_memory_budget_alone_is_refused_and_the_others_run(sweep, capsys):
+    _, whole = sweep("whole", "adapter.r=2,64,3", "hydra.launcher.pack=off")
+    alone = {one["config"]["adapter"]["r"]: need(whole, [trial]) for trial, one in whole.items()}
+    budget = (alone[64] + max(alone[2], alone[3])) / 2 / 2**30
+    code, records = sweep("s", "adapter.r=2,64,3", f"hydra.launcher.memory_budget={budget}", *PACKED)
+    assert code == 2
+    found = {one["config"]["adapter"]["r"]: one for one in records.values()}
+    assert [found[r]["status"] for r in (2, 64, 3)] == ["completed", "failed", "completed"]
+    assert "hydra.launcher.memory_budget=" in found[64]["error"]
+    assert "predicted to need alone" in found[64]["error"]
+    assert found[64]["time"]["steps"] is None
+    code, records = sweep("one", "adapter.r=64", "hydra.launcher.memory_budget=0.0001", "hydra.launcher.pack=off")
+    assert (code, [one["status"] for one in records.values()]) == (2, ["failed"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["seed=range(0,0)"], "the sweep has no trial"),
+        (["seed=0,1", "seed=2,3"], "seed=0,1 and seed=2,3 contradict each other"),
+        (["adapter.r=2,4", "adapter.r=8"], "adapter.r=2,4 and adapter.r=8 contradict each other"),
+    ],
+)
+def test_zero_or_contradictory_trials_are_exit_2(sweep, capsys, words, says):
+    assert sweep("s", *words) == (2, {})
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("word", "says"),
     [
         ("hydra.launcher.pack=sometimes", "hydra.launcher.pack='sometimes' is unknown"),
         ("hydra.launcher.token_budget=0", "hydra.launcher.token_budget must be at least 1 token"),
+        ("hydra.launcher.memory_budget=0", "hydra.launcher.memory_budget must be a positive number of GiB"),
+        ("hydra.launcher.memory_budget=-1", "hydra.launcher.memory_budget must be a positive number of GiB"),
         ("hydra.launcher.tokn_budget=1", "hydra.launcher.tokn_budget is not an option"),
     ],
 )

@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
         if words.command not in COMMANDS:
             raise ConfigError(f"loralab has no command {words.command!r}; {nearest(words.command, COMMANDS)}")
         words.refuse({flag: "loralab " + w for flag, w in FLAGS.items() if words.command not in w.split(", ")})
-        _listen()
+        listen()
         return COMMANDS[words.command](words)
     except BrokenPipeError:  # the reader of our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,7 +82,9 @@ def _explain(error: BaseException, debug: bool) -> int:
     return known.exit_code
 
 
-def _listen() -> None:
+def listen() -> None:
+    """A signal ends what runs by Interrupted, once."""
+
     def stop(number: int, frame: Any) -> None:
         for other in (signal.SIGINT, signal.SIGTERM):  # once is enough: records are being written now
             signal.signal(other, signal.SIG_IGN)
@@ -95,11 +97,18 @@ def _listen() -> None:
 def train(words: Words) -> int:
     """One run, or with -m many."""
     rest = words.overrides()
+    _check_axes(rest)
     if words.many and not any(word.startswith("hydra/launcher=") for word in rest):
         rest.append("hydra/launcher=packed")
     if "preview" in words:
         return preview(rest)
     return _run(words, words.many, [*words.hydra, *rest])
+
+
+def _check_axes(overrides: list[str]) -> None:
+    from loralab.config import check_axes
+
+    check_axes(overrides)
 
 
 def preview(overrides: list[str]) -> int:
@@ -138,6 +147,7 @@ def sweep(words: Words) -> int:
         words.rest.remove(names[0])
         if names[0] not in _sweep_names():
             raise ConfigError(f"there is no sweep {names[0]!r}; {nearest(names[0], _sweep_names())}")
+        _check_axes(words.overrides())
         rest = sweep_arguments(names[0], words.overrides())
     if not any(word.startswith("hydra/launcher=") for word in rest):
         rest.append("hydra/launcher=packed")

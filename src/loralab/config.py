@@ -207,6 +207,24 @@ def compose(overrides: list[str], name: str = "train") -> DictConfig:
         return cast(DictConfig, hydra_compose(name, overrides=quoted(overrides), return_hydra_config=name != "train"))
 
 
+def check_axes(overrides: list[str]) -> None:
+    """Raises ConfigError for an axis that a later word would quietly replace."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    parser, axes = OverridesParser.create(), dict[str, str]()
+    for word in quoted(overrides):
+        try:
+            parsed = parser.parse_override(word)
+        except OverrideParseException:  # Hydra says what is wrong with it
+            continue
+        key = str(parsed.key_or_group)
+        if key in axes:
+            raise ConfigError(f"{axes[key]} and {word} contradict each other; valid: {key} once, with all its values")
+        if parsed.is_sweep_override():
+            axes[key] = word
+
+
 def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
     """Hydra's arguments for ``sweeps/NAME.yaml``: its axes, each replaced by an override of the same key."""
     stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")

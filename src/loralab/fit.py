@@ -1,13 +1,16 @@
-"""One fit of a pack: train, validate the final state, score, export, record."""
+"""One fit of a pack: train, validate the final state, score, export, record; or divide, and others go on."""
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from loralab import generation, models, optimizers
+from loralab.adapters.sites import NotPackable
 from loralab.errors import DiskError, Interrupted, LoralabError, OutOfMemory
+from loralab.first_batch import FirstBatch
 from loralab.interop.peft import save_adapter
 from loralab.module import FineTuner
 from loralab.specs import TrialSpec
@@ -15,25 +18,39 @@ from loralab.trial import EvaluationPasses, TrainPasses, Trial
 
 log = logging.getLogger(__name__)
 
+Part = Sequence[tuple[TrialSpec, Trial]]  # trials that are fitted together
+
 
 class Fit:
-    """One fit of a pack: train, validate the final state, score, export, record."""
+    """One fit of a pack, from the step where its trials stand. Who is in a pack changes between fits only."""
 
-    def __init__(
-        self, base: models.Base, specs: list[TrialSpec], trials: list[Trial], started: float, progress: bool
-    ) -> None:
-        self.base, self.specs, self.trials, self.started = base, specs, trials, started
-        self.progress = progress
-        self.callbacks = [build() for build in specs[0].callbacks.values()] + specs[0].memory.callbacks()
+    def __init__(self, base: models.Base, pack: Part, started: float, progress: bool) -> None:
+        self.base, self.pack, self.started, self.progress = base, pack, started, progress
+        self.specs, self.trials = [spec for spec, _ in pack], [trial for _, trial in pack]
+        self.callbacks = [build() for build in self.specs[0].callbacks.values()] + self.specs[0].memory.callbacks()
         # outliers are found over a whole batch: there a row's states are not its own
-        prefix_bytes = specs[0].memory.prefix_bytes if specs[0].quantization.packable else 0
-        self.module = FineTuner(base.model, trials, prefix_bytes)
+        prefix_bytes = self.specs[0].memory.prefix_bytes if self.specs[0].quantization.packable else 0
+        self.module = FineTuner(base.model, self.trials, prefix_bytes)
         self.optimizer: dict[str, Any] = {}  # what came of its state
+        self.states: list[optimizers.State | None] = [trial.optimizer_state for trial in self.trials]
 
-    def run(self) -> None:
-        for spec, trial in zip(self.specs, self.trials, strict=True):
-            name = " ".join(o for o in spec.overrides if not o.startswith("hydra")) or spec.id
-            trial.open(spec.logger.start(spec.folder, name[:120], spec.sweep, spec.config))
+    def run(self) -> list[Part]:
+        """The packs in which the trials go on from where they stand; none where their records are written."""
+        for spec, trial in self.pack:
+            if not trial.sinks:
+                name = " ".join(o for o in spec.overrides if not o.startswith("hydra")) or spec.id
+                trial.open(spec.logger.start(spec.folder, name[:120], spec.sweep, spec.config))
+        broken = self._attempt()
+        if broken is not None and len(self.pack) > 1:
+            return self._divide(broken)
+        if broken is not None:
+            self.trials[0].fail(broken)
+        for spec, trial in self.pack:
+            self._finish(spec, trial)
+        return []
+
+    def _attempt(self) -> LoralabError | None:
+        """Trains and scores; what fewer trials could cure comes back, without the frames that hold memory."""
         begun = time.monotonic()
         seconds = 0.0
         try:
@@ -43,21 +60,60 @@ class Fit:
             self._evaluate("val", "validation")
             if self.specs[0].trainer.test and all(len(trial.data.test) for trial in self.trials):
                 self._evaluate("test", "test")
+        except Exception as error:
+            failure = explain(error)
+            if isinstance(failure, OutOfMemory | NotPackable):
+                return failure.with_traceback(None)
+            raise
         finally:  # what a run that ran out of memory used is the point of its record
             self._note(begun - self.started, seconds or time.monotonic() - begun)
-        for spec, trial in zip(self.specs, self.trials, strict=True):
-            self._finish(spec, trial)
+        return None
+
+    def _divide(self, why: LoralabError) -> list[Part]:
+        """Halves, or single trials where the base mixes rows, each from its trials' last finished steps."""
+        step = max(trial.step for trial in self.trials)
+        whole = [trial.rewind(state) for trial, state in zip(self.trials, self.states, strict=True)]
+        kept = [member for member, sound in zip(self.pack, whole, strict=True) if sound]
+        again = [member for member, sound in zip(self.pack, whole, strict=True) if not sound]
+        for spec, trial in again:
+            trial.adapter.detach()
+            trial.restart(spec.adapter.attach(self.base.model, spec.seed))
+        if isinstance(why, NotPackable):
+            parts: list[Part] = [[member] for member in self.pack]
+        elif kept and again:
+            parts = [kept, again]
+        else:
+            parts = [self.pack[: len(self.pack) // 2], self.pack[len(self.pack) // 2 :]]
+        log.warning(
+            "%d trials do not run together: %s; from step %d they go on in %s (%s)%s",
+            *(len(self.pack), why, step, " + ".join(str(len(part)) for part in parts)),
+            ", ".join(spec.id for spec in self.specs),
+            f", {len(again)} of them anew: their update was cut short" if again else "",
+        )
+        for part in parts:
+            for index, (_, trial) in enumerate(part):
+                _note_division(trial.record["pack"], len(part), index, why)
+        return parts
 
     def _train(self) -> None:
         """Not called for max_steps=0, which scores the base as it is."""
         spec, config = self.specs[0], self.base.model.config
         positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         passes = spec.memory.passes(TrainPasses(self.trials), spec.model.max_length, positions)
-        trainer = spec.trainer.build(self.callbacks, self.progress)
+        step, interval = min(trial.step for trial in self.trials if trial.alive), spec.trainer.val_check_interval
+        if interval and step and step % interval == 0:  # an earlier fit broke off in this validation
+            self._score("val", "validation")
+        trainer = spec.trainer.build([*self.callbacks, FirstBatch()], self.progress)
+        resume(trainer, step)
         self.module.train()  # Lightning keeps the mode it finds, and from_pretrained leaves evaluation mode
         try:
             with spec.memory.capped():
                 trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
+        except Exception:
+            if trainer.optimizers:  # else it broke off before they were taken over
+                self.states = [None for _ in self.pack]
+                self.states[:] = optimizers.states(trainer.optimizers[0])
+            raise
         finally:
             if trainer.optimizers:
                 self.optimizer = optimizers.describe(trainer.optimizers[0], spec.optimizer.name)
@@ -74,28 +130,36 @@ class Fit:
         for index, trial in enumerate(self.trials):
             trial.record["optimizer"].update(self.optimizer)
             trial.record["memory"].update(memory)
-            timed = trial.tokens - left_out.get(index, 0)
-            trial.record["time"].update(
-                startup_s=startup,
-                train_s=seconds,
+            trial.seconds += seconds
+            trial.untimed += left_out.get(index, 0)
+            noted = trial.record["time"]
+            noted.update(
+                startup_s=startup if noted["startup_s"] is None else noted["startup_s"],
+                train_s=trial.seconds,
                 steps=trial.step,
                 tokens=trial.tokens,
-                tokens_per_s=timed / seconds if seconds > 0 else None,
+                tokens_per_s=(trial.tokens - trial.untimed) / trial.seconds if trial.seconds > 0 else None,
             )
 
     def _evaluate(self, prefix: str, split: str) -> None:
-        """Scores the final state over a split, unless the last validation of the fit did."""
+        """Scores the final state over a split and by generation."""
+        self._score(prefix, split)
+        for spec, trial in zip(self.specs, self.trials, strict=True):
+            self._generate(spec, trial, prefix, split)
+
+    def _score(self, prefix: str, split: str) -> None:
+        """The state as it is, unless the last validation or an earlier fit did."""
         self.module.split = prefix
-        if prefix != "val" or self.module.validated != [trial.step for trial in self.trials]:
+        if not all(_scored(trial, prefix) for trial in self.trials):
             observers = [callback for callback in self.callbacks if hasattr(callback, "summary")]
             evaluator = self.specs[0].trainer.build(observers, progress=False, evaluating=True)
             evaluator.validate(self.module, EvaluationPasses(self.trials, split), verbose=False)
-        for spec, trial in zip(self.specs, self.trials, strict=True):
-            self._generate(spec, trial, prefix, split)
 
     def _generate(self, spec: TrialSpec, trial: Trial, prefix: str, split: str) -> None:
         rows = getattr(trial.data.splits, split)[: spec.data.generate_rows]
         if not rows or trial.failure is not None or spec.model.task == "sequence_classification":
+            return
+        if f"{prefix}/rouge_l" in trial.metrics:  # by an earlier fit
             return
         base = self.base
         value = generation.score(
@@ -123,13 +187,35 @@ class Fit:
         trial.save()
 
 
+def _scored(trial: Trial, prefix: str) -> bool:
+    done = trial.validated == trial.step if prefix == "val" else f"{prefix}/loss" in trial.metrics
+    return done or trial.failure is not None
+
+
+def _note_division(pack: dict[str, Any], size: int, index: int, why: LoralabError) -> None:
+    """``halved``: the sizes that were too much for the memory; ``why``: what keeps a trial alone."""
+    if isinstance(why, NotPackable):
+        pack["why"] = str(why)
+    else:
+        pack["halved"] = [*pack.get("halved", []), pack["size"]]
+    pack.update(size=size, index=index)
+
+
+def resume(trainer: Any, step: int) -> None:
+    """Lightning counts on from ``step``, so that validations keep their places."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.batch_progress.total.ready = step * trainer.accumulate_grad_batches
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+
+
 def explain(error: BaseException) -> LoralabError | Interrupted:
     """Any failure as one of loralab's: out of memory by its name, an unknown one as loralab's own (exit 1)."""
     if isinstance(error, LoralabError | Interrupted):
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(2)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said):
         return OutOfMemory(
             f"out of memory: {' '.join(str(error).split())[:200]}; a smaller data.batch_size or model.max_length, "
             "model.gradient_checkpointing=true or a 4-bit quantization need less"

@@ -34,6 +34,7 @@ class Job:
     choices: dict[str, str]
     number: int
     many: bool
+    memory_budget: float | None = None  # GiB, of the launcher
 
     @classmethod
     def of(cls, config: DictConfig, many: bool) -> "Job":
@@ -48,6 +49,17 @@ class Job:
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
         number = int(hydra.job.num) if many else 0
         return cls(config, folder, list(hydra.overrides.task), choices, number, many)
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON, for another process."""
+        own = {"overrides": self.overrides, "choices": self.choices, "number": self.number}
+        return {**own, "config": plain(self.config), "folder": str(self.folder), "memory_budget": self.memory_budget}
+
+    @classmethod
+    def restored(cls, stored: dict[str, Any]) -> "Job":
+        """From ``stored``; a trial of a sweep."""
+        given = {**stored, "config": OmegaConf.create(stored["config"]), "folder": Path(stored["folder"])}
+        return cls(**given, many=True)
 
     def finished(self) -> dict[str, Any] | None:
         """The record of an earlier, completed run of the very same trial on the same files.
@@ -87,7 +99,11 @@ class Job:
 
     def spec(self) -> "TrialSpec":
         """Built and checked. Raises ConfigError."""
-        return trial_spec(self.config, self.folder, self.overrides, self.choices)
+        spec = trial_spec(self.config, self.folder, self.overrides, self.choices)
+        if self.memory_budget is None:
+            return spec
+        budget = min(self.memory_budget, spec.plan.budget_gib or self.memory_budget)
+        return replace(spec, plan=replace(spec.plan, budget_gib=budget))
 
     def execute(self, runner: Any) -> dict[str, Any]:
         """Runs the trial alone. In a sweep a failure is in the record; a single run raises what is wrong with it."""
@@ -97,7 +113,7 @@ class Job:
         except LoralabError as error:
             if not self.many:
                 raise
-            return self._refused(error)
+            return self.refuse(error)
         with ExitStack() as stack:
             spec = self.open(stack)
             if not self.many:
@@ -114,7 +130,8 @@ class Job:
             logging.getLogger("loralab.telemetry.progress").setLevel(logging.WARNING)
         return replace(self.spec(), source=self.source())
 
-    def _refused(self, error: LoralabError) -> dict[str, Any]:
+    def refuse(self, error: LoralabError) -> dict[str, Any]:
+        """The record of a trial that is not run."""
         content = plain(self.config)
         entry = record.blank(
             self.trial,

@@ -16,6 +16,7 @@ from loralab.adapters.sites import Share
 from loralab.errors import ConfigError
 from loralab.forward import Forward
 from loralab.metrics import SplitMetrics
+from loralab.optimizers import restore
 from loralab.prefix import Prefix
 from loralab.trial import Batch, Trial, stack
 
@@ -32,7 +33,6 @@ class FineTuner(LightningModule):
         self.task = trials[0].task
         self.forward_pass = Forward(model, self.task, all(trial.adapter.spec.tokenwise for trial in trials))
         self.split = "val"
-        self.validated: list[int] = []  # each trial's step at the last validation
         self._scores: list[SplitMetrics] = []
         self._running: dict[int, float] = {}  # {trial: loss} of the window under way
         self._norms: dict[int, float] = {}
@@ -109,7 +109,7 @@ class FineTuner(LightningModule):
         for index, loss in self._running.items():
             trial = self.trials[index]
             if trial.failure is None:
-                trial.step += 1
+                trial.advance()
                 if trial.step % trial.settings.log_every_n_steps == 0 or not trial.alive:
                     norm = self._norms.get(index, 0.0)
                     trial.report({"train/loss": loss, "train/lr": rates[index], "train/grad_norm": norm})
@@ -133,15 +133,17 @@ class FineTuner(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for trial, scores in zip(self.trials, self._scores, strict=True):
-            if trial.failure is None:
+            again = self.split == "val" and trial.validated == trial.step  # one that has ended
+            if trial.failure is None and not again:
                 values = scores.compute(self.split)
                 trial.metrics.update(values)
                 trial.report(values)
+                if self.split == "val":
+                    trial.validated = trial.step
         self._scores = []
-        self.validated = [trial.step for trial in self.trials]
 
     def configure_optimizers(self) -> Any:
-        """One optimizer, a parameter group and a schedule for each trial."""
+        """One optimizer, a parameter group and a schedule for each trial, each where its trial stands."""
         settings = [trial.settings for trial in self.trials]
         names = {one.optimizer.name for one in settings}
         if len(names) > 1:
@@ -151,7 +153,10 @@ class FineTuner(LightningModule):
             for one, trial in zip(settings, self.trials, strict=True)
         ]
         optimizer = settings[0].optimizer.build(groups)
-        schedule = LambdaLR(optimizer, [one.schedule.factor(one.max_steps) for one in settings])
+        restore(optimizer, [trial.optimizer_state for trial in self.trials])
+        for trial in self.trials:
+            trial.optimizer_state = {}
+        schedule = LambdaLR(optimizer, [trial.factor() for trial in self.trials])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

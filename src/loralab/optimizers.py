@@ -3,7 +3,7 @@
 import ctypes
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -202,6 +202,34 @@ def describe(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Any]:
         if not doubt:  # else it was told before the first step
             log.warning("%s", found["note"])
     return found
+
+
+State = dict[int, dict[str, Any]]  # {position of a parameter in its group: its state}
+
+
+def states(optimizer: torch.optim.Optimizer) -> list[State]:
+    """Of each group, copied to the host; ``restore`` takes it back."""
+    return [
+        {place: _hosted(optimizer.state[own]) for place, own in enumerate(group["params"]) if own in optimizer.state}
+        for group in optimizer.param_groups
+    ]
+
+
+def _hosted(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def restore(optimizer: torch.optim.Optimizer, kept: Sequence[State]) -> None:
+    """One of ``states`` for each group, whose hyper-parameters stay; the optimizer moves it where it belongs."""
+    whole = optimizer.state_dict()
+    places = [
+        (number, state[i])
+        for group, state in zip(whole["param_groups"], kept, strict=True)
+        for i, number in enumerate(group["params"])
+        if i in state
+    ]
+    if places:
+        optimizer.load_state_dict({**whole, "state": dict(places)})
 
 
 def _doubt(parameters: Iterable[Tensor]) -> str:

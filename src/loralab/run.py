@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loralab import models, record
 from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
-from loralab.fit import Fit, close_record, explain
+from loralab.fit import Fit, Part, close_record, explain
 from loralab.planning.foresee import Foresight
 from loralab.prefix import base_dropout
 from loralab.quantization.none import NoQuantization
@@ -84,12 +86,28 @@ class Runner:
                 "model.dropout=0 switches it off"
             )
         trials = [_trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)]
+        waiting: list[Part] = [list(zip(specs, trials, strict=True))]
         try:
-            Fit(base, specs, trials, started, self.progress).run()
+            while waiting:
+                parts = Fit(base, waiting.pop(0), started, self.progress).run()
+                if parts:
+                    self._divided(parts)
+                waiting[:0] = parts
         finally:
             for trial in trials:
                 trial.adapter.detach()
                 trial.close(trial.failure.exit_code if trial.failure else 0)
+
+    def _divided(self, parts: list[Part]) -> None:
+        """What the pack held is given back, and its parts are foreseen anew."""
+        gc.collect()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        for part in parts:
+            specs, data = [spec for spec, _ in part], [trial.data for _, trial in part]
+            plan = self.foresight.plan(specs, data, specs[0].trainer.device) if specs[0].plan.record else None
+            for _, trial in part:
+                trial.record["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
 
     def _tokenizer(self, spec: models.Pretrained) -> Any:
         spec.check()

@@ -6,20 +6,17 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loralab import record
-from loralab.errors import Interrupted, LoralabError
+from loralab import record, workers
+from loralab.errors import ConfigError, Interrupted, LoralabError
 from loralab.jobs import Job
-from loralab.packing.plan import TOKEN_BUDGET, Member, Pack, halves, plan
+from loralab.packing.plan import TOKEN_BUDGET, Member, Pack, halves, plan, spread
 from loralab.words import quoted
-
-if TYPE_CHECKING:
-    from loralab.specs import TrialSpec
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +32,9 @@ class Jobs:
     refused: LoralabError | None = None
     packs: dict[str, list[Job]] = field(default_factory=dict)  # trial -> the jobs it runs with
     ahead: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)  # ran before their turn
+    memory_budget: float | None = None  # GiB, where the launcher was given one
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)  # ran in other processes, and told
+    too_large: dict[str, ConfigError] = field(default_factory=dict)  # trials that exceed it alone
     _runner: Any = None
 
     def run(self, arguments: list[str]) -> int:
@@ -68,6 +68,7 @@ class Jobs:
     def job(self, config: Any) -> float | None:
         """One trial; its metric goes back to the sweeper."""
         job = Job.of(config, self.many)
+        job.memory_budget = self.memory_budget
         self.folder = job.folder.parent if self.many else job.folder
         try:
             done = self._record(job)
@@ -77,7 +78,17 @@ class Jobs:
         self.records.append(done)
         return job.value(done)
 
+    def work(self, packs: Sequence[Sequence[Job]]) -> None:
+        """Runs packs that another process has planned."""
+        for pack in packs:
+            if len(pack) > 1:
+                self.packs.update({job.trial: list(pack) for job in pack})
+            for job in pack:
+                self._record(job)
+
     def _record(self, job: Job) -> dict[str, Any]:
+        if job.trial in self.done:
+            return self.done.pop(job.trial)
         if job.trial in self.packs:
             self._run_pack(self.packs[job.trial])
         if job.trial in self.ahead:
@@ -85,26 +96,43 @@ class Jobs:
             job.say(done, seconds)
             return done
         stored = None if self.fresh else job.finished()
+        if stored is None and job.trial in self.too_large:
+            return job.refuse(self.too_large[job.trial])
         if stored is None:
             return job.execute(self.runner)
         job.say(stored, skipped=True)
         return stored
 
-    def prepare(self, jobs: Sequence[Job], token_budget: int | None) -> list[Pack]:
-        """Decides which trials of a sweep run together. Called by the launcher, before the first of them."""
+    def prepare(
+        self,
+        jobs: Sequence[Job],
+        token_budget: int | None = None,
+        memory_budget: float | None = None,
+        finished: Callable[[], None] = lambda: None,
+    ) -> list[Pack]:
+        """Decides which trials of a sweep run together. Called by the launcher, before the first of them.
+
+        Where there are several GPUs they run now, and ``finished`` is called after each.
+        """
+        self.memory_budget, self.folder = memory_budget, jobs[0].folder.parent
         waiting = {job.trial: job for job in jobs if self.fresh or job.finished() is None}
-        if len(waiting) < 2:
+        if len(waiting) < 2 and memory_budget is None:
             return []
+        from loralab.packing.members import Members, refusal, room
+
         members: list[Member] = []
-        budget = token_budget
+        device, make = "cpu", Members().member
         for job in waiting.values():
+            job.memory_budget = memory_budget
             try:
                 spec = job.spec()
-                budget = budget or TOKEN_BUDGET[spec.trainer.device]
-                members.append(member(spec, self.runner.encoded(spec)))
+                device = spec.trainer.device
+                members.append(make(spec, self.runner.encoded(spec)))
             except LoralabError:  # told when its turn comes
                 continue
-        packs = plan(members, budget or TOKEN_BUDGET["cpu"])
+            if memory_budget is not None and (refused := refusal(members[-1], device, memory_budget)):
+                self.too_large[members.pop().trial] = refused
+        packs = plan(members, token_budget or TOKEN_BUDGET[device], room(device, memory_budget))
         for pack in packs:
             if len(pack.trials) > 1:
                 together = [waiting[trial] for trial in pack.trials]
@@ -112,7 +140,33 @@ class Jobs:
         self._foresee(packs, waiting)
         for why, count in Counter(pack.why for pack in packs if pack.why).items():
             log.info("%d of %d trials run alone: %s", count, len(waiting), why)
+        names = workers.devices(device)
+        if names and len(packs) > 1:
+            self._spread(packs, {one.trial: one.tokens for one in members}, waiting, names, finished)
         return packs
+
+    def _spread(
+        self,
+        packs: Sequence[Pack],
+        tokens: dict[str, int],
+        waiting: dict[str, Job],
+        names: Sequence[str],
+        finished: Callable[[], None],
+    ) -> None:
+        """Over a process for each GPU; what they leave undone runs in this one."""
+
+        def tell(job: Job, done: dict[str, Any]) -> None:
+            self.done[job.trial] = done
+            self.packs.pop(job.trial, None)
+            job.say(done, done["time"]["wall_s"])
+            finished()
+
+        jobs = [[waiting[trial] for trial in pack.trials] for pack in packs]
+        weights = [sum(tokens[one.trial] * one.spec().trainer.max_steps for one in pack) for pack in jobs]
+        shares = spread(weights, len(names))
+        workers.run([[jobs[i] for i in share] for share in shares], names, self.fresh, tell)
+        undone = {job.trial: job for job in waiting.values() if job.trial not in self.done}
+        self.packs = {trial: [job for job in pack if job.trial in undone] for trial, pack in self.packs.items()}
 
     def _foresee(self, packs: Sequence[Pack], waiting: dict[str, Job]) -> None:
         """Arithmetic over all packs, and a trace of the one that seems to need most."""
@@ -129,7 +183,7 @@ class Jobs:
             log.info("%s", sentence(len(largest), plan))
 
     def _run_pack(self, jobs: list[Job]) -> None:
-        """Trials together; what fails for all of them runs again in halves (memory) or one by one."""
+        """Trials together; what fails for all of them before the first step runs in halves (memory) or one by one."""
         for job in jobs:
             self.packs.pop(job.trial, None)
         if len(jobs) == 1:
@@ -139,14 +193,14 @@ class Jobs:
         with ExitStack() as stack:
             specs = [job.open(stack) for job in jobs]
             done = self.runner.run(specs)
-        undone = [job for job, one in zip(jobs, done, strict=True) if one["status"] in ("failed", "out_of_memory")]
+        undone = [job for job, one in zip(jobs, done, strict=True) if _undone(one)]
         seconds = (time.monotonic() - begun) / len(jobs)
         for job, one in zip(jobs, done, strict=True):
             if job not in undone:
                 self.ahead[job.trial] = (one, seconds)
         if not undone:
             return
-        why = next(one for one in done if one["status"] in ("failed", "out_of_memory"))
+        why = next(one for one in done if _undone(one))
         log.warning("%d trials do not run together: %s", len(undone), why["error"])
         if why["status"] == "out_of_memory":
             named = {job.trial: job for job in undone}
@@ -162,24 +216,6 @@ class Jobs:
         return stopped
 
 
-def member(spec: "TrialSpec", data: Any) -> Member:
-    """A trial as the packer sees it; its passes hold ``batch_size`` rows of the data's mean length."""
-    train = data.tokens["train"]
-    length = train["tokens"] / max(1, train["rows"])
-    # ending together: a record is written when its pack ends
-    shares = (*spec.shares, spec.trainer.max_steps, spec.trainer.test, spec.data.generate_rows > 0)
-    return Member(spec.id, shares, round(spec.data.batch_size * length), _alone(spec))
-
-
-def _alone(spec: "TrialSpec") -> str:
-    if not spec.adapter.packable:
-        return f"adapter={spec.adapter.method} cannot share a pass"
-    if not spec.quantization.packable:
-        return f"quantization={spec.quantization.name} looks at the whole batch"
-    if spec.memory.alone:
-        return spec.memory.alone
-    dropout = spec.model.own_dropout()
-    if dropout:
-        return f"the base's own dropout ({dropout:g}) cannot be drawn for each trial; model.dropout=0 switches it off"
-    unaware = [name for name, made in spec.callbacks.items() if not getattr(made(), "pack_aware", False)]
-    return f"callbacks.{unaware[0]} is not marked pack_aware" if unaware else ""
+def _undone(done: dict[str, Any]) -> bool:
+    """Whether what befell the pack says nothing of this trial; memory that one alone has not is its own verdict."""
+    return bool(done["status"] == "failed" or (done["status"] == "out_of_memory" and done["pack"]["size"] > 1))

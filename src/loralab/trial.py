@@ -1,7 +1,7 @@
 """A trial: its settings and keys, its step, its adapter, its data stream, its metrics and its record."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from loralab.data.encoding import Encoded
 from loralab.errors import DivergedError, LoralabError
 from loralab.loggers.jsonl import MetricsFile
 from loralab.loggers.wandb import Mirror
-from loralab.optimizers import AdamW, Schedule
+from loralab.optimizers import AdamW, Schedule, State
 
 Batch = dict[str, Any]
 
@@ -53,16 +53,67 @@ class Trial:
     failure: LoralabError | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     sinks: list[Any] = field(default_factory=list)
+    validated: int = -1  # the step of the last validation
+    seconds: float = 0.0  # of training, in all its fits
+    untimed: int = 0  # tokens of steps that no timing counts
+    optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
+    told: int = -1  # rows up to this step are in metrics.jsonl already
 
     def __post_init__(self) -> None:
-        size = self.settings.batch_size * self.settings.accumulate_grad_batches
-        self.stream = Stream(len(self.data.train), self.settings.seed, position=self.step * size)
+        self._place()
         self.started = time.monotonic()
+
+    def _place(self) -> None:
+        """What is not finished is forgotten."""
+        self.stream, self._finished_tokens = self._stream(), self.tokens
+
+    def _stream(self) -> Stream:
+        """The data where the last finished step left it."""
+        size = self.settings.batch_size * self.settings.accumulate_grad_batches
+        return Stream(len(self.data.train), self.settings.seed, position=self.step * size)
+
+    def peek(self) -> Batch:
+        """The first micro-batch of the next step, not taken."""
+        batch = self._batch(self.data.train, self._stream().take(self.settings.batch_size))
+        return {**batch, "step_targets": batch["target_tokens"], "micro": 0}
 
     @property
     def alive(self) -> bool:
         """Whether it still trains."""
         return self.failure is None and self.step < self.settings.max_steps
+
+    def advance(self) -> None:
+        """An optimizer step is finished."""
+        self.step += 1
+        self._finished_tokens = self.tokens
+
+    def factor(self) -> Callable[[int], float]:
+        """The schedule over the steps that a fit from here will make."""
+        at, start = self.settings.schedule.factor(self.settings.max_steps), self.step
+        return lambda done: at(start + done)
+
+    def rewind(self, state: State | None) -> bool:
+        """Back to the end of the last finished step, after a fit that broke off; ``state``: its optimizer's.
+
+        False where the update itself was cut short: some parameters or moments are a step ahead, or ``state`` could
+        not be kept.
+        """
+        self.tokens = self._finished_tokens
+        self._place()
+        for parameter in self.adapter.parameters():
+            parameter.grad = None
+        self.optimizer_state = (state or {}) if self.step else {}
+        if not self.alive:
+            return True
+        ahead = {int(one["step"]) for one in (state or {}).values() if "step" in one} - {self.step}
+        return not ahead and (state is not None or not self.step)
+
+    def restart(self, adapter: Adapter) -> None:
+        """From the first step on, with an adapter drawn anew; rows that were written are not written again."""
+        self.adapter, self.told = adapter, max(self.told, self.step)
+        self.step = self.tokens = 0
+        self.optimizer_state, self.validated, self.metrics = {}, -1, {}
+        self._place()
 
     def key(self, micro: int) -> int:
         """What decides every dropout mask of one pass of this trial."""
@@ -119,6 +170,8 @@ class Trial:
 
     def report(self, values: Mapping[str, float]) -> None:
         """Rows for metrics.jsonl and its mirror, at the trial's own step."""
+        if self.step <= self.told:
+            return
         for sink in self.sinks:
             (sink.write if isinstance(sink, MetricsFile) else sink.log)(self.step, values)
 
@@ -138,13 +191,14 @@ class Trial:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a continuation needs: order and dropout follow from seed and step."""
-        return {"step": self.step, "tokens": self.tokens, "adapter": self.adapter.state_dict()}
+        own = {"step": self.step, "tokens": self._finished_tokens, "optimizer": self.optimizer_state}
+        return {**own, "adapter": self.adapter.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         self.adapter.load_state_dict(state["adapter"], strict=True)
-        size = self.settings.batch_size * self.settings.accumulate_grad_batches
-        self.stream = Stream(len(self.data.train), self.settings.seed, position=self.step * size)
+        self.optimizer_state = dict(state.get("optimizer") or {})
+        self._place()
 
 
 class TrainPasses:
@@ -186,18 +240,27 @@ class EvaluationPasses:
 
 def stack(batches: Mapping[int, Batch], pad_token_id: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs and labels of all trials along dim 0, padded on the right to the longest of them."""
-    tensors = [batch["tensors"] for batch in batches.values()]
-    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
-    stacked = {key: _stacked([t[key] for t in tensors], fill[key]) for key in tensors[0]}
+    tensors = [batch["tensors"] for batch in padded_alike(batches, pad_token_id).values()]
+    stacked = {key: torch.cat([t[key] for t in tensors]) if len(tensors) > 1 else tensors[0][key] for key in tensors[0]}
     moved = {key: value.to(device, non_blocking=True) for key, value in stacked.items()}
     labels = moved.pop("labels")
     return moved, labels
 
 
-def _stacked(parts: list[Tensor], fill: int) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    if parts[0].dim() == 2:
-        longest = max(part.shape[1] for part in parts)
-        parts = [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
-    return torch.cat(parts)
+def padded_alike(batches: Mapping[int, Batch], pad_token_id: int) -> dict[int, Batch]:
+    """The batches padded on the right to the longest of them."""
+    if len(batches) < 2:
+        return dict(batches)
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+    shapes = [(key, part.shape[-1]) for one in batches.values() for key, part in one["tensors"].items()]
+    longest = {key: max(width for name, width in shapes if name == key) for key in fill}
+
+    def padded(key: str, part: Tensor) -> Tensor:
+        if part.dim() < 2 or part.shape[1] == longest[key]:  # labels of whole rows; the longest
+            return part
+        return torch.nn.functional.pad(part, (0, longest[key] - part.shape[1]), value=fill[key])
+
+    return {
+        index: {**one, "tensors": {key: padded(key, part) for key, part in one["tensors"].items()}}
+        for index, one in batches.items()
+    }

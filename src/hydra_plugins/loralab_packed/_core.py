@@ -1,5 +1,7 @@
 """One sweep: every trial composed first, sweep.json written before any runs, then trial after trial."""
 
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.jobs import Job
 from loralab.locks import hold
 
+Budgets = tuple[int | None, float | None]  # tokens of a pass, GiB; null: as the device has it
+
 
 def launch(
     context: HydraContext,
@@ -22,24 +26,36 @@ def launch(
     master: DictConfig,
     job_overrides: Sequence[Sequence[str]],
     first: int,
-    token_budget: int | None = None,
+    budgets: Budgets = (None, None),
     pack: bool = False,
 ) -> list[JobReturn]:
-    """A JobReturn for each of ``job_overrides``, in their order."""
+    """A JobReturn for each of ``job_overrides``, in their order. Another's task runs job by job."""
     setup_globals()
-    hydra = master.hydra
-    configure_log(hydra.hydra_logging, hydra.verbose)
-    folder = Path(str(hydra.sweep.dir))
+    configure_log(master.hydra.hydra_logging, master.hydra.verbose)
+    folder = Path(str(master.hydra.sweep.dir))
+    if not job_overrides:
+        raise ConfigError("the sweep has no trial: an axis has no value; valid: at least one, as in seed=0,1")
+    owner: Any = getattr(task_function, "__self__", None)
+    if not hasattr(owner, "prepare"):
+        folder.mkdir(parents=True, exist_ok=True)
+        configs = [_compose(context, master, list(overrides), first + i) for i, overrides in enumerate(job_overrides)]
+        return [_run(context, task_function, config) for config in configs]
+    logging.getLogger("loralab").setLevel(logging.INFO)  # Hydra's own lines stay away, the packer's do not
     with hold(folder):
         configs = [_compose(context, master, list(overrides), first + i) for i, overrides in enumerate(job_overrides)]
         ledger = Ledger(folder, master, configs)
-        owner: Any = getattr(task_function, "__self__", None)
-        if pack and hasattr(owner, "prepare"):  # loralab's own; another's task runs trial by trial
-            owner.prepare([_job(folder, config) for config in configs], token_budget)
+        if pack or budgets[1] is not None:
+            jobs = [_job(folder, config) for config in configs]
+            try:
+                owner.prepare(jobs, budgets[0] if pack else 1, budgets[1], ledger.update)
+            finally:
+                ledger.update()
         return [_run(context, task_function, config, ledger) for config in configs]
 
 
-def _run(context: HydraContext, task_function: TaskFunction, config: DictConfig, ledger: "Ledger") -> JobReturn:
+def _run(
+    context: HydraContext, task_function: TaskFunction, config: DictConfig, ledger: "Ledger | None" = None
+) -> JobReturn:
     try:
         return run_job(
             hydra_context=context,
@@ -49,17 +65,20 @@ def _run(context: HydraContext, task_function: TaskFunction, config: DictConfig,
             job_subdir_key="hydra.sweep.subdir",
         )
     finally:  # a sweep that is stopped leaves no trial in doubt
-        ledger.update()
+        if ledger is not None:
+            ledger.update()
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
 
 
-def checked(pack: str, token_budget: int | None) -> int | None:
-    """The token budget. Raises ConfigError for an unknown policy or a budget below one token."""
+def checked(pack: str, token_budget: int | None, memory_budget: float | None) -> Budgets:
+    """The budgets. Raises ConfigError for an unknown policy or a budget that holds nothing."""
     if pack not in ("auto", "off"):
         raise ConfigError(f"hydra.launcher.pack={pack!r} is unknown; {nearest(str(pack), ('auto', 'off'))}")
     if token_budget is not None and token_budget < 1:
         raise ConfigError(f"hydra.launcher.token_budget must be at least 1 token, got {token_budget}")
-    return token_budget
+    if memory_budget is not None and not 0 < memory_budget < math.inf:
+        raise ConfigError(f"hydra.launcher.memory_budget must be a positive number of GiB or null, got {memory_budget}")
+    return token_budget, memory_budget
 
 
 def _compose(context: HydraContext, master: DictConfig, overrides: list[str], number: int) -> DictConfig:

@@ -17,6 +17,7 @@ class PackedLauncherConf:
     _target_: str = "hydra_plugins.loralab_packed.packed_launcher.PackedLauncher"
     pack: str = "auto"  # off: one trial after the other
     token_budget: int | None = None  # tokens of one pass; null: 512 on a CPU, 16384 on a GPU
+    memory_budget: float | None = None  # GiB of one pass; null: 80% of the free memory of a CPU, 90% of a GPU's
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="loralab")
@@ -25,8 +26,8 @@ ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedL
 class PackedLauncher(Launcher):  # type: ignore[misc]
     """Runs a sweep's trials in one process over a base that stays loaded, several to a pass where that pays."""
 
-    def __init__(self, pack: str = "auto", token_budget: int | None = None) -> None:
-        self.pack, self.token_budget = pack, token_budget
+    def __init__(self, pack: str = "auto", token_budget: int | None = None, memory_budget: float | None = None) -> None:
+        self.pack, self.budgets = pack, (token_budget, memory_budget)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
@@ -36,6 +37,6 @@ class PackedLauncher(Launcher):  # type: ignore[misc]
 
         return _core.launch(
             *(self.hydra_context, self.task_function, self.config, job_overrides, initial_job_idx),
-            token_budget=_core.checked(self.pack, self.token_budget),
+            budgets=_core.checked(self.pack, *self.budgets),
             pack=self.pack == "auto",
         )

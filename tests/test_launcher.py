@@ -1,0 +1,36 @@
+"""Hydra's own tests of a launcher. A task that is not loralab's runs job by job, in this process."""
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.test_utils.launcher_common_tests import (
+    BatchedSweeperTestSuite,
+    IntegrationTestSuite,
+    LauncherTestSuite,
+)
+
+from hydra_plugins.loralab_packed.packed_launcher import PackedLauncher
+
+BATCHED = ["hydra/sweeper=basic", "hydra.sweeper.max_batch_size=2"]
+
+
+def test_hydra_finds_the_launcher():
+    assert PackedLauncher.__name__ in [found.__name__ for found in Plugins.instance().discover(Launcher)]
+
+
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("packed", [])])
+class TestPacked(LauncherTestSuite):
+    """Sweeps of one and two jobs, groups, strictness, resolvers."""
+
+
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("packed", BATCHED)])
+class TestPackedInBatches(BatchedSweeperTestSuite):
+    """A sweeper that hands the jobs over in batches."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=packed", "hydra.job.chdir=True"])]
+)
+class TestPackedAsAProgram(IntegrationTestSuite):
+    """Names, folders and environment of applications in processes of their own."""
