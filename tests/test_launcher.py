@@ -8,8 +8,20 @@ from hydra.test_utils.launcher_common_tests import (
     IntegrationTestSuite,
     LauncherTestSuite,
 )
+from hydra.version import VersionBase
+from packaging.version import Version
 
 from hydra_plugins.loralab_packed.packed_launcher import PackedLauncher
+
+
+@pytest.fixture(autouse=True)
+def defaults_of_its_own():
+    """The suite counts on Hydra's defaults before 1.2; an application that ran before in this process leaves others."""
+    before = VersionBase.instance().getbase()
+    VersionBase.instance().setbase(Version("1.1"))
+    yield
+    VersionBase.instance().version_base = before
+
 
 BATCHED = ["hydra/sweeper=basic", "hydra.sweeper.max_batch_size=2"]
 

@@ -30,7 +30,8 @@ class Fit:
         self.callbacks = [build() for build in self.specs[0].callbacks.values()] + self.specs[0].memory.callbacks()
         # outliers are found over a whole batch: there a row's states are not its own
         prefix_bytes = self.specs[0].memory.prefix_bytes if self.specs[0].quantization.packable else 0
-        self.module = FineTuner(base.model, self.trials, prefix_bytes)
+        lengthened = self.specs[0].memory.spiky_every is not None  # by padding, which shall cost what it costs
+        self.module = FineTuner(base.model, self.trials, prefix_bytes, unpad=not lengthened)
         self.optimizer: dict[str, Any] = {}  # what came of its state
         self.states: list[optimizers.State | None] = [trial.optimizer_state for trial in self.trials]
 

@@ -48,8 +48,8 @@ class Way:
 class Forward:
     """The base of a pack, called with stacked batches."""
 
-    def __init__(self, model: nn.Module, task: str, tokenwise: bool = True) -> None:
-        self.model, self.task, self.tokenwise = model, task, tokenwise
+    def __init__(self, model: nn.Module, task: str, unpad: bool = True) -> None:
+        self.model, self.task, self.unpad = model, task, unpad
         self.sites = Sites.of(model)
         self.way: Way | None = None
 
@@ -115,7 +115,7 @@ class Forward:
     def _choose(self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> Way:
         """The way for this base and these adapters; under fake tensors whatever its shape allows."""
         headless = self.task != "sequence_classification" and frozen_head(self.model) is not None
-        unpadded = self.task == "causal_lm" and self.tokenwise and labels.device.type == "cpu" and can_unpad(self.model)
+        unpadded = self.task == "causal_lm" and self.unpad and labels.device.type == "cpu" and can_unpad(self.model)
         if unpadded:
             prepare(self.model)
         ways = [Way(unpadded, headless), Way(headless=headless), Way()]

@@ -16,6 +16,7 @@ from torch import nn
 from loralab import checkpoints
 from loralab.checkpoints import explained
 from loralab.errors import ConfigError, nearest
+from loralab.quantization import gemm
 from loralab.quantization.base import BaseSize, Quantizer, measure
 from loralab.quantization.loading import convert_model, quantization_config
 
@@ -258,6 +259,8 @@ def load(
     dtype: torch.dtype | str = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     model = spec.weights(config, quantizer, dtype, device)
     checkpoints.refuse_non_finite(spec._named, model)
+    if device == "cpu" and quantizer.name != "none":
+        gemm.chosen()  # now, not within a step that is measured
     if tokenizer is not None:
         _check_vocabulary(model, tokenizer)
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:

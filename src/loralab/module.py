@@ -24,14 +24,14 @@ from loralab.trial import Batch, Trial, stack
 class FineTuner(LightningModule):
     """Trains the adapters of ``trials`` on ``model``; their batches are stacked along dim 0."""
 
-    def __init__(self, model: nn.Module, trials: list[Trial], prefix_bytes: int = 0) -> None:
+    def __init__(self, model: nn.Module, trials: list[Trial], prefix_bytes: int = 0, unpad: bool = True) -> None:
         super().__init__()
         self.model = model
         self.trials = trials
         self.adapters = nn.ModuleList([trial.adapter for trial in trials])
         self.prefix = Prefix(model, [t.adapter for t in trials], [t.data for t in trials], prefix_bytes)
         self.task = trials[0].task
-        self.forward_pass = Forward(model, self.task, all(trial.adapter.spec.tokenwise for trial in trials))
+        self.forward_pass = Forward(model, self.task, unpad and all(t.adapter.spec.tokenwise for t in trials))
         self.split = "val"
         self._scores: list[SplitMetrics] = []
         self._running: dict[int, float] = {}  # {trial: loss} of the window under way
