@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loralab.adapters.sites import keyed_dropout
+from loralab.quantization.linear import without_autocast
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class _Update(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type) and ctx.dtype != torch.float64:
             ctx.dtype = torch.get_autocast_dtype(x.device.type)
         inner = []
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for part, (a, b) in zip(parts, _pairs(factors), strict=True):
                 h = _input(x, part, ctx.dtype) @ a.to(ctx.dtype).t()
                 _add(y.view(-1, y.shape[-1])[part.start : part.stop], h, b.to(ctx.dtype).t(), part.scaling)
@@ -61,7 +62,7 @@ class _Update(torch.autograd.Function):
         dx = _like(x, ctx.parts) if ctx.needs_input_grad[0] else None
         dys = dy.reshape(-1, dy.shape[-1])
         found: list[Tensor | None] = []
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for part, (a, b), h in zip(ctx.parts, _pairs(factors), inner, strict=True):
                 own = dys[part.start : part.stop].to(ctx.dtype)
                 dh = (own @ b.to(ctx.dtype)).mul_(part.scaling)

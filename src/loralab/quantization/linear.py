@@ -8,6 +8,7 @@ dtype to compute in.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,20 +21,25 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 DEQUANTIZE = ("per_use", "resident")
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No casts within; nothing is entered where there are none, which a small layer would notice."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 class _Product(torch.autograd.Function):
     """Keeps the layer, neither its dense weight nor its input: dx = dy W, and the layer can make W again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: "FrozenLinear") -> Tensor:
         ctx.layer, ctx.dtype = layer, layer.compute_dtype_for(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return layer.product(x.to(ctx.dtype), bias).to(x.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         dx = db = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device.type):
             if ctx.needs_input_grad[0]:
                 dx = gemm.backward(dy.to(ctx.dtype), ctx.layer.unpacked(ctx.dtype)).to(dy.dtype)
             if ctx.needs_input_grad[1]:
