@@ -213,7 +213,9 @@ def plan(words: Words) -> int:
 
     spec = trial_spec(compose(words.overrides()), Path())
     from loralab.planning import plan as planning
+    from loralab.trainers import quiet
 
+    quiet()
     device = "cuda" if spec.plan.device == "auto" else spec.plan.device
     found = planning.predict(spec, device)
     if "json" in words:

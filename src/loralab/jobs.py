@@ -16,7 +16,6 @@ from loralab import record
 from loralab.config import plain, trial_id, trial_spec
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.locks import hold
-from loralab.telemetry.progress import clock
 
 if TYPE_CHECKING:
     from loralab.specs import TrialSpec
@@ -152,6 +151,8 @@ class Job:
 
     def say(self, done: dict[str, Any], seconds: float | None = None, skipped: bool = False) -> None:
         """The one line a trial is worth in a sweep; a few more when it runs alone."""
+        from loralab.telemetry.progress import clock  # it imports Lightning, for which a wrong word shall not wait
+
         metric = str(self.config.metric)
         value = self.value(done)
         scored = f"{metric} {value:.4f}" if value is not None else ""

@@ -47,8 +47,9 @@ class Foresight:
         room = settings.budget_gib * GIB if settings.budget_gib else free_bytes(device) + held
         if found.device_bytes <= room:
             return found
+        whose = "plan.budget_gib allows" if settings.budget_gib else f"{device} has"
         text = (
-            f"predicted to need {found.device_bytes / GIB:.2f} GiB at its peak, and {device} has {room / GIB:.2f} GiB:"
+            f"predicted to need {found.device_bytes / GIB:.2f} GiB at its peak, and {whose} {room / GIB:.3g} GiB:"
             " a smaller data.batch_size or model.max_length, model.gradient_checkpointing=true or fewer bits need less;"
             " plan.enforce=false starts it all the same"
         )
