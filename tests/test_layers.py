@@ -16,6 +16,7 @@ FLOORS = [
     {"adapters"},
     {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},
     {"unpadded"},
+    {"dropout"},
     {"trial", "checkpoints", "head", "prefix"},
     {"forward"},
     {"module", "models", "generation", "evaluation"},

@@ -131,14 +131,6 @@ def test_trials_that_disagree_in_quantization_do_not_share_a_pack(make_spec):
     assert "must share model, quantization" in records[0]["error"]
 
 
-def test_a_pack_over_a_base_with_dropout_of_its_own_is_refused(make_spec, make_model):
-    model = make_model("gpt2", dropout="keep")
-    records = Runner().run([make_spec(name, "gpt2", model=model) for name in ("one", "two")])
-    assert [r["exit_code"] for r in records] == [2, 2]
-    assert "model.dropout=0" in records[0]["error"]
-    assert Runner().run([make_spec("solo", "gpt2", model=model)])[0]["status"] == "completed"
-
-
 def digest(model):
     whole = hashlib.sha256()
     for name, tensor in models.tensors(model):

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from loralab.adapters.sites import NotPackable
+from loralab.dropout import base_dropout, why_alone
 from loralab.trial import padded_alike
 
 
@@ -20,6 +21,9 @@ class FirstBatch(Callback):
         trials = module.trials
         if len(trials) < 2 or any(trial.step for trial in trials):
             return
+        config: Any = module.model.config
+        if why := why_alone(config, config._attn_implementation):
+            raise NotPackable(why)
         batches = padded_alike({i: one.peek() for i, one in enumerate(trials) if one.alive}, trials[0].pad_token_id)
         with torch.no_grad(), trainer.precision_plugin.train_step_context():
             packed = {i: float(found[0]) for i, found in module.losses(batches, training=True).items()}
@@ -27,8 +31,13 @@ class FirstBatch(Callback):
         allowed = tolerance([str(trainer.precision)], module.model)
         for index, loss in alone.items():
             if abs(packed[index] - loss) > allowed * abs(loss):  # False where both are not finite
+                drawn = (
+                    " or calls dropout by itself (model.dropout=0 switches it off)"
+                    if base_dropout(module.model)
+                    else ""
+                )
                 raise NotPackable(
-                    f"the base mixes rows: the first batch of trial {trials[index].settings.id} has a loss of "
+                    f"the base mixes rows{drawn}: the first batch of trial {trials[index].settings.id} has a loss of "
                     f"{packed[index]:.6g} beside the others and {loss:.6g} alone"
                 )
 

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from loralab import checkpoints
+from loralab.adapters.sites import Sites
 from loralab.checkpoints import explained
+from loralab.dropout import key_dropout
 from loralab.errors import ConfigError, nearest
 from loralab.quantization import gemm
 from loralab.quantization.base import BaseSize, Quantizer, measure
@@ -119,12 +121,6 @@ class Pretrained:
         if hasattr(config, "use_cache"):
             config.use_cache = False  # training never reads it; generation asks for it
         return config
-
-    def own_dropout(self) -> float:
-        """The largest dropout probability that the base itself would train with."""
-        found = vars(self.prepared_config(self.num_labels))
-        rates = [v for k, v in found.items() if "dropout" in k or k.endswith("_pdrop")]
-        return max((float(rate) for rate in rates if isinstance(rate, int | float)), default=0.0)
 
     def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
         """The model on the host or on ``device``, its Linear layers quantized one by one while they are read."""
@@ -265,10 +261,17 @@ def load(
         _check_vocabulary(model, tokenizer)
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    prepare(spec, model)
+    return Base(spec, quantizer, model, tokenizer, measure(model), fingerprint(model))
+
+
+def prepare(spec: Pretrained, model: nn.Module) -> None:
+    """Dropout that follows the trials' keys, and gradient checkpointing that draws it again."""
+    key_dropout(model)
     if spec.gradient_checkpointing:
         with explained("model.gradient_checkpointing=true is refused"):
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    return Base(spec, quantizer, model, tokenizer, measure(model), fingerprint(model))
+            replayed = Sites.of(model).replayed
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replayed})  # type: ignore[operator]
 
 
 def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter
+from loralab.dropout import base_dropout
 from loralab.unpadded import mask_of
 
 log = logging.getLogger(__name__)
@@ -279,10 +280,3 @@ def stack(model: nn.Module) -> nn.ModuleList | None:
         return None
     count = getattr(config, "num_hidden_layers", None)
     return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
-
-
-def base_dropout(model: nn.Module) -> float:
-    """The largest dropout probability inside the base, attention's included."""
-    names = ("p", "dropout", "attention_dropout", "dropout_prob", "dropout_rate")
-    found = [getattr(module, name, None) for module in model.modules() for name in names]
-    return max((value for value in found if isinstance(value, float)), default=0.0)

@@ -16,7 +16,6 @@ from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
 from loralab.fit import Fit, Part, close_record, explain
 from loralab.planning.foresee import Foresight
-from loralab.prefix import base_dropout
 from loralab.quantization.none import NoQuantization
 from loralab.specs import TrialSpec
 from loralab.telemetry.environment import environment
@@ -80,11 +79,6 @@ class Runner:
             entry["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
         base = self._load(specs[0], tokenizer, data[0], device)
         _check_labels(base, data)
-        if len(specs) > 1 and base_dropout(base.model) > 0:
-            raise ConfigError(
-                f"the base's own dropout ({base_dropout(base.model):g}) cannot be drawn for each trial of a pack; "
-                "model.dropout=0 switches it off"
-            )
         trials = [_trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)]
         waiting: list[Part] = [list(zip(specs, trials, strict=True))]
         try:

@@ -1,4 +1,4 @@
-"""Rows without their padding: all tokens of a batch as one row, and attention that keeps the rows apart.
+"""Rows without their padding, and attention that keeps rows apart: those of one flat batch, and the trials' masks.
 
 Everything but attention looks at tokens one by one, so padding is work for nothing: 40% of it at four rows of ordinary
 text. It also makes a trial's figures independent of whoever shares its pass: a row is computed in its own length.
@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from loralab.adapters.sites import Sites
 
 NAME = "loralab_rows"
 
@@ -25,10 +28,12 @@ def can_unpad(model: nn.Module) -> bool:
 
 
 def prepare(model: nn.Module) -> None:
-    """Lets the model's attention ask for the rows' lengths. A batch that is not flat is computed by SDPA as before."""
+    """Lets the model's attention ask for the rows' lengths and for dropout keys. All else is computed by SDPA."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.config._attn_implementation = NAME  # type: ignore[union-attr]
+    for config in [getattr(module, "config", None) for module in model.modules()]:  # T5's stacks have their own
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = NAME  # type: ignore[union-attr]
 
 
 def flatten(inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> dict[str, Any]:
@@ -57,16 +62,54 @@ def mask_of(lengths: Sequence[int]) -> Tensor:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """query (1, heads, tokens, width) -> (1, tokens, heads, width)."""
+    """query (rows, heads, T, width) -> (rows, T, heads, width); of a flat batch, rows = 1 and T = tokens.
+
+    Dropout: torch's own, share by share, its generator set to the share's key."""
+    sites = Sites.of(module)
+    keys = sites.keys() if kwargs.get("dropout") else []
+    if not keys:
+        return _attended(module, query, key, value, attention_mask, **kwargs), None
+    bias = kwargs.pop("position_bias", None)
+    rows = (sites.split(x.transpose(1, 2)) for x in (query, key, value))
+    parts = zip(keys, *rows, _apart(sites, attention_mask), _apart(sites, bias), strict=True)
+    found = []
+    # flash attention draws other masks, and a row that comes beside shorter ones cannot have it
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        for seed, q, k, v, mask, own_bias in parts:
+            _generator(query.device).manual_seed(seed)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            found.append(_attended(module, q, k, v, mask, position_bias=own_bias, **kwargs))
+    return sites.join(found), None
+
+
+def _apart(sites: Sites, mask: Tensor | None) -> Sequence[Tensor | None]:
+    """A mask or a bias (rows or 1, ...) for each share."""
+    lengths: tuple[int, ...] | None = getattr(mask, "loralab_lengths", None)
+    if lengths is not None:
+        waiting = iter(lengths)
+        return [mask_of([next(waiting) for _ in range(share.rows)]) for share in sites.shares]
+    return [mask] * len(sites.shares) if mask is None or mask.shape[0] == 1 else sites.split(mask)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that attention kernels draw from."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+def _attended(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Tensor:
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     lengths: tuple[int, ...] | None = getattr(attention_mask, "loralab_lengths", None)
     if lengths is None:
-        return sdpa(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return sdpa(module, query, key, value, attention_mask, **kwargs)[0]  # type: ignore[no-any-return]
     if len(set(lengths)) == 1:  # rows of one length need not be taken apart
         rows = [_rows(x, len(lengths)) for x in (query, key, value)]
-        return sdpa(module, *rows, None, **kwargs)[0].flatten(0, 1)[None], None
+        return sdpa(module, *rows, None, **kwargs)[0].flatten(0, 1)[None]  # type: ignore[no-any-return]
     parts = zip(*(torch.split(x, list(lengths), 2) for x in (query, key, value)), strict=True)
-    return torch.cat([sdpa(module, *part, None, **kwargs)[0] for part in parts], 1), None
+    return torch.cat([sdpa(module, *part, None, **kwargs)[0] for part in parts], 1)
 
 
 def _rows(x: Tensor, count: int) -> Tensor:

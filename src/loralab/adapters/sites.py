@@ -6,14 +6,15 @@ again. One trial alone is the same code with one slice.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, cast
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from loralab.errors import LoralabError
 
@@ -36,8 +37,12 @@ class Sites:
     """The hooks on one base model and the shares of the batch under way."""
 
     def __init__(self) -> None:
-        self.shares: tuple[Share, ...] = ()
+        self._shares: tuple[Share, ...] = ()
+        self._drawn = 0  # masks of the pass under way
         self._sites: dict[str, _Site] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sites":
+        return self  # a trial's copy of a layer stays on the base
 
     @classmethod
     def of(cls, model: nn.Module) -> "Sites":
@@ -45,6 +50,35 @@ class Sites:
         if "loralab_sites" not in model.__dict__:
             model.__dict__["loralab_sites"] = cls()
         return cast(Sites, model.__dict__["loralab_sites"])
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """Whose rows the pass under way holds, in their order. Setting them begins a pass."""
+        return self._shares
+
+    @shares.setter
+    def shares(self, shares: tuple[Share, ...]) -> None:
+        self._shares, self._drawn = shares, 0
+
+    def keys(self) -> list[int]:
+        """Each share's key for the next mask that the base itself draws in this pass; none while evaluating."""
+        keys = [share.key for share in self._shares if share.key is not None]
+        self._drawn += 1
+        return [mix(key, self._drawn) for key in keys]
+
+    def replayed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """``context_fn`` of a checkpointed block: computed again, it draws its masks again."""
+        return nullcontext(), _Replay(self, self._drawn)
+
+    @contextmanager
+    def only(self, share: Share) -> Iterator[None]:
+        """Within, a part of the pass that holds the rows of ``share`` alone, and masks of its own."""
+        before = self._shares, self._drawn
+        self.shares = (share,)
+        try:
+            yield
+        finally:
+            self._shares, self._drawn = before
 
     @contextmanager
     def batch(self, *shares: Share) -> Iterator[None]:
@@ -104,6 +138,19 @@ class Sites:
                 del self._sites[name]
 
 
+class _Replay(AbstractContextManager[None]):
+    """Within, masks are numbered from ``drawn`` on; may be entered again."""
+
+    def __init__(self, sites: Sites, drawn: int) -> None:
+        self.sites, self.drawn = sites, drawn
+
+    def __enter__(self) -> None:
+        self.after, self.sites._drawn = self.sites._drawn, self.drawn
+
+    def __exit__(self, *_: object) -> None:
+        self.sites._drawn = self.after
+
+
 class _Site:
     """Forward hook of one frozen layer."""
 
@@ -137,8 +184,9 @@ class _Site:
         return changed
 
     def _own(self, share: Share, x: Tensor, y: Tensor) -> Tensor:
-        for delta in self.deltas.get(share.owner, ()):
-            y = delta(x, y, self._key(share))
+        with self.sites.only(replace(share, key=self._key(share))):  # a head trained whole may hold dropout
+            for delta in self.deltas.get(share.owner, ()):
+                y = delta(x, y, self._key(share))
         return y
 
     def _key(self, share: Share) -> int | None:
@@ -158,8 +206,31 @@ def mix(*words: int) -> int:
 
 def keyed_dropout(x: Tensor, p: float, key: int | None) -> Tensor:
     """Inverted dropout whose mask depends on ``key`` alone, so a recomputed or packed forward draws the same."""
-    if key is None or p == 0.0:
-        return x
-    generator = torch.Generator(device=x.device).manual_seed(key)
-    keep = torch.empty_like(x).bernoulli_(1.0 - p, generator=generator)
-    return x * keep.div_(1.0 - p)
+    return x if key is None or p == 0.0 else dropped(x, p, [(x.numel(), key)])
+
+
+def dropped(x: Tensor, p: float, parts: Sequence[tuple[int, int]]) -> Tensor:
+    """Inverted dropout of a stack: the mask of each part, (elements, key), depends on its key alone."""
+    kept: Tensor = _Dropped.apply(x, p, parts)  # type: ignore[no-untyped-call]
+    return kept
+
+
+class _Dropped(torch.autograd.Function):
+    """Keeps nothing: the masks are drawn again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, parts: Sequence[tuple[int, int]]) -> Tensor:
+        ctx.drawn = p, parts
+        return _masked(x, p, parts)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _masked(dy, *ctx.drawn), None, None
+
+
+def _masked(x: Tensor, p: float, parts: Sequence[tuple[int, int]]) -> Tensor:
+    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # x and its gradient may differ in their strides
+    for own, (_, key) in zip(torch.split(keep.view(-1), [size for size, _ in parts]), parts, strict=True):
+        own.bernoulli_(1.0 - p, generator=torch.Generator(device=x.device).manual_seed(key))
+    return keep.div_(1.0 - p).mul_(x)

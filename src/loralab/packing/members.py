@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from loralab.dropout import why_alone
 from loralab.errors import ConfigError
 from loralab.packing.plan import Member
 from loralab.planning.foresee import free_bytes
@@ -69,8 +70,7 @@ def alone(spec: TrialSpec) -> str:
         return f"quantization={spec.quantization.name} looks at the whole batch"
     if spec.memory.alone:
         return spec.memory.alone
-    dropout = spec.model.own_dropout()
-    if dropout:
-        return f"the base's own dropout ({dropout:g}) cannot be drawn for each trial; model.dropout=0 switches it off"
+    if why := why_alone(spec.model.prepared_config(spec.model.num_labels), spec.model.attn_implementation):
+        return why
     unaware = [name for name, made in spec.callbacks.items() if not getattr(made(), "pack_aware", False)]
     return f"callbacks.{unaware[0]} is not marked pack_aware" if unaware else ""

@@ -107,8 +107,7 @@ def build(spec: models.Pretrained, layers: int | None) -> nn.Module:
     model = models.auto_class(spec.task).from_config(config, dtype=dtype, attn_implementation=spec.attn_implementation)
     if spec.config.get("tie_word_embeddings") is False:
         models._untie(model)
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    models.prepare(spec, model)
     return model  # type: ignore[no-any-return]
 
 
