@@ -11,7 +11,7 @@ from loralab import cli
 from loralab.bench import ours, parts, peers, run
 from loralab.bench.ground import Failed, Ground, prepare
 from loralab.bench.layer import PEER, _step, interleaved, layers
-from loralab.bench.parts import ALONE, LIGHTNING, MEDIUM, OURS, TRAINER, Extent, Sweep, one_trial
+from loralab.bench.parts import ALONE, KEPT, LIGHTNING, MEDIUM, OURS, TRAINER, Extent, Sweep, one_trial
 from loralab.bench.table import Table, quartiles, render
 from loralab.errors import Interrupted
 
@@ -127,7 +127,7 @@ def test_a_trial_leaves_the_peers_base_as_it_found_it(ground):
 
 def test_the_step_part_leaves_warm_up_out_and_compares_losses(measured):
     rows = by_name(measured("step")["parts"]["step"], "one step, batch 2")
-    assert list(rows) == [TRAINER, MEDIUM, LIGHTNING, OURS]
+    assert list(rows) == [TRAINER, MEDIUM, LIGHTNING, OURS, KEPT]
     assert rows[TRAINER]["median"] == pytest.approx(3.0)
     assert rows[TRAINER]["ratio"] == pytest.approx(1.5)
     assert all(row["measurements"] == TINY.rounds * TINY.steps for row in rows.values())
@@ -169,7 +169,7 @@ def test_the_json_says_where_it_was_measured_and_the_table_is_markdown(measured)
 
 def test_an_interruption_keeps_what_was_measured(measured, tmp_path):
     with pytest.raises(Interrupted):
-        measured("step", "sweep", answers=6)  # four that warm up and two that count
+        measured("step", "sweep", answers=7)  # five that warm up and two that count
     found = json.loads((tmp_path / "bench.json").read_text())
     assert list(found["parts"]) == ["step"]
     assert found["parts"]["step"]["status"] == "interrupted"
@@ -180,7 +180,7 @@ def test_a_library_that_fails_is_told_and_the_others_go_on(measured):
     part = measured("step", broken=("lightning",))["parts"]["step"]
     assert (part["status"], part["error"]) == ("failed", f"start, {LIGHTNING}")
     assert [row["error"] for row in part["rows"] if "error" in row] == ["gone"]
-    assert set(by_name(part, "one step, batch 2")) == {TRAINER, MEDIUM, OURS}
+    assert set(by_name(part, "one step, batch 2")) == {TRAINER, MEDIUM, OURS, KEPT}
 
 
 def test_an_unknown_part_is_refused_with_the_nearest(capsys):

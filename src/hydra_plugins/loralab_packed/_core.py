@@ -82,7 +82,8 @@ def checked(pack: str, token_budget: int | None, memory_budget: float | None) ->
 
 
 def _compose(context: HydraContext, master: DictConfig, overrides: list[str], number: int) -> DictConfig:
-    config: DictConfig = context.config_loader.load_sweep_config(master, overrides)
+    loader = context.config_loader
+    config: DictConfig = getattr(loader, "take", loader.load_sweep_config)(master, overrides)
     with open_dict(config):
         config.hydra.job.id = config.hydra.job.num = number
     return config

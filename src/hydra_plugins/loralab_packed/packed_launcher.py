@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -16,11 +18,34 @@ class PackedLauncherConf:
 
     _target_: str = "hydra_plugins.loralab_packed.packed_launcher.PackedLauncher"
     pack: str = "auto"  # off: one trial after the other
-    token_budget: int | None = None  # tokens of one pass; null: 512 on a CPU, 16384 on a GPU
+    token_budget: int | None = None  # tokens of one pass; null: 2048 on a CPU, 16384 on a GPU
     memory_budget: float | None = None  # GiB of one pass; null: 80% of the free memory of a CPU, 90% of a GPU's
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="loralab")
+
+
+class Composed:
+    """Hydra's loader, and what sweepers compose to check it, which the launcher then need not compose again."""
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        self.loader = loader
+        self.checked: dict[tuple[str, ...], list[DictConfig]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """For a sweeper, which keeps none of them."""
+        config: DictConfig = self.loader.load_sweep_config(master_config, sweep_overrides)
+        self.checked.setdefault(tuple(sweep_overrides), []).append(config)
+        return config
+
+    def take(self, master: DictConfig, overrides: list[str]) -> DictConfig:
+        """A trial's own configuration: no two trials are given the same object."""
+        kept = self.checked.get(tuple(overrides))
+        config: DictConfig = kept.pop() if kept else self.loader.load_sweep_config(master, overrides)
+        return config
 
 
 class PackedLauncher(Launcher):  # type: ignore[misc]
@@ -30,6 +55,7 @@ class PackedLauncher(Launcher):  # type: ignore[misc]
         self.pack, self.budgets = pack, (token_budget, memory_budget)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        hydra_context.config_loader = Composed(hydra_context.config_loader)
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

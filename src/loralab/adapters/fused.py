@@ -37,6 +37,8 @@ def lora_update(x: Tensor, y: Tensor, parts: Sequence[Part], factors: Sequence[T
 
 
 class _Update(torch.autograd.Function):
+    """The products are small and many, so what surrounds them counts: views are made once, results written in place."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, parts: tuple[Part, ...], *factors: Tensor) -> Tensor:
         ctx.parts = parts
@@ -44,10 +46,11 @@ class _Update(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type) and ctx.dtype != torch.float64:
             ctx.dtype = torch.get_autocast_dtype(x.device.type)
         inner = []
+        xs, ys = _views(x.reshape(-1, x.shape[-1]), parts), _views(y.view(-1, y.shape[-1]), parts)
         with without_autocast(x.device.type):
-            for part, (a, b) in zip(parts, _pairs(factors), strict=True):
-                h = _input(x, part, ctx.dtype) @ a.to(ctx.dtype).t()
-                _add(y.view(-1, y.shape[-1])[part.start : part.stop], h, b.to(ctx.dtype).t(), part.scaling)
+            for part, own, out, (a, b) in zip(parts, xs, ys, _pairs(factors), strict=True):
+                h = torch.mm(_input(own, part, ctx.dtype), a.to(ctx.dtype).t())
+                _add(out, h, b.to(ctx.dtype).t(), part.scaling)
                 inner.append(h)
         ctx.save_for_backward(x, *factors, *inner)
         ctx.mark_dirty(y)
@@ -60,27 +63,53 @@ class _Update(torch.autograd.Function):
         count = 2 * len(ctx.parts)
         factors, inner = saved[:count], saved[count:]
         dx = _like(x, ctx.parts) if ctx.needs_input_grad[0] else None
-        dys = dy.reshape(-1, dy.shape[-1])
+        dxs = [None] * len(ctx.parts) if dx is None else _views(dx, ctx.parts)
+        xs = _views(x.reshape(-1, x.shape[-1]), ctx.parts)
+        dys = _views(dy.reshape(-1, dy.shape[-1]), ctx.parts)
         found: list[Tensor | None] = []
         with without_autocast(x.device.type):
-            for part, (a, b), h in zip(ctx.parts, _pairs(factors), inner, strict=True):
-                own = dys[part.start : part.stop].to(ctx.dtype)
-                dh = (own @ b.to(ctx.dtype)).mul_(part.scaling)
-                found.append((dh.t() @ _input(x, part, ctx.dtype)).to(a.dtype))
-                found.append((own.t() @ h).mul_(part.scaling).to(b.dtype))
-                if dx is not None:
-                    back = (dh @ a.to(ctx.dtype)).to(x.dtype)
-                    dx[part.start : part.stop] = keyed_dropout(back, part.dropout, part.key)
+            for part, own, back, out, (a, b), h in zip(ctx.parts, xs, dys, dxs, _pairs(factors), inner, strict=True):
+                back = back.to(ctx.dtype)
+                dh = _scaled(back, b.to(ctx.dtype), part.scaling)
+                found.append(torch.mm(dh.t(), _input(own, part, ctx.dtype)).to(a.dtype))
+                found.append(_scaled(back.t(), h, part.scaling).to(b.dtype))
+                if out is not None:
+                    _into(out, dh, a.to(ctx.dtype), part)
         return None if dx is None else dx.view(x.shape), dy, None, *found
+
+
+def _views(flat: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
+    """Each part's rows of ``flat`` (positions, width): one operation where the parts follow each other."""
+    sizes, at = [], 0
+    for part in parts:
+        if part.start != at:
+            return [flat[part.start : part.stop] for part in parts]
+        sizes.append(part.stop - part.start)
+        at = part.stop
+    views: Sequence[Tensor] = flat[:at].split_with_sizes(sizes)
+    return views
+
+
+def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """scaling * left right, in one product."""
+    made = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(made, left, right, beta=0, alpha=scaling, out=made)
+
+
+def _into(out: Tensor, dh: Tensor, a: Tensor, part: Part) -> None:
+    """The part's gradient of x, written where it belongs."""
+    if out.dtype == dh.dtype and (part.key is None or part.dropout == 0.0):
+        torch.mm(dh, a, out=out)
+    else:
+        out.copy_(keyed_dropout(torch.mm(dh, a).to(out.dtype), part.dropout, part.key))
 
 
 def _pairs(factors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(factors[::2], factors[1::2], strict=True))
 
 
-def _input(x: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
+def _input(own: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
     """The part's inputs, dropped out, (n, in). The same values however often it is asked for."""
-    own = x.reshape(-1, x.shape[-1])[part.start : part.stop]
     return keyed_dropout(own, part.dropout, part.key).to(dtype)
 
 

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from loralab.errors import LoralabError
 
+LANES = 2**16  # values of the random bits that decide on an element
+
 
 class NotPackable(LoralabError):  # noqa: N818 - it says what a model is, not what went wrong
     """The base folds the batch dimension, so rows of several trials cannot be told apart."""
@@ -230,7 +232,13 @@ class _Dropped(torch.autograd.Function):
 
 
 def _masked(x: Tensor, p: float, parts: Sequence[tuple[int, int]]) -> Tensor:
+    """Sixteen random bits an element, which is a quarter of a uniform number's cost; p is met to 1 in 131072."""
+    dropped_of = round(p * LANES)
+    if dropped_of >= LANES:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
     keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # x and its gradient may differ in their strides
-    for own, (_, key) in zip(torch.split(keep.view(-1), [size for size, _ in parts]), parts, strict=True):
-        own.bernoulli_(1.0 - p, generator=torch.Generator(device=x.device).manual_seed(key))
-    return keep.div_(1.0 - p).mul_(x)
+    for own, (size, key) in zip(torch.split(keep.view(-1), [size for size, _ in parts]), parts, strict=True):
+        words = torch.empty((size + 3) // 4, dtype=torch.int64, device=x.device)
+        words.random_(-(2**63), None, generator=torch.Generator(device=x.device).manual_seed(key))
+        torch.ge(words.view(torch.int16)[:size], dropped_of - LANES // 2, out=own)
+    return keep.mul_(x).mul_(LANES / (LANES - dropped_of))

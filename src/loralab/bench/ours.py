@@ -34,6 +34,8 @@ class Watch(Callback):
 class Loralab:
     """A runner, which keeps the base."""
 
+    dequantize = "per_use"
+
     def __init__(self, job: Row) -> None:
         self.job, self.runner, self.numbers = job, Runner(), itertools.count()
         self.folder = Path(tempfile.mkdtemp(dir=job["folder"]))
@@ -66,7 +68,7 @@ class Loralab:
                 dtype="bfloat16" if cuda else "float32",
                 max_length=self.job["max_length"],
             ),
-            quantization=NoQuantization() if self.job["dense"] else FourBit(double_quant=True),
+            quantization=NoQuantization() if self.job["dense"] else self._nf4(),
             adapter=LoRA(r=trial["r"], lora_alpha=trial["lora_alpha"], target_modules=trial["target_modules"]),
             data=Files(batch_size=trial["batch"], **self.job["files"]),
             optimizer=AdamW(lr=trial["lr"]),
@@ -79,3 +81,12 @@ class Loralab:
             logger=Wandb(mode="disabled"),
             callbacks={"watch": lambda: Watch(clock)},
         )
+
+    def _nf4(self) -> FourBit:
+        return FourBit(double_quant=True, dequantize=self.dequantize)
+
+
+class Resident(Loralab):
+    """The dense weights kept: the same numbers for more memory."""
+
+    dequantize = "resident"

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 TRAINER, MEDIUM, LIGHTNING = "PEFT + HF Trainer", "PEFT + HF Trainer, medium", "PEFT + Lightning"
 ALONE = "a process per trial"
+KEPT = "loralab, dequantize=resident"
 PEERS = {TRAINER: ("trainer", False), MEDIUM: ("trainer", True), LIGHTNING: ("lightning", False)}
 RANKS = (2, 4, 8, 16)
 RATES = (3e-4, 1e-3, 2e-3, 3e-3)
@@ -54,7 +55,8 @@ QUICK = Extent(3, 2, 15, (1,), (Sweep(50, 1, 0, 1),), Sweep(50, 1, None, 1))
 
 def step(table: Table, ground: Ground, extent: Extent) -> None:
     """One trial after the other on a base that stays loaded; all start from the same A."""
-    with opened({**PEERS, OURS: ("loralab", False)}, ground, table, "ms") as sides:
+    ours = {OURS: ("loralab", False), KEPT: ("resident", False)}
+    with opened({**PEERS, **ours}, ground, table, "ms") as sides:
         for batch in extent.batches:
             losses: dict[str, list[float]] = {}
             steps = extent.steps + WARM_UP

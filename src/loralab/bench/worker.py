@@ -16,6 +16,7 @@ ENGINES = {
     "trainer": ("loralab.bench.peers", "WithTrainer"),
     "lightning": ("loralab.bench.peers", "WithLightning"),
     "loralab": ("loralab.bench.ours", "Loralab"),
+    "resident": ("loralab.bench.ours", "Resident"),
 }
 
 

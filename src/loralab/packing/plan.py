@@ -9,7 +9,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-TOKEN_BUDGET = {"cpu": 512, "cuda": 16384}  # tokens of one pass from which a larger one gains nothing
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens of one pass from which a larger one gains nothing
 
 
 @dataclass(frozen=True)
