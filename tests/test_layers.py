@@ -18,7 +18,7 @@ FLOORS = [
     {"unpadded"},
     {"dropout"},
     {"trial", "checkpoints", "head", "prefix"},
-    {"forward"},
+    {"forward", "resuming"},
     {"module", "models", "generation", "evaluation"},
     {"planning", "interop", "first_batch"},
     {"specs", "study"},

@@ -85,7 +85,7 @@ def trial_spec(
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
     from loralab.specs import TrialSpec  # torch, Lightning and the rest, once the settings are known to be sound
 
-    _check_metric(content["metric"], specs)
+    _check_metric(content["metric"], specs, specs["trainer"].patience is not None)
     return TrialSpec(
         id=trial_id(config),
         folder=folder,
@@ -114,9 +114,15 @@ def _check_keys(content: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={content[key]!r} is no group of settings; valid: a mapping, or null")
 
 
-def _check_metric(metric: str, specs: Mapping[str, Any]) -> None:
+def _check_metric(metric: str, specs: Mapping[str, Any], watched: bool) -> None:
     from loralab.metrics import names
 
+    watchable = names(specs["model"].task, False, False)
+    if watched and metric not in watchable:
+        raise ConfigError(
+            f"trainer.patience watches metric={metric!r}, which no validation on the way measures;"
+            f" valid: {', '.join(watchable)}"
+        )
     valid = names(specs["model"].task, specs["data"].generate_rows > 0, specs["trainer"].test)
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")

@@ -19,7 +19,7 @@ class FirstBatch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         trials = module.trials
-        if len(trials) < 2 or any(trial.step for trial in trials):
+        if len(trials) < 2 or any(trial.record["pack"].get("halved") for trial in trials):
             return
         config: Any = module.model.config
         if why := why_alone(config, config._attn_implementation):

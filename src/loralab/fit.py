@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from loralab import generation, models, optimizers
+from loralab import generation, models, optimizers, resuming
 from loralab.adapters.sites import NotPackable
 from loralab.errors import DiskError, Interrupted, LoralabError, OutOfMemory
 from loralab.first_batch import FirstBatch
@@ -104,6 +104,8 @@ class Fit:
         step, interval = min(trial.step for trial in self.trials if trial.alive), spec.trainer.val_check_interval
         if interval and step and step % interval == 0:  # an earlier fit broke off in this validation
             self._score("val", "validation")
+            if not any(trial.alive for trial in self.trials):
+                return
         trainer = spec.trainer.build([*self.callbacks, FirstBatch()], self.progress)
         resume(trainer, step)
         self.module.train()  # Lightning keeps the mode it finds, and from_pretrained leaves evaluation mode
@@ -178,6 +180,8 @@ class Fit:
             if spec.adapter.changes_base:
                 self.base.tokenizer.save_pretrained(folder)
         entry["metrics"] = dict(trial.metrics)
+        if trial.stopped and trial.step < trial.settings.max_steps:
+            entry["stopped_early"] = {"step": trial.step, "metric": trial.settings.metric, "best": trial.best}
         entry["time"]["wall_s"] = time.monotonic() - self.started
         close_record(entry, trial.failure)
         for sink in trial.sinks:
@@ -186,6 +190,8 @@ class Fit:
                 if spikes := entry["memory"].get("spikes"):
                     sink.table("memory/spikes", list(spikes[0]), [list(spike.values()) for spike in spikes])
         trial.save()
+        if trial.failure is None:
+            resuming.forget(spec.folder)
 
 
 def _scored(trial: Trial, prefix: str) -> bool:

@@ -140,6 +140,12 @@ class FineTuner(LightningModule):
                 trial.report(values)
                 if self.split == "val":
                     trial.validated = trial.step
+                    if trial.settings.metric in values:
+                        trial.judge(values[trial.settings.metric])
+                if len(self.trials) == 1:  # for Lightning's own callbacks, which know no packs
+                    self.log_dict(values, logger=False)
+        if not any(trial.alive for trial in self.trials):
+            self.trainer.should_stop = True
         self._scores = []
 
     def configure_optimizers(self) -> Any:

@@ -209,10 +209,13 @@ State = dict[int, dict[str, Any]]  # {position of a parameter in its group: its 
 
 def states(optimizer: torch.optim.Optimizer) -> list[State]:
     """Of each group, copied to the host; ``restore`` takes it back."""
-    return [
-        {place: _hosted(optimizer.state[own]) for place, own in enumerate(group["params"]) if own in optimizer.state}
-        for group in optimizer.param_groups
-    ]
+    return [state_of(optimizer, index) for index in range(len(optimizer.param_groups))]
+
+
+def state_of(optimizer: torch.optim.Optimizer, index: int) -> State:
+    """Of one group, copied to the host."""
+    own, state = optimizer.param_groups[index]["params"], optimizer.state
+    return {place: _hosted(state[one]) for place, one in enumerate(own) if one in state}
 
 
 def _hosted(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loralab import models, record
+from loralab import models, record, resuming
 from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
@@ -80,7 +80,12 @@ class Runner:
         base = self._load(specs[0], tokenizer, data[0], device)
         _check_labels(base, data)
         trials = [_trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)]
-        waiting: list[Part] = [list(zip(specs, trials, strict=True))]
+        for spec, trial in zip(specs, trials, strict=True):
+            if spec.memory.continues and resuming.resume(trial):
+                trial.record["resumed_from"] = trial.step
+        waiting = _alike(specs, trials)
+        if len(waiting) > 1:
+            self._divided(waiting)
         try:
             while waiting:
                 parts = Fit(base, waiting.pop(0), started, self.progress).run()
@@ -133,6 +138,17 @@ class Runner:
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)
             self._base_key = key
         return self._base
+
+
+def _alike(specs: list[TrialSpec], trials: list[Trial]) -> list[Part]:
+    """Trials that stand at one step train together; checkpoints may be of several."""
+    found: dict[int, list[tuple[TrialSpec, Trial]]] = {}
+    for spec, trial in zip(specs, trials, strict=True):
+        found.setdefault(trial.step, []).append((spec, trial))
+    for part in found.values():
+        for index, (_, trial) in enumerate(part):
+            trial.record["pack"].update(size=len(part), index=index)
+    return list(found.values())
 
 
 def encoded_data(data: DataSpec, model: models.Pretrained, tokenizer: Any, device: str) -> Encoded:

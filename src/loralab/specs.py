@@ -55,6 +55,9 @@ class TrialSpec:
             gradient_clip_val=self.trainer.gradient_clip_val,
             accumulate_grad_batches=self.trainer.accumulate_grad_batches,
             log_every_n_steps=self.trainer.log_every_n_steps,
+            patience=self.trainer.patience,
+            metric=self.metric,
+            metric_mode=self.metric_mode,
         )
 
     @property

@@ -35,6 +35,7 @@ class Jobs:
     memory_budget: float | None = None  # GiB, where the launcher was given one
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # ran in other processes, and told
     too_large: dict[str, ConfigError] = field(default_factory=dict)  # trials that exceed it alone
+    begun: set[str] = field(default_factory=set)
     _runner: Any = None
 
     def run(self, arguments: list[str]) -> int:
@@ -89,6 +90,7 @@ class Jobs:
     def _record(self, job: Job) -> dict[str, Any]:
         if job.trial in self.done:
             return self.done.pop(job.trial)
+        self._forget(job)
         if job.trial in self.packs:
             self._run_pack(self.packs[job.trial])
         if job.trial in self.ahead:
@@ -102,6 +104,14 @@ class Jobs:
             return job.execute(self.runner)
         job.say(stored, skipped=True)
         return stored
+
+    def _forget(self, job: Job) -> None:
+        """With --fresh nothing of an earlier command is taken up; what this one writes is."""
+        if self.fresh and job.trial not in self.begun:
+            from loralab import resuming
+
+            resuming.forget(job.folder)
+        self.begun.add(job.trial)
 
     def prepare(
         self,
@@ -185,6 +195,7 @@ class Jobs:
     def _run_pack(self, jobs: list[Job]) -> None:
         """Trials together; what fails for all of them before the first step runs in halves (memory) or one by one."""
         for job in jobs:
+            self._forget(job)
             self.packs.pop(job.trial, None)
         if len(jobs) == 1:
             return

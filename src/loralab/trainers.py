@@ -22,6 +22,7 @@ class TrainerSpec:
     gradient_clip_val: float | None = 1.0
     precision: str = "auto"  # auto: 32-true
     val_check_interval: int | None = None
+    patience: int | None = None  # validations without a better metric after which a trial ends (null: never)
     log_every_n_steps: int = 1
     test: bool = False  # score the test split too, once, at the end
 
@@ -36,10 +37,12 @@ class TrainerSpec:
             raise ConfigError(
                 f"trainer.max_steps must be at least 0 (0: score the base as it is), got {self.max_steps}"
             )
-        for key in ("accumulate_grad_batches", "val_check_interval", "log_every_n_steps"):
+        for key in ("accumulate_grad_batches", "val_check_interval", "patience", "log_every_n_steps"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{key} must be at least 1, got {value}")
+        if self.patience is not None and self.val_check_interval is None:
+            raise ConfigError("trainer.patience counts validations: it needs trainer.val_check_interval, which is null")
         clip = self.gradient_clip_val
         if clip is not None and not (math.isfinite(clip) and clip > 0):
             raise ConfigError(f"trainer.gradient_clip_val must be a positive number or null, got {clip}")

@@ -1,5 +1,6 @@
 """A trial: its settings and keys, its step, its adapter, its data stream, its metrics and its record."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from loralab.loggers.jsonl import MetricsFile
 from loralab.loggers.wandb import Mirror
 from loralab.optimizers import AdamW, Schedule, State
 
+log = logging.getLogger(__name__)
+
 Batch = dict[str, Any]
 
 
@@ -36,6 +39,9 @@ class Settings:
     gradient_clip_val: float | None
     accumulate_grad_batches: int = 1
     log_every_n_steps: int = 1
+    patience: int | None = None  # validations without a better metric after which the trial ends
+    metric: str = "val/loss"
+    metric_mode: str = "min"
 
 
 @dataclass
@@ -58,6 +64,9 @@ class Trial:
     untimed: int = 0  # tokens of steps that no timing counts
     optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
     told: int = -1  # rows up to this step are in metrics.jsonl already
+    best: float | None = None  # the metric's best value in a validation
+    waited: int = 0  # validations since then
+    judged: int = -1  # the step of the last one
 
     def __post_init__(self) -> None:
         self._place()
@@ -80,7 +89,27 @@ class Trial:
     @property
     def alive(self) -> bool:
         """Whether it still trains."""
-        return self.failure is None and self.step < self.settings.max_steps
+        return self.failure is None and not self.stopped and self.step < self.settings.max_steps
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it has lost its patience."""
+        return self.settings.patience is not None and self.waited >= self.settings.patience
+
+    def judge(self, value: float) -> None:
+        """Takes note of the metric in a validation, from which early stopping follows."""
+        mine = self.settings
+        if self.judged == self.step:  # before a run was continued
+            return
+        self.judged = self.step
+        first = self.best is None or self.best != self.best
+        if first or (value < self.best if mine.metric_mode == "min" else value > self.best):  # type: ignore[operator]
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if mine.patience == self.waited and self.step < mine.max_steps:
+            text = "%s ends at step %d: %s has not been better than %.4g in %d validations"
+            log.info(text, mine.id, self.step, mine.metric, self.best, self.waited)
 
     def advance(self) -> None:
         """An optimizer step is finished."""
@@ -105,14 +134,18 @@ class Trial:
         self.optimizer_state = (state or {}) if self.step else {}
         if not self.alive:
             return True
-        ahead = {int(one["step"]) for one in (state or {}).values() if "step" in one} - {self.step}
-        return not ahead and (state is not None or not self.step)
+        return self.in_step(state or {}) and (state is not None or not self.step)
+
+    def in_step(self, state: State) -> bool:
+        """Whether an optimizer's state is that of the last finished step: an update may be cut short."""
+        return all(int(one.get("step", 0)) <= self.step for one in state.values())
 
     def restart(self, adapter: Adapter) -> None:
         """From the first step on, with an adapter drawn anew; rows that were written are not written again."""
         self.adapter, self.told = adapter, max(self.told, self.step)
         self.step = self.tokens = 0
         self.optimizer_state, self.validated, self.metrics = {}, -1, {}
+        self.best, self.waited, self.judged = None, 0, -1
         self._place()
 
     def key(self, micro: int) -> int:
@@ -177,7 +210,13 @@ class Trial:
 
     def open(self, mirror: Mirror) -> None:
         """Creates the run folder's metrics.jsonl and connects the mirror."""
-        self.sinks = [MetricsFile(self.settings.folder / "metrics.jsonl"), mirror]
+        self.sinks = [MetricsFile(self.settings.folder / "metrics.jsonl", self.step), mirror]
+
+    def sync(self) -> None:
+        """What was reported is on disk."""
+        for sink in self.sinks:
+            if isinstance(sink, MetricsFile):
+                sink.sync()
 
     def close(self, exit_code: int) -> None:
         """Finishes the sinks, on every path."""
@@ -192,12 +231,15 @@ class Trial:
     def state_dict(self) -> dict[str, Any]:
         """All that a continuation needs: order and dropout follow from seed and step."""
         own = {"step": self.step, "tokens": self._finished_tokens, "optimizer": self.optimizer_state}
-        return {**own, "adapter": self.adapter.state_dict()}
+        judged = {"best": self.best, "waited": self.waited, "judged": self.judged}
+        return {**own, **judged, "adapter": self.adapter.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         self.adapter.load_state_dict(state["adapter"], strict=True)
         self.optimizer_state = dict(state.get("optimizer") or {})
+        self.best, self.waited, self.judged = state.get("best"), int(state.get("waited", 0)), state.get("judged", -1)
+        self.untimed = self.tokens  # the seconds they took are another process's
         self._place()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,20 @@ from loralab.errors import DiskError
 
 
 class MetricsFile:
-    """Appends rows ``{"step": 12, "train/loss": 2.31, ...}``; a number that is not finite becomes null."""
+    """Appends rows ``{"step": 12, "train/loss": 2.31, ...}``; a number that is not finite becomes null.
 
-    def __init__(self, path: Path) -> None:
+    ``step``: where a continued run stands. Earlier rows stay; what comes after, which it will write again, does not.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", buffering=1, encoding="utf-8")
+            if step:
+                partial = path.with_name(f".{path.name}.{os.getpid()}")
+                partial.write_text(_rows_until(path, step), "utf-8")
+                partial.replace(path)
+            self._file = path.open("a" if step else "w", buffering=1, encoding="utf-8")
         except OSError as error:
             raise DiskError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -27,8 +35,28 @@ class MetricsFile:
         except OSError as error:
             raise DiskError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
+    def sync(self) -> None:
+        """Onto the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
+
+
+def _rows_until(path: Path, step: int) -> str:
+    """Whole rows of finished steps; the validation of ``step`` itself is made again."""
+    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
+    return "".join(line for line in lines if _stays(line, step))
+
+
+def _stays(line: str, step: int) -> bool:
+    try:
+        row = json.loads(line)
+        own = int(row["step"])
+    except (ValueError, KeyError, TypeError):
+        return False  # cut short by the kill
+    return own < step or (own == step and not any(key.startswith(("val/", "test/")) for key in row))
 
 
 def _plain(value: Any) -> Any:

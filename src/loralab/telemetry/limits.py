@@ -92,6 +92,11 @@ class MemorySpec:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
+    @property
+    def continues(self) -> bool:
+        """Whether a run may be taken up in its middle; not one that counts its steps for what it measures."""
+        return self.ballast is None and self.spiky_every is None
+
     def record(self) -> dict[str, Any]:
         """What a record says of it beside the configuration; a cap's results are simulated, and say so."""
         return {} if self.cap is None else {"cap_bytes": int(self.cap * GIB), "simulated": True}

@@ -79,7 +79,7 @@ class PhaseMemory(Callback):
         self._step = Step(0)
         self._profile: ProfiledStep | None = None
         self._mark: Any = None
-        self._began, self._managed = 0.0, 0
+        self._began, self._managed, self._first = 0.0, 0, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.ledger is None:
@@ -93,7 +93,9 @@ class PhaseMemory(Callback):
         number = trainer.global_step + 1
         if number != self._step.number:
             self._step = Step(number)
-            if number == self.profiled_step and self.ledger.device == "cpu":
+            self._first = self._first or number  # a continued run does not begin at 1
+            due = self.profiled_step is not None and number == max(self.profiled_step, self._first + 1)
+            if due and self.ledger.device == "cpu":
                 self._began = time.perf_counter()
                 self._profile = ProfiledStep(pl_module, trainer.optimizers, batch_tensors(batch))
                 self._profile.start()

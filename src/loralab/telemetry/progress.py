@@ -19,9 +19,12 @@ class ProgressLines(Callback):
             raise ValueError(f"seconds must be a number of at least 0, got {seconds!r}")
         self.seconds = seconds
         self._last = self._start = 0.0
+        self._steps, self._tokens = 0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = self._start = time.monotonic()
+        before: dict[str, float] = pl_module.progress()  # type: ignore[operator]
+        self._steps, self._tokens = int(before["step"]), before["tokens"]  # of a continued run
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -32,11 +35,11 @@ class ProgressLines(Callback):
         self._last = now
         state: dict[str, float] = pl_module.progress()  # type: ignore[operator]
         done, total = int(state["step"]), int(state["steps"])
-        left = (now - self._start) / max(1, done) * (total - done)
+        left = (now - self._start) / max(1, done - self._steps) * (total - done)
         log.info(
             "step %d/%d  loss %.4f  lr %.1e  %s tokens/s  %s left",
             *(done, total, state["loss"], state["lr"]),
-            *(f"{state['tokens'] / (now - self._start):,.0f}", clock(left)),
+            *(f"{(state['tokens'] - self._tokens) / (now - self._start):,.0f}", clock(left)),
         )
 
 
