@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
 from loralab import record
@@ -130,7 +132,33 @@ def test_a_trial_alone_goes_on_from_what_its_pack_wrote(three, stop, weights):
     assert_same(again, whole, weights)
 
 
-@pytest.mark.parametrize("what", ["damaged", "other data", "other trial"])
+def test_what_fails_while_an_interruption_is_dealt_with_does_not_hide_it(three, stop):
+    class Clumsy(Callback):
+        pack_aware = True
+
+        def on_exception(self, trainer, pl_module, exception):
+            raise OSError("bad file descriptor")
+
+    again = [replace(one, callbacks={"clumsy": Clumsy}) for one in three("again")]
+    stop(2, Interrupted(signal.SIGTERM))
+    with pytest.raises(Interrupted) as stopped:
+        Runner().run(again)
+    assert stopped.value.exit_code == 143
+    assert {record.read(one.folder)["status"] for one in again} == {"interrupted"}
+
+
+def test_what_cannot_be_removed_hurts_no_trial(three, weights, caplog):
+    whole, again = three("whole"), three("again")
+    Runner().run(whole)
+    again[0].folder.mkdir()
+    (again[0].folder / "checkpoints").write_text("a file")
+    done = Runner().run(again)
+    assert [one["pack"]["size"] for one in done] == [3, 3, 3]
+    assert "again0 has no checkpoint at step 1" in caplog.text
+    assert_same(again, whole, weights)
+
+
+@pytest.mark.parametrize("what", ["damaged", "one bit", "other data", "other trial"])
 def test_what_does_not_belong_to_the_trial_is_not_taken_up(make_spec, make_data, stop, curve, what):
     def spec(**changes):
         return make_spec(callbacks={"checkpoint": lambda: Checkpoint(None, 1)}, **changes)
@@ -143,6 +171,12 @@ def test_what_does_not_belong_to_the_trial_is_not_taken_up(make_spec, make_data,
     assert kept.is_file()
     if what == "damaged":
         kept.write_bytes(kept.read_bytes()[:100])
+    if what == "one bit":  # of a weight
+        content = bytearray(kept.read_bytes())
+        with zipfile.ZipFile(kept) as archive:
+            weights = archive.read(max(archive.infolist(), key=lambda one: one.file_size))
+        content[content.index(weights) + len(weights) // 2] ^= 1
+        kept.write_bytes(content)
     changes = {"other data": {"data": make_data(limit=5)}, "other trial": {"id": "another"}}.get(what, {})
     (done,) = Runner().run([replace(mine, **changes)])
     assert done["status"] == "completed"
@@ -155,6 +189,10 @@ def test_bad_settings_are_refused():
         Checkpoint(minutes=0)
     with pytest.raises(ConfigError, match="every_n_steps"):
         Checkpoint(every_n_steps=0)
+    with pytest.raises(ConfigError, match="'abc'"):
+        Checkpoint(minutes="abc")
+    with pytest.raises(ConfigError, match="whole number"):
+        Checkpoint(every_n_steps=1.5)
 
 
 def test_a_trial_without_patience_left_ends_and_the_others_do_not_notice(three, weights, curve):

@@ -216,7 +216,15 @@ def resume(trainer: Any, step: int) -> None:
 
 
 def explain(error: BaseException) -> LoralabError | Interrupted:
-    """Any failure as one of loralab's: out of memory by its name, an unknown one as loralab's own (exit 1)."""
+    """Any failure as one of loralab's: out of memory by its name, an unknown one as loralab's own (exit 1).
+
+    What goes wrong while an interruption is being dealt with is still that interruption.
+    """
+    context = error.__context__
+    while context is not None:
+        if isinstance(context, Interrupted | KeyboardInterrupt):
+            return explain(context)
+        context = context.__context__
     if isinstance(error, LoralabError | Interrupted):
         return error
     if isinstance(error, KeyboardInterrupt):

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,12 @@ class Checkpoint(Callback):
     pack_aware = True
 
     def __init__(self, minutes: float | None = 10.0, every_n_steps: int | None = None) -> None:
-        if minutes is not None and not minutes > 0:
-            raise ConfigError(f"callbacks.checkpoint.minutes must be a positive number or null, got {minutes}")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ConfigError(f"callbacks.checkpoint.every_n_steps must be at least 1 or null, got {every_n_steps}")
+        if minutes is not None and not (_number(minutes, int | float) and minutes > 0):
+            raise ConfigError(f"callbacks.checkpoint.minutes must be a positive number or null, got {minutes!r}")
+        if every_n_steps is not None and not (_number(every_n_steps, int) and every_n_steps >= 1):
+            raise ConfigError(
+                f"callbacks.checkpoint.every_n_steps must be a whole number >= 1 or null, got {every_n_steps!r}"
+            )
         self.minutes, self.every_n_steps = minutes, every_n_steps
         self.excluded_s = 0.0  # of writing, which is no training
         self._written: dict[str, int] = {}  # {trial: step}
@@ -89,6 +92,10 @@ class Checkpoint(Callback):
         self.excluded_s += self._since - begun
 
 
+def _number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def path(folder: Path) -> Path:
     """Of a run folder."""
     return folder / "checkpoints" / "last.pt"
@@ -118,6 +125,9 @@ def resume(trial: "Trial") -> bool:
     if not source.is_file():
         return False
     try:
+        with zipfile.ZipFile(source) as archive:  # torch writes check sums and reads none
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(source, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT or state["made_on"] != _made_on(trial):
             log.info("%s is of other settings, data or base weights: the trial begins anew", source)
@@ -126,7 +136,8 @@ def resume(trial: "Trial") -> bool:
             raise ValueError("its adapter has other parameters")
         trial.load_state_dict(state)
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
-        log.warning("%s cannot be used (%s): the trial begins anew", source, " ".join(str(error).split())[:200])
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        log.warning("%s cannot be used (%s): the trial begins anew", source, reason)
         return False
     log.info("%s goes on from step %d of %d", trial.settings.id, trial.step, trial.settings.max_steps)
     return True
@@ -134,12 +145,14 @@ def resume(trial: "Trial") -> bool:
 
 def forget(folder: Path) -> None:
     """Removes what a finished or a fresh run has no use for."""
-    path(folder).unlink(missing_ok=True)
-    _sweep(path(folder))
+    target = path(folder)
     try:
-        path(folder).parent.rmdir()
-    except OSError:
-        return  # not there, or something else lies in it
+        target.unlink(missing_ok=True)
+        _sweep(target)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", target, error)
+    if target.parent.is_dir() and not any(target.parent.iterdir()):
+        target.parent.rmdir()
 
 
 def _sweep(target: Path) -> None:

@@ -235,10 +235,11 @@ class Trial:
         return {**own, **judged, "adapter": self.adapter.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self.tokens = int(state["step"]), int(state["tokens"])
-        self.adapter.load_state_dict(state["adapter"], strict=True)
-        self.optimizer_state = dict(state.get("optimizer") or {})
-        self.best, self.waited, self.judged = state.get("best"), int(state.get("waited", 0)), state.get("judged", -1)
+        step, tokens, optimizer = int(state["step"]), int(state["tokens"]), dict(state.get("optimizer") or {})
+        best, waited, judged = state.get("best"), int(state.get("waited", 0)), int(state.get("judged", -1))
+        self.adapter.load_state_dict(state["adapter"], strict=True)  # nothing is taken up where something is missing
+        self.step, self.tokens, self.optimizer_state = step, tokens, optimizer
+        self.best, self.waited, self.judged = best, waited, judged
         self.untimed = self.tokens  # the seconds they took are another process's
         self._place()
 

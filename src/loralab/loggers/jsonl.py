@@ -21,7 +21,7 @@ class MetricsFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if step:
-                partial = path.with_name(f".{path.name}.{os.getpid()}")
+                partial = path.with_name(f".{path.name}.kept")
                 partial.write_text(_rows_until(path, step), "utf-8")
                 partial.replace(path)
             self._file = path.open("a" if step else "w", buffering=1, encoding="utf-8")

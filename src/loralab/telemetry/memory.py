@@ -130,9 +130,9 @@ class PhaseMemory(Callback):
         self._report(pl_module, None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._profile is not None:
-            self._profile.stop()
-            self._profile = None
+        profile, self._profile = self._profile, None
+        if profile is not None:
+            profile.stop()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.ledger is not None
@@ -187,9 +187,10 @@ class PhaseMemory(Callback):
                 self.excluded_tokens[index] = self.excluded_tokens.get(index, 0) + one["tokens"]
 
     def _end_profile(self, step: Step) -> None:
-        assert self._profile is not None
-        self.profiled = {"load": self._profile.held, **self._profile.stop()}
-        self._profile, self.batch, step.marks = None, step.batch, []
+        profile, self._profile = self._profile, None  # first: a signal may come while it is stopped
+        assert profile is not None
+        self.profiled = {"load": profile.held, **profile.stop()}
+        self.batch, step.marks = step.batch, []
         self.excluded_s += time.perf_counter() - self._began
 
     def _finish(self, step: Step, trainer: Trainer) -> None:
