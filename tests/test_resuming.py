@@ -216,6 +216,21 @@ def test_lightnings_own_early_stopping_sees_a_lone_trials_metrics(make_spec):
     assert (done["status"], done["time"]["steps"]) == ("completed", 3), done["error"]
 
 
+def test_a_trial_with_callbacks_of_the_users_own_begins_anew(make_spec, stop, curve):
+    def mine(name):
+        watch = lambda: EarlyStopping("val/loss", mode="max", patience=4)  # noqa: E731
+        callbacks = {"stop": watch, "checkpoint": lambda: Checkpoint(None, 1)}
+        return make_spec(name, max_steps=9, val_check_interval=1, callbacks=callbacks)
+
+    whole, again = mine("whole"), mine("again")
+    Runner().run([whole])
+    stop(3, RuntimeError("gone"))
+    Runner().run([again])
+    (done,) = Runner().run([again])
+    assert (done["status"], done["time"]["steps"], "resumed_from" in done) == ("completed", 5, False)
+    assert curve(again.folder) == curve(whole.folder)
+
+
 def test_killed_hard_and_called_again(tmp_path):
     words = [sys.executable, "-m", "loralab.cli", "train", "trainer.max_steps=60", "data.limit=40", "logger=none"]
     words += ["callbacks.checkpoint.every_n_steps=1", "trainer=cpu", f"hydra.run.dir={tmp_path / 'run'}"]

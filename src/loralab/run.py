@@ -81,7 +81,9 @@ class Runner:
         _check_labels(base, data)
         trials = [_trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)]
         for spec, trial in zip(specs, trials, strict=True):
-            if spec.memory.continues and resuming.resume(trial):
+            if spec.memory.continues and _own_callbacks(spec):
+                log.info("%s begins anew: what its own callbacks hold is in no checkpoint", spec.id)
+            elif spec.memory.continues and resuming.resume(trial):
                 trial.record["resumed_from"] = trial.step
         waiting = _alike(specs, trials)
         if len(waiting) > 1:
@@ -138,6 +140,12 @@ class Runner:
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)
             self._base_key = key
         return self._base
+
+
+def _own_callbacks(spec: TrialSpec) -> bool:
+    """Whether callbacks that do not know packs, which may decide when to stop, have seen the steps before."""
+    begun = resuming.path(spec.folder).is_file()
+    return begun and any(not getattr(made(), "pack_aware", False) for made in spec.callbacks.values())
 
 
 def _alike(specs: list[TrialSpec], trials: list[Trial]) -> list[Part]:
