@@ -11,7 +11,7 @@ SRC = Path(loralab.__file__).parent
 PLUGIN = SRC.parent / "hydra_plugins"
 FLOORS = [
     {"errors"},
-    {"record", "numerics"},
+    {"record", "numerics", "strategy"},
     {"quantization"},
     {"adapters"},
     {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},

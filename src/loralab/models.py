@@ -5,7 +5,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,11 @@ class Random(Pretrained):
     name_or_path: str = ""
     tokenizer: str | None = SHIPPED
     draw: int = 0  # seed of the weights; trials of different seeds share the base
+    drawn_on: str = "cpu"  # cpu: the same weights on every machine; device: where the run is, other values there
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("model.drawn_on", self.drawn_on, ("cpu", "device"))
 
     def check(self) -> None:
         if self.name_or_path and not (Path(self.path) / "config.json").is_file():
@@ -195,15 +200,20 @@ class Random(Pretrained):
         return self._adjust(self.architecture(), num_labels)
 
     def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
+        """The model on ``device``, packed there layer by layer.
+
+        Drawn on the device it lies there dense before it is packed; a CPU's random numbers are not a card's.
+        """
         wanted = torch.float32 if dtype == "auto" else dtype
-        with torch.random.fork_rng(), self._building():
+        where = torch.device(device) if self.drawn_on == "device" and device != "cpu" else nullcontext()
+        with torch.random.fork_rng(range(torch.cuda.device_count())), self._building(), where:
             torch.manual_seed(self.draw)
             model = auto_class(self.task).from_config(
                 config, dtype=wanted, attn_implementation=self.attn_implementation
             )
         model.loralab_new_parameters = {name for name, _ in model.named_parameters()}
-        convert_model(model, quantizer)
-        return model  # type: ignore[no-any-return]
+        convert_model(model, quantizer, device)
+        return model.to(device)  # type: ignore[no-any-return]
 
 
 SMALL_LLAMA = {

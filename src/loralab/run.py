@@ -16,6 +16,7 @@ from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
 from loralab.fit import Fit, Part, close_record, explain
 from loralab.planning.foresee import Foresight
+from loralab.quantization.linear import resident_bytes
 from loralab.quantization.none import NoQuantization
 from loralab.specs import TrialSpec
 from loralab.telemetry.environment import environment
@@ -73,7 +74,7 @@ class Runner:
         specs[0].memory.check(device)
         tokenizer = self._tokenizer(specs[0].model)
         data = [self._encoded(spec, tokenizer) for spec in specs]
-        held = self._base.size.bytes if self._base is not None else 0
+        held = self._base.size.bytes + resident_bytes(self._base.model) if self._base is not None else 0
         plan = self.foresight.check(specs, data, device, held)
         for entry in records:
             entry["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None

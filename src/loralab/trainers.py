@@ -70,10 +70,13 @@ class TrainerSpec:
         quiet()
         from lightning.pytorch import Trainer
 
+        from loralab.strategy import InPlace
+
         interval = self.val_check_interval
         return Trainer(
             accelerator="gpu" if self.device == "cuda" else "cpu",
             devices=1,
+            strategy=InPlace("cuda:0" if self.device == "cuda" else "cpu"),
             precision="32-true" if self.precision == "auto" else self.precision,  # type: ignore[arg-type]
             max_epochs=1,
             accumulate_grad_batches=self.accumulate_grad_batches,

@@ -7,7 +7,7 @@ from loralab.dropout import why_alone
 from loralab.errors import ConfigError
 from loralab.packing.plan import Member
 from loralab.planning.foresee import free_bytes
-from loralab.planning.plan import CONTEXT, FRAGMENTATION, GIB, WORKSPACE, device_bytes, estimate
+from loralab.planning.plan import CONTEXT, FRAGMENTATION, GIB, device_bytes, estimate
 from loralab.specs import TrialSpec
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Members:
 def room(device: str, memory_budget: float | None) -> float:
     """Bytes that torch may allocate for a pack: within ``memory_budget`` GiB of the device, or most of what is free."""
     budget = memory_budget * GIB if memory_budget else SHARE_OF_FREE[device] * free_bytes(device)
-    return (budget - CONTEXT - WORKSPACE) / FRAGMENTATION if device == "cuda" else budget
+    return (budget - CONTEXT) / FRAGMENTATION if device == "cuda" else budget
 
 
 def refusal(one: Member, device: str, memory_budget: float) -> ConfigError | None:

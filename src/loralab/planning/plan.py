@@ -13,11 +13,11 @@ from loralab.errors import ConfigError, nearest
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.planning.trace import Geometry, Planned, trace
 from loralab.planning.tracker import PHASES, Segment
+from loralab.planning.workspace import held_workspaces
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GiB
 CONTEXT = GIB // 2  # CUDA's context and modules: 0.4 to 0.6 GiB by driver and card (reported by nvidia-smi)
-WORKSPACE = 32 * 2**20  # cuBLAS, one handle and stream, on Hopper (8 MiB on older cards): torch's default
 FRAGMENTATION = 1.05  # reserved over allocated; 1.03 to 1.15 is usual, less with expandable_segments. Not calibrated
 SHORT, LONG = 3, 5  # layers that a uniform stack is traced with
 DEVICES = ("auto", "cuda", "cpu")
@@ -47,7 +47,7 @@ class Plan:
 
     device: str
     predicted_peak_bytes: int  # of torch's allocator
-    device_bytes: int  # with CUDA's context, workspaces and fragmentation; on a CPU the same as above
+    device_bytes: int  # with CUDA's context and fragmentation; on a CPU the same as above
     by_phase: dict[str, int]  # the peak of each
     by_kind: dict[str, int]  # at the highest of them
     fits: dict[str, bool]
@@ -114,7 +114,7 @@ def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry) -> Plan:
 
 def device_bytes(allocated: int) -> int:
     """What a CUDA device must have free for torch to allocate this much."""
-    return int(allocated * FRAGMENTATION) + CONTEXT + WORKSPACE
+    return int(allocated * FRAGMENTATION) + CONTEXT
 
 
 def _named(segments: Sequence[Segment], layers: int) -> dict[tuple[str, int, str], Segment]:
@@ -171,7 +171,8 @@ def estimate(
     logits = 0 if model.task == "sequence_classification" else tokens * config.vocab_size * (each + 8)
     states = sum(one.optimizer - (one.paged if _cuda(device) else 0) for one in own)
     trained = sum(one.adapter + one.gradients for one in own)
-    return int(own[0].base + trained + states + kept + logits + own[0].largest_layer * each)
+    constant = held_workspaces() if _cuda(device) else 0
+    return int(own[0].base + trained + states + kept + logits + own[0].largest_layer * each) + constant
 
 
 def largest(spec: Planned, budget: float, what: str, device: str = "cuda") -> int:
@@ -229,7 +230,7 @@ def render(plan: Plan) -> str:
     lines = [f"{plan.rows} rows of {plan.length} tokens on {plan.device}", ""]
     lines += [f"{'predicted peak':>16} {plan.predicted_peak_bytes / GIB:9.3f} GiB   allocated by torch"]
     if plan.device == "cuda":
-        lines.append(f"{'device':>16} {plan.device_bytes / GIB:9.3f} GiB   with context, workspace, fragmentation")
+        lines.append(f"{'device':>16} {plan.device_bytes / GIB:9.3f} GiB   with context and fragmentation")
     if plan.paged_bytes:
         lines.append(f"{'pageable':>16} {plan.paged_bytes / GIB:9.3f} GiB   optimizer state, in none of the above")
     lines += ["", "by phase", *(f"{name:>16} {size / GIB:9.3f} GiB" for name, size in plan.by_phase.items())]

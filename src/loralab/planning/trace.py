@@ -24,6 +24,7 @@ from loralab.module import FineTuner
 from loralab.optimizers import PAGED_FROM, UNPAGED, AdamW
 from loralab.planning.attention import kernels
 from loralab.planning.tracker import Segment, Tracker
+from loralab.planning.workspace import held_workspaces
 from loralab.prefix import stack
 from loralab.quantization.base import Quantizer, quantizable
 from loralab.quantization.loading import replace
@@ -160,6 +161,10 @@ class _Step:
     def run(self, whole: bool) -> Traced | None:
         """None: some parameter got no gradient, so the first step must be traced as well."""
         self.module.train()
+        if self.geometry.cuda:  # products come after the load
+            self._enter("", False)
+            self.workspaces = torch.empty(held_workspaces(), dtype=torch.uint8)
+            self.tracker.tag([self.workspaces], "constants")
         if whole:
             self._train(reported=False)
         else:

@@ -123,15 +123,24 @@ class FrozenLinear(nn.Module, ABC):
         return value.expand(self.out_features, self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLinear":
-        """Packed tensors follow a device but no dtype: .half() would round the float32 statistics."""
+        """Packed tensors follow a device but no dtype: .half() would round the float32 statistics. A dense weight that
+        is kept stays where the layer does."""
         before = dict(zip(self.packed_names, self.packed(), strict=True))
-        self.resident = None
+        kept, self.resident = self.resident, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             if self._buffers[name].dtype != old.dtype:  # type: ignore[union-attr]
                 self._buffers[name] = old.to(self._buffers[name].device)  # type: ignore[union-attr]
+        if kept is not None and kept.device == self.packed()[0].device:
+            self.resident = kept
         return self
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.scheme}"
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Of the dense weights that the layers of ``model`` keep beside their codes."""
+    layers = (layer for layer in model.modules() if isinstance(layer, FrozenLinear))
+    return sum(layer.resident.nbytes for layer in layers if layer.resident is not None)

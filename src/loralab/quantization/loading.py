@@ -32,12 +32,16 @@ def quantization_config(spec: Quantizer, device: torch.device | str | None = Non
     return None if isinstance(spec, NoQuantization) else LoralabConfig(spec, device)
 
 
-def convert_model(model: nn.Module, spec: Quantizer) -> list[str]:
-    """Quantize a model that already has its weights, in place; the names of the converted layers."""
+def convert_model(model: nn.Module, spec: Quantizer, device: torch.device | str | None = None) -> list[str]:
+    """Quantize a model that already has its weights, in place; the names of the converted layers.
+
+    ``device``: where each layer is packed and stays; None: where it is. The rest of the model is not moved.
+    """
     names = quantizable(model, spec)
     check_all(model, spec, names)
     for name in names:
         layer = model.get_submodule(name)
+        layer = layer if device is None else layer.to(device)
         replace(model, {id(layer): spec.convert(layer, name)})
     return names
 
