@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 # what `make gpu` runs on: the interpreter that is named, else the environment's where there is one
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+# BALLAST=1: page beside an allocation that fills the card, which can hang it
+GPU_FLAGS = $(if $(filter-out 0,$(REHEARSE)),--rehearse) $(if $(filter-out 0,$(BALLAST)),--ballast)
 PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
 DATA := $(realpath $(wildcard ../shared/data))
 export LORALAB_TEST_DATA ?= $(DATA)
@@ -48,8 +50,8 @@ bench: $(VENV)/.setup ## speed beside other libraries, measured in one run
 	$(BIN)/loralab bench $(ARGS)
 	$(BIN)/python -m pytest -q -m bench tests/bench
 
-gpu: ## everything that needs CUDA, within 9 minutes; writes $OUT or runs/gpu (ARGS=--cpu: a rehearsal)
-	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m loralab.gpu $(ARGS)
+gpu: ## everything that needs CUDA, within 9 minutes; writes $OUT or runs/gpu (REHEARSE=1: tiny, on a CPU)
+	@PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m loralab.gpu $(GPU_FLAGS) $(ARGS)
 
 clean: ## the environment and every cache; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -23,7 +23,7 @@ def layers(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for out_features, in_features in shapes:
         dense = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
-        peer = _linear4bit(dense, dtype).to(device)
+        peer = linear4bit(dense, dtype).to(device)
         ours = FourBit(double_quant=True).convert(dense).to(device)
         for n in rows:
             x = torch.randn(n, in_features, device=device, dtype=dtype)
@@ -48,7 +48,8 @@ def interleaved(work: Mapping[str, Callable[[], None]], device: str, rounds: int
     return times
 
 
-def _linear4bit(dense: nn.Linear, dtype: torch.dtype) -> nn.Module:
+def linear4bit(dense: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """bitsandbytes' layer with a copy of ``dense``'s weight, which it packs in NF4 when it is moved; no bias."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(

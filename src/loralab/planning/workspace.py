@@ -5,7 +5,10 @@ import re
 
 import torch
 
-HOPPER, BEFORE = 32 * 2**20, (2 * 4096 + 8 * 16) * 2**10  # bytes: torch's defaults from compute capability 9.0 on, below
+HOPPER, BEFORE = (
+    32 * 2**20,
+    (2 * 4096 + 8 * 16) * 2**10,
+)  # bytes: torch's defaults from compute capability 9.0 on, below
 THREADS = 2  # a workspace belongs to a thread's handle: one for forward passes and updates, one for autograd's
 
 

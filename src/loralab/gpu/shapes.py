@@ -1,0 +1,87 @@
+"""The bases and batches that are measured, on a card and in a rehearsal, and the words of a run over them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loralab.bench.ground import LLAMA_1B
+
+MODEL_1B = {**LLAMA_1B, "vocab_size": 32000}
+MODEL_7B = {
+    **{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    **{"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 2048, "vocab_size": 32000},
+}
+SMALL = {
+    **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2},
+    **{"num_key_value_heads": 2, "num_hidden_layers": 2},
+}
+SMALL_GPT2 = {"model_type": "gpt2", "vocab_size": 4096, "n_embd": 64, "n_layer": 2, "n_head": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A random base (keys over loralab's small Llama) and the ``rows`` of ``length`` tokens that a trial's step has."""
+
+    name: str
+    config: dict[str, Any]
+    length: int
+    rows: int
+
+    def words(self) -> list[str]:
+        """For the command line."""
+        keys = [f"+model.config.{key}={value}" for key, value in self.config.items()]
+        sizes = [f"model.max_length={self.length}", f"data.batch_size={self.rows}"]
+        return ["model=random", "model.drawn_on=device", "model.dropout=0", *sizes, *keys]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a session measures."""
+
+    plan: tuple[Shape, ...]
+    large: Shape  # the plan's longer cases, paging, resuming, halving
+    speed: tuple[tuple[Shape, tuple[int, ...]], ...]  # and how many trials share a pass
+    steps: int  # timed, of each speed
+    spiky_length: int  # tokens
+
+
+CARD = Sizes(
+    plan=(
+        Shape("tiny llama", {"model_type": "llama"}, 256, 8),
+        Shape("gpt2", {"model_type": "gpt2"}, 512, 8),
+        Shape("llama 1B", MODEL_1B, 512, 4),
+    ),
+    large=Shape("llama 1B", MODEL_1B, 192, 2),
+    speed=((Shape("llama 1B", MODEL_1B, 128, 1), (1, 4, 16)), (Shape("llama 7B", MODEL_7B, 512, 1), (1, 4))),
+    steps=15,
+    spiky_length=1024,
+)
+CPU = Sizes(
+    plan=(Shape("tiny llama", SMALL, 64, 2), Shape("gpt2", SMALL_GPT2, 64, 2)),
+    large=Shape("tiny llama", SMALL, 64, 2),
+    speed=((Shape("tiny llama", SMALL, 32, 1), (1, 4, 16)),),
+    steps=3,
+    spiky_length=128,
+)
+
+
+def sizes(rehearsal: bool) -> Sizes:
+    """Those of a card, or of a rehearsal."""
+    return CPU if rehearsal else CARD
+
+
+def common(rehearsal: bool, rows: str = "rows") -> list[str]:
+    """Device, data and logger of every run."""
+    on_card = ["trainer=gpu", "trainer.precision=bf16-mixed", "model.dtype=bfloat16"]
+    data = ["data=files", "data.text='{text}'", f"data.train={rows}.jsonl", "data.validation=held_out.jsonl"]
+    return [*data, *(["trainer=cpu"] if rehearsal else on_card), "logger=none"]
+
+
+def write_rows(folder: Path, words: int = 700) -> None:
+    """rows.jsonl and held_out.jsonl: documents longer than any window here, so that every row is cut to the same
+    length. ragged.jsonl: one such among shorter ones."""
+    for name, first, count in (("rows", 0, 8), ("ragged", 500, 8), ("held_out", 1000, 4)):
+        lengths = [words if name != "ragged" or not i else 4 + 3 * i for i in range(count)]
+        lines = [json.dumps({"text": f"row {first + i} holds word {i} " * n}) for i, n in enumerate(lengths)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
