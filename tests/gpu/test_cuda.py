@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
-from loralab import cli, optimizers, record
+from loralab import cli, generation, models, optimizers, record
+from loralab.module import FineTuner
 from loralab.numerics import blockwise, codebooks
 from loralab.optimizers import AdamW
+from loralab.planning.workspace import cublas_workspace, held_workspaces
 from loralab.quantization.four_bit import FourBit
+from loralab.quantization.none import NoQuantization
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -84,6 +87,44 @@ def trained(tmp_path, monkeypatch):
         return record.read(tmp_path / "run")
 
     return run
+
+
+def test_products_take_the_workspaces_that_a_plan_counts():
+    torch._C._cuda_clearCublasWorkspaces()
+    x = torch.ones(512, 512, dtype=torch.bfloat16, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.mm(x, x)
+    assert torch.cuda.memory_allocated() - before == cublas_workspace()
+    torch.mm(x.clone().requires_grad_(True), x).sum().backward()  # in autograd's own thread
+    assert torch.cuda.memory_allocated() - before == held_workspaces()
+
+
+@pytest.mark.parametrize("drawn_on", ["cpu", "device"])
+def test_a_random_base_is_packed_on_the_card_and_one_of_a_cpus_numbers_is_the_same_there(drawn_on):
+    spec = models.Random(drawn_on=drawn_on)
+    there, here = (
+        dict(models.tensors(spec.weights(spec.prepared_config(None), NoQuantization(), "auto", device)))
+        for device in ("cuda", "cpu")
+    )
+    assert {tensor.device.type for tensor in there.values()} == {"cuda"}
+    alike = [torch.equal(tensor.cpu(), here[name]) for name, tensor in there.items() if "weight" in name]
+    assert all(alike) == (drawn_on == "cpu")
+    packed = spec.weights(spec.prepared_config(None), FourBit(), "auto", "cuda")
+    assert {tensor.device.type for _, tensor in models.tensors(packed)} == {"cuda"}
+
+
+def test_the_base_stays_on_the_card_between_fit_validation_and_generation(trained, monkeypatch):
+    seen, score = [], generation.score
+
+    def noted(model, *rest):
+        seen.extend({tensor.device.type for _, tensor in models.tensors(model)})
+        return score(model, *rest)
+
+    monkeypatch.setattr(generation, "score", noted)
+    monkeypatch.setattr(FineTuner, "cpu", lambda self: pytest.fail("the module was moved to the host"))
+    words = ["data.generate_rows=2", "data.prompt='{text}'", "data.target='{text}'", "data.text=null"]
+    assert trained("quantization=nf4_double", *words)["status"] == "completed"
+    assert seen == ["cuda"]
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4_double"])

@@ -28,7 +28,7 @@ def on_card(used_before: int | None) -> Row:
     held = torch.cuda.memory_allocated()
     torch.mm(x, x)
     found["workspace_bytes"] = torch.cuda.memory_allocated() - held
-    (x.clone().requires_grad_(True) @ x).sum().backward()
+    (x.clone().requires_grad_(True) @ x).sum().backward()  # type: ignore[no-untyped-call]
     found["workspaces_bytes"] = torch.cuda.memory_allocated() - held
     before = _used() - torch.cuda.memory_reserved()
     FourBit().convert(nn.Linear(512, 512, bias=False, dtype=torch.bfloat16, device="cuda"))(x)

@@ -32,7 +32,7 @@ class Late(Exception):  # noqa: N818 - as Interrupted: not an error but an end
     """The stage's time is spent."""
 
 
-class Ended(RuntimeError):
+class ProcessError(RuntimeError):
     """A process ended with an exit code that is not 0."""
 
     def __init__(self, module: str, code: int, said: str) -> None:
@@ -103,7 +103,7 @@ class Session:
     def lines(self, module: str, job: Any, environment: Mapping[str, str] | None = None) -> Iterator[Row]:
         """What ``python -m MODULE JOB ANSWERS`` appends to ANSWERS, a JSON object a line, as it comes.
 
-        Raises Late at the deadline and Ended where the process fails, in both cases after all its lines.
+        Raises Late at the deadline and ProcessError where the process fails, in both cases after all its lines.
         """
         asked, answers = self._new("job", "json"), self._new("answers", "jsonl")
         asked.write_text(json.dumps(job), "utf-8")
@@ -117,7 +117,7 @@ class Session:
                 if not ended and time.monotonic() > self.deadline:
                     raise Late(f"stopped in {module}")
             if process.code:
-                raise Ended(module, process.code, process.said())
+                raise ProcessError(module, process.code, process.said())
 
     def _new(self, name: str, ending: str) -> Path:
         return self.work / f"{name}{len(list(self.work.glob(f'{name}*.{ending}')))}.{ending}"

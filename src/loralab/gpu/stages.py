@@ -11,7 +11,7 @@ import torch
 
 from loralab import record
 from loralab.gpu.callbacks import KILL_AFTER
-from loralab.gpu.session import POLL_S, SOURCE, Ended, Late, Row, Session, Skipped
+from loralab.gpu.session import POLL_S, SOURCE, Late, ProcessError, Row, Session, Skipped
 from loralab.gpu.shapes import Shape, common, sizes
 
 SCHEMES = ("none", "nf4_double")
@@ -81,7 +81,7 @@ def speed(session: Session, told: Row) -> None:
                 for row in session.lines(f"loralab.gpu.{side}", job):
                     base["sides"].append(row)
                     session.save()
-            except Ended as error:
+            except ProcessError as error:
                 errors.append(f"{shape.name}: {error}")
         compare(base)
         errors += [f"{shape.name}, {one['trials']} trials: {one['error']}" for one in base["sides"] if "error" in one]
@@ -152,7 +152,7 @@ def trained(
         for row in session.lines("loralab.gpu.lab", jobs, environment):
             about = waiting.pop(row["name"])
             yield about, {**outcome(session, stage, row["name"]), **row}
-    except Ended as error:
+    except ProcessError as error:
         for name, about in waiting.items():
             yield about, {"status": "failed", "error": str(error), **outcome(session, stage, name)}
 
@@ -209,9 +209,9 @@ def resume(session: Session, told: Row) -> None:
     """A run with a paged optimizer that is killed and taken up by another process, beside one that is not."""
     words = [*sizes(session.rehearsal).large.words(), *common(session.rehearsal), *PAGED, f"trainer.max_steps={STEPS}"]
     words += [KILL, f"callbacks.checkpoint.every_n_steps={CHECKPOINT_EVERY}", "plan.record=false", "adapter.r=64"]
-    killed = {"name": "resumed", "words": [*words, "hydra.run.dir=resumed"], "room": None}
+    killed: Row = {"name": "resumed", "words": [*words, "hydra.run.dir=resumed"], "room": None}
     _kill(session, killed)
-    jobs = [killed, {"name": "undisturbed", "words": [*words, "hydra.run.dir=undisturbed"], "room": None}]
+    jobs: list[Row] = [killed, {"name": "undisturbed", "words": [*words, "hydra.run.dir=undisturbed"], "room": None}]
     told["runs"] = []
     for row in session.lines("loralab.gpu.lab", jobs):
         told["runs"].append({"run": row["name"], **outcome(session, "resume", row["name"]), **row})
@@ -225,7 +225,7 @@ def _kill(session: Session, job: Row) -> None:
     try:
         for row in session.lines("loralab.gpu.lab", [job], {KILL_AFTER: str(KILLED_AT)}):
             raise LookupError(f"the run was to be killed after {KILLED_AT} steps, and ended with {row['exit_code']}")
-    except Ended as end:
+    except ProcessError as end:
         if end.code != -signal.SIGKILL:
             raise
 
