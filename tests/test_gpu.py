@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from loralab import config
 from loralab.gpu import __main__ as command
-from loralab.gpu import paging, session, shapes, stages
+from loralab.gpu import lab, paging, session, shapes, stages
 from loralab.gpu.callbacks import KILL_AFTER, Kill
 from loralab.gpu.session import Late, ProcessError, Session, Skipped
+from loralab.planning import plan
 
 NAMES = ["machine", "tests", "speed", "plan", "paged", "resume", "halving"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,6 +224,22 @@ sys.exit(command.main(["--rehearse"]))
         os.kill(int(mark.read_text()), 0)
 
 
+def test_a_process_that_dies_takes_its_waiting_runs_along_and_says_why(program, tmp_path, make_spec):
+    from loralab import record
+    from loralab.run import Runner
+
+    done = "import sys\nopen(sys.argv[2], 'w').write('{\"name\": \"plan0\", \"exit_code\": 0}\\n')\nsys.exit('gone')"
+    made = program(done)
+    for number, status in ((0, "completed"), (1, "running")):
+        (entry,) = Runner().run([make_spec(f"work/plan{number}", max_steps=1)])
+        record.write(made.work / f"plan{number}", {**entry, "status": status})
+    runs = [
+        {**about, **found} for about, found in stages.trained(made, "plan", [({"run": str(i)}, []) for i in range(3)])
+    ]
+    assert [(one["run"], one["status"]) for one in runs] == [("0", "completed"), ("1", "failed"), ("2", "failed")]
+    assert all("exit code 1: gone" in one["error"] for one in runs[1:])
+
+
 def test_at_most_three_files_are_left_and_none_of_an_earlier_session(open_session, tmp_path, make_spec):
     from loralab.run import Runner
 
@@ -275,6 +294,49 @@ def test_a_ballast_needs_a_card_with_room_for_the_managed_memory(open_session, m
         with pytest.raises(RuntimeError, match=r"1\.00 GiB of managed memory on a card with 3\.91 GiB free"):
             paging.ballast(made, {})
     assert bool(asked) == runs
+
+
+def test_every_run_that_a_card_would_make_is_a_valid_configuration(open_session, monkeypatch):
+    """A card's own words never run here: at least they are composed and checked as the command line does it."""
+    made, words = open_session(rehearsal=False), []
+    pilot = {"status": "completed", "error": None, "paged_bytes": 2**30, "state_bytes": 2**30}
+    pilot.update(measured_peak_bytes=2**32, losses=[1.0], resumed_from=4, halved=[[8]], predicted_over_measured=1.0)
+    monkeypatch.setattr(paging, "cannot_page", lambda: "")
+    monkeypatch.setattr(stages, "outcome", lambda *_: dict(pilot))
+    monkeypatch.setattr(stages, "_kill", lambda session, job: words.append(job["words"]))
+
+    def lines(module, jobs, environment=None):
+        words.extend(job["words"] for job in jobs)
+        return ({"name": job["name"], "exit_code": 0} for job in jobs)
+
+    monkeypatch.setattr(made, "lines", lines)
+    card = "NVIDIA H100 80GB HBM3, 580.1, 81559 MiB, 3 MiB"
+    made.stage("machine", lambda session, told: told.update(nvidia_smi=card))
+    for name in ("plan", "paged", "resume", "halving", "ballast"):
+        made.stage(name, command.stages(ballast=True)[name])
+        assert made.found["stages"][name]["status"] == "ok", made.found["stages"][name]["error"]
+    assert len(words) == 9 + 6 + 3 + 1 + 2
+    for one in words:
+        given = [word.split(",")[0] if word.startswith("seed=") else word for word in one if word != "-m"]
+        spec = config.trial_spec(config.compose([w for w in given if not w.startswith("hydra.")]), Path("nowhere"))
+        assert (spec.trainer.accelerator, spec.trainer.precision) == ("gpu", "bf16-mixed")
+        assert (spec.model.drawn_on, spec.model.dtype) == ("device", "bfloat16")
+    caps = [word for one in words for word in one if word.startswith("memory.cap=")]
+    assert caps == ["memory.cap=4.500", "memory.cap=4.500", "memory.cap=4.125", "memory.cap=4.125"]
+
+
+def test_a_card_is_left_room_for_some_trials_of_a_pack_and_not_for_all(monkeypatch):
+    asked = []
+
+    def predict(specs, device):
+        asked.append((len(specs), device, specs[0].model.max_length))
+        return SimpleNamespace(predicted_peak_bytes=1000 * len(specs))
+
+    monkeypatch.setattr(plan, "predict", predict)
+    words = [*shapes.CPU.large.words(), *shapes.common(True), "quantization=nf4_double"]
+    room = lab._between({"words": words, "trials": 8, "fit": 4})
+    assert asked == [(4, "cuda", 64), (8, "cuda", 64)]
+    assert room == plan.FRAGMENTATION * 6000
 
 
 def test_running_out_of_memory_is_a_result_only_where_it_is_asked():

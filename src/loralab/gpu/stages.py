@@ -19,6 +19,7 @@ R = 8
 TRIALS = 8  # of a pack that has to be divided
 STEPS, KILLED_AT, CHECKPOINT_EVERY = 10, 5, 2  # the step after the last checkpoint is made twice
 KILL = "+callbacks.kill._target_=loralab.gpu.callbacks.Kill"
+NO_RECORD = "it left no record"
 PAGED = ("optimizer=paged_adamw", "optimizer.flat=true", "quantization=nf4_double")
 
 
@@ -141,7 +142,7 @@ def trained(
 
     A process that ends before all of them are done takes the rest with it: they are told as failed.
     """
-    jobs = []
+    jobs: list[Row] = []
     for number, (_, words) in enumerate(cases):
         folder = f"{stage}{number}"
         many = any(word.startswith("seed=") and "," in word for word in words)
@@ -154,7 +155,10 @@ def trained(
             yield about, {**outcome(session, stage, row["name"]), **row}
     except ProcessError as error:
         for name, about in waiting.items():
-            yield about, {"status": "failed", "error": str(error), **outcome(session, stage, name)}
+            found = outcome(session, stage, name)
+            if found["status"] == "running" or found["error"] == NO_RECORD:
+                found.update(status="failed", error=str(error))
+            yield about, found
 
 
 def outcome(session: Session, stage: str, name: str) -> Row:
@@ -162,7 +166,7 @@ def outcome(session: Session, stage: str, name: str) -> Row:
     folders = record.find(session.work / name)
     kept = [found for folder in folders if (found := session.keep(folder, stage, f"{name}/{folder.name}"))]
     if not kept:
-        return {"status": "failed", "error": "it left no record"}
+        return {"status": "failed", "error": NO_RECORD}
     told = summary(*kept[0])
     if len(kept) > 1:
         told["statuses"] = sorted({found["status"] for found, _ in kept})
@@ -214,7 +218,7 @@ def resume(session: Session, told: Row) -> None:
     jobs: list[Row] = [killed, {"name": "undisturbed", "words": [*words, "hydra.run.dir=undisturbed"], "room": None}]
     told["runs"] = []
     for row in session.lines("loralab.gpu.lab", jobs):
-        told["runs"].append({"run": row["name"], **outcome(session, "resume", row["name"]), **row})
+        told["runs"].append({"run": row["name"], **outcome(session, "resume", str(row["name"])), **row})
         session.save()
     complain(told["runs"])
     _alike(told, *told["runs"])
@@ -247,7 +251,7 @@ def halving(session: Session, told: Row) -> None:
     """A pack for which there is too little memory: it has to be divided, and every trial has to end well."""
     shape = sizes(session.rehearsal).large
     words = [*shape.words(), *common(session.rehearsal), "quantization=nf4_double", "trainer.max_steps=4"]
-    words += ["plan.enforce=false", "callbacks.memory.profiled_step=null"]
+    words += ["plan.record=false", "callbacks.memory.profiled_step=null"]
     room = {"words": words, "trials": TRIALS, "fit": TRIALS // 2}
     several = [f"seed={','.join(map(str, range(TRIALS)))}", "hydra/launcher=packed", "hydra.launcher.pack=auto"]
     case = {"case": f"{TRIALS} trials"}
