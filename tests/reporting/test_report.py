@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import statistics
 from html import escape
 from html.parser import HTMLParser
 from urllib.parse import unquote
@@ -288,3 +289,23 @@ def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, make_trial):
     write(tmp_path / "a", made)
     (trial,) = study(tmp_path).trials
     assert rerun(trial) == "loralab train 'data.prompt={a} {b}\\n' seed=7"
+
+
+def test_the_strip_shows_the_whole_deviation_and_every_seed_at_its_value(tmp_path, make_trial):
+    """The least and the greatest seed have the longest bars, which no edge may cut."""
+    synthetic, write = make_trial
+    losses = {2: [1.0, 3.0], 8: [1.5, 4.0]}
+    for r, values in losses.items():
+        for seed, loss in enumerate(values):
+            write(tmp_path / f"{r}-{seed}", {**synthetic("none", r, seed), "metrics": {"val/loss": loss}})
+    strips = re.findall(r'<svg class="strip".*?</svg>', report(tmp_path).index.read_text())
+    spans = {
+        r: (statistics.fmean(v) - statistics.stdev(v), statistics.fmean(v) + statistics.stdev(v))
+        for r, v in losses.items()
+    }
+    low, high = (pick(end for span in spans.values() for end in span) for pick in (min, max))
+    for strip, (r, values) in zip(strips, losses.items(), strict=True):
+        at = [6 + (value - low) / (high - low) * 108 for value in (*spans[r], *values)]
+        bar = [float(re.search(rf'class="bar" .*?{end}="(.*?)"', strip).group(1)) for end in ("x1", "x2")]
+        seeds = [float(x) for x in re.findall(r'class="seed" cx="(.*?)"', strip)]
+        assert [*bar, *seeds] == pytest.approx(at, abs=0.051)

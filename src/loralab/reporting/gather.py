@@ -104,7 +104,8 @@ def study(folder: Path) -> Study:
     if [(path, status) for path, _, status in found] == [(folder, DAMAGED)]:
         raise ArtifactError(found[0][1]["error"])
     packs = _rates([record for _, record, _ in found])
-    whole = assemble(folder, sweep, found)
+    axes = {axis: values for axis, values in sweep["axes"].items() if len(found) + len(values) > 2}
+    whole = assemble(folder, {**sweep, "axes": axes}, found)
     return replace(whole, repeats=len(listed) - len(found), conflicts=tuple(conflicts), packs=packs)
 
 
@@ -194,7 +195,8 @@ def _alive(record: Record) -> bool:
 
 def _sweep(folder: Path) -> Record:
     if (folder / records.SWEEP).exists():
-        return records.read_sweep(folder)
+        sweep = records.read_sweep(folder)
+        return {**sweep, "axes": {str(axis): _values(texts) for axis, texts in sweep["axes"].items()}}
     return {"name": folder.resolve().name, "question": "", "axes": {}, "trials": []}
 
 
@@ -262,14 +264,9 @@ def _conflict(before: Found, after: Found) -> list[str]:
 
 
 def assemble(folder: Path, sweep: Record, found: Sequence[Found]) -> Study:
-    """A study of the records ``found``, its axes in the order in which ``sweep`` lists them, then others that vary."""
+    """A study of the records ``found``: the axes of ``sweep``, with its values first, then others that vary."""
     configured = [record for _, record, _ in found if record["config"]]
-    declared = {
-        str(axis): [spelled(v) if isinstance(v, str) else v for v in _aslist(values)]
-        for axis, values in sweep["axes"].items()
-        if not aside(str(axis))
-    }
-    declared = {axis: values for axis, values in declared.items() if len(found) + len(values) > 2}
+    declared: dict[str, list[Any]] = {axis: values for axis, values in sweep["axes"].items() if not aside(axis)}
     keys = [*declared, *varying(configured, list(declared))]
     columns = {key: [axis_value(record, key) for _, record, _ in found] for key in [*keys, "seed"]}
     labels = {key: names([*declared.get(key, []), *values]) for key, values in columns.items()}
@@ -293,8 +290,10 @@ def _ordered(declared: Sequence[Any], seen: Sequence[Any], labels: Mapping[str, 
     return [labels[key] for key in [*first, *sorted(rest, key=sort_key)]]
 
 
-def _aslist(values: Any) -> list[Any]:
-    return list(values) if isinstance(values, list | tuple) else [values]
+def _values(texts: Any) -> list[Any]:
+    """An axis of sweep.json, which has its values as the overrides spell them."""
+    listed = texts if isinstance(texts, list) else [texts]
+    return [spelled(one) if isinstance(one, str) else one for one in listed]
 
 
 def _metric(record: Record) -> str:

@@ -114,7 +114,10 @@ def _results(study: Study, found: Sequence[Row], one_of_several: bool) -> str:
     short = short_names(list(study.axes))
     shown = columns(study, found)
     heads = [head(short[axis], axis, key=True) for axis in study.axes]
-    heads += [head(study.metric, "mean and standard deviation over seeds"), '<th aria-label="spread"></th>']
+    heads += [
+        head(study.metric, "mean and standard deviation over seeds" if deviates(found) else ""),
+        '<th aria-label="spread"></th>',
+    ]
     heads += [*(head(column.title) for column in shown), head("seeds")]
     ends = [value for row in found for value in _ends(row)]
     scale = (min(ends), max(ends)) if ends else (0.0, 1.0)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loralab.reporting.axes import Record, canonical, label, lookup
+from loralab.reporting import environments
+from loralab.reporting.axes import Record, axis_value, canonical, label, lookup
 from loralab.reporting.gather import Study, Trial, assemble
 
 # What a set is known by, in the order in which a difference is told.
@@ -94,12 +95,19 @@ _REASONS: dict[str, Callable[[Sequence[Trial]], str]] = {
 
 
 def _part(whole: Study, inside: Sequence[Trial]) -> Study:
+    """With every axis of the whole, so that an arm has its name though no other stands beside it."""
+    moving = [axis for axis, labels in whole.axes.items() if axis != environments.AXIS and len(labels) > 1]
+    axes = {axis: _along(inside, axis, whole.axes[axis]) for axis in moving}
     found = [(trial.folder, trial.record, trial.status) for trial in inside]
-    present = {axis: {trial.values[axis] for trial in inside} for axis in whole.axes}
-    axes = {axis: values for axis, values in whole.about["axes"].items() if len(present.get(axis, ())) > 1}
-    part = assemble(whole.folder, {**whole.about, "axes": axes}, found)
-    kept = {axis: [text for text in texts if text in present[axis]] for axis, texts in part.axes.items()}
-    return replace(part, axes=kept, packs=whole.packs)
+    return replace(assemble(whole.folder, {**whole.about, "axes": axes}, found), packs=whole.packs)
+
+
+def _along(inside: Sequence[Trial], axis: str, labels: Sequence[str]) -> list[Any]:
+    """The values that trials have on an axis, in its order."""
+    known = sorted(
+        (trial for trial in inside if trial.values[axis] in labels), key=lambda t: labels.index(t.values[axis])
+    )
+    return [axis_value(trial.record, axis) for trial in known]
 
 
 def _grounds(found: Sequence[Trial]) -> dict[Any, Ground]:
