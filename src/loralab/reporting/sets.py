@@ -97,7 +97,7 @@ _REASONS: dict[str, Callable[[Sequence[Trial]], str]] = {
 def _part(whole: Study, inside: Sequence[Trial]) -> Study:
     """With every axis of the whole, so that an arm has its name though no other stands beside it."""
     moving = [axis for axis, labels in whole.axes.items() if axis != environments.AXIS and len(labels) > 1]
-    axes = {axis: _along(inside, axis, whole.axes[axis]) for axis in moving}
+    axes = {axis: values for axis in moving if (values := _along(inside, axis, whole.axes[axis]))}
     found = [(trial.folder, trial.record, trial.status) for trial in inside]
     return replace(assemble(whole.folder, {**whole.about, "axes": axes}, found), packs=whole.packs)
 

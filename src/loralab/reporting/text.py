@@ -1,6 +1,6 @@
 """The results as plain text: for a terminal, and in Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from textwrap import wrap
 
 from loralab.reporting.axes import short_names
@@ -36,11 +36,16 @@ def terminal(study: Study, tables: Sequence[Table], width: int = WIDTH) -> str:
         if len(tables) > 1:
             lines += ["", *wrapped(subject(part), width)]
         lines += [*wrapped(measure(part, found), width), "", *_fit(part, found, width)]
-    said = [*general(study, tables), *dict.fromkeys(note for part, found in tables for note in notes(part, found))]
-    said += [verdict.text for verdict in verdicts(study, tables)]
+        lines += _said(notes(part, found), width)
+    said = [*general(study, tables), *(verdict.text for verdict in verdicts(study, tables))]
     said += [f"{trial.status}: {trial_text(study, trial)}: {reason(trial)}" for trial in study.broken]
-    lines += ["", *(line for note in said for line in wrapped(note, width, "  "))] if said else []
+    lines += _said(said, width)
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _said(texts: Iterable[str], width: int) -> list[str]:
+    lines = [line for text in texts for line in wrapped(text, width, "  ")]
+    return ["", *lines] if lines else []
 
 
 def markdown(study: Study, found: Sequence[Row]) -> str:

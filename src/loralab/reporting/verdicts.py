@@ -64,15 +64,14 @@ def _judged(study: Study, claim: str, sign: str, one: Row, other: Row) -> Verdic
     against = found.mean > 0 if below else found.mean < 0
     order = "the other way round than published" if against else "in the published order"
     order = "equal" if found.mean == 0 else order
-    shared = {"estimate": found.mean, "seeds": tuple(found.seeds)}
     if found.interval is None:
         why = f"{means}, {order}, but {_single(found)}: there is no interval"
-        return Verdict(claim, "cannot tell", why, **shared)
+        return Verdict(claim, "cannot tell", why, found.mean, seeds=tuple(found.seeds))
     low, high = found.interval if below else (-found.interval[1], -found.interval[0])
     verdict = "holds" if high <= 0 else "does not hold" if low > 0 else "cannot tell"
     why = f"{means}, {order}; paired difference {found.text}, n = {found.n}"
     why += ", an interval that holds 0" if verdict == "cannot tell" else ""
-    return Verdict(claim, verdict, why, interval=list(found.interval), p=found.p, **shared)
+    return Verdict(claim, verdict, why, found.mean, list(found.interval), found.p, tuple(found.seeds))
 
 
 def _single(found: Difference) -> str:
