@@ -9,6 +9,7 @@ import pytest
 
 from loralab import record
 from loralab.reporting.gather import study
+from loralab.reporting.listing import listing
 from loralab.reporting.paired import t_quantile
 from loralab.reporting.report import report
 from loralab.reporting.rows import rows, tables
@@ -320,4 +321,5 @@ def test_a_stale_record_is_no_result(arms, make_trial):
     (root / "gone" / "result.stale.json").write_text(stale.read_text())
     done = report(root)
     assert len(study(root).trials) == 6
+    assert sorted(entry["name"] for entry in listing(root)) == [f"{r}-{seed}" for r in (2, 8) for seed in (0, 1, 2)]
     assert all("77.0" not in path.read_text() for path in done.files.values())

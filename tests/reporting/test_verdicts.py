@@ -137,3 +137,14 @@ def test_a_second_axis_gives_a_verdict_for_each_of_its_values(tmp_path, make_tri
         "none <= nf4_double (2)",
         "none <= nf4_double (8)",
     ]
+
+
+@pytest.mark.parametrize("claims", ["none <= nf4_double", ["none <= nf4_double"]])
+def test_a_sweep_file_may_name_one_claim_and_odd_values_are_left_out(paper, claims):
+    root = paper(LOSSES, claims)
+    sweep = record.read_sweep(root)
+    sweep["paper"]["published"] = {"none": 20.0, "nf4_double": ["not printed", 31.07]}
+    record.write_sweep(root, sweep)
+    result = json.loads(report(root).files["results.json"].read_text())
+    assert [claim["verdict"] for claim in result["claims"]] == ["holds"]
+    assert [arm["published"] for arm in result["arms"]] == [[20.0], [], [31.07]]

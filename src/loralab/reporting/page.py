@@ -79,7 +79,7 @@ def _tiles(study: Study, tables: Sequence[Table], known: Facts) -> Iterator[str]
     parts += [f"{waiting} running or not started"] if waiting else []
     yield tile(f"{done} of {total}", ", ".join(["trials completed", *parts]), bad=bool(failed))
     if len(tables) > 1:
-        yield tile(f"{len(tables)} sets", "of other data, tasks or metrics: no number of one compares with another's")
+        yield tile(f"{len(tables)} sets", "whose numbers do not compare with each other, for the reason below")
     else:
         yield from _headline(*tables[0])
     if known.seconds:

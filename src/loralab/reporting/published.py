@@ -8,8 +8,9 @@ Sweep = Mapping[str, Any]
 
 def values(sweep: Sweep, arm: str) -> list[float]:
     """The paper's values for an arm, in the order of its columns; empty where it has none."""
-    found = (_said(sweep, "published") or {}).get(arm) or []
-    return [float(value) for value in (found if isinstance(found, list) else [found])]
+    arms = _said(sweep, "published")
+    found = _listed(arms.get(arm)) if isinstance(arms, Mapping) else []
+    return [float(value) for value in found if isinstance(value, int | float)]
 
 
 def text(sweep: Sweep, arm: str) -> str:
@@ -19,7 +20,7 @@ def text(sweep: Sweep, arm: str) -> str:
 
 def claims(sweep: Sweep) -> list[str]:
     """The order that the paper says its arms are in, as ``nf4_double <= fp4_e3m0``."""
-    return [str(claim) for claim in _said(sweep, "claims") or []]
+    return [str(claim) for claim in _listed(_said(sweep, "claims"))]
 
 
 def source(sweep: Sweep) -> str:
@@ -27,8 +28,12 @@ def source(sweep: Sweep) -> str:
     paper = sweep.get("paper")
     if not paper:
         return ""
-    columns = ", ".join(map(str, paper.get("columns") or []))
+    columns = ", ".join(map(str, _listed(paper.get("columns"))))
     return f"Published: {paper.get('table', '')}; {paper.get('metric', '')} ({columns}). Another model and other data."
+
+
+def _listed(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def _said(sweep: Sweep, key: str) -> Any:
