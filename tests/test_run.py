@@ -1,6 +1,7 @@
 """A run is a pack of one: trials that share a pass compute what they compute alone, bit for bit."""
 
 import hashlib
+import re
 
 import pytest
 import torch
@@ -271,6 +272,7 @@ def test_the_record_counts_what_the_run_did(make_spec, make_data):
     assert record["time"]["steps"] == 3
     assert record["time"]["tokens"] == 3 * 2 * 2 * 25  # steps x passes x rows x (24 bytes and </s>)
     assert record["data"]["rows"] == {"train": 20, "validation": 7, "test": 0}
+    assert re.fullmatch("[0-9a-f]{16}", record["data"]["targets"])
     assert record["adapter"]["modules"] == [
         f"model.layers.{i}.{name}"
         for i in (0, 1)

@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "memory": ("device", "predicted_peak_bytes", "measured_peak_bytes", "by_phase", "spikes"),
     "time": ("startup_s", "train_s", "wall_s", "steps", "tokens", "tokens_per_s"),
     "pack": ("size", "index"),
-    "data": ("name", "fingerprint", "rows", "truncated"),
+    "data": ("name", "fingerprint", "targets", "rows", "truncated"),
     "environment": ("versions", "git", "python", "cpu", "gpu"),
 }
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")

@@ -193,6 +193,7 @@ def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, A
     entry["data"] = {
         "name": data.splits.name,
         "fingerprint": data.splits.fingerprint,
+        "targets": data.targets,
         "rows": {split: len(getattr(data, split)) for split in ("train", "validation", "test")},
         "truncated": data.truncated,
         "source": spec.source,

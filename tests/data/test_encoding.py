@@ -155,3 +155,66 @@ def test_statistics_add_up(tokenizer):
         "longest": max(len(example.input_ids) for example in encoded.train),
     }
     assert encoded.tokens["test"]["rows"] == 0
+
+
+def scored(tokenizer, row, length=64, task="causal_lm"):
+    """The fingerprint of one row's targets."""
+    return encode(pairs(row), tokenizer, task, length).targets
+
+
+def test_the_targets_fingerprint_is_of_the_target_tokens_and_not_of_the_prompt(tokenizer):
+    one = scored(tokenizer, Row("print(", "hello"))
+    assert len(one) == 16
+    assert one == scored(tokenizer, Row("another, longer prompt than that", "hello"))
+    assert one == scored(tokenizer, Row("a b c d e f g h i j k l m n o p", "hello"), 12)  # its prompt is cut
+    assert one != scored(tokenizer, Row("print(", "hallo"))
+
+
+def test_targets_cut_at_another_place_are_other_targets(tokenizer):
+    row = Row("a", "hello world, return a + b")
+    assert scored(tokenizer, row, 6) != scored(tokenizer, row, 8)
+
+
+def test_a_first_target_token_that_nothing_predicts_is_no_target(tokenizer):
+    """Without a prompt a causal loss skips it; in front of a decoder there always is one."""
+    assert scored(tokenizer, Row("", "hello")) != scored(tokenizer, Row("x", "hello"))
+    assert scored(tokenizer, Row("", "hello"), task="seq2seq_lm") == scored(
+        tokenizer, Row("x", "hello"), task="seq2seq_lm"
+    )
+
+
+def test_another_tokenizer_gives_other_targets(tokenizer):
+    other = train_tokenizer(["hello hello hello " * 5, *CORPUS], vocab_size=320)
+    assert plain(tokenizer, "hello") != plain(other, "hello")
+    assert scored(tokenizer, Row("x", "hello")) != scored(other, Row("x", "hello"))
+
+
+def test_classes_are_the_targets_of_a_classifier_however_its_texts_are_cut(tokenizer):
+    def labelled(text, label):
+        rows = [Row(text, target=str(label), label=label)]
+        return make_splits("t", {"train": rows, "validation": rows}, kind="labels", labels=["0", "1"])
+
+    def targets(text, label, length):
+        return encode(labelled(text, label), tokenizer, "sequence_classification", length).targets
+
+    assert targets("print( hello )", 1, 4) == targets("hello", 1, 64)
+    assert targets("hello", 1, 64) != targets("hello", 0, 64)
+
+
+def test_a_text_has_the_same_targets_in_blocks_of_any_length(tokenizer):
+    rows = [Row("", "def add(a, b): return a + b " * 8)]
+    splits = make_splits("t", {"train": rows, "validation": rows}, kind="text")
+    assert encode(splits, tokenizer, "causal_lm", 8).targets == encode(splits, tokenizer, "causal_lm", 32).targets
+
+
+def test_rows_are_told_apart_in_the_targets_fingerprint(tokenizer):
+    """The same tokens in other rows end elsewhere; the test split is part of it, the training split is not."""
+    a, b = Row("x", "hello"), Row("x", "world")
+
+    def targets(train, validation, test):
+        return encode(
+            make_splits("t", {"train": train, "validation": validation, "test": test}), tokenizer, "causal_lm", 64
+        ).targets
+
+    assert targets([a], [a], []) == targets([b], [a], [])
+    assert len({targets([a], [a, b], []), targets([a], [b, a], []), targets([a], [a], [b]), targets([a], [a], [])}) == 4

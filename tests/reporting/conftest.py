@@ -58,7 +58,7 @@ def synthetic_curve(final: float, name: str) -> list[dict]:
 
 def write_trial(folder, made: dict) -> None:
     record.write(folder, made)
-    rows = synthetic_curve(made["metrics"].get("val/loss", 3.0), made["trial"])
+    rows = synthetic_curve(made["metrics"].get("val/loss") or 3.0, made["trial"])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -7,7 +7,7 @@ import pytest
 from loralab import record
 from loralab.reporting import gather, memory
 from loralab.reporting.page import page
-from loralab.reporting.table import tables
+from loralab.reporting.rows import tables
 
 NOTE = "optimizer=paged_adamw paged nothing: the largest tensor has 8,192 elements"
 

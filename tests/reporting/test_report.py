@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import statistics
 from html import escape
 from html.parser import HTMLParser
 from urllib.parse import unquote
@@ -123,10 +124,10 @@ def test_results_csv_has_one_line_per_trial(reported):
 
 def test_results_json_holds_rows_and_trials(reported):
     result = json.loads(reported.files["results.json"].read_text(), parse_constant=pytest.fail)
-    assert len(result["rows"]) == 6
+    assert len(result["arms"]) == 6
     assert len(result["trials"]) == 12
-    assert sum(row["best"] for row in result["rows"]) == 1
-    for row in result["rows"]:
+    assert result["claims"] == []
+    for row in result["arms"]:
         assert row["n"] == len(row["scores"])
         assert row["mean"] == pytest.approx(sum(row["scores"]) / row["n"])
 
@@ -180,7 +181,7 @@ def test_a_damaged_record_is_one_trial_not_completed_and_the_others_are_shown(sy
     done = report(tmp_path / "s")
     assert "damaged: quantization=none r=2 seed=0: " in done.table
     assert "10 of 12" in done.index.read_text()
-    rows = json.loads(done.files["results.json"].read_text())["rows"]
+    rows = json.loads(done.files["results.json"].read_text())["arms"]
     assert [row["statuses"] for row in rows if row["values"] == {"quantization": "none", "adapter.r": "2"}] == [
         ["damaged", "completed"]
     ]
@@ -213,7 +214,7 @@ def test_the_page_names_the_baseline_the_method_and_what_was_cut(tmp_path, make_
             write(tmp_path / f"{r}-{seed}", made)
     text = report(tmp_path).index.read_text()
     for wanted in (
-        "Baseline: r = 2.",
+        "vs baseline (r = 2)",
         "Student&#x27;s t",
         "50 of 4,300 rows were cut",
         "not a benchmark",
@@ -230,7 +231,7 @@ def test_a_single_runs_page_is_its_own_and_shows_every_metric(synthetic_sweep, t
     assert 'class="kicker">loralab run<' in text
     assert "<h1>run</h1>" in text
     assert ">val/perplexity</button>" in text
-    for unwanted in ("best", "standard deviation over n", "baseline", "lowest mean"):
+    for unwanted in ("best", "standard deviation over n", "baseline", "no winner"):
         assert unwanted not in text.partition("<body>")[2].partition("<footer>")[0], unwanted
 
 
@@ -247,12 +248,13 @@ def test_trials_of_other_data_or_metrics_stand_in_tables_of_their_own(tmp_path, 
     done = report(tmp_path)
     assert len(re.findall(r"<h2>Results: ", done.index.read_text())) == 3
     assert "cannot be compared" in done.table
-    assert "lowest mean" not in done.index.read_text()
-    rows = json.loads(done.files["results.json"].read_text())["rows"]
+    assert "best arm" not in done.index.read_text()
+    rows = json.loads(done.files["results.json"].read_text())["arms"]
+    base = f"base {'f' * 64}"
     assert [row["set"] for row in rows if row["baseline"]] == [
-        f"docstrings {'a' * 16}: val/loss",
-        f"docstrings {'b' * 16}: val/loss",
-        f"docstrings {'a' * 16}: val/perplexity",
+        f"docstrings {'a' * 16}, {base}: val/loss",
+        f"docstrings {'b' * 16}, {base}: val/loss",
+        f"docstrings {'a' * 16}, {base}: val/perplexity",
     ]
 
 
@@ -287,3 +289,23 @@ def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, make_trial):
     write(tmp_path / "a", made)
     (trial,) = study(tmp_path).trials
     assert rerun(trial) == "loralab train 'data.prompt={a} {b}\\n' seed=7"
+
+
+def test_the_strip_shows_the_whole_deviation_and_every_seed_at_its_value(tmp_path, make_trial):
+    """The least and the greatest seed have the longest bars, which no edge may cut."""
+    synthetic, write = make_trial
+    losses = {2: [1.0, 3.0], 8: [1.5, 4.0]}
+    for r, values in losses.items():
+        for seed, loss in enumerate(values):
+            write(tmp_path / f"{r}-{seed}", {**synthetic("none", r, seed), "metrics": {"val/loss": loss}})
+    strips = re.findall(r'<svg class="strip".*?</svg>', report(tmp_path).index.read_text())
+    spans = {
+        r: (statistics.fmean(v) - statistics.stdev(v), statistics.fmean(v) + statistics.stdev(v))
+        for r, v in losses.items()
+    }
+    low, high = (pick(end for span in spans.values() for end in span) for pick in (min, max))
+    for strip, (r, values) in zip(strips, losses.items(), strict=True):
+        at = [6 + (value - low) / (high - low) * 108 for value in (*spans[r], *values)]
+        bar = [float(re.search(rf'class="bar" .*?{end}="(.*?)"', strip).group(1)) for end in ("x1", "x2")]
+        seeds = [float(x) for x in re.findall(r'class="seed" cx="(.*?)"', strip)]
+        assert [*bar, *seeds] == pytest.approx(at, abs=0.051)

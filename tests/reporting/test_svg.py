@@ -120,3 +120,39 @@ def test_curves_of_one_colour_differ_by_their_style_and_a_broken_one_ends_in_a_c
     text = svg.line_plot(curves, svg.steps("step", [0.0, 1.0]), svg.scale("y", [1.0, 2.0]))
     assert text.count("stroke-dasharray") == 1
     assert text.count('<line class="bar c0"') == 2
+
+
+def centres(text):
+    """Of every mark in an SVG of ours: the middle of its shape, rounded as written."""
+    found = []
+    for group in ElementTree.fromstring(text).iter("g"):
+        shape = next(node for node in group if node.tag != "title")
+        if shape.tag == "circle":
+            found.append((float(shape.attrib["cx"]), float(shape.attrib["cy"])))
+        elif shape.tag == "rect":
+            half = float(shape.attrib["width"]) / 2
+            found.append((float(shape.attrib["x"]) + half, float(shape.attrib["y"]) + half))
+        else:
+            corners = [tuple(map(float, pair.split(","))) for pair in shape.attrib["points"].split()]
+            found.append((corners[0][0], sum(y for _, y in corners) / len(corners)))
+    return found
+
+
+def test_marks_of_every_shape_stand_at_their_values():
+    x, y = svg.Axis("bits", 4.0, 32.0, [(8.0, "8")], log2=True), svg.scale("y", [1.0, 2.0])
+    points = [svg.Point(8.127, 1.25 + 0.1 * shape, [1.2, 1.3], 0.1, shape=shape) for shape in range(3)]
+    text = svg.scatter([svg.Series("nf4", points, 3)], x, y)
+    canvas = svg.Canvas(x, y)
+    for point, (px, py) in zip(points, centres(text), strict=True):
+        assert px == pytest.approx(canvas.px(point.x), abs=0.11)
+        assert py == pytest.approx(canvas.py(point.mean), abs=0.11)
+    seeds = [node for node in ElementTree.fromstring(text).iter("circle") if "seed" in node.attrib.get("class", "")]
+    assert {float(node.attrib["cx"]) for node in seeds} == {round(canvas.px(8.127), 1)}
+
+
+def test_series_over_numbers_stand_at_their_numbers_and_over_names_side_by_side():
+    several = [svg.Series(name, [point(4.0, 1.0 + hue / 9)], hue) for hue, name in enumerate("abc")]
+    place = svg.Canvas(svg.powers("r", [2.0, 4.0, 8.0]), svg.scale("", [1.0, 2.0])).px(4.0)
+    assert [px for px, _ in centres(drawn(several, joined=True))] == pytest.approx([place] * 3, abs=0.11)
+    named = svg.chart(several, svg.places("q", ["x", "y", "z", "u", "v"]), svg.scale("", [1.0, 2.0]), joined=False)
+    assert len({px for px, _ in centres(named)}) == 3

@@ -6,7 +6,10 @@ import pytest
 
 from loralab import record
 from loralab.reporting.gather import study
-from loralab.reporting.table import as_plain, columns, rows, seeds_text, tables
+from loralab.reporting.listing import listing
+from loralab.reporting.report import report
+from loralab.reporting.rows import rows, tables
+from loralab.reporting.table import as_plain, columns, seeds_text
 from loralab.reporting.text import terminal
 
 
@@ -67,7 +70,8 @@ def test_the_first_value_of_every_axis_is_the_baseline_and_differences_are_paire
     assert second["difference"]["low"] == pytest.approx(-0.15 - spread)
     assert second["difference"]["high"] == pytest.approx(-0.15 + spread)
     assert second["difference"]["seeds"] == ["0", "1"]
-    assert third["difference"] == {"mean": pytest.approx(0.5), "low": None, "high": None, "n": 1, "seeds": ["2"]}
+    nothing = {"low": None, "high": None, "p": None}
+    assert third["difference"] == {"mean": pytest.approx(0.5), "n": 1, "seeds": ["2"], **nothing}
     assert "-0.1500 [-0.7853, +0.4853]" in terminal(gathered, tables(gathered))
 
 
@@ -85,7 +89,8 @@ def test_the_best_of_single_seeds_is_not_marked(tmp_path, make_trial):
     assert not any(row.best for row in rows(gathered))
     assert "*" not in text
     assert "standard deviation" not in text
-    assert "no interval" in text
+    assert "without an interval" in text
+    assert "No arm is separated from the rest" in text
 
 
 def test_a_trial_listed_or_found_twice_counts_once(tmp_path, make_trial):
@@ -184,12 +189,21 @@ def test_a_trial_without_a_record_is_missing_and_joins_its_configuration(tmp_pat
     assert "missing: r=2 seed=1" in terminal(gathered, tables(gathered))
 
 
-def test_a_completed_trial_without_the_metric_is_counted_as_such(tmp_path, make_trial):
+@pytest.mark.parametrize("metrics", [{"val/loss": float("nan")}, {"val/loss": None}, {}])
+def test_a_completed_trial_whose_metric_is_no_number_is_no_result(tmp_path, make_trial, metrics):
     synthetic, write = make_trial
-    write(tmp_path / "a", {**synthetic("none", 2, 0), "metrics": {"val/loss": float("nan")}})
+    write(tmp_path / "a", {**synthetic("none", 2, 0), "metrics": metrics})
+    write(tmp_path / "b", synthetic("none", 2, 1))
+    done = report(tmp_path)
     (row,) = rows(study(tmp_path))
-    assert row.mean is None
-    assert "without the metric" in seeds_text(row)
+    assert (row.n, seeds_text(row)) == (1, "1 ok, 1 without a result")
+    assert "without_result: seed=0: completed, but val/loss is no finite number" in " ".join(done.table.split())
+    page, markdown = done.index.read_text(), done.files["report.md"].read_text()
+    assert "1 of 2" in page
+    assert "1 failed, listed below" in page
+    assert "completed, but val/loss is no finite number" in page.partition("Not completed")[2]
+    assert "completed, but val/loss is no finite number" in markdown.partition("Not completed")[2]
+    assert [entry["failed"] for entry in listing(tmp_path) if entry["name"] == "a"] == [1]
 
 
 def test_the_terminal_table_fits_and_names_every_failure(synthetic_sweep):
@@ -197,7 +211,7 @@ def test_the_terminal_table_fits_and_names_every_failure(synthetic_sweep):
     text = terminal(gathered, tables(gathered))
     assert max(map(len, text.splitlines())) <= 100
     assert "out_of_memory: quantization=int8_absmax r=8 seed=1: backward: no room" in text
-    for wanted in ("val/loss", "vs baseline", "train s", "1 ok, 1 failed"):
+    for wanted in ("val/loss", "vs baseline", "bits/param", "1 ok, 1 failed"):
         assert wanted in text
 
 
@@ -221,14 +235,3 @@ def test_columns_that_nothing_can_fill_are_left_out(tmp_path, make_trial):
     gathered = study(tmp_path)
     titles = [column.title for column in columns(gathered, rows(gathered))]
     assert titles == ["bits/param", "base size", "trainable", "train s", "tokens/s"]
-
-
-def test_a_packs_memory_and_time_are_marked(tmp_path, make_trial):
-    synthetic, write = make_trial
-    made = synthetic("none", 2, 0)
-    made["pack"]["size"] = 4
-    write(tmp_path / "a", made)
-    gathered = study(tmp_path)
-    text = terminal(gathered, tables(gathered))
-    assert "(p) trained in a pack" in text
-    assert "MiB (p)" in text

@@ -1,8 +1,10 @@
 """Tokenization with the prompt masked: prompt and target are tokenized alone, so their boundary is exact."""
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -48,6 +50,25 @@ class Encoded:
     tokens: dict[str, dict[str, int]]
     splits: Splits
     task: str = "causal_lm"
+
+    @cached_property
+    def targets(self) -> str:
+        """16 hex digits over the validation and test targets: token ids that a loss is taken over, or class ids.
+
+        Scores of runs with equal targets are over the same tokens, whatever the prompts, batches and padding.
+        """
+        digest = hashlib.sha256()
+        for split in ("validation", "test"):
+            for ids in self._scored(self[split]):
+                digest.update(f"{split} {len(ids)} ".encode() + np.asarray(ids, np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+    def _scored(self, examples: Sequence[Example]) -> Iterable[Sequence[int] | NDArray[np.int32]]:
+        """What each row has to predict; a causal loss never predicts a row's first token."""
+        if isinstance(examples, Blocks):
+            return [examples.stream[1:]]
+        first = 1 if self.task == "causal_lm" else 0
+        return ([label for label in example.labels[first:] if label != IGNORE] for example in examples)
 
     def __getitem__(self, split: str) -> Sequence[Example]:
         examples: Sequence[Example] = getattr(self, split)

@@ -1,29 +1,81 @@
-"""What a record has on an axis, which axes there are, and one spelling for every value."""
+"""What a record has on an axis, which axes there are, when two values are one, and how each is written."""
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Record = dict[str, Any]
+UNKNOWN = "?"  # the label of a value that nothing tells
 # No part of what a trial is: trials that differ only here (and by seed) are seeds of one configuration.
-_ASIDE = {"seed", "sweep", "sweeps", "hydra", "logger", "callbacks", "metric", "metric_mode", "output", "run_dir"}
+_ASIDE = {
+    "seed",
+    "sweep",
+    "sweeps",
+    "hydra",
+    "logger",
+    "callbacks",
+    "metric",
+    "metric_mode",
+    "output",
+    "run_dir",
+    "plan",
+}
+_ASIDE_KEYS = {"trainer.test"}
+
+_WHOLE = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
+_REAL = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
+_ITEM = re.compile(r"""(?:[^,'"\[\]]|'[^']*'|"[^"]*"|\[[^\]]*\])+""")
+_WORDS = {"null": None, "true": True, "false": False}
+
+
+class _Unsaid:
+    """The value of an axis of which a record says nothing; null is a value."""
+
+
+UNSAID = _Unsaid()
+
+
+def canonical(value: Any) -> str:
+    """Equal for equal settings, and only for them: 16, 16.0 and "16" are one, two texts that differ by a blank two.
+
+    A text that spells a number is that number, since a setting's type decides which of the two it becomes.
+    """
+    return UNKNOWN if value is UNSAID else json.dumps(_settled(value), sort_keys=True)
+
+
+def spelled(text: str) -> Any:
+    """The value that the text of an override stands for: quotes taken off, lists split."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1].replace(f"\\{text[0]}", text[0])
+    if text.startswith("[") and text.endswith("]"):
+        return [spelled(item) for item in _ITEM.findall(text[1:-1])]
+    return text
 
 
 def label(value: Any) -> str:
-    """One spelling per value, so that ``2``, ``"2"``, ``[a, b]`` and ``'[a,b]'`` meet."""
+    """A value as a reader sees it; two values may look alike, see ``names``."""
+    value = _settled(value)
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list | tuple):
+        return json.dumps(value)
+    if isinstance(value, list):
         return ",".join(label(item) for item in value)
     if isinstance(value, Mapping):
         return ",".join(f"{key}:{label(item)}" for key, item in value.items())
-    text = str(value).strip().strip("'\"")
-    if text.startswith("[") and text.endswith("]"):
-        return ",".join(label(item) for item in text[1:-1].split(","))
-    number = as_number(text)
-    return text if number is None else f"{number:.12g}"
+    if isinstance(value, str) and value != " ".join(value.split()):
+        return json.dumps(value, ensure_ascii=False)  # blanks that would not be seen
+    return str(value)
+
+
+def names(values: Iterable[Any]) -> dict[str, str]:
+    """canonical -> label for the values of one axis, each with a label of its own."""
+    known = {canonical(value): value for value in values}
+    labels = {key: UNKNOWN if value is UNSAID else label(value) for key, value in known.items()}
+    distinct = len({UNKNOWN, *labels.values()}) == len({UNKNOWN, *labels})
+    return labels if distinct else {key: key for key in labels}
 
 
 def as_number(text: str) -> float | None:
@@ -35,9 +87,10 @@ def as_number(text: str) -> float | None:
     return number if abs(number) < 1e300 else None
 
 
-def sort_key(text: str) -> tuple[float, str]:
-    number = as_number(text)
-    return (0.0, text) if number is None else (number, "")
+def sort_key(canonical: str) -> tuple[bool, float, str]:
+    """Numbers by size, then texts."""
+    number = as_number(canonical)
+    return (number is None, number or 0.0, canonical)
 
 
 def lookup(config: Any, dotted: str) -> Any:
@@ -47,17 +100,17 @@ def lookup(config: Any, dotted: str) -> Any:
     return config
 
 
-def axis_value(record: Record, axis: str) -> str:
+def axis_value(record: Record, axis: str) -> Any:
     """What the trial has on an axis: the chosen group option, else the config's value, else its override."""
     if axis in record["choices"]:
-        return label(record["choices"][axis])
+        return record["choices"][axis]
     if axis == "seed" and record["seed"] is not None:
-        return label(record["seed"])
+        return record["seed"]
     value = lookup(record["config"], axis)
     if value is not None and not isinstance(value, Mapping):
-        return label(value)
+        return value
     overrides = dict(item.lstrip("+~").partition("=")[::2] for item in record["overrides"])
-    return label(overrides[axis]) if axis in overrides else "?"
+    return spelled(overrides[axis]) if axis in overrides else None if _has(record["config"], axis) else UNSAID
 
 
 def varying(found: Sequence[Record], axes: list[str]) -> list[str]:
@@ -66,11 +119,15 @@ def varying(found: Sequence[Record], axes: list[str]) -> list[str]:
     choices = list(dict.fromkeys(group for record in found for group in record["choices"]))
     keys = list(dict.fromkeys(key for record in found for key in flatten(record["config"])))
     flat = [{**flatten(record["config"]), **record["choices"]} for record in found]
+    places = [tuple(canonical(axis_value(record, axis)) for axis in axes if axis != "seed") for record in found]
     chosen: list[str] = []
     for key in [*choices, *keys]:
-        known = [*axes, *chosen]
-        if not aside(key) and key not in known and not _follows(found, flat, known, key):
+        if aside(key) or key in axes or key in chosen:
+            continue
+        values = [canonical(config.get(key)) for config in flat]
+        if not _follows(places, values):
             chosen.append(key)
+            places = [(*place, value) for place, value in zip(places, values, strict=True)]
     return chosen
 
 
@@ -87,9 +144,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def identity(record: Record) -> str:
     """Equal for trials that differ only by seed: the whole config and the choices, without what is aside."""
-    config = {key: value for key, value in record["config"].items() if not aside(key)}
+    config = {key: _kept(key, value) for key, value in record["config"].items() if not aside(key)}
     choices = {key: value for key, value in record["choices"].items() if not aside(key)}
-    return json.dumps([config, choices], sort_keys=True, default=str)
+    return canonical([config, choices])
 
 
 def short_names(axes: Sequence[str]) -> dict[str, str]:
@@ -98,17 +155,44 @@ def short_names(axes: Sequence[str]) -> dict[str, str]:
     return {axis: tail if last[tail := axis.rpartition(".")[2]] == 1 else axis for axis in axes}
 
 
-def _follows(found: Sequence[Record], flat: list[Record], known: list[str], key: str) -> bool:
-    """Whether the labels of ``known`` decide the label of ``key`` in every trial."""
-    seen: dict[tuple[str, ...], str] = {}
-    for record, config in zip(found, flat, strict=True):
-        place = tuple(axis_value(record, axis) for axis in known if axis != "seed")
-        value = label(config.get(key))
-        if seen.setdefault(place, value) != value:
-            return False
-    return True
-
-
 def aside(key: str) -> bool:
     """Whether a key says nothing about what a trial is."""
-    return re.split(r"[./]", key)[0] in _ASIDE
+    return key in _ASIDE_KEYS or re.split(r"[./]", key)[0] in _ASIDE
+
+
+def _settled(value: Any) -> Any:
+    """As JSON has it, numbers and words without regard to how they were written."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return (
+            int(value) if value.is_integer() and abs(value) < 1e15 else value if math.isfinite(value) else repr(value)
+        )
+    if isinstance(value, Mapping):
+        return {str(key): _settled(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_settled(item) for item in value]
+    text = str(value)
+    if len(text) < 300 and _WHOLE.fullmatch(text):
+        return int(text)
+    if len(text) < 300 and _REAL.fullmatch(text):
+        return _settled(float(text))
+    return _WORDS.get(text.lower(), text)
+
+
+def _follows(places: Sequence[tuple[str, ...]], values: Sequence[str]) -> bool:
+    """Whether the place decides the value in every trial."""
+    seen: dict[tuple[str, ...], str] = {}
+    return all(seen.setdefault(place, value) == value for place, value in zip(places, values, strict=True))
+
+
+def _has(config: Any, dotted: str) -> bool:
+    group, _, key = dotted.rpartition(".")
+    holder = lookup(config, group) if group else config
+    return isinstance(holder, Mapping) and key in holder
+
+
+def _kept(group: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: item for key, item in value.items() if f"{group}.{key}" not in _ASIDE_KEYS}

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from loralab.reporting import svg
 from loralab.reporting.axes import as_number, short_names
 from loralab.reporting.gather import Study, Trial, curves
-from loralab.reporting.table import Row, score_text, trial_text, where
+from loralab.reporting.rows import Row
+from loralab.reporting.table import deviates, score_text, trial_text, where
 
 SMOOTH = 0.8
 
@@ -63,7 +64,8 @@ def _metric_panel(study: Study, found: Sequence[Row], x: str, by: list[str], y: 
     ]
     title = f"{study.metric} against {name}" + (f" ({place})" if place else "")
     drawn = svg.chart(series, axis, y, joined=numeric, description=title)
-    caption = f"Large: mean over seeds; small: each seed; bars: one standard deviation; {_seeds(found)}."
+    spread = "Large: mean over seeds; small: each seed; bars: one standard deviation; " * deviates(found)
+    caption = f"{spread}{_seeds(found)}."
     missing = _missing(series)
     caption += f" {missing}." if missing else ""
     return Figure(title, caption, _legend(series) + drawn)
@@ -137,10 +139,13 @@ def _styles(count: int) -> list[str]:
 
 def _curve_figure(study: Study, drawn: list[svg.Curve], metric: str, smooth: float, legend: str) -> Figure:
     steps = [step for curve in drawn for step, _ in curve.rows]
-    y = svg.scale(metric, _without_spikes([value for curve in drawn for _, value in curve.rows]))
+    values = [value for curve in drawn for _, value in curve.rows]
+    y = svg.scale(metric, _without_spikes(values))
     how = f"faint: as logged; line: exponential mean ({smooth:g})" if smooth else "as logged"
     caption = f"One line per run, {len(drawn)} of {len(study.trials)} runs; {how}"
-    caption += "; cross: not completed." if any(curve.broken for curve in drawn) else "."
+    caption += "; cross: not completed" if any(curve.broken for curve in drawn) else ""
+    outside = sum(not y.low <= value <= y.high for value in values)
+    caption += f"; {outside} values beyond the axis touch its edge." if outside else "."
     body = svg.line_plot(drawn, svg.steps("optimizer step", steps), y, smooth, f"{metric} by step")
     return Figure(f"{metric} by step", caption, legend + body)
 
@@ -186,8 +191,8 @@ def _point(study: Study, at_place: Sequence[Row], x: float) -> svg.Point | None:
     if len(scored) != 1 or scored[0].mean is None:
         return None
     row = scored[0]
-    text = f"{where(study, row)}: {score_text(row)}, n = {len(row.scores)}"
-    return svg.Point(x, scored[0].mean, row.scores, row.std, text)
+    text = f"{where(study, row)}: {score_text(row)}, n = {row.n}"
+    return svg.Point(x, scored[0].mean, row.scores if row.n > 1 else [scored[0].mean], row.std, text)
 
 
 def _missing(series: Sequence[svg.Series]) -> str:
@@ -228,7 +233,7 @@ def _without_spikes(values: Sequence[float]) -> list[float]:
 
 
 def _seeds(found: Sequence[Row]) -> str:
-    counts = sorted({len(row.scores) for row in found if row.scores})
+    counts = sorted({row.n for row in found if row.scores})
     if not counts:
         return "no completed seed"
     if counts == [1]:

@@ -1,27 +1,44 @@
 """A folder of records as one study: its trials, what varies between them, what each is called."""
 
 import json
+import math
 import os
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loralab import record as records
 from loralab.errors import ArtifactError
-from loralab.reporting.axes import Record, as_number, aside, axis_value, identity, label, lookup, sort_key, varying
+from loralab.reporting import environments
+from loralab.reporting.axes import (
+    UNKNOWN,
+    Record,
+    aside,
+    axis_value,
+    canonical,
+    identity,
+    label,
+    lookup,
+    names,
+    sort_key,
+    spelled,
+    varying,
+)
 
 MISSING = "missing"  # listed by the sweep, but has left no record yet
 DAMAGED = "damaged"  # has a record that cannot be read
+UNSCORED = "without_result"  # completed, but its metric is no finite number
 
 Found = tuple[Path, Record, str]
+Pack = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: ``values`` are the labels of its axes; ``record`` is blank where none was written."""
+    """One trial: ``values`` are its axes' labels, each of one value; ``record`` is blank where none was written."""
 
     folder: Path
     record: Record
@@ -38,14 +55,15 @@ class Trial:
 
     @property
     def seed(self) -> str:
-        return label(self.record["seed"]) if self.record["seed"] is not None else self.values.get("seed", "?")
+        return self.values.get("seed", UNKNOWN)
 
 
 @dataclass(frozen=True)
 class Study:
     """``axes``: name -> labels in order, without the seed; ``about``: what else sweep.json says.
 
-    ``repeats``: how often a trial was found again; each counts once.
+    ``repeats``: how often a trial was found again; each counts once. ``conflicts``: where a repetition's score is
+    another. ``packs``: of each pack whose members are all here, the tokens/s of all of them together.
     """
 
     folder: Path
@@ -57,6 +75,8 @@ class Study:
     mode: str
     about: Record
     repeats: int = 0
+    conflicts: tuple[str, ...] = ()
+    packs: Mapping[Pack, float] = field(default_factory=dict)
 
     @property
     def single(self) -> bool:
@@ -76,45 +96,48 @@ def study(folder: Path) -> Study:
     """Read the sweep, the run, or the folder of runs at ``folder``."""
     sweep = _sweep(folder)
     listed = [_listed(folder, entry) for entry in sweep["trials"]] or [_read(path) for path in records.find(folder)]
-    found = _once(listed)
+    found, conflicts = _once(listed)
     if not found:
         raise ArtifactError(
             f"{folder}: nothing to report; looked for {records.SWEEP} there, {records.RESULT} there and below"
         )
     if [(path, status) for path, _, status in found] == [(folder, DAMAGED)]:
         raise ArtifactError(found[0][1]["error"])
-    return _assemble(folder, sweep, found, len(listed) - len(found))
+    packs = _rates([record for _, record, _ in found])
+    axes = {axis: values for axis, values in sweep["axes"].items() if len(found) + len(values) > 2}
+    whole = assemble(folder, {**sweep, "axes": axes}, found)
+    return replace(whole, repeats=len(listed) - len(found), conflicts=tuple(conflicts), packs=packs)
 
 
-def comparable(whole: Study) -> list[Study]:
-    """One study for each task, data and metric: only within one do means compare."""
-    heads: dict[str, Trial] = {}
-    for trial in whole.trials:
-        if trial.ok:
-            heads.setdefault(_ground(trial), trial)
-    if len(heads) < 2:
-        return [whole]
-    places = [_ground(trial) if trial.ok else _likely(whole, trial, heads) for trial in whole.trials]
-    parts, axes = [], whole.axes.items()
-    for key in heads:
-        inside = [trial for trial, place in zip(whole.trials, places, strict=True) if place == key]
-        found = [(trial.folder, trial.record, trial.status) for trial in inside]
-        present = {axis: [v for v in labels if any(t.values[axis] == v for t in inside)] for axis, labels in axes}
-        moving = {axis: labels for axis, labels in present.items() if len(labels) > 1}
-        parts.append(_assemble(whole.folder, {**whole.about, "axes": moving}, found))
-    return parts
+def pack_of(record: Record) -> Pack | None:
+    """Equal for trials that were trained in one pass; None for one that ran alone."""
+    if (lookup(record, "pack.size") or 1) < 2:
+        return None
+    time = record["time"]
+    return (record["pack"]["size"], record.get("host"), record.get("pid"), time["startup_s"], time["train_s"])
 
 
-def subject(part: Study) -> str:
-    """What a comparable set is about: ``docstrings f967626fe70ef416, causal_lm: val/loss``."""
-    head = next((trial.record for trial in part.trials if trial.ok), part.trials[0].record)
-    data = " ".join(str(head["data"][key]) for key in ("name", "fingerprint") if head["data"][key])
-    about = [text for text in (data, lookup(head["config"], "model.task")) if text]
-    return f"{', '.join(about) or 'data not known'}: {part.metric}"
+def _rates(found: Sequence[Record]) -> dict[Pack, float]:
+    """A record has its own tokens over the pack's seconds: together they are the pack's."""
+    members: dict[Pack, list[Any]] = {}
+    for record in found:
+        if (pack := pack_of(record)) is not None:
+            members.setdefault(pack, []).append(record["time"]["tokens_per_s"])
+    return {pack: sum(rates) for pack, rates in members.items() if len(rates) == pack[0] and None not in rates}
+
+
+def score(record: Record, metric: str) -> float | None:
+    """The finite number that a completed record has for a metric."""
+    value = record["metrics"].get(metric) if record["status"] == "completed" else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def state(record: Record) -> str:
-    """The record's status; a run whose process is gone from this machine was interrupted."""
+    """The record's status; a run whose process is gone from this machine was interrupted, and one that completed
+    without its metric has no result."""
+    if record["status"] == "completed":
+        named = "metric" in record["config"] or _metric(record) in record["metrics"]
+        return UNSCORED if named and score(record, _metric(record)) is None else "completed"
     gone = record["status"] == "running" and record.get("host") == socket.gethostname() and not _alive(record)
     return "interrupted" if gone else str(record["status"])
 
@@ -131,6 +154,7 @@ def reason(trial: Trial) -> str:
         MISSING: "no record: not started yet, or killed before its first write",
         "pruned": "stopped early by the sweep",
         "running": "still running",
+        UNSCORED: f"completed, but {_metric(trial.record)} is no finite number: that is no result",
     }.get(trial.status, "its process is gone" if gone else "no reason recorded")
 
 
@@ -171,7 +195,8 @@ def _alive(record: Record) -> bool:
 
 def _sweep(folder: Path) -> Record:
     if (folder / records.SWEEP).exists():
-        return records.read_sweep(folder)
+        sweep = records.read_sweep(folder)
+        return {**sweep, "axes": {str(axis): _values(texts) for axis, texts in sweep["axes"].items()}}
     return {"name": folder.resolve().name, "question": "", "axes": {}, "trials": []}
 
 
@@ -197,54 +222,82 @@ def _blank(entry: Mapping[str, Any]) -> Record:
     return records.blank(str(entry.get("trial") or ""), overrides=overrides, choices=choices)
 
 
-def _once(found: Sequence[Found]) -> list[Found]:
-    """Each trial once, as its last completed record has it: ``seed=0,0`` is one seed, a repetition no second one."""
+def _once(listed: Sequence[Found]) -> tuple[list[Found], list[str]]:
+    """Each trial once, as its last completed record has it, and where another of its records has another score.
+
+    ``seed=0,0`` is one seed, a repetition no second one; on other data, another base or elsewhere it is another trial.
+    """
     kept: dict[str, Found] = {}
-    for path, record, status in found:
-        key = f"{record['trial']} {identity(record)} {record['seed']}" if record["config"] else str(path)
-        if status == "completed" or key not in kept:
-            kept[key] = (path, record, status)
-    return list(kept.values())
+    conflicts = []
+    for one in listed:
+        path, record, status = one
+        key = _key(path, record)
+        before = kept.get(key)
+        if before is None or status == "completed":
+            kept[key] = one
+        if before is not None and before[2] == status == "completed":
+            conflicts += _conflict(before, one)
+    done = {_bare(record) for _, record, status in kept.values() if status == "completed"} - {None}
+    return [one for one in kept.values() if one[2] == "completed" or _bare(one[1]) not in done], conflicts
 
 
-def _assemble(folder: Path, sweep: Record, found: Sequence[Found], repeats: int = 0) -> Study:
+def _key(path: Path, record: Record) -> str:
+    if not record["config"]:
+        return str(path)
+    marks = [lookup(record, f"{part}.fingerprint") for part in ("data", "base")]
+    return canonical([_bare(record), record["schema"], *marks, environments.environment(record)])
+
+
+def _bare(record: Record) -> str | None:
+    """The trial that a record is of, wherever it ran; None where it does not say."""
+    if not record["config"]:
+        return None
+    return canonical([identity(record), record["seed"], _metric(record), record["config"].get("metric_mode")])
+
+
+def _conflict(before: Found, after: Found) -> list[str]:
+    metric = _metric(after[1])
+    old, new = (score(record, metric) for _, record, _ in (before, after))
+    if old == new:
+        return []
+    return [f"{before[0].name} and {after[0].name} are one trial, yet {metric} is {old} and {new}; the latter counts"]
+
+
+def assemble(folder: Path, sweep: Record, found: Sequence[Found]) -> Study:
+    """A study of the records ``found``: the axes of ``sweep``, with its values first, then others that vary."""
     configured = [record for _, record, _ in found if record["config"]]
-    declared = {str(axis): [label(v) for v in _aslist(values)] for axis, values in sweep["axes"].items()}
-    declared = {axis: labels for axis, labels in declared.items() if not aside(axis) and len(found) + len(labels) > 2}
-    names = [*declared, *varying(configured, list(declared))]
+    declared: dict[str, list[Any]] = {axis: values for axis, values in sweep["axes"].items() if not aside(axis)}
+    keys = [*declared, *varying(configured, list(declared))]
+    columns = {key: [axis_value(record, key) for _, record, _ in found] for key in [*keys, "seed"]}
+    labels = {key: names([*declared.get(key, []), *values]) for key, values in columns.items()}
+    axes = {key: _ordered(declared.get(key, []), columns[key], labels[key]) for key in keys}
+    texts = {key: [labels[key][canonical(value)] for value in values] for key, values in columns.items()}
+    if places := environments.labels([(record, status == "completed") for _, record, status in found]):
+        texts[environments.AXIS], axes[environments.AXIS] = places, list(dict.fromkeys(places))
     trials = [
-        Trial(path, record, status, {name: axis_value(record, name) for name in [*names, "seed"]})
-        for path, record, status in found
+        Trial(path, record, status, {key: values[index] for key, values in texts.items()})
+        for index, (path, record, status) in enumerate(found)
     ]
-    axes = {name: _ordered(declared.get(name, []), trials, name) for name in names}
     metric = _common(configured, "metric", "val/loss")
     mode = _common(configured, "metric_mode", "min")
-    return Study(folder, sweep["name"], sweep["question"], axes, trials, metric, mode, sweep, repeats)
+    return Study(folder, sweep["name"], sweep["question"], axes, trials, metric, mode, sweep)
 
 
-def _ground(trial: Trial) -> str:
-    """Equal for trials whose scores mean the same."""
-    record = trial.record
-    keys = ("model.task", "metric", "metric_mode")
-    return json.dumps([record["data"]["fingerprint"], *(lookup(record["config"], key) for key in keys)])
+def _ordered(declared: Sequence[Any], seen: Sequence[Any], labels: Mapping[str, str]) -> list[str]:
+    """The labels of an axis: as declared, then what else was seen, numbers first."""
+    first = dict.fromkeys(canonical(value) for value in declared)
+    rest = {canonical(value) for value in seen} - set(first) - {UNKNOWN}
+    return [labels[key] for key in [*first, *sorted(rest, key=sort_key)]]
 
 
-def _likely(whole: Study, trial: Trial, heads: Mapping[str, Trial]) -> str:
-    """The set a trial without a result would have joined: the one whose data settings are most like its own."""
-    keys = [axis for axis in whole.axes if axis.split(".")[0] in ("data", "model")]
-    return max(heads, key=lambda key: sum(heads[key].values[axis] == trial.values[axis] for axis in keys))
+def _values(texts: Any) -> list[Any]:
+    """An axis of sweep.json, which has its values as the overrides spell them."""
+    listed = texts if isinstance(texts, list) else [texts]
+    return [spelled(one) if isinstance(one, str) else one for one in listed]
 
 
-def _ordered(declared: list[str], trials: list[Trial], axis: str) -> list[str]:
-    seen = {trial.values[axis] for trial in trials} - set(declared) - {"?"}
-    return [
-        *dict.fromkeys(declared),
-        *sorted(seen, key=lambda text: (as_number(text) is None, sort_key(text))),
-    ]
-
-
-def _aslist(values: Any) -> list[Any]:
-    return list(values) if isinstance(values, list | tuple) else [values]
+def _metric(record: Record) -> str:
+    return str(record["config"].get("metric") or "val/loss")
 
 
 def _common(found: Sequence[Record], key: str, default: str) -> str:

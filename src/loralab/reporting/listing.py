@@ -10,11 +10,11 @@ from typing import Any
 from loralab.errors import ArtifactError, LoralabError
 from loralab.record import RESULT, SWEEP
 from loralab.reporting.axes import lookup
-from loralab.reporting.gather import DAMAGED, MISSING, Study, Trial, study
-from loralab.reporting.table import score, trial_text
+from loralab.reporting.gather import DAMAGED, MISSING, UNSCORED, Study, Trial, score, study
+from loralab.reporting.table import trial_text
 from loralab.reporting.text import WIDTH, wrapped
 
-_FAILED = ("failed", "out_of_memory", "diverged", "interrupted", "pruned", DAMAGED)
+_FAILED = ("failed", "out_of_memory", "diverged", "interrupted", "pruned", DAMAGED, UNSCORED)
 _SKIP = {"adapter", "checkpoints", "report", "wandb"}
 
 
@@ -91,7 +91,7 @@ def _entry(folder: Path, kind: str, trials: Sequence[Trial], **more: Any) -> dic
 
 
 def _scored(gathered: Study, trial: Trial) -> dict[str, Any]:
-    return {"metric": gathered.metric, "value": score(trial, gathered.metric)}
+    return {"metric": gathered.metric, "value": score(trial.record, gathered.metric)}
 
 
 def _distinct(values: Iterable[Any]) -> list[str]:

@@ -9,7 +9,8 @@ from loralab.reporting.axes import lookup
 from loralab.reporting.figures import Figure
 from loralab.reporting.gather import Study, Trial, curves
 from loralab.reporting.html import cell, figure, head, sort_key, table
-from loralab.reporting.table import MIB, Row, trial_text, where
+from loralab.reporting.rows import Row
+from loralab.reporting.table import MIB, measured, pack_size, trial_text, where
 
 PHASES = ("forward", "backward", "optimizer")
 SOURCES = {  # what a timeline is drawn of, best first: the metric of a row and what it is called
@@ -45,7 +46,9 @@ def _table(study: Study, found: Sequence[Row]) -> str:
 
 
 def _cells(study: Study, row: Row) -> Iterator[str]:
-    yield cell(where(study, row), where(study, row), "key")
+    size = pack_size(row)
+    name = where(study, row) + (f" (pack of {size})" if size and size > 1 else "")
+    yield cell(name, name, "key")
     states = sorted({_paging(trial) for trial in row.trials} - {""})
     yield cell(", ".join(states) or "-", "", "key trouble" if "nothing" in states else "key")
     state = row.largest("optimizer.state_bytes")
@@ -55,7 +58,7 @@ def _cells(study: Study, row: Row) -> Iterator[str]:
     yield _number(row.average("optimizer.paged_fraction"), 100, "{:.0f}%")
     for phase in PHASES:
         yield _number(_most(row, f"memory.by_phase.{phase}"), 1 / MIB, "{:.1f}")
-    seconds, steps = row.average("memory.seconds_by_phase.optimizer"), row.average("time.steps")
+    seconds, steps = measured(row, "memory.seconds_by_phase.optimizer"), row.average("time.steps")
     yield _number(seconds / steps if seconds is not None and steps else None, 1000, "{:.2f}")
     yield _number(_most(row, "memory.spike_count"), 1, "{:.0f}")
     ends = [trial.status.replace("_", " ") for trial in row.trials]
@@ -64,7 +67,12 @@ def _cells(study: Study, row: Row) -> Iterator[str]:
 
 
 def _most(row: Row, key: str) -> float | None:
-    """The largest over all trials, those that ran out of memory too: what they used is the point of them."""
+    """The largest over all trials, those that ran out of memory too: what they used is the point of them.
+
+    None where seeds ran in different packs, whose memory is not one thing.
+    """
+    if len(row.packs) > 1:
+        return None
     found = [lookup(trial.record, key) for trial in row.trials]
     return max((float(value) for value in found if isinstance(value, int | float)), default=None)
 

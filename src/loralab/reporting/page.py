@@ -2,15 +2,16 @@
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from loralab.reporting import memory, published, svg
-from loralab.reporting.axes import flatten, label, short_names
+from loralab.record import MASK
+from loralab.reporting import memory, svg
+from loralab.reporting.axes import canonical, flatten, label, short_names
 from loralab.reporting.figures import figures
-from loralab.reporting.gather import MISSING, Study, Trial, reason, subject
+from loralab.reporting.gather import MISSING, Study, Trial, reason, score
 from loralab.reporting.html import (
     cell,
     definitions,
@@ -25,25 +26,18 @@ from loralab.reporting.html import (
     table,
     tile,
 )
+from loralab.reporting.notes import NONE_BEST, general, notes
 from loralab.reporting.provenance import Facts, facts, held_fixed
-from loralab.reporting.table import (
-    VERSUS,
-    Column,
-    Row,
-    Table,
-    columns,
-    deviates,
-    score,
-    seeds_text,
-    trial_text,
-    where,
-)
+from loralab.reporting.rows import Row, Table, contenders
+from loralab.reporting.sets import subject
+from loralab.reporting.table import Column, columns, deviates, ended, seeds_text, trial_text, where
+from loralab.reporting.verdicts import verdicts
 
 
 def page(study: Study, tables: Sequence[Table]) -> str:
     """The whole document; where trials cannot be compared, results and figures by set."""
     known = facts(study)
-    sections = [_header(study, tables, known)]
+    sections = [_header(study, tables, known), _general(study, tables)]
     for part, found in tables:
         sections += [_results(part, found, len(tables) > 1), memory.section(part, found), _figures(part, found)]
     sections += [_failures(study), _provenance(study, known)]
@@ -51,12 +45,13 @@ def page(study: Study, tables: Sequence[Table]) -> str:
 
 
 def rerun(trial: Trial) -> str:
-    """The command that runs one trial again."""
+    """The command that runs one trial again, in the folder where it was started."""
     words = list(trial.record["overrides"])
     seeded = any(word.lstrip("+").startswith("seed=") for word in words)
     seed = trial.record["seed"]
     words += [] if seeded or seed is None else [f"seed={seed}"]
-    return shlex.join(["loralab", "train", *words])
+    command = shlex.join(["loralab", "train", *words])
+    return f"{command}  # {MASK} hides a secret" if any(MASK in word for word in words) else command
 
 
 def _header(study: Study, tables: Sequence[Table], known: Facts) -> str:
@@ -84,7 +79,7 @@ def _tiles(study: Study, tables: Sequence[Table], known: Facts) -> Iterator[str]
     parts += [f"{waiting} running or not started"] if waiting else []
     yield tile(f"{done} of {total}", ", ".join(["trials completed", *parts]), bad=bool(failed))
     if len(tables) > 1:
-        yield tile(f"{len(tables)} sets", "of other data, tasks or metrics: no number of one compares with another's")
+        yield tile(f"{len(tables)} sets", "whose numbers do not compare with each other, for the reason below")
     else:
         yield from _headline(*tables[0])
     if known.seconds:
@@ -96,70 +91,71 @@ def _headline(study: Study, found: Sequence[Row]) -> Iterator[str]:
         yield tile(f"{found[0].mean:.4f}", study.metric)
     best = next((row for row in found if row.best), None)
     if best is not None:
-        lowest = "lowest" if study.mode == "min" else "highest"
-        yield tile(f"{best.mean:.4f}", f"{lowest} mean {study.metric}: {where(study, best)}")
+        yield tile(f"{best.mean:.4f}", f"{study.metric} of the best arm by its intervals: {where(study, best)}")
+    elif len(contenders(found)) > 1:
+        yield tile("no winner", NONE_BEST)
+
+
+def _general(study: Study, tables: Sequence[Table]) -> str:
+    """What is said of all tables together, and of the paper's claims."""
+    words = [*general(study, tables), *(verdict.text for verdict in verdicts(study, tables))]
+    return f"<section>\n{_words(words)}</section>" if words else ""
+
+
+def _words(texts: Iterable[str]) -> str:
+    return "".join(f'<p class="note">{escape(_sentence(text))}</p>\n' for text in texts if text)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
 
 
 def _results(study: Study, found: Sequence[Row], one_of_several: bool) -> str:
     short = short_names(list(study.axes))
     shown = columns(study, found)
-    paper = any(published.published(study, row) for row in found)
     heads = [head(short[axis], axis, key=True) for axis in study.axes]
-    heads += [head(study.metric, "mean and standard deviation over seeds"), '<th aria-label="spread"></th>']
-    heads += [head("published")] if paper else []
+    heads += [
+        head(study.metric, "mean and standard deviation over seeds" if deviates(found) else ""),
+        '<th aria-label="spread"></th>',
+    ]
     heads += [*(head(column.title) for column in shown), head("seeds")]
-    ends = [value for row in found for value in row.scores]
+    ends = [value for row in found for value in _ends(row)]
     scale = (min(ends), max(ends)) if ends else (0.0, 1.0)
     body = []
     for row in found:
         cells = [cell(text, text, "key") for text in row.values.values()]
         cells += [_score_cell(row), _strip_cell(row, *scale)]
-        cells += [cell(published.published(study, row), "")] if paper else []
         cells += [cell(column.text(row), sort_key(column.number(row))) for column in shown]
         cells.append(_seeds_cell(row))
         kind = ' class="best"' if row.best else ""
         body.append(f"<tr{kind}>{''.join(cells)}</tr>")
-    notes = [*(f"Held fixed: {text}." for text in held_fixed(study) if one_of_several), *_notes(study, found, shown)]
-    words = "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes if note)
+    words = [f"Held fixed: {text}" for text in held_fixed(study) if one_of_several]
+    words += [*_notes(study, found, shown), *notes(study, found)]
     title = f"Results: {subject(study)}" if one_of_several else "Results"
-    return f"<section>\n<h2>{escape(title)}</h2>\n{table(heads, body, 'sortable')}\n{words}</section>"
+    return f"<section>\n<h2>{escape(title)}</h2>\n{table(heads, body, 'sortable')}\n{_words(words)}</section>"
 
 
 def _notes(study: Study, found: Sequence[Row], shown: Sequence[Column]) -> Iterator[str]:
     better = "lower" if study.mode == "min" else "higher"
-    counts = sorted({len(row.scores) for row in found})
+    counts = sorted({row.n for row in found})
     n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     titles = {column.title for column in shown}
     if deviates(found):
         yield (
-            f"{study.metric}: mean and sample standard deviation over n = {n} completed seeds; {better} is better. "
+            f"{study.metric}: mean and sample standard deviation over n = {n} seeds; {better} is better. "
             "The strip shows each seed, the mean and one standard deviation, on one scale for all rows."
         )
     else:
-        yield f"{study.metric}: {better} is better" + ("." if study.single else f"; completed seeds: n = {n}.")
-    yield from (_versus_note(study, row) for row in found if row.baseline and VERSUS in titles)
+        yield f"{study.metric}: {better} is better" + ("." if study.single else f"; n = {n}.")
     explained = {
         "bits/param": "Bits per parameter: packed weights and their statistics over the quantized layers' parameters.",
-        "predicted peak": "Predicted: for the largest batch that the data can give; a CPU measures one step's batch.",
-        "peak memory": "Peak memory is the largest over the seeds.",
+        "bits overall": "Bits overall: the same over all of the base's weights, quantized or not.",
+        "peak alone": "Peak alone: predicted for a trial by itself, for the largest batch that the data can give.",
+        "peak memory": "Peak memory is the largest over the seeds; a CPU measures one step's batch.",
         "train s": "Times and speeds are means, and not a benchmark: other processes on the machine count.",
     }
     yield " ".join(text for title, text in explained.items() if title in titles)
     yield from _cut(study)
-    yield from published.notes(study, found)
-    if any(row.packed for row in found):
-        yield "Trials were trained in packs: memory and time are the whole pack's, the same in each."
-    if study.repeats:
-        yield f"Found again and counted once: {study.repeats} repetitions of the same trials."
-
-
-def _versus_note(study: Study, baseline: Row) -> str:
-    return (
-        f"Baseline: {where(study, baseline)}. Arms share data order and initialization seed by seed, so read the "
-        f"paired difference: the mean over the seeds both completed of {study.metric} less the baseline's, with its "
-        "95% interval (Student's t, n - 1 degrees of freedom; not corrected for the number of rows). An interval "
-        "that holds 0 is not a finding; nor is a difference of one seed, which has no interval."
-    )
 
 
 def _cut(study: Study) -> Iterator[str]:
@@ -179,6 +175,12 @@ def _score_cell(row: Row) -> str:
     spread = f' <span class="spread">&plusmn; {row.std:.4f}</span>' if row.std is not None else ""
     best = '<span class="pill">best</span>' if row.best else ""
     return f'<td data-sort="{row.mean!r}">{row.mean:.4f}{spread}{best}</td>'
+
+
+def _ends(row: Row) -> list[float]:
+    """What the row's strip must hold: every seed, and one deviation to either side of the mean."""
+    mean, std = row.mean or 0.0, row.std or 0.0
+    return [*row.scores, mean - std, mean + std] if row.scores else []
 
 
 def _strip_cell(row: Row, low: float, high: float) -> str:
@@ -227,15 +229,17 @@ def _trials(study: Study) -> str:
     short = short_names(list(study.axes))
     keys = [*((short[axis], axis) for axis in study.axes), ("seed", "seed"), ("status", ""), ("trial", "")]
     heads = [head(text, hint, key=True) for text, hint in keys]
-    heads += [head(study.metric), head("files", key=True), head("run it again", key=True)]
+    heads += [head(study.metric), head("steps"), head("ended", key=True)]
+    heads += [head("files", key=True), head("run it again", key=True)]
     body = []
     for trial in study.trials:
-        value = score(trial, study.metric)
+        value, steps = score(trial.record, study.metric), trial.record["time"]["steps"]
         name = str(trial.record["trial"])
         names = name if trial.name in (name, "") else f"{name} in {trial.name}"
         texts = [*(trial.values[axis] for axis in study.axes), trial.seed, trial.status, names]
         cells = [*(cell(text, text, "key") for text in texts)]
         cells.append(cell("-" if value is None else f"{value:.4f}", sort_key(value)))
+        cells += [cell("-" if steps is None else str(steps), sort_key(steps)), cell(ended(trial), "", "key")]
         cells += [
             f'<td class="key">{_files(study, trial)}</td>',
             f'<td class="key"><code>{escape(rerun(trial))}</code>',
@@ -260,7 +264,7 @@ def _config(study: Study) -> str:
     flat = [flatten(trial.record["config"]) for trial in study.trials if trial.record["config"]]
     if not flat:
         return ""
-    shared = [key for key in flat[0] if len({label(config.get(key)) for config in flat}) == 1]
+    shared = [key for key in flat[0] if len({canonical(config.get(key)) for config in flat}) == 1]
     lines = escape("\n".join(f"{key}={label(flat[0][key])}" for key in shared))
     title = "Configuration" if study.single else "Configuration shared by all trials"
     return f"<details><summary>{title}</summary><pre>{lines}</pre></details>"

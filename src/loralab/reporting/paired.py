@@ -10,28 +10,47 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over ``seeds`` of one arm less the other; ``reach``: half the t interval, None for one seed."""
+    """Mean over ``seeds`` of one arm less the other.
+
+    ``n``: independent differences among them, 1 where no seed changes either arm's score; ``reach``: half the
+    t interval and ``p``: of a difference of 0 (two-sided), both None for n = 1.
+    """
 
     seeds: list[str]
+    n: int
     mean: float
     reach: float | None
+    p: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.reach is None else (self.mean - self.reach, self.mean + self.reach)
 
     @property
     def text(self) -> str:
         """``-0.0199 [-0.0703, +0.0305]``."""
-        if self.reach is None:
+        if self.interval is None:
             return f"{self.mean:+.4f}"
-        return f"{self.mean:+.4f} [{self.mean - self.reach:+.4f}, {self.mean + self.reach:+.4f}]"
+        return f"{self.mean:+.4f} [{self.interval[0]:+.4f}, {self.interval[1]:+.4f}]"
 
 
-def paired(scores: Mapping[str, float], baseline: Mapping[str, float]) -> Difference | None:
+def replicates(scores: Mapping[str, float]) -> int:
+    """How many independent scores these are: seeds that change nothing are one measurement, read several times."""
+    return min(1, len(scores)) if len(set(scores.values())) < 2 else len(scores)
+
+
+def paired(scores: Mapping[str, float], baseline: Mapping[str, float], level: float = LEVEL) -> Difference | None:
     """Seed by seed, over the seeds both have; None where they share none."""
     seeds = [seed for seed in baseline if seed in scores]
     gaps = [scores[seed] - baseline[seed] for seed in seeds]
     if not gaps:
         return None
-    reach = t_quantile(len(gaps) - 1) * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
-    return Difference(seeds, statistics.fmean(gaps), reach)
+    n = max(replicates({seed: side[seed] for seed in seeds}) for side in (scores, baseline))
+    if n < 2:
+        return Difference(seeds, n, gaps[0], None)
+    error = statistics.stdev(gaps) / math.sqrt(n)
+    mean = statistics.fmean(gaps)
+    return Difference(seeds, n, mean, t_quantile(n - 1, level) * error, _p(mean, error, n - 1))
 
 
 def t_quantile(freedom: int, level: float = LEVEL) -> float:
@@ -41,6 +60,13 @@ def t_quantile(freedom: int, level: float = LEVEL) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
+
+
+def _p(mean: float, error: float, freedom: int) -> float:
+    """P(|T| >= |mean / error|)."""
+    if mean == 0:
+        return 1.0
+    return max(0.0, 1 - _within(math.atan2(abs(mean), error * math.sqrt(freedom)), freedom))
 
 
 def _within(angle: float, freedom: int) -> float:

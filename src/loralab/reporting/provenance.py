@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from loralab.record import RESULT
-from loralab.reporting.axes import Record, as_number, label, lookup
+from loralab.reporting.axes import Record, canonical, label, lookup, sort_key
 from loralab.reporting.gather import Study
 
 # What a reader asks first; shown where it is one value in all trials.
@@ -34,7 +34,7 @@ def facts(study: Study) -> Facts:
     found = [trial.record for trial in study.trials if trial.record["config"] or trial.ok]
     one: Callable[[str], str] = lambda key: _distinct(lookup(record, key) for record in found)  # noqa: E731
     hardware = " / ".join(text for text in (one("environment.gpu"), one("environment.cpu")) if text)
-    seeds = sorted({trial.seed for trial in study.trials}, key=lambda text: (as_number(text) or 0.0, text))
+    seeds = sorted({trial.seed for trial in study.trials}, key=sort_key)
     header = {
         "when": _when(study),
         "hardware": hardware,
@@ -45,6 +45,7 @@ def facts(study: Study) -> Facts:
         "seeds": ", ".join(seeds),
         "data": one("data.name"),
         "data fingerprint": one("data.fingerprint"),
+        "targets fingerprint": one("data.targets"),
         "rows": one("data.rows"),
         "truncated rows": one("data.truncated"),
         "base": one("base.name"),
@@ -52,8 +53,10 @@ def facts(study: Study) -> Facts:
         "base parameters": _counts(found, "base.parameters"),
         "quantized parameters": _counts(found, "base.quantized_parameters"),
         "device": one("memory.device"),
+        "threads": one("environment.threads"),
         "optimizer": one("optimizer.effective_name") or one("optimizer.name"),
         "Python": one("environment.python"),
+        "commands run in": one("cwd"),
         "memory predicted / measured": _reconciled(found),
     }
     return Facts(header, provenance, _seconds(found))
@@ -83,14 +86,14 @@ def brief(value: Any) -> str:
 def _common(study: Study, found: list[Record]) -> str:
     pairs = []
     for group in _GROUPS:
-        options = {label(record["choices"].get(group)) for record in found}
+        options = {canonical(record["choices"].get(group)) for record in found}
         if len(options) == 1 and group not in study.axes and options != {"null"}:
-            pairs.append(f"{group} = {options.pop()}")
+            pairs.append(f"{group} = {label(found[0]['choices'][group])}")
     for key in _FIXED:
-        values = {label(lookup(record["config"], key)) for record in found}
-        if len(values) == 1 and key not in study.axes and not values & {"null", ""}:
-            value = lookup(found[0]["config"], key)
-            pairs.append(f"{key} = {json.dumps(value) if key in _TEMPLATES else values.pop()}")
+        values = {canonical(lookup(record["config"], key)) for record in found}
+        value = lookup(found[0]["config"], key) if found else None
+        if len(values) == 1 and key not in study.axes and value not in (None, ""):
+            pairs.append(f"{key} = {json.dumps(value) if key in _TEMPLATES else label(value)}")
     return ", ".join(pairs)
 
 

@@ -1,40 +1,40 @@
-"""A paper's numbers beside ours: what a sweep file says under ``sweep.paper``."""
+"""A paper's numbers: what a sweep file says under ``sweep.paper``, or beside it under ``sweep.published``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from loralab.reporting.axes import Record
-from loralab.reporting.gather import Study
-from loralab.reporting.table import Row
-
-
-def published(study: Study, row: Row) -> str:
-    """The paper's values for a row, in the order of its columns; empty where it has none."""
-    return _values(_paper(study), next(iter(row.values.values()), ""))
+Sweep = Mapping[str, Any]
 
 
-def notes(study: Study, found: Sequence[Row]) -> Iterator[str]:
-    """Where the paper's numbers come from, and each of its claims with our means."""
-    paper = _paper(study)
+def values(sweep: Sweep, arm: str) -> list[float]:
+    """The paper's values for an arm, in the order of its columns; empty where it has none."""
+    arms = _said(sweep, "published")
+    found = _listed(arms.get(arm)) if isinstance(arms, Mapping) else []
+    return [float(value) for value in found if isinstance(value, int | float)]
+
+
+def text(sweep: Sweep, arm: str) -> str:
+    """``25.65 / 15.91``."""
+    return " / ".join(f"{value:g}" for value in values(sweep, arm))
+
+
+def claims(sweep: Sweep) -> list[str]:
+    """The order that the paper says its arms are in, as ``nf4_double <= fp4_e3m0``."""
+    return [str(claim) for claim in _listed(_said(sweep, "claims"))]
+
+
+def source(sweep: Sweep) -> str:
+    """Where the numbers come from; empty where there are none."""
+    paper = sweep.get("paper")
     if not paper:
-        return
-    columns = ", ".join(map(str, paper.get("columns") or []))
-    yield f"Published: {paper.get('table', '')}; {paper.get('metric', '')} ({columns}). Another model and other data."
-    ours = {next(iter(row.values.values()), ""): row for row in found}
-    for claim in paper.get("claims") or []:
-        left, _, right = str(claim).partition(" <= ")
-        means = [ours[name].mean if name in ours else None for name in (left, right)]
-        if None in means:
-            yield f"Claim {claim}: not measured here."
-            continue
-        yield (
-            f"Claim {claim}: published {_values(paper, left)} and {_values(paper, right)}; here {means[0]:.4f} and"
-            f" {means[1]:.4f} (means over seeds; no test of the difference)."
-        )
+        return ""
+    columns = ", ".join(map(str, _listed(paper.get("columns"))))
+    return f"Published: {paper.get('table', '')}; {paper.get('metric', '')} ({columns}). Another model and other data."
 
 
-def _paper(study: Study) -> Record:
-    return study.about.get("paper") or {}
+def _listed(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
-def _values(paper: Record, name: str) -> str:
-    return " / ".join(f"{value:g}" for value in (paper.get("published") or {}).get(name, []))
+def _said(sweep: Sweep, key: str) -> Any:
+    return (sweep.get("paper") or {}).get(key) or sweep.get(key)

@@ -10,16 +10,22 @@ from typing import Any
 
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting.axes import lookup
-from loralab.reporting.gather import Study, Trial, reason, study, subject
+from loralab.reporting.gather import Study, Trial, reason, study
+from loralab.reporting.notes import general, notes
 from loralab.reporting.page import page, rerun
 from loralab.reporting.provenance import facts, held_fixed
-from loralab.reporting.table import Table, as_plain, tables, trial_text
-from loralab.reporting.text import markdown, measure, terminal, versus
+from loralab.reporting.rows import Table, tables
+from loralab.reporting.sets import subject
+from loralab.reporting.table import as_plain, ended, trial_text
+from loralab.reporting.text import markdown, measure, terminal
+from loralab.reporting.verdicts import verdicts
 
+# As the record has them: in a pack, memory and time are the pack's, and tokens_per_s is the trial's share.
 _MEASURED = (
-    *("base.bits_per_parameter", "base.bytes", "adapter.trainable_parameters", "optimizer.effective_name"),
-    *("memory.predicted_peak_bytes", "memory.measured_peak_bytes", "time.startup_s", "time.train_s"),
-    *("time.wall_s", "time.steps", "time.tokens", "time.tokens_per_s", "pack.size"),
+    *("base.fingerprint", "base.bits_per_parameter", "base.bits_per_parameter_overall", "base.bytes"),
+    *("data.fingerprint", "data.targets", "adapter.trainable_parameters", "optimizer.effective_name"),
+    *("memory.device", "memory.alone_peak_bytes", "memory.predicted_peak_bytes", "memory.measured_peak_bytes"),
+    *("time.startup_s", "time.train_s", "time.wall_s", "time.steps", "time.tokens", "time.tokens_per_s", "pack.size"),
 )
 
 
@@ -63,7 +69,7 @@ def write_text(path: Path, text: str) -> Path:
 def _csv(gathered: Study) -> str:
     """One line per trial, whatever became of it."""
     metrics = list(dict.fromkeys(name for trial in gathered.trials for name in trial.record["metrics"]))
-    head = ["trial", "folder", *gathered.axes, "seed", "status", *metrics, *_MEASURED, "error"]
+    head = ["trial", "folder", *gathered.axes, "seed", "status", *metrics, *_MEASURED, "ended", "error"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(head)
@@ -71,7 +77,8 @@ def _csv(gathered: Study) -> str:
         record = trial.record
         line: list[Any] = [record["trial"], trial.name, *(trial.values[axis] for axis in gathered.axes)]
         line += [trial.seed, trial.status, *(record["metrics"].get(name) for name in metrics)]
-        line += [*(lookup(record, key) for key in _MEASURED), "" if trial.ok else reason(trial)]
+        line += [*(lookup(record, key) for key in _MEASURED)]
+        line += [ended(trial), "" if trial.ok else reason(trial)]
         writer.writerow(line)
     return out.getvalue()
 
@@ -84,7 +91,9 @@ def _json(gathered: Study, found: list[Table]) -> dict[str, Any]:
         "metric": gathered.metric,
         "metric_mode": gathered.mode,
         "held_fixed": held_fixed(gathered),
-        "rows": [{"set": subject(part), **as_plain(part, row)} for part, rows in found for row in rows],
+        "notes": [*general(gathered, found), *(note for part, rows in found for note in notes(part, rows))],
+        "arms": [as_plain(part, row) for part, rows in found for row in rows],
+        "claims": [verdict.plain() for verdict in verdicts(gathered, found)],
         "trials": [_trial(trial) for trial in gathered.trials],
     }
 
@@ -100,6 +109,9 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "error": None if trial.ok else reason(trial),
         "metrics": record["metrics"],
         **{key: lookup(record, key) for key in _MEASURED},
+        "stopped_early": record.get("stopped_early"),
+        "ended": ended(trial),
+        "environment": record["environment"],
         "overrides": record["overrides"],
     }
 
@@ -109,7 +121,9 @@ def _markdown(gathered: Study, found: list[Table]) -> str:
     lines = [f"# {gathered.name}", "", *([gathered.question, ""] if gathered.question else [])]
     for part, rows in found:
         lines += [f"## {subject(part)}", ""] if len(found) > 1 else []
-        lines += [f"{measure(part, rows)}.", "", markdown(part, rows), *(f"- {note}" for note in versus(rows)), ""]
+        lines += [f"{measure(part, rows)}.", "", markdown(part, rows), *(f"- {note}" for note in notes(part, rows)), ""]
+    lines += [f"- {note}" for note in general(gathered, found)]
+    lines += [f"- {verdict.text}" for verdict in verdicts(gathered, found)]
     lines += [f"- held fixed: {text}" for text in held_fixed(gathered)]
     lines += [f"- {term}: {text}" for term, text in {**known.header, **known.provenance}.items() if text]
     troubled = [trial for trial in gathered.trials if not trial.ok]

@@ -169,11 +169,15 @@ def places(title: str, names: Sequence[str]) -> Axis:
 
 
 def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, description: str = "") -> str:
-    """Means with error bars (one standard deviation) over small points for the seeds; lines if ``joined``."""
+    """Means with error bars (one standard deviation) over small points for the seeds.
+
+    ``joined``: x is a number, so lines join the means and each mark is at its value; else the series stand side by
+    side over the name of their place.
+    """
     canvas = Canvas(x, y)
     canvas.frame()
     for index, one in enumerate(series):
-        shift = _shift(index, len(series), canvas, joined)
+        shift = 0.0 if joined else _shift(index, len(series), canvas)
         if joined:
             for run in _unbroken(one.points):
                 middle = [(canvas.px(point.x) + shift, canvas.py(point.mean)) for point in run]
@@ -185,13 +189,13 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, de
 
 
 def scatter(series: Sequence[Series], x: Axis, y: Axis, description: str = "") -> str:
-    """The same points on two continuous axes; marks of other shapes stand side by side."""
+    """The same points on two continuous axes, each mark at its values."""
     canvas = Canvas(x, y)
     canvas.frame()
     for one in series:
         for point in one.points:
             if point is not None:
-                _draw_point(canvas, point, one.colour, canvas.px(point.x) + 7 * (point.shape or 0))
+                _draw_point(canvas, point, one.colour, canvas.px(point.x))
     return canvas.done(description)
 
 
@@ -217,12 +221,13 @@ def line_plot(curves: Sequence[Curve], x: Axis, y: Axis, smooth: float = 0.0, de
 
 
 def strip(values: Sequence[float], mean: float, std: float | None, low: float, high: float) -> str:
-    """A table cell's picture: the seeds, their mean and standard deviation on a scale shared by all rows."""
+    """A table cell's picture: the seeds, their mean and standard deviation on a scale shared by all rows, which holds
+    them all."""
     width, middle = 120.0, 9.0
     spread = (high - low) or 1.0
 
     def at(value: float) -> float:
-        return 6 + (min(max(value, low), high) - low) / spread * (width - 12)
+        return 6 + (value - low) / spread * (width - 12)
 
     parts = [f'<line class="grid" x1="2" x2="{width - 2:g}" y1="{middle}" y2="{middle}"/>']
     if std is not None:
@@ -281,15 +286,15 @@ def _draw_point(canvas: Canvas, point: Point, colour: int, x: float) -> None:
         for end in (low, high):
             canvas.line(x - 4, end, x + 4, end, f"bar {tone}")
     for value in point.values if len(point.values) > 1 else ():
-        where = f'cx="{x + 9:.1f}" cy="{canvas.py(value):.1f}"'
+        where = f'cx="{x:.1f}" cy="{canvas.py(value):.1f}"'
         canvas.parts.append(f'<circle class="seed {tone}" {where} r="2.6"/>')
     canvas.mark(x, canvas.py(point.mean), colour, point.text, shape=point.shape)
 
 
-def _shift(index: int, total: int, canvas: Canvas, joined: bool) -> float:
-    """Pixels to the side, so that error bars of several series do not cover each other."""
+def _shift(index: int, total: int, canvas: Canvas) -> float:
+    """Pixels to the side of a name, so that error bars of several series do not cover each other."""
     room = (canvas.width - LEFT - RIGHT) / max(1, len(canvas.x.ticks))
-    spread = min(7.0, room / (total + 1)) if joined else min(26.0, room * 0.8 / max(1, total))
+    spread = min(26.0, room * 0.8 / max(1, total))
     return (index - (total - 1) / 2) * spread
 
 

@@ -1,72 +1,20 @@
-"""Trials to rows: one row per configuration, averaged over its seeds and nothing else."""
+"""What a row shows: its columns as text and numbers, and the same for results.json."""
 
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from loralab.reporting.axes import identity, lookup, short_names
-from loralab.reporting.gather import Study, Trial, comparable
-from loralab.reporting.paired import Difference, paired
+from loralab.reporting import published
+from loralab.reporting.axes import UNKNOWN, lookup, short_names
+from loralab.reporting.gather import UNSCORED, Study, Trial
+from loralab.reporting.rows import Row, contenders
+from loralab.reporting.sets import subject
 
 MIB, GIB = 2**20, 2**30
 VERSUS = "vs baseline"
+STEPS = "steps"
+NOTICEABLE = 0.01  # by which bits over all weights must differ from the quantized ones' to be shown beside them
 _BROKEN = ("out_of_memory", "diverged")  # counted as failed; each is named below the table
-
-
-@dataclass(frozen=True)
-class Row:
-    """One configuration. ``by_seed``: the metric of each completed seed; ``difference``: to the baseline row."""
-
-    values: dict[str, str]
-    trials: list[Trial]
-    by_seed: dict[str, float]
-    best: bool = False
-    baseline: bool = False
-    difference: Difference | None = None
-
-    @property
-    def scores(self) -> list[float]:
-        return list(self.by_seed.values())
-
-    @property
-    def mean(self) -> float | None:
-        return statistics.fmean(self.scores) if self.scores else None
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over seeds (n - 1); None for fewer than two."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
-
-    @property
-    def ok(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.ok]
-
-    @property
-    def packed(self) -> bool:
-        return any((lookup(trial.record, "pack.size") or 1) > 1 for trial in self.ok)
-
-    def average(self, key: str) -> float | None:
-        """Mean of a record's number over the completed seeds, for example ``time.train_s``."""
-        found = self._numbers(key)
-        return statistics.fmean(found) if found else None
-
-    def largest(self, key: str) -> float | None:
-        """The largest over the seeds: what a machine must have for all of them."""
-        return max(self._numbers(key), default=None)
-
-    def trained(self, key: str) -> float | None:
-        """The mean, where there was any training to measure."""
-        return None if self.average("time.steps") == 0 else self.average(key)
-
-    def measured(self, name: str) -> float | None:
-        """Mean of another metric over the completed seeds."""
-        found = [value for trial in self.trials if (value := score(trial, name)) is not None]
-        return statistics.fmean(found) if found else None
-
-    def _numbers(self, key: str) -> list[float]:
-        found = [lookup(trial.record, key) for trial in self.ok]
-        return [float(value) for value in found if isinstance(value, int | float)]
 
 
 @dataclass(frozen=True)
@@ -78,43 +26,74 @@ class Column:
     number: Callable[[Row], float | None]
 
 
-Table = tuple[Study, list[Row]]
-
-
-def tables(study: Study) -> list[Table]:
-    """A table for each set of trials that may be compared."""
-    return [(part, rows(part)) for part in comparable(study)]
-
-
-def rows(study: Study) -> list[Row]:
-    """One row per configuration in the order of the axes: first the baseline, the first value of every axis."""
-    groups: dict[str, list[Trial]] = {}
-    for trial in study.trials:
-        groups.setdefault(_group(study, trial), []).append(trial)
-    found = [_row(study, trials) for trials in groups.values()]
-    found.sort(key=lambda row: [_position(labels, row.values[axis]) for axis, labels in study.axes.items()])
-    return _mark_best(_compared(found), study.mode)
-
-
-def score(trial: Trial, metric: str) -> float | None:
-    value = trial.record["metrics"].get(metric)
-    return float(value) if trial.ok and isinstance(value, int | float) else None
-
-
 def columns(study: Study, found: Sequence[Row]) -> list[Column]:
-    """The measured columns that any row can fill."""
+    """The columns behind the metric that any row can fill."""
     every = [
         Column(VERSUS, _difference_text, lambda row: row.difference.mean if row.difference else None),
+        Column("published", lambda row: published.text(study.about, _arm(row)) or "-", lambda row: None),
         *(_metric_column(name) for name in _other_metrics(study)),
+        *([Column(STEPS, steps_text, lambda row: row.average("time.steps"))] if _uneven(found) else []),
         _column("bits/param", lambda row: row.average("base.bits_per_parameter"), "{:.3f}".format),
+        *([_column("bits overall", _overall, "{:.3f}".format)] if _partly_quantized(found) else []),
         _column("base size", lambda row: row.average("base.bytes"), memory),
         _column("trainable", lambda row: row.average("adapter.trainable_parameters"), "{:,.0f}".format),
-        _column("predicted peak", lambda row: row.largest("memory.predicted_peak_bytes"), memory),
-        _column("peak memory", lambda row: row.largest("memory.measured_peak_bytes"), memory),
-        _column("train s", lambda row: row.trained("time.train_s"), "{:.1f}".format),
-        _column("tokens/s", lambda row: row.trained("time.tokens_per_s"), "{:,.0f}".format),
+        _column("peak alone", alone, memory),
+        _measured("peak memory", "memory.measured_peak_bytes", memory, max),
+        _measured("train s", "time.train_s", "{:.1f}".format),
+        Column("tokens/s", lambda row: _speed_text(study, row), lambda row: _solo(row, "time.tokens_per_s")),
     ]
-    return [column for column in every if any(column.number(row) is not None for row in found)]
+    return [column for column in every if any(column.text(row) != "-" for row in found)]
+
+
+def alone(row: Row) -> float | None:
+    """The predicted peak of the largest of the row's trials by itself, the same however it ran."""
+    return max((value for trial in row.ok if (value := _alone(trial)) is not None), default=None)
+
+
+def measured(row: Row, key: str, combine: Callable[[list[float]], float] | None = None) -> float | None:
+    """A figure of the process that ran the row: over seeds that ran alone, or of the one pack that ran all of them;
+    None where seeds ran in different packs, whose figures do not compare."""
+    values = row.numbers(key)
+    if not values or (len(row.packs) > 1) or (key.startswith("time.") and not any(row.steps)):
+        return None
+    return (combine or _mean)(values)
+
+
+def pack_size(row: Row) -> int | None:
+    """1 for a row that ran alone; None where its seeds ran in different packs."""
+    if len(row.packs) != 1:
+        return None
+    pack = next(iter(row.packs))
+    return int(pack[0]) if pack else 1
+
+
+def speed(study: Study, row: Row) -> float | None:
+    """Tokens per second: of a trial alone, or of all trials of the row's pack together."""
+    if pack_size(row) == 1:
+        return measured(row, "time.tokens_per_s")
+    pack = next(iter(row.packs)) if len(row.packs) == 1 else None
+    return study.packs.get(pack) if pack and any(row.steps) else None
+
+
+def steps_text(row: Row) -> str:
+    """``60``, ``20 to 60 (2 of 3 stopped early)``."""
+    if not row.steps:
+        return "-"
+    ends = " to ".join(str(step) for step in dict.fromkeys((row.steps[0], row.steps[-1])))
+    return f"{ends} ({row.stopped} of {len(row.ok)} stopped early)" if row.stopped else ends
+
+
+def ended(trial: Trial) -> str:
+    """Why a trial made no more steps; empty for one without a result."""
+    if not trial.ok:
+        return ""
+    early, steps = trial.record.get("stopped_early"), trial.record["time"]["steps"]
+    most = lookup(trial.record["config"], "trainer.max_steps")
+    if isinstance(early, dict):
+        best = early.get("best")
+        value = f"{best:.4f}" if isinstance(best, int | float) else "its best"
+        return f"stopped early at step {early.get('step')} of {most}: {early.get('metric')} was not better than {value}"
+    return "max_steps" if steps == most or steps is None else f"ended at step {steps} of {most}"
 
 
 def seeds_text(row: Row) -> str:
@@ -122,11 +101,10 @@ def seeds_text(row: Row) -> str:
     counts: dict[str, int] = {}
     for trial in row.trials:
         name = "ok" if trial.ok else "failed" if trial.status in _BROKEN else trial.status
+        name = "without a result" if name == UNSCORED else name
         counts[name] = counts.get(name, 0) + 1
-    unscored = sum(trial.seed not in row.by_seed for trial in row.ok)
-    if unscored:
-        counts["of them without the metric"] = unscored
-    return ", ".join(f"{counts[name]} {name}" for name in sorted(counts, key=lambda name: name != "ok"))
+    counted = ", ".join(f"{counts[name]} {name}" for name in sorted(counts, key=lambda name: name != "ok"))
+    return f"{counted}, one score (n = 1)" if row.n < len(row.scores) else counted
 
 
 def score_text(row: Row) -> str:
@@ -150,7 +128,7 @@ def trial_text(study: Study, trial: Trial) -> str:
 def where(study: Study, row: Row) -> str:
     """``quantization = nf4, r = 8``."""
     short = short_names(list(study.axes))
-    known = [f"{short[axis]} = {text}" for axis, text in row.values.items() if text != "?"]
+    known = [f"{short[axis]} = {text}" for axis, text in row.values.items() if text != UNKNOWN]
     return ", ".join(known) or "the only row"
 
 
@@ -159,8 +137,73 @@ def deviates(found: Sequence[Row]) -> bool:
     return any(row.std is not None for row in found)
 
 
+def differs_in_seeds(found: Sequence[Row]) -> bool:
+    """Whether the means are over different seeds, so that they do not compare."""
+    return len({frozenset(row.by_seed) for row in contenders(found)}) > 1
+
+
+def align(titles: list[str], body: list[list[str]], numeric_from: int) -> list[str]:
+    """Lines of equal columns; those between ``numeric_from`` and the last one are set to the right."""
+    table = [titles, *body]
+    widths = [max(len(line[column]) for line in table) for column in range(len(titles))]
+    last = len(titles) - 1
+
+    def cell(text: str, column: int) -> str:
+        right = numeric_from < column < last
+        return text.rjust(widths[column]) if right else text.ljust(widths[column])
+
+    lines = ["  ".join(cell(text, column) for column, text in enumerate(line)) for line in table]
+    return [lines[0], "-" * len(lines[0].rstrip()), *lines[1:]]
+
+
+def as_plain(study: Study, row: Row) -> dict[str, Any]:
+    """An arm for results.json. ``n``: independent scores; ``pack_size``: None where seeds ran in different packs."""
+    return {
+        "set": subject(study),
+        "name": where(study, row),
+        "values": row.values,
+        "metric": study.metric,
+        "mean": row.mean,
+        "std": row.std,
+        "n": row.n,
+        "scores": row.scores,
+        "best": row.best,
+        "baseline": row.baseline,
+        "difference": _plain_difference(row),
+        "published": published.values(study.about, _arm(row)),
+        "steps": row.steps,
+        "stopped_early": row.stopped,
+        "bits_per_parameter": row.average("base.bits_per_parameter"),
+        "bits_per_parameter_overall": row.average("base.bits_per_parameter_overall"),
+        "base_bytes": row.average("base.bytes"),
+        "trainable_parameters": row.average("adapter.trainable_parameters"),
+        "alone_peak_bytes": alone(row),
+        "pack_size": pack_size(row),
+        "measured_peak_bytes": measured(row, "memory.measured_peak_bytes", max),
+        "train_s": measured(row, "time.train_s"),
+        "tokens_per_s": speed(study, row),
+        "seeds": [trial.seed for trial in row.trials],
+        "statuses": [trial.status for trial in row.trials],
+        "trials": [trial.record["trial"] for trial in row.trials],
+    }
+
+
+def _plain_difference(row: Row) -> dict[str, Any] | None:
+    """``low`` and ``high``: the 95% interval of the mean paired difference."""
+    if row.difference is None:
+        return None
+    one = row.difference
+    low, high = one.interval or (None, None)
+    return {"mean": one.mean, "low": low, "high": high, "p": one.p, "n": one.n, "seeds": one.seeds}
+
+
 def _difference_text(row: Row) -> str:
     return "baseline" if row.baseline else row.difference.text if row.difference else "-"
+
+
+def _arm(row: Row) -> str:
+    """The value of the first axis, by which a paper's arms are named."""
+    return next(iter(row.values.values()), "")
 
 
 def _other_metrics(study: Study) -> list[str]:
@@ -181,91 +224,51 @@ def _column(title: str, number: Callable[[Row], float | None], show: Callable[[f
     return Column(title, text, number)
 
 
-def _group(study: Study, trial: Trial) -> str:
-    if trial.record["config"]:
-        return identity(trial.record)
-    alike = (other for other in study.trials if other.record["config"] and _same_place(study, trial, other))
-    twin = next(alike, None)
-    return identity(twin.record) if twin else repr([trial.values[axis] for axis in study.axes])
+def _measured(
+    title: str, key: str, show: Callable[[float], str], combine: Callable[[list[float]], float] | None = None
+) -> Column:
+    """A pack's figure says so, and is sorted nowhere: it compares with no other."""
+    return Column(
+        title, lambda row: _packed(row, measured(row, key, combine), show), lambda row: _solo(row, key, combine)
+    )
 
 
-def _same_place(study: Study, one: Trial, other: Trial) -> bool:
-    return "?" not in one.values.values() and all(one.values[a] == other.values[a] for a in study.axes)
+def _packed(row: Row, value: float | None, show: Callable[[float], str]) -> str:
+    if value is None:
+        return "-"
+    size = pack_size(row)
+    return show(value) if size == 1 else f"{show(value)} (pack of {size})"
 
 
-def _row(study: Study, trials: list[Trial]) -> Row:
-    by_seed = {trial.seed: value for trial in trials if (value := score(trial, study.metric)) is not None}
-    return Row({axis: trials[0].values[axis] for axis in study.axes}, trials, by_seed)
+def _speed_text(study: Study, row: Row) -> str:
+    return _packed(row, speed(study, row), "{:,.0f}".format)
 
 
-def _position(labels: list[str], value: str) -> int:
-    return labels.index(value) if value in labels else len(labels)
+def _solo(row: Row, key: str, combine: Callable[[list[float]], float] | None = None) -> float | None:
+    return measured(row, key, combine) if pack_size(row) == 1 else None
 
 
-def _compared(found: list[Row]) -> list[Row]:
-    """Every row less the first that has a result, seed by seed."""
-    first = next((row for row in found if row.scores), None)
-    if first is None or len(found) < 2:
-        return found
-    return [
-        replace(row, baseline=True) if row is first else replace(row, difference=paired(row.by_seed, first.by_seed))
-        for row in found
-    ]
+def _alone(trial: Trial) -> float | None:
+    """Records of older versions have it of trials that ran alone."""
+    own = lookup(trial.record, "memory.alone_peak_bytes")
+    if own is None and (lookup(trial.record, "pack.size") or 1) == 1:
+        own = lookup(trial.record, "memory.predicted_peak_bytes")
+    return float(own) if isinstance(own, int | float) else None
 
 
-def _mark_best(found: list[Row], mode: str) -> list[Row]:
-    """The best mean, where it is one of several seeds: a single run's may be its luck."""
-    means = [row.mean for row in found if row.mean is not None]
-    if len(means) < 2:
-        return found
-    best = min(means) if mode == "min" else max(means)
-    return [replace(row, best=row.mean == best and len(row.scores) > 1) for row in found]
+def _overall(row: Row) -> float | None:
+    return row.average("base.bits_per_parameter_overall")
 
 
-def align(titles: list[str], body: list[list[str]], numeric_from: int) -> list[str]:
-    """Lines of equal columns; those between ``numeric_from`` and the last one are set to the right."""
-    table = [titles, *body]
-    widths = [max(len(line[column]) for line in table) for column in range(len(titles))]
-    last = len(titles) - 1
-
-    def cell(text: str, column: int) -> str:
-        right = numeric_from < column < last
-        return text.rjust(widths[column]) if right else text.ljust(widths[column])
-
-    lines = ["  ".join(cell(text, column) for column, text in enumerate(line)) for line in table]
-    return [lines[0], "-" * len(lines[0].rstrip()), *lines[1:]]
+def _partly_quantized(found: Sequence[Row]) -> bool:
+    pairs = [(row.average("base.bits_per_parameter"), _overall(row)) for row in found]
+    return any(own and whole and abs(whole - own) > NOTICEABLE * own for own, whole in pairs)
 
 
-def as_plain(study: Study, row: Row) -> dict[str, Any]:
-    """A row for results.json."""
-    return {
-        "values": row.values,
-        "metric": study.metric,
-        "mean": row.mean,
-        "std": row.std,
-        "n": len(row.scores),
-        "scores": row.scores,
-        "best": row.best,
-        "baseline": row.baseline,
-        "difference": _plain_difference(row),
-        "packed": row.packed,
-        "bits_per_parameter": row.average("base.bits_per_parameter"),
-        "base_bytes": row.average("base.bytes"),
-        "trainable_parameters": row.average("adapter.trainable_parameters"),
-        "predicted_peak_bytes": row.largest("memory.predicted_peak_bytes"),
-        "measured_peak_bytes": row.largest("memory.measured_peak_bytes"),
-        "train_s": row.average("time.train_s"),
-        "tokens_per_s": row.average("time.tokens_per_s"),
-        "seeds": [trial.seed for trial in row.trials],
-        "statuses": [trial.status for trial in row.trials],
-        "trials": [trial.record["trial"] for trial in row.trials],
-    }
+def _uneven(found: Sequence[Row]) -> bool:
+    """Whether trials differ in how far they trained."""
+    return any(row.stopped for row in found) or len({step for row in found for step in row.steps}) > 1
 
 
-def _plain_difference(row: Row) -> dict[str, Any] | None:
-    """``low`` and ``high``: the 95% interval of the mean paired difference."""
-    if row.difference is None:
-        return None
-    mean, reach, seeds = row.difference.mean, row.difference.reach, row.difference.seeds
-    ends = (None, None) if reach is None else (mean - reach, mean + reach)
-    return {"mean": mean, "low": ends[0], "high": ends[1], "n": len(seeds), "seeds": seeds}
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,15 +1,16 @@
 """The results as plain text: for a terminal, and in Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from textwrap import wrap
 
 from loralab.reporting.axes import short_names
-from loralab.reporting.gather import Study, reason, subject
+from loralab.reporting.gather import Study, reason
+from loralab.reporting.notes import general, notes
+from loralab.reporting.rows import Row, Table
+from loralab.reporting.sets import subject
 from loralab.reporting.table import (
     VERSUS,
     Column,
-    Row,
-    Table,
     align,
     columns,
     deviates,
@@ -18,10 +19,14 @@ from loralab.reporting.table import (
     trial_text,
     where,
 )
+from loralab.reporting.verdicts import verdicts
 
 WIDTH = 100
 # Columns that go first when the terminal is narrow.
-_EXPENDABLE = ("predicted peak", "tokens/s", "base size", "peak memory", "trainable", "train s", "bits/param")
+_EXPENDABLE = (
+    *("tokens/s", "base size", "peak memory", "train s", "trainable", "bits overall", "peak alone", "bits/param"),
+    "published",
+)
 
 
 def terminal(study: Study, tables: Sequence[Table], width: int = WIDTH) -> str:
@@ -31,30 +36,16 @@ def terminal(study: Study, tables: Sequence[Table], width: int = WIDTH) -> str:
         if len(tables) > 1:
             lines += ["", *wrapped(subject(part), width)]
         lines += [*wrapped(measure(part, found), width), "", *_fit(part, found, width)]
-    notes = [*_notes(study, tables)]
-    notes += [f"{trial.status}: {trial_text(study, trial)}: {reason(trial)}" for trial in study.broken]
-    lines += ["", *(line for note in notes for line in wrapped(note, width, "  "))] if notes else []
+        lines += _said(notes(part, found), width)
+    said = [*general(study, tables), *(verdict.text for verdict in verdicts(study, tables))]
+    said += [f"{trial.status}: {trial_text(study, trial)}: {reason(trial)}" for trial in study.broken]
+    lines += _said(said, width)
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def _notes(study: Study, tables: Sequence[Table]) -> Iterator[str]:
-    every = [row for _, found in tables for row in found]
-    if len(tables) > 1:
-        yield "The tables are of other data, tasks or metrics; their numbers cannot be compared."
-    yield from versus(every)
-    if any(row.packed for row in every):
-        yield "(p) trained in a pack: memory and time are the pack's"
-    if study.repeats:
-        yield f"{study.repeats} repeated: the same trial counts once"
-
-
-def versus(found: Sequence[Row]) -> Iterator[str]:
-    """How to read the differences, where there are any."""
-    differences = [row.difference for row in found if row.difference]
-    if any(one.reach is not None for one in differences):
-        yield f"{VERSUS}: mean paired difference over shared seeds [95% t interval]; one that holds 0 is no finding"
-    elif differences:
-        yield f"{VERSUS}: difference of one seed; it has no interval, so it is no finding yet"
+def _said(texts: Iterable[str], width: int) -> list[str]:
+    lines = [line for text in texts for line in wrapped(text, width, "  ")]
+    return ["", *lines] if lines else []
 
 
 def markdown(study: Study, found: Sequence[Row]) -> str:
@@ -70,7 +61,7 @@ def measure(study: Study, found: Sequence[Row]) -> str:
     """What the metric's column holds."""
     better = "lower" if study.mode == "min" else "higher"
     spread = ": mean +- standard deviation over seeds" if deviates(found) else ""
-    marked = ", * is the best mean" if any(row.best for row in found) else ""
+    marked = ", * is separated from every other row" if any(row.best for row in found) else ""
     return f"{study.metric}{spread}, {better} is better{marked}"
 
 
@@ -82,9 +73,7 @@ def wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 def _measured(row: Row, shown: Sequence[Column]) -> list[str]:
     """The cells behind the axes."""
-    packs = ("peak memory", "train s", "tokens/s") if row.packed else ()
-    cells = [column.text(row) + (" (p)" if column.title in packs else "") for column in shown]
-    return [score_text(row) + (" *" if row.best else ""), *cells, seeds_text(row)]
+    return [score_text(row) + (" *" if row.best else ""), *(column.text(row) for column in shown), seeds_text(row)]
 
 
 def _fit(study: Study, found: Sequence[Row], width: int) -> list[str]:

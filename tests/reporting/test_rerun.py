@@ -1,0 +1,43 @@
+"""The command beside a trial runs that very trial: its words compose to the same id."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from loralab import record
+from loralab.config import compose, plain, trial_id
+from loralab.reporting.gather import study
+from loralab.reporting.page import rerun
+from loralab.words import Words, quoted
+
+SWEPT = [
+    ["+sweeps=quickstart", "quantization=nf4_double", "adapter.r=8", "seed=1"],
+    ["+sweeps=paper/qlora_table2", "quantization=fp4_e3m0", "seed=0"],
+    ["data=files", "data.train=a b.jsonl", "data.validation=v.jsonl", "data.prompt={q} ", "data.target={a}"],
+    ["data=files", "data.train=a.jsonl", "data.validation=v.jsonl", "data.prompt=it's {q}\\n", "data.target={a}"],
+    ["adapter.target_modules=[q_proj,v_proj]", "seed=1700000000000"],
+    ["optimizer.lr=1e-3", "++trainer.max_steps=7", "+adapter.rank_pattern={q_proj:4}"],
+]
+
+
+@pytest.mark.parametrize("words", SWEPT, ids=lambda words: words[-1])
+def test_the_shown_command_composes_to_the_trial_beside_it(tmp_path, words):
+    """The shell takes its quotes, loralab parses the words: what is left is what the record was made of."""
+    given = quoted(words)
+    config = compose(words)
+    made = record.blank(
+        trial_id(config), config=plain(config), overrides=given, seed=config.seed, choices={"quantization": "x"}
+    )
+    record.write(tmp_path, {**made, "status": "completed", "metrics": {config.metric: 1.0}})
+    (trial,) = study(tmp_path).trials
+    command, subcommand, *rest = shlex.split(rerun(trial), comments=True)
+    assert (command, subcommand) == ("loralab", "train")
+    assert trial_id(compose(Words.parse(["train", *rest]).overrides())) == made["trial"]
+
+
+def test_a_hidden_secret_is_said_to_be_missing(tmp_path):
+    made = record.blank("a", config={"seed": 0}, overrides=["logger.api_key=abc"], seed=0)
+    record.write(Path(tmp_path), {**made, "status": "failed"})
+    (trial,) = study(tmp_path).trials
+    assert rerun(trial) == "loralab train 'logger.api_key=***' seed=0  # *** hides a secret"

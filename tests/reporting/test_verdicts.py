@@ -1,0 +1,150 @@
+"""A paper's claims against our arms, in results.json, in Markdown, on the terminal and on the page."""
+
+import json
+from html import unescape
+
+import pytest
+
+from loralab import record
+from loralab.reporting.gather import study
+from loralab.reporting.paired import paired, t_quantile
+from loralab.reporting.report import report
+from loralab.reporting.rows import tables
+from loralab.reporting.verdicts import verdicts
+
+PAPER = {
+    "table": "table 2 of a paper",
+    "metric": "perplexity",
+    "columns": ["mean"],
+    "published": {"none": [20.0], "int8_absmax": [29.48], "nf4_double": [31.07]},
+}
+
+
+@pytest.fixture
+def paper(tmp_path, make_trial):
+    """A sweep over quantization with ``losses`` {scheme: by seed} and ``claims``."""
+    synthetic, write = make_trial
+
+    def build(losses, claims, change=lambda made: None):
+        trials = []
+        for scheme, values in losses.items():
+            for seed, loss in enumerate(values):
+                made = {**synthetic(scheme, 2, seed), "metrics": {"val/loss": loss}}
+                change(made)
+                write(tmp_path / made["trial"], made)
+                trials.append({"trial": made["trial"], "folder": made["trial"]})
+        axes = {"quantization": list(losses), "seed": [0, 1, 2]}
+        record.write_sweep(
+            tmp_path, {"name": "p", "axes": axes, "trials": trials, "paper": {**PAPER, "claims": claims}}
+        )
+        return tmp_path
+
+    return build
+
+
+LOSSES = {"none": [1.0, 2.0, 3.0], "int8_absmax": [1.5, 2.51, 3.49], "nf4_double": [1.51, 2.49, 3.5]}
+
+
+@pytest.mark.parametrize(
+    ("claim", "verdict"),
+    [
+        ("none <= nf4_double", "holds"),
+        ("nf4_double >= none", "holds"),
+        ("nf4_double <= none", "does not hold"),
+        ("int8_absmax <= nf4_double", "cannot tell"),
+        ("none <= fp4", "cannot tell"),
+        ("r has no effect", "cannot tell"),
+    ],
+)
+def test_the_paired_interval_decides(paper, claim, verdict):
+    gathered = study(paper(LOSSES, [claim]))
+    (found,) = verdicts(gathered, tables(gathered))
+    assert (found.claim, found.verdict) == (claim, verdict)
+
+
+def test_estimate_interval_and_p_are_those_of_the_paired_t(paper):
+    done = report(paper(LOSSES, ["none <= nf4_double"]))
+    (claim,) = json.loads(done.files["results.json"].read_text())["claims"]
+    assert set(claim) == {"claim", "verdict", "why", "estimate", "interval", "p", "seeds"}
+    # gaps -0.51, -0.49, -0.50: mean -0.5, standard error 0.01 / sqrt(3), t = -86.6 with 2 degrees of freedom
+    reach = 4.30265 * 0.01 / 3**0.5
+    assert claim["estimate"] == pytest.approx(-0.5)
+    assert claim["interval"] == pytest.approx([-0.5 - reach, -0.5 + reach], rel=1e-5)
+    t2 = 0.5**2 / (0.01**2 / 3)
+    assert claim["p"] == pytest.approx(1 - (t2 / (t2 + 2)) ** 0.5, rel=1e-6)  # the closed form for 2 degrees
+    assert claim["seeds"] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_an_interval_that_ends_at_0_has_p_of_5_percent(seeds):
+    gaps = [0.1 * index for index in range(seeds)]
+    spread = paired(dict(zip("abcdefghij", gaps, strict=False)), dict.fromkeys("abcdefghij"[:seeds], 0.0))
+    at_zero = [gap - spread.mean + spread.reach for gap in gaps]
+    one = paired(dict(zip("abcdefghij", at_zero, strict=False)), dict.fromkeys("abcdefghij"[:seeds], 0.0))
+    assert one.reach == pytest.approx(t_quantile(seeds - 1) * spread.reach / t_quantile(seeds - 1))
+    assert one.p == pytest.approx(0.05, abs=1e-9)
+
+
+def test_an_order_that_contradicts_the_published_one_is_called_so_in_every_form(paper):
+    losses = {"int8_absmax": [22.64] * 3, "nf4_double": [22.00] * 3}
+    done = report(paper(losses, ["int8_absmax <= nf4_double"]))
+    (claim,) = json.loads(done.files["results.json"].read_text())["claims"]
+    assert (claim["verdict"], claim["interval"], claim["p"]) == ("cannot tell", None, None)
+    assert claim["estimate"] == pytest.approx(0.64)
+    forms = [path.read_text() for name, path in done.files.items() if name != "results.csv"]
+    for text in [*forms, done.table]:
+        flat = " ".join(unescape(text).split())
+        assert "22.6400 against 22.0000 here, 29.48 against 31.07 published" in flat
+        assert "the other way round than published" in flat
+        assert "3 seeds give one score: there is no interval" in flat
+
+
+def test_published_values_stand_beside_ours_in_every_form(paper):
+    done = report(paper(LOSSES, []))
+    arms = json.loads(done.files["results.json"].read_text())["arms"]
+    assert [arm["published"] for arm in arms] == [[20.0], [29.48], [31.07]]
+    for text in (done.index.read_text(), done.files["report.md"].read_text(), done.table):
+        assert "31.07" in text
+        assert "Another model and other data" in " ".join(text.split())
+
+
+def test_arms_over_other_targets_or_in_other_environments_are_not_comparable(paper):
+    def other_targets(made):
+        made["data"]["targets"] = ("a" if made["choices"]["quantization"] == "none" else "b") * 16
+
+    def other_torch(made):
+        made["environment"]["versions"]["torch"] = "2.12" if made["choices"]["quantization"] == "none" else "2.13"
+
+    for change in (other_targets, other_torch):
+        gathered = study(paper(LOSSES, ["none <= nf4_double"], change))
+        (found,) = verdicts(gathered, tables(gathered))
+        assert found.verdict == "not comparable"
+        assert found.estimate is None
+
+
+def test_a_second_axis_gives_a_verdict_for_each_of_its_values(tmp_path, make_trial):
+    synthetic, write = make_trial
+    for scheme in ("none", "nf4_double"):
+        for r in (2, 8):
+            for seed in (0, 1, 2):
+                made = synthetic(scheme, r, seed)
+                write(tmp_path / made["trial"], made)
+    axes = {"quantization": ["none", "nf4_double"], "adapter.r": [2, 8]}
+    trials = [{"trial": path.name, "folder": path.name} for path in record.find(tmp_path)]
+    record.write_sweep(tmp_path, {"name": "p", "axes": axes, "trials": trials, "claims": ["none <= nf4_double"]})
+    gathered = study(tmp_path)
+    assert [one.claim for one in verdicts(gathered, tables(gathered))] == [
+        "none <= nf4_double (2)",
+        "none <= nf4_double (8)",
+    ]
+
+
+@pytest.mark.parametrize("claims", ["none <= nf4_double", ["none <= nf4_double"]])
+def test_a_sweep_file_may_name_one_claim_and_odd_values_are_left_out(paper, claims):
+    root = paper(LOSSES, claims)
+    sweep = record.read_sweep(root)
+    sweep["paper"]["published"] = {"none": 20.0, "nf4_double": ["not printed", 31.07]}
+    record.write_sweep(root, sweep)
+    result = json.loads(report(root).files["results.json"].read_text())
+    assert [claim["verdict"] for claim in result["claims"]] == ["holds"]
+    assert [arm["published"] for arm in result["arms"]] == [[20.0], [], [31.07]]
