@@ -95,8 +95,8 @@ class Sequences:
         self._add(shape, _decoder_mask(given, model))
         if before is not None and str(before) != str(self._found[shape]):
             raise ConfigError(
-                f"quantization: encoder and decoder both have {shape[0]} rows of {shape[1]} positions, padded otherwise,"
-                " so that a layer cannot tell which of them it sees, and scales of activations are taken without"
+                f"quantization: encoder and decoder both have {shape[0]} rows of {shape[1]} positions, padded otherwise"
+                ", so that a layer cannot tell which of them it sees, and scales of activations are taken without"
                 " padding; valid: one position less in one of them, or a scheme that quantizes weights only"
             )
         return changed
