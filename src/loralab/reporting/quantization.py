@@ -188,7 +188,7 @@ def _figures(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _scatter(rows: Rows, key: str, title: str, caption: str) -> tuple[str, str]:
     bits = [row["bits_per_parameter"] for row in rows.values()]
     spread = [row[key] + side * (row.get("loss_change_se") or 0.0) for row in rows.values() for side in (-1, 1)]
-    ticks = [(at, f"{at:g}") for at in (4, 4.25, 4.5, 5, 6, 8)]
+    ticks = [(at, f"{at:g}") for at in (4, 4.25, 4.5, 5, 6, 8, 16, 24)]
     low, high = min([4.0, *bits]) / 1.04, max([8.0, *bits]) * 1.04
     series = []
     for hue, family in enumerate(FAMILIES):
