@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from loralab.adapters.sites import Share
 from loralab.errors import ConfigError
+from loralab.forward import Forward
 from loralab.numerics import int8_product
 from loralab.quantization.int8_product import Int8Product
 from loralab.quantization.llm_int8 import LLMInt8
@@ -89,6 +91,24 @@ def test_flat_rows_and_rows_padded_on_the_left_are_told_apart(quantized, scheme)
     found = model(**left).logits
     for number, row in enumerate(rows):
         assert_same(found[number, 9 - len(row) :], right[number, : len(row)])
+
+
+@pytest.mark.parametrize("unpad", [True, False], ids=["flat", "padded"])
+@pytest.mark.parametrize("scheme", ["absmax", "zeropoint_vector_decomposed", "llm_int8"])
+@torch.no_grad()
+def test_a_trials_losses_are_those_of_its_rows_one_by_one(quantized, scheme, unpad):
+    model, _ = quantized("llama", scheme)
+    rows, owner = ragged(4), nn.Identity()
+    forward = Forward(model, "causal_lm", unpad)
+
+    def loss(own):
+        made = batch(own, max(map(len, own)))
+        labels = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
+        return float(forward(made, labels, [Share(owner, len(own))])[0][0])
+
+    together = loss(rows)
+    assert forward.way.unpadded is unpad
+    assert together == pytest.approx(sum(loss([row]) for row in rows), rel=1e-6)
 
 
 def test_each_sequence_has_a_scale_of_its_own_and_padding_none():

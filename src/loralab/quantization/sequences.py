@@ -134,7 +134,7 @@ def watch(model: nn.Module) -> Sequences:
         made = model.__dict__[KEY] = Sequences()
         model.register_forward_pre_hook(made.begin, with_kwargs=True)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-            model.get_encoder().register_forward_pre_hook(made.encode, with_kwargs=True)
+            model.get_encoder().register_forward_pre_hook(made.encode, with_kwargs=True)  # type: ignore[operator]
     found = cast(Sequences, model.__dict__[KEY])
     for layer in model.modules():
         if isinstance(layer, SequenceLinear):

@@ -132,7 +132,7 @@ def _schemes(result: Mapping[str, Any]) -> str:
     body = []
     for name, row in rows.items():
         cells = [cell(name, name, "key"), *(cell(_text(one, row), sort_key(row.get(one[0]))) for one in shown)]
-        worst = next(iter(row["worst_layers"]), {"layer": "", "relative_rmse": None})
+        worst: dict[str, Any] = next(iter(row["worst_layers"]), {"layer": "", "relative_rmse": None})
         text = f"{worst['layer']} {_number(worst['relative_rmse'], '.2%')}".strip()
         cells.append(cell(text, sort_key(worst["relative_rmse"]), "key"))
         body.append(f"<tr>{''.join(cells)}</tr>")
