@@ -21,7 +21,7 @@ from loralab.quantization.none import NoQuantization
 from loralab.study import Study, StudySpec, study
 from loralab.trainers import TrainerSpec
 
-SPEC = StudySpec(schemes={"nf4": {}}, rows=32, shape=[64, 128])
+SPEC = StudySpec(schemes={"nf4": {}}, rows=32, shape=[64, 128], inputs="normal")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_errors_are_those_of_the_layers_dense_weights(subject):
     row = subject.scheme(quantizer)
     layers = {name: subject.model.get_submodule(name) for name in subject.names}
     weights = {name: dense_weight(layer).double() for name, layer in layers.items()}
-    found = {name: dense_weight(quantizer.convert(layer)).double() for name, layer in layers.items()}
+    found = {name: quantizer.convert(layer).dense(torch.float32).double() for name, layer in layers.items()}
     error = sum(float((found[name] - weights[name]).square().sum()) for name in layers)
     norm = sum(float(weight.square().sum()) for weight in weights.values())
     assert row["relative_rmse"] == pytest.approx(math.sqrt(error / norm), rel=1e-6)
@@ -141,9 +141,14 @@ def test_a_scheme_that_does_not_fit_says_why_and_stops_no_other(make_model, make
         study(SPEC, {"too large": schemes["too large"]}, *rest)
 
 
+def test_a_scheme_that_skips_every_layer_says_so(subject):
+    with pytest.raises(ConfigError, match=r"skip_modules=\['\.\*'\] leaves no layer to quantize"):
+        subject.scheme(FourBit(skip_modules=[".*"]))
+
+
 @pytest.mark.parametrize("kind", outliers.SYNTHETIC)
 def test_synthetic_weights_need_no_model(kind, make_data):
-    spec = StudySpec(schemes={"nf4": {}}, weights=kind, rows=16, shape=[64, 128])
+    spec = StudySpec(schemes={"nf4": {}}, weights=kind, rows=16, shape=[64, 128], inputs="normal")
     found = study(spec, {"nf4": FourBit()}, None, make_data(), TrainerSpec("cpu"), False)
     row = found["schemes"]["nf4"]
     # x is independent of the weights: the error of the product is that of the weights
@@ -168,6 +173,8 @@ def test_quantization_on_the_command_line_is_studied_alone():
         (["study.weights=cauchy"], "study.weights='cauchy' is unknown"),
         (["study.shape=[4]"], "study.shape=[4] must be two numbers"),
         (["study.rows=0"], "study.rows=0 must be at least 1"),
+        (["study.inputs=uniform"], "study.inputs='uniform' is unknown"),
+        (["study.inputs=captured"], "study.inputs=captured needs --evaluate"),
         (["+study.schemes.nf5={}"], "study.schemes.nf5.option='nf5' is unknown; did you mean nf4?"),
         (
             ["+study.schemes.nf4.blok=32"],

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from loralab.data.batches import collate
 from loralab.data.encoding import Encoded
 from loralab.metrics import target_logits
+from loralab.numerics.defined import defined
+from loralab.quantization.sequences import watch
 
 OUTLIER = 6.0  # LLM.int8() (arXiv 2208.07339), section 4.1: |x| >= 6 ...
 POSITIONS, LAYERS = 0.06, 0.25  # ... at 6% of the positions, in a quarter of the layers, is an outlier feature
@@ -23,36 +26,42 @@ class Evaluation:
         self.dense: list[Tensor] = []  # log-probabilities at the targets, on the host
         self.dense_loss = torch.empty(0)
         self.outlier_columns: dict[str, Tensor] = {}
+        self.inputs: dict[str, list[Tensor]] = {}
 
-    def reference(self, names: Sequence[str]) -> dict[str, float]:
-        """The dense model: keeps its outputs, and counts the outliers among the inputs of ``names``."""
-        with Activations(self.model, names) as seen:
+    def reference(self, names: Sequence[str], keep: int = 0) -> dict[str, Any]:
+        """The dense model: keeps its outputs and the inputs of ``names`` for the first ``keep`` tokens, and counts the
+        outliers among these layers' inputs. Its loss; None where ``undefined`` says why."""
+        with Activations(self.model, names, keep) as seen:
             losses = []
             for logits, targets in self.batches():
                 self.dense.append(logits.log_softmax(-1).cpu())
                 losses.append(F.cross_entropy(logits, targets, reduction="none").cpu())
         self.dense_loss = torch.cat(losses).double()
-        self.outlier_columns = seen.share()
-        return {"loss": float(self.dense_loss.mean())}
+        self.outlier_columns, self.inputs = seen.share(), seen.inputs
+        return defined({"loss": float(self.dense_loss.mean())})
 
-    def __call__(self) -> dict[str, float]:
-        """loss, its change with the standard error over targets, KL(dense || this) per target, same first choice."""
+    def __call__(self) -> dict[str, Any]:
+        """loss, its change with the standard error over targets, KL(dense || this) per target, same first choice.
+
+        None where ``undefined`` says why."""
         losses, divergence, agreed = [], 0.0, 0
         for before, (logits, targets) in zip(self.dense, self.batches(), strict=True):
             after = logits.log_softmax(-1).cpu()
             losses.append(F.nll_loss(after, targets.cpu(), reduction="none"))
-            divergence += float((before.exp() * (before - after)).sum(dtype=torch.float64))
+            off = torch.where(before.isneginf(), 0.0, before.exp() * (before - after))  # 0 log 0 is 0
+            divergence += float(off.sum(dtype=torch.float64))
             agreed += int((before.argmax(-1) == after.argmax(-1)).sum())
         loss = torch.cat(losses).double()
         change = loss - self.dense_loss
         n = change.numel()
-        return {
+        found = {
             "loss": float(loss.mean()),
             "loss_change": float(change.mean()),
-            "loss_change_se": float(change.std() / math.sqrt(n)) if n > 1 else math.nan,
+            "loss_change_se": float(change.std() / math.sqrt(n)) if n > 1 else None,
             "kl": divergence / n,
             "same_prediction": agreed / n,
         }
+        return defined(found, {"loss_change_se": "one target"} if n == 1 else None)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(logits (n, V) float32, targets (n,)) of the targets of each batch."""
@@ -91,12 +100,15 @@ class Evaluation:
 
 
 class Activations:
-    """While entered: counts, per input feature of the named layers, the positions with |x| >= 6."""
+    """While entered: counts, per input feature of the named layers, the tokens with |x| >= 6; padding is none."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], keep: int = 0) -> None:
+        """``keep``: of how many tokens the inputs are kept."""
         self.layers = {name: model.get_submodule(name) for name in names}
+        self.sequences, self.keep = watch(model), keep
         self.counts: dict[str, Tensor] = {}
         self.positions: dict[str, int] = {}
+        self.inputs: dict[str, list[Tensor]] = {}  # layer -> (s, in) of each sequence, on the host
 
     def __enter__(self) -> "Activations":
         self.hooks = [layer.register_forward_pre_hook(self._see(name)) for name, layer in self.layers.items()]
@@ -108,12 +120,21 @@ class Activations:
 
     def _see(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-            self.counts[name] = self.counts.get(name, 0) + (x.abs() >= OUTLIER).sum(dim=0).cpu()
-            self.positions[name] = self.positions.get(name, 0) + len(x)
+            x = inputs[0].detach()
+            rows = x.reshape(-1, x.shape[-1])
+            for place in self.sequences.of(x):
+                self._add(name, rows[place])
 
         return hook
 
+    def _add(self, name: str, x: Tensor) -> None:
+        """x (s, in): one sequence."""
+        seen = self.positions.get(name, 0)
+        self.counts[name] = self.counts.get(name, 0) + (x.abs() >= OUTLIER).sum(dim=0).cpu()
+        self.positions[name] = seen + len(x)
+        if seen < self.keep:
+            self.inputs.setdefault(name, []).append(x[: self.keep - seen].cpu().clone())
+
     def share(self) -> dict[str, Tensor]:
-        """{layer: (in,) share of the positions, padding included}."""
+        """{layer: (in,) share of the tokens}."""
         return {name: count / self.positions[name] for name, count in self.counts.items()}

@@ -28,7 +28,7 @@ class Fit:
         self.base, self.pack, self.started, self.progress = base, pack, started, progress
         self.specs, self.trials = [spec for spec, _ in pack], [trial for _, trial in pack]
         self.callbacks = [build() for build in self.specs[0].callbacks.values()] + self.specs[0].memory.callbacks()
-        # outliers are found over a whole batch: there a row's states are not its own
+        # such layers look at whole sequences, which a prefix would show them in parts
         prefix_bytes = self.specs[0].memory.prefix_bytes if self.specs[0].quantization.packable else 0
         lengthened = self.specs[0].memory.spiky_every is not None  # by padding, which shall cost what it costs
         self.module = FineTuner(base.model, self.trials, prefix_bytes, unpad=not lengthened)

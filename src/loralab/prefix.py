@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter
 from loralab.dropout import base_dropout
+from loralab.quantization.sequences import watched
 from loralab.unpadded import mask_of
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class Prefix:
         figure for a pack with a prefix is an upper bound."""
         depth = min(self.depths[index] for index in batches)
         known_rows = all("chosen" in batch for batch in batches.values())
-        if not depth or not known_rows or (self._dropout and self.model.training):
+        if not depth or not known_rows or (self._dropout and self.model.training) or watched(self.model):
             return None
         rows = [row for batch in batches.values() for row in batch["chosen"]]
         if not self.states.budget and len(set(rows)) == len(rows):

@@ -1,11 +1,15 @@
-"""Synthetic weights with and without outliers, and what counts as one."""
+"""Synthetic weights and activations with and without outliers, and what counts as one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from loralab.numerics.defined import defined
+
 SIGMA = 0.02  # a common initialization; relative errors do not depend on it
+OUTLIER = 6.0  # in standard deviations
 NORMAL_MEDIAN = 0.6744897501960817  # median |z| of N(0, 1)
 
 
@@ -49,6 +53,58 @@ SYNTHETIC: dict[str, Callable[[tuple[int, int], Generator], Tensor]] = {
 }
 
 
-def robust_sigma(weight: Tensor) -> float:
-    """Standard deviation of the bulk: median |w| over that of N(0, 1), which outliers do not move."""
-    return float(weight.abs().flatten().float().median()) / NORMAL_MEDIAN
+def activations(rows: int, width: int, random: Generator) -> Tensor:
+    """(rows, width) N(0, 1) with outlier features as LLM.int8() (arXiv 2208.07339), section 4, finds them from 6.7B
+    parameters on: 6 of 4096 features (at least one), each of one sign, at 75% of the tokens between 6 and 60."""
+    x = torch.randn(rows, width, generator=random)
+    features = torch.randperm(width, generator=random)[: max(1, round(width * 6 / 4096))]
+    size = (rows, len(features))
+    loud = 6.0 + 54.0 * torch.rand(size, generator=random)
+    signs = 1.0 - 2.0 * torch.randint(0, 2, size[1:], generator=random)
+    x[:, features] = torch.where(torch.rand(size, generator=random) < 0.75, signs * loud, x[:, features])
+    return x
+
+
+def normal(rows: int, width: int, random: Generator) -> Tensor:
+    """(rows, width) N(0, 1), which never reaches 6."""
+    return torch.randn(rows, width, generator=random)
+
+
+ACTIVATIONS: dict[str, Callable[[int, int, Generator], Tensor]] = {"outlier_features": activations, "normal": normal}
+
+
+def median(values: Tensor) -> float:
+    """The mean of the two middle ones where their number is even; nan of no values."""
+    if not values.numel():
+        return float("nan")
+    return (float(values.median()) - float((-values).median())) / 2
+
+
+def robust_sigma(weight: Tensor) -> float | None:
+    """Standard deviation of the bulk: median |w| over that of N(0, 1), which outliers do not move.
+
+    Of the weights other than 0, so that it is that of what a pruned layer has left; None where there are none."""
+    other = weight[weight != 0].abs().double()
+    return median(other) / NORMAL_MEDIAN if other.numel() else None
+
+
+def census(weight: Tensor) -> dict[str, Any]:
+    """weight (out, in) -> how far it is from a normal distribution of mean 0. None where ``undefined`` says why."""
+    about = {"shape": list(weight.shape)}
+    keys = ("sigma", "zero_share", "max_over_sigma", "share_over_6_sigma", "kurtosis", "loudest_column")
+    sigma, values = robust_sigma(weight), weight.abs().double()
+    if sigma is None:
+        zeros = dict.fromkeys(keys, "every weight is 0")
+        return defined({**about, **dict.fromkeys(keys), "zero_share": 1.0}, zeros)
+    scaled = values / sigma
+    columns = scaled.square().mean(dim=0).sqrt()
+    middle = median(columns)
+    found = {
+        "sigma": sigma,
+        "zero_share": float((values == 0).double().mean()),
+        "max_over_sigma": float(scaled.max()),
+        "share_over_6_sigma": float((scaled > OUTLIER).double().mean()),
+        "kurtosis": float(scaled.pow(4).mean()) / float(scaled.square().mean()) ** 2,  # 3 of a normal one
+        "loudest_column": float(columns.max()) / middle if middle else None,
+    }
+    return defined({**about, **found}, {"loudest_column": "half of the columns are 0"})

@@ -67,7 +67,7 @@ def alone(spec: TrialSpec) -> str:
     if not spec.adapter.packable:
         return f"adapter={spec.adapter.method} cannot share a pass"
     if not spec.quantization.packable:
-        return f"quantization={spec.quantization.name} looks at the whole batch"
+        return f"quantization={spec.quantization.name} looks at whole sequences"
     if spec.memory.alone:
         return spec.memory.alone
     if why := why_alone(spec.model.prepared_config(spec.model.num_labels), spec.model.attn_implementation):

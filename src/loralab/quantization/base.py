@@ -193,7 +193,10 @@ def measure(model: nn.Module) -> BaseSize:
 
 def packed_bytes(layer: nn.Module) -> int:
     """Bytes of one layer's weight as stored, statistics with it, code tables and bias without."""
-    return _bytes(layer.packed() if isinstance(layer, FrozenLinear) else [dense_weight(layer)])
+    if isinstance(layer, FrozenLinear):
+        return _bytes(layer.packed())
+    weight = dense_weight(layer)
+    return weight.numel() * weight.element_size()  # its storage may hold others too
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

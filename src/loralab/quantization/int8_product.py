@@ -1,4 +1,10 @@
-"""The int8 products of LLM.int8()'s table 1 (arXiv 2208.07339) as layers: activations are quantized too."""
+"""The int8 products of LLM.int8()'s table 1 (arXiv 2208.07339) as layers: activations are quantized too.
+
+A scale "per tensor" and outlier columns are those of one sequence (s, in), as the paper has X, and of its tokens alone:
+neither padding nor the rows that share a batch change a result. Decomposed products need the outlier columns of W in 16
+bits, and which columns these are only the input says: so they hold all of W in 16 bits beside its codes, and its bytes
+count (the paper, which counts the columns in use, adds 0.1%).
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +17,7 @@ from loralab.numerics import int8_product
 from loralab.quantization.base import Quantizer, choose
 from loralab.quantization.int8 import Int8Absmax, Int8Linear, Int8ZeroPoint
 from loralab.quantization.linear import FrozenLinear
+from loralab.quantization.sequences import SequenceLinear
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Int8Product(Quantizer):
 
     @property
     def packable(self) -> bool:
-        """Scales per tensor and outlier columns are found over the whole batch."""
+        """Scales per tensor and outlier columns are taken over whole sequences, which a shared pass may take apart."""
         return self.granularity != "tensor" and self.threshold == 0
 
     @property
@@ -48,23 +55,36 @@ class Int8Product(Quantizer):
         )
 
     def storage_bits(self, out_features: int, in_features: int) -> int:
-        return self.weights.storage_bits(out_features, in_features)
+        decomposed = 16 * out_features * in_features if self.threshold else 0
+        return self.weights.storage_bits(out_features, in_features) + decomposed
 
     def pack(self, weight: Tensor, bias: nn.Parameter | None) -> FrozenLinear:
         return Int8ProductLinear(weight, bias, self)
 
 
-class Int8ProductLinear(Int8Linear):
-    """Stored as Int8Linear; the product sees x through int8 as well."""
+class Int8ProductLinear(Int8Linear, SequenceLinear):
+    """Stored as Int8Linear, decomposed ones also as ``sixteen`` (out, in); the product sees x through int8 as well."""
+
+    sixteen: Tensor
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: Int8Product) -> None:
         super().__init__(weight, bias, spec.weights)
         self.spec = spec
         self.scheme = spec.name
+        self.asks = not spec.packable
+        if spec.threshold:
+            self.keep(sixteen=int8_product.in_16_bits(weight).clone())
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        rows, spec = x.reshape(-1, self.in_features), self.spec
         weight = self.unpacked(torch.float32)
-        y = int8_product.product(rows, weight, spec.granularity, spec.zero_point, spec.threshold)
+        if self.asks:
+            y = self.sequences.each(x, self.out_features, lambda own: self._product(own, weight))
+        else:
+            y = self._product(x.reshape(-1, self.in_features), weight)
         y = y if bias is None else y + bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (n, in) -> (n, out) float32."""
+        sixteen, spec = self.sixteen if self.spec.threshold else None, self.spec
+        return int8_product.product(x, weight, spec.granularity, spec.zero_point, spec.threshold, sixteen)

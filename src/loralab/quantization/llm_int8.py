@@ -3,9 +3,11 @@
     y = (codes(x) codes(W)^T) * absmax(x) absmax(W)^T / 127^2  +  x_O W_O^T  +  b
     O = columns of x with any |x| >= threshold
 
-Weights are per row, activations per token, both absmax int8. Training and evaluation compute this alike
-(bitsandbytes' layer does not: on CPUs it is weight-only and has no threshold while training). The gradient is
-straight through: dx = dy W.
+Weights are per row, activations per token, both absmax int8. W_O is what int8 kept of W, as in bitsandbytes, whose
+method this is; the paper's 16 bits for it are in ``int8_product/absmax_vector_decomposed``. O is taken over the tokens
+of one sequence, as the paper has X, and not over a batch and its padding, as bitsandbytes' kernel does: with one row at
+a time the two are equal. Training and evaluation compute this alike (bitsandbytes' layer does not: on CPUs it is
+weight-only and has no threshold while training). The gradient is straight through: dx = dy W.
 """
 
 import math
@@ -19,6 +21,7 @@ from loralab.numerics import absmax
 from loralab.quantization import kernels
 from loralab.quantization.base import Quantizer
 from loralab.quantization.linear import FrozenLinear
+from loralab.quantization.sequences import SequenceLinear
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class LLMInt8(Quantizer):
 
     @property
     def packable(self) -> bool:
-        """Outlier columns are found over the whole batch, so with them a row depends on its neighbours."""
+        """Outlier columns are found over whole sequences, which a shared pass may take apart."""
         return self.threshold == 0
 
     def storage_bits(self, out_features: int, in_features: int) -> int:
@@ -50,7 +53,7 @@ class LLMInt8(Quantizer):
         return LLMInt8Linear(weight, bias, self)
 
 
-class LLMInt8Linear(FrozenLinear):
+class LLMInt8Linear(SequenceLinear):
     """codes (out, in) int8, absmax (out,) float32."""
 
     codes: Tensor
@@ -58,7 +61,7 @@ class LLMInt8Linear(FrozenLinear):
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: LLMInt8) -> None:
         super().__init__(weight, bias, spec.compute_dtype, spec.dequantize)
-        self.threshold = spec.threshold
+        self.threshold, self.asks = spec.threshold, spec.threshold > 0
         self.scheme = f"LLM.int8(), threshold={spec.threshold}"
         codes, scale = absmax.quantize(weight, "row")
         self.keep(codes=codes, absmax=scale)
@@ -70,16 +73,20 @@ class LLMInt8Linear(FrozenLinear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) -> (..., out), scaled here in float32.
 
-        bitsandbytes' int8_mm_dequant goes through float16 on CUDA, and its constant on CPU is 6.200124e-5
-        where
+        bitsandbytes' int8_mm_dequant goes through float16 on CUDA, and its constant on CPU is 6.200124e-5, where
         1 / 127^2 = 6.200012e-5.
         """
+        y = self.sequences.each(x, self.out_features, self._product) if self.asks else self._product(x)
+        if bias is not None:
+            y = y + bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x (..., in), with a threshold one sequence's -> (n, out) float32."""
         rows = x.reshape(-1, self.in_features)
         codes, scale, outliers = kernels.quantize_activations(rows, self.threshold)
         y = kernels.int8_product(codes, self.codes) * (scale[:, None] * (self.absmax / 127.0**2))
         if outliers is not None and outliers.numel():
             columns = absmax.dequantize(self.codes[:, outliers], self.absmax, "row").to(x.dtype)
             y += rows[:, outliers] @ columns.t()
-        if bias is not None:
-            y += bias
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y

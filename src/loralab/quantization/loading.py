@@ -20,6 +20,7 @@ from loralab.errors import ConfigError
 from loralab.quantization.base import Quantizer, linear_shape, quantizable
 from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.none import NoQuantization
+from loralab.quantization.sequences import watch_if_asked
 
 METHOD = "loralab"
 
@@ -43,6 +44,7 @@ def convert_model(model: nn.Module, spec: Quantizer, device: torch.device | str 
         layer = model.get_submodule(name)
         layer = layer if device is None else layer.to(device)
         replace(model, {id(layer): spec.convert(layer, name)})
+    watch_if_asked(model)
     return names
 
 
@@ -123,6 +125,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(frozen, FrozenLinear):
                 frozen.bias = layer.bias  # type: ignore[assignment]  # loaded after the weight, perhaps
             replace(model, {id(layer): frozen.train(layer.training)})
+        watch_if_asked(model)
         self.remove_quantization_config(model)
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):

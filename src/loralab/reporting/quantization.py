@@ -17,13 +17,14 @@ FAMILIES = ("int8 weight-only", "int8 weights and activations", "int4", "fp4", "
 Rows = dict[str, dict[str, Any]]
 Column = tuple[str, str, str, Callable[[float], str]]  # key, title, hint, text
 
+HELD = "packed weights and statistics; decomposed products hold the weights in 16 bits too, for outlier columns"
 COLUMNS: list[Column] = [
-    ("bits_per_parameter", "bits/param", "packed weights and statistics", "{:.4f}".format),
-    ("bytes", "bytes", "packed weights and statistics", memory),
-    ("relative_rmse", "rel. RMSE", "||W' - W|| / ||W||", "{:.2%}".format),
+    ("bits_per_parameter", "bits/param", HELD, "{:.4f}".format),
+    ("bytes", "bytes", HELD, memory),
+    ("relative_rmse", "rel. RMSE", "||W' - W|| / ||W||, W' in float32", "{:.2%}".format),
     ("bulk_relative_rmse", "of the bulk", "the same over weights within 3 sigma", "{:.2%}".format),
     ("snr_db", "SNR dB", "-20 log10 of the relative RMSE", "{:.1f}".format),
-    ("matmul_relative_error", "matmul", "of x W^T with x ~ N(0, 1); activations quantized where so", "{:.2%}".format),
+    ("matmul_relative_error", "matmul", "of x W^T, x as said above; activations quantized where so", "{:.2%}".format),
     ("zeroed_share", "zeroed", "weights other than 0 that become 0", "{:.1%}".format),
     ("loss", "loss", "mean negative log-likelihood of the targets", "{:.4f}".format),
     ("loss_change", "loss change", "against the dense model", "{:+.4f}".format),
@@ -52,8 +53,25 @@ def terminal(result: Mapping[str, Any]) -> str:
     titles = ["scheme", *(title for _, title, _, _ in shown), ""]
     body = [[name, *(_text(column, row) for column in shown), ""] for name, row in rows.items()]
     lines = [f"{subject(result)}", "", *align(titles, body, numeric_from=0)]
-    refused = [f"{name}: {row['error']}" for name, row in result["schemes"].items() if "error" in row]
-    return "\n".join(line.rstrip() for line in [*lines, *([""] if refused else []), *refused])
+    notes = [f"{name}: {row['error']}" for name, row in result["schemes"].items() if "error" in row]
+    notes += [f"- {words}" for words in undefined({**rows, **_dense(result)})]
+    if "inputs" in result:
+        notes.insert(0, f"matmul: error of x W^T, x: {result['inputs']['of']}")
+    return "\n".join(line.rstrip() for line in [*lines, *([""] if notes else []), *notes])
+
+
+def undefined(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which figures are missing, why and whose: a text for each; what is exact (no error, no SNR) has none."""
+    titles = {column[0]: column[1] for column in COLUMNS} | {"layers": "some layers"}
+    whose: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        for key, words in row.get("undefined", {}).items():
+            if not (key == "snr_db" and row["relative_rmse"] == 0):
+                whose.setdefault(f"{titles.get(key, key.replace('_', ' '))}: {words}", []).append(name)
+    return [
+        f"{words} ({'all of them' if len(names) == len(rows) > 1 else ', '.join(names)})"
+        for words, names in whose.items()
+    ]
 
 
 def subject(result: Mapping[str, Any]) -> str:
@@ -88,12 +106,13 @@ def _header(result: Mapping[str, Any]) -> str:
     parameters = next(iter(rows.values()))["weights"]
     tiles = [tile(str(len(rows)), "schemes on the same weights"), tile(f"{parameters:,}", "weights quantized")]
     if "dense" in result:
-        tiles.append(tile(f"{result['dense']['loss']:.4f}", "loss of the dense model"))
+        tiles.append(tile(_number(result["dense"]["loss"], ".4f"), "loss of the dense model"))
     found = result.get("outlier_features")
     facts = {
         "base fingerprint": result.get("fingerprint", ""),
         "data": f"{data['name']} {data['fingerprint']}, {data['rows']} rows" if data else "",
         "outlier features": "" if found is None else f"{len(found)} of the hidden size {found[:12] or ''}",
+        "x of the matmul error": result.get("inputs", {}).get("of", ""),
         "machine": result.get("machine", ""),
         "versions": brief(result.get("versions")),
     }
@@ -113,29 +132,40 @@ def _schemes(result: Mapping[str, Any]) -> str:
     body = []
     for name, row in rows.items():
         cells = [cell(name, name, "key"), *(cell(_text(one, row), sort_key(row.get(one[0]))) for one in shown)]
-        worst = row["worst_layers"][0]
-        cells.append(cell(f"{worst['layer']} {worst['relative_rmse']:.2%}", sort_key(worst["relative_rmse"]), "key"))
+        worst: dict[str, Any] = next(iter(row["worst_layers"]), {"layer": "", "relative_rmse": None})
+        text = f"{worst['layer']} {_number(worst['relative_rmse'], '.2%')}".strip()
+        cells.append(cell(text, sort_key(worst["relative_rmse"]), "key"))
         body.append(f"<tr>{''.join(cells)}</tr>")
     refused = [(name, row["error"]) for name, row in result["schemes"].items() if "error" in row]
     left_out = "".join(f'<p class="note">{escape(name)} is left out: {escape(why)}</p>' for name, why in refused)
-    return table(heads, body, "sortable") + left_out
+    return table(heads, body, "sortable") + left_out + _undefined({**rows, **_dense(result)})
+
+
+def _dense(result: Mapping[str, Any]) -> Rows:
+    return {"dense model": result["dense"]} if "dense" in result else {}
+
+
+def _undefined(rows: Rows) -> str:
+    why = "; ".join(undefined(rows))
+    return f'<p class="note">- is undefined. {escape(why)}.</p>' if why else ""
 
 
 def _layers(result: Mapping[str, Any]) -> str:
     layers: Rows = result["layers"]
-    keys = [key for key in next(iter(layers.values())) if key != "shape"]
+    keys = list(dict.fromkeys(key for found in layers.values() for key in found if key not in ("shape", "undefined")))
     heads = [head("layer", key=True), head("shape"), *(head(key.replace("_", " ")) for key in keys)]
     body = []
     for name, found in layers.items():
         shape = " x ".join(map(str, found["shape"]))
         cells = [cell(name, name, "key"), cell(shape, shape)]
-        cells += [cell(f"{found[key]:.4g}", sort_key(found[key])) for key in keys]
+        cells += [cell(_number(found.get(key), ".4g"), sort_key(found.get(key))) for key in keys]
         body.append(f"<tr>{''.join(cells)}</tr>")
     note = (
-        "sigma: standard deviation of the bulk (median |w| / 0.6745); kurtosis of a normal distribution: 3; loudest"
-        " column: its RMS over the median column's. Activations count where |x| >= 6 (LLM.int8(), section 4)."
+        "sigma: standard deviation of the bulk (median |w| / 0.6745 over weights other than 0); kurtosis: about 0, of a"
+        " normal distribution 3; loudest column: its RMS over the median column's. Activations count where |x| >= 6"
+        " (LLM.int8(), section 4), padding left out."
     )
-    return table(heads, body, "sortable") + f'<p class="note">{note}</p>'
+    return table(heads, body, "sortable") + f'<p class="note">{note}</p>' + _undefined(layers)
 
 
 def _figures(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -143,7 +173,7 @@ def _figures(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if rows:
         caption = "One mark per scheme; up and left is better. 6 dB is half the error."
         yield ("Precision against bits", *_scatter(rows, "snr_db", "SNR of the weights, dB", caption))
-    evaluated = {name: row for name, row in rows.items() if "loss_change" in row}
+    evaluated = {name: row for name, row in rows.items() if row.get("loss_change") is not None}
     if evaluated:
         caption = "One mark per scheme; down and left is better; bars: one standard error over targets, paired."
         yield ("Loss change against bits", *_scatter(evaluated, "loss_change", "change in loss, nats", caption))
@@ -152,13 +182,13 @@ def _figures(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     chosen: list[str] = [name for name in usual if name in rows]
     chosen = chosen or list(rows)[:6]
     if len(result["layers"]) > 1 and chosen:
-        yield ("Error by layer", *_by_layer(rows, chosen))
+        yield ("Error by layer", *_by_layer(rows, chosen, list(result["layers"])))
 
 
 def _scatter(rows: Rows, key: str, title: str, caption: str) -> tuple[str, str]:
     bits = [row["bits_per_parameter"] for row in rows.values()]
-    spread = [row[key] + side * row.get("loss_change_se", 0.0) for row in rows.values() for side in (-1, 1)]
-    ticks = [(at, f"{at:g}") for at in (4, 4.25, 4.5, 5, 6, 8)]
+    spread = [row[key] + side * (row.get("loss_change_se") or 0.0) for row in rows.values() for side in (-1, 1)]
+    ticks = [(at, f"{at:g}") for at in (4, 4.25, 4.5, 5, 6, 8, 16, 24)]
     low, high = min([4.0, *bits]) / 1.04, max([8.0, *bits]) * 1.04
     series = []
     for hue, family in enumerate(FAMILIES):
@@ -198,11 +228,12 @@ def _code_books() -> str:
     return canvas.done("The values of each code book")
 
 
-def _by_layer(rows: Rows, chosen: Sequence[str]) -> tuple[str, str]:
-    curves = [
-        svg.Curve(name, [(float(index), value) for index, value in enumerate(rows[name]["layers"].values())], hue)
-        for hue, name in enumerate(chosen)
-    ]
+def _by_layer(rows: Rows, chosen: Sequence[str], order: Sequence[str]) -> tuple[str, str]:
+    curves = []
+    for hue, name in enumerate(chosen):
+        known = rows[name]["layers"]
+        points = [(float(at), known[layer]) for at, layer in enumerate(order) if known.get(layer) is not None]
+        curves.append(svg.Curve(name, points, hue))
     y = svg.scale("relative RMSE", [value for curve in curves for _, value in curve.rows])
     x = svg.steps("layer, in the model's order", [at for curve in curves for at, _ in curve.rows])
     drawn = svg.legend([(curve.name, curve.colour) for curve in curves]) + svg.line_plot(curves, x, y)
@@ -217,5 +248,9 @@ def _text(column: Column, row: Mapping[str, Any]) -> str:
     value = row.get(column[0])
     if value is None:
         return "-"
-    error = f" +- {row['loss_change_se']:.4f}" if column[0] == "loss_change" and row["loss_change_se"] else ""
+    error = f" +- {row['loss_change_se']:.4f}" if column[0] == "loss_change" and row.get("loss_change_se") else ""
     return column[3](value) + error
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

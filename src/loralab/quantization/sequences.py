@@ -1,0 +1,208 @@
+"""Which positions of a batch are tokens, and of which sequence: what activation scales and outlier columns are over.
+
+LLM.int8() (arXiv 2208.07339, sections 2.1 and 3.2) defines both for the hidden states X (s, h) of one sequence. Taken
+like that, padding sets no scale, and a row's result does not depend on the rows that share its batch.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import pad
+
+from loralab.errors import ConfigError
+from loralab.quantization.linear import FrozenLinear
+
+Place = slice | Tensor  # where the tokens of one sequence are among the positions, flattened
+KEY = "loralab_sequences"
+
+
+class Sequences:
+    """The sequences of the pass under way: a hook on the model reads its masks, layers look up what they see."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, ...], list[Place]] = {}  # leading shape of a layer's input -> its sequences
+        self._rows, self._padded = 0, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sequences":
+        return self  # a copied layer stays on its model
+
+    def of(self, x: Tensor) -> list[Place]:
+        """x (..., in) -> the places of each sequence's tokens in x.reshape(-1, in); padding is nowhere.
+
+        A layer called by itself takes each matrix (s, in) for a sequence. Raises ConfigError where the model has
+        folded its batch so that sequences cannot be told apart."""
+        shape = tuple(x.shape[:-1])
+        if isinstance(x, FakeTensor) or not self._found:
+            return _matrices(x)
+        if shape in self._found:
+            return self._found[shape]
+        if not self._apart(shape):
+            raise ConfigError(
+                f"quantization: a layer with {x.shape[-1]} inputs sees states of shape {tuple(x.shape)}, in a batch of"
+                f" shapes {[own for own in self._found if len(own) == 2]}, so that the sequences, over which scales of"
+                " activations and outlier columns are taken, cannot be told apart; valid: quantization.threshold=0 with"
+                " scales per token (granularity vector or row), another scheme, or the layer in"
+                " quantization.skip_modules"
+            )
+        return _matrices(x)
+
+    def _apart(self, shape: tuple[int, ...]) -> bool:
+        """Whether states of an unknown shape are whole sequences: of a batch without padding, or of no batch at all
+        (1, n), such as a table of relative positions."""
+        if len(shape) == 1 or self._rows == 1:
+            return self._rows == 1 and not self._padded
+        return shape[0] == 1 or (shape[0] == self._rows and not self._padded)
+
+    def each(self, x: Tensor, out_features: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """x (..., in) -> (n, out) float32: ``product`` (s, in) -> (s, out) of every sequence; 0 at padding."""
+        rows, places = x.reshape(-1, x.shape[-1]), self.of(x)
+        if places == [slice(0, len(rows))]:
+            return product(rows)
+        y = torch.zeros(len(rows), out_features, device=x.device)
+        for place in places:
+            y[place] = product(rows[place])
+        return y
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of a whole model: looks at what it is called with.
+
+        An encoder and a decoder of one width get one more column of padding before the encoder, so that a layer's
+        input says by its shape whose positions it holds."""
+        given = _arguments(model, args, kwargs)
+        self._found, self._padded = {}, False
+        decoder = _first(given, "decoder_input_ids", "decoder_inputs_embeds")
+        if decoder is None or isinstance(decoder, FakeTensor):
+            self._see(given)
+            return None
+        changed = None
+        ids = given.get("input_ids")
+        if ids is not None and not args and ids.shape == decoder.shape[:2] and _room(model, ids):
+            mask = given.get("attention_mask")
+            mask = torch.ones_like(ids) if mask is None else mask
+            longer = {"input_ids": pad(ids, (0, 1)), "attention_mask": pad(mask, (0, 1))}
+            given, changed = {**given, **longer}, (args, {**kwargs, **longer})
+        self._see(given)
+        states = given.get("encoder_outputs")
+        if ids is None and states is not None:  # what cross attention reads
+            self._add(states[0].shape[:2], given.get("attention_mask"))
+        shape = tuple(decoder.shape[:2])
+        before = self._found.get(shape)
+        self._add(shape, _decoder_mask(given, model))
+        if before is not None and str(before) != str(self._found[shape]):
+            raise ConfigError(
+                f"quantization: encoder and decoder both have {shape[0]} rows of {shape[1]} positions, padded otherwise"
+                ", so that a layer cannot tell which of them it sees, and scales of activations are taken without"
+                " padding; valid: one position less in one of them, or a scheme that quantizes weights only"
+            )
+        return changed
+
+    def encode(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of an encoder, which generation calls by itself."""
+        self._see(_arguments(encoder, args, kwargs))
+
+    def _see(self, given: Mapping[str, Any]) -> None:
+        ids = _first(given, "input_ids", "inputs_embeds")
+        if ids is not None and not isinstance(ids, FakeTensor):
+            self._add(ids.shape[:2], given.get("attention_mask"))
+
+    def _add(self, shape: Sequence[int], mask: Any) -> None:
+        """Sequences of (rows, T) positions; a mask may reach further back than these (a cache)."""
+        rows, width = shape
+        lengths = getattr(mask, "loralab_lengths", None)
+        if lengths is not None:
+            ends = list(accumulate(lengths))
+            places: list[Place] = [slice(end - own, end) for own, end in zip(lengths, ends, strict=True)]
+        elif isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows and mask.shape[1] >= width:
+            places = _places(mask[:, mask.shape[1] - width :])
+            self._padded |= not bool(mask.all())
+        else:
+            places = [slice(row * width, (row + 1) * width) for row in range(rows)]
+        self._rows = len(places)
+        one_each: list[Place] = [slice(row, row + 1) for row in range(rows)]
+        self._found.update({(rows,): one_each, (rows * width,): places, (1, rows * width): places})
+        self._found[rows, width] = places
+
+
+def watch(model: nn.Module) -> Sequences:
+    """The ``Sequences`` of ``model``, its hooks set at first use; layers that ask for it have it from now on."""
+    if KEY not in model.__dict__:
+        made = model.__dict__[KEY] = Sequences()
+        model.register_forward_pre_hook(made.begin, with_kwargs=True)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+            model.get_encoder().register_forward_pre_hook(made.encode, with_kwargs=True)  # type: ignore[operator]
+    found = cast(Sequences, model.__dict__[KEY])
+    for layer in model.modules():
+        if isinstance(layer, SequenceLinear):
+            layer.sequences = found
+    return found
+
+
+def watch_if_asked(model: nn.Module) -> None:
+    """``watch`` where one of the layers asks."""
+    if any(isinstance(layer, SequenceLinear) and layer.asks for layer in model.modules()):
+        watch(model)
+
+
+def watched(model: nn.Module) -> bool:
+    """Whether a layer of ``model`` looks at whole sequences, so that it must not be shown parts of the batch."""
+    return KEY in model.__dict__
+
+
+class SequenceLinear(FrozenLinear):
+    """A frozen layer whose product may look at all tokens of a sequence."""
+
+    asks = False  # whether it does
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sequences = Sequences()
+
+
+def _first(given: Mapping[str, Any], *names: str) -> Any:
+    return next((given[name] for name in names if given.get(name) is not None), None)
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a call hands over, by name."""
+    named: dict[str, Any] = inspect.signature(module.forward).bind_partial(*args).arguments
+    return {**named, **kwargs}
+
+
+def _room(model: nn.Module, ids: Tensor) -> bool:
+    """Whether the encoder has a position more than these."""
+    return ids.shape[1] < (getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + 1)  # type: ignore[union-attr,arg-type]
+
+
+def _matrices(x: Tensor) -> list[Place]:
+    """x (..., s, in): each matrix a sequence."""
+    count, width = x.numel() // x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
+    if isinstance(x, FakeTensor):
+        return [slice(0, count)]
+    return [slice(start, start + width) for start in range(0, count, max(1, width))]
+
+
+def _places(mask: Tensor) -> list[Place]:
+    """mask (rows, T), 0 at padding -> the places of each row's tokens."""
+    places: list[Place] = []
+    for row, own in enumerate(mask.bool().cpu()):
+        found = own.nonzero().flatten() + row * mask.shape[1]
+        first, last = (int(found[0]), int(found[-1])) if len(found) else (0, -1)
+        whole = last - first + 1 == len(found)
+        places.append(slice(first, last + 1) if whole else found.to(mask.device))
+    return places
+
+
+def _decoder_mask(given: Mapping[str, Any], model: nn.Module) -> Any:
+    """The one that is given, else: pads that nothing follows are padding, but the first position is a start."""
+    ids, mask = given.get("decoder_input_ids"), given.get("decoder_attention_mask")
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if mask is not None or ids is None or padding is None:
+        return mask
+    real = (ids != padding).int()
+    real[:, 0] = 1
+    return real.flip(1).cummax(1).values.flip(1)
