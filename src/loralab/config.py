@@ -58,12 +58,16 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
+def _content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    return plain(config) if isinstance(config, DictConfig) else cast(dict[str, Any], config)
+
+
 def trial_id(config: DictConfig | Mapping[str, Any]) -> str:
     """10 hex digits over all that decides a trial's result: the same packed, alone, in any folder.
 
     ``config``: composed, or plain and resolved.
     """
-    content = plain(config) if isinstance(config, DictConfig) else config
+    content = _content(config)
     try:
         _check_keys(content)
         return identity.trial_id({key: build(content[key], key) for key in identity.USUAL}, content)
@@ -78,7 +82,7 @@ def trial_spec(
     choices: Mapping[str, str] | None = None,
 ) -> "TrialSpec":
     """Every part of ``config`` built and checked. Raises ConfigError with the dotted key that is wrong."""
-    content = plain(config) if isinstance(config, DictConfig) else dict(config)
+    content = _content(config)
     _check_keys(content)
     sweep = content.get("sweep") or {}
     if content["metric_mode"] not in ("min", "max"):

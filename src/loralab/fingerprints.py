@@ -1,7 +1,7 @@
 """What a base, a tokenizer and data files are, by the bytes on disk: known without loading any of them.
 
-Fingerprints are 16 hex digits. A file is hashed whole, once: its digest is kept in the user's cache while its path, size, times
-and inode stay what they were.
+Fingerprints are 16 hex digits. A file is hashed whole, once: its digest is kept in the user's cache while its path,
+size, times and inode stay what they were.
 """
 
 import hashlib

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import PurePath
 from posixpath import normpath
-from typing import Any
+from typing import Any, cast
 
 from loralab.record import SCHEMA, redact
 
@@ -54,7 +54,7 @@ def difference(spec: Any, section: str) -> list[Any] | None:
     own = cls.__module__.partition(".")[0] == "loralab"  # wherever in the package it comes to lie
     name = cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
     names = [one.name for one in fields(spec) if one.name not in ASIDE.get(section, ())]
-    usual = _defaults(cls)
+    usual = _defaults(cast(Any, cls))
     found = {key: _settled(getattr(spec, key), key, section) for key in names}
     differing = {
         key: value for key, value in found.items() if key not in usual or value != _settled(usual[key], key, section)

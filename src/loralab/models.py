@@ -17,7 +17,6 @@ from loralab.adapters.sites import Sites
 from loralab.checkpoints import explained
 from loralab.dropout import key_dropout
 from loralab.errors import ConfigError, nearest
-from loralab.fingerprints import SHIPPED, SHIPPED_FOLDER
 from loralab.quantization import gemm
 from loralab.quantization.base import BaseSize, Quantizer, measure
 from loralab.quantization.loading import convert_model, quantization_config
@@ -25,6 +24,7 @@ from loralab.quantization.loading import convert_model, quantization_config
 log = logging.getLogger(__name__)
 
 TASKS = ("causal_lm", "seq2seq_lm", "sequence_classification")
+SHIPPED, SHIPPED_FOLDER = fingerprints.SHIPPED, fingerprints.SHIPPED_FOLDER
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

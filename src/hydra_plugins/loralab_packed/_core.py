@@ -36,7 +36,7 @@ def launch(
     """A JobReturn for each of ``job_overrides``, in their order. Another's task runs job by job."""
     setup_globals()
     configure_log(master.hydra.hydra_logging, master.hydra.verbose)
-    folder = Path(str(master.hydra.sweep.dir)).absolute()
+    folder = Path(str(master.hydra.sweep.dir))
     if not job_overrides:
         raise ConfigError("the sweep has no trial: an axis has no value; valid: at least one, as in seed=0,1")
     owner: Any = getattr(task_function, "__self__", None)

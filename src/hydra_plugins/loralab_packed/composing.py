@@ -58,9 +58,9 @@ class Composed:
         steering = [self._steers(one) for one in parsed]
         stem = self._stem(name, tuple(word for word, first in zip(words, steering, strict=True) if first))
         config: DictConfig = pickle.loads(stem)
-        values = [one for one, first in zip(parsed, steering, strict=True) if not first]
+        values: list[Any] = [one for one, first in zip(parsed, steering, strict=True) if not first]
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        own = [one for one in parsed if not one.is_hydra_override()]
+        own: list[Any] = [one for one in parsed if not one.is_hydra_override()]
         with open_dict(config.hydra):
             config.hydra.overrides.task = [one.input_line for one in own]
             told = config.hydra.job.config.override_dirname
