@@ -22,7 +22,7 @@ KEPT = {RESULT: "result.stale.json", "metrics.jsonl": "metrics.stale.jsonl", "ad
 def outdated(stored: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     """Why the completed record ``stored`` does not finish the trial of the configuration ``content``; else empty."""
     if changed := [what for what, before, now in _compared(stored, content) if before and now and before != now]:
-        return f"{' and '.join(changed)} {'have' if changed[-1][-1] == 's' else 'has'} changed since"
+        return f"{' and '.join(changed)} since"
     tested = any(key.startswith("test/") for key in stored["metrics"])
     if content["trainer"].get("test") and (stored["data"].get("rows") or {}).get("test") and not tested:
         return "trainer.test was off"
@@ -30,14 +30,14 @@ def outdated(stored: Mapping[str, Any], content: Mapping[str, Any]) -> str:
 
 
 def _compared(stored: Mapping[str, Any], content: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(what, its fingerprint in the record, its fingerprint now or None)."""
+    """(what may be said of it, its fingerprint in the record, its fingerprint now or None)."""
     model = content["model"]
     tokenizer = model.get("tokenizer") or model.get("name_or_path") or ""
     name = model.get("name_or_path") or "model=random"
     return [
-        (f"the weights of {name}", stored["base"].get("fingerprint"), _present(_base, model)),
-        (f"the tokenizer {tokenizer}", stored["data"].get("tokenizer"), _present(_tokenizer, model)),
-        ("the data files", stored["data"].get("source"), _present(_data, content["data"])),
+        (f"the weights of {name} have changed", stored["base"].get("fingerprint"), _present(_base, model)),
+        (f"the tokenizer {tokenizer} has changed", stored["data"].get("tokenizer"), _present(_tokenizer, model)),
+        ("the data files have changed", stored["data"].get("source"), _present(_data, content["data"])),
     ]
 
 
