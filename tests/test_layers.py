@@ -11,7 +11,7 @@ SRC = Path(loralab.__file__).parent
 PLUGIN = SRC.parent / "hydra_plugins"
 FLOORS = [
     {"errors"},
-    {"record", "numerics", "strategy"},
+    {"record", "numerics", "strategy", "fingerprints"},
     {"quantization"},
     {"adapters"},
     {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},
@@ -27,7 +27,8 @@ FLOORS = [
     {"packing", "reporting"},
     {"words", "locks"},
     {"bench"},
-    {"cli", "config", "jobs", "sweep", "workers", "doctor", "hydra_errors", "hydra_plugins", "gpu"},
+    {"cli", "config", "identity", "staleness", "jobs", "sweep", "workers"}
+    | {"doctor", "hydra_errors", "hydra_plugins", "gpu"},
 ]
 FENCES = {
     "bitsandbytes": {"quantization", "optimizers", "bench"},

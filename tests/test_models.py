@@ -36,7 +36,9 @@ def test_a_saved_model_comes_back_from_its_folder(saved, family, quantizer):
     assert again.size.parameters == base.size.parameters
     assert not any(parameter.is_meta for parameter in again.model.parameters())
     if isinstance(quantizer, NoQuantization):
-        assert again.fingerprint == base.fingerprint
+        before, after = dict(models.tensors(base.model)), dict(models.tensors(again.model))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
     else:
         assert again.size.bits_per_parameter == pytest.approx(4.5)
         assert again.size.bytes < base.size.bytes

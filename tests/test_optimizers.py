@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from loralab import optimizers
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
+from loralab.module import FineTuner
 from loralab.optimizers import PAGED_FROM, SCHEDULES, AdamW, Schedule, describe, repage
+from loralab.resuming import Checkpoint
 from loralab.run import Runner
 
 
@@ -76,6 +78,68 @@ def test_trials_of_a_pack_with_flat_state_equal_solo_runs(make_spec, curve, weig
     for ours, theirs in zip(packed, solo, strict=True):
         assert curve(ours.folder) == curve(theirs.folder)
         assert all(map(torch.equal, weights(ours.folder).values(), weights(theirs.folder).values()))
+
+
+def sections(made):
+    return [{key: one[key] for key in ("adapter", "optimizer")} for one in made]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["each", "flat"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw"])
+def test_a_packed_record_has_the_state_of_its_own_trial_as_a_solo_one_has(make_spec, name, flat):
+    def three(prefix):
+        kinds = [LoRA(r=2), LoRA(r=16), LoRA(r=2, target_modules=["q_proj"])]
+        optimizer = AdamW(name, lr=1e-3, flat=flat)
+        return [make_spec(f"{prefix}{i}", adapter=kind, optimizer=optimizer) for i, kind in enumerate(kinds)]
+
+    packed = Runner().run(three("packed"))
+    solo = [Runner().run([spec])[0] for spec in three("solo")]
+    assert sections(packed) == sections(solo)
+    assert len({one["optimizer"]["state_bytes"] for one in packed}) == 3
+    if name == "adamw":  # two moments in float32
+        assert [one["optimizer"]["state_bytes"] for one in packed] == [
+            8 * one["adapter"]["trainable_parameters"] for one in packed
+        ]
+
+
+def test_a_trial_of_a_divided_pack_has_the_state_of_its_own(make_spec, monkeypatch):
+    real = FineTuner.training_step
+
+    def step(self, batches, index):
+        if len(self.trials) > 2 and self.trials[0].step == 1:
+            raise torch.OutOfMemoryError("no room for so many")
+        return real(self, batches, index)
+
+    monkeypatch.setattr(FineTuner, "training_step", step)
+    packed = Runner().run([make_spec(f"packed{r}", adapter=LoRA(r=r)) for r in (2, 4, 8, 16)])
+    solo = [Runner().run([make_spec(f"solo{r}", adapter=LoRA(r=r))])[0] for r in (2, 4, 8, 16)]
+    assert [one["pack"]["size"] for one in packed] == [2] * 4
+    assert sections(packed) == sections(solo)
+
+
+def test_a_trial_continued_from_its_last_step_has_its_state_in_the_record(make_spec, monkeypatch):
+    def spec(name):
+        return make_spec(name, callbacks={"checkpoint": lambda: Checkpoint(None, 1)})
+
+    def broken(*_):
+        raise RuntimeError("gone")
+
+    whole, again = spec("whole"), spec("again")
+    (expected,) = Runner().run([whole])
+    with monkeypatch.context() as patched:
+        patched.setattr(FineTuner, "on_validation_epoch_end", broken)
+        assert Runner().run([again])[0]["status"] == "failed"
+    (done,) = Runner().run([again])
+    assert (done["status"], done["resumed_from"]) == ("completed", 4)
+    assert sections([done]) == sections([expected])
+
+
+def test_state_of_one_value_is_counted_and_shared_tables_once():
+    optimizer = stepped([1, 5000, 5000], "adamw")
+    assert describe(optimizer, "adamw")["state_bytes"] == 8 * 10_001
+    eight = describe(stepped([5000, 5000], "adamw_8bit"), "adamw_8bit")
+    blocks = 2 * 2 * -(-5000 // 256) * 4  # absmax in float32, of two moments of two tensors
+    assert eight["state_bytes"] == 2 * 2 * 5000 + blocks + 2 * 256 * 4  # and one table of codes a moment
 
 
 def test_loading_an_adapter_reaches_its_flat_buffer():

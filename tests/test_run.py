@@ -281,3 +281,15 @@ def test_the_record_counts_what_the_run_did(make_spec, make_data):
             *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
         )
     ]
+
+
+def test_the_record_says_on_how_many_threads_it_was_made(make_spec):
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(Runner().run([make_spec(f"on{count}", max_steps=0)])[0]["environment"]["threads"])
+    finally:
+        torch.set_num_threads(before)
+    assert found == [1, 2]

@@ -1,6 +1,5 @@
 """From a composed Hydra configuration to checked specs: unknown keys and wrong types fail before anything loads."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from loralab import identity
 from loralab.errors import ConfigError, nearest
 from loralab.words import quoted
 
@@ -30,8 +30,6 @@ SPECS = (
     "memory",
     "plan",
 )  # cheapest import first
-VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # they do not change what a trial computes
-ID_LENGTH = 10
 OTHERS = ("callbacks", "seed", "metric", "metric_mode", "sweep")
 
 
@@ -60,26 +58,36 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def trial_id(config: DictConfig) -> str:
-    """10 hex digits over all that decides a trial's result: the same packed, alone, in any folder."""
-    kept = {key: value for key, value in plain(config).items() if key not in VOLATILE}
-    text = json.dumps(kept, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
+def _content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    return plain(config) if isinstance(config, DictConfig) else cast(dict[str, Any], config)
+
+
+def trial_id(config: DictConfig | Mapping[str, Any]) -> str:
+    """10 hex digits over all that decides a trial's result: the same packed, alone, in any folder.
+
+    ``config``: composed, or plain and resolved.
+    """
+    content = _content(config)
+    try:
+        _check_keys(content)
+        return identity.trial_id({key: build(content[key], key) for key in identity.USUAL}, content)
+    except Exception:  # settings of no trial; whoever builds its specs is told what is wrong
+        return identity.unbuilt_id(content)
 
 
 def trial_spec(
-    config: DictConfig,
+    config: DictConfig | Mapping[str, Any],
     folder: Path,
     overrides: list[str] | None = None,
     choices: Mapping[str, str] | None = None,
 ) -> "TrialSpec":
     """Every part of ``config`` built and checked. Raises ConfigError with the dotted key that is wrong."""
-    content = plain(config)
+    content = _content(config)
     _check_keys(content)
     sweep = content.get("sweep") or {}
     if content["metric_mode"] not in ("min", "max"):
         raise ConfigError(f"metric_mode must be min or max, got {content['metric_mode']!r}")
-    if not isinstance(content["seed"], int) or content["seed"] < 0:
+    if not isinstance(content["seed"], int) or isinstance(content["seed"], bool) or content["seed"] < 0:
         raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
     specs = {key: build(content[key], key) for key in SPECS}
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
@@ -87,7 +95,7 @@ def trial_spec(
 
     _check_metric(content["metric"], specs, specs["trainer"].patience is not None)
     return TrialSpec(
-        id=trial_id(config),
+        id=identity.trial_id(specs, content),
         folder=folder,
         seed=content["seed"],
         metric=content["metric"],
@@ -131,6 +139,18 @@ def _check_metric(metric: str, specs: Mapping[str, Any], watched: bool) -> None:
 def build(node: Mapping[str, Any], key: str) -> Any:
     """The spec that ``node`` names in ``_target_``, its fields checked by name and type."""
     cls = _target(node, key)
+    text = json.dumps(node, default=repr)
+    if (cls, key, text) not in _built:
+        if len(_built) > 4096:
+            _built.clear()
+        _built[cls, key, text] = _build(cls, node, key)
+    return _built[cls, key, text]
+
+
+_built: dict[tuple[Any, str, str], Any] = {}  # specs are frozen: the trials of a sweep share those that are equal
+
+
+def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     values = {str(name): value for name, value in node.items() if name != "_target_"}
     if not (isinstance(cls, type) and is_dataclass(cls)):
         raise ConfigError(f"{key}._target_={node['_target_']!r} is not a loralab spec")

@@ -32,7 +32,7 @@ class Fit:
         prefix_bytes = self.specs[0].memory.prefix_bytes if self.specs[0].quantization.packable else 0
         lengthened = self.specs[0].memory.spiky_every is not None  # by padding, which shall cost what it costs
         self.module = FineTuner(base.model, self.trials, prefix_bytes, unpad=not lengthened)
-        self.optimizer: dict[str, Any] = {}  # what came of its state
+        self.optimizers: list[dict[str, Any]] = [{} for _ in pack]  # what came of each trial's state
         self.states: list[optimizers.State | None] = [trial.optimizer_state for trial in self.trials]
 
     def run(self) -> list[Part]:
@@ -57,9 +57,11 @@ class Fit:
         try:
             if any(trial.alive for trial in self.trials):
                 self._train()
+            elif any(trial.optimizer_state for trial in self.trials):  # continued from its last step
+                self._describe(self.module.configure_optimizers()["optimizer"])
             seconds = time.monotonic() - begun
             self._evaluate("val", "validation")
-            if self.specs[0].trainer.test and all(len(trial.data.test) for trial in self.trials):
+            if self.specs[0].trainer.test and any(len(trial.data.test) for trial in self.trials):
                 self._evaluate("test", "test")
         except Exception as error:
             failure = explain(error)
@@ -119,10 +121,17 @@ class Fit:
             raise
         finally:
             if trainer.optimizers:
-                self.optimizer = optimizers.describe(trainer.optimizers[0], spec.optimizer.name)
+                self._describe(trainer.optimizers[0])
+
+    def _describe(self, made: Any) -> None:
+        name = self.specs[0].optimizer.name
+        self.optimizers = [optimizers.describe(made, name, index) for index in range(len(self.pack))]
 
     def _note(self, startup: float, seconds: float) -> None:
-        """Memory, time and optimizer state: the pack's, the same in each record. A profiled step is in no time."""
+        """Memory and time: the pack's, the same in each record; optimizer state: each trial's own.
+
+        A profiled step is in no time.
+        """
         memory: dict[str, Any] = self.specs[0].memory.record()
         left_out: dict[int, int] = {}
         for callback in self.callbacks:
@@ -131,7 +140,7 @@ class Fit:
             seconds -= getattr(callback, "excluded_s", 0.0)
             left_out.update(getattr(callback, "excluded_tokens", {}))
         for index, trial in enumerate(self.trials):
-            trial.record["optimizer"].update(self.optimizer)
+            trial.record["optimizer"].update(self.optimizers[index])
             trial.record["memory"].update(memory)
             trial.seconds += seconds
             trial.untimed += left_out.get(index, 0)
@@ -168,8 +177,7 @@ class Fit:
         value = generation.score(
             base.model, base.tokenizer, trial.adapter, rows, spec.model.task, spec.model.max_length
         )
-        trial.metrics[f"{prefix}/rouge_l"] = value
-        trial.report({f"{prefix}/rouge_l": value})
+        trial.scored({f"{prefix}/rouge_l": value})
 
     def _finish(self, spec: TrialSpec, trial: Trial) -> None:
         entry = trial.record
@@ -179,7 +187,8 @@ class Fit:
             entry["adapter"]["bytes"] = save_adapter(trial.adapter, self.base.model, folder, trial.task, name)
             if spec.adapter.changes_base:
                 self.base.tokenizer.save_pretrained(folder)
-        entry["metrics"] = dict(trial.metrics)
+        if trial.failure is None or trial.validated == trial.step:  # else of an earlier state
+            entry["metrics"] = dict(trial.metrics)
         if trial.stopped and trial.step < trial.settings.max_steps:
             entry["stopped_early"] = {"step": trial.step, "metric": trial.settings.metric, "best": trial.best}
         entry["time"]["wall_s"] = time.monotonic() - self.started

@@ -1,19 +1,18 @@
-"""Load or build a base model, quantized as its weights stream in, and take its fingerprint."""
+"""Load or build a base model, quantized as its weights stream in."""
 
-import hashlib
 import inspect
 import logging
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from loralab import checkpoints
+from loralab import checkpoints, fingerprints
 from loralab.adapters.sites import Sites
 from loralab.checkpoints import explained
 from loralab.dropout import key_dropout
@@ -25,9 +24,8 @@ from loralab.quantization.loading import convert_model, quantization_config
 log = logging.getLogger(__name__)
 
 TASKS = ("causal_lm", "seq2seq_lm", "sequence_classification")
+SHIPPED, SHIPPED_FOLDER = fingerprints.SHIPPED, fingerprints.SHIPPED_FOLDER
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SHIPPED = "loralab/tiny"
-SHIPPED_FOLDER = Path(__file__).parent / "tiny"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -90,6 +88,14 @@ class Pretrained:
                 f"{self._named}: the folder holds no weights (*.safetensors); "
                 "model=random draws some from its config.json"
             )
+
+    def fingerprint(self) -> str | None:
+        """16 hex digits of the weights as they lie on disk; None for a hub id that is not downloaded yet."""
+        return fingerprints.of_pretrained(self.name_or_path)
+
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer's files, likewise."""
+        return fingerprints.of_tokenizer(self.tokenizer or self.name_or_path)
 
     def architecture(self) -> Any:
         """The transformers config: the yaml's own where it has one, else the checkpoint's."""
@@ -185,6 +191,9 @@ class Random(Pretrained):
         if self.name_or_path and not (Path(self.path) / "config.json").is_file():
             raise ConfigError(f"model.name_or_path={self.name_or_path!r}: there is no config.json in that folder")
 
+    def fingerprint(self) -> str | None:
+        return fingerprints.of_random(asdict(self))
+
     def architecture(self) -> Any:
         stored = checkpoints.read_json(Path(self.path) / "config.json") if self.name_or_path else dict(SMALL_LLAMA)
         stored.pop("quantization_config", None)
@@ -238,7 +247,7 @@ class Base:
     model: nn.Module
     tokenizer: Any
     size: BaseSize
-    fingerprint: str
+    fingerprint: str | None  # of the spec; None where it could not be taken
 
     def record(self) -> dict[str, Any]:
         """The ``base`` part of a run record."""
@@ -263,6 +272,7 @@ def load(
     config = spec.prepared_config(num_labels)
     check_window(spec, config)
     dtype: torch.dtype | str = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    before = spec.fingerprint()
     model = spec.weights(config, quantizer, dtype, device)
     checkpoints.refuse_non_finite(spec._named, model)
     if device == "cpu" and quantizer.name != "none":
@@ -272,7 +282,18 @@ def load(
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     prepare(spec, model)
-    return Base(spec, quantizer, model, tokenizer, measure(model), fingerprint(model))
+    return Base(spec, quantizer, model, tokenizer, measure(model), _unchanged(spec, before))
+
+
+def _unchanged(spec: Pretrained, before: str | None) -> str | None:
+    """The fingerprint after loading, which may have downloaded another commit. Raises ConfigError where the files of a
+    folder were written meanwhile."""
+    after = spec.fingerprint()
+    if after != before and fingerprints.local_folder(spec.name_or_path) is not None:
+        raise ConfigError(
+            f"{spec._named}: its files changed while they were read; valid: weights that stay what they are"
+        )
+    return after
 
 
 def prepare(spec: Pretrained, model: nn.Module) -> None:
@@ -315,17 +336,6 @@ def auto_class(task: str) -> Any:
         "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
         "sequence_classification": transformers.AutoModelForSequenceClassification,
     }[task]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """16 hex digits over names, shapes, dtypes and up to 4096 evenly spaced values of every tensor of the base."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors(model):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

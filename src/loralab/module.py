@@ -20,6 +20,8 @@ from loralab.optimizers import restore
 from loralab.prefix import Prefix
 from loralab.trial import Batch, Trial, stack
 
+SPLITS = {"val": "validation", "test": "test"}  # by the prefix of their metrics
+
 
 class FineTuner(LightningModule):
     """Trains the adapters of ``trials`` on ``model``; their batches are stacked along dim 0."""
@@ -134,13 +136,12 @@ class FineTuner(LightningModule):
     def on_validation_epoch_end(self) -> None:
         for trial, scores in zip(self.trials, self._scores, strict=True):
             again = self.split == "val" and trial.validated == trial.step  # one that has ended
-            if trial.failure is None and not again:
+            if trial.failure is None and not again and len(getattr(trial.data, SPLITS[self.split])):
                 values = scores.compute(self.split)
-                trial.metrics.update(values)
-                trial.report(values)
+                trial.scored(values)
                 if self.split == "val":
                     trial.validated = trial.step
-                    if trial.settings.metric in values:
+                    if trial.failure is None and trial.settings.metric in values:
                         trial.judge(values[trial.settings.metric])
                 if len(self.trials) == 1:  # for Lightning's own callbacks, which know no packs
                     self.log_dict(values, logger=False)

@@ -80,8 +80,9 @@ class AdamW:
         fused = {"fused": True} if self.name == TORCH and all(p.device.type == "cpu" for p in buffers) else {}
         optimizer: torch.optim.Optimizer = kind(groups, **fused)
         if self.name in UNPAGED:
-            if doubt := _doubt(buffers):
-                _warn_once(f"optimizer={self.name} pages nothing: {doubt}")
+            for group in groups:
+                if doubt := _doubt(group["params"]):
+                    _warn_once(f"optimizer={self.name} pages nothing: {doubt}")
             _page_after_resume(optimizer)
         return optimizer
 
@@ -171,18 +172,17 @@ class Schedule:
         return at
 
 
-def describe(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Any]:
-    """The ``optimizer`` part of a record: bytes of state, of them in 8 bits and really paged.
+def describe(optimizer: torch.optim.Optimizer, name: str, index: int = 0) -> dict[str, Any]:
+    """The ``optimizer`` part of the record of the trial whose parameter group is ``index``: bytes of its own state, of
+    them in 8 bits and really paged.
 
     All are counted as they are: from the dtype and the ``is_paged`` mark of each state tensor. ``paging`` is off (not
     asked for), on, nothing (asked for, and no tensor is), or not applicable (this machine cannot); ``note`` says why.
     """
-    states = [
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor) and value.numel() > 1
-    ]
+    parameters = optimizer.param_groups[index]["params"]
+    held = [optimizer.state[one] for one in parameters if one in optimizer.state]
+    kept = [value for own in held for key, value in own.items() if isinstance(value, Tensor) and key != "step"]
+    states = list({value.data_ptr(): value for value in kept}.values())  # 8-bit tensors share their tables of codes
     size = sum(value.nbytes for value in states)
     paged = sum(value.nbytes for value in states if getattr(value, "is_paged", False))
     found = {
@@ -197,7 +197,7 @@ def describe(optimizer: torch.optim.Optimizer, name: str) -> dict[str, Any]:
     }
     if name in UNPAGED and not paged:
         found["paging"] = "not applicable" if cannot_page() else "nothing"
-        doubt = _doubt(parameter for group in optimizer.param_groups for parameter in group["params"])
+        doubt = _doubt(parameters)
         found["note"] = f"optimizer={name} paged nothing: {doubt or 'no tensor of its state is marked as paged'}"
         if not doubt:  # else it was told before the first step
             log.warning("%s", found["note"])

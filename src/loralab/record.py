@@ -2,6 +2,7 @@
 
 ``result.json`` holds one trial, ``sweep.json`` lists the trials of a sweep. JSON has no NaN or infinity:
 a number that is not finite is stored as null, and the record's ``status`` and ``error`` say what happened.
+Records of schema 1 have other trial ids (hashes of the whole configuration) and may lack what came later.
 """
 
 import json
@@ -13,30 +14,36 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ArtifactError, DiskError, LoralabError, nearest
+from loralab.errors import ArtifactError, DiskError, DivergedError, LoralabError, nearest
 
-SCHEMA = 1
+SCHEMA = 2  # raised by a changed default of a spec too: it would give an old id to another trial
 STATUSES = ("running", "completed", "failed", "out_of_memory", "diverged", "interrupted", "pruned")
 RESULT = "result.json"
 SWEEP = "sweep.json"
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "base": ("name", "fingerprint", "parameters", "quantized_parameters", "bytes", "bits_per_parameter"),
+    "base": (
+        *("name", "fingerprint", "parameters", "quantized_parameters", "bytes"),
+        *("bits_per_parameter", "bits_per_parameter_overall"),
+    ),
     "adapter": ("method", "trainable_parameters", "bytes", "modules"),
     "optimizer": (
         *("name", "effective_name", "state_bytes"),
         *("eight_bit_bytes", "paged_bytes", "paged_fraction"),
     ),
-    "memory": ("device", "predicted_peak_bytes", "measured_peak_bytes", "by_phase", "spikes"),
+    "memory": (
+        *("device", "alone_peak_bytes", "predicted_peak_bytes", "measured_peak_bytes"),
+        *("by_phase", "spikes"),
+    ),
     "time": ("startup_s", "train_s", "wall_s", "steps", "tokens", "tokens_per_s"),
     "pack": ("size", "index"),
-    "data": ("name", "fingerprint", "targets", "rows", "truncated"),
-    "environment": ("versions", "git", "python", "cpu", "gpu"),
+    "data": ("name", "fingerprint", "targets", "tokenizer", "source", "rows", "truncated"),
+    "environment": ("versions", "git", "python", "cpu", "gpu", "threads"),
 }
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
 _NOT_RUNS = {"adapter", "checkpoints", "report", "wandb"}
 
-_NUMERIC = re.compile(r"(bytes|parameters?|fraction|size|index|steps|tokens|_s|truncated)$")
+_NUMERIC = re.compile(r"(bytes|parameters?|fraction|size|index|steps|tokens|_s|truncated|threads)$")
 
 _SECRET_KEY = re.compile(r"(?i)(^|[_.\-])(api_?key|token|secret|passw(or)?d|credentials?|authorization)$")
 _SPECIAL_TOKEN = re.compile(r"(?i)(^|[_.\-])(pad|eos|bos|unk|sep|cls|mask|prompt|stop|start|end)_token$")
@@ -92,7 +99,23 @@ def read(folder: Path) -> dict[str, Any]:
     _check_schema(path, stored["schema"])
     if stored["status"] not in STATUSES:
         raise ArtifactError(f"{path}: status {stored['status']!r}; {nearest(str(stored['status']), STATUSES)}")
-    return _complete(path, stored)
+    record = _complete(path, stored)
+    if record["status"] == "completed" and (lost := undefined(record)):
+        record.update(status="diverged", error=f"{lost} is not finite", exit_code=DivergedError.exit_code)
+    return record
+
+
+def undefined(record: Mapping[str, Any]) -> str:
+    """The score of a record that is null, because it was not finite: then there is no result. Empty where none is."""
+    metrics = record["metrics"] if isinstance(record["metrics"], Mapping) else {}
+    config = record["config"] if isinstance(record["config"], Mapping) else {}
+    watched = [str(config.get("metric")), *(key for key in metrics if str(key).endswith("/loss"))]
+    return next((key for key in watched if key in metrics and metrics[key] is None), "")
+
+
+def made_on(record: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Fingerprints of the base, the tokenizer and the data of a record: with its trial id, what the trial *is*."""
+    return (record["base"]["fingerprint"], record["data"]["tokenizer"], record["data"]["fingerprint"])
 
 
 def find(root: Path) -> list[Path]:

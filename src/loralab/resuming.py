@@ -168,4 +168,5 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
 def _made_on(trial: "Trial") -> dict[str, str]:
     """What must be the same for a continuation to be one."""
     base, data = trial.record["base"], trial.record["data"]
-    return {"trial": trial.settings.id, "base": str(base["fingerprint"]), "data": str(data["fingerprint"])}
+    found = {"base": base["fingerprint"], "data": data["fingerprint"], "tokenizer": data["tokenizer"]}
+    return {"trial": trial.settings.id, **{what: str(fingerprint) for what, fingerprint in found.items()}}

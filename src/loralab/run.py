@@ -34,7 +34,8 @@ class Runner:
         self._base: models.Base | None = None
         self._base_key: tuple[Any, ...] = ()
         self._tokenizers: dict[str, Any] = {}
-        self._data: dict[str, Encoded] = {}
+        self._prints: dict[int, str | None] = {}  # {tokenizer: fingerprint of its files when they were read}
+        self._data: dict[str, tuple[Encoded, str | None]] = {}  # with the fingerprint of what they were read from
         self.foresight = Foresight()
 
     def run(self, specs: list[TrialSpec]) -> list[dict[str, Any]]:
@@ -73,7 +74,10 @@ class Runner:
         specs[0].trainer.check_precision()
         specs[0].memory.check(device)
         tokenizer = self._tokenizer(specs[0].model)
-        data = [self._encoded(spec, tokenizer) for spec in specs]
+        read = [self._read(spec, tokenizer) for spec in specs]
+        data = [encoded for encoded, _ in read]
+        for entry, (_, source) in zip(records, read, strict=True):
+            entry["data"].update(source=source, tokenizer=self._prints[id(tokenizer)])
         held = self._base.size.bytes + resident_bytes(self._base.model) if self._base is not None else 0
         plan = self.foresight.check(specs, data, device, held)
         for entry in records:
@@ -116,21 +120,21 @@ class Runner:
         key = f"{spec.tokenizer} {spec.path} {spec.trust_remote_code}"
         if key not in self._tokenizers:
             self._tokenizers[key] = spec.load_tokenizer()
+            self._prints[id(self._tokenizers[key])] = spec.tokenizer_fingerprint()
         return self._tokenizers[key]
 
     def encoded(self, spec: TrialSpec) -> Encoded:
         """The trial's data in token ids, read once for all trials that share it."""
-        return self._encoded(spec, self._tokenizer(spec.model))
+        return self._read(spec, self._tokenizer(spec.model))[0]
 
-    def _encoded(self, spec: TrialSpec, tokenizer: Any) -> Encoded:
+    def _read(self, spec: TrialSpec, tokenizer: Any) -> tuple[Encoded, str | None]:
         key = f"{spec.data} {spec.model.task} {spec.model.max_length} {tokenizer.name_or_path}"
         key += repr(spec.model) if spec.data.from_base else ""
         if key not in self._data:
+            source = spec.data.source()  # before the rows are read: what changes meanwhile is then seen to have changed
             encoded = encoded_data(spec.data, spec.model, tokenizer, spec.trainer.device)
-            self._data = {key: encoded}  # one at a time: sweeps seldom change the data
-        for split in ("train", "validation") if spec.trainer.max_steps else ("validation",):
-            if not len(getattr(self._data[key], split)):
-                raise DataError(f"data: the {split} split of {self._data[key].splits.name} is empty")
+            self._data = {key: (encoded, source)}  # one at a time: sweeps seldom change the data
+        _check_splits(spec, self._data[key][0])
         return self._data[key]
 
     def _load(self, spec: TrialSpec, tokenizer: Any, data: Encoded, device: str) -> models.Base:
@@ -141,6 +145,20 @@ class Runner:
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)
             self._base_key = key
         return self._base
+
+
+def _check_splits(spec: TrialSpec, data: Encoded) -> None:
+    """Raises DataError for a split that this trial needs and that has no row, or nothing to predict in any."""
+    needed = ["train", "validation"] if spec.trainer.max_steps else ["validation"]
+    needed += ["test"] if spec.trainer.test and (len(data.test) or spec.metric.startswith("test/")) else []
+    for split in needed:
+        if not len(data[split]):
+            raise DataError(f"data: the {split} split of {data.splits.name} is empty")
+        if not data.tokens[split]["target_tokens"]:
+            raise DataError(
+                f"data: the {split} split of {data.splits.name} has not one token to predict;"
+                f" model.max_length={spec.model.max_length} may leave none of its targets"
+            )
 
 
 def _own_callbacks(spec: TrialSpec) -> bool:
@@ -190,14 +208,13 @@ def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, A
         bytes=sum(p.numel() * p.element_size() for p in adapter.parameters()),
         modules=adapter.module_names,
     )
-    entry["data"] = {
-        "name": data.splits.name,
-        "fingerprint": data.splits.fingerprint,
-        "targets": data.targets,
-        "rows": {split: len(getattr(data, split)) for split in ("train", "validation", "test")},
-        "truncated": data.truncated,
-        "source": spec.source,
-    }
+    entry["data"].update(
+        name=data.splits.name,
+        fingerprint=data.splits.fingerprint,
+        targets=data.targets,
+        rows={split: len(getattr(data, split)) for split in ("train", "validation", "test")},
+        truncated=data.truncated,
+    )
     return Trial(spec.settings(), adapter, data, spec.model.task, base.tokenizer.pad_token_id, entry)
 
 

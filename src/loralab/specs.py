@@ -40,7 +40,6 @@ class TrialSpec:
     overrides: list[str] = field(default_factory=list)
     choices: dict[str, str] = field(default_factory=dict)
     sweep: str | None = None
-    source: str | None = None  # digest of the data files, by which a rerun knows that they are the same
 
     def settings(self) -> Settings:
         """What the trial may differ in from others of its pack."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralab import record, workers
-from loralab.errors import ConfigError, Interrupted, LoralabError
+from loralab import record, staleness, workers
+from loralab.errors import ArtifactError, ConfigError, Interrupted, LoralabError
 from loralab.jobs import Job
 from loralab.packing.plan import TOKEN_BUDGET, Member, Pack, halves, plan, spread
 from loralab.words import quoted
@@ -36,6 +36,7 @@ class Jobs:
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # ran in other processes, and told
     too_large: dict[str, ConfigError] = field(default_factory=dict)  # trials that exceed it alone
     begun: set[str] = field(default_factory=set)
+    planned: dict[Path, Job] = field(default_factory=dict)  # run folder -> the job that the launcher has made of it
     _runner: Any = None
 
     def run(self, arguments: list[str]) -> int:
@@ -68,9 +69,12 @@ class Jobs:
 
     def job(self, config: Any) -> float | None:
         """One trial; its metric goes back to the sweeper."""
-        job = Job.of(config, self.many)
+        from hydra.core.hydra_config import HydraConfig
+
+        output = Path(HydraConfig.get().runtime.output_dir).resolve()
+        job = self.planned.get(output) or Job.running(config, self.many)
         job.memory_budget = self.memory_budget
-        self.folder = job.folder.parent if self.many else job.folder
+        self.folder = self.folder if self.planned else job.folder.parent if self.many else job.folder
         try:
             done = self._record(job)
         except LoralabError as error:  # of a single run; Hydra would print its own lines about it
@@ -98,11 +102,48 @@ class Jobs:
             job.say(done, seconds)
             return done
         stored = None if self.fresh else job.finished()
+        if stored is None and not self.fresh:
+            self._retire([job])
         if stored is None and job.trial in self.too_large:
             return job.refuse(self.too_large[job.trial])
         if stored is None:
             return job.execute(self.runner)
         job.say(stored, skipped=True)
+        return stored
+
+    def begin(self, folder: Path, jobs: Sequence[Job]) -> None:
+        """Takes over the trials of a sweep, each named once: what is outdated among their records is set aside."""
+        self.folder = folder
+        self.planned = {job.folder.resolve(): job for job in jobs}
+        if self.fresh:
+            return
+        self._retire(jobs)
+        _say_of_earlier_versions(self.folder, [job for job in jobs if job.finished() is None])
+
+    def _retire(self, jobs: Sequence[Job]) -> None:
+        """One line for each thing that has changed."""
+        stale: dict[str, list[Job]] = {}
+        for job in jobs:
+            if why := job.outdated():
+                stale.setdefault(why, []).append(job)
+        for why, found in stale.items():
+            for job in found:
+                job.retire()
+            text = "%s %s stale and %s again, %s: %s"
+            words = ("is", "runs", "its record stays") if len(found) == 1 else ("are", "run", "their records stay")
+            log.info(
+                text,
+                *(", ".join(job.trial for job in found), *words[:2]),
+                *(f"{words[2]} as {staleness.KEPT[record.RESULT]}", why),
+            )
+
+    def skip(self, job: Job) -> dict[str, Any] | None:
+        """The record of a trial that is finished, told and counted; None where it has to run."""
+        waits = self.fresh or any(job.trial in found for found in (self.done, self.ahead, self.packs))
+        stored = None if waits else job.finished()
+        if stored is not None:
+            job.say(stored, skipped=True)
+            self.records.append(stored)
         return stored
 
     def _forget(self, job: Job) -> None:
@@ -115,17 +156,16 @@ class Jobs:
 
     def prepare(
         self,
-        jobs: Sequence[Job],
         token_budget: int | None = None,
         memory_budget: float | None = None,
         finished: Callable[[], None] = lambda: None,
     ) -> list[Pack]:
-        """Decides which trials of a sweep run together. Called by the launcher, before the first of them.
+        """Decides which trials of a sweep run together. Called by the launcher after ``begin``, before the first runs.
 
         Where there are several GPUs they run now, and ``finished`` is called after each.
         """
-        self.memory_budget, self.folder = memory_budget, jobs[0].folder.parent
-        waiting = {job.trial: job for job in jobs if self.fresh or job.finished() is None}
+        self.memory_budget = memory_budget
+        waiting = {job.trial: job for job in self.planned.values() if self.fresh or job.finished() is None}
         if len(waiting) < 2 and memory_budget is None:
             return []
         from loralab.packing.members import Members, refusal, room
@@ -225,6 +265,22 @@ class Jobs:
             again = f"loralab sweep --resume {shlex.quote(str(self.folder))}"
             stopped.args = (f"{stopped}; {left} trials are left: {again}",)
         return stopped
+
+
+def _say_of_earlier_versions(folder: Path, waiting: Sequence[Job]) -> None:
+    old = sum(_schema(place) < record.SCHEMA for place in record.find(folder)) if waiting else 0
+    if old:
+        text = (
+            "%d trials in %s are of an earlier version of loralab, which named them otherwise: %d run anew, and their"
+        )
+        log.info(f"{text} records stay where they are", old, folder, len(waiting))
+
+
+def _schema(folder: Path) -> int:
+    try:
+        return int(record.read(folder)["schema"])
+    except ArtifactError:
+        return record.SCHEMA
 
 
 def _undone(done: dict[str, Any]) -> bool:

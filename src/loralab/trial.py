@@ -1,6 +1,7 @@
 """A trial: its settings and keys, its step, its adapter, its data stream, its metrics and its record."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -191,6 +192,20 @@ class Trial:
                 "optimizer.lr, a warm-up or gradient clipping may help"
             )
         )
+
+    def scored(self, values: Mapping[str, float]) -> None:
+        """Takes what a split was scored by. A loss, or the metric, that is not finite is no result: the trial ends."""
+        self.metrics.update(values)
+        self.report(values)
+        watched = [key for key in values if key.endswith("/loss") or key == self.settings.metric]
+        if lost := next((key for key in watched if not math.isfinite(values[key])), None):
+            why = (
+                f"a lower optimizer.lr (now {self.settings.optimizer.lr:g}), a warm-up or gradient clipping may help"
+                if self.step
+                else "nothing was trained yet, so the base itself gives it: another model.dtype or trainer.precision,"
+                " or other rows may help"
+            )
+            self.fail(DivergedError(f"{lost} is {values[lost]:g} after step {self.step}: {why}"))
 
     def vanish(self) -> None:
         """A loss without any gradient: the adapter has saturated the base, and no further step would move it."""

@@ -2,22 +2,26 @@
 
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from loralab import record
-from loralab.config import trial_id
+from loralab import identity, record
+from loralab.config import plain
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.jobs import Job
 from loralab.locks import hold
 
+log = logging.getLogger("loralab.sweep")
+
 Budgets = tuple[int | None, float | None]  # tokens of a pass, GiB; null: as the device has it
+BY_TRIAL = "${loralab.trial_id:}"  # hydra.sweep.subdir as conf/train.yaml has it
 
 
 def launch(
@@ -43,14 +47,23 @@ def launch(
     logging.getLogger("loralab").setLevel(logging.INFO)  # Hydra's own lines stay away, the packer's do not
     with hold(folder):
         configs = [_compose(context, master, list(overrides), first + i) for i, overrides in enumerate(job_overrides)]
-        ledger = Ledger(folder, master, configs)
+        every = _jobs(folder, configs)
+        jobs = {job.trial: job for job in reversed(every)}  # the first of each
+        once = [job for job in every if jobs[job.trial] is job]
+        _say_repeated(every, jobs)
+        owner.begin(folder, once)
+        ledger = Ledger(folder, master, once)
         if pack or budgets[1] is not None:
-            jobs = [_job(folder, config) for config in configs]
             try:
-                owner.prepare(jobs, budgets[0] if pack else 1, budgets[1], ledger.update)
+                owner.prepare(budgets[0] if pack else 1, budgets[1], ledger.update)
             finally:
                 ledger.update()
-        return [_run(context, task_function, config, ledger) for config in configs]
+        returns: dict[str, JobReturn] = {}
+        for job, config in zip(every, configs, strict=True):
+            if job.trial not in returns:
+                skipped = owner.skip(job)
+                returns[job.trial] = _skipped(job, skipped) if skipped else _run(context, task_function, config, ledger)
+        return [returns[job.trial] for job in every]
 
 
 def _run(
@@ -89,9 +102,62 @@ def _compose(context: HydraContext, master: DictConfig, overrides: list[str], nu
     return config
 
 
-def _job(folder: Path, config: DictConfig) -> Job:
-    hidden = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    return Job.composed(hidden, config.hydra, folder / _subdir(config))
+def _skipped(job: Job, stored: dict[str, Any]) -> JobReturn:
+    """What running a trial that is finished would have come to."""
+    name = str(JobRuntime.instance().get("name"))
+    return JobReturn(
+        overrides=job.overrides,
+        working_dir=str(Path.cwd()),
+        task_name=name,
+        status=JobStatus.COMPLETED,
+        _return_value=job.value(stored),
+    )
+
+
+def _jobs(folder: Path, configs: Sequence[DictConfig]) -> list[Job]:
+    """A job for each. Settings that a finished record spells are its trial; only others need their specs built."""
+    finished = _finished(folder)
+    jobs = []
+    for config in configs:
+        content, subdir = plain(config), _raw_subdir(config)
+        known = finished.get(identity.settings_key(content)) if subdir == BY_TRIAL else None
+        job = Job.of(content, config.hydra, folder)
+        if known is not None:
+            job.trial = known
+        job.folder = folder / (job.trial if subdir == BY_TRIAL else _subdir(config))
+        jobs.append(job)
+    if len({job.folder for job in jobs}) < len({job.trial for job in jobs}):
+        raise ConfigError("hydra.sweep.subdir gives several trials one folder; valid: ${loralab.trial_id:} in it")
+    return jobs
+
+
+def _finished(folder: Path) -> dict[str, str]:
+    """{settings: trial} of the completed records that lie where their trials belong."""
+    found = {}
+    for place in record.find(folder):
+        try:
+            stored = record.read(place)
+        except ArtifactError:
+            continue
+        known = (record.SCHEMA, "completed", place.name, folder)
+        if (stored["schema"], stored["status"], stored["trial"], place.parent) == known:
+            found[identity.settings_key(stored["config"])] = stored["trial"]
+    return found
+
+
+def _say_repeated(every: Sequence[Job], first: Mapping[str, Job]) -> None:
+    """Values that spell one trial twice: 16 and 16.0, or a value given twice."""
+    again = [job for job in every if first[job.trial] is not job]
+    if again:
+        same = [f"{' '.join(job.differing(first[job.trial])) or 'a repeated value'} ({job.trial})" for job in again]
+        more = f" and {len(same) - 3} more" if len(same) > 3 else ""
+        log.info(
+            "%d of %d settings mean a trial named before, which runs once: %s%s",
+            len(again),
+            len(every),
+            ", ".join(same[:3]),
+            more,
+        )
 
 
 class Ledger:
@@ -100,15 +166,14 @@ class Ledger:
     Trials of earlier calls that have a record stay listed: a call with fewer seeds or other settings hides nothing.
     """
 
-    def __init__(self, folder: Path, config: DictConfig, configs: list[DictConfig]) -> None:
+    def __init__(self, folder: Path, config: DictConfig, jobs: Sequence[Job]) -> None:
         self.folder = folder
+        self._seen: dict[str, int] = {}  # {folder: time of its record}
         sweep = OmegaConf.to_container(config.sweep, resolve=True) if config.get("sweep") else {}
         if not isinstance(sweep, dict):
             raise ConfigError(f"sweep={sweep!r} is no group of settings; valid: a sweep file, or null")
-        trials = {one["trial"]: one for one in (_entry(folder, config) for config in configs)}
-        if len({one["folder"] for one in trials.values()}) < len(trials):
-            raise ConfigError("hydra.sweep.subdir gives several trials one folder; valid: ${loralab.trial_id:} in it")
-        before = [trials.pop(one["trial"], {**one, "earlier": True}) for one in _earlier(folder)]
+        trials = {job.trial: _entry(folder, job) for job in jobs}
+        before = [trials.pop(one["trial"], {**one, "earlier": True}) for one in _earlier(folder, trials)]
         listed = [*before, *trials.values()]
         self.content: dict[str, Any] = {
             **{str(key): value for key, value in sweep.items()},
@@ -118,23 +183,48 @@ class Ledger:
             "overrides": list(config.hydra.overrides.task),
             "trials": listed,
         }
-        record.write_sweep(folder, self.content)
+        for job in jobs:
+            job.sweep = self.content
+        self.update()
 
     def update(self) -> None:
-        """Read the status of every trial that was not complete from its record."""
+        """Reads the status of every trial whose record has changed, and writes what is new."""
+        known = dict(self._seen)
         for entry in self.content["trials"]:
-            if entry["status"] != "completed" or not entry.get("earlier"):
-                entry["status"] = status_of(self.folder / entry["folder"])
-        record.write_sweep(self.folder, self.content)
+            place = self.folder / entry["folder"]
+            if (written := _written(place)) != self._seen.get(entry["folder"]):
+                self._seen[entry["folder"]] = written
+                entry["status"] = status_of(place)
+        if known != self._seen:
+            record.write_sweep(self.folder, self.content)
 
 
-def _earlier(folder: Path) -> list[dict[str, Any]]:
-    """Trials that sweep.json already lists and that have a record."""
+def _written(folder: Path) -> int:
+    try:
+        return (folder / record.RESULT).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _earlier(folder: Path, trials: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Trials that sweep.json already lists and that have a record; not those that ``trials`` runs anew under another
+    id, because an earlier version gave them theirs."""
     try:
         listed: list[dict[str, Any]] = record.read_sweep(folder)["trials"]
     except ArtifactError:
         return []
-    return [one for one in listed if "trial" in one and status_of(folder / str(one["folder"])) != "pending"]
+    now = [sorted(one["overrides"]) for one in trials.values()]
+    return [one for one in listed if "trial" in one and not _left_out(folder / str(one["folder"]), one, now)]
+
+
+def _left_out(folder: Path, entry: Mapping[str, Any], now: Sequence[Sequence[str]]) -> bool:
+    if _written(folder) == 0:
+        return True
+    try:
+        schema = record.read(folder)["schema"]
+    except ArtifactError:
+        return status_of(folder) == "pending"
+    return bool(schema < record.SCHEMA and sorted(entry.get("overrides") or []) in now)
 
 
 def axes(trials: list[list[str]]) -> dict[str, list[str]]:
@@ -167,12 +257,16 @@ def _subdir(config: DictConfig) -> str:
         HydraConfig.instance().cfg = original
 
 
-def _entry(folder: Path, config: DictConfig) -> dict[str, Any]:
-    subdir = _subdir(config)
+def _raw_subdir(config: DictConfig) -> str:
+    """As it is written, not resolved."""
+    return str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"])  # type: ignore[call-overload,index]
+
+
+def _entry(folder: Path, job: Job) -> dict[str, Any]:
     return {
-        "trial": trial_id(config),
-        "folder": subdir,
-        "status": status_of(folder / subdir),
-        "overrides": list(config.hydra.overrides.task),
-        "choices": {k: v for k, v in config.hydra.runtime.choices.items() if not str(k).startswith("hydra/")},
+        "trial": job.trial,
+        "folder": os.path.relpath(job.folder, folder),
+        "status": "pending",
+        "overrides": job.overrides,
+        "choices": job.choices,
     }

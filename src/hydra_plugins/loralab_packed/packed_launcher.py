@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -25,29 +23,6 @@ class PackedLauncherConf:
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="loralab")
 
 
-class Composed:
-    """Hydra's loader, and what sweepers compose to check it, which the launcher then need not compose again."""
-
-    def __init__(self, loader: ConfigLoader) -> None:
-        self.loader = loader
-        self.checked: dict[tuple[str, ...], list[DictConfig]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """For a sweeper, which keeps none of them."""
-        config: DictConfig = self.loader.load_sweep_config(master_config, sweep_overrides)
-        self.checked.setdefault(tuple(sweep_overrides), []).append(config)
-        return config
-
-    def take(self, master: DictConfig, overrides: list[str]) -> DictConfig:
-        """A trial's own configuration: no two trials are given the same object."""
-        kept = self.checked.get(tuple(overrides))
-        config: DictConfig = kept.pop() if kept else self.loader.load_sweep_config(master, overrides)
-        return config
-
-
 class PackedLauncher(Launcher):  # type: ignore[misc]
     """Runs a sweep's trials in one process over a base that stays loaded, several to a pass where that pays."""
 
@@ -55,6 +30,8 @@ class PackedLauncher(Launcher):  # type: ignore[misc]
         self.pack, self.budgets = pack, (token_budget, memory_budget)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from hydra_plugins.loralab_packed.composing import Composed
+
         hydra_context.config_loader = Composed(hydra_context.config_loader)
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 

@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
+from loralab import fingerprints
 from loralab.errors import ConfigError
 
 KINDS = ("pairs", "text", "labels")
@@ -64,6 +66,12 @@ class DataSpec:
     def splits(self) -> Splits:
         """Read the rows. Raises DataError with file and line."""
         raise NotImplementedError
+
+    def source(self) -> str | None:
+        """16 hex digits of what the rows are read from, by which a rerun knows that they are the same: here of the
+        files that the fields name. None where there is nothing, or not on this machine. Reads no row."""
+        named = [value for one in fields(self) if isinstance(value := getattr(self, one.name), str)]
+        return fingerprints.of_files(path for value in named if (path := Path(value).expanduser()).is_file())
 
     def sample(self, model: Any, tokenizer: Any, task: str, max_length: int) -> Any:
         """Draw encoded rows from the unquantized base."""

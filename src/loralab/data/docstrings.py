@@ -14,11 +14,13 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from loralab.data import mining
-from loralab.data.base import SPLITS, DataSpec, Row, Splits, hash_order, make_splits
+from loralab.data.base import SPLITS, DataSpec, Row, Splits, fingerprint, hash_order, make_splits
 from loralab.errors import DataError
+from loralab.fingerprints import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,10 @@ Mined = dict[str, list[Row]]
 @dataclass(frozen=True)
 class Docstrings(DataSpec):
     """Some 5,000 training pairs and 500 held-out ones; split by file, so no function leaks."""
+
+    def source(self) -> str | None:
+        """Of all mined rows: they change with the Python that runs."""
+        return _rows_of(mining.stdlib_root())
 
     def splits(self) -> Splits:
         root = mining.stdlib_root()
@@ -114,13 +120,17 @@ def load_or_mine(root: Path) -> Mined:
     return rows
 
 
+@cache
+def _rows_of(root: Path) -> str:
+    return fingerprint(load_or_mine(root))
+
+
 def cache_path(root: Path) -> Path:
     """Keyed by the interpreter, its library's place, and the code that mines."""
-    folder = os.environ.get("LORALAB_CACHE") or Path.home() / ".cache" / "loralab"
     digest = hashlib.sha256(f"{sys.version}\0{root}\0".encode())
     for part in (Path(__file__), Path(mining.__file__), TRAINING_KEYS):
         digest.update(part.read_bytes() if part.is_file() else b"")
-    return Path(folder) / f"docstrings-{digest.hexdigest()[:16]}.json.gz"
+    return cache_folder() / f"docstrings-{digest.hexdigest()[:16]}.json.gz"
 
 
 def _read_cache(path: Path) -> Mined | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loralab import fingerprints
 from loralab.data.base import SPLITS, Row, Splits, make_splits
 from loralab.data.rows import VALIDATION_SHARE, Record, RowSpec
 from loralab.errors import ConfigError, DataError
@@ -24,6 +25,10 @@ class Files(RowSpec):
     train: str | None = None
     validation: str | None = None  # null: one training row in ten, chosen by hash (of a text: its last tenth)
     test: str | None = None
+
+    def source(self) -> str | None:
+        paths = [Path(value).expanduser() for split in SPLITS if (value := getattr(self, split))]
+        return fingerprints.of_files(paths)
 
     def splits(self) -> Splits:
         if not self.train:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from loralab import fingerprints
 from loralab.data.base import SPLITS, Splits
 from loralab.data.rows import Record, RowSpec
 from loralab.errors import ConfigError, DataError
@@ -28,6 +29,15 @@ class Hub(RowSpec):
     train: str = "train"
     validation: str | None = "validation"  # null: one training row in ten, chosen by hash
     test: str | None = "test"
+
+    def source(self) -> str | None:
+        """Of a local folder's files; of a hub id's commit in the cache of this machine."""
+        folder = Path(str(self.name)).expanduser()
+        if folder.is_dir():
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            return fingerprints.of([str(path.relative_to(folder)), fingerprints.file_digest(path)] for path in files)
+        snapshot = fingerprints.hub_snapshot(str(self.name), "dataset")
+        return None if snapshot is None else fingerprints.of([snapshot.name])
 
     def splits(self) -> Splits:
         if not self.name:

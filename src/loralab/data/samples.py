@@ -37,6 +37,10 @@ class Samples(DataSpec):
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"data.temperature must be a positive number, got {self.temperature}")
 
+    def source(self) -> str | None:
+        """Nothing but the base, which has a fingerprint of its own."""
+        return None
+
     def sample(self, model: nn.Module, tokenizer: Any, task: str, max_length: int) -> Encoded:
         """Sampled on the model's own device; the same seed gives the same rows on the same kind of device."""
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -3,11 +3,15 @@
 import logging
 import re
 import string
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 
+from loralab import fingerprints
 from loralab.data import mining
 from loralab.data.base import DataSpec, Row, Splits, hash_order, make_splits
 from loralab.data.docstrings import first_line
@@ -50,6 +54,10 @@ class PythonSource(DataSpec):
             raise ConfigError(f"data.strip_docstrings is a share from 0 to 1, got {self.strip_docstrings}")
         if self.max_megabytes is not None and self.max_megabytes <= 0:
             raise ConfigError(f"data.max_megabytes must be positive (null: no bound), got {self.max_megabytes}")
+
+    def source(self) -> str | None:
+        """Of the Python that runs and the versions of the packages that are installed."""
+        return _installed()
 
     def splits(self) -> Splits:
         root = mining.stdlib_root()
@@ -108,6 +116,12 @@ class PythonSource(DataSpec):
                 break
             kept.append(Row("", text, where=row.where))
         return kept
+
+
+@cache
+def _installed() -> str:
+    found = {f"{one.name} {one.version}" for one in distributions() if one.name != "loralab"}
+    return fingerprints.of([sys.version, *sorted(found)])
 
 
 class HeldOut:

@@ -20,9 +20,18 @@ PACKAGES = (
 )
 
 
-@cache
 def environment() -> dict[str, Any]:
-    """The ``environment`` part of a record: {versions, git, python, cpu, gpu}."""
+    """The ``environment`` part of a record: {versions, git, python, cpu, gpu, threads}.
+
+    ``threads``: of torch's operations on a CPU; sums in another number of parts are other sums in the last digits.
+    """
+    import torch
+
+    return {**_machine(), "threads": torch.get_num_threads()}
+
+
+@cache
+def _machine() -> dict[str, Any]:
     return {
         "versions": {name: _version(name) for name in PACKAGES},
         "git": git_state(Path.cwd()),
