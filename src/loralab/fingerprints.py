@@ -173,4 +173,11 @@ def of_random(spec: Mapping[str, Any]) -> str:
     """Of weights that are drawn: the architecture (a folder's config.json and the keys given), the task, the seed."""
     folder = local_folder(str(spec.get("name_or_path") or ""))
     stored = of_folder(folder, ("config.json",)) if folder is not None else None
-    return of([stored, dict(spec.get("config") or {}), spec.get("task"), spec.get("draw", 0)])
+    drawn_on = [_accelerator()] if spec.get("drawn_on") == "device" else []  # kinds of devices draw other numbers
+    return of([stored, dict(spec.get("config") or {}), spec.get("task"), spec.get("draw", 0), *drawn_on])
+
+
+def _accelerator() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
