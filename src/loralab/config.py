@@ -79,7 +79,7 @@ def trial_spec(
     sweep = content.get("sweep") or {}
     if content["metric_mode"] not in ("min", "max"):
         raise ConfigError(f"metric_mode must be min or max, got {content['metric_mode']!r}")
-    if not isinstance(content["seed"], int) or content["seed"] < 0:
+    if type(content["seed"]) is not int or content["seed"] < 0:
         raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
     specs = {key: build(content[key], key) for key in SPECS}
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
@@ -221,7 +221,7 @@ def check_axes(overrides: list[str]) -> None:
     parser, axes = OverridesParser.create(), dict[str, str]()
     for word in quoted(overrides):
         try:
-            parsed = parser.parse_override(word)
+            parsed = parser.parse_overrides([word])[0]
         except OverrideParseException:  # Hydra says what is wrong with it
             continue
         key = str(parsed.key_or_group)

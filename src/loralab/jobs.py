@@ -137,7 +137,7 @@ class Job:
             config=content,
             overrides=self.overrides,
             choices=self.choices,
-            seed=content.get("seed"),
+            seed=seed if isinstance(seed := content.get("seed"), int) else None,
         )
         entry.update(status=error.status, error=str(error), exit_code=error.exit_code)
         record.write(self.folder, entry)
