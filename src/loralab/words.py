@@ -94,7 +94,9 @@ class Words:
             raise ConfigError(f"loralab {self.command} has no {flags_of_hydra[0]}; valid: {HYDRAS}")
         for flag, example in (("--package", "--cfg job --package adapter"), ("--resolve", "--cfg job --resolve")):
             if flag in self.hydra and "--cfg" not in self.hydra:
-                raise ConfigError(f"{flag} says how --cfg shows a configuration, and there is no --cfg; valid: {example}")
+                raise ConfigError(
+                    f"{flag} says how --cfg shows a configuration, and there is no --cfg; valid: {example}"
+                )
 
 
 def _value(flag: str, given: str | None, queue: list[str]) -> str:
