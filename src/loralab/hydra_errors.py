@@ -70,7 +70,7 @@ def _not_understood(word: str) -> str:
     )
 
 
-PAIRS = ("()", "[]", "{}")
+PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
 
 
 def _missing_option(wanted: str, text: str) -> str:

@@ -68,10 +68,10 @@ class Jobs:
 
     def job(self, config: Any) -> float | None:
         """One trial; its metric goes back to the sweeper."""
-        job = Job.of(config, self.many)
-        job.memory_budget = self.memory_budget
-        self.folder = job.folder.parent if self.many else job.folder
         try:
+            job = Job.of(config, self.many)
+            job.memory_budget = self.memory_budget
+            self.folder = job.folder.parent if self.many else job.folder
             done = self._record(job)
         except Exception as error:  # of a single run; Hydra would print its own lines about it
             self.refused = error
