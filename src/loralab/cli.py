@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
     debug = "--debug" in arguments
+    # before torch is there: it warns on stderr of every block that is older than the profile of a step's memory
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         words = Words.parse(arguments)
         if "version" in words:

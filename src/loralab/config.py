@@ -135,6 +135,7 @@ def build(node: Mapping[str, Any], key: str) -> Any:
     if not (isinstance(cls, type) and is_dataclass(cls)):
         raise ConfigError(f"{key}._target_={node['_target_']!r} is not a loralab spec")
     names = [one.name for one in fields(cls)]
+    _check_switches(cls, values, key)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), values)
         return OmegaConf.to_object(merged)
@@ -146,6 +147,14 @@ def build(node: Mapping[str, Any], key: str) -> Any:
     except OmegaConfBaseException as error:
         where = f"{key}.{error.full_key}" if getattr(error, "full_key", None) else key
         raise ConfigError(f"{where}: {_first_line(error)}") from error
+
+
+def _check_switches(cls: Any, values: Mapping[str, Any], key: str) -> None:
+    """OmegaConf takes every whole number for true."""
+    for one in fields(cls):
+        value = values.get(one.name)
+        if one.type in (bool, "bool") and type(value) is int and value not in (0, 1):
+            raise ConfigError(f"{key}.{one.name}={value} is no switch; valid: true, false")
 
 
 def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.errors import ConfigError, nearest
+from loralab.quantization.kernels import import_bitsandbytes
 
 log = logging.getLogger(__name__)
 
@@ -305,9 +306,8 @@ def _page_after_resume(optimizer: torch.optim.Optimizer) -> None:
 
 def _bitsandbytes() -> Any:
     try:
-        import bitsandbytes
+        return import_bitsandbytes()
     except ImportError as error:
         raise ConfigError(
             f"optimizer: bitsandbytes is missing or broken ({error}); pip install bitsandbytes, or optimizer=adamw"
         ) from error
-    return bitsandbytes

@@ -132,12 +132,16 @@ def _quoted(word: str) -> str:
         return word
     exists = name not in UNLISTED[:3] and _exists(value)
     if "," in value and name not in UNLISTED and not exists:  # a sweep over several
-        return word
+        return word if re.search(r"[][(){}'\"]", value) else f"{key}={','.join(map(_part, value.split(',')))}"
     if name == "adapter.target_modules" and value.startswith("["):
         return word
     if "${" in value and (exists or "}" not in value):  # as it stands, no interpolation
         value = value.replace("${", "\\${")
     return f"{key}='{in_quotes(value)}'"
+
+
+def _part(value: str) -> str:
+    return value if PLAIN.fullmatch(value) else f"'{in_quotes(value)}'"
 
 
 def in_quotes(text: str) -> str:
