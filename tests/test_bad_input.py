@@ -71,6 +71,32 @@ CONFIGURATION = {
     "flag": (["--cgf", "job"], "loralab has no flag '--cgf'"),
     "flag of another command": (["--resume", "x"], "loralab train has no --resume; valid: loralab sweep"),
     "interpolation": (["adapter.r=${nowhere}"], "nowhere"),
+    "two equals signs": (["adapter.r==4"], "adapter.r==4 is not understood: one = stands between key and value; valid"),
+    "open bracket": (["adapter.rank_pattern={q: 2"], "a bracket or a quote has no counterpart"),
+    "grammar": (["optimizer.lr=1e-3,,1"], "'1e-3,,1' is no value of Hydra's grammar; valid: a number"),
+    "dots": (["adapter..r=2"], "'adapter..r=2' is not understood; valid: key=value"),
+    "no key": (["=2"], "'=2' is not understood; settings are key=value"),
+    "several values": (["adapter.r=2,4"], "adapter.r=2,4 holds several values, and this is one run; valid: "),
+    "package alone": (["-p", "adapter"], "there is no --cfg; valid: --cfg job --package adapter"),
+    "resolve alone": (["--resolve"], "there is no --cfg; valid: --cfg job --resolve"),
+    "package": (["--cfg", "job", "-p", "adaptr"], "package 'adaptr' not found"),
+    "seed empty": (["seed="], "seed must be a whole number of at least 0, got ''"),
+    "seed true": (["seed=true"], "seed must be a whole number of at least 0, got True"),
+    "switch": (["model.gradient_checkpointing=-1"], "model.gradient_checkpointing=-1 is no switch; valid: true, false"),
+    "rank beyond int": (["adapter.r=99999999999999999999"], "is beyond the width of any layer"),
+    "draw beyond int": (["model.draw=99999999999999999999"], "model.draw must be a whole number from 0"),
+    "steps beyond int": (
+        ["trainer.max_steps=99999999999999999999"],
+        "trainer.max_steps=99999999999999999999 is beyond",
+    ),
+    "micro-batches": (["trainer.accumulate_grad_batches=99999999999"], "is beyond any run; valid: below 2147483648"),
+    "batch beyond memory": (["data.batch_size=9999999"], "data.batch_size=9999999 fits no machine; valid: 1 to"),
+    "epsilon": (["optimizer.eps=1e400"], "optimizer.eps must be a positive number, got inf"),
+    "spikes": (["callbacks=default", "callbacks.memory.spike_floor_mib=1e400"], "the floor a number from 0 on"),
+    "no target": (["data.target="], "data.target and data.text cannot be empty"),
+    "attention": (["model.attn_implementation=spda"], "did you mean sdpa?"),
+    "tag": (["logger=wandb", f"logger.tags=[{'a' * 65}]"], "logger.tags: the tag 'aaaa"),
+    "project": (["logger=wandb", "logger.project=a/b"], "logger.project='a/b' holds /"),
 }
 
 
@@ -80,6 +106,17 @@ def test_a_wrong_configuration_is_exit_2_and_says_what_is_valid(refuse, case):
     code, text = refuse(*words)
     assert said in text, text
     assert code == 2
+    assert "Error executing job" not in text  # Hydra's own line
+    assert len(text.strip().splitlines()) <= 3  # with what was said before, such as of the rows
+
+
+def test_a_sweep_refuses_a_seed_that_is_none_and_its_record_stays_readable(refuse, tmp_path, capsys):
+    code, _ = refuse("-m", "seed=", "hydra.sweep.dir=s")
+    assert code == 2
+    assert cli.run(["ls", "s"]) == 0
+    said = capsys.readouterr().out
+    assert "damaged" not in said
+    assert "seed must be a whole number" in record.read(next((tmp_path / "s").glob("*/result.json")).parent)["error"]
 
 
 def test_full_fine_tuning_of_a_quantized_base_is_exit_2(tiny_arguments, tmp_path, monkeypatch, capsys):

@@ -81,6 +81,57 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(tiny_arguments, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def shown(text):
+    return [line for line in text.splitlines() if line.startswith(("r:", "seed:"))]
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_cfg_job_of_many_trials_prints_the_firsts_configuration(tiny_arguments, tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in tiny_arguments if not word.startswith("adapter.r=")]
+    assert cli.run(["train", *words, flag, "adapter.r=2,4", "seed=5,6", "--cfg", "job", "-p", "adapter"]) == 0
+    said = capsys.readouterr()
+    assert shown(said.out) == ["r: 2"]
+    assert "adapter.r=2 seed=5" in said.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--cfg", "job"], ["-c", "job"], ["--info", "config"]])
+def test_hydra_shows_what_a_sweep_file_is_made_of(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["sweep", "quickstart", *words]) == 0
+    assert "max_steps" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["plan", "count", "report", "ls", "doctor", "quantize"])
+def test_hydras_flags_are_refused_by_commands_that_do_not_run_through_it(command, capsys):
+    assert cli.run([command, "--cfg", "job"]) == 2
+    assert f"loralab {command} has no --cfg; valid: loralab train, loralab sweep" in capsys.readouterr().err
+
+
+EVERY = 'lr=0.001,r=8 it\'s "q" (x) [y] {z} d$x~\u00e9\u65e5#&;\\'
+
+
+@pytest.mark.parametrize(
+    "name", [EVERY, *(pytest.param(each, marks=pytest.mark.slow) for each in ("lr=0.001,r=8", "it's {z}", "d$\u65e5"))]
+)
+def test_folders_and_files_may_have_any_name(tiny_arguments, tmp_path, monkeypatch, rows, name):
+    monkeypatch.chdir(tmp_path)
+    copy = tmp_path / f"{name}.jsonl"
+    copy.write_bytes(rows["pairs", "train"].read_bytes())
+    words = [word for word in tiny_arguments if not word.startswith("data.train=")]
+    words.append(f"data.train={copy.name}")
+    assert cli.run(["train", *words, f"hydra.run.dir=runs/{name}"]) == 0
+    assert record.read(tmp_path / "runs" / name)["config"]["data"]["train"] == copy.name
+    assert cli.run(["train", "-m", *words, "seed=0,1", f"hydra.sweep.dir=sweeps/{name}"]) == 0
+    for stored in (tmp_path / "sweeps" / name).glob("*/result.json"):
+        stored.unlink()
+    assert cli.run(["sweep", "--resume", f"sweeps/{name}"]) == 0
+    assert len(list((tmp_path / "sweeps" / name).glob("*/result.json"))) == 2
+    assert cli.run(["report", f"sweeps/{name}"]) == 0
+
+
 @pytest.mark.slow
 def test_the_same_trial_runs_twice_to_the_same_numbers_in_two_processes(tiny_arguments, tmp_path):
     curves = []

@@ -54,3 +54,14 @@ def test_the_command_prints_a_table_or_one_json_object(capsys, flags):
         assert {one["name"] for one in json.loads(printed)["checks"]} >= NAMES
     else:
         assert "nf4" in printed
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "said"), [("offline", "ok", "says offline"), ("of", "fail", "did you mean"), ("", "ok", "auto")]
+)
+def test_doctor_says_what_the_environment_makes_of_wandb(monkeypatch, mode, status, said):
+    for name in ("WANDB_API_KEY", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    found = doctor.wandb_mode()
+    assert (found["status"], said in found["detail"]) == (status, True)

@@ -17,7 +17,7 @@ FLOORS = [
     {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},
     {"unpadded"},
     {"dropout"},
-    {"trial", "checkpoints", "head", "prefix"},
+    {"trial", "checkpoints", "architecture", "head", "prefix"},
     {"forward", "resuming"},
     {"module", "models", "generation", "evaluation"},
     {"planning", "interop", "first_batch"},

@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
     debug = "--debug" in arguments
+    # before torch is there: it warns on stderr of every block that is older than the profile of a step's memory
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         words = Words.parse(arguments)
         if "version" in words:
@@ -98,11 +100,9 @@ def train(words: Words) -> int:
     """One run, or with -m many."""
     rest = words.overrides()
     _check_axes(rest)
-    if words.many and not any(word.startswith("hydra/launcher=") for word in rest):
-        rest.append("hydra/launcher=packed")
     if "preview" in words:
         return preview(rest)
-    return _run(words, words.many, [*words.hydra, *rest])
+    return _run(words, words.many, rest)
 
 
 def _check_axes(overrides: list[str]) -> None:
@@ -133,7 +133,7 @@ def sweep(words: Words) -> int:
     if words.resume is not None:
         from loralab import record
 
-        folder = Path(words.resume)
+        folder = Path(words.resume).expanduser()
         stored = record.read_sweep(folder)
         overrides = [str(o) for o in stored.get("overrides") or []]
         if not overrides:
@@ -149,22 +149,40 @@ def sweep(words: Words) -> int:
             raise ConfigError(f"there is no sweep {names[0]!r}; {nearest(names[0], _sweep_names())}")
         _check_axes(words.overrides())
         rest = sweep_arguments(names[0], words.overrides())
-    if not any(word.startswith("hydra/launcher=") for word in rest):
-        rest.append("hydra/launcher=packed")
-    shown = [word for word in words.hydra if word not in ("-m", "--multirun")]
-    many = "--cfg" not in shown
-    return _run(words, many, [*(["-m"] if many else []), *shown, *rest])
+    return _run(words, True, rest)
 
 
-def _run(words: Words, many: bool, arguments: list[str]) -> int:
+def _run(words: Words, many: bool, overrides: list[str]) -> int:
     """Through Hydra; the table and the page of what was a sweep."""
     from loralab.sweep import Jobs
 
+    flags = [word for word in words.hydra if word != "-m"]
+    if words.shows:
+        try:
+            return Jobs(fresh=False, many=False).run([*flags, *(_first_trial(overrides) if many else overrides)])
+        except SystemExit:  # Hydra has said what it cannot show
+            return 2
+    if many and not any(word.startswith("hydra/launcher=") for word in overrides):
+        overrides = [*overrides, "hydra/launcher=packed"]
     jobs = Jobs(fresh="fresh" in words, many=many)
-    code = jobs.run(arguments)
+    code = jobs.run([*(["-m"] if many else []), *flags, *overrides])
     if many and jobs.folder is not None:
         _show_report(jobs.folder)
     return code
+
+
+def _first_trial(overrides: list[str]) -> list[str]:
+    """The words of a sweep's first trial, for Hydra shows one configuration; stderr says which it is."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from loralab.words import quoted
+
+    parsed = OverridesParser.create().parse_overrides(quoted(overrides))
+    swept = [one for one in parsed if one.is_discrete_sweep()]
+    words = [f"{one.get_key_element()}={next(iter(one.sweep_string_iterator()))}" for one in swept]
+    if swept:
+        print(f"the first trial's: {' '.join(words)}", file=sys.stderr)
+    return [*(str(one.input_line) for one in parsed if not one.is_sweep_override()), *words]
 
 
 def _show_report(folder: Path) -> None:
@@ -303,7 +321,7 @@ def bench(words: Words) -> int:
     for word in words.rest:
         if word not in ABOUT:
             raise ConfigError(f"loralab bench: there is no part {word!r}; {nearest(word, ABOUT)}")
-    found = measured(words.rest, "quick" in words, Path(words.out or "runs/bench/bench.json"))
+    found = measured(words.rest, "quick" in words, Path(words.out or "runs/bench/bench.json").expanduser())
     print(json.dumps(found) if "json" in words else render(found))
     failed = any(part["status"] != "completed" for part in found["parts"].values())
     return int(failed)

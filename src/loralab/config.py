@@ -87,7 +87,7 @@ def trial_spec(
     sweep = content.get("sweep") or {}
     if content["metric_mode"] not in ("min", "max"):
         raise ConfigError(f"metric_mode must be min or max, got {content['metric_mode']!r}")
-    if not isinstance(content["seed"], int) or isinstance(content["seed"], bool) or content["seed"] < 0:
+    if type(content["seed"]) is not int or content["seed"] < 0:
         raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
     specs = {key: build(content[key], key) for key in SPECS}
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
@@ -155,6 +155,7 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     if not (isinstance(cls, type) and is_dataclass(cls)):
         raise ConfigError(f"{key}._target_={node['_target_']!r} is not a loralab spec")
     names = [one.name for one in fields(cls)]
+    _check_switches(cls, values, key)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), values)
         return OmegaConf.to_object(merged)
@@ -166,6 +167,14 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     except OmegaConfBaseException as error:
         where = f"{key}.{error.full_key}" if getattr(error, "full_key", None) else key
         raise ConfigError(f"{where}: {_first_line(error)}") from error
+
+
+def _check_switches(cls: Any, values: Mapping[str, Any], key: str) -> None:
+    """OmegaConf takes every whole number for true."""
+    for one in fields(cls):
+        value = values.get(one.name)
+        if one.type in (bool, "bool") and type(value) is int and value not in (0, 1):
+            raise ConfigError(f"{key}.{one.name}={value} is no switch; valid: true, false")
 
 
 def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -241,7 +250,7 @@ def check_axes(overrides: list[str]) -> None:
     parser, axes = OverridesParser.create(), dict[str, str]()
     for word in quoted(overrides):
         try:
-            parsed = parser.parse_override(word)
+            parsed = parser.parse_overrides([word])[0]
         except OverrideParseException:  # Hydra says what is wrong with it
             continue
         key = str(parsed.key_or_group)

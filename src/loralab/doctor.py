@@ -132,8 +132,15 @@ def shipped_base() -> Finding:
 
 
 def wandb_mode() -> Finding:
-    from loralab.loggers.wandb import key_configured
+    from loralab.errors import ConfigError
+    from loralab.loggers.wandb import Wandb, key_configured
 
+    try:
+        mode = Wandb().effective_mode
+    except ConfigError as error:
+        return finding("wandb", "fail", str(error), "unset WANDB_MODE, or set one of these")
+    if mode == "disabled" or os.environ.get("WANDB_MODE"):
+        return finding("wandb", "ok", f"the environment says {mode}: logger.mode=auto is that")
     if key_configured():
         return finding("wandb", "ok", "a key is configured: logger.mode=auto is online")
     return finding("wandb", "ok", "no key: logger.mode=auto logs offline", "wandb login, to go online")

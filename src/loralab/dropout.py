@@ -57,7 +57,7 @@ def why_alone(config: Any, attention: str) -> str:
     if dropout and attention not in ("sdpa", NAME):
         return (
             f"with model.attn_implementation={attention} the base's own dropout ({dropout:g}) cannot be drawn for each "
-            "trial; valid: sdpa, or model.dropout=0"
+            "trial; valid: model.dropout=0, or sdpa where the architecture has it"
         )
     return ""
 

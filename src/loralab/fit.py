@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from loralab import generation, models, optimizers, resuming
+from loralab import architecture, generation, models, optimizers, resuming
 from loralab.adapters.sites import NotPackable
 from loralab.errors import DiskError, Interrupted, LoralabError, OutOfMemory
 from loralab.first_batch import FirstBatch
@@ -101,8 +101,8 @@ class Fit:
     def _train(self) -> None:
         """Not called for max_steps=0, which scores the base as it is."""
         spec, config = self.specs[0], self.base.model.config
-        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        passes = spec.memory.passes(TrainPasses(self.trials), spec.model.max_length, positions)
+        positions = architecture.positions(config)
+        passes = spec.memory.passes(TrainPasses(self.trials), spec.model.length, positions)
         step, interval = min(trial.step for trial in self.trials if trial.alive), spec.trainer.val_check_interval
         if interval and step and step % interval == 0:  # an earlier fit broke off in this validation
             self._score("val", "validation")
@@ -174,9 +174,7 @@ class Fit:
         if f"{prefix}/rouge_l" in trial.metrics:  # by an earlier fit
             return
         base = self.base
-        value = generation.score(
-            base.model, base.tokenizer, trial.adapter, rows, spec.model.task, spec.model.max_length
-        )
+        value = generation.score(base.model, base.tokenizer, trial.adapter, rows, spec.model.task, spec.model.length)
         trial.scored({f"{prefix}/rouge_l": value})
 
     def _finish(self, spec: TrialSpec, trial: Trial) -> None:

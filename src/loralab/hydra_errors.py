@@ -26,7 +26,17 @@ def translate(error: BaseException) -> LoralabError | Interrupted:
 
 
 def _paragraph(error: BaseException) -> str:
+    from hydra.errors import OverrideParseException
+
+    if isinstance(error, OverrideParseException):
+        return _not_understood(str(error.override))
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if ambiguous := re.search(r"Ambiguous value for argument '(.*?)' 1\.", text):
+        key, _, value = ambiguous[1].partition("=")
+        return (
+            f"{ambiguous[1]} holds several values, and this is one run; valid: a single value, -m (one trial for each),"
+            f" {key}=[{value}] (a list), or {key}=\"'{value}'\" (a text)"
+        )
     key = re.search(r"Could not (?:override|append to config.*?at|delete.*?from config) '([^']+)'", text)
     if key and "not in struct" in text:
         full = key.group(1).rstrip(".")
@@ -40,7 +50,27 @@ def _paragraph(error: BaseException) -> str:
     missing = re.search(r"Could not override '([^']+)'. No match in the defaults list", text)
     if missing:
         return f"{missing.group(1)} {_neighbours(missing.group(1))}"
-    return re.sub(r" (?:full_key|object_type|reference_type)[:=].*", "", text)[:600]
+    text = re.sub(r" (?:full_key|object_type|reference_type)[:=].*", "", text)[:600]
+    where = str(getattr(error, "full_key", None) or "")
+    return f"{where}: {text}" if where and where not in text else text
+
+
+def _not_understood(word: str) -> str:
+    """Of a setting that Hydra's grammar refuses."""
+    key, equals, value = word.partition("=")
+    if not equals or not re.fullmatch(r"[+~]*[\w/@$:.-]*\w", key) or ".." in key:
+        return f"{word!r} is not understood; valid: key=value, the key as {'loralab train --cfg job'!r} shows it"
+    if value.startswith("="):
+        return f"{word} is not understood: one = stands between key and value; valid: {key}={value.lstrip('=')}"
+    if any(value.count(mark) % 2 for mark in "'\"") or any(value.count(a) != value.count(b) for a, b in PAIRS):
+        return f"{word} is not understood: a bracket or a quote has no counterpart; valid: {key}=VALUE"
+    return (
+        f"{word} is not understood: {value!r} is no value of Hydra's grammar; valid: a number, a word, a [list], or"
+        f" a text in quotes of its own, {key}=\"'...'\""
+    )
+
+
+PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
 
 
 def _missing_option(wanted: str, text: str) -> str:

@@ -6,20 +6,23 @@ import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from loralab import checkpoints, fingerprints
+from loralab import architecture, checkpoints, fingerprints
 from loralab.adapters.sites import Sites
+from loralab.architecture import auto_class
 from loralab.checkpoints import explained
 from loralab.dropout import key_dropout
 from loralab.errors import ConfigError, nearest
 from loralab.quantization import gemm
 from loralab.quantization.base import BaseSize, Quantizer, measure
 from loralab.quantization.loading import convert_model, quantization_config
+from loralab.unpadded import NAME as ROWS
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +37,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class Pretrained:
     """A checkpoint: a hub id, a local folder, or loralab/tiny, the code model that ships with this package."""
 
+    LONGEST: ClassVar[int] = 512  # tokens of a row, where max_length is null and the base allows more
+
     name_or_path: str = SHIPPED
     task: str = "causal_lm"
-    max_length: int = 256  # tokens of prompt and target together
+    max_length: int | None = None  # tokens of prompt and target together; null: what the base has, at most LONGEST
     dtype: str = "auto"  # of the weights that are not quantized; auto: the checkpoint's
     gradient_checkpointing: bool = False
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "auto"  # sdpa where the architecture has it, else eager
     dropout: Any = "keep"  # the base's own dropout: keep, or one number for all of it
     tokenizer: str | None = None  # null: beside the weights
     num_labels: int | None = None  # null: from the data
@@ -49,17 +54,30 @@ class Pretrained:
     def __post_init__(self) -> None:
         _one_of("model.task", self.task, TASKS)
         _one_of("model.dtype", self.dtype, DTYPES)
-        if self.max_length < 2:
-            raise ConfigError(f"model.max_length must be at least 2 tokens, got {self.max_length}")
+        _one_of("model.attn_implementation", self.attn_implementation, architecture.ATTENTIONS)
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"model.max_length must be at least 2 tokens, or null, got {self.max_length}")
         if self.dropout != "keep" and not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise ConfigError(f"model.dropout must be keep or a number in [0, 1), got {self.dropout!r}")
-        if self.num_labels is not None and self.num_labels < 1:
+        if self.num_labels is not None and not 1 <= self.num_labels < 2**31:
             raise ConfigError(f"model.num_labels must be at least 1, or null (from the data), got {self.num_labels}")
 
     @property
     def path(self) -> str:
         """What transformers is asked for."""
         return _path(self.name_or_path)
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens of the longest row: max_length, or what it stands for where it is null.
+
+        Raises ConfigError where max_length exceeds the positions that the base was built with.
+        """
+        return architecture.length(self.max_length, self.LONGEST, self.architecture())
+
+    def attention(self, config: Any) -> str | None:
+        """The attention that a model of ``config`` is built with; None: what transformers chooses."""
+        return architecture.attention(self.attn_implementation, self.task, config)
 
     @property
     def _named(self) -> str:
@@ -137,7 +155,7 @@ class Pretrained:
                 self.path,
                 config=config,
                 dtype=dtype,
-                attn_implementation=self.attn_implementation,
+                attn_implementation=self.attention(config),
                 trust_remote_code=self.trust_remote_code,
                 quantization_config=quantization_config(quantizer, device),
                 ignore_mismatched_sizes=True,  # refuse_differences names them
@@ -178,6 +196,8 @@ class Pretrained:
 class Random(Pretrained):
     """Random weights for an architecture: ``name_or_path`` a folder with a config.json, or ``config`` keys of one."""
 
+    LONGEST: ClassVar[int] = 256
+
     name_or_path: str = ""
     tokenizer: str | None = SHIPPED
     draw: int = 0  # seed of the weights; trials of different seeds share the base
@@ -186,6 +206,8 @@ class Random(Pretrained):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("model.drawn_on", self.drawn_on, ("cpu", "device"))
+        if not 0 <= self.draw < 2**63:
+            raise ConfigError(f"model.draw must be a whole number from 0 to {2**63 - 1}, got {self.draw}")
 
     def check(self) -> None:
         if self.name_or_path and not (Path(self.path) / "config.json").is_file():
@@ -217,9 +239,8 @@ class Random(Pretrained):
         where = torch.device(device) if self.drawn_on == "device" and device != "cpu" else nullcontext()
         with torch.random.fork_rng(range(torch.cuda.device_count())), self._building(), where:
             torch.manual_seed(self.draw)
-            model = auto_class(self.task).from_config(
-                config, dtype=wanted, attn_implementation=self.attn_implementation
-            )
+            attention = self.attention(config)
+            model = auto_class(self.task).from_config(config, dtype=wanted, attn_implementation=attention)
         model.loralab_new_parameters = {name for name, _ in model.named_parameters()}
         convert_model(model, quantizer, device)
         return model.to(device)  # type: ignore[no-any-return]
@@ -251,6 +272,7 @@ class Base:
 
     def record(self) -> dict[str, Any]:
         """The ``base`` part of a run record."""
+        attention = getattr(self.model.config, "_attn_implementation", None)
         return {
             "name": self.spec.name_or_path or "random",
             "fingerprint": self.fingerprint,
@@ -258,6 +280,7 @@ class Base:
             "quantized_parameters": self.size.quantized_parameters,
             "bytes": self.size.bytes,
             "bits_per_parameter": self.size.bits_per_parameter,
+            "attn_implementation": "sdpa" if attention == ROWS else attention,
         }
 
 
@@ -270,7 +293,7 @@ def load(
     """
     spec.check()
     config = spec.prepared_config(num_labels)
-    check_window(spec, config)
+    architecture.length(spec.max_length, spec.LONGEST, config)
     dtype: torch.dtype | str = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     before = spec.fingerprint()
     model = spec.weights(config, quantizer, dtype, device)
@@ -327,28 +350,12 @@ def _untie(model: nn.Module) -> None:
         output.weight = nn.Parameter(torch.empty_like(output.weight))
 
 
-def auto_class(task: str) -> Any:
-    """transformers' loader of a task."""
-    import transformers
-
-    return {
-        "causal_lm": transformers.AutoModelForCausalLM,
-        "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
-        "sequence_classification": transformers.AutoModelForSequenceClassification,
-    }[task]
 
 
 def tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """Every parameter and buffer of ``model`` by name, shared ones once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def check_window(spec: Pretrained, config: Any) -> None:
-    """Raises ConfigError where max_length exceeds the positions the base was built with."""
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if positions and spec.max_length > positions and spec.task != "seq2seq_lm":
-        raise ConfigError(f"model.max_length={spec.max_length} exceeds the {positions} positions of the base model")
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.errors import ConfigError, nearest
+from loralab.quantization.kernels import import_bitsandbytes
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ class AdamW:
             raise ConfigError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas must be two numbers in [0, 1), got {list(self.betas)}")
-        if not self.eps > 0:
-            raise ConfigError(f"optimizer.eps must be positive, got {self.eps}")
+        if not 0 < self.eps < math.inf:
+            raise ConfigError(f"optimizer.eps must be a positive number, got {self.eps}")
 
     @property
     def effective_name(self) -> str:
@@ -305,9 +306,8 @@ def _page_after_resume(optimizer: torch.optim.Optimizer) -> None:
 
 def _bitsandbytes() -> Any:
     try:
-        import bitsandbytes
+        return import_bitsandbytes()
     except ImportError as error:
         raise ConfigError(
             f"optimizer: bitsandbytes is missing or broken ({error}); pip install bitsandbytes, or optimizer=adamw"
         ) from error
-    return bitsandbytes

@@ -128,7 +128,7 @@ class Runner:
         return self._read(spec, self._tokenizer(spec.model))[0]
 
     def _read(self, spec: TrialSpec, tokenizer: Any) -> tuple[Encoded, str | None]:
-        key = f"{spec.data} {spec.model.task} {spec.model.max_length} {tokenizer.name_or_path}"
+        key = f"{spec.data} {spec.model.task} {spec.model.length} {tokenizer.name_or_path}"
         key += repr(spec.model) if spec.data.from_base else ""
         if key not in self._data:
             source = spec.data.source()  # before the rows are read: what changes meanwhile is then seen to have changed
@@ -181,9 +181,9 @@ def _alike(specs: list[TrialSpec], trials: list[Trial]) -> list[Part]:
 def encoded_data(data: DataSpec, model: models.Pretrained, tokenizer: Any, device: str) -> Encoded:
     """The rows of ``data`` in token ids; where it draws them from the base, that is loaded, unquantized."""
     if not data.from_base:
-        return encode(data.splits(), tokenizer, model.task, model.max_length)
+        return encode(data.splits(), tokenizer, model.task, model.length)
     base = models.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
-    sampled: Encoded = data.sample(base, tokenizer, model.task, model.max_length)
+    sampled: Encoded = data.sample(base, tokenizer, model.task, model.length)
     return sampled
 
 
@@ -214,6 +214,7 @@ def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, A
         targets=data.targets,
         rows={split: len(getattr(data, split)) for split in ("train", "validation", "test")},
         truncated=data.truncated,
+        max_length=spec.model.length,
     )
     return Trial(spec.settings(), adapter, data, spec.model.task, base.tokenizer.pad_token_id, entry)
 

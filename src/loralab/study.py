@@ -227,7 +227,7 @@ def study(
     tokenizer = model_spec.load_tokenizer() if evaluate else None
     encoded = None
     if evaluate and not data.from_base:
-        encoded = encode(data.splits(), tokenizer, model_spec.task, model_spec.max_length)
+        encoded = encode(data.splits(), tokenizer, model_spec.task, model_spec.length)
     labels = len(encoded.splits.labels) or None if encoded else None
     base = models.load(model_spec, NoQuantization(), tokenizer, labels, trainer.device)
     model = base.model.to(trainer.device).requires_grad_(False)
@@ -240,7 +240,7 @@ def study(
     about = {"weights": base.spec.name_or_path or "random", "fingerprint": base.fingerprint, **about}
     if not evaluate:
         return _rows(subject, about, quantizers)
-    encoded = encoded or data.sample(model, tokenizer, model_spec.task, model_spec.max_length)
+    encoded = encoded or data.sample(model, tokenizer, model_spec.task, model_spec.length)
     if not len(encoded.validation):
         raise DataError(f"data: the validation split of {encoded.splits.name} is empty, and --evaluate scores it")
     pad = tokenizer.pad_token_id if tokenizer else 0

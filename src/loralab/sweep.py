@@ -29,7 +29,7 @@ class Jobs:
     many: bool
     folder: Path | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
-    refused: LoralabError | None = None
+    refused: Exception | None = None
     packs: dict[str, list[Job]] = field(default_factory=dict)  # trial -> the jobs it runs with
     ahead: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)  # ran before their turn
     memory_budget: float | None = None  # GiB, where the launcher was given one
@@ -71,13 +71,13 @@ class Jobs:
         """One trial; its metric goes back to the sweeper."""
         from hydra.core.hydra_config import HydraConfig
 
-        output = Path(HydraConfig.get().runtime.output_dir).resolve()
-        job = self.planned.get(output) or Job.running(config, self.many)
-        job.memory_budget = self.memory_budget
-        self.folder = self.folder if self.planned else job.folder.parent if self.many else job.folder
         try:
+            output = Path(HydraConfig.get().runtime.output_dir).resolve()
+            job = self.planned.get(output) or Job.running(config, self.many)
+            job.memory_budget = self.memory_budget
+            self.folder = self.folder if self.planned else job.folder.parent if self.many else job.folder
             done = self._record(job)
-        except LoralabError as error:  # of a single run; Hydra would print its own lines about it
+        except Exception as error:  # of a single run; Hydra would print its own lines about it
             self.refused = error
             return None
         self.records.append(done)

@@ -37,8 +37,12 @@ class TrainerSpec:
             raise ConfigError(
                 f"trainer.max_steps must be at least 0 (0: score the base as it is), got {self.max_steps}"
             )
-        for key in ("accumulate_grad_batches", "val_check_interval", "patience", "log_every_n_steps"):
+        for key in ("max_steps", "accumulate_grad_batches", "val_check_interval", "patience", "log_every_n_steps"):
             value = getattr(self, key)
+            if value is not None and value >= 2**31:
+                raise ConfigError(f"trainer.{key}={value} is beyond any run; valid: below {2**31}")
+            if key == "max_steps":
+                continue
             if value is not None and value < 1:
                 raise ConfigError(f"trainer.{key} must be at least 1, got {value}")
         if self.patience is not None and self.val_check_interval is None:

@@ -63,7 +63,66 @@ def test_quoted_commas_and_line_breaks_belong_to_the_cell(tmp_path):
     path = write(tmp_path / "r.csv", 'mr,ref\n"a, b","two\nlines"\nc,d\n')
     splits = Files(train=path, validation=path, **TEMPLATES).splits()
     assert (splits.train[0].prompt, splits.train[0].target) == ("a, b\n", "two\nlines")
-    assert splits.train[1].where == f"{path}:4"
+    assert [row.where for row in splits.train] == [f"{path}:2", f"{path}:4"]
+
+
+def test_a_cell_may_be_as_long_as_a_document(tmp_path):
+    long = "word, " * 50_000
+    path = write(tmp_path / "r.csv", f'mr,ref\nq,"{long}"\n')
+    assert Files(train=path, validation=path, **TEMPLATES).splits().train[0].target == long
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_any_line_end_and_a_byte_order_mark_give_the_same_rows(tmp_path, end, bom):
+    rows = [("a", "b"), ("c", "d")]
+    objects = [json.dumps({"mr": q, "ref": a}) for q, a in rows]
+    for name, lines in (("r.csv", ["mr,ref", "a,b", "c,d"]), ("r.jsonl", objects)):
+        path = write(tmp_path / name, bom + end.join([*lines, ""]))
+        splits = Files(train=path, validation=path, **TEMPLATES).splits()
+        assert [(row.prompt, row.target) for row in splits.train] == [(q + "\n", a) for q, a in rows]
+
+
+def test_cells_without_a_name_may_stand_beside_the_named(tmp_path):
+    path = write(tmp_path / "r.csv", "mr,,ref,\na,1,b,2\n")
+    assert Files(train=path, validation=path, **TEMPLATES).splits().train[0].target == "b"
+
+
+SKIPPED = {
+    "quote inside": ('mr,ref\na,b\n"c"d,e\nf,g\n', 1),
+    "over two lines": ('mr,ref\na,b\nc,"d\ne"f,g\nf,g\n', 1),
+    "cells": ("mr,ref\na,b\nc\nf,g\nh,i,j\n", 2),
+    "open at the end": ('mr,ref\na,b\nf,g\nh,"i', 1),
+    "not UTF-8": (b"mr,ref\na,b\nc,\xe9\nf,g\n", 1),
+    "NUL": ("mr,ref\na,b\nc,\0\nf,g\n", 1),
+}
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_a_bad_row_of_a_csv_file_is_left_out_and_those_after_it_are_read(tmp_path, case):
+    content, bad = SKIPPED[case]
+    path = write(tmp_path / "r.csv", content)
+    splits = Files(train=path, validation=path, on_bad_row="skip", **TEMPLATES).splits()
+    assert [row.target for row in splits.train] == ["b", "g"]
+    assert splits.skipped == 2 * bad  # in each of the two splits
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("mr,ref,mr\na,b,c\n", r"r\.csv:1: the header names column 'mr' twice \(cells 1 and 3\)"),
+        ("mr,ref,x,x\na,b,c,d\n", r"r\.csv:1: the header names column 'x' twice \(cells 3 and 4\)"),
+        ("mr;ref\na;b\n", r"r\.csv:1: column 'mr' is missing .*separated by ';'"),
+        ('"mr"x,ref\na,b\n', r"r\.csv:1: the header is not CSV"),
+        ('mr,ref\na,b\nc,"d\ne,f\ng,h\n', r"r\.csv:3: a quote .* never closed, so that all 5 lines"),
+        ("mr,ref\na,b\n".encode("utf-16"), r"r\.csv:1: the text is UTF-16; valid: UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_whole_file_is_no_row_to_skip(tmp_path, content, message):
+    path = write(tmp_path / "r.csv", content)
+    for on_bad_row in ("error", "skip"):
+        with pytest.raises(DataError, match=message):
+            Files(train=path, validation=path, on_bad_row=on_bad_row, **TEMPLATES).splits()
 
 
 def test_a_missing_file_says_what_the_folder_holds(tmp_path, jsonl):

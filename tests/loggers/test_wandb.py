@@ -1,6 +1,7 @@
 """The W&B mirror: one run a trial in one process, offline without a key, never in the way of training."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,8 +15,8 @@ from loralab.run import Runner
 
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch, tmp_path):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
 
@@ -93,3 +94,132 @@ def test_a_key_is_found_in_the_environment_and_in_netrc(monkeypatch, tmp_path):
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match=r"logger\.mode='onlin' is unknown; did you mean online\?"):
         Wandb(mode="onlin")
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """Starts a mirror with a stub of W&B and returns what wandb.init was asked for, None where it was not."""
+
+    def start(spec=None, folder=tmp_path / "run", name="r=8", group=None):
+        asked = []
+
+        def init(wandb, options, mode):
+            asked.append({"mode": mode, **options})
+            return type("Run", (), {"id": "x"})()
+
+        monkeypatch.setattr(mirror, "_init", init)
+        (spec or Wandb()).start(folder, name, group, {})
+        return asked[0] if asked else None
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "b" * 40}, "online"),
+        ({"WANDB_API_KEY": "b" * 40, "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_API_KEY": "b" * 40, "WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_API_KEY": "b" * 40, "WANDB_MODE": "disabled"}, None),
+        ({"WANDB_API_KEY": "b" * 40, "WANDB_DISABLED": "true"}, None),
+        ({"WANDB_MODE": "online"}, "online"),
+        ({"WANDB_MODE": "run"}, "online"),
+        ({"WANDB_MODE": "shared"}, "shared"),
+        ({"WANDB_MODE": ""}, "offline"),
+    ],
+)
+def test_mode_auto_is_what_the_environment_says(monkeypatch, started, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked = started()
+    assert (asked and asked["mode"]) == expected
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_a_mode_in_the_configuration_wins_over_the_environment(monkeypatch, started, mode):
+    monkeypatch.setenv("WANDB_MODE", "offline" if mode == "online" else "online")
+    asked = started(Wandb(mode=mode))
+    assert (asked["mode"] if asked else "disabled") == mode
+
+
+def test_project_entity_group_tags_and_folder_come_from_the_environment_where_they_are_null(
+    monkeypatch, started, tmp_path
+):
+    asked = started(group="rank")
+    assert [asked[key] for key in ("project", "entity", "group", "tags", "name", "dir")] == [
+        *("loralab", None, "rank", None, "r=8", str(tmp_path / "run"))
+    ]
+    variables = {"PROJECT": "p", "ENTITY": "e", "RUN_GROUP": "g", "TAGS": "a, b", "NAME": "mine", "DIR": "/elsewhere"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    asked = started(group="rank")
+    assert [asked[key] for key in ("project", "entity", "group", "tags", "name", "dir")] == [
+        *("p", "e", "g", ["a", "b"], "mine", "/elsewhere")
+    ]
+    asked = started(Wandb(project="own", entity="us", group="ours", tags=["t"]))
+    assert [asked[key] for key in ("project", "entity", "group", "tags")] == ["own", "us", "ours", ["t"]]
+
+
+def test_trials_of_a_sweep_keep_a_name_and_an_id_of_their_own(monkeypatch, started, tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    monkeypatch.setenv("WANDB_RUN_ID", "one")
+    one, two = started(name="seed=0"), started(name="seed=1")
+    assert (one["name"], two["name"]) == ("mine seed=0", "mine seed=1")
+    assert one["id"] != two["id"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "environment", "said"),
+    [
+        ({"tags": ["a" * 65]}, {}, "logger.tags: the tag 'aaaa"),
+        ({"tags": [""]}, {}, "has 0 characters; valid: 1 to 64"),
+        ({"project": "p" * 129}, {}, "logger.project has 129 characters"),
+        ({"project": ""}, {}, "logger.project has 0 characters"),
+        ({"project": "a/b"}, {}, "logger.project='a/b' holds /"),
+        ({"group": "g" * 129}, {}, "logger.group has 129 characters"),
+        ({}, {"WANDB_TAGS": "a," + "b" * 65}, "WANDB_TAGS: the tag 'bbbb"),
+        ({}, {"WANDB_PROJECT": "a:b"}, "WANDB_PROJECT='a:b' holds :"),
+        ({}, {"WANDB_MODE": "offlin"}, "WANDB_MODE='offlin' is unknown; did you mean offline?"),
+    ],
+)
+def test_what_wandb_would_refuse_is_refused_before_training(monkeypatch, fields, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as refused:
+        Wandb(**fields)
+    assert said in str(refused.value)
+    Wandb(mode="disabled", **fields)  # nobody will be asked
+
+
+def test_the_longest_tag_project_and_name_that_are_let_through_are_taken_by_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    spec = Wandb(tags=["t" * 64], project="p" * 128, group="g" * 128)
+    run = spec.start(tmp_path / "run", "n" * 300, None, {})
+    assert run.run_id
+    run.log(1, {"train/loss": 0.125})
+    run.finish()
+    written = history(tmp_path / "elsewhere")
+    assert "t" * 64 in written
+    assert "0.125" in written
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandbs_own_variables_are_not_overruled(monkeypatch):
+    class Init:
+        Settings = __import__("wandb").Settings
+
+        def init(self, **asked):
+            self.settings = asked["settings"].model_dump(include=asked["settings"].model_fields_set)
+            return type("Run", (), {"define_metric": lambda *_, **__: None})()
+
+    wandb = Init()
+    mirror._init(wandb, {}, "offline")
+    assert (wandb.settings["silent"], wandb.settings["console"]) == (True, "off")
+    monkeypatch.setenv("WANDB_SILENT", "false")
+    monkeypatch.setenv("WANDB_CONSOLE", "wrap")
+    mirror._init(wandb, {}, "offline")
+    assert "silent" not in wandb.settings
+    assert "console" not in wandb.settings

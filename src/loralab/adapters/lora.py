@@ -50,6 +50,8 @@ class LoRA(AdapterSpec):
         for name, rank in {"r": self.r, **_dotted("rank_pattern", self.rank_pattern)}.items():
             if rank < 1:
                 raise ConfigError(f"adapter.{name} must be at least 1, got {rank}")
+            if rank >= 2**31:
+                raise ConfigError(f"adapter.{name}={rank} is beyond the width of any layer; valid: 1 to {2**31 - 1}")
         for name, alpha in {"lora_alpha": self.lora_alpha, **_dotted("alpha_pattern", self.alpha_pattern)}.items():
             if not (math.isfinite(alpha) and alpha > 0):
                 raise ConfigError(f"adapter.{name} must be a positive number, got {alpha}")

@@ -11,6 +11,7 @@ from loralab.errors import ConfigError
 
 KINDS = ("pairs", "text", "labels")
 SPLITS = ("train", "validation", "test")
+LARGEST_BATCH = 2**20  # rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ class DataSpec:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"data.batch_size must be at least 1, got {self.batch_size}")
+        if self.batch_size > LARGEST_BATCH:
+            raise ConfigError(f"data.batch_size={self.batch_size} fits no machine; valid: 1 to {LARGEST_BATCH}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"data.limit must be at least 1 row (null: all rows), got {self.limit}")
         if self.generate_rows < 0:

@@ -2,8 +2,10 @@
 
 import csv
 import gzip
+import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,9 @@ from loralab.errors import ConfigError, DataError
 
 FORMATS = (".jsonl", ".csv", ".txt")
 LISTED = 12  # files named in a message
+LARGEST_CELL = 2**31 - 1  # characters; csv's own limit of 131,072 is shorter than many a document
+UNCLOSED = "unexpected end of data"  # csv's word for a quote that is
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -84,17 +89,33 @@ def _listing(folder: Path) -> str:
     return f"{folder} holds {', '.join(names[:LISTED]) or 'nothing'}{more}"
 
 
-def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes with their line end); a byte order mark is dropped."""
+def raw_lines(path: Path) -> Iterator[tuple[int, str]]:
+    r"""(line number from 1, text with its line end: \n, \r\n or \r); a byte order mark is dropped.
+
+    Bytes that are not UTF-8 become lone surrogates, which the row's check names.
+    """
     number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if file.peek(2)[:2] in UTF_16:  # type: ignore[union-attr]
+                raise DataError(f"{path}:1: the text is UTF-16; valid: UTF-8 (iconv -f UTF-16 -t UTF-8 makes it so)")
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")  # type: ignore[arg-type]
+            for number, line in enumerate(text, 1):
+                yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}:{number + 1}: the gzip file is damaged or cut short ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _not_utf_8(line: str) -> str:
+    """What is wrong with the bytes that ``line`` was read from; empty: nothing."""
+    read = line.encode(errors="surrogateescape")
+    try:
+        read.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte {error.start + 1} of the line is 0x{read[error.start]:02x})"
+    return ""
 
 
 def jsonl_records(path: Path, columns: list[str]) -> Iterator[Record]:
@@ -105,11 +126,11 @@ def jsonl_records(path: Path, columns: list[str]) -> Iterator[Record]:
             yield Record(fields, f"{path}:{number}", problem)
 
 
-def _json_object(line: bytes) -> tuple[dict[str, Any], str]:
+def _json_object(line: str) -> tuple[dict[str, Any], str]:
+    if problem := _not_utf_8(line):
+        return {}, problem
     try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return {}, f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})"
+        value = json.loads(line)
     except RecursionError:
         return {}, "not JSON (nested too deeply)"
     except ValueError as error:
@@ -120,27 +141,55 @@ def _json_object(line: bytes) -> tuple[dict[str, Any], str]:
 
 
 def csv_records(path: Path, columns: list[str]) -> Iterator[Record]:
-    """Comma-separated with a header, quoted as RFC 4180 has it."""
-    # bytes that are not UTF-8 become lone surrogates, which the row's check names
-    lines = (line.decode(errors="surrogateescape") for _, line in raw_lines(path))
-    reader = csv.DictReader(lines, strict=True)
-    try:
-        header = list(reader.fieldnames or [])
-        for name in columns:
-            if name not in header:
-                raise DataError(f"{path}:1: column {name!r} is missing (has: {', '.join(header) or 'nothing'})")
-        for fields in reader:
-            yield _csv_record(fields, header, f"{path}:{reader.line_num}")
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.reader.line_num}: not CSV ({error})") from None
+    """Comma-separated with a header, quoted as RFC 4180 has it; a row's place is the line it begins in."""
+    csv.field_size_limit(LARGEST_CELL)
+    reader = csv.reader((line for _, line in raw_lines(path)), strict=True)
+    rows = _csv_rows(reader)
+    first, header, problem = next(rows, (1, [], ""))
+    if problem:
+        raise DataError(f"{path}:{first}: the header is not CSV ({problem})")
+    _check_header(f"{path}:{first}", header, columns)
+    for start, cells, problem in rows:
+        if problem == UNCLOSED and reader.line_num > start:
+            raise DataError(
+                f"{path}:{start}: a quote that opens in this row is never closed, so that all {reader.line_num} lines"
+                " to the end of the file would be one cell; valid: a quote before and after the cell, doubled inside it"
+            )
+        yield _csv_record(cells, header, f"{path}:{start}", problem and f"not CSV ({problem})")
 
 
-def _csv_record(fields: dict[Any, Any], header: list[str], where: str) -> Record:
-    extra = fields.pop(None, None)
-    present = {name: value for name, value in fields.items() if value is not None}
-    cells = len(present) + len(extra or [])
-    problem = f"{cells} cells, the header has {len(header)}" if cells != len(header) else ""
-    return Record(present, where, problem)
+def _csv_rows(reader: Any) -> Iterator[tuple[int, list[str], str]]:
+    """(line in which the row begins, its cells, why csv refuses it); empty lines are passed over."""
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            lines = f" in lines {start} to {reader.line_num}" if reader.line_num > start else ""
+            yield start, [], f"{error}{lines}" if str(error) != UNCLOSED else UNCLOSED
+            continue
+        if cells:
+            yield start, cells, ""
+
+
+def _check_header(where: str, header: list[str], columns: list[str]) -> None:
+    twice = [name for name, count in Counter(header).items() if count > 1 and name]
+    if twice:
+        places = [str(index) for index, name in enumerate(header, 1) if name == twice[0]]
+        raise DataError(f"{where}: the header names column {twice[0]!r} twice (cells {' and '.join(places)})")
+    for name in columns:
+        if name not in header:
+            apart = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
+            hint = f"; the cells seem to be separated by {apart!r}, a comma is wanted" if apart else ""
+            raise DataError(f"{where}: column {name!r} is missing (has: {', '.join(header) or 'nothing'}){hint}")
+
+
+def _csv_record(cells: list[str], header: list[str], where: str, problem: str) -> Record:
+    if not problem and len(cells) != len(header):
+        problem = f"{len(cells)} cells, the header has {len(header)}"
+    return Record(dict(zip(header, cells, strict=False)), where, problem)
 
 
 READERS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {
@@ -153,12 +202,11 @@ def text_lines(path: Path) -> list[str]:
     """Lines with their ends; DataError for what is not text."""
     lines = []
     for number, line in raw_lines(path):
-        if b"\0" in line:
+        if "\0" in line:
             raise DataError(f"{path}:{number}: holds a NUL character; plain UTF-8 text is wanted")
-        try:
-            lines.append(line.decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line)") from None
+        if problem := _not_utf_8(line):
+            raise DataError(f"{path}:{number}: {problem}")
+        lines.append(line)
     if not "".join(lines).strip():
         raise DataError(f"{path}: the file is empty ({len(lines)} lines read, no text)")
     return lines

@@ -90,6 +90,8 @@ class RowSpec(DataSpec):
             raise ConfigError(f"data.on_bad_row={self.on_bad_row!r} is unknown; {nearest(self.on_bad_row, ON_BAD_ROW)}")
         if self.text is not None and (self.prompt is not None or self.target is not None):
             raise ConfigError("data.text and data.prompt/data.target exclude each other: give one form")
+        if self.target == "" or self.text == "":
+            raise ConfigError("data.target and data.text cannot be empty: there would be nothing to learn")
         if self.prompt is not None and self.target is None:
             raise ConfigError("data.target is missing beside data.prompt: what should be learnt?")
         if self.label is not None and self.text is None:

@@ -70,7 +70,8 @@ def alone(spec: TrialSpec) -> str:
         return f"quantization={spec.quantization.name} looks at whole sequences"
     if spec.memory.alone:
         return spec.memory.alone
-    if why := why_alone(spec.model.prepared_config(spec.model.num_labels), spec.model.attn_implementation):
+    config = spec.model.prepared_config(spec.model.num_labels)
+    if why := why_alone(config, spec.model.attention(config) or "eager"):
         return why
     unaware = [name for name, made in spec.callbacks.items() if not getattr(made(), "pack_aware", False)]
     return f"callbacks.{unaware[0]} is not marked pack_aware" if unaware else ""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loralab import architecture
 from loralab.errors import ConfigError, nearest
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.planning.trace import Geometry, Planned, trace
@@ -75,7 +76,7 @@ def predict(
     positions that enter the loss; prompts and padding do not.
     """
     pack = list(spec) if isinstance(spec, Sequence) else [spec]
-    rows, length = rows or pack[0].settings().batch_size, length or pack[0].model.max_length
+    rows, length = rows or pack[0].settings().batch_size, length or pack[0].model.length
     ragged = rows * len(pack) > 1 if ragged is None else ragged
     geometry = Geometry(rows, length, _cuda(device), ragged, targets)
     layers = homogeneous_layers(pack)
@@ -160,7 +161,7 @@ def estimate(
     own = [sizes(one) for one in pack]
     each, mixed = own[0].dtype_bytes, pack[0].trainer.precision not in ("auto", "32-true")
     each = 2 if mixed else each
-    tokens = sum(rows or one.settings().batch_size for one in pack) * (length or model.max_length)
+    tokens = sum(rows or one.settings().batch_size for one in pack) * (length or model.length)
     layers = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
     one_layer = tokens * 20.25 * config.hidden_size * each
     if each < 4 and not mixed:  # the adapters are float32, and keep their inputs so
@@ -203,15 +204,14 @@ def largest(spec: Planned, budget: float, what: str, device: str = "cuda") -> in
 
 
 def _ceiling(spec: Planned, what: str) -> int:
-    config = spec.model.architecture()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return int(positions) if what == "max_length" and positions else CEILING[what]
+    positions = architecture.positions(spec.model.architecture())
+    return positions if what == "max_length" and positions else CEILING[what]
 
 
 def _present(spec: Planned, what: str) -> int:
     if what == "batch_size":
         return spec.settings().batch_size
-    return spec.model.max_length if what == "max_length" else int(getattr(spec.adapter, "r", 1))
+    return spec.model.length if what == "max_length" else int(getattr(spec.adapter, "r", 1))
 
 
 def _need(spec: Any, what: str, value: int, device: str) -> int:

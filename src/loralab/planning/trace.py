@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from loralab import models
 from loralab.adapters.base import AdapterSpec
+from loralab.architecture import auto_class
 from loralab.module import FineTuner
 from loralab.optimizers import PAGED_FROM, UNPAGED, AdamW
 from loralab.planning.attention import kernels
@@ -105,7 +106,8 @@ def build(spec: models.Pretrained, layers: int | None) -> nn.Module:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
-    model = models.auto_class(spec.task).from_config(config, dtype=dtype, attn_implementation=spec.attn_implementation)
+    attention = spec.attention(config)
+    model = auto_class(spec.task).from_config(config, dtype=dtype, attn_implementation=attention)
     if spec.config.get("tie_word_embeddings") is False:
         models._untie(model)
     models.prepare(spec, model)

@@ -17,10 +17,23 @@ KERNEL_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def import_bitsandbytes() -> Any:
+    """The package. Where the CPU has bf16 instructions it warns that an optional kernel from a hub is missing; loralab
+    chooses its products itself (``gemm``), so that one line is kept from the log."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_the_hubs_kernel)
+    import bitsandbytes
+
+    return bitsandbytes
+
+
+def _not_the_hubs_kernel(record: logging.LogRecord) -> bool:
+    return "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
+
+
 def bitsandbytes_ops() -> Any:
     """``torch.ops.bitsandbytes``, after the import that registers them."""
     try:
-        import bitsandbytes  # noqa: F401
+        import_bitsandbytes()
     except ImportError as error:
         raise ConfigError(
             f"quantization: bitsandbytes cannot be imported ({error}); valid: pip install bitsandbytes, or"

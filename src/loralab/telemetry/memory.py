@@ -57,12 +57,14 @@ class PhaseMemory(Callback):
         spike_window: int = 50,
     ) -> None:
         for name, value in {"every_n_steps": every_n_steps, "spike_window": spike_window}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ValueError(f"{name} must be at least 1, and below {2**31}, got {value}")
         if profiled_step is not None and (not isinstance(profiled_step, int) or profiled_step < 2):
             raise ValueError(f"profiled_step must be at least 2 (step 1 has no optimizer state), got {profiled_step}")
-        if not spike_factor >= 1 or not spike_floor_mib >= 0:
-            raise ValueError(f"spike_factor must be at least 1, the floor 0: got {spike_factor}, {spike_floor_mib}")
+        if not spike_factor >= 1 or not 0 <= spike_floor_mib < 2**40:
+            raise ValueError(
+                f"spike_factor must be at least 1, the floor a number from 0 on: got {spike_factor}, {spike_floor_mib}"
+            )
         self.every_n_steps, self.profiled_step = every_n_steps, profiled_step
         self.spikes = Spikes(spike_factor, int(spike_floor_mib * MIB), spike_window)
         self.on_spike: list[Callable[[Spike], None]] = []

@@ -1,8 +1,6 @@
 """The allocator's true peak on a CPU, where torch keeps no statistics: every allocation of one step, added up."""
 
 import os
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -12,7 +10,7 @@ from torch.autograd.profiler import profile, record_function
 
 MARK = "loralab/"
 MEMORY = "[memory]"
-NOISE = (b"USDT:", b"allocated before the profiling started")  # kineto and c10 say these on every use
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says "profiler_start" on every use, above the level of its errors
 
 
 class ProfiledStep:
@@ -28,10 +26,8 @@ class ProfiledStep:
         self.held = storage_bytes(value for value in held if isinstance(value, Tensor))
         self.gradients = storage_bytes(p.grad for p in module.parameters() if p.grad is not None)
         self._profile: Any = profile(profile_memory=True)
-        self._stderr = _Stderr()
 
     def start(self) -> None:
-        self._stderr.hold()
         self._profile.__enter__()
 
     def begin(self, phase: str) -> None:
@@ -41,10 +37,7 @@ class ProfiledStep:
 
     def stop(self) -> dict[str, int]:
         """{phase: peak in bytes}."""
-        try:
-            self._profile.__exit__(None, None, None)
-        finally:
-            self._stderr.release()
+        self._profile.__exit__(None, None, None)
         return peaks(events(self._profile), self.held + self.gradients, self.gradients)
 
 
@@ -97,23 +90,3 @@ def batch_tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, dict | list | tuple):
         for value in batch.values() if isinstance(batch, dict) else batch:
             yield from batch_tensors(value)
-
-
-class _Stderr:
-    """Holds back what native code writes to stderr, and lets it through later without the profiler's own lines."""
-
-    def hold(self) -> None:
-        sys.stderr.flush()
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - released by release()
-        self._kept = os.dup(2)
-        os.dup2(self._file.fileno(), 2)
-
-    def release(self) -> None:
-        sys.stderr.flush()
-        os.dup2(self._kept, 2)
-        os.close(self._kept)
-        with self._file as file:
-            file.seek(0)
-            for line in file:
-                if not any(word in line for word in NOISE):
-                    os.write(2, line)

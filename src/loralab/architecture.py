@@ -1,0 +1,97 @@
+"""What an architecture allows: the attention it is computed with, and the tokens it has positions for."""
+
+from typing import Any
+
+from loralab.errors import ConfigError, nearest
+
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+# their first position stands after the padding token's, so that many of their embeddings are never reached
+AFTER_PADDING = frozenset(
+    {
+        *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "xmod", "data2vec-text"),
+        *("esm", "ibert", "mpnet", "luke", "lilt", "longformer", "layoutlmv3", "markuplm"),
+    }
+)
+POSITIONS = (
+    *("max_position_embeddings", "n_positions", "max_sequence_length"),
+    *("max_encoder_position_embeddings", "max_decoder_position_embeddings", "max_target_positions"),
+)
+RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "t5gemma"})  # n_positions is history there
+
+
+def auto_class(task: str) -> Any:
+    """transformers' loader of a task."""
+    import transformers
+
+    return {
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
+        "sequence_classification": transformers.AutoModelForSequenceClassification,
+    }[task]
+
+
+def attention(wanted: str, task: str, config: Any) -> str | None:
+    """``model.attn_implementation`` as transformers is asked for it: auto is SDPA where the architecture has it, else
+    eager. None where nobody can say before the model is there (remote code): transformers chooses.
+
+    Raises ConfigError for one that is unknown, or SDPA where there is none.
+    """
+    if wanted not in ATTENTIONS:
+        raise ConfigError(f"model.attn_implementation={wanted!r} is unknown; {nearest(wanted, ATTENTIONS)}")
+    cls = _model_class(task, config)
+    supported = bool(getattr(cls, "_supports_sdpa", False))
+    if wanted == "auto":
+        return None if cls is None else "sdpa" if supported else "eager"
+    if wanted == "sdpa" and cls is not None and not supported:
+        raise ConfigError(
+            f"model.attn_implementation=sdpa: transformers has none for {cls.__name__}; valid: auto, or eager"
+        )
+    return wanted
+
+
+def _model_class(task: str, config: Any) -> Any:
+    """transformers' own class for the task, None for an architecture that it does not know."""
+    try:
+        found = auto_class(task)._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def length(wanted: int | None, longest: int, config: Any) -> int:
+    """Tokens of the longest row: ``wanted``, or where that is None the base's positions, at most ``longest``.
+
+    Raises ConfigError where ``wanted`` exceeds the positions.
+    """
+    room = positions(config)
+    if wanted is None:
+        return min(longest, room or longest)
+    if room and wanted > room:
+        unused = unused_positions(config.get_text_config())
+        why = f" ({room + unused} less {unused} that stand before the first token)" if unused else ""
+        raise ConfigError(
+            f"model.max_length={wanted} exceeds the {room} positions of the base model{why}; valid: at most {room}, or"
+            f" null, which is {min(longest, room)} here"
+        )
+    return wanted
+
+
+def positions(config: Any) -> int | None:
+    """Tokens of the longest row that the base has positions for; None where it sets no bound."""
+    if config.model_type in RELATIVE:
+        return None
+    own = config.get_text_config()
+    alibi = getattr(getattr(own, "attn_config", None), "alibi", False)
+    named = [getattr(own, "max_seq_len", None)] if own.model_type == "mpt" and not alibi else []
+    named += [getattr(own, key, None) for key in POSITIONS]
+    found = [value for value in named if isinstance(value, int) and value > 0]
+    if not found:
+        return None
+    return min(found) - unused_positions(own)
+
+
+def unused_positions(config: Any) -> int:
+    """Position embeddings before that of a row's first token."""
+    if config.model_type not in AFTER_PADDING or getattr(config, "position_embedding_type", "absolute") == "rotary":
+        return 0
+    return int(1 if config.pad_token_id is None else config.pad_token_id) + 1
