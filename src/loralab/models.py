@@ -350,8 +350,6 @@ def _untie(model: nn.Module) -> None:
         output.weight = nn.Parameter(torch.empty_like(output.weight))
 
 
-
-
 def tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """Every parameter and buffer of ``model`` by name, shared ones once."""
     yield from model.named_parameters()

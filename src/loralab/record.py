@@ -37,7 +37,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "time": ("startup_s", "train_s", "wall_s", "steps", "tokens", "tokens_per_s"),
     "pack": ("size", "index"),
-    "data": ("name", "fingerprint", "targets", "tokenizer", "source", "rows", "truncated"),
+    "data": ("name", "fingerprint", "targets", "tokenizer", "source", "max_length", "rows", "truncated"),
     "environment": ("versions", "git", "python", "cpu", "gpu", "threads"),
 }
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")

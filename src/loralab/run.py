@@ -157,7 +157,7 @@ def _check_splits(spec: TrialSpec, data: Encoded) -> None:
         if not data.tokens[split]["target_tokens"]:
             raise DataError(
                 f"data: the {split} split of {data.splits.name} has not one token to predict;"
-                f" model.max_length={spec.model.max_length} may leave none of its targets"
+                f" model.max_length={spec.model.length} may leave none of its targets"
             )
 
 

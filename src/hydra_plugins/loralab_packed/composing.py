@@ -53,8 +53,8 @@ class Composed:
         ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
         name = str(master.hydra.job.config_name)
         if self._repository is None:
-            own = [word for word in words if word.startswith("hydra.")]
-            self._repository = self.loader._parse_overrides_and_create_caching_repo(name, own)[1]
+            of_hydra = [word for word in words if word.startswith("hydra.")]
+            self._repository = self.loader._parse_overrides_and_create_caching_repo(name, of_hydra)[1]
         steering = [self._steers(one) for one in parsed]
         stem = self._stem(name, tuple(word for word, first in zip(words, steering, strict=True) if first))
         config: DictConfig = pickle.loads(stem)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from loralab import models
+from loralab.architecture import auto_class
 from loralab.bench.layer import linear4bit
 from loralab.bench.peers import WithTrainer
 from loralab.data.encoding import Example
@@ -35,7 +36,7 @@ def quantized(config: Row, device: str) -> Any:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     spec = models.Random(config=config, dropout=0.0)
     with torch.device(device):
-        model = models.auto_class("causal_lm").from_config(spec.prepared_config(None), dtype=dtype)
+        model = auto_class("causal_lm").from_config(spec.prepared_config(None), dtype=dtype)
     output = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and layer is not output:

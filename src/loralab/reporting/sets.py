@@ -57,7 +57,8 @@ def _other_targets(heads: Sequence[Trial]) -> str:
     """Other data, or the same data in other tokens."""
     if len(_marks(heads, "data.fingerprint")) > 1:
         return _changed_words("the data", "data.fingerprint", _data)(heads)
-    lengths, tokens = (_said(heads, f"model.{key}") for key in ("max_length", "name_or_path"))
+    lengths = " | ".join(dict.fromkeys(str(_cut(head.record)) for head in heads))
+    tokens = _said(heads, "model.name_or_path")
     where = f"cut at model.max_length = {lengths}" if "|" in lengths else f"of the tokenizers of {tokens}"
     return f"the scores are over other target tokens, {where}: a loss over other tokens is another measure"
 
@@ -137,9 +138,14 @@ def _rows(record: Record) -> str:
     """What stands for the targets where their fingerprint was not recorded: rows, tokenizer and where they were cut."""
     config, data = record["config"], record["data"]
     task = lookup(config, "model.task")
-    cut = lookup(config, "model.max_length") if data["truncated"] else "whole"
+    cut = _cut(record) if data["truncated"] else "whole"
     tokens = [lookup(config, "model.tokenizer") or lookup(config, "model.name_or_path"), cut]
     return canonical([data["fingerprint"], task, *(tokens if task != "sequence_classification" else [])])
+
+
+def _cut(record: Record) -> Any:
+    """Tokens at which rows were cut: as recorded, else as configured."""
+    return record["data"].get("max_length") or lookup(record["config"], "model.max_length")
 
 
 def _data(record: Record) -> Any:
