@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loralab import models, record, resuming
+from loralab.adapters.attached import attached
 from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
@@ -178,7 +179,7 @@ def _new_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
 
 
 def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, Any]) -> Trial:
-    adapter = spec.adapter.attach(base.model, spec.seed)
+    adapter = attached(spec.adapter, base.model, spec.seed)
     device = spec.trainer.device
     base.model.to(device)
     adapter.to(device)
