@@ -5,8 +5,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from loralab import generation, models, optimizers, resuming
 from loralab.adapters.attached import attached
 from loralab.adapters.export import save
@@ -189,7 +187,6 @@ class Fit:
         trial.save()
         if trial.failure is None:
             resuming.forget(spec.folder)
-
 
     def _export(self, spec: TrialSpec, trial: Trial) -> None:
         """The adapter on disk. What goes wrong is this trial's failure, and the others are written all the same."""

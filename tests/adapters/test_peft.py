@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from loralab.adapters.export import save
 from loralab.adapters.lora import LoRA
 from loralab.adapters.sites import Share, Sites
-from loralab.adapters.export import load, save
 
 SPECS = {
     "plain": LoRA(r=4, lora_alpha=12),

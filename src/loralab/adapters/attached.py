@@ -1,4 +1,4 @@
-"""Attaching with every doubt settled first: an adapter that trains nothing, or would lose what it trains, is refused."""
+"""Attaching, with doubts settled first: an adapter that trains nothing, or would lose what it trains, is refused."""
 
 from torch import Tensor, nn
 
@@ -42,7 +42,9 @@ def _check_parameters(adapter: Adapter, model: nn.Module) -> None:
             continue  # a base may hold empty ones
         if not parameter.numel():
             shape = tuple(parameter.shape)
-            raise ConfigError(f"adapter={spec.method}: its parameter {name} is empty {shape}; valid: at least one value")
+            raise ConfigError(
+                f"adapter={spec.method}: its parameter {name} is empty {shape}; valid: at least one value"
+            )
         if not parameter.requires_grad:
             raise ConfigError(
                 f"adapter={spec.method}: its parameter {name} takes no gradient, yet would be counted as trained; "
@@ -65,4 +67,4 @@ def _check_base(adapter: Adapter, model: nn.Module) -> None:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

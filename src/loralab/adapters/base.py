@@ -17,7 +17,6 @@ from loralab.adapters.sites import Sites, mix
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear
 
-
 STATED = ("packable", "tokenwise", "layerwise")  # each class for itself: what it does not say is false
 
 

@@ -24,7 +24,9 @@ def check_export(adapter: Adapter) -> None:
     _stored(spec, 0, owner)
     for name, value in adapter.state_dict().items():
         if not isinstance(value, Tensor):
-            raise ConfigError(f"adapter={spec.method}: {name} of its state is no tensor; valid: a buffer or a parameter")
+            raise ConfigError(
+                f"adapter={spec.method}: {name} of its state is no tensor; valid: a buffer or a parameter"
+            )
     if owner is type(adapter) or owner is Adapter:
         lost = vars(owner)["lost"](adapter) if "lost" in vars(owner) else ""
     else:

@@ -206,10 +206,10 @@ class LoRAAdapter(Adapter):
             for name, delta in self._factors().items():
                 for factor, key in zip((delta.lora_A, delta.lora_B), peft.lora_keys(name), strict=True):
                     factor.copy_(stored[key])
-            for key, (bias, delta) in self._biases().items():
-                delta.bias_delta.copy_(stored[key].to(bias.device) - bias)
+            for key, (bias, shift) in self._biases().items():
+                shift.bias_delta.copy_(stored[key].to(bias.device) - bias)
         for name, module in self.saved_modules():
-            module.load_state_dict({own: stored[key] for key, own in peft.saved_keys(name, module).items()})
+            module.load_state_dict({inside: stored[key] for key, inside in peft.saved_keys(name, module).items()})
 
     def lost(self) -> str:
         if type(self.lora) is not LoRA:
