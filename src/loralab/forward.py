@@ -81,7 +81,7 @@ class Forward:
             with around(inputs):
                 logits = self.model(**inputs).logits
             return self._plain(logits, labels)
-        head = frozen_head(self.model)
+        head = frozen_head(self.model, [share.owner for share in shares])
         assert head is not None
         with bypassed(head), around(inputs):
             hidden = self.model(**inputs).logits
@@ -116,7 +116,8 @@ class Forward:
 
     def _choose(self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> Way:
         """The way for this base and these adapters; under fake tensors whatever its shape allows."""
-        headless = self.task != "sequence_classification" and frozen_head(self.model) is not None
+        owners = [share.owner for share in shares]
+        headless = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
         unpadded = self.task == "causal_lm" and self.unpad and labels.device.type == "cpu" and can_unpad(self.model)
         if unpadded:
             prepare(self.model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from loralab import models, record, resuming
 from loralab.adapters.attached import attached
@@ -16,6 +17,7 @@ from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
 from loralab.fit import Fit, Part, close_record, explain
+from loralab.head import frozen_head
 from loralab.planning.foresee import Foresight
 from loralab.quantization.none import NoQuantization
 from loralab.specs import TrialSpec
@@ -86,7 +88,7 @@ class Runner:
                 log.info("%s begins anew: what its own callbacks hold is in no checkpoint", spec.id)
             elif spec.memory.continues and resuming.resume(trial):
                 trial.record["resumed_from"] = trial.step
-        waiting = _alike(specs, trials)
+        waiting = _alike(base.model, specs, trials)
         if len(waiting) > 1:
             self._divided(waiting)
         try:
@@ -149,11 +151,13 @@ def _own_callbacks(spec: TrialSpec) -> bool:
     return begun and any(not getattr(made(), "pack_aware", False) for made in spec.callbacks.values())
 
 
-def _alike(specs: list[TrialSpec], trials: list[Trial]) -> list[Part]:
-    """Trials that stand at one step train together; checkpoints may be of several."""
-    found: dict[int, list[tuple[TrialSpec, Trial]]] = {}
+def _alike(model: nn.Module, specs: list[TrialSpec], trials: list[Trial]) -> list[Part]:
+    """Trials that stand at one step train together; checkpoints may be of several. Those that need padding or dense
+    logits would bring them to the others, whose bits they change."""
+    found: dict[tuple[int, bool, bool], list[tuple[TrialSpec, Trial]]] = {}
     for spec, trial in zip(specs, trials, strict=True):
-        found.setdefault(trial.step, []).append((spec, trial))
+        kind = (trial.step, spec.adapter.tokenwise, frozen_head(model, [trial.adapter]) is None)
+        found.setdefault(kind, []).append((spec, trial))
     for part in found.values():
         for index, (_, trial) in enumerate(part):
             trial.record["pack"].update(size=len(part), index=index)

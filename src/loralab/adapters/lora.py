@@ -193,12 +193,10 @@ class LoRAAdapter(Adapter):
         self.lora = spec
 
     def export(self, folder: Path) -> None:
-        model, saved = self._model[0], [name for name, _ in self.saved_modules()]
-        config = peft.lora_config(self.lora, list(self._factors()), model, saved)
-        peft.write(folder, config, self._peft_state())
+        peft.write(folder, self.peft_config(), self.peft_state())
 
     def restore(self, folder: Path) -> None:
-        stored, own = read_state(folder / WEIGHTS), self._peft_state()
+        stored, own = read_state(folder / WEIGHTS), self.peft_state()
         wrong = sorted(set(stored) ^ set(own)) or [key for key in own if stored[key].shape != own[key].shape]
         if wrong:
             raise ArtifactError(f"{folder / WEIGHTS} and {type(self._model[0]).__name__} do not agree in {wrong[0]}")
@@ -230,7 +228,12 @@ class LoRAAdapter(Adapter):
         biases: dict[str, Any] = {name: model.get_submodule(name).bias for name in trained}
         return {peft.bias_key(name, name in adapted): (biases[name], delta) for name, delta in trained.items()}
 
-    def _peft_state(self) -> dict[str, Tensor]:
+    def peft_config(self) -> dict[str, Any]:
+        """What adapter_config.json holds."""
+        saved = [name for name, _ in self.saved_modules()]
+        return peft.lora_config(self.lora, list(self._factors()), self._model[0], saved)
+
+    def peft_state(self) -> dict[str, Tensor]:
         """PEFT's names for every tensor the trial trained."""
         state: dict[str, Tensor] = {}
         for name, delta in self._factors().items():

@@ -5,7 +5,7 @@ rows are where; each hooked layer hands every trial its own slice of input and o
 again. One trial alone is the same code with one slice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -206,6 +206,14 @@ class _Site:
 
     def _key(self, share: Share) -> int | None:
         return None if share.key is None else mix(share.key, self.salt)
+
+
+def acts(layer: nn.Module, owners: Collection[nn.Module]) -> bool:
+    """Whether a hook changes what ``layer`` gives to the rows of ``owners``; of a hook of another kind nobody knows."""
+    return any(
+        not isinstance(hook, _Site) or not hook.deltas.keys().isdisjoint(owners)
+        for hook in layer._forward_hooks.values()
+    )
 
 
 def mix(*words: int) -> int:
