@@ -16,8 +16,8 @@ def attached(spec: AdapterSpec, model: nn.Module, seed: int = 0) -> Adapter:
         )
     adapter.spec = spec
     try:
-        _check_parameters(adapter, model)
         _check_base(adapter, model)
+        _check_parameters(adapter, model)
         check_export(adapter)
     except ConfigError:
         adapter.detach()

@@ -7,7 +7,7 @@ import shutil
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -156,4 +156,4 @@ def _revived(kind: Any, value: Any) -> Any:
             return kind[value]
         if issubclass(kind, Path):
             return kind(value)
-    return value
+    return tuple(value) if kind is tuple or get_origin(kind) is tuple else value
