@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from loralab.adapters.sites import Share, Sites
 from loralab.first_batch import FirstBatch
 from loralab.forward import Forward, Way
 from loralab.module import FineTuner
-from loralab.prefix import Prefix
+from loralab.prefix import Pass, Prefix
 from loralab.run import Runner
 
 OOMS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
@@ -212,7 +211,7 @@ def test_out_of_memory_is_no_disagreement(load_base, inputs, monkeypatch, error)
     prefix = Prefix(base.model, [adapter])
     monkeypatch.setattr(prefix, "_leaving", full)
     with pytest.raises(type(error), match="memory"):
-        prefix._differs({}, SimpleNamespace(depth=1))
+        prefix._differs({}, Pass(1, [("a",)], [3], flat=False))
 
 
 def test_another_error_is_disagreement(load_base, inputs, monkeypatch):
