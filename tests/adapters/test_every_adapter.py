@@ -117,7 +117,7 @@ YAMLS = sorted(path.stem for path in (data_root() / "conf" / "adapter").glob("*.
 METHODS = {"own dora": DoRA(r=4), "own bitfit": BitFit(), "own bottleneck": Bottleneck()}
 
 
-@pytest.fixture(params=[*YAMLS, *METHODS])
+@pytest.fixture(params=[*YAMLS, *METHODS], scope="module")
 def spec(request):
     name = request.param
     return METHODS[name] if name in METHODS else build(plain(compose([f"adapter={name}"]))["adapter"], "adapter")
