@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loralab import forward, models, record
-from loralab.adapters.base import BiasDelta
+from loralab.adapters.base import Adapter, BiasDelta
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.first_batch import FirstBatch
@@ -275,6 +275,9 @@ def test_adapters_in_the_first_block_leave_nothing_to_share(make_spec, make_data
 @dataclass(frozen=True)
 class Early(LoRA):
     """Adapts the norm of the embeddings as well."""
+
+    packable = layerwise = True
+    makes = Adapter
 
     def attach(self, model, seed=0):
         adapter = super().attach(model, seed)

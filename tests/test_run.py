@@ -239,12 +239,12 @@ def test_flat_and_unflat_state_do_not_share_a_pack(make_spec):
 def test_a_full_disk_is_exit_7_and_keeps_the_finished_steps(make_spec, monkeypatch, curve):
     from safetensors import SafetensorError
 
-    from loralab.interop import peft
+    from loralab.adapters import files
 
     def full(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(peft, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     spec = make_spec()
     record = Runner().run([spec])[0]
     assert (record["status"], record["exit_code"]) == ("failed", 7)

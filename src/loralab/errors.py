@@ -59,6 +59,14 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left: torch says so in several types and words."""
+    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, so that torch is not imported here
+    named = not kinds.isdisjoint(("MemoryError", "OutOfMemoryError"))
+    return named or any(text in str(error) for text in said)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that helps after an unknown ``name``: the nearest valid one and the list."""
     options = sorted({str(option) for option in valid})

@@ -5,13 +5,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from loralab import architecture, generation, models, optimizers, resuming
+from loralab.adapters.attached import attached
+from loralab.adapters.export import save
 from loralab.adapters.sites import NotPackable
-from loralab.errors import DiskError, Interrupted, LoralabError, OutOfMemory
+from loralab.errors import DiskError, Interrupted, LoralabError, OutOfMemory, is_out_of_memory
 from loralab.first_batch import FirstBatch
-from loralab.interop.peft import save_adapter
 from loralab.module import FineTuner
 from loralab.specs import TrialSpec
 from loralab.trial import EvaluationPasses, TrainPasses, Trial
@@ -80,7 +79,7 @@ class Fit:
         again = [member for member, sound in zip(self.pack, whole, strict=True) if not sound]
         for spec, trial in again:
             trial.adapter.detach()
-            trial.restart(spec.adapter.attach(self.base.model, spec.seed))
+            trial.restart(attached(spec.adapter, self.base.model, spec.seed))
         if isinstance(why, NotPackable):
             parts: list[Part] = [[member] for member in self.pack]
         elif kept and again:
@@ -180,11 +179,7 @@ class Fit:
     def _finish(self, spec: TrialSpec, trial: Trial) -> None:
         entry = trial.record
         if trial.failure is None:
-            folder = spec.folder / "adapter"
-            name = self.base.spec.name_or_path or "random"
-            entry["adapter"]["bytes"] = save_adapter(trial.adapter, self.base.model, folder, trial.task, name)
-            if spec.adapter.changes_base:
-                self.base.tokenizer.save_pretrained(folder)
+            self._export(spec, trial)
         if trial.failure is None or trial.validated == trial.step:  # else of an earlier state
             entry["metrics"] = dict(trial.metrics)
         if trial.stopped and trial.step < trial.settings.max_steps:
@@ -199,6 +194,20 @@ class Fit:
         trial.save()
         if trial.failure is None:
             resuming.forget(spec.folder)
+
+    def _export(self, spec: TrialSpec, trial: Trial) -> None:
+        """The adapter on disk. What goes wrong is this trial's failure, and the others are written all the same."""
+        folder = spec.folder / "adapter"
+        trial.record["adapter"]["never_called"] = trial.adapter.never_called()
+        try:
+            trial.record["adapter"]["bytes"] = save(trial.adapter, folder, spec.seed)
+            if spec.adapter.changes_base:
+                self.base.tokenizer.save_pretrained(folder)
+        except Exception as error:
+            failure = explain(error)
+            if not isinstance(failure, LoralabError):
+                raise
+            trial.fail(failure)
 
 
 def _scored(trial: Trial, prefix: str) -> bool:
@@ -236,8 +245,7 @@ def explain(error: BaseException) -> LoralabError | Interrupted:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(2)
-    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said):
+    if is_out_of_memory(error):
         return OutOfMemory(
             f"out of memory: {' '.join(str(error).split())[:200]}; a smaller data.batch_size or model.max_length, "
             "model.gradient_checkpointing=true or a 4-bit quantization need less"

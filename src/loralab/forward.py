@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from loralab.adapters.perturbed import moderate, perturbed
 from loralab.adapters.sites import Share, Sites
+from loralab.errors import is_out_of_memory
 from loralab.head import bypassed, frozen_head, head_nll
 from loralab.metrics import nll
 from loralab.unpadded import can_unpad, flat, flatten, prepare
@@ -79,7 +81,7 @@ class Forward:
             with around(inputs):
                 logits = self.model(**inputs).logits
             return self._plain(logits, labels)
-        head = frozen_head(self.model)
+        head = frozen_head(self.model, [share.owner for share in shares])
         assert head is not None
         with bypassed(head), around(inputs):
             hidden = self.model(**inputs).logits
@@ -114,22 +116,25 @@ class Forward:
 
     def _choose(self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> Way:
         """The way for this base and these adapters; under fake tensors whatever its shape allows."""
-        headless = self.task != "sequence_classification" and frozen_head(self.model) is not None
+        owners = [share.owner for share in shares]
+        headless = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
         unpadded = self.task == "causal_lm" and self.unpad and labels.device.type == "cpu" and can_unpad(self.model)
         if unpadded:
             prepare(self.model)
         ways = [Way(unpadded, headless), Way(headless=headless), Way()]
         if isinstance(labels, FakeTensor):
             return ways[0]
+        methods = {type(getattr(share.owner, "spec", share.owner)): share.owner for share in shares}  # one of each
         for way in dict.fromkeys(ways):
-            if way == Way() or self._agrees(way, inputs, labels, shares[0]):
+            if way == Way() or all(self._agrees(way, inputs, labels, owner) for owner in methods.values()):
                 break
             log.info("this base is not computed %s: its losses would differ", way)
         return way
 
     @torch.no_grad()
-    def _agrees(self, way: Way, inputs: dict[str, Tensor], labels: Tensor, share: Share) -> bool:
-        """On one row, and on itself cut short: padded, they are two rows of unequal lengths."""
+    def _agrees(self, way: Way, inputs: dict[str, Tensor], labels: Tensor, owner: nn.Module) -> bool:
+        """On one row, and on itself cut short: padded, they are two rows of unequal lengths. The adapter is moved from
+        its start, where most compute nothing."""
         training = self.model.training
         self.model.eval()
         try:
@@ -137,11 +142,18 @@ class Forward:
             targets = torch.cat([labels[:1], labels[:1]])
             if self.task == "causal_lm":
                 targets = targets.masked_fill(few["attention_mask"] == 0, -100)
-            own = [Share(share.owner, 2)]
-            (plain, *_), (other, *_) = (self._scores(one, few, targets, own)[0] for one in (Way(), way))
+
+            def loss(one: Way) -> float:
+                return float(self._scores(one, few, targets, [Share(owner, 2)])[0][0])
+
+            scale, plain = moderate(owner, loss(Way()), lambda: loss(Way()))
+            with perturbed(owner, scale):
+                other = loss(way)
             allowed = TOLERANCE.get(_computed_in(self.model, labels.device.type), HALF_TOLERANCE)
-            return bool((plain - other).abs() <= allowed * max(1.0, float(plain)))
+            return abs(plain - other) <= allowed * max(1.0, plain)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):  # says nothing of the way, and fewer trials may cure it
+                raise
             log.debug("%s", way, exc_info=error)
             return False
         finally:

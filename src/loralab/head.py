@@ -5,7 +5,7 @@ The head has no gradient of its own, so the gradient of its input can be made in
 a chunk's logits are still there. What is kept for the backward pass is one gradient row a target.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from loralab.adapters.sites import acts
 
 CHUNK = 512  # target rows whose logits are there at once
 LEAST = 4  # rows of a product; below, a CPU's GEMM rounds otherwise than for many rows
@@ -57,12 +59,13 @@ def head_nll(hidden: Tensor, targets: Tensor, head: nn.Linear) -> tuple[Tensor, 
     return scored
 
 
-def frozen_head(model: nn.Module) -> nn.Linear | None:
-    """The model's output embeddings, where they are a plain linear layer that nobody trains, adapts or watches."""
+def frozen_head(model: nn.Module, owners: Collection[nn.Module] = ()) -> nn.Linear | None:
+    """The model's output embeddings, where they are a plain linear layer that nobody watches or trains, and none of
+    ``owners``, the adapters of a pass, changes."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or head.weight.requires_grad:
         return None
-    return None if head._forward_hooks or head._forward_pre_hooks else head
+    return None if head._forward_pre_hooks or acts(head, owners) else head
 
 
 @contextmanager

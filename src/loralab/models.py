@@ -304,6 +304,7 @@ def load(
         _check_vocabulary(model, tokenizer)
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    model.config.name_or_path = spec.name_or_path or "random"  # type: ignore[union-attr]
     prepare(spec, model)
     return Base(spec, quantizer, model, tokenizer, measure(model), _unchanged(spec, before))
 

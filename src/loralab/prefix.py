@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter
 from loralab.dropout import base_dropout
+from loralab.errors import is_out_of_memory
 from loralab.quantization.sequences import watched
 from loralab.unpadded import mask_of
 
@@ -227,6 +228,8 @@ class Prefix:
             errors = [float((a - b).norm() / b.norm()) for a, b in zip(narrowed, plain, strict=True)]
             return "" if max(errors) <= CLOSE else "its blocks do not treat rows one by one"
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            if is_out_of_memory(error):  # says nothing of the blocks, and fewer trials may cure it
+                raise
             return f"its blocks are of another kind ({' '.join(str(error).split())[:100]})"
 
     def _leaving(self, depth: int, inputs: Mapping[str, Any]) -> Tensor:
@@ -262,7 +265,7 @@ def _too_early(module: nn.Module, args: Any) -> None:
 
 def _depth(adapter: Adapter, within: str, count: int) -> int:
     """The lowest block that ``adapter`` changes; 0 where that is not known."""
-    if type(adapter) is not Adapter:
+    if not adapter.spec.layerwise:
         return 0
     inside = [name.removeprefix(within) for name in adapter.module_names if name.startswith(within)]
     return min((int(name.partition(".")[0]) for name in inside), default=count) if count else 0

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from loralab import models, record, resuming
+from loralab.adapters.attached import attached
 from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
 from loralab.fit import Fit, Part, close_record, explain
+from loralab.head import frozen_head
 from loralab.planning.foresee import Foresight
 from loralab.quantization.linear import resident_bytes
 from loralab.quantization.none import NoQuantization
@@ -90,7 +93,7 @@ class Runner:
                 log.info("%s begins anew: what its own callbacks hold is in no checkpoint", spec.id)
             elif spec.memory.continues and resuming.resume(trial):
                 trial.record["resumed_from"] = trial.step
-        waiting = _alike(specs, trials)
+        waiting = _alike(base.model, specs, trials)
         if len(waiting) > 1:
             self._divided(waiting)
         try:
@@ -167,11 +170,13 @@ def _own_callbacks(spec: TrialSpec) -> bool:
     return begun and any(not getattr(made(), "pack_aware", False) for made in spec.callbacks.values())
 
 
-def _alike(specs: list[TrialSpec], trials: list[Trial]) -> list[Part]:
-    """Trials that stand at one step train together; checkpoints may be of several."""
-    found: dict[int, list[tuple[TrialSpec, Trial]]] = {}
+def _alike(model: nn.Module, specs: list[TrialSpec], trials: list[Trial]) -> list[Part]:
+    """Trials that stand at one step train together; checkpoints may be of several. Those that need padding or dense
+    logits would bring them to the others, whose bits they change."""
+    found: dict[tuple[int, bool, bool], list[tuple[TrialSpec, Trial]]] = {}
     for spec, trial in zip(specs, trials, strict=True):
-        found.setdefault(trial.step, []).append((spec, trial))
+        kind = (trial.step, spec.adapter.tokenwise, frozen_head(model, [trial.adapter]) is None)
+        found.setdefault(kind, []).append((spec, trial))
     for part in found.values():
         for index, (_, trial) in enumerate(part):
             trial.record["pack"].update(size=len(part), index=index)
@@ -197,7 +202,7 @@ def _new_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
 
 
 def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, Any]) -> Trial:
-    adapter = spec.adapter.attach(base.model, spec.seed)
+    adapter = attached(spec.adapter, base.model, spec.seed)
     device = spec.trainer.device
     base.model.to(device)
     adapter.to(device)

@@ -67,3 +67,62 @@ def test_keyed_dropout_keeps_the_mean_and_the_asked_share():
     assert float((y == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     assert float(y.mean()) == pytest.approx(1.0, abs=0.01)
     assert keyed_dropout(x, 0.25, None) is x
+
+
+class Together(nn.Module):
+    """Adds 1 alone and 100 by a kernel of its own, so that one sees which was used."""
+
+    def forward(self, x, y, key):
+        return y + 1
+
+    @staticmethod
+    def together(x, y, shares):
+        return y + 100
+
+
+class Heir(Together):
+    def forward(self, x, y, key):
+        return y + 2
+
+
+class Sure(Heir):
+    """Names a kernel again."""
+
+    @staticmethod
+    def together(x, y, shares):
+        return y + 200
+
+
+@pytest.mark.parametrize(
+    ("kinds", "change"),
+    [
+        ([Together], [100]),
+        ([Together, Together], [100, 100]),
+        ([Heir], [2]),
+        ([Heir, Heir], [2, 2]),
+        ([Heir, Together], [2, 1]),
+        ([Sure], [200]),
+    ],
+)
+def test_a_grouped_kernel_serves_the_class_that_names_it_and_no_heir(kinds, change):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    owners = [kind() for kind in kinds]
+    for owner in owners:
+        Sites.of(model).hold(model, "0", owner, owner)
+    x = torch.randn(len(kinds), 4)
+    with Sites.of(model).batch(*(Share(owner, 1) for owner in owners)):
+        added = model(x) - x @ model[0].weight.T
+    torch.testing.assert_close(added, torch.tensor(change).float()[:, None].expand(-1, 4))
+
+
+def test_a_layer_called_by_keyword_is_changed_as_any_other():
+    class Block(nn.Module):
+        def forward(self, hidden=None, scale=1.0):
+            return hidden * scale
+
+    model = nn.Sequential(Block())
+    owner = Plus(3.0)
+    Sites.of(model).hold(model, "0", owner, owner)
+    with Sites.of(model).batch(Share(owner, 2)):
+        assert torch.equal(model[0](scale=2.0, hidden=torch.ones(2, 4)), torch.full((2, 4), 5.0))
+    assert Sites.of(model).never_called(owner) == []

@@ -6,23 +6,40 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from loralab.adapters.files import WEIGHTS, read_state, write_state
 from loralab.adapters.sites import Sites, mix
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear
 
+STATED = ("packable", "tokenwise", "layerwise")  # each class for itself: what it does not say is false
+
 
 @dataclass(frozen=True)
 class AdapterSpec(ABC):
-    """A method and its hyper-parameters."""
+    """A method and its hyper-parameters.
 
-    packable: ClassVar[bool] = True  # several trials of it may share one pass through the base
-    tokenwise: ClassVar[bool] = True  # what it adds at a token depends on nothing but that token
+    What allows a shorter way of computing (the first three) is false unless the class itself says it: a subclass that
+    computes something else inherits no such promise.
+    """
+
+    packable: ClassVar[bool] = False  # several trials of it may share one pass through the base
+    tokenwise: ClassVar[bool] = False  # what it adds at a token depends on nothing but that token
+    layerwise: ClassVar[bool] = False  # it acts by ``add`` and ``save_module`` alone: the base below is the bare base
     changes_base: ClassVar[bool] = False  # the base cannot serve another trial afterwards
+    start_differs: ClassVar[str] = ""  # why training does not begin at the base model; empty: it does
+    makes: ClassVar[type["Adapter"]]  # what ``attach`` returns, whose ``export`` writes the files; Adapter
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in STATED:
+            if name not in vars(cls):
+                setattr(cls, name, False)
 
     @property
     def method(self) -> str:
@@ -80,6 +97,32 @@ class Adapter(nn.Module):
     def detach(self) -> None:
         """Takes the hooks off the base; the parameters stay."""
         self._sites.release(self)
+
+    def layers(self) -> list[str]:
+        """Names of the layers of the base that it has hooks on."""
+        return self._sites.held(self)
+
+    def never_called(self) -> list[str]:
+        """Names of its layers that the base, since their hooks were set, has not called once."""
+        return self._sites.never_called(self)
+
+    def export(self, folder: Path) -> None:
+        """Writes all that was trained below ``folder``, which is there and empty: its ``state_dict`` as safetensors.
+
+        A method that other libraries know overrides this and ``restore``. An override counts for its own class only.
+        """
+        write_state(self.state_dict(), folder / WEIGHTS)
+
+    def restore(self, folder: Path) -> None:
+        """Takes up what ``export`` wrote, strictly. Raises ArtifactError, or RuntimeError as ``load_state_dict``."""
+        self.load_state_dict(read_state(folder / WEIGHTS), strict=True)
+
+    def lost(self) -> str:
+        """What ``export`` of this very class would leave out of the files; empty: nothing."""
+        return ""
+
+
+AdapterSpec.makes = Adapter
 
 
 class SavedModule(nn.Module):

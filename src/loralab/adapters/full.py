@@ -1,6 +1,7 @@
 """Full fine-tuning: every parameter of the base trains. The yardstick every adapter is held against."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
@@ -24,7 +25,7 @@ class Full(AdapterSpec):
                 f"adapter=full cannot train the quantized layer {packed[0]} (and {len(packed) - 1} more): "
                 "use quantization=none, or an adapter"
             )
-        adapter = FullAdapter(model, self)
+        adapter = self.makes(model, self)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         return adapter
@@ -33,10 +34,26 @@ class Full(AdapterSpec):
 class FullAdapter(Adapter):
     """Owns the base's own parameters."""
 
-    def __init__(self, model: nn.Module, spec: Full) -> None:
+    def __init__(self, model: nn.Module, spec: AdapterSpec) -> None:
         super().__init__(model, spec)
         self.model = model
 
     @property
     def module_names(self) -> list[str]:
         return [name for name, module in self.model.named_modules() if list(module.parameters(recurse=False))]
+
+    def export(self, folder: Path) -> None:
+        """A model as transformers loads it."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+
+    def restore(self, folder: Path) -> None:
+        stored = type(self.model).from_pretrained(folder)  # type: ignore[attr-defined]
+        self.model.load_state_dict(stored.state_dict(), strict=True)
+
+    def lost(self) -> str:
+        base = {id(parameter) for parameter in self.model.parameters()}
+        others = [name for name, parameter in self.named_parameters() if id(parameter) not in base]
+        return ", ".join(others[:3])
+
+
+Full.makes = FullAdapter

@@ -3,13 +3,16 @@
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from loralab.adapters import peft
 from loralab.adapters.base import (
     Adapter,
     AdapterSpec,
@@ -19,8 +22,9 @@ from loralab.adapters.base import (
     match_targets,
     save_modules,
 )
+from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.fused import Part, lora_update
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.quantization.base import linear_shape
 
 log = logging.getLogger(__name__)
@@ -31,7 +35,14 @@ BIASES = ("none", "all", "lora_only")
 
 @dataclass(frozen=True)
 class LoRA(AdapterSpec):
-    """Low-rank adaptation. ``rank_pattern`` and ``alpha_pattern`` map a name's ending or regex to an r, an alpha."""
+    """Low-rank adaptation. ``rank_pattern`` and ``alpha_pattern`` map a name's ending or regex to an r, an alpha.
+
+    A method derived from it overrides ``delta``, and names in ``makes`` what writes its files.
+    """
+
+    packable: ClassVar[bool] = True
+    tokenwise: ClassVar[bool] = True
+    layerwise: ClassVar[bool] = True
 
     r: int = 8
     lora_alpha: float = 16.0
@@ -82,19 +93,23 @@ class LoRA(AdapterSpec):
 
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)
-        adapter = Adapter(model, self)
+        adapter = self.makes(model, self)
         names = match_targets(model, self.target_modules)
         shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
         self._check_patterns(names)
         self._warn_of_ranks(shapes)
-        for name, (out_features, in_features) in shapes.items():
-            device = next(model.parameters()).device
-            delta = LoRADelta(in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device)
+        for name in names:
+            delta = self.delta(name, model.get_submodule(name), next(model.parameters()).device)
             delta.draw(self.init_lora_weights, generator_for(seed, name))
             adapter.add(name, delta)
         self._train_biases(model, adapter, names)
         save_modules(adapter, model, self.modules_to_save, seed)
         return adapter
+
+    def delta(self, name: str, layer: nn.Module, device: torch.device) -> "LoRADelta":
+        """What is trained at ``layer``, called ``name``; A is drawn afterwards."""
+        out_features, in_features = linear_shape(layer)
+        return LoRADelta(in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device)
 
     def _check_patterns(self, names: list[str]) -> None:
         """Raises ConfigError for a key that no adapted layer answers to."""
@@ -170,6 +185,69 @@ class LoRADelta(nn.Module):
     def delta_weight(self) -> Tensor:
         """scaling * B A, shape (out, in): what merging adds to W."""
         return self.scaling * (self.lora_B @ self.lora_A)
+
+
+class LoRAAdapter(Adapter):
+    """LoRA's deltas, biases and heads; on disk they are PEFT's, which computes the same logits from them."""
+
+    def __init__(self, model: nn.Module, spec: LoRA) -> None:
+        super().__init__(model, spec)
+        self.lora = spec
+
+    def export(self, folder: Path) -> None:
+        peft.write(folder, self.peft_config(), self.peft_state())
+
+    def restore(self, folder: Path) -> None:
+        stored, own = read_state(folder / WEIGHTS), self.peft_state()
+        wrong = sorted(set(stored) ^ set(own)) or [key for key in own if stored[key].shape != own[key].shape]
+        if wrong:
+            raise ArtifactError(f"{folder / WEIGHTS} and {type(self._model[0]).__name__} do not agree in {wrong[0]}")
+        with torch.no_grad():
+            for name, delta in self._factors().items():
+                for factor, key in zip((delta.lora_A, delta.lora_B), peft.lora_keys(name), strict=True):
+                    factor.copy_(stored[key])
+            for key, (bias, shift) in self._biases().items():
+                shift.bias_delta.copy_(stored[key].to(bias.device) - bias)
+        for name, module in self.saved_modules():
+            module.load_state_dict({inside: stored[key] for key, inside in peft.saved_keys(name, module).items()})
+
+    def lost(self) -> str:
+        if type(self.lora) is not LoRA:
+            return f"what {type(self.lora).__name__} changes in LoRA"
+        given = [(name, type(delta)) for name, delta in self.adapted()]
+        strange = [f"{kind.__name__} of {name}" for name, kind in given if kind not in (LoRADelta, BiasDelta)]
+        strange += [f"the second {kind.__name__} of {name}" for (name, kind), n in Counter(given).items() if n > 1]
+        strange += [name for name, _ in self.named_parameters() if not name.startswith(("deltas.", "saved."))]
+        return strange[0] if strange else ""
+
+    def _factors(self) -> dict[str, "LoRADelta"]:
+        return {name: delta for name, delta in self.adapted() if isinstance(delta, LoRADelta)}
+
+    def _biases(self) -> dict[str, tuple[Tensor, BiasDelta]]:
+        """{PEFT's name: (the base's bias, what was added to it)}."""
+        adapted, model = self._factors(), self._model[0]
+        trained = {name: delta for name, delta in self.adapted() if isinstance(delta, BiasDelta)}
+        biases: dict[str, Any] = {name: model.get_submodule(name).bias for name in trained}
+        return {peft.bias_key(name, name in adapted): (biases[name], delta) for name, delta in trained.items()}
+
+    def peft_config(self) -> dict[str, Any]:
+        """What adapter_config.json holds."""
+        saved = [name for name, _ in self.saved_modules()]
+        return peft.lora_config(self.lora, list(self._factors()), self._model[0], saved)
+
+    def peft_state(self) -> dict[str, Tensor]:
+        """PEFT's names for every tensor the trial trained."""
+        state: dict[str, Tensor] = {}
+        for name, delta in self._factors().items():
+            state.update(zip(peft.lora_keys(name), (delta.lora_A, delta.lora_B), strict=True))
+        state.update({key: bias + delta.bias_delta for key, (bias, delta) in self._biases().items()})
+        for name, module in self.saved_modules():
+            own = module.state_dict()
+            state.update({key: own[name] for key, name in peft.saved_keys(name, module).items()})
+        return state
+
+
+LoRA.makes = LoRAAdapter
 
 
 def _dotted(key: str, pattern: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ rows are where; each hooked layer hands every trial its own slice of input and o
 again. One trial alone is the same code with one slice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -131,10 +131,19 @@ class Sites:
             self._sites[name] = _Site(self, model.get_submodule(name), crc32(name.encode()))
         self._sites[name].deltas.setdefault(owner, []).append(delta)
 
+    def held(self, owner: nn.Module) -> list[str]:
+        """Names of the layers that ``owner`` changes."""
+        return [name for name, site in self._sites.items() if owner in site.deltas]
+
+    def never_called(self, owner: nn.Module) -> list[str]:
+        """Names of ``owner``'s layers whose hooks have seen none of its rows so far."""
+        return [name for name, site in self._sites.items() if owner in site.deltas and owner not in site.called]
+
     def release(self, owner: nn.Module) -> None:
         """Takes every delta of ``owner`` off; a layer nobody adapts loses its hook."""
         for name, site in list(self._sites.items()):
             site.deltas.pop(owner, None)
+            site.called.discard(owner)
             if not site.deltas:
                 site.handle.remove()
                 del self._sites[name]
@@ -159,19 +168,23 @@ class _Site:
     def __init__(self, sites: Sites, layer: nn.Module, salt: int) -> None:
         self.sites, self.salt = sites, salt
         self.deltas: dict[nn.Module, list[nn.Module]] = {}
-        self.handle = layer.register_forward_hook(self)
+        self.called: set[nn.Module] = set()  # owners with rows in a pass that came here
+        self.handle = layer.register_forward_hook(self, with_kwargs=True)
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
         shares = self.sites.shares
-        if not any(share.owner in self.deltas for share in shares):
+        owners = [share.owner for share in shares if share.owner in self.deltas]
+        if not owners:
             return y
+        self.called.update(owners)
+        x = args[0] if args else next(value for value in named.values() if isinstance(value, Tensor))
         found = [self.deltas.get(share.owner, []) for share in shares]
         kinds = {type(delta) for own in found for delta in own}
-        if len(kinds) == 1 and all(len(own) < 2 for own in found) and hasattr(kind := kinds.pop(), "together"):
-            return self._together(kind, args[0], y)
+        # a class that inherits ``together`` may compute something else
+        if len(kinds) == 1 and all(len(own) < 2 for own in found) and "together" in vars(kind := kinds.pop()):
+            return self._together(kind, x, y)
         parts = [
-            self._own(share, a, b)
-            for share, a, b in zip(shares, self.sites.split(args[0]), self.sites.split(y), strict=True)
+            self._own(share, a, b) for share, a, b in zip(shares, self.sites.split(x), self.sites.split(y), strict=True)
         ]
         return self.sites.join(parts)
 
@@ -193,6 +206,14 @@ class _Site:
 
     def _key(self, share: Share) -> int | None:
         return None if share.key is None else mix(share.key, self.salt)
+
+
+def acts(layer: nn.Module, owners: Collection[nn.Module]) -> bool:
+    """Whether a hook changes what ``layer`` gives to the rows of ``owners``; of a hook of another kind nobody knows."""
+    return any(
+        not isinstance(hook, _Site) or not hook.deltas.keys().isdisjoint(owners)
+        for hook in layer._forward_hooks.values()
+    )
 
 
 def mix(*words: int) -> int:

@@ -27,6 +27,8 @@ class Members:
         length = train["tokens"] / max(1, train["rows"])
         # ending together: a record is written when its pack ends
         shares = (*spec.shares, spec.trainer.max_steps, spec.trainer.test, spec.data.generate_rows > 0)
+        # one that needs padding would bring it to the others, whose dropout masks it changes
+        shares = (*shares, spec.adapter.tokenwise)
         base, own = self._cost(spec, max(2, train["longest"]))
         return Member(spec.id, shares, round(spec.data.batch_size * length), alone(spec), base, own)
 

@@ -5,6 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,14 @@ class Quantizer(ABC):
 
     @property
     def packable(self) -> bool:
-        """Whether a row of the batch is computed alike whatever other rows are there."""
-        return True
+        """Whether a row of the batch is computed alike whatever other rows are there. False for every class that does
+        not say so itself: what its parent says is of the parent's arithmetic."""
+        return False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "packable" not in vars(cls):
+            cls.packable = False  # type: ignore[assignment, method-assign]
 
     @abstractmethod
     def storage_bits(self, out_features: int, in_features: int) -> int:

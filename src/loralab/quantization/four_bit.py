@@ -34,6 +34,7 @@ class FourBit(Quantizer):
     block_size: int = 64  # read where granularity is block
     double_quant: bool = False  # the absmax values in 8 bits, 256 to a second absmax
     quant_storage: str = "uint8"  # dtype that the packed bytes are stored as, for sharding that flattens one dtype
+    packable = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

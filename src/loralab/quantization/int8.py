@@ -17,6 +17,7 @@ class Int8Absmax(Quantizer):
 
     granularity: str = "row"
     block_size: int = 64  # read where granularity is block
+    packable = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +54,8 @@ class Int8Absmax(Quantizer):
 @dataclass(frozen=True)
 class Int8ZeroPoint(Int8Absmax):
     """W = (codes - zero) * scale: the whole range of a group on all 255 codes, for a zero point of 8 bits more."""
+
+    packable = True
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ class Int8Blockwise(Quantizer):
     """Bits per weight: 8 + 32 / block_size."""
 
     block_size: int = 256
+    packable = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

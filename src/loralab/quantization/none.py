@@ -13,6 +13,8 @@ from loralab.quantization.linear import FrozenLinear
 class NoQuantization(Quantizer):
     """``convert`` freezes the layer and hands it back."""
 
+    packable = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.compute_dtype != "auto":

@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from loralab.adapters.export import save
 from loralab.adapters.lora import LoRA
 from loralab.adapters.sites import Share, Sites
-from loralab.interop.peft import save_adapter
 
 SPECS = {
     "plain": LoRA(r=4, lora_alpha=12),
@@ -50,7 +50,7 @@ def test_an_exported_adapter_gives_the_same_logits_in_peft(load_base, inputs, tm
     bare = base.model.eval()(**given).logits
     adapter = trained(base.model, SPECS[case])
     ours = logits(base.model, adapter, given)
-    size = save_adapter(adapter, base.model, tmp_path, base.spec.task, "somewhere/base")
+    size = save(adapter, tmp_path)
     assert size == (tmp_path / "adapter_model.safetensors").stat().st_size
     theirs = in_peft(load_base(family), tmp_path, given)
     assert not torch.allclose(theirs, bare, atol=1e-3)
@@ -59,7 +59,7 @@ def test_an_exported_adapter_gives_the_same_logits_in_peft(load_base, inputs, tm
 
 def test_an_adapter_of_a_quantized_base_names_its_layers_and_loads_over_the_dense_one(load_base, inputs, tmp_path):
     adapter = trained(load_base("gpt2", "nf4").model, LoRA(r=4))
-    save_adapter(adapter, adapter._model[0], tmp_path, "causal_lm", "base")
+    save(adapter, tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["fan_in_fan_out"] is True
     assert stored["target_modules"] == [name for name, _ in adapter.adapted()]
@@ -74,7 +74,7 @@ def test_an_adapter_of_a_quantized_base_names_its_layers_and_loads_over_the_dens
 def test_a_list_of_one_name_does_not_become_a_pattern(load_base, tmp_path):
     base = load_base("llama")
     adapter = trained(base.model, LoRA(r=4, target_modules="model.layers.0.self_attn.q_proj"))
-    save_adapter(adapter, base.model, tmp_path, "causal_lm", "base")
+    save(adapter, tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["target_modules"] == ["model.layers.0.self_attn.q_proj"]
     assert (stored["r"], stored["lora_alpha"], stored["task_type"]) == (4, 16.0, "CAUSAL_LM")

@@ -1,0 +1,74 @@
+"""PEFT's files for LoRA: adapter_config.json and adapter_model.safetensors.
+
+Module names are written out (PEFT's own ``all-linear`` means something else on some models), and A and B keep
+their shapes (r, in) and (out, r), for Conv1D layers too, where PEFT's ``fan_in_fan_out`` is set.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from loralab.adapters.files import WEIGHTS, write_state
+
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Both files, below ``folder``."""
+    write_state(state, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def lora_keys(name: str) -> tuple[str, str]:
+    """PEFT's names of A and B of layer ``name``."""
+    return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+
+
+def bias_key(name: str, adapted: bool) -> str:
+    """PEFT's name of a trained bias; ``adapted``: whether the layer has A and B as well."""
+    return f"{PREFIX}{name}.{'base_layer.' if adapted else ''}bias"
+
+
+def saved_keys(name: str, module: nn.Module) -> dict[str, str]:
+    """{PEFT's name: own name} of the tensors of a module that is trained whole."""
+    return {f"{PREFIX}{name}.{key}": key for key in module.state_dict()}
+
+
+def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str]) -> dict[str, Any]:
+    """PEFT's LoraConfig as a plain dictionary. ``names``: the layers with A and B; ``saved``: those trained whole."""
+    kinds = {type(model.get_submodule(name)).__name__ for name in names}
+    transposed = kinds == {"Conv1D"} or all(getattr(model.get_submodule(name), "transposed", False) for name in names)
+    alphas = {name: _alpha(spec, name) for name in names}
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type(model),
+        "base_model_name_or_path": getattr(model.config, "name_or_path", "") or "random",
+        "r": spec.r,
+        "lora_alpha": spec.lora_alpha,
+        "lora_dropout": spec.lora_dropout,
+        "target_modules": names,
+        "fan_in_fan_out": transposed,
+        "use_rslora": spec.use_rslora,
+        "init_lora_weights": "gaussian" if spec.init_lora_weights == "gaussian" else True,
+        "bias": "none" if spec.bias == "none" else "all",
+        "modules_to_save": saved or None,
+        "rank_pattern": {name: spec.rank(name) for name in names if spec.rank(name) != spec.r},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha},
+        "inference_mode": True,
+    }
+
+
+def task_type(model: nn.Module) -> str:
+    """PEFT's word for what ``model`` does."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def _alpha(spec: Any, name: str) -> float:
+    r = spec.rank(name)
+    return float(spec.scaling(name) * (r**0.5 if spec.use_rslora else r))

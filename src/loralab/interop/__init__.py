@@ -1,1 +1,0 @@
-"""Files of other libraries: PEFT adapters and Hugging Face models."""

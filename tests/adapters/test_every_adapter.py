@@ -1,0 +1,285 @@
+"""Every method, those of conf/adapter and some from outside the package, keeps what an adapter promises.
+
+A new yaml is found by itself. The classes below stand for a user's own: DoRA in PEFT's format, BitFit and a bottleneck
+in loralab's.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from loralab.adapters import peft
+from loralab.adapters.attached import attached
+from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta, freeze, generator_for
+from loralab.adapters.export import load, save
+from loralab.adapters.files import WEIGHTS, read_state
+from loralab.adapters.lora import LoRA, LoRAAdapter, LoRADelta
+from loralab.adapters.sites import Share, Sites
+from loralab.config import build, compose, data_root, plain
+from loralab.module import FineTuner
+from loralab.optimizers import AdamW
+from loralab.planning.count import count
+from loralab.quantization.base import dense_weight
+from loralab.quantization.none import NoQuantization
+from loralab.resuming import Checkpoint
+from loralab.run import Runner
+
+FAMILY = "phi"  # its layers and norms have biases
+
+
+class DoRADelta(LoRADelta):
+    """y = m (W x + s B A x) / ||W + s B A|| with the norm of each output held constant in backward."""
+
+    def wrap(self, layer):
+        weight = dense_weight(layer).detach().float()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", layer.bias if layer.bias is not None else weight.new_zeros(()), persistent=False)
+        self.magnitude = nn.Parameter(weight.norm(dim=1))
+        return self
+
+    def forward(self, x, y, key):
+        norm = (self.weight + self.delta_weight()).norm(dim=1).detach()
+        ratio = self.magnitude / norm
+        return y + (ratio - 1) * (y - self.bias) + ratio * super().forward(x, torch.zeros_like(y), key)
+
+
+class DoRAAdapter(LoRAAdapter):
+    def export(self, folder):
+        peft.write(folder, {**self.peft_config(), "use_dora": True}, {**self.peft_state(), **self._magnitudes()})
+
+    def restore(self, folder):
+        stored = read_state(folder / WEIGHTS)
+        own = {**self.peft_state(), **self._magnitudes()}
+        assert set(stored) == set(own)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(stored[name])
+
+    def _magnitudes(self):
+        key = f"{peft.PREFIX}{{}}.lora_magnitude_vector"
+        return {key.format(name): delta.magnitude for name, delta in self.adapted()}
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    packable = tokenwise = layerwise = True
+    makes = DoRAAdapter
+
+    def delta(self, name, layer, device):
+        out_features, in_features = dense_weight(layer).shape
+        return DoRADelta(in_features, out_features, self.rank(name), self.scaling(name), 0.0, device).wrap(layer)
+
+
+@dataclass(frozen=True)
+class BitFit(AdapterSpec):
+    packable = tokenwise = layerwise = True
+
+    def attach(self, model, seed=0):
+        freeze(model)
+        adapter = Adapter(model, self)
+        for name, module in model.named_modules():
+            if isinstance(getattr(module, "bias", None), nn.Parameter):
+                adapter.add(name, BiasDelta(module.bias))
+        return adapter
+
+
+class BottleneckDelta(nn.Module):
+    def __init__(self, size, width, generator):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(width, size, generator=generator) / size**0.5)
+        self.up = nn.Parameter(torch.zeros(size, width))
+
+    def forward(self, x, y, key):
+        return y + nn.functional.gelu(y @ self.down.T) @ self.up.T
+
+
+@dataclass(frozen=True)
+class Bottleneck(AdapterSpec):
+    """Says nothing of itself, so it runs alone and with padding."""
+
+    width: int = 4
+
+    def attach(self, model, seed=0):
+        adapter = Adapter(model, self)
+        for name, _ in model.named_modules():
+            if name.endswith((".mlp", ".self_attn.dense")):
+                adapter.add(name, BottleneckDelta(model.config.hidden_size, self.width, generator_for(seed, name)))
+        return adapter
+
+
+YAMLS = sorted(path.stem for path in (data_root() / "conf" / "adapter").glob("*.yaml"))
+METHODS = {"own dora": DoRA(r=4), "own bitfit": BitFit(), "own bottleneck": Bottleneck()}
+
+
+@pytest.fixture(params=[*YAMLS, *METHODS], scope="module")
+def spec(request):
+    name = request.param
+    return METHODS[name] if name in METHODS else build(plain(compose([f"adapter={name}"]))["adapter"], "adapter")
+
+
+@pytest.fixture
+def fresh(load_base):
+    """A base of its own, and the adapter of ``spec`` on it."""
+
+    def make(spec, seed=0, scheme="none"):
+        base = load_base(FAMILY, "none" if spec.changes_base else scheme)
+        return SimpleNamespace(model=base.model, adapter=attached(spec, base.model, seed))
+
+    return make
+
+
+def logits(one, given):
+    one.model.eval()
+    with torch.no_grad(), Sites.of(one.model).batch(Share(one.adapter, 2)):
+        return one.model(**given).logits
+
+
+def trained(one, given, steps=3):
+    """After a few real steps, of dropout too."""
+    one.model.train()
+    optimizer = torch.optim.AdamW(one.adapter.parameters(), lr=1e-2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        with Sites.of(one.model).batch(Share(one.adapter, 2, key=step)):
+            one.model(**given).logits.logsumexp(-1).sum().backward()
+        optimizer.step()
+    return one
+
+
+def test_every_yaml_is_found():
+    assert {"lora", "full"} <= set(YAMLS)
+
+
+@pytest.mark.parametrize("scheme", ["none", "nf4"])
+def test_training_starts_at_the_base_or_the_method_says_why_not(spec, fresh, load_base, inputs, scheme):
+    one = fresh(spec, scheme=scheme)
+    bare = load_base(FAMILY, "none" if spec.changes_base else scheme).model.eval()(**inputs()).logits
+    assert torch.equal(logits(one, inputs()), bare) != bool(spec.start_differs)
+
+
+def test_every_parameter_gets_a_gradient_and_moves_and_nothing_else_does(spec, fresh, inputs):
+    one = fresh(spec)
+    before = {name: value.clone() for name, value in one.adapter.state_dict().items()}
+    base = {name: value.clone() for name, value in one.model.state_dict().items()}
+    trained(one, inputs())
+    still = [name for name, p in one.adapter.named_parameters() if p.grad is None or torch.equal(p, before[name])]
+    assert not still
+    if not spec.changes_base:
+        assert all(parameter.grad is None for parameter in one.model.parameters())
+        assert all(torch.equal(value, base[name]) for name, value in one.model.state_dict().items())
+
+
+def test_the_state_goes_round(spec, fresh, inputs):
+    one, other = trained(fresh(spec), inputs()), fresh(spec, seed=7)
+    assert not torch.equal(logits(one, inputs()), logits(other, inputs()))
+    other.adapter.load_state_dict(one.adapter.state_dict(), strict=True)
+    assert torch.equal(logits(one, inputs()), logits(other, inputs()))
+
+
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
+def test_what_is_exported_gives_the_same_logits_in_loralab_and_where_else_it_is_known(
+    spec, fresh, load_base, inputs, tmp_path
+):
+    one = trained(fresh(spec), inputs())
+    ours = logits(one, inputs())
+    size = save(one.adapter, tmp_path / "adapter", seed=0)
+    files = list((tmp_path / "adapter").glob("*.safetensors"))
+    assert size == sum(file.stat().st_size for file in files) > 4 * one.adapter.trainable_parameters()
+    model = load_base(FAMILY).model
+    again = SimpleNamespace(model=model, adapter=load(tmp_path / "adapter", model))
+    assert again.adapter.spec == spec
+    torch.testing.assert_close(logits(again, inputs()), ours, rtol=1e-6, atol=1e-6)
+    if (tmp_path / "adapter" / "adapter_config.json").exists():
+        theirs = PeftModel.from_pretrained(load_base(FAMILY).model, tmp_path / "adapter")
+    elif (tmp_path / "adapter" / "config.json").exists():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    else:
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(**inputs()).logits, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_the_count_from_shapes_is_what_is_attached(spec, fresh, make_model):
+    one = fresh(spec)
+    found = count(make_model(FAMILY), NoQuantization(), spec)
+    dense = sum(parameter.numel() for parameter in one.model.parameters())
+    assert found["trainable_parameters"] == one.adapter.trainable_parameters()
+    assert found["total_parameters"] == dense + (0 if spec.changes_base else one.adapter.trainable_parameters())
+
+
+def tensors(folder):
+    return {
+        key: value
+        for file in sorted((folder / "adapter").glob("*.safetensors"))
+        for key, value in load_file(file).items()
+    }
+
+
+def assert_same(ours, theirs, curve):
+    for one, other in zip(ours, theirs, strict=True):
+        for key in ("train/loss", "train/grad_norm", "val/loss"):
+            assert curve(one.folder, key) == curve(other.folder, key)
+        left, right = tensors(one.folder), tensors(other.folder)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def completed(specs):
+    records = Runner().run(specs)
+    assert [one["status"] for one in records] == ["completed"] * len(specs), records[0]["error"]
+    return records
+
+
+def adapts_the_head(spec, fresh):
+    return "lm_head" in fresh(spec).adapter.layers()
+
+
+def test_packed_is_solo_bit_for_bit_with_deltas_that_are_not_zero(spec, fresh, make_spec, make_data, curve):
+    """Beside plain LoRA too, whose kernel takes a whole stack of its own kind."""
+    adapters = [spec, LoRA(r=4, lora_dropout=0.1), spec]
+    optimizer = AdamW(lr=2e-2)
+
+    def three(prefix):
+        data = make_data("pairs")
+        return [
+            make_spec(f"{prefix}{i}", FAMILY, adapter=own, seed=i, optimizer=optimizer, data=data, val_check_interval=2)
+            for i, own in enumerate(adapters)
+        ]
+
+    packed, solo = three("packed"), three("solo")
+    if not spec.packable:
+        (refused, *_) = Runner().run(packed)
+        assert (refused["status"], refused["exit_code"]) == ("failed", 2)
+        assert "cannot share a pass" in refused["error"]
+        return
+    sizes = [one["pack"]["size"] for one in completed(packed)]
+    assert sizes == ([2, 1, 2] if adapts_the_head(spec, fresh) else [3, 3, 3])  # whose logits are dense for all
+    for one in solo:
+        completed([one])
+    assert_same(packed, solo, curve)
+
+
+def test_a_run_that_broke_off_goes_on_with_the_same_bits(spec, make_spec, monkeypatch, curve):
+    def one(name):
+        return make_spec(name, FAMILY, adapter=spec, callbacks={"checkpoint": lambda: Checkpoint(None, 1)})
+
+    whole, again = one("whole"), one("again")
+    completed([whole])
+    real = FineTuner.training_step
+
+    def broken(self, batches, index):
+        if self.trials[0].step == 2:
+            raise RuntimeError("gone")
+        return real(self, batches, index)
+
+    monkeypatch.setattr(FineTuner, "training_step", broken)
+    assert Runner().run([again])[0]["status"] == "failed"
+    monkeypatch.setattr(FineTuner, "training_step", real)
+    assert completed([again])[0]["resumed_from"] == 2
+    assert_same([again], [whole], curve)
