@@ -28,6 +28,7 @@ TASKS = ("causal_lm", "seq2seq_lm", "sequence_classification")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHIPPED = "loralab/tiny"
 SHIPPED_FOLDER = Path(__file__).parent / "tiny"
+WORTH_NAMING = 0.01  # share of a base's parameters
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -239,6 +240,12 @@ class Base:
             "quantized_parameters": self.size.quantized_parameters,
             "bytes": self.size.bytes,
             "bits_per_parameter": self.size.bits_per_parameter,
+            "bits_per_parameter_overall": self.size.bits_per_parameter_overall,
+            "out_of_reach": {
+                "parameters": sum(self.size.out_of_reach.values()),
+                "share": self.size.share_out_of_reach,
+                "names": list(self.size.out_of_reach),
+            },
         }
 
 
@@ -262,7 +269,20 @@ def load(
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     prepare(spec, model)
-    return Base(spec, quantizer, model, tokenizer, measure(model), fingerprint(model))
+    size = measure(model)
+    _name_out_of_reach(size)
+    return Base(spec, quantizer, model, tokenizer, size, fingerprint(model))
+
+
+def _name_out_of_reach(size: BaseSize) -> None:
+    if size.share_out_of_reach >= WORTH_NAMING:
+        log.warning(
+            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are neither quantized nor "
+            "adapted (adapter=full alone trains them); over all parameters the base has %.2f bits each, %.2f where it "
+            "could be quantized",
+            *(100 * size.share_out_of_reach, f"{sum(size.out_of_reach.values()):,}", f"{size.parameters:,}"),
+            *(", ".join(size.out_of_reach), size.bits_per_parameter_overall, size.bits_per_parameter),
+        )
 
 
 def prepare(spec: Pretrained, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ before are alive in the forward pass. The second step counts, because the first 
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from loralab.forward import Way
 from loralab.module import FineTuner
 from loralab.optimizers import PAGED_FROM, UNPAGED, AdamW
 from loralab.planning.attention import kernels
+from loralab.planning.experts import grouped_products
 from loralab.planning.tracker import Segment, Tracker
 from loralab.prefix import stack
 from loralab.quantization.base import Quantizer, quantizable
@@ -34,6 +36,8 @@ from loralab.quantization.loading import replace
 from loralab.trainers import TrainerSpec
 from loralab.trial import Settings, Trial
 from loralab.unpadded import prepare
+
+log = logging.getLogger(__name__)
 
 CUDA_BLOCK = 512  # bytes every block of CUDA's caching allocator is a multiple of (c10/cuda/CUDACachingAllocator)
 
@@ -94,9 +98,31 @@ def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = Non
     """
     whole = specs[0].quantization.dequantize == "resident" or specs[0].adapter.changes_base
     whole = whole and not geometry.first
-    traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)
+    with _quiet():
+        try:
+            traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # what the first batch is asked for
+            if geometry.way is not None:
+                raise
+            log.debug("the plain way is traced", exc_info=error)
+            return trace(specs, dataclasses.replace(geometry, way=Way()), layers)
     assert traced is not None
     return traced
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs a traceback for every operator that fake tensors cannot have; adapters say at a real start what they
+    would say here."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "loralab.adapters")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None, whole: bool) -> Traced | None:
@@ -136,6 +162,7 @@ def _faked(cuda: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(kernels(cuda))
+        stack.enter_context(grouped_products())
         # transformers keeps the attention mask of a fake batch whatever is in it; let it ask the tracker
         stack.enter_context(patch.object(transformers.masking_utils, "is_tracing", lambda *_: False))
         # modules convert fake parameters by swapping them, which a weak reference forbids
