@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from loralab.adapters.sites import Share, Sites
 from loralab.head import bypassed, frozen_head, head_nll
 from loralab.metrics import nll
-from loralab.unpadded import can_unpad, flat, flatten, prepare
+from loralab.unpadded import can_unpad, flat, flatten, prepare, undo
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +122,13 @@ class Forward:
         """The way for this base and these adapters; under fake tensors whatever its shape allows."""
         headless = self.task != "sequence_classification" and frozen_head(self.model) is not None
         unpadded = self.task == "causal_lm" and self.unpad and labels.device.type == "cpu" and can_unpad(self.model)
-        if unpadded:
-            prepare(self.model)
+        changed = prepare(self.model) if unpadded else []
         ways = [Way(unpadded, headless), Way(headless=headless), Way()]
         if isinstance(labels, FakeTensor):
             return ways[0]
         for way in dict.fromkeys(ways):
+            if not way.unpadded:
+                undo(changed)
             if way == Way() or self._agrees(way, inputs, labels, shares[0]):
                 break
             log.info("this base is not computed %s: its losses would differ", way)

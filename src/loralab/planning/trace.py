@@ -101,11 +101,13 @@ def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = Non
     with _quiet():
         try:
             traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # what the first batch is asked for
-            if geometry.way is not None:
+        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            if geometry.way == Way():
                 raise
-            log.debug("the plain way is traced", exc_info=error)
-            return trace(specs, dataclasses.replace(geometry, way=Way()), layers)
+            # as a first batch falls back; a way that was seen to work is no other's
+            way = Way(headless=True) if geometry.way is None else Way()
+            log.debug("traced %s", way, exc_info=error)
+            return trace(specs, dataclasses.replace(geometry, way=way), layers)
     assert traced is not None
     return traced
 
