@@ -35,10 +35,14 @@ _digests: dict[tuple[Any, ...], str] = {}  # of this process
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: LORALAB_CACHE, else XDG_CACHE_HOME/loralab, else ~/.cache/loralab."""
+    """Where what can be made again is kept: LORALAB_CACHE, else XDG_CACHE_HOME/loralab, else ~/.cache/loralab.
+
+    A relative XDG_CACHE_HOME does not count (XDG base directory specification).
+    """
     if given := os.environ.get("LORALAB_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loralab"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    return (home if home.is_absolute() else Path.home() / ".cache") / "loralab"
 
 
 def file_digest(path: Path) -> str:

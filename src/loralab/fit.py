@@ -12,6 +12,8 @@ from loralab.adapters.sites import NotPackable
 from loralab.errors import DiskError, Interrupted, LoralabError, OutOfMemory, is_out_of_memory
 from loralab.first_batch import FirstBatch
 from loralab.module import FineTuner
+from loralab.planning.foresee import Foresight
+from loralab.planning.trace import Geometry
 from loralab.specs import TrialSpec
 from loralab.trial import EvaluationPasses, TrainPasses, Trial
 
@@ -23,8 +25,9 @@ Part = Sequence[tuple[TrialSpec, Trial]]  # trials that are fitted together
 class Fit:
     """One fit of a pack, from the step where its trials stand. Who is in a pack changes between fits only."""
 
-    def __init__(self, base: models.Base, pack: Part, started: float, progress: bool) -> None:
+    def __init__(self, base: models.Base, pack: Part, started: float, progress: bool, foresight: Foresight) -> None:
         self.base, self.pack, self.started, self.progress = base, pack, started, progress
+        self.foresight = foresight
         self.specs, self.trials = [spec for spec, _ in pack], [trial for _, trial in pack]
         self.callbacks = [build() for build in self.specs[0].callbacks.values()] + self.specs[0].memory.callbacks()
         # such layers look at whole sequences, which a prefix would show them in parts
@@ -45,6 +48,7 @@ class Fit:
             return self._divide(broken)
         if broken is not None:
             self.trials[0].fail(broken)
+        self._foresee()
         for spec, trial in self.pack:
             self._finish(spec, trial)
         return []
@@ -100,8 +104,7 @@ class Fit:
     def _train(self) -> None:
         """Not called for max_steps=0, which scores the base as it is."""
         spec, config = self.specs[0], self.base.model.config
-        positions = architecture.positions(config)
-        passes = spec.memory.passes(TrainPasses(self.trials), spec.model.length, positions)
+        passes = spec.memory.passes(TrainPasses(self.trials), spec.model.length, architecture.positions(config))
         step, interval = min(trial.step for trial in self.trials if trial.alive), spec.trainer.val_check_interval
         if interval and step and step % interval == 0:  # an earlier fit broke off in this validation
             self._score("val", "validation")
@@ -151,6 +154,26 @@ class Fit:
                 tokens=trial.tokens,
                 tokens_per_s=(trial.tokens - trial.untimed) / trial.seconds if trial.seconds > 0 else None,
             )
+
+    def _foresee(self) -> None:
+        """The predicted peak of the very step that was measured, and of each trial alone; nothing waits for it now."""
+        if not self.specs[0].plan.record:
+            return
+        observer: Any = next((one for one in self.callbacks if getattr(one, "passes", None)), None)
+        plan = None if observer is None else self.foresight.of(self.specs, self._geometry(observer))
+        for spec, trial in self.pack:
+            memory = trial.record["memory"]
+            memory["alone_peak_bytes"] = self.foresight.alone(spec, trial.data)
+            if plan is not None:
+                memory["predicted_peak_bytes"] = plan.predicted_peak_bytes
+
+    def _geometry(self, observer: Any) -> Geometry:
+        """What was fed while allocations were added up, by the way that the base was computed."""
+        passes, way = observer.passes, self.module.forward_pass.way
+        heavy = max(range(len(passes)), key=lambda at: passes[at].tokens)
+        first = max(0, min(heavy - 1, len(passes) - 2))
+        taken = tuple(passes[first : first + 2])
+        return Geometry(taken, observer.device == "cuda", observer.evaluated, way=way, first=observer.single)
 
     def _evaluate(self, prefix: str, split: str) -> None:
         """Scores the final state over a split and by generation."""

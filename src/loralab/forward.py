@@ -19,7 +19,7 @@ from loralab.adapters.sites import Share, Sites
 from loralab.errors import is_out_of_memory
 from loralab.head import bypassed, frozen_head, head_nll
 from loralab.metrics import nll
-from loralab.unpadded import can_unpad, flat, flatten, prepare
+from loralab.unpadded import can_unpad, flat, flatten, prepare, undo
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,10 @@ Around = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
 
 def _nothing(_: Mapping[str, Any]) -> AbstractContextManager[None]:
     return nullcontext()
+
+
+class Unsuited(RuntimeError):  # noqa: N818 - it says what a base is, not what went wrong
+    """A way that does not give the base's own losses."""
 
 
 Scores = tuple[Tensor, Tensor, Tensor]  # summed nll, predictions, targets
@@ -83,8 +87,10 @@ class Forward:
             return self._plain(logits, labels)
         head = frozen_head(self.model, [share.owner for share in shares])
         assert head is not None
-        with bypassed(head), around(inputs):
+        with bypassed(head) as given, around(inputs):
             hidden = self.model(**inputs).logits
+        if isinstance(hidden, FakeTensor) and hidden is not given[0]:  # _agrees sees it in the values
+            raise Unsuited("the base changes its logits, which have to be made then")
         kept = labels != -100
         targets = labels[kept]
         losses, predictions = head_nll(hidden[kept], targets, head)
@@ -119,13 +125,14 @@ class Forward:
         owners = [share.owner for share in shares]
         headless = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
         unpadded = self.task == "causal_lm" and self.unpad and labels.device.type == "cpu" and can_unpad(self.model)
-        if unpadded:
-            prepare(self.model)
+        changed = prepare(self.model) if unpadded else []
         ways = [Way(unpadded, headless), Way(headless=headless), Way()]
         if isinstance(labels, FakeTensor):
             return ways[0]
         methods = {type(getattr(share.owner, "spec", share.owner)): share.owner for share in shares}  # one of each
         for way in dict.fromkeys(ways):
+            if not way.unpadded:
+                undo(changed)
             if way == Way() or all(self._agrees(way, inputs, labels, owner) for owner in methods.values()):
                 break
             log.info("this base is not computed %s: its losses would differ", way)

@@ -69,14 +69,16 @@ def frozen_head(model: nn.Module, owners: Collection[nn.Module] = ()) -> nn.Line
 
 
 @contextmanager
-def bypassed(head: nn.Linear) -> Iterator[None]:
-    """Within, the model hands on what would enter its head, in place of logits."""
-    head.forward = _same  # type: ignore[method-assign,assignment]
+def bypassed(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Within, the model hands on what would enter its head, in place of logits; yields what did."""
+    given: list[Tensor] = []
+
+    def same(hidden: Tensor) -> Tensor:
+        given[:] = [hidden]
+        return hidden
+
+    head.forward = same  # type: ignore[method-assign,assignment]
     try:
-        yield
+        yield given
     finally:
         del head.forward
-
-
-def _same(hidden: Tensor) -> Tensor:
-    return hidden

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 TASKS = ("causal_lm", "seq2seq_lm", "sequence_classification")
 SHIPPED, SHIPPED_FOLDER = fingerprints.SHIPPED, fingerprints.SHIPPED_FOLDER
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WORTH_NAMING = 0.01  # share of a base's parameters
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -281,6 +282,12 @@ class Base:
             "bytes": self.size.bytes,
             "bits_per_parameter": self.size.bits_per_parameter,
             "attn_implementation": "sdpa" if attention == ROWS else attention,
+            "bits_per_parameter_overall": self.size.bits_per_parameter_overall,
+            "out_of_reach": {
+                "parameters": sum(self.size.out_of_reach.values()),
+                "share": self.size.share_out_of_reach,
+                "names": list(self.size.out_of_reach),
+            },
         }
 
 
@@ -306,7 +313,9 @@ def load(
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     model.config.name_or_path = spec.name_or_path or "random"  # type: ignore[union-attr]
     prepare(spec, model)
-    return Base(spec, quantizer, model, tokenizer, measure(model), _unchanged(spec, before))
+    size = measure(model)
+    _name_out_of_reach(size)
+    return Base(spec, quantizer, model, tokenizer, size, _unchanged(spec, before))
 
 
 def _unchanged(spec: Pretrained, before: str | None) -> str | None:
@@ -318,6 +327,17 @@ def _unchanged(spec: Pretrained, before: str | None) -> str | None:
             f"{spec._named}: its files changed while they were read; valid: weights that stay what they are"
         )
     return after
+
+
+def _name_out_of_reach(size: BaseSize) -> None:
+    if size.share_out_of_reach >= WORTH_NAMING:
+        log.warning(
+            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are neither quantized nor "
+            "adapted (adapter=full alone trains them); over all parameters the base has %.2f bits each, %.2f where it "
+            "could be quantized",
+            *(100 * size.share_out_of_reach, f"{sum(size.out_of_reach.values()):,}", f"{size.parameters:,}"),
+            *(", ".join(size.out_of_reach), size.bits_per_parameter_overall, size.bits_per_parameter),
+        )
 
 
 def prepare(spec: Pretrained, model: nn.Module) -> None:

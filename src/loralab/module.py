@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from loralab.adapters.sites import Share
+from loralab.data.passes import Fed, Feed, Pass, Weighing, heaviest, heaviest_evaluation
 from loralab.errors import ConfigError
 from loralab.forward import Forward
 from loralab.metrics import SplitMetrics
@@ -170,10 +171,48 @@ class FineTuner(LightningModule):
         return batch  # stacked first, moved once, in losses()
 
     def report(self, values: Mapping[str, float]) -> None:
-        """A row for every trial of the pack (telemetry's way in)."""
+        """A row for every trial of the pack (telemetry's way in), at the step under way or the last one; steps count
+        from 1."""
+        under_way = self._under_way
         for trial in self.trials:
             if trial.failure is None:
-                trial.report(values)
+                trial.report(values, under_way)
+
+    @property
+    def _under_way(self) -> bool:
+        """Whether a step has begun that is not finished."""
+        begun = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(self._running) or (self.trainer.training and begun.ready > begun.processed)
+
+    def heaviest(self) -> int | None:
+        """Of the steps that will surely be made, the one with the heaviest pass; None where no step is left."""
+        interval, micros = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
+        steps = interval // micros if isinstance(interval, int) else 0
+        feeds = [Feed.of(one.settings, one.data.train, one.step, one.sure(steps)) for one in self.trials if one.alive]
+        found = heaviest(feeds, self.weighing)
+        return found[0].step if found else None
+
+    def heaviest_evaluation(self) -> int | None:
+        """The number of the heaviest pass over the split that is scored next."""
+        split = "validation" if self.split == "val" else self.split
+        parts = [(t.data[split], t.settings.batch_size) for t in self.trials if t.failure is None]
+        found = heaviest_evaluation(parts, self.weighing)
+        return None if found is None else found[0]
+
+    @property
+    def weighing(self) -> Weighing:
+        """What makes a pass heavy, as far as it is known."""
+        passes: Any = self.trainer.train_dataloader
+        spiky = (passes.every, passes.length) if hasattr(passes, "every") else None
+        way = self.forward_pass.way
+        return Weighing(way is not None and way.unpadded, self.task == "seq2seq_lm", spiky)
+
+    def fed(self, batches: Mapping[int, Batch]) -> Pass:
+        """What a pass of the step under way is fed."""
+        parts = [Fed.of(batches[i], self.task) if i in batches else None for i in range(len(self.trials))]
+        width = max(batch["tensors"]["input_ids"].shape[1] for batch in batches.values())
+        step = max(self.trials[i].step for i in batches) + 1
+        return Pass(step, tuple(parts), width if width > max(n for f in parts if f for n in f.inputs) else None)
 
     def progress(self) -> dict[str, float]:
         """Where the pack stands, for progress lines."""

@@ -39,12 +39,13 @@ class Runner:
         self._tokenizers: dict[str, Any] = {}
         self._prints: dict[int, str | None] = {}  # {tokenizer: fingerprint of its files when they were read}
         self._data: dict[str, tuple[Encoded, str | None]] = {}  # with the fingerprint of what they were read from
+        self._known: dict[str, Encoded] = {}  # of the trials under way
         self.foresight = Foresight()
 
     def run(self, specs: list[TrialSpec]) -> list[dict[str, Any]]:
         """Fits ``specs`` together and returns their records, which are also on disk. A trial's failure is in its
         record; only an interruption leaves as an exception, after every record has been written."""
-        started = time.monotonic()
+        started, self._known = time.monotonic(), {}
         records = [_new_record(spec, index, len(specs)) for index, spec in enumerate(specs)]
         for spec, entry in zip(specs, records, strict=True):
             record.write(spec.folder, entry)
@@ -54,6 +55,8 @@ class Runner:
             failure = explain(error)
             for spec, entry in zip(specs, records, strict=True):
                 if entry["status"] == "running":
+                    if isinstance(failure, LoralabError) and spec.id in self._known:
+                        entry["memory"]["alone_peak_bytes"] = self.foresight.alone(spec, self._known[spec.id])
                     close_record(entry, failure)
                     record.write(spec.folder, entry)
             if not isinstance(failure, LoralabError):
@@ -81,6 +84,7 @@ class Runner:
         data = [encoded for encoded, _ in read]
         for entry, (_, source) in zip(records, read, strict=True):
             entry["data"].update(source=source, tokenizer=self._prints[id(tokenizer)])
+        self._known = {spec.id: own for spec, own in zip(specs, data, strict=True)}
         held = self._base.size.bytes + resident_bytes(self._base.model) if self._base is not None else 0
         plan = self.foresight.check(specs, data, device, held)
         for entry in records:
@@ -98,7 +102,7 @@ class Runner:
             self._divided(waiting)
         try:
             while waiting:
-                parts = Fit(base, waiting.pop(0), started, self.progress).run()
+                parts = Fit(base, waiting.pop(0), started, self.progress, self.foresight).run()
                 if parts:
                     self._divided(parts)
                 waiting[:0] = parts
@@ -114,7 +118,8 @@ class Runner:
             torch.cuda.empty_cache()
         for part in parts:
             specs, data = [spec for spec, _ in part], [trial.data for _, trial in part]
-            plan = self.foresight.plan(specs, data, specs[0].trainer.device) if specs[0].plan.record else None
+            start, device = part[0][1].step, specs[0].trainer.device
+            plan = self.foresight.plan(specs, data, device, start) if specs[0].plan.record else None
             for _, trial in part:
                 trial.record["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
 

@@ -97,6 +97,15 @@ class Trial:
         """Whether it has lost its patience."""
         return self.settings.patience is not None and self.waited >= self.settings.patience
 
+    def sure(self, interval: int) -> int:
+        """The step up to which it trains whatever the validations, one every ``interval`` steps, say; its last one
+        where it is patient."""
+        patience = self.settings.patience
+        if patience is None or not interval:
+            return self.settings.max_steps
+        left = patience + 1 if self.best is None else patience - self.waited
+        return min(self.settings.max_steps, (self.step // interval + left) * interval)
+
     def judge(self, value: float) -> None:
         """Takes note of the metric in a validation, from which early stopping follows."""
         mine = self.settings
@@ -216,12 +225,14 @@ class Trial:
             )
         )
 
-    def report(self, values: Mapping[str, float]) -> None:
-        """Rows for metrics.jsonl and its mirror, at the trial's own step."""
-        if self.step <= self.told:
+    def report(self, values: Mapping[str, float], under_way: bool = False) -> None:
+        """Rows for metrics.jsonl and its mirror, at the trial's own step: the last finished one, or the one
+        ``under_way``."""
+        step = self.step + (under_way and self.alive)
+        if step <= self.told:
             return
         for sink in self.sinks:
-            (sink.write if isinstance(sink, MetricsFile) else sink.log)(self.step, values)
+            (sink.write if isinstance(sink, MetricsFile) else sink.log)(step, values)
 
     def open(self, mirror: Mirror) -> None:
         """Creates the run folder's metrics.jsonl and connects the mirror."""

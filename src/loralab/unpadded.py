@@ -27,13 +27,22 @@ def can_unpad(model: nn.Module) -> bool:
     return config._attn_implementation in ("sdpa", NAME) and not config.is_encoder_decoder and not windows
 
 
-def prepare(model: nn.Module) -> None:
-    """Lets the model's attention ask for the rows' lengths and for dropout keys. All else is computed by SDPA."""
+def prepare(model: nn.Module) -> list[Any]:
+    """Lets the model's attention ask for the rows' lengths and for dropout keys. All else is computed by SDPA. Returns
+    the configs that say so now."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    for config in [getattr(module, "config", None) for module in model.modules()]:  # T5's stacks have their own
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = NAME  # type: ignore[union-attr]
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]  # T5's stacks have their own
+    changed = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
+    for config in changed:
+        config._attn_implementation = NAME
+    return changed
+
+
+def undo(changed: list[Any]) -> None:
+    """What ``prepare`` changed: a model that asks for SDPA by its name would compute attention in another way."""
+    for config in changed:
+        config._attn_implementation = "sdpa"
 
 
 def flatten(inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> dict[str, Any]:

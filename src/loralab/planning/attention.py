@@ -70,7 +70,8 @@ def attention(cuda: bool) -> Any:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)
-        if _fused(cuda, query, attn_mask, dropout_p, enable_gqa):
+        alike = query.shape[:2] == key.shape[:2] == value.shape[:2]  # no kernel broadcasts rows or heads
+        if (alike or enable_gqa) and _fused(cuda, query, attn_mask, dropout_p, enable_gqa):
             out: Tensor = _Fused.apply(query, key, value, attn_mask, cuda)  # type: ignore[no-untyped-call]
             return out
         math: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_attention_math(

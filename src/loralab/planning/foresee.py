@@ -1,39 +1,58 @@
-"""Before a run starts: what it will need, what there is, and a refusal where the one exceeds the other."""
+"""What runs will need and did need: before a run starts a refusal where there is less, and two figures for its record.
+
+``predicted_peak_bytes`` is of a pack and the step that was measured, so that the two can be held against each other;
+``alone_peak_bytes`` of a trial by itself and the largest batch that its rows can make: the same however it was run.
+"""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from loralab import architecture
 from loralab.data.encoding import Encoded
+from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, heaviest_evaluation
 from loralab.errors import OutOfMemory
-from loralab.planning.plan import GIB, Plan, predict
+from loralab.planning import alone
+from loralab.planning.plan import GIB, Plan, predict_step
+from loralab.planning.sizes import skeleton
+from loralab.planning.trace import Geometry
 from loralab.telemetry.ledgers import Host
+from loralab.unpadded import can_unpad
 
 log = logging.getLogger(__name__)
 
 
 class Foresight:
-    """One trace for each distinct pack; a fault of the planner's own never stops a run."""
+    """One trace for each distinct step; a fault of the planner's own never stops a run."""
 
     def __init__(self) -> None:
         self._plans: dict[str, Plan | None] = {}
 
-    def plan(self, specs: list[Any], data: Sequence[Encoded], device: str) -> Plan | None:
-        """The plan of trials in one pass of rows as long as the longest, with targets as in the mean row; None where it
-        could not be made."""
-        first = specs[0]
-        train = [own.tokens["train"] for own in data]
-        length = max(max(own["longest"] for own in train), 2)
-        share = sum(own["target_tokens"] for own in train) / max(1, sum(own["rows"] * length for own in train))
-        share = 1.0 if first.model.task == "sequence_classification" else share
-        key = f"{[(one.adapter, one.data.batch_size) for one in specs]} {first.shares} {length} {share} {device}"
+    def plan(self, specs: list[Any], data: Sequence[Encoded], device: str, start: int = 0) -> Plan | None:
+        """The plan of trials that have made ``start`` steps, for the heaviest pass that is still to come; None where
+        there is none, or it could not be made."""
+        by = _weighing(specs, device)
+        feeds = [Feed.of(one.settings(), own.train, start) for one, own in zip(specs, data, strict=True)]
+        found = heaviest(feeds, by)
+        if not found:
+            return None
+        splits = [(own.validation, one.data.batch_size) for one, own in zip(specs, data, strict=True)]
+        scored = heaviest_evaluation(splits, by)
+        return self.of(specs, Geometry(found, device == "cuda", scored[1] if scored else None))
+
+    def of(self, specs: list[Any], geometry: Geometry) -> Plan | None:
+        """The plan of trials that are fed this; None where it could not be made."""
+        key = f"{[(one.adapter, one.memory.spiky_every) for one in specs]} {specs[0].shares} {_unnumbered(geometry)}"
+        return self._kept(key, specs, lambda: predict_step(specs, geometry))
+
+    def _kept(self, key: str, specs: list[Any], make: Callable[[], Plan]) -> Plan | None:
         if key not in self._plans:
             try:
-                self._plans[key] = predict(specs, device, length=length, targets=share)
+                self._plans[key] = make()
             except Exception as error:
-                log.debug("the memory of trial %s could not be foreseen", first.id, exc_info=error)
+                log.debug("the memory of trial %s could not be foreseen", specs[0].id, exc_info=error)
                 self._plans[key] = None
         return self._plans[key]
 
@@ -57,6 +76,37 @@ class Foresight:
             raise OutOfMemory(text)
         log.warning("%s", text)
         return found
+
+    def alone(self, spec: Any, data: Encoded) -> int | None:
+        """The predicted peak of a trial by itself on the largest batch that its rows can make, whatever their order;
+        None where it trains nothing or nobody can say. Kept in a folder for the next run."""
+        device = spec.trainer.device
+        if not (spec.plan.record and spec.trainer.max_steps and len(data.train)):
+            return None
+        fed = fullest(Rows.of(data.train), spec.data.batch_size)
+        micros = min(2, spec.trainer.accumulate_grad_batches)
+        try:
+            return alone.peak(spec, Geometry((Pass(0, (fed,)),) * micros, device == "cuda"))
+        except Exception as error:
+            log.debug("the memory of trial %s alone could not be foreseen", spec.id, exc_info=error)
+            return None
+
+
+def _weighing(specs: Sequence[Any], device: str) -> Weighing:
+    """As the base's configuration has it: the first batch may show that it does not suit."""
+    first, memory = specs[0], specs[0].memory
+    spiky = None
+    if memory.spiky_every is not None:
+        spiky = memory.spiky_every, memory.spike(first.model.length, architecture.positions(first.model.architecture()))
+    flat = first.model.task == "causal_lm" and device == "cpu" and spiky is None
+    flat = flat and all(one.adapter.tokenwise for one in specs) and first.model.attn_implementation != "eager"
+    return Weighing(flat and can_unpad(skeleton(first.model)), first.model.task == "seq2seq_lm", spiky)
+
+
+def _unnumbered(geometry: Geometry) -> str:
+    """Without the number of the step, which costs nothing."""
+    passes = [(one.fed, one.length) for one in (*geometry.passes, geometry.evaluation) if one is not None]
+    return f"{passes} {len(geometry.passes)} {geometry.cuda} {geometry.ragged} {geometry.way} {geometry.first}"
 
 
 def free_bytes(device: str) -> float:

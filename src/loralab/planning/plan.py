@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loralab import architecture
+from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError, nearest
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.planning.trace import Geometry, Planned, trace
@@ -76,9 +77,19 @@ def predict(
     positions that enter the loss; prompts and padding do not.
     """
     pack = list(spec) if isinstance(spec, Sequence) else [spec]
-    rows, length = rows or pack[0].settings().batch_size, length or pack[0].model.length
-    ragged = rows * len(pack) > 1 if ragged is None else ragged
-    geometry = Geometry(rows, length, _cuda(device), ragged, targets)
+    sizes = [rows or one.settings().batch_size for one in pack]
+    fed = tuple(_full(size, length or one.model.length, targets) for size, one in zip(sizes, pack, strict=True))
+    micros = min(2, pack[0].trainer.accumulate_grad_batches)  # more of them keep nothing more
+    ragged = sum(sizes) > 1 if ragged is None else ragged
+    return predict_step(pack, Geometry((Pass(0, fed),) * micros, _cuda(device), ragged=ragged))
+
+
+def _full(rows: int, length: int, targets: float) -> Fed:
+    return Fed((length,) * rows, (length,) * rows, max(1, round(targets * rows * length)))
+
+
+def predict_step(pack: Sequence[Planned], geometry: Geometry) -> Plan:
+    """The plan of trials on one base whose step is fed ``geometry``."""
     layers = homogeneous_layers(pack)
     if layers is not None and layers > LONG:
         short, long = trace(pack, geometry, SHORT), trace(pack, geometry, LONG)
@@ -100,6 +111,7 @@ def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry) -> Plan:
     highest = max(segments, key=lambda segment: segment.peak)
     by_phase = {p: max((s.peak for s in segments if s.phase == p), default=0) for p in PHASES}
     needed = device_bytes(highest.peak) if geometry.cuda else highest.peak
+    fed = [own.inputs for own in geometry.passes[0].taking]
     return Plan(
         device="cuda" if geometry.cuda else "cpu",
         predicted_peak_bytes=highest.peak,
@@ -108,8 +120,8 @@ def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry) -> Plan:
         by_kind=highest.kinds,
         fits={f"{card} GiB": needed <= card * GIB for card in CARDS},
         paged_bytes=paged,
-        rows=geometry.rows,
-        length=geometry.length,
+        rows=sum(len(own) for own in fed),
+        length=max(max(own) for own in fed),
     )
 
 

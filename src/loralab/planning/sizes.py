@@ -34,7 +34,7 @@ class Sizes:
 
 def sizes(spec: Planned) -> Sizes:
     """Exact, but for code tables and rounding."""
-    model = _skeleton(spec.model)
+    model = skeleton(spec.model)
     dtype = spec.model.dtype if spec.model.dtype != "auto" else "float32"
     each = int(getattr(torch, dtype).itemsize)
     shapes = [linear_shape(model.get_submodule(name)) for name in _quantized(model, spec)]
@@ -70,7 +70,7 @@ def _state(name: str, n: int, bytes_each: int) -> int:
 
 def homogeneous_layers(specs: Sequence[Planned]) -> int | None:
     """How many layers the stack has, where all are alike to every trial of the pack; None where they are not."""
-    model = _skeleton(specs[0].model)
+    model = skeleton(specs[0].model)
     config: Any = model.config
     layers = stack(model)
     if layers is None or len(set(getattr(config, "layer_types", None) or [""])) > 1:
@@ -102,8 +102,8 @@ def _quantized(model: nn.Module, spec: Planned) -> list[str]:
     return [] if spec.quantization.name == "none" else quantizable(model, spec.quantization)
 
 
-def _skeleton(spec: models.Pretrained) -> nn.Module:
-    """Kept for the next trial of a sweep, which seldom changes it."""
+def skeleton(spec: models.Pretrained) -> nn.Module:
+    """The base on the meta device, kept for the next trial of a sweep, which seldom changes it."""
     key = repr(spec)
     if key not in _skeletons:
         _skeletons.clear()

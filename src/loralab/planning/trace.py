@@ -5,6 +5,7 @@ before are alive in the forward pass. The second step counts, because the first 
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,18 +13,23 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import transformers.masking_utils
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from loralab import models
+from loralab import forward, models
 from loralab.adapters.base import AdapterSpec
 from loralab.architecture import auto_class
+from loralab.data.passes import Fed, Pass
+from loralab.forward import Way
 from loralab.module import FineTuner
 from loralab.optimizers import PAGED_FROM, UNPAGED, AdamW
 from loralab.planning.attention import kernels
+from loralab.planning.experts import grouped_products
 from loralab.planning.tracker import Segment, Tracker
 from loralab.planning.workspace import held_workspaces
 from loralab.prefix import stack
@@ -31,6 +37,9 @@ from loralab.quantization.base import Quantizer, quantizable
 from loralab.quantization.loading import replace
 from loralab.trainers import TrainerSpec
 from loralab.trial import Settings, Trial
+from loralab.unpadded import prepare
+
+log = logging.getLogger(__name__)
 
 CUDA_BLOCK = 512  # bytes every block of CUDA's caching allocator is a multiple of (c10/cuda/CUDACachingAllocator)
 
@@ -53,13 +62,25 @@ class Planned(Protocol):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a step is fed: ``rows`` of each trial, padded to ``length`` tokens. ``ragged``: some rows are shorter."""
+    """What a step is fed: its heaviest pass; of several (accumulation) that one and its neighbour, in their order.
 
-    rows: int
-    length: int
+    ``ragged``: some rows are padded, which costs attention masks; null: where their lengths differ. ``way``: how the
+    pass is computed, null: as the base's shape allows. ``first``: nothing is there of a step before.
+    """
+
+    passes: tuple[Pass, ...]
     cuda: bool
-    ragged: bool
-    targets: float = 1.0  # share of the positions that enter the loss
+    evaluation: Pass | None = None  # null: as the first of ``passes``
+    ragged: bool | None = None
+    way: Way | None = None
+    first: bool = False
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention is given a mask of the padding, where padding is computed."""
+        lengths = [fed.inputs for one in self.passes for fed in one.taking]
+        longest = max([length for own in lengths for length in own] + [one.length or 0 for one in self.passes])
+        return self.ragged if self.ragged is not None else any(n < longest for own in lengths for n in own)
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,7 @@ class Traced:
 
     segments: list[Segment]
     paged: int
+    levels: NDArray[np.int64]  # bytes alive in each moment of these
 
 
 def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = None) -> Traced:
@@ -77,9 +99,34 @@ def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = Non
     leaves more (weights kept dense) or less (parameters that no batch reaches).
     """
     whole = specs[0].quantization.dequantize == "resident" or specs[0].adapter.changes_base
-    traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)
+    whole = whole and not geometry.first
+    with _quiet():
+        try:
+            traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)
+        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            if geometry.way == Way():
+                raise
+            # as a first batch falls back; a way that was seen to work is no other's
+            way = Way(headless=True) if geometry.way is None else Way()
+            log.debug("traced %s", way, exc_info=error)
+            return trace(specs, dataclasses.replace(geometry, way=way), layers)
     assert traced is not None
     return traced
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs a traceback for every operator that fake tensors cannot have; adapters say at a real start what they
+    would say here."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "loralab.adapters")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None, whole: bool) -> Traced | None:
@@ -90,7 +137,7 @@ def _trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None, who
         new = models.skeleton(spec).loralab_new_parameters
     else:
         vocabulary = int(spec.architecture().get_text_config().vocab_size)
-    tracker = Tracker(CUDA_BLOCK if geometry.cuda else 1, not geometry.ragged, vocabulary, geometry.targets)
+    tracker = Tracker(CUDA_BLOCK if geometry.cuda else 1, not geometry.masked, vocabulary)
     with _faked(geometry.cuda), FakeTensorMode(allow_non_fake_inputs=True):
         model = build(spec, layers)
         model.loralab_new_parameters = new
@@ -120,6 +167,7 @@ def _faked(cuda: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(kernels(cuda))
+        stack.enter_context(grouped_products())
         # transformers keeps the attention mask of a fake batch whatever is in it; let it ask the tracker
         stack.enter_context(patch.object(transformers.masking_utils, "is_tracing", lambda *_: False))
         # modules convert fake parameters by swapping them, which a weak reference forbids
@@ -150,15 +198,23 @@ class _Step:
         tracker.mark("load")
         self._convert()
         trials = [self._trial(spec) for spec in specs]
-        self.module = FineTuner(model, trials)
+        # only a CPU computes rows without their padding
+        self.module = FineTuner(model, trials, unpad=not geometry.cuda and not any(p.length for p in geometry.passes))
+        self._take(geometry.way)
         self.plugin.convert_module(self.module)
         tracker.tag((tensor for _, tensor in models.tensors(model)), "base")
         self.optimizer = self._optimizer()
         tracker.tag(self.module.adapters.parameters(), "adapter")  # which may be views of a new buffer by now
-        self.micros = min(2, self.spec.trainer.accumulate_grad_batches)  # more of them keep nothing more
+        self.micros = len(geometry.passes)
         self.trainer = SimpleNamespace(accumulate_grad_batches=self.micros, should_stop=False)
         self.module.trainer = self.trainer  # type: ignore[assignment]
-        self.batches = {index: self._batch() for index in range(len(specs))}
+        self.shapes = [*geometry.passes, geometry.evaluation or geometry.passes[0]]
+        self.passes = [self._pass(one) for one in self.shapes[:-1]]
+
+    def _take(self, way: Way | None) -> None:
+        self.module.forward_pass.way = way
+        if way is not None and way.unpadded:
+            prepare(self.model)
 
     def run(self, whole: bool) -> Traced | None:
         """None: some parameter got no gradient, so the first step must be traced as well."""
@@ -169,17 +225,18 @@ class _Step:
             self.tracker.tag([self.workspaces], "constants")
         if whole:
             self._train(reported=False)
-        else:
+        elif not self.geometry.first:
             self._leave()
         paged = self._page()
         self._watch()
         self._train(reported=True)
-        if not whole and any(p.grad is None for p in self.module.adapters.parameters()):
+        if not (whole or self.geometry.first) and any(p.grad is None for p in self.module.adapters.parameters()):
             return None
         self._evaluate()
         segments = [segment for segment in self.tracker.segments() if segment.phase]
+        levels = self.tracker.levels()
         self.tracker.forget()
-        return Traced(segments, paged)
+        return Traced(segments, paged, levels)
 
     def _convert(self) -> None:
         """Layer by layer, as weights are quantized while they are read; the others are there already."""
@@ -210,15 +267,25 @@ class _Step:
                 group["foreach"], group["fused"] = True, False  # torch's choice on CUDA
         return optimizer
 
-    def _batch(self) -> dict[str, Any]:
-        rows, length = self.geometry.rows, self.geometry.length
-        ids = torch.ones(rows, length, dtype=torch.int64)
-        classes = self.spec.model.task == "sequence_classification"
-        labels = torch.ones(rows, dtype=torch.int64) if classes else torch.ones_like(ids)
-        tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    def _pass(self, one: Pass) -> dict[int, dict[str, Any]]:
+        return {place: self._batch(fed, one.length) for place, fed in enumerate(one.fed) if fed is not None}
+
+    def _batch(self, fed: Fed, length: int | None) -> dict[str, Any]:
+        rows, width = len(fed.inputs), length or max(fed.inputs)
+        ids = torch.ones(rows, width, dtype=torch.int64)
+        task = self.spec.model.task
+        shape = {"sequence_classification": (rows,), "seq2seq_lm": (rows, max(fed.labels))}.get(task, (rows, width))
+        tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.ones(shape).long()}
         self.tracker.tag(tensors.values(), "activations")
-        count = rows if classes else rows * length
-        return {"tensors": tensors, "rows": rows, "step_targets": count, "tokens": rows * length, "micro": 0}
+        return {"tensors": tensors, "rows": rows, "step_targets": fed.targets, "tokens": sum(fed.inputs), "micro": 0}
+
+    def _losses(self, number: int, training: bool) -> Any:
+        """Of one pass, whose real lengths and targets fake tensors do not know."""
+        one, batches = self.shapes[number], self.passes[number]
+        self.tracker.targets = _targets(one, self.spec.model.task, batches)
+        lengths = [n for fed in one.taking for n in fed.inputs]
+        with patch.object(forward, "lengths_of", lambda _: lengths):
+            return self.module.training_step(batches, number) if training else self.module.losses(batches, False)
 
     def _enter(self, phase: str, reported: bool) -> None:
         self.phase = phase if reported else ""
@@ -229,7 +296,7 @@ class _Step:
             for micro in range(self.micros):
                 self._enter("forward", reported)
                 with self.plugin.train_step_context():
-                    loss = self.module.training_step(self.batches, micro)
+                    loss = self._losses(micro, training=True)
                 if not micro:
                     self.optimizer.zero_grad()
                 self._enter("backward", reported)
@@ -267,10 +334,14 @@ class _Step:
         return self.tracker.leave_out(state for state in states if state.numel() >= PAGED_FROM)
 
     def _evaluate(self) -> None:
+        self._enter("", False)
+        if self.spec.trainer.val_check_interval is None:  # then it comes after the fit
+            self.optimizer.state.clear()
+        self.passes.append(self._pass(self.shapes[-1]))
         self._enter("evaluation", True)
         self.module.eval()
         with torch.no_grad(), self.plugin.val_step_context():
-            self.module.losses(self.batches, training=False)
+            self._losses(-1, training=False)
 
     def _watch(self) -> None:
         """Marks where each layer of the stack begins, forward and backward."""
@@ -285,6 +356,19 @@ class _Step:
             hidden.register_hook(lambda _: self.tracker.mark(self.phase, str(number)))
         if number == count - 1:
             self.tracker.mark(self.phase, "after")
+
+
+def _targets(one: Pass, task: str, batches: dict[int, dict[str, Any]]) -> dict[int, int]:
+    """{positions: how many of them are targets}: of the whole pass, flat or padded, and of each trial's part."""
+    taking = one.taking
+    if task == "sequence_classification":
+        return {}
+    rows = [len(fed.inputs) for fed in taking]
+    widths = [batch["tensors"]["labels"].shape[1] for batch in batches.values()]
+    found = {count * max(widths): fed.targets for count, fed in zip(rows, taking, strict=True)}
+    found |= {sum(fed.inputs): fed.targets for fed in taking}
+    total = sum(fed.targets for fed in taking)
+    return found | {sum(rows) * max(widths): total, sum(sum(fed.inputs) for fed in taking): total}
 
 
 def precision(name: str) -> Precision:

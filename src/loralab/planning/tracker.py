@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,13 +47,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Entered above a FakeTensorMode. ``rounding``: bytes a block is a multiple of (CUDA's allocator: 512).
 
     Fake tensors have no values, so two questions about them are answered here: a boolean scalar is ``answer`` (asked
-    by transformers: is nothing masked?), and a boolean mask selects the share ``targets`` of its elements (asked by
-    the loss: which positions are targets).
+    by transformers: is nothing masked?), and a boolean mask of as many elements as ``targets`` has a key for selects
+    its value (asked by the loss: which positions are targets), any other all.
     """
 
-    def __init__(self, rounding: int, answer: bool, vocabulary: int = 0, targets: float = 1.0) -> None:
+    def __init__(self, rounding: int, answer: bool, vocabulary: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rounding, self.answer, self.vocabulary, self.targets = rounding, answer, vocabulary, targets
+        self.rounding, self.answer, self.vocabulary = rounding, answer, vocabulary
+        self.targets: dict[int, int] = {}
         self.marks: list[tuple[int, str, str]] = []
         self._events: list[tuple[Block, int]] = []  # +1: born, -1: died
         self._live: dict[int, tuple[Block, Any]] = {}
@@ -120,19 +123,27 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.append(segment)
         return found
 
+    def levels(self) -> NDArray[np.int64]:
+        """Bytes alive in every moment that is reported, in order."""
+        signed = [sign * block.size for block, sign in self._events]
+        alive = np.concatenate([[0], np.cumsum(np.array(signed, np.int64))])
+        ends = [start for start, _, _ in self.marks[1:]] + [len(signed)]
+        parts = [alive[start : end + 1] for (start, phase, _), end in zip(self.marks, ends, strict=True) if phase]
+        return np.concatenate(parts) if parts else alive[:0]
+
     def forget(self) -> None:
         """Follows no storage any further."""
         self._live.clear()
         self._events.clear()
 
     def _everything(self, indices: Any) -> list[Any]:
-        """What nonzero() of each mask would give, had that share been true: (n, dim) int64, as kernels do."""
+        """What nonzero() of each mask would give: (n, dim) int64, as kernels do."""
         found: list[Any] = []
         for index in indices:
             if index is None or index.dtype != torch.bool:
                 found.append(index)
                 continue
-            count = max(1, round(index.numel() * self.targets))
+            count = max(1, self.targets.get(index.numel(), index.numel()))
             positions = torch.empty(count, index.dim(), dtype=torch.int64, device=index.device)
             self._note(positions)
             found += positions.unbind(1)

@@ -182,6 +182,12 @@ class BaseSize:
     quantized_parameters: int
     bytes: int  # storages of all parameters and buffers, and the code tables once
     bits_per_parameter: float  # of the quantized layers with statistics; none: the linear layers' dtype
+    bits_per_parameter_overall: float = math.nan  # of all parameters, quantized or not
+    out_of_reach: dict[str, int] = field(default_factory=dict)  # {name, * for a number: parameters}, see ``beyond``
+
+    @property
+    def share_out_of_reach(self) -> float:
+        return sum(self.out_of_reach.values()) / self.parameters if self.parameters else 0.0
 
 
 def measure(model: nn.Module) -> BaseSize:
@@ -190,12 +196,28 @@ def measure(model: nn.Module) -> BaseSize:
     quantized = sum(layer.out_features * layer.in_features for layer in frozen)
     tables = [table for layer in frozen for table in layer.code_tables()]
     packed = 8 * _bytes(tensor for layer in frozen for tensor in layer.packed())
+    parameters = sum(p.numel() for p in model.parameters()) + quantized
     return BaseSize(
-        parameters=sum(p.numel() for p in model.parameters()) + quantized,
+        parameters=parameters,
         quantized_parameters=quantized,
         bytes=_bytes([*model.parameters(), *model.buffers(), *tables]),
         bits_per_parameter=packed / quantized if quantized else _dense_bits(model),
+        bits_per_parameter_overall=(packed + 8 * _bytes(model.parameters())) / parameters if parameters else math.nan,
+        out_of_reach=beyond(model),
     )
+
+
+def beyond(model: nn.Module) -> dict[str, int]:
+    """{name, * for a number: parameters} of the weights that no quantizer and no delta takes, because they belong to no
+    linear layer: experts that are one tensor of three dimensions, convolutions, matrices that a model multiplies itself.
+    Embeddings, the output head and what is tied to them, norms and biases are no such weights."""
+    own = {id(p) for m in model.modules() if is_linear(m) or isinstance(m, nn.Embedding) for p in m.parameters()}
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in own:
+            key = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+            found[key] = found.get(key, 0) + parameter.numel()
+    return found
 
 
 def packed_bytes(layer: nn.Module) -> int:

@@ -101,11 +101,15 @@ class MemorySpec:
         """What a record says of it beside the configuration; a cap's results are simulated, and say so."""
         return {} if self.cap is None else {"cap_bytes": int(self.cap * GIB), "simulated": True}
 
+    def spike(self, max_length: int, positions: int | None) -> int:
+        """Tokens of a lengthened row on a base of that architecture."""
+        return self.spiky_length or min(4 * max_length, positions or 4 * max_length)
+
     def passes(self, passes: Any, max_length: int, positions: int | None) -> Any:
         """Training passes, every N-th step's lengthened. Raises ConfigError where no longer batch is possible."""
         if self.spiky_every is None:
             return passes
-        length = self.spiky_length or min(4 * max_length, positions or 4 * max_length)
+        length = self.spike(max_length, positions)
         if length <= max_length or (positions and length > positions):
             raise ConfigError(
                 f"memory.spiky_length={length} must be more than model.max_length={max_length}, and at most the "

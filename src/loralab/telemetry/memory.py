@@ -2,7 +2,8 @@
 
 The closure runs forward, zero_grad, backward, and then the optimizer, all inside ``optimizer.step``: the gradients of
 the step before are alive through the forward pass. On CUDA the peaks are the allocator's; on a CPU they are resident
-sets, and the allocator's true peak comes from one profiled step, which no timing counts.
+sets, and the allocator's true peak comes from two profiled steps and a validation pass, which no timing counts: the
+second step, and the one with the most tokens, which is known beforehand.
 """
 
 import time
@@ -19,6 +20,7 @@ from loralab.telemetry.profiled import ProfiledStep, batch_tensors
 from loralab.telemetry.spikes import MIB, Spike, Spikes
 
 SPLIT = ("forward", "backward", "optimizer")
+HEAVIEST = "heaviest"
 
 
 @dataclass
@@ -51,7 +53,7 @@ class PhaseMemory(Callback):
     def __init__(
         self,
         every_n_steps: int = 10,
-        profiled_step: int | None = 3,
+        profiled_step: int | str | None = HEAVIEST,
         spike_factor: float = 1.25,
         spike_floor_mib: float = 256.0,
         spike_window: int = 50,
@@ -59,8 +61,11 @@ class PhaseMemory(Callback):
         for name, value in {"every_n_steps": every_n_steps, "spike_window": spike_window}.items():
             if not isinstance(value, int) or not 1 <= value < 2**31:
                 raise ValueError(f"{name} must be at least 1, and below {2**31}, got {value}")
-        if profiled_step is not None and (not isinstance(profiled_step, int) or profiled_step < 2):
-            raise ValueError(f"profiled_step must be at least 2 (step 1 has no optimizer state), got {profiled_step}")
+        if profiled_step not in (None, HEAVIEST) and (not isinstance(profiled_step, int) or profiled_step < 2):
+            raise ValueError(
+                "profiled_step must be heaviest, null or a number of at least 2 (step 1 has no optimizer state), got"
+                f" {profiled_step!r}"
+            )
         if not spike_factor >= 1 or not 0 <= spike_floor_mib < 2**40:
             raise ValueError(
                 f"spike_factor must be at least 1, the floor a number from 0 on: got {spike_factor}, {spike_floor_mib}"
@@ -75,6 +80,8 @@ class PhaseMemory(Callback):
         self.extremes: dict[str, int] = {}  # of the whole run
         self.profiled: dict[str, int] = {}
         self.batch: dict[str, int] = {}  # that measured_peak_bytes belongs to
+        self.passes: list[Any] = []  # of the profiled step, as the module says what they were fed
+        self.evaluated: Any = None  # the profiled pass of a validation
         self.excluded_s, self.excluded_tokens = 0.0, dict[int, int]()
         self._rows: dict[str, float] = {}
         self._waiting: deque[Step] = deque()
@@ -82,6 +89,14 @@ class PhaseMemory(Callback):
         self._profile: ProfiledStep | None = None
         self._mark: Any = None
         self._began, self._managed, self._first = 0.0, 0, 0
+        self.single = False  # the profiled step is the first and only one
+        self._due: int | None = None  # the heaviest step, once it is known
+        self._due_evaluation: int | None = None
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return "cpu" if self.ledger is None else self.ledger.device
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.ledger is None:
@@ -96,13 +111,30 @@ class PhaseMemory(Callback):
         if number != self._step.number:
             self._step = Step(number)
             self._first = self._first or number  # a continued run does not begin at 1
-            due = self.profiled_step is not None and number == max(self.profiled_step, self._first + 1)
-            if due and self.ledger.device == "cpu":
-                self._began = time.perf_counter()
-                self._profile = ProfiledStep(pl_module, trainer.optimizers, batch_tensors(batch))
-                self._profile.start()
+            if self.ledger.device == "cpu" and self._is_due(pl_module, number):
+                self.passes = []
+                self._start_profile(trainer, pl_module, batch)
         self._note_batch(batch)
+        if self._profile is not None and batch:
+            self.passes.append(pl_module.fed(batch))  # type: ignore[operator]
         self._begin("forward")
+
+    def _is_due(self, module: Any, number: int) -> bool:
+        """Whether this step is profiled: the one asked for, or the second, the heaviest and a single one."""
+        if self.profiled_step is None:
+            return False
+        if self.profiled_step != HEAVIEST:
+            return number == max(int(self.profiled_step), self._first + 1)
+        if number == self._first + 1:
+            self._due = module.heaviest()
+        last = module.progress()["steps"] == number
+        self.single = last and number == 1
+        return number in (self._first + 1, self._due) or (last and number == self._first)
+
+    def _start_profile(self, trainer: Trainer, module: LightningModule, batch: dict[int, Any]) -> None:
+        self._began = time.perf_counter()
+        self._profile = ProfiledStep(module, trainer.optimizers, batch_tensors(batch))
+        self._profile.start()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
         self._close("forward")  # zero_grad has run: old gradients do not count as backward's
@@ -139,6 +171,23 @@ class PhaseMemory(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.ledger is not None
         self.ledger.read()  # what came before is not evaluation's
+        wanted = self.profiled_step is not None and self.ledger.device == "cpu" and "evaluation" not in self.profiled
+        self._due_evaluation = pl_module.heaviest_evaluation() if wanted else None  # type: ignore[operator]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: dict[int, Any], batch_idx: int, *_: Any
+    ) -> None:
+        if batch_idx == self._due_evaluation and batch:
+            self.evaluated = pl_module.fed(batch)  # type: ignore[operator]
+            self._start_profile(trainer, pl_module, batch)
+            assert self._profile is not None
+            self._profile.begin("evaluation")
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        profile, self._profile = self._profile, None
+        if profile is not None:
+            self.profiled.update(profile.stop())
+            self.excluded_s += time.perf_counter() - self._began if trainer.state.fn == "fit" else 0.0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.ledger is not None
@@ -146,14 +195,15 @@ class PhaseMemory(Callback):
 
     def summary(self) -> dict[str, Any]:
         """The ``memory`` part of a record. ``by_phase`` and ``measured_peak_bytes`` are torch's allocator on both
-        devices: of the whole run on CUDA; on a CPU of the one profiled step, and null where there was none."""
+        devices: of the whole run on CUDA; on a CPU of the heaviest step and of a validation's heaviest pass (of the
+        second step where the run did not come that far), and null where none was profiled."""
         if self.ledger is None:
             return {}
         cuda = self.ledger.device == "cuda"
         found = self.peaks if cuda else self.profiled
         told: dict[str, Any] = {
             "device": self.ledger.device,
-            "instrument": self.ledger.instrument if cuda else "torch allocator, one profiled step",
+            "instrument": self.ledger.instrument if cuda else "torch allocator, profiled steps",
             "measured_peak_bytes": max(found.values(), default=None),
             "measured_batch": dict(self.batch),
             "by_phase": {phase: found.get(phase) for phase in ("load", *SPLIT, "evaluation")},
@@ -191,8 +241,8 @@ class PhaseMemory(Callback):
     def _end_profile(self, step: Step) -> None:
         profile, self._profile = self._profile, None  # first: a signal may come while it is stopped
         assert profile is not None
-        self.profiled = {"load": profile.held, **profile.stop()}
-        self.batch, step.marks = step.batch, []
+        self.profiled = {**self.profiled, "load": profile.held, **profile.stop()}
+        self.batch, step.marks = {"step": step.number, **step.batch}, []
         self.excluded_s += time.perf_counter() - self._began
 
     def _finish(self, step: Step, trainer: Trainer) -> None:

@@ -1,0 +1,41 @@
+"""Mixtures of experts under fake tensors: the grouped product, whose own fake kernel takes bfloat16 alone.
+
+Rows sorted by expert, (n, in), times (experts, in, out). A frozen weight's product keeps no input for the backward pass.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, offsets, *([x] if ctx.needs_input_grad[1] else []))
+        return x.new_empty(x.shape[0], weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, _, *kept = ctx.saved_tensors
+        dx = dy.new_empty(dy.shape[0], weight.shape[1]) if ctx.needs_input_grad[0] else None
+        return dx, torch.empty_like(weight) if kept else None, None
+
+
+def _grouped_mm(mat_a: Tensor, mat_b: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
+    product: Tensor = _Grouped.apply(mat_a, mat_b, offs)  # type: ignore[no-untyped-call]
+    return product
+
+
+@contextmanager
+def grouped_products() -> Iterator[None]:
+    """Within, experts are multiplied by a stand-in that allocates what the kernels do."""
+    if not hasattr(F, "grouped_mm"):  # older torch: transformers multiplies expert by expert
+        yield
+        return
+    with patch.object(F, "grouped_mm", _grouped_mm):
+        yield
