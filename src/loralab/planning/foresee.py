@@ -28,7 +28,8 @@ class Foresight:
         length = max(max(own["longest"] for own in train), 2)
         share = sum(own["target_tokens"] for own in train) / max(1, sum(own["rows"] * length for own in train))
         share = 1.0 if first.model.task == "sequence_classification" else share
-        key = f"{[(one.adapter, one.data.batch_size) for one in specs]} {first.shares} {length} {share} {device}"
+        fed = [(type(one.adapter), one.adapter, one.data.batch_size) for one in specs]
+        key = f"{fed} {first.shares} {length} {share} {device}"
         if key not in self._plans:
             try:
                 self._plans[key] = predict(specs, device, length=length, targets=share)
