@@ -18,6 +18,7 @@ from loralab.first_batch import FirstBatch
 from loralab.forward import Forward, Way
 from loralab.module import FineTuner
 from loralab.prefix import Pass, Prefix
+from loralab.quantization.four_bit import FourBit
 from loralab.run import Runner
 
 OOMS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
@@ -311,3 +312,19 @@ def test_an_adapter_that_changes_nothing_is_a_configuration_error_alone_and_in_a
     for one in (alone, idle):
         assert (one["status"], one["exit_code"]) == ("failed", 2)
         assert "the loss depends on none of its 2 parameters" in one["error"]
+
+
+def test_classes_of_one_name_share_neither_base_nor_data_nor_optimizer(make_spec, vary):
+    """A user's own FourBit, Files or AdamW is not loralab's, whatever it prints."""
+    spec = make_spec(quantization=FourBit())
+    for field in ("quantization", "data", "optimizer"):
+        kind = type(getattr(spec, field))
+        heir = type(kind.__name__, (kind,), {"packable": True})
+        own = vary(spec, **{field: heir(**vars(getattr(spec, field)))})
+        assert repr(getattr(own, field)) == repr(getattr(spec, field))
+        assert own.shares != spec.shares
+    runner = Runner()
+    halved = type("FourBit", (FourBit,), {"pack": lambda self, weight, bias: FourBit.pack(self, weight / 2, bias)})
+    first = runner.run([vary(spec, id="first")])[0]
+    second = runner.run([vary(spec, id="second", quantization=halved())])[0]
+    assert first["base"]["fingerprint"] != second["base"]["fingerprint"]

@@ -20,7 +20,7 @@ FLOORS = [
     {"trial", "checkpoints", "architecture", "head", "prefix"},
     {"forward", "resuming"},
     {"module", "models", "generation", "evaluation"},
-    {"planning", "interop", "first_batch"},
+    {"planning", "first_batch"},
     {"specs", "study"},
     {"fit"},
     {"run"},

@@ -125,7 +125,7 @@ class Runner:
 
     def _tokenizer(self, spec: models.Pretrained) -> Any:
         spec.check()
-        key = f"{spec.tokenizer} {spec.path} {spec.trust_remote_code}"
+        key = f"{type(spec)} {spec.tokenizer} {spec.path} {spec.trust_remote_code}"
         if key not in self._tokenizers:
             self._tokenizers[key] = spec.load_tokenizer()
             self._prints[id(self._tokenizers[key])] = spec.tokenizer_fingerprint()
@@ -136,7 +136,7 @@ class Runner:
         return self._read(spec, self._tokenizer(spec.model))[0]
 
     def _read(self, spec: TrialSpec, tokenizer: Any) -> tuple[Encoded, str | None]:
-        key = f"{spec.data} {spec.model.task} {spec.model.length} {tokenizer.name_or_path}"
+        key = f"{type(spec.data)} {spec.data} {spec.model.task} {spec.model.length} {tokenizer.name_or_path}"
         key += repr(spec.model) if spec.data.from_base else ""
         if key not in self._data:
             source = spec.data.source()  # before the rows are read: what changes meanwhile is then seen to have changed
@@ -147,7 +147,8 @@ class Runner:
 
     def _load(self, spec: TrialSpec, tokenizer: Any, data: Encoded, device: str) -> models.Base:
         labels = len(data.splits.labels) or None
-        key = (repr(spec.model), repr(spec.quantization), labels, device, spec.trainer.precision)
+        kinds = (type(spec.model), type(spec.quantization))  # of which two may have one name
+        key = (*kinds, repr(spec.model), repr(spec.quantization), labels, device, spec.trainer.precision)
         if self._base is None or key != self._base_key:
             self.forget()
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)

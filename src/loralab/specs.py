@@ -63,8 +63,10 @@ class TrialSpec:
     def shares(self) -> tuple[Any, ...]:
         """What the trials of one pack must agree in."""
         spec = self.trainer
+        kinds = (self.model, self.quantization, self.optimizer, self.data, spec)
         return (
-            *(repr(self.model), repr(self.quantization), self.optimizer.name, type(self.data).__name__),
+            *map(type, kinds),  # a class of the user's may bear the name of another
+            *(repr(self.model), repr(self.quantization), self.optimizer.name),
             *(spec.accumulate_grad_batches, spec.val_check_interval, spec.precision, spec.accelerator),
             self.optimizer.flat,
         )

@@ -1,6 +1,9 @@
 """Which layers are adapted, and which heads are trained whole."""
 
+import gc
+
 import pytest
+import torch
 
 from loralab.adapters.base import match_targets
 from loralab.adapters.full import Full
@@ -37,6 +40,20 @@ def test_a_new_classification_head_is_trained_and_counted(load_base, family):
     ours = sum(p.numel() for _, delta in adapter.adapted() for p in delta.parameters())
     assert adapter.trainable_parameters() == whole + ours
     assert all(p.requires_grad for module in saved.values() for p in module.parameters())
+
+
+@pytest.mark.parametrize("family", ["distilbert", "roberta"])
+def test_the_heads_of_many_trials_copy_neither_each_other_nor_the_base(load_base, family):
+    model = load_base(family).model
+
+    def held():
+        gc.collect()
+        return sum(one.numel() for one in gc.get_objects() if isinstance(one, torch.nn.Parameter))
+
+    before, adapters = held(), []
+    for seed in range(4):
+        adapters.append(LoRA(r=4).attach(model, seed))
+        assert held() - before == sum(one.trainable_parameters() for one in adapters)
 
 
 def test_a_heads_start_follows_the_seed(load_base):

@@ -1,6 +1,5 @@
 """What an adapter is: a spec with one verb, and a module that owns everything a trial trains."""
 
-import copy
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.files import WEIGHTS, read_state, write_state
-from loralab.adapters.sites import Sites, mix
+from loralab.adapters.sites import Sites, bare_copy, mix
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear
 
@@ -130,7 +129,7 @@ class SavedModule(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = copy.deepcopy(module).float().requires_grad_(True)
+        self.module = bare_copy(module).float().requires_grad_(True)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
         own: Tensor = self.module(x.float() if not torch.is_autocast_enabled(x.device.type) else x)

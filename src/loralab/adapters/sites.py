@@ -5,6 +5,8 @@ rows are where; each hooked layer hands every trial its own slice of input and o
 again. One trial alone is the same code with one slice.
 """
 
+import copy
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -206,6 +208,15 @@ class _Site:
 
     def _key(self, share: Share) -> int | None:
         return None if share.key is None else mix(share.key, self.salt)
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A copy without the hooks of adapters, which would copy the adapters and their base with it."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        others = {number: hook for number, hook in part._forward_hooks.items() if not isinstance(hook, _Site)}
+        memo[id(part._forward_hooks)] = OrderedDict(others)
+    return copy.deepcopy(module, memo)
 
 
 def acts(layer: nn.Module, owners: Collection[nn.Module]) -> bool:

@@ -34,7 +34,7 @@ class Members:
 
     def _cost(self, spec: TrialSpec, length: int) -> tuple[int, int]:
         """(bytes of the base, counted once a pack; bytes that each such trial adds). (0, 0) where nobody can say."""
-        key = (spec.shares, repr(spec.adapter), spec.data.batch_size, length)
+        key = (spec.shares, type(spec.adapter), repr(spec.adapter), spec.data.batch_size, length)
         if key not in self._costs:
             device = spec.trainer.device
             try:
