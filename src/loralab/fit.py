@@ -146,13 +146,13 @@ class Fit:
             trial.record["memory"].update(memory)
             trial.seconds += seconds
             trial.untimed += left_out.get(index, 0)
-            noted = trial.record["time"]
+            noted, timed = trial.record["time"], trial.tokens - trial.untimed
             noted.update(
                 startup_s=startup if noted["startup_s"] is None else noted["startup_s"],
                 train_s=trial.seconds,
                 steps=trial.step,
                 tokens=trial.tokens,
-                tokens_per_s=(trial.tokens - trial.untimed) / trial.seconds if trial.seconds > 0 else None,
+                tokens_per_s=timed / trial.seconds if trial.seconds > 0 and timed > 0 else None,
             )
 
     def _foresee(self) -> None:

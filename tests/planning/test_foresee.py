@@ -26,8 +26,8 @@ def trial(make_spec):
 def test_a_pack_is_traced_once(trial, monkeypatch):
     spec, data = trial
     calls = []
-    real = foresee.predict
-    monkeypatch.setattr(foresee, "predict", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = foresee.predict_step
+    monkeypatch.setattr(foresee, "predict_step", lambda *a, **k: calls.append(1) or real(*a, **k))
     foresight = Foresight()
     plans = [foresight.check([spec], data, "cpu") for _ in range(3)]
     assert len(calls) == 1
@@ -59,7 +59,7 @@ def test_room_is_what_is_free_and_what_is_held_already(trial, monkeypatch):
 
 def test_a_fault_of_the_planner_stops_no_run(trial, monkeypatch):
     spec, data = trial
-    monkeypatch.setattr(foresee, "predict", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(foresee, "predict_step", lambda *a, **k: 1 / 0)
     assert Foresight().check([spec], data, "cpu") is None
 
 

@@ -14,7 +14,7 @@ from loralab.quantization.four_bit import FourBit
 from loralab.run import Runner
 from loralab.telemetry import ledgers, memory, profiled
 from loralab.telemetry.ledgers import Host, Reading
-from loralab.telemetry.memory import PhaseMemory
+from loralab.telemetry.memory import HEAVIEST, PhaseMemory
 from loralab.telemetry.progress import ProgressLines, clock
 
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
@@ -70,20 +70,21 @@ def test_telemetry_changes_no_number(make_spec, curve, weights):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("quantization", [None, FourBit()], ids=["none", "nf4"])
-def test_the_third_step_gives_the_allocators_peak(make_spec, accumulate, quantization):
+def test_a_profiled_step_gives_the_allocators_peak(make_spec, accumulate, quantization):
     changes = {} if quantization is None else {"quantization": quantization}
-    spec = make_spec(callbacks={"memory": PhaseMemory}, accumulate_grad_batches=accumulate, **changes)
+    observed = {"memory": lambda: PhaseMemory(profiled_step=3)}
+    spec = make_spec(callbacks=observed, accumulate_grad_batches=accumulate, **changes)
     record = Runner().run([spec])[0]
     found, phases = record["memory"], record["memory"]["by_phase"]
     assert found["measured_peak_bytes"] == max(size for size in phases.values() if size)
-    assert found["measured_batch"] == {"rows": 2, "padded_tokens": 50, "tokens": 50, "longest": 25}
+    assert found["measured_batch"] == {"step": 3, "rows": 2, "padded_tokens": 50, "tokens": 50, "longest": 25}
     held = phases["load"]
     state, adapter = record["optimizer"]["state_bytes"], 4 * record["adapter"]["trainable_parameters"]
     assert held >= record["base"]["bytes"] + adapter + state
     assert phases["forward"] >= held + adapter  # the gradients of the step before are alive
     assert phases["optimizer"] >= held + adapter
     assert phases["backward"] > phases["optimizer"]
-    assert phases["evaluation"] is None
+    assert held - state < phases["evaluation"] < phases["backward"]  # after the fit, whose optimizer is gone
 
 
 def test_levels_are_added_up_and_addresses_of_an_earlier_profile_passed_over():
@@ -117,18 +118,28 @@ def test_the_profiled_step_is_in_no_timing(make_spec, monkeypatch):
         return stop(self)
 
     monkeypatch.setattr(memory.ProfiledStep, "stop", slow)
-    record = Runner().run([make_spec(callbacks={"memory": PhaseMemory})])[0]
-    assert record["time"]["train_s"] < 2.5
-    timed = record["time"]["tokens"] * 3 / 4  # one of four steps is left out
-    assert record["time"]["tokens_per_s"] == pytest.approx(timed / record["time"]["train_s"])
-    assert max(record["memory"]["seconds_by_phase"].values()) < 2.5
+    for steps, left_out in ((3, 1), (HEAVIEST, 2)):  # the second and the one with the most targets of equal rows
+        observed = {"memory": lambda steps=steps: PhaseMemory(profiled_step=steps)}
+        record = Runner().run([make_spec(f"{steps}", callbacks=observed, val_check_interval=2)])[0]
+        assert record["time"]["train_s"] < 2.5  # the validation within the fit is profiled too
+        timed = record["time"]["tokens"] * (4 - left_out) / 4
+        assert record["time"]["tokens_per_s"] == pytest.approx(timed / record["time"]["train_s"])
+        assert max(record["memory"]["seconds_by_phase"].values()) < 2.5
 
 
-def test_a_run_without_a_third_step_or_that_wants_no_profile_has_no_peak(make_spec):
+def test_a_run_of_one_step_has_a_peak_and_no_speed(make_spec):
+    record = Runner().run([make_spec(max_steps=1, callbacks={"memory": PhaseMemory})])[0]
+    assert record["memory"]["by_phase"]["backward"] > 0
+    assert record["time"]["tokens_per_s"] is None  # its only step was profiled
+
+
+def test_a_run_without_the_step_asked_for_or_that_wants_no_profile_has_no_peak_of_training(make_spec):
     for steps, third in ((2, 3), (4, None)):
         observed = {"memory": lambda third=third: PhaseMemory(profiled_step=third)}
         record = Runner().run([make_spec(max_steps=steps, callbacks=observed)])[0]
-        assert record["memory"]["measured_peak_bytes"] is None
+        assert record["memory"]["by_phase"]["backward"] is None
+        assert (record["memory"]["by_phase"]["evaluation"] is None) == (third is None)
+        assert record["memory"]["measured_peak_bytes"] is None  # a validation's is not the run's
 
 
 def test_a_profiled_step_that_fails_gives_stderr_back(make_spec, capfd):
@@ -141,7 +152,7 @@ def test_a_profiled_step_that_fails_gives_stderr_back(make_spec, capfd):
 
     record = Runner().run([make_spec(callbacks={"memory": Failing})])[0]
     assert "boom" in record["error"]
-    assert record["time"]["steps"] == 2
+    assert record["time"]["steps"] == 1
     assert record["memory"]["resident_by_phase"]["backward"] > 0  # a failed run's record has what was seen
     os.write(2, b"said after\n")
     said = capfd.readouterr().err
@@ -155,8 +166,11 @@ def test_the_measured_peak_is_that_of_a_profile_from_the_first_allocation_on(mak
 
     class Third(Callback):
         def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == 2:
+            if trainer.global_step == measured["measured_batch"]["step"] - 1:
                 with record_function("loralab/third"):
+                    pass
+            elif trainer.global_step == measured["measured_batch"]["step"]:
+                with record_function("loralab/after"):
                     pass
 
         def on_train_end(self, *_):
@@ -164,7 +178,7 @@ def test_the_measured_peak_is_that_of_a_profile_from_the_first_allocation_on(mak
                 pass
 
     with profile(profile_memory=True) as whole:
-        Runner().run([make_spec("two", family, max_steps=3, callbacks={"third": Third})])
+        Runner().run([make_spec("two", family, callbacks={"third": Third})])
     truth = profiled.peaks(profiled.events(whole), 0, 0)["third"]
     assert measured["measured_peak_bytes"] == pytest.approx(truth, rel=0.005)
 
@@ -271,6 +285,7 @@ def test_clock(seconds, text):
         ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
         ({"spike_window": 0}, "spike_window must be at least 1"),
         ({"profiled_step": 1}, "no optimizer state"),
+        ({"profiled_step": "heavy"}, "must be heaviest, null or a number"),
         ({"spike_factor": 0.5}, "spike_factor"),
         ({"spike_floor_mib": -1}, "floor"),
     ],

@@ -7,7 +7,7 @@ before are alive in the forward pass. The second step counts, because the first 
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -25,15 +25,17 @@ from loralab import forward, models
 from loralab.adapters.base import AdapterSpec
 from loralab.architecture import auto_class
 from loralab.data.passes import Fed, Pass
+from loralab.errors import ConfigError
 from loralab.forward import Way
 from loralab.module import FineTuner
-from loralab.optimizers import PAGED_FROM, UNPAGED, AdamW
+from loralab.optimizers import PAGED_FROM, TORCH, UNPAGED, AdamW
 from loralab.planning.attention import kernels
 from loralab.planning.experts import grouped_products
 from loralab.planning.tracker import Segment, Tracker
 from loralab.planning.workspace import held_workspaces
 from loralab.prefix import stack
 from loralab.quantization.base import Quantizer, quantizable
+from loralab.quantization.kernels import bitsandbytes_ops
 from loralab.quantization.loading import replace
 from loralab.trainers import TrainerSpec
 from loralab.trial import Settings, Trial
@@ -100,6 +102,9 @@ def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = Non
     """
     whole = specs[0].quantization.dequantize == "resident" or specs[0].adapter.changes_base
     whole = whole and not geometry.first
+    if specs[0].quantization.name != "none" or specs[0].optimizer.name != TORCH:
+        with suppress(ConfigError):  # imported among fake tensors, its tables would be some too, for good
+            bitsandbytes_ops()
     with _quiet():
         try:
             traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)

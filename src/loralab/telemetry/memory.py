@@ -196,7 +196,7 @@ class PhaseMemory(Callback):
     def summary(self) -> dict[str, Any]:
         """The ``memory`` part of a record. ``by_phase`` and ``measured_peak_bytes`` are torch's allocator on both
         devices: of the whole run on CUDA; on a CPU of the heaviest step and of a validation's heaviest pass (of the
-        second step where the run did not come that far), and null where none was profiled."""
+        second step where the run did not come that far), and null where no training step was profiled."""
         if self.ledger is None:
             return {}
         cuda = self.ledger.device == "cuda"
@@ -204,7 +204,7 @@ class PhaseMemory(Callback):
         told: dict[str, Any] = {
             "device": self.ledger.device,
             "instrument": self.ledger.instrument if cuda else "torch allocator, profiled steps",
-            "measured_peak_bytes": max(found.values(), default=None),
+            "measured_peak_bytes": max(found.values()) if "backward" in found else None,
             "measured_batch": dict(self.batch),
             "by_phase": {phase: found.get(phase) for phase in ("load", *SPLIT, "evaluation")},
             "seconds_by_phase": dict(self.seconds),
