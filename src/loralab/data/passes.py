@@ -130,8 +130,11 @@ class Feed:
 
 @dataclass(frozen=True)
 class Weighing:
-    """What makes a pass heavy. ``flat``: rows are computed without padding, else padding weighs as tokens do; ``apart``:
-    inputs and labels are sequences of their own (encoder-decoder); ``spiky``: every N-th step is padded to a length."""
+    """What makes a pass heavy.
+
+    ``flat``: rows are computed without padding, else padding weighs as tokens do. ``apart``: inputs and labels are
+    sequences of their own (encoder-decoder). ``spiky``: (N, length) where every N-th step is padded to that length.
+    """
 
     flat: bool
     apart: bool = False

@@ -28,10 +28,10 @@ def peak(spec: Planned, geometry: Geometry) -> int:
     """Bytes. Taken from the kept traces of this process and others where trials differ in rate, seed or rank alone."""
     key, on_disk = identity(spec), _ours(spec)
     if not _linear(spec):
-        plain = (key, repr(spec.adapter), geometry)
+        plain = (key, _named(spec.adapter), geometry)
         return int(kept(plain, lambda: predict_step([spec], geometry).predicted_peak_bytes, on_disk))
     assert isinstance(spec.adapter, LoRA)
-    without_rank = repr(dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0, init_lora_weights="kaiming"))
+    without_rank = _named(dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0, init_lora_weights="kaiming"))
     found: list[Line] = kept((key, without_rank, geometry), lambda: _lines(spec, geometry), on_disk)
     return at(found, spec.adapter.r)
 
@@ -48,7 +48,16 @@ def identity(spec: Planned) -> tuple[Any, ...]:
     config = model._adjust(model.architecture(), None).to_json_string(use_diff=False)
     untied = model.config.get("tie_word_embeddings")
     steps = (trainer.precision, trainer.val_check_interval is None, spec.settings().gradient_clip_val is None)
-    return (*built, str(model.dropout), config, untied, repr(spec.quantization), optimizer.name, optimizer.flat, *steps)
+    return (
+        *built,
+        str(model.dropout),
+        config,
+        untied,
+        _named(spec.quantization),
+        optimizer.name,
+        optimizer.flat,
+        *steps,
+    )
 
 
 def _ours(spec: Planned) -> bool:
@@ -88,3 +97,8 @@ def envelope(slopes: NDArray[np.float64], intercepts: NDArray[np.float64]) -> li
 
 def _crossing(one: Line, steeper: Line) -> float:
     return (one[1] - steeper[1]) / (steeper[0] - one[0]) if steeper[0] > one[0] else float("-inf")
+
+
+def _named(spec: Any) -> str:
+    """Two classes of one name are two."""
+    return f"{type(spec)} {spec!r}"

@@ -1,6 +1,6 @@
 """Mixtures of experts under fake tensors: the grouped product, whose own fake kernel takes bfloat16 alone.
 
-Rows sorted by expert, (n, in), times (experts, in, out). A frozen weight's product keeps no input for the backward pass.
+Rows sorted by expert, (n, in), times (experts, in, out). A frozen weight's product keeps no input for the backward.
 """
 
 from collections.abc import Iterator

@@ -44,7 +44,8 @@ class Foresight:
 
     def of(self, specs: list[Any], geometry: Geometry) -> Plan | None:
         """The plan of trials that are fed this; None where it could not be made."""
-        key = f"{[(type(one.adapter), one.adapter, one.memory.spiky_every) for one in specs]} {specs[0].shares} {_unnumbered(geometry)}"
+        fed = [(type(one.adapter), one.adapter, one.memory.spiky_every) for one in specs]
+        key = f"{fed} {specs[0].shares} {_unnumbered(geometry)}"
         return self._kept(key, specs, lambda: predict_step(specs, geometry))
 
     def _kept(self, key: str, specs: list[Any], make: Callable[[], Plan]) -> Plan | None:

@@ -7,6 +7,7 @@ is damaged or cannot be written is made again.
 import hashlib
 import json
 import logging
+import os
 import platform
 import uuid
 from collections.abc import Callable

@@ -208,9 +208,11 @@ def measure(model: nn.Module) -> BaseSize:
 
 
 def beyond(model: nn.Module) -> dict[str, int]:
-    """{name, * for a number: parameters} of the weights that no quantizer and no delta takes, because they belong to no
-    linear layer: experts that are one tensor of three dimensions, convolutions, matrices that a model multiplies itself.
-    Embeddings, the output head and what is tied to them, norms and biases are no such weights."""
+    """{name, * for a number: parameters} of the weights that no quantizer and no delta takes.
+
+    They belong to no linear layer: experts that are one tensor of three dimensions, convolutions, matrices that a model
+    multiplies itself. Embeddings, the output head and what is tied to them, norms and biases are no such weights.
+    """
     own = {id(p) for m in model.modules() if is_linear(m) or isinstance(m, nn.Embedding) for p in m.parameters()}
     found: dict[str, int] = {}
     for name, parameter in model.named_parameters():
