@@ -181,7 +181,7 @@ class FineTuner(LightningModule):
     @property
     def _under_way(self) -> bool:
         """Whether a step has begun that is not finished."""
-        begun = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        begun: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return bool(self._running) or (self.trainer.training and begun.ready > begun.processed)
 
     def heaviest(self) -> int | None:

@@ -73,7 +73,7 @@ def _linear(spec: Planned) -> bool:
 
 
 def _lines(spec: Planned, geometry: Geometry) -> list[Line]:
-    adapters = [dataclasses.replace(spec.adapter, r=r) for r in RANKS]  # type: ignore[type-var]
+    adapters = [dataclasses.replace(spec.adapter, r=r) for r in RANKS]  # type: ignore[type-var, call-arg]
     traced = [trace([dataclasses.replace(spec, adapter=one)], geometry) for one in adapters]  # type: ignore[type-var]
     low, high = (one.levels for one in traced)
     if low.shape != high.shape:
