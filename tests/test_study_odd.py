@@ -206,12 +206,13 @@ def test_decomposition_shows_in_the_matmul_error():
 def ragged(load_base, make_data):
     """An evaluation of rows of unequal lengths, ``batch_size`` to be chosen."""
 
-    def make(batch_size, scheme=None):
+    def make(batch_size, family="llama"):
         torch.manual_seed(5)
-        base = load_base("llama")
+        base = load_base(family)
         base.model.double()
-        encoded = encode(make_data("ragged").splits(), base.tokenizer, "causal_lm", 64)
-        return Evaluation(base.model, "causal_lm", encoded, batch_size, base.tokenizer.pad_token_id)
+        data = make_data("labels" if base.spec.task == "sequence_classification" else "ragged")
+        encoded = encode(data.splits(), base.tokenizer, base.spec.task, 64)
+        return Evaluation(base.model, base.spec.task, encoded, batch_size, base.tokenizer.pad_token_id)
 
     return make
 
@@ -256,6 +257,21 @@ def test_the_loss_of_an_int8_product_is_the_same_at_every_batch_size(ragged):
 
     expected = by_rows(ragged(1), through_int8)
     assert losses == [pytest.approx(expected, rel=2e-6)] * 3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "distilbert"])
+def test_captured_inputs_and_losses_of_every_task_do_not_depend_on_the_batch_size(ragged, family):
+    rows = []
+    for batch_size in (1, 3):
+        evaluation = ragged(batch_size, family)
+        names = quantizable(evaluation.model, NoQuantization())
+        evaluation.reference(names, keep=30)
+        subject = Study(StudySpec(schemes={"x": {}}), evaluation.model, names)
+        subject.captured = evaluation.inputs
+        rows.append(subject.scheme(LLMInt8(threshold=1.0), evaluation))
+        assert set(evaluation.inputs) == set(names)
+    for key in ("loss", "loss_change", "kl", "matmul_relative_error"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-7)
 
 
 def test_outlier_features_and_captured_inputs_are_of_tokens_alone(ragged):

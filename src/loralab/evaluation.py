@@ -12,7 +12,7 @@ from loralab.data.batches import collate
 from loralab.data.encoding import Encoded
 from loralab.metrics import target_logits
 from loralab.numerics.defined import defined
-from loralab.quantization.sequences import watch
+from loralab.quantization.sequences import decoder_input_ids, watch
 
 OUTLIER = 6.0  # LLM.int8() (arXiv 2208.07339), section 4.1: |x| >= 6 ...
 POSITIONS, LAYERS = 0.06, 0.25  # ... at 6% of the positions, in a quarter of the layers, is an outlier feature
@@ -65,21 +65,24 @@ class Evaluation:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(logits (n, V) float32, targets (n,)) of the targets of each batch."""
-        device = next(self.model.parameters()).device
         rows = self.data.validation
         training = self.model.training
         self.model.eval()
-        with torch.no_grad():
+        try:
             for start in range(0, len(rows), self.batch_size):
                 stop = min(start + self.batch_size, len(rows))
-                batch = collate([rows[i] for i in range(start, stop)], self.task, self.pad)
-                labels = batch.pop("labels").to(device)
-                inputs = {key: value.to(device) for key, value in batch.items()}
-                if self.task == "seq2seq_lm":
-                    made = self.model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
-                    inputs["decoder_input_ids"] = made
-                yield target_logits(self.model(**inputs).logits, labels, self.task)
-        self.model.train(training)
+                yield self._batch(collate([rows[i] for i in range(start, stop)], self.task, self.pad))
+        finally:
+            self.model.train(training)
+
+    @torch.no_grad()
+    def _batch(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        device = next(self.model.parameters()).device
+        labels = batch.pop("labels").to(device)
+        inputs = {key: value.to(device) for key, value in batch.items()}
+        if self.task == "seq2seq_lm":
+            inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
+        return target_logits(self.model(**inputs).logits, labels, self.task)
 
     def census(self) -> dict[str, dict[str, float]]:
         """Per layer: input features that reach 6 anywhere, and at 6% of the positions or more."""

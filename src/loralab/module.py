@@ -19,6 +19,7 @@ from loralab.forward import Forward
 from loralab.metrics import SplitMetrics
 from loralab.optimizers import restore
 from loralab.prefix import Prefix
+from loralab.quantization.sequences import decoder_input_ids
 from loralab.trial import Batch, Trial, stack
 
 SPLITS = {"val": "validation", "test": "test"}  # by the prefix of their metrics
@@ -52,7 +53,7 @@ class FineTuner(LightningModule):
             # what the base draws by itself, dropout that is no layer's or skipped layers, follows a lone trial's key
             _seed(shares[0].key or 0)
         if self.task == "seq2seq_lm":
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+            inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
         scores = self.forward_pass(inputs, labels, shares, lambda given: self.prefix.shared(given, batches))
         return dict(zip(batches, scores, strict=True))
 

@@ -19,6 +19,7 @@ from loralab.quantization.linear import FrozenLinear
 
 Place = slice | Tensor  # where the tokens of one sequence are among the positions, flattened
 KEY = "loralab_sequences"
+REAL = "loralab_real"  # a mask of decoder_input_ids
 
 
 class Sequences:
@@ -153,6 +154,16 @@ def watched(model: nn.Module) -> bool:
     return KEY in model.__dict__
 
 
+def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
+    """labels (rows, T), -100 at padding -> what the decoder reads to predict them, (rows, T).
+
+    With a mark of the positions that have a target: in a row that is shorter than the batch the token behind its last
+    target is read too, which in the longest row is not, so that the ids alone do not say what belongs to a row."""
+    made: Tensor = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+    setattr(made, REAL, labels != -100)
+    return made
+
+
 class SequenceLinear(FrozenLinear):
     """A frozen layer whose product may look at all tokens of a sequence."""
 
@@ -198,8 +209,11 @@ def _places(mask: Tensor) -> list[Place]:
 
 
 def _decoder_mask(given: Mapping[str, Any], model: nn.Module) -> Any:
-    """The one that is given, else: pads that nothing follows are padding, but the first position is a start."""
-    ids, mask = given.get("decoder_input_ids"), given.get("decoder_attention_mask")
+    """The one that is given, or the targets' of ``decoder_input_ids`` below, else (generation) all but the pads that
+    nothing follows; the first position is a start."""
+    ids = given.get("decoder_input_ids")
+    mask = _first(given, "decoder_attention_mask")
+    mask = getattr(ids, REAL, None) if mask is None else mask
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     if mask is not None or ids is None or padding is None:
         return mask
