@@ -42,14 +42,14 @@ class SplitMetrics:
 
     def __init__(self, task: str, num_labels: int, device: torch.device) -> None:
         self.task = task
-        # by default a batch that is nan would be left out, and the mean of the others be taken for that of the split
-        self.loss = MeanMetric(nan_strategy="disable").to(device)
+        # nan stays nan: by default such a batch is left out of the mean, and "disable" takes every weight for 1
+        self.loss = MeanMetric(nan_strategy=math.nan).to(device)
         self.scores: dict[str, Metric] = {}
         if task == "sequence_classification":
             self.scores["accuracy"] = MulticlassAccuracy(num_labels, average="micro").to(device)
             self.scores["f1"] = MulticlassF1Score(num_labels, average="macro").to(device)
         else:
-            self.scores["token_accuracy"] = MeanMetric(nan_strategy="disable").to(device)
+            self.scores["token_accuracy"] = MeanMetric(nan_strategy=math.nan).to(device)
 
     def update(self, loss_sum: Tensor, predictions: Tensor, targets: Tensor) -> None:
         count = targets.numel()
