@@ -18,7 +18,7 @@ export LORALAB_TEST_DATA ?= $(DATA)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all setup check format sweep bench gpu clean
+.PHONY: help run test test-all setup check format sweep bench gpu readme-figures clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,13 +35,13 @@ test-all: $(VENV)/.setup ## the slow tests too
 setup: $(VENV)/.setup ## the environment with the test and development tools
 
 check: $(VENV)/.setup ## format, lint, types
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests .github
+	$(BIN)/ruff check src tests .github
 	$(BIN)/mypy
 
 format: $(VENV)/.setup ## write the format
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests .github
+	$(BIN)/ruff check --fix src tests .github
 
 sweep: $(VENV)/.run ## one sweep: make sweep SWEEP=rank ARGS="seed=0,1"
 	$(BIN)/loralab sweep $(SWEEP) $(ARGS)
@@ -52,6 +52,9 @@ bench: $(VENV)/.setup ## speed beside other libraries, measured in one run
 
 gpu: ## everything that needs CUDA, within 9 minutes; writes $OUT or runs/gpu (REHEARSE=1: tiny, on a CPU)
 	@PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m loralab.gpu $(GPU_FLAGS) $(ARGS)
+
+readme-figures: $(VENV)/.setup ## README.md's figures measured anew (ARGS="quickstart quantize": those)
+	$(BIN)/python .github/readme_figures.py $(ARGS)
 
 clean: ## the environment and every cache; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

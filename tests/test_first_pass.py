@@ -327,4 +327,4 @@ def test_classes_of_one_name_share_neither_base_nor_data_nor_optimizer(make_spec
     halved = type("FourBit", (FourBit,), {"pack": lambda self, weight, bias: FourBit.pack(self, weight / 2, bias)})
     first = runner.run([vary(spec, id="first")])[0]
     second = runner.run([vary(spec, id="second", quantization=halved())])[0]
-    assert first["base"]["fingerprint"] != second["base"]["fingerprint"]
+    assert first["metrics"]["val/loss"] != second["metrics"]["val/loss"]

@@ -189,20 +189,27 @@ def test_a_trial_without_a_record_is_missing_and_joins_its_configuration(tmp_pat
     assert "missing: r=2 seed=1" in terminal(gathered, tables(gathered))
 
 
-@pytest.mark.parametrize("metrics", [{"val/loss": float("nan")}, {"val/loss": None}, {}])
-def test_a_completed_trial_whose_metric_is_no_number_is_no_result(tmp_path, make_trial, metrics):
+@pytest.mark.parametrize(
+    ("metrics", "counted", "status", "why"),
+    [
+        ({"val/loss": float("nan")}, "1 failed", "diverged", "val/loss is not finite"),
+        ({"val/loss": None}, "1 failed", "diverged", "val/loss is not finite"),
+        ({}, "1 without a result", "without_result", "completed, but val/loss is no finite number"),
+    ],
+)
+def test_a_completed_trial_whose_metric_is_no_number_is_no_result(tmp_path, make_trial, metrics, counted, status, why):
     synthetic, write = make_trial
     write(tmp_path / "a", {**synthetic("none", 2, 0), "metrics": metrics})
     write(tmp_path / "b", synthetic("none", 2, 1))
     done = report(tmp_path)
     (row,) = rows(study(tmp_path))
-    assert (row.n, seeds_text(row)) == (1, "1 ok, 1 without a result")
-    assert "without_result: seed=0: completed, but val/loss is no finite number" in " ".join(done.table.split())
+    assert (row.n, seeds_text(row)) == (1, f"1 ok, {counted}")
+    assert f"{status}: seed=0: {why}" in " ".join(done.table.split())
     page, markdown = done.index.read_text(), done.files["report.md"].read_text()
     assert "1 of 2" in page
     assert "1 failed, listed below" in page
-    assert "completed, but val/loss is no finite number" in page.partition("Not completed")[2]
-    assert "completed, but val/loss is no finite number" in markdown.partition("Not completed")[2]
+    assert why in page.partition("Not completed")[2]
+    assert why in markdown.partition("Not completed")[2]
     assert [entry["failed"] for entry in listing(tmp_path) if entry["name"] == "a"] == [1]
 
 

@@ -354,5 +354,5 @@ def _round_step(rough: float) -> float:
 
 def _tick(value: float, step: float) -> str:
     """As many decimals as the step has."""
-    decimals = next((n for n in range(9) if math.isclose(step, round(step, n), rel_tol=1e-6)), 9)
+    decimals = next((n for n in range(15) if math.isclose(step, round(step, n), rel_tol=1e-6)), 15)
     return f"{value:.{decimals}f}"

@@ -1,0 +1,82 @@
+"""README.md: its figures lie in blocks that a script measures and writes, each with date, machine and versions."""
+
+import datetime
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def figures():
+    spec = importlib.util.spec_from_file_location("readme_figures", ROOT / ".github" / "readme_figures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def block(name):
+    (found,) = re.findall(rf"<!-- figures:{name} -->\n(.*?)<!-- /figures:{name} -->", README, re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize("name", ["quickstart", "memory", "quantize", "speed"])
+def test_every_block_of_figures_says_when_where_and_with_which_versions(name):
+    assert re.search(r"\d+ [A-Z][a-z]+ 20\d\d, .+ x \d+, .*torch \d+\.\d+", block(name))
+
+
+def test_the_script_fills_every_block_of_the_readme(figures):
+    names = set(re.findall(r"<!-- figures:(\w+) -->", README))
+    assert names == {"quickstart", "memory", "quantize", "speed"}
+    text = figures.fill(README, dict.fromkeys(names, "new"))
+    assert text.count("-->\nnew\n<!--") == len(names)
+
+
+def test_filling_touches_the_named_block_alone(figures):
+    text = "a\n<!-- figures:one -->\nold\n<!-- /figures:one -->\nb\n<!-- figures:two -->\nkept\n<!-- /figures:two -->\n"
+    assert figures.fill(text, {"one": r"\1 new"}) == text.replace("old", r"\1 new")
+
+
+def test_a_block_that_is_not_there_is_an_error(figures):
+    with pytest.raises(ValueError, match="figures:nowhere"):
+        figures.fill(README, {"nowhere": ""})
+
+
+def test_the_stamp_names_machine_threads_and_versions(figures):
+    machine = {"cpu": "EPYC x 2", "gpu": None, "threads": 2, "versions": {"torch": "2.13.0", "wandb": "0.31.0"}}
+    assert (
+        figures.stamp(machine, datetime.date(2026, 11, 2)) == "2 November 2026, EPYC x 2, 2 threads, torch 2.13.0"
+    )
+
+
+def test_memory_counts_each_measurement_once(figures):
+    def one(predicted, measured):
+        memory = {"predicted_peak_bytes": predicted, "measured_peak_bytes": measured}
+        return {"memory": memory, "environment": {"cpu": "c", "versions": {}}}
+
+    said = figures.memory([one(100, 100), one(100, 100), one(110, 100), one(None, 5)])
+    assert "2 passes: 1.000 to 1.100" in said
+
+
+def test_ratios_leave_out_loralab_itself_and_name_what_failed(figures):
+    row = {"what": "step", "unit": "ms", "quartiles": [1.0, 3.0], "measurements": 5}
+    rows = [
+        {**row, "name": "loralab", "ratio": 1.0},
+        {**row, "name": "PEFT", "ratio": 0.97, "loss_difference": {"first": 0.0, "largest": 2e-6}},
+        {**row, "name": "other", "ratio": None},
+    ]
+    said = figures.ratios({"parts": {"step": {"rows": rows, "error": "no room"}}})
+    assert "| step | PEFT | 0.97 | 1 to 3 ms | 5 times |" in said
+    assert "2.0e-06" in said
+    assert "Not measured: step: no room" in said
+    assert "| loralab |" not in said
+    assert "other" not in said
+
+
+def test_the_study_s_rows_are_chosen_by_their_whole_names(figures):
+    table = "about\n\nscheme  loss\n------\nnf4  1\nnf4_double  2\n------\nint8 3"
+    assert figures.chosen(table, ("scheme", "nf4")) == "about\n\nscheme  loss\n------\nnf4  1\n------"
