@@ -48,9 +48,7 @@ def test_a_block_that_is_not_there_is_an_error(figures):
 
 def test_the_stamp_names_machine_threads_and_versions(figures):
     machine = {"cpu": "EPYC x 2", "gpu": None, "threads": 2, "versions": {"torch": "2.13.0", "wandb": "0.31.0"}}
-    assert (
-        figures.stamp(machine, datetime.date(2026, 11, 2)) == "2 November 2026, EPYC x 2, 2 threads, torch 2.13.0"
-    )
+    assert figures.stamp(machine, datetime.date(2026, 11, 2)) == "2 November 2026, EPYC x 2, 2 threads, torch 2.13.0"
 
 
 def test_memory_counts_each_measurement_once(figures):
