@@ -17,6 +17,7 @@ from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
 from loralab.fit import Fit, Part, close_record, explain
+from loralab.graph import check_causal
 from loralab.head import frozen_head
 from loralab.planning.foresee import Foresight
 from loralab.quantization.linear import resident_bytes
@@ -152,6 +153,8 @@ class Runner:
         if self._base is None or key != self._base_key:
             self.forget()
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)
+            if spec.model.task == "causal_lm":
+                check_causal(self._base.model.to(device))
             self._base_key = key
         return self._base
 
