@@ -43,6 +43,7 @@ class Sites:
     def __init__(self) -> None:
         self._shares: tuple[Share, ...] = ()
         self._drawn = 0  # masks of the pass under way
+        self._calls: dict[int, int] = {}  # {layer's salt: its calls in the pass under way}
         self._sites: dict[str, _Site] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sites":
@@ -62,7 +63,13 @@ class Sites:
 
     @shares.setter
     def shares(self, shares: tuple[Share, ...]) -> None:
-        self._shares, self._drawn = shares, 0
+        self._shares, self._drawn, self._calls = shares, 0, {}
+
+    def call(self, salt: int) -> int:
+        """How often the layer of ``salt`` was called before in this pass; notes that it is once more."""
+        before = self._calls.get(salt, 0)
+        self._calls[salt] = before + 1
+        return before
 
     def keys(self) -> list[int]:
         """Each share's key for the next mask that the base itself draws in this pass; none while evaluating."""
@@ -72,17 +79,17 @@ class Sites:
 
     def replayed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of a checkpointed block: computed again, it draws its masks again."""
-        return nullcontext(), _Replay(self, self._drawn)
+        return nullcontext(), _Replay(self, self._drawn, dict(self._calls))
 
     @contextmanager
     def only(self, share: Share) -> Iterator[None]:
         """Within, a part of the pass that holds the rows of ``share`` alone, and masks of its own."""
-        before = self._shares, self._drawn
+        before = self._shares, self._drawn, self._calls
         self.shares = (share,)
         try:
             yield
         finally:
-            self._shares, self._drawn = before
+            self._shares, self._drawn, self._calls = before
 
     @contextmanager
     def batch(self, *shares: Share) -> Iterator[None]:
@@ -152,16 +159,17 @@ class Sites:
 
 
 class _Replay(AbstractContextManager[None]):
-    """Within, masks are numbered from ``drawn`` on; may be entered again."""
+    """Within, masks are numbered from ``drawn`` and layers' calls from ``calls`` on; may be entered again."""
 
-    def __init__(self, sites: Sites, drawn: int) -> None:
-        self.sites, self.drawn = sites, drawn
+    def __init__(self, sites: Sites, drawn: int, calls: dict[int, int]) -> None:
+        self.sites, self.drawn, self.calls = sites, drawn, calls
 
     def __enter__(self) -> None:
-        self.after, self.sites._drawn = self.sites._drawn, self.drawn
+        self.after = self.sites._drawn, self.sites._calls
+        self.sites._drawn, self.sites._calls = self.drawn, dict(self.calls)
 
     def __exit__(self, *_: object) -> None:
-        self.sites._drawn = self.after
+        self.sites._drawn, self.sites._calls = self.after
 
 
 class _Site:
@@ -179,35 +187,41 @@ class _Site:
         if not owners:
             return y
         self.called.update(owners)
+        salt = self._salt()
         x = args[0] if args else next(value for value in named.values() if isinstance(value, Tensor))
         found = [self.deltas.get(share.owner, []) for share in shares]
         kinds = {type(delta) for own in found for delta in own}
         # a class that inherits ``together`` may compute something else
         if len(kinds) == 1 and all(len(own) < 2 for own in found) and "together" in vars(kind := kinds.pop()):
-            return self._together(kind, x, y)
-        parts = [
-            self._own(share, a, b) for share, a, b in zip(shares, self.sites.split(x), self.sites.split(y), strict=True)
-        ]
-        return self.sites.join(parts)
+            return self._together(kind, x, y, salt)
+        rows = zip(shares, self.sites.split(x), self.sites.split(y), strict=True)
+        return self.sites.join([self._own(share, a, b, salt) for share, a, b in rows])
 
-    def _together(self, kind: Any, x: Tensor, y: Tensor) -> Tensor:
+    def _salt(self) -> int:
+        """Of this call: a layer that a model calls several times (ALBERT's) draws a mask for each."""
+        repeated = self.sites.call(self.salt)
+        return mix(self.salt, repeated) if repeated else self.salt
+
+    def _together(self, kind: Any, x: Tensor, y: Tensor, salt: int) -> Tensor:
         """Deltas of a kind that can act on its rows of the whole stack, which saves taking it apart."""
         given = [
-            (*span, delta, self._key(share))
+            (*span, delta, _key(share, salt))
             for share, span in zip(self.sites.shares, self.sites.spans(x), strict=True)
             for delta in self.deltas.get(share.owner, ())
         ]
         changed: Tensor = kind.together(x, y, given)
         return changed
 
-    def _own(self, share: Share, x: Tensor, y: Tensor) -> Tensor:
-        with self.sites.only(replace(share, key=self._key(share))):  # a head trained whole may hold dropout
+    def _own(self, share: Share, x: Tensor, y: Tensor, salt: int) -> Tensor:
+        key = _key(share, salt)
+        with self.sites.only(replace(share, key=key)):  # a head trained whole may hold dropout
             for delta in self.deltas.get(share.owner, ()):
-                y = delta(x, y, self._key(share))
+                y = delta(x, y, key)
         return y
 
-    def _key(self, share: Share) -> int | None:
-        return None if share.key is None else mix(share.key, self.salt)
+
+def _key(share: Share, salt: int) -> int | None:
+    return None if share.key is None else mix(share.key, salt)
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
