@@ -20,8 +20,10 @@ from loralab.fit import Fit, Part, close_record, explain
 from loralab.graph import check_causal
 from loralab.head import frozen_head
 from loralab.planning.foresee import Foresight
+from loralab.quantization.base import is_frozen
 from loralab.quantization.linear import resident_bytes
 from loralab.quantization.none import NoQuantization
+from loralab.quantization.reads import refuse_read
 from loralab.specs import TrialSpec
 from loralab.telemetry.environment import environment
 from loralab.trainers import quiet
@@ -153,8 +155,10 @@ class Runner:
         if self._base is None or key != self._base_key:
             self.forget()
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)
+            model = self._base.model.to(device)
+            refuse_read(model, {name: layer for name, layer in model.named_modules() if is_frozen(layer)})
             if spec.model.task == "causal_lm":
-                check_causal(self._base.model.to(device))
+                check_causal(model)
             self._base_key = key
         return self._base
 

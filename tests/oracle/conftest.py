@@ -1,6 +1,8 @@
 """The tools of a case, by task, family and scheme."""
 
 import pytest
+
+pytest.register_assert_rewrite("lab")
 from lab import Lab
 
 from loralab import generation

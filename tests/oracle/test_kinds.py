@@ -7,7 +7,8 @@ from lab import run, same_scores
 from loralab.optimizers import AdamW
 from loralab.run import Runner
 
-CAPPED = {"final_logit_softcapping": 30.0, "wide": False}
+NEAR = {"wide": False, "hidden_size": 64, "initializer_range": 0.1}  # the cap is negligible before training
+CAPPED = {"final_logit_softcapping": 30.0, **NEAR}
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ CAPPED = {"final_logit_softcapping": 30.0, "wide": False}
 )
 def test_what_a_model_does_to_its_logits_is_in_the_loss_after_training(lab, family, changes):
     case = lab("causal_lm", family, **changes)
-    spec = case.spec("capped", 40, 4, optimizer=AdamW(lr=0.05))
+    spec = case.spec("capped", 40, 4, optimizer=AdamW(lr=0.02))
     (record,) = run(spec)
     same_scores(record, plain.score(case.oracle(spec.folder / "adapter"), case.rows["validation"], "causal_lm"))
 
@@ -35,3 +36,16 @@ def test_a_model_that_sees_later_tokens_is_no_causal_language_model(lab, family,
     assert "model.task=causal_lm" in record["error"]
     assert key in record["error"]
     assert "sequence_classification" in record["error"]
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv"])
+def test_layers_whose_weight_the_model_reads_itself_stay_dense_and_are_named(lab, family, caplog):
+    case = lab("causal_lm", family, "nf4")
+    (record,) = run(case.spec("start", 0, 4))
+    assert "stay dense" in caplog.text
+    assert {"mamba": "dt_proj", "rwkv": "attention.output"}[family] in caplog.text
+    assert record["base"]["quantized_parameters"] > 0
+    same_scores(record, plain.score(case.oracle(), case.rows["validation"], "causal_lm"))
+    near = plain.score(plain.load(case.folder / "base", "causal_lm"), case.rows["validation"], "causal_lm")
+    dense = sum(nll for nll, _, _ in near) / sum(count for _, _, count in near)
+    assert record["metrics"]["val/loss"] == pytest.approx(dense, rel=0.1)
