@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loralab import models
 from loralab.adapters.lora import LoRA
-from loralab.adapters.sites import NotPackable, Share, Sites, dropped
+from loralab.adapters.sites import NotPackable, Share, Sites, dropped, length_of
 from loralab.dropout import KeyedDropout, base_dropout
 from loralab.forward import Forward
 from loralab.optimizers import AdamW, Schedule
@@ -240,6 +240,36 @@ def test_a_layer_used_twice_in_a_pass_draws_twice_and_a_recomputed_one_again(lay
         third = drop(x)
     assert torch.equal(first, replayed)
     assert len({tuple(one[0].tolist()) for one in (first, second, third)}) == 3
+
+
+@pytest.mark.parametrize("length", [1, 4, 9])
+def test_longer_padding_changes_no_mask(length):
+    """A pack pads a trial's rows as long as its longest row, whoever brought that one."""
+
+    def mask(positions):
+        x = torch.ones(3, positions, 20)
+        return dropped(x, 0.5, [(2 * positions * 20, 3), (positions * 20, 4)], length_of(x))
+
+    assert torch.equal(mask(length), mask(12)[:, :length])
+
+
+def test_a_trial_with_lora_dropout_is_the_same_beside_longer_rows(make_spec, make_data, tmp_path):
+    """With padding, which is computed: as near as padding leaves it, which moves no mask."""
+    texts = {"short": "ab", "long": "ab" * 30}
+    for name, text in texts.items():
+        rows = [{"t": f"{text} {i % 3}", "y": ["no", "yes", "maybe"][i % 3]} for i in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def spec(prefix, name):
+        path = str(tmp_path / f"{name}.jsonl")
+        data = make_data("labels", batch_size=4, train=path, validation=path)
+        adapter = LoRA(r=4, lora_dropout=0.3)
+        return make_spec(f"{prefix}-{name}", "distilbert", adapter=adapter, data=data, max_steps=4)
+
+    packed = Runner().run([spec("packed", "short"), spec("packed", "long")])
+    assert [one["pack"]["size"] for one in packed] == [2, 2], packed[0]["error"]
+    (alone,) = Runner().run([spec("alone", "short")])
+    assert packed[0]["metrics"]["val/loss"] == pytest.approx(alone["metrics"]["val/loss"], rel=1e-5)
 
 
 def test_dropout_keeps_nothing_for_backward_and_the_gradient_has_the_same_mask(layer):

@@ -35,12 +35,20 @@ def test_gradients_are_right_to_double_precision():
     assert torch.autograd.gradcheck(lambda h: head_nll(h, targets, head)[0], (hidden,), atol=1e-6, eps=1e-4)
 
 
-def test_a_rows_loss_has_the_same_bits_beside_any_number_of_others():
-    head = head_of(64, 512)
-    hidden, targets = torch.randn(600, 64), torch.randint(512, (600,))
-    together = head_nll(hidden, targets, head)[0]
-    for count in (1, 2, 3, 7, 60):
-        assert torch.equal(head_nll(hidden[:count], targets[:count], head)[0], together[:count])
+@pytest.mark.parametrize(("width", "classes"), [(64, 512), (256, 4096), (768, 2000)])
+def test_a_rows_loss_and_gradient_have_the_same_bits_beside_any_number_of_others(width, classes):
+    head = head_of(width, classes)
+    hidden, targets = torch.randn(600, width, requires_grad=True), torch.randint(classes, (600,))
+
+    def computed(count):
+        losses = head_nll(hidden[:count], targets[:count], head)[0]
+        return losses, torch.autograd.grad(losses.sum(), hidden)[0]
+
+    losses, gradients = computed(600)
+    for count in (1, 2, 3, 7, 15, 16, 60, 191, 192, 400):
+        alone, gradient = computed(count)
+        assert torch.equal(alone, losses[:count])
+        assert torch.equal(gradient[:count], gradients[:count])
 
 
 def test_without_a_target_there_is_no_loss():

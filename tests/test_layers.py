@@ -18,7 +18,7 @@ FLOORS = [
     {"unpadded"},
     {"dropout"},
     {"trial", "checkpoints", "architecture", "head", "graph", "prefix"},
-    {"forward", "resuming"},
+    {"forward", "resuming", "tokenizer"},
     {"module", "models", "generation", "evaluation"},
     {"planning", "first_batch"},
     {"specs", "study"},

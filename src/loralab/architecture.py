@@ -1,5 +1,8 @@
-"""What an architecture allows: the attention it is computed with, and the tokens it has positions for."""
+"""What an architecture is by its keys, and what it allows: its attention, and the tokens it has positions for."""
 
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError, nearest
@@ -17,6 +20,18 @@ POSITIONS = (
     *("max_encoder_position_embeddings", "max_decoder_position_embeddings", "max_target_positions"),
 )
 RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "t5gemma"})  # n_positions is history there
+
+SMALL_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 
 
 def auto_class(task: str) -> Any:
@@ -95,3 +110,33 @@ def unused_positions(config: Any) -> int:
     if config.model_type not in AFTER_PADDING or getattr(config, "position_embedding_type", "absolute") == "rotary":
         return 0
     return int(1 if config.pad_token_id is None else config.pad_token_id) + 1
+
+
+def from_keys(keys: dict[str, Any]) -> Any:
+    """The transformers config of ``model.config``, whose ``model_type`` is llama where it names none.
+
+    Raises ConfigError for an architecture or a key that transformers does not know.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = str(keys.pop("model_type", "llama"))
+    known = CONFIG_MAPPING.keys()
+    if kind not in known:
+        raise ConfigError(f"model.config.model_type={kind!r} is unknown to transformers; {nearest(kind, known)[:200]}")
+    keys = {key: value for key, value in keys.items() if key not in ("architectures", "transformers_version", "dtype")}
+    config = AutoConfig.for_model(kind)
+    unknown = [key for key in keys if not (hasattr(config, key) or _reads(config, key))]
+    if unknown:
+        valid = [key for key in vars(config) if not key.startswith("_")]
+        raise ConfigError(f"model.config.{unknown[0]}: {kind} has no such key; {nearest(unknown[0], valid)}")
+    try:
+        return AutoConfig.for_model(kind, **keys)
+    except Exception as error:
+        raise ConfigError(f"model.config is refused by transformers: {' '.join(str(error).split())}") from error
+
+
+def _reads(config: Any, key: str) -> bool:
+    """Whether the architecture's own source names ``key``: transformers reads some that its configs do not declare."""
+    folder = Path(inspect.getfile(type(config))).parent
+    return any(re.search(rf"\b{re.escape(key)}\b", path.read_text()) for path in folder.glob("*.py"))

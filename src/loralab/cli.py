@@ -213,15 +213,10 @@ def count(words: Words) -> int:
     from loralab.config import compose, trial_spec
 
     spec = trial_spec(compose(words.overrides()), Path())
-    from loralab.planning.count import count as count_parameters
+    from loralab.planning import count as counting
 
-    counts = count_parameters(spec.model, spec.quantization, spec.adapter)
-    if "json" in words:
-        print(json.dumps(counts))
-    else:
-        width = max(len(f"{value:,}") for value in counts.values())
-        for name, value in counts.items():
-            print(f"{name:22} {value:>{width},}")
+    counts = counting.count(spec.model, spec.quantization, spec.adapter)
+    print(json.dumps(counts) if "json" in words else counting.render(counts, spec.adapter))
     return 0
 
 

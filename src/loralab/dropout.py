@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loralab.adapters.sites import Sites, dropped
+from loralab.adapters.sites import Sites, dropped, length_of
 from loralab.unpadded import NAME, prepare
 
 
@@ -23,7 +23,8 @@ class KeyedDropout(nn.Dropout):
         if not keys:
             return input
         spans = sites.spans(input.unsqueeze(-1))
-        return dropped(input, self.p, [(stop - start, key) for (start, stop), key in zip(spans, keys, strict=True)])
+        parts = [(stop - start, key) for (start, stop), key in zip(spans, keys, strict=True)]
+        return dropped(input, self.p, parts, length_of(input))
 
 
 def key_dropout(model: nn.Module) -> None:

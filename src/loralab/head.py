@@ -18,7 +18,10 @@ from loralab.adapters.sites import acts
 
 CHUNK = 512  # target rows whose logits are there at once
 SPREADS = (1.0, 1e4)  # of made-up logits: a cap is seen far out, a shift near zero
-LEAST = 4  # rows of a product; below, a CPU's GEMM rounds otherwise than for many rows
+# A CPU's GEMM rounds a row otherwise where there are few rows, and where it splits a long sum by their number (oneMKL
+# 2024.2 with AVX-512: fewer than 16 rows; sums of 1024 terms and more beside fewer than 192 rows).
+LEAST = 16  # rows of a product
+TERMS = 512  # of a sum at once
 
 
 class _NLL(torch.autograd.Function):
@@ -39,7 +42,7 @@ class _NLL(torch.autograd.Function):
             predictions.append(found[: len(rows), 0])
             if ctx.needs_input_grad[0]:
                 logits.div_(total).scatter_add_(1, at, -torch.ones_like(total))  # softmax minus one-hot
-                gradients.append((logits.to(weight.dtype) @ weight)[: len(rows)].to(hidden.dtype))
+                gradients.append(_summed(logits.to(weight.dtype), weight)[: len(rows)].to(hidden.dtype))
         ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
         best = torch.cat(predictions)
         ctx.mark_non_differentiable(best)
@@ -50,6 +53,17 @@ class _NLL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
         return gradients * grad[:, None].to(gradients.dtype), None, None, None
+
+
+def _summed(logits: Tensor, weight: Tensor) -> Tensor:
+    """``logits @ weight``, (rows, V) by (V, width); on a CPU with the same bits beside any number of other rows."""
+    if logits.device.type != "cpu" or logits.dtype in (torch.bfloat16, torch.float16):  # which would round each part
+        return logits @ weight
+    first, *others = zip(logits.split(TERMS, 1), weight.split(TERMS), strict=True)
+    total = first[0] @ first[1]
+    for part, terms in others:
+        total.addmm_(part, terms)
+    return total
 
 
 def head_nll(hidden: Tensor, targets: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:

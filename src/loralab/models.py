@@ -1,8 +1,6 @@
 """Load or build a base model, quantized as its weights stream in."""
 
-import inspect
 import logging
-import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -20,8 +18,9 @@ from loralab.checkpoints import explained
 from loralab.dropout import key_dropout
 from loralab.errors import ConfigError, nearest
 from loralab.quantization import gemm
-from loralab.quantization.base import BaseSize, Quantizer, measure
+from loralab.quantization.base import BaseSize, Quantizer, measure, name_out_of_reach
 from loralab.quantization.loading import convert_model, quantization_config
+from loralab.tokenizer import check_vocabulary, load_tokenizer
 from loralab.unpadded import NAME as ROWS
 
 log = logging.getLogger(__name__)
@@ -29,9 +28,7 @@ log = logging.getLogger(__name__)
 TASKS = ("causal_lm", "seq2seq_lm", "sequence_classification")
 SHIPPED, SHIPPED_FOLDER = fingerprints.SHIPPED, fingerprints.SHIPPED_FOLDER
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WORTH_NAMING = 0.01  # share of a base's parameters
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Pretrained:
     def architecture(self) -> Any:
         """The transformers config: the yaml's own where it has one, else the checkpoint's."""
         if self.config:
-            return _config_of(dict(self.config))
+            return architecture.from_keys(dict(self.config))
         return self._stored_config()
 
     def _stored_config(self) -> Any:
@@ -172,25 +169,10 @@ class Pretrained:
 
     def load_tokenizer(self) -> Any:
         """The tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
-        from transformers import AutoTokenizer
-
-        if self.tokenizer is None:
-            key, name, whose = "model.name_or_path", self.name_or_path, "the tokenizer beside its weights"
-        else:
-            key, name, whose = "model.tokenizer", self.tokenizer, "the tokenizer"
-        source = _path(name)
-        folder = checkpoints.find(key, name, source) or Path(source)
-        files = [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
-        for file in files:
-            checkpoints.read_json(file)
-        where = f" ({files[0]})" if files else "" if self.tokenizer else " (model.tokenizer can name another)"
-        with explained(f"{key}={name!r}: {whose}{where} cannot be loaded", source):
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self.trust_remote_code)
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise ConfigError(f"the tokenizer of {source} has neither a padding nor an end-of-text token")
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        key, name = "model.tokenizer", self.tokenizer
+        if name is None:
+            key, name = "model.name_or_path", self.name_or_path
+        return load_tokenizer(key, name, _path(name), self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -218,11 +200,15 @@ class Random(Pretrained):
         return fingerprints.of_random(asdict(self))
 
     def architecture(self) -> Any:
-        stored = checkpoints.read_json(Path(self.path) / "config.json") if self.name_or_path else dict(SMALL_LLAMA)
+        stored = (
+            checkpoints.read_json(Path(self.path) / "config.json")
+            if self.name_or_path
+            else dict(architecture.SMALL_LLAMA)
+        )
         stored.pop("quantization_config", None)
         if "model_type" in self.config and self.config["model_type"] != stored.get("model_type"):
             stored = {}
-        return _config_of({**stored, **self.config})
+        return architecture.from_keys({**stored, **self.config})
 
     @property
     def _config_key(self) -> str:
@@ -245,19 +231,6 @@ class Random(Pretrained):
         model.loralab_new_parameters = {name for name, _ in model.named_parameters()}
         convert_model(model, quantizer, device)
         return model.to(device)  # type: ignore[no-any-return]
-
-
-SMALL_LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
 
 
 @dataclass
@@ -308,13 +281,13 @@ def load(
     if device == "cpu" and quantizer.name != "none":
         gemm.chosen()  # now, not within a step that is measured
     if tokenizer is not None:
-        _check_vocabulary(model, tokenizer)
+        check_vocabulary(model, tokenizer)
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     model.config.name_or_path = spec.name_or_path or "random"  # type: ignore[union-attr]
     prepare(spec, model)
     size = measure(model)
-    _name_out_of_reach(size)
+    name_out_of_reach(size)
     return Base(spec, quantizer, model, tokenizer, size, _unchanged(spec, before))
 
 
@@ -327,17 +300,6 @@ def _unchanged(spec: Pretrained, before: str | None) -> str | None:
             f"{spec._named}: its files changed while they were read; valid: weights that stay what they are"
         )
     return after
-
-
-def _name_out_of_reach(size: BaseSize) -> None:
-    if size.share_out_of_reach >= WORTH_NAMING:
-        log.warning(
-            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are neither quantized nor "
-            "adapted (adapter=full alone trains them); over all parameters the base has %.2f bits each, %.2f where it "
-            "could be quantized",
-            *(100 * size.share_out_of_reach, f"{sum(size.out_of_reach.values()):,}", f"{size.parameters:,}"),
-            *(", ".join(size.out_of_reach), size.bits_per_parameter_overall, size.bits_per_parameter),
-        )
 
 
 def prepare(spec: Pretrained, model: nn.Module) -> None:
@@ -375,41 +337,6 @@ def tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """Every parameter and buffer of ``model`` by name, shared ones once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if len(tokenizer) > rows:
-        raise ConfigError(
-            f"model.tokenizer: its {len(tokenizer)} tokens exceed the {rows} embeddings of the base model; "
-            "name the tokenizer that belongs to the base, or raise model.config.vocab_size"
-        )
-
-
-def _config_of(keys: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    kind = str(keys.pop("model_type", "llama"))
-    known = CONFIG_MAPPING.keys()
-    if kind not in known:
-        raise ConfigError(f"model.config.model_type={kind!r} is unknown to transformers; {nearest(kind, known)[:200]}")
-    keys = {key: value for key, value in keys.items() if key not in ("architectures", "transformers_version", "dtype")}
-    config = AutoConfig.for_model(kind)
-    unknown = [key for key in keys if not (hasattr(config, key) or _reads(config, key))]
-    if unknown:
-        valid = [key for key in vars(config) if not key.startswith("_")]
-        raise ConfigError(f"model.config.{unknown[0]}: {kind} has no such key; {nearest(unknown[0], valid)}")
-    try:
-        return AutoConfig.for_model(kind, **keys)
-    except Exception as error:
-        raise ConfigError(f"model.config is refused by transformers: {' '.join(str(error).split())}") from error
-
-
-def _reads(config: Any, key: str) -> bool:
-    """Whether the architecture's own source names ``key``: transformers reads some that its configs do not declare."""
-    folder = Path(inspect.getfile(type(config))).parent
-    return any(re.search(rf"\b{re.escape(key)}\b", path.read_text()) for path in folder.glob("*.py"))
 
 
 def _one_of(key: str, value: str, valid: Iterable[str]) -> None:

@@ -1,12 +1,15 @@
 """Counts from shapes alone agree with the papers and with models that really exist."""
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from loralab import models
 from loralab.adapters.full import Full
 from loralab.adapters.lora import LoRA
 from loralab.config import build, compose, plain
-from loralab.planning.count import count
+from loralab.planning.count import count, render
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.loading import convert_model
 from loralab.quantization.none import NoQuantization
@@ -88,6 +91,12 @@ SMALL = {
 }
 
 
+CLASSIFIER = {
+    "bert": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2},
+    "gpt2": SMALL["gpt2"],
+}
+
+
 @pytest.mark.parametrize("kind", SMALL)
 def test_counts_equal_those_of_the_attached_model(kind):
     config = {"model_type": kind, "vocab_size": 320, **SMALL[kind]}
@@ -102,6 +111,38 @@ def test_counts_equal_those_of_the_attached_model(kind):
     packed = sum(model.get_submodule(name).out_features * model.get_submodule(name).in_features for name in names)
     assert found == {
         "trainable_parameters": trained,
+        "adapter_parameters": trained,
+        "saved_modules": {},
         "total_parameters": dense + trained,
         "quantized_parameters": packed,
     }
+
+
+def peft_counts(model, **settings):
+    """(trained, all) by PEFT, on the meta device."""
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", **settings)).get_nb_trainable_parameters()
+
+
+def test_trained_biases_are_counted_once_as_peft_does():
+    found = count(named("gpt2"), NoQuantization(), LoRA(r=8, bias="all"))
+    with torch.device("meta"):
+        peer = peft_counts(GPT2LMHeadModel(GPT2Config()), bias="all")
+    assert (found["trainable_parameters"], found["total_parameters"]) == peer == (1_281_792, 125_619_456)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "llama", "gpt2"])
+def test_counts_of_a_classifier_are_pefts_but_for_a_new_layer_that_is_named(family):
+    config = {"model_type": family, "vocab_size": 100, "pad_token_id": 1, **CLASSIFIER.get(family, CLASSIFIER["bert"])}
+    adapter = LoRA(r=8)
+    found = count(models.Random(task="sequence_classification", config=config), NoQuantization(), adapter, 2)
+    config.pop("model_type")
+    settings = AutoConfig.for_model(family, **config, num_labels=2)
+    with torch.device("meta"):
+        peer, total = peft_counts(AutoModelForSequenceClassification.from_config(settings), task_type="SEQ_CLS")
+    new = {name: size for name, size in found["saved_modules"].items() if name not in ("classifier", "score")}
+    said = render(found, adapter)
+    assert all(f"{name} ({size:,}) is new" in said for name, size in new.items())
+    assert found["adapter_parameters"] + sum(found["saved_modules"].values()) == found["trainable_parameters"]
+    if not new:
+        assert (found["trainable_parameters"], found["total_parameters"]) == (peer, total)
+        assert "PEFT" not in said

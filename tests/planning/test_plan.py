@@ -17,7 +17,7 @@ from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.optimizers import AdamW
 from loralab.planning import plan as planning
-from loralab.planning import trace
+from loralab.planning.faking import faked
 from loralab.planning.plan import GIB, PlanSpec, device_bytes, estimate, largest, predict
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.quantization.four_bit import FourBit
@@ -163,7 +163,7 @@ def test_the_random_state_is_untouched_and_a_cpu_costs_nothing_more(make):
 
 def test_a_fake_parameter_is_copied_without_its_mode():
     # the garbage collector crashes on a copied FakeTensorMode; classification heads are copied
-    with trace._faked(cuda=False), FakeTensorMode() as mode:
+    with faked(cuda=False), FakeTensorMode() as mode:
         parameter = nn.Parameter(torch.empty(3))
         copied = copy.deepcopy(parameter)
     assert copied.fake_mode is mode

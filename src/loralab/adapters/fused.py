@@ -25,6 +25,7 @@ class Part:
     scaling: float
     dropout: float
     key: int | None
+    length: int = 1  # positions of a row, padding counted
 
 
 def lora_update(x: Tensor, y: Tensor, parts: Sequence[Part], factors: Sequence[Tensor]) -> Tensor:
@@ -101,7 +102,7 @@ def _into(out: Tensor, dh: Tensor, a: Tensor, part: Part) -> None:
     if out.dtype == dh.dtype and (part.key is None or part.dropout == 0.0):
         torch.mm(dh, a, out=out)
     else:
-        out.copy_(keyed_dropout(torch.mm(dh, a).to(out.dtype), part.dropout, part.key))
+        out.copy_(keyed_dropout(torch.mm(dh, a).to(out.dtype), part.dropout, part.key, part.length))
 
 
 def _pairs(factors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -110,7 +111,7 @@ def _pairs(factors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 def _input(own: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
     """The part's inputs, dropped out, (n, in). The same values however often it is asked for."""
-    return keyed_dropout(own, part.dropout, part.key).to(dtype)
+    return keyed_dropout(own, part.dropout, part.key, part.length).to(dtype)
 
 
 def _add(y: Tensor, h: Tensor, b: Tensor, scaling: float) -> None:

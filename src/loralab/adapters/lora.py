@@ -24,6 +24,7 @@ from loralab.adapters.base import (
 )
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.fused import Part, lora_update
+from loralab.adapters.sites import length_of
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.quantization.base import linear_shape
 
@@ -179,7 +180,8 @@ class LoRADelta(nn.Module):
     @staticmethod
     def together(x: Tensor, y: Tensor, shares: Sequence[tuple[int, int, "LoRADelta", int | None]]) -> Tensor:
         """The updates of several trials, each (start, stop, delta, key) at its own positions, in one function."""
-        parts = [Part(start, stop, one.scaling, one.dropout, key) for start, stop, one, key in shares]
+        length = length_of(x)
+        parts = [Part(start, stop, one.scaling, one.dropout, key, length) for start, stop, one, key in shares]
         return lora_update(x, y, parts, [f for _, _, one, _ in shares for f in (one.lora_A, one.lora_B)])
 
     def delta_weight(self) -> Tensor:

@@ -6,8 +6,8 @@ before are alive in the forward pass. The second step counts, because the first 
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -15,11 +15,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import transformers.masking_utils
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loralab import forward, models
 from loralab.adapters.base import AdapterSpec
@@ -29,8 +28,7 @@ from loralab.errors import ConfigError
 from loralab.forward import Way
 from loralab.module import FineTuner
 from loralab.optimizers import PAGED_FROM, TORCH, UNPAGED, AdamW
-from loralab.planning.attention import kernels
-from loralab.planning.experts import grouped_products
+from loralab.planning.faking import faked, quiet
 from loralab.planning.tracker import Segment, Tracker
 from loralab.planning.workspace import held_workspaces
 from loralab.prefix import stack
@@ -105,7 +103,7 @@ def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = Non
     if specs[0].quantization.name != "none" or specs[0].optimizer.name != TORCH:
         with suppress(ConfigError):  # imported among fake tensors, its tables would be some too, for good
             bitsandbytes_ops()
-    with _quiet():
+    with quiet():
         try:
             traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)
         except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -119,21 +117,6 @@ def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = Non
     return traced
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch logs a traceback for every operator that fake tensors cannot have; adapters say at a real start what they
-    would say here."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "loralab.adapters")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-
-
 def _trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None, whole: bool) -> Traced | None:
     spec = specs[0].model
     new: Any = set()
@@ -143,7 +126,7 @@ def _trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None, who
     else:
         vocabulary = int(spec.architecture().get_text_config().vocab_size)
     tracker = Tracker(CUDA_BLOCK if geometry.cuda else 1, not geometry.masked, vocabulary)
-    with _faked(geometry.cuda), FakeTensorMode(allow_non_fake_inputs=True):
+    with faked(geometry.cuda), FakeTensorMode(allow_non_fake_inputs=True):
         model = build(spec, layers)
         model.loralab_new_parameters = new
         with tracker:
@@ -164,33 +147,6 @@ def build(spec: models.Pretrained, layers: int | None) -> nn.Module:
         models._untie(model)
     models.prepare(spec, model)
     return model  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _faked(cuda: bool) -> Iterator[None]:
-    """Nothing outside may notice: not the random state, not the kernels, not what transformers does while tracing."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(kernels(cuda))
-        stack.enter_context(grouped_products())
-        # transformers keeps the attention mask of a fake batch whatever is in it; let it ask the tracker
-        stack.enter_context(patch.object(transformers.masking_utils, "is_tracing", lambda *_: False))
-        # modules convert fake parameters by swapping them, which a weak reference forbids
-        stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
-        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _copied))
-        yield
-
-
-def _swap(parameter: Tensor, converted: Tensor) -> None:
-    if parameter.dtype != converted.dtype:
-        parameter.data = converted.detach()
-
-
-def _copied(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
-    """torch's own copies the tensor's FakeTensorMode too, and the garbage collector crashes on what that leaves."""
-    copied = tensor.detach().clone()
-    memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-    return memo[id(tensor)]  # type: ignore[no-any-return]
 
 
 class _Step:

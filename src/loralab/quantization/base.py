@@ -19,6 +19,8 @@ from loralab.quantization.reads import read_weights
 
 log = logging.getLogger(__name__)
 
+WORTH_NAMING = 0.01  # share of a base's parameters
+
 
 def choose(key: str, value: object, valid: Iterable[object]) -> None:
     """Refuse a value of ``quantization.<key>`` that is not among the valid ones."""
@@ -224,6 +226,18 @@ def measure(model: nn.Module) -> BaseSize:
         bits_per_parameter_overall=(packed + 8 * _bytes(model.parameters())) / parameters if parameters else math.nan,
         out_of_reach=beyond(model),
     )
+
+
+def name_out_of_reach(size: BaseSize) -> None:
+    """Warns of the weights that nothing takes, where they are many."""
+    if size.share_out_of_reach >= WORTH_NAMING:
+        log.warning(
+            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are neither quantized nor "
+            "adapted (adapter=full alone trains them); over all parameters the base has %.2f bits each, %.2f where it "
+            "could be quantized",
+            *(100 * size.share_out_of_reach, f"{sum(size.out_of_reach.values()):,}", f"{size.parameters:,}"),
+            *(", ".join(size.out_of_reach), size.bits_per_parameter_overall, size.bits_per_parameter),
+        )
 
 
 def beyond(model: nn.Module) -> dict[str, int]:
