@@ -150,7 +150,8 @@ def stored_scheme(stored: Mapping[str, Any]) -> str:
 
 
 def refuse_differences(what: str, model: nn.Module, info: Mapping[str, Any], task: str) -> set[str]:
-    """``info``: transformers' loading info. The names of new tensors, all outside the base; ConfigError for others."""
+    """``info``: transformers' loading info. The names of new tensors, outside the base or of a classifier's pooler, which
+    masked language models are stored without; ConfigError for others."""
     kind, missing = type(model).__name__, set(info["missing_keys"])
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     for key, stored, wanted in sorted(info["mismatched_keys"]):
@@ -159,7 +160,8 @@ def refuse_differences(what: str, model: nn.Module, info: Mapping[str, Any], tas
             f"{what}: {key} is {tuple(stored)} in the checkpoint and {tuple(wanted)} by {cause}; valid: weights and"
             " sizes of the same model"
         )
-    if lost := sorted(key for key in missing if key.startswith(prefix)):
+    new = f"{prefix}pooler." if task == "sequence_classification" and prefix else "."
+    if lost := sorted(key for key in missing if key.startswith(prefix) and not key.startswith(new)):
         raise ConfigError(
             f"{what}: the checkpoint lacks {_listed(lost)}, which {kind} needs; "
             f"model.task={task} may be the wrong one, or config.json that of another model"
@@ -184,6 +186,16 @@ def _of_base(model: nn.Module, key: str) -> bool:
     if HARMLESS.search(key) or inner in dict(base.named_buffers()):
         return False
     return inner != key or key.partition(".")[0] in dict(base.named_children())
+
+
+def lacks_pooler(model: nn.Module, path: str) -> set[str]:
+    """The names of a classifier's pooler where the checkpoint, as far as it is on this machine, holds none."""
+    from transformers.modeling_utils import load_state_dict
+
+    names = {key for key, _ in model.named_parameters() if key.startswith(f"{model.base_model_prefix}.pooler.")}
+    files = _weight_files(path) if names else []
+    stored = [key for file in files for key in load_state_dict(file, map_location="meta")]
+    return names if stored and not any(re.search(r"(^|\.)pooler\.", key) for key in stored) else set()
 
 
 def check_files(what: str, path: str) -> bool:

@@ -282,8 +282,8 @@ def load(
         gemm.chosen()  # now, not within a step that is measured
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
-    if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    if tokenizer is not None:
+        architecture.take_padding(model.config, tokenizer.pad_token_id, spec.task)
     model.config.name_or_path = spec.name_or_path or "random"  # type: ignore[union-attr]
     prepare(spec, model)
     size = measure(model)
@@ -323,6 +323,8 @@ def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:
     model.loralab_new_parameters = {
         name for name, parameter in model.named_parameters() if inside and id(parameter) not in inside
     }
+    if not isinstance(spec, Random):
+        model.loralab_new_parameters |= checkpoints.lacks_pooler(model, spec.path)
     return model  # type: ignore[no-any-return]
 
 

@@ -137,7 +137,8 @@ class SavedModule(nn.Module):
         self.module = bare_copy(module).float().requires_grad_(True)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
-        own: Tensor = self.module(x.float() if not torch.is_autocast_enabled(x.device.type) else x)
+        cast = x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)  # token ids stay whole numbers
+        own: Tensor = self.module(x.float() if cast else x)
         return own.to(y.dtype)
 
 
@@ -164,10 +165,17 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(mix(seed, *words))
 
 
-def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None, seed: int) -> None:
-    """``modules_to_save``: the names given, else a classification head that the checkpoint did not hold."""
+def modules_to_save(model: nn.Module, names: Iterable[str] | None) -> list[str]:
+    """Names of the modules that are trained whole: those given, and a classification head that the checkpoint did not
+    hold, as PEFT has it; none at all for an empty list."""
+    given = [name for entry in names or () for name in _named(model, entry)]
+    heads = new_heads(model) if names is None or given else []
+    return list(dict.fromkeys([*given, *heads]))
+
+
+def save_modules(adapter: Adapter, model: nn.Module, wanted: Iterable[str], seed: int) -> None:
+    """Trains ``wanted`` whole; what the checkpoint did not hold is drawn by ``seed``."""
     heads = new_heads(model)
-    wanted = heads if names is None else [name for entry in names for name in _named(model, entry)]
     for name in wanted:
         adapter.save_module(name, model.get_submodule(name))
         if name in heads:
@@ -175,15 +183,19 @@ def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None
 
 
 def new_heads(model: nn.Module) -> list[str]:
-    """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``)."""
+    """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``), and
+    the pooler of a base that is new in nothing else."""
     fresh: set[str] = getattr(model, "loralab_new_parameters", set())
     base = getattr(model, "base_model", model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
+    heads = [
         name
         for name, child in model.named_children()
         if base is not model and child not in (base, output) and any(key.startswith(f"{name}.") for key in fresh)
     ]
+    pooler = f"{getattr(model, 'base_model_prefix', '')}.pooler"
+    inside = [key for key in fresh if base is not model and key.startswith(f"{pooler.partition('.')[0]}.")]
+    return [pooler, *heads] if inside and all(key.startswith(f"{pooler}.") for key in inside) else heads
 
 
 def _draw_again(model: nn.Module, module: nn.Module, seed: int, name: str) -> None:
@@ -223,6 +235,19 @@ def match_targets(model: nn.Module, target_modules: Any) -> list[str]:
     if missing or not found:
         _nothing_matches(model, missing, linears)
     return found
+
+
+def outside(targets: list[str], saved: Iterable[str]) -> list[str]:
+    """Those of ``targets`` that no module of ``saved`` holds, whose copy is computed with in their place. Raises
+    ConfigError where none is left."""
+    held = {name: whole for name in targets for whole in saved if name == whole or name.startswith(f"{whole}.")}
+    if targets and len(held) == len(targets):
+        name, whole = next(iter(held.items()))
+        raise ConfigError(
+            f"adapter.target_modules: {name} lies in {whole}, which adapter.modules_to_save trains whole, and so does "
+            "every other layer that matches; valid: layers outside of it"
+        )
+    return [name for name in targets if name not in held]
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

@@ -20,6 +20,8 @@ from loralab.adapters.base import (
     freeze,
     generator_for,
     match_targets,
+    modules_to_save,
+    outside,
     save_modules,
 )
 from loralab.adapters.files import WEIGHTS, read_state
@@ -95,7 +97,8 @@ class LoRA(AdapterSpec):
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)
         adapter = self.makes(model, self)
-        names = match_targets(model, self.target_modules)
+        saved = modules_to_save(model, self.modules_to_save)
+        names = outside(match_targets(model, self.target_modules), saved)
         shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
         self._check_patterns(names)
         self._warn_of_ranks(shapes)
@@ -104,7 +107,7 @@ class LoRA(AdapterSpec):
             delta.draw(self.init_lora_weights, generator_for(seed, name))
             adapter.add(name, delta)
         self._train_biases(model, adapter, names)
-        save_modules(adapter, model, self.modules_to_save, seed)
+        save_modules(adapter, model, saved, seed)
         return adapter
 
     def delta(self, name: str, layer: nn.Module, device: torch.device) -> "LoRADelta":
