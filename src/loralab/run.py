@@ -155,7 +155,10 @@ class Runner:
         if self._base is None or key != self._base_key:
             self.forget()
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)
-            model = self._base.model.to(device)
+            model: Any = self._base.model.to(device)
+            if getattr(model.config, "output_router_logits", False):
+                model.config.output_router_logits = False
+                log.info("the router loss of %s is not part of train/loss", type(model).__name__)
             refuse_read(model, {name: layer for name, layer in model.named_modules() if is_frozen(layer)})
             if spec.model.task == "causal_lm":
                 check_causal(model)
@@ -234,7 +237,19 @@ def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, A
         truncated=data.truncated,
         max_length=spec.model.length,
     )
-    return Trial(spec.settings(), adapter, data, spec.model.task, base.tokenizer.pad_token_id, entry)
+    return Trial(spec.settings(), adapter, data, spec.model.task, _padding(base), entry)
+
+
+def _padding(base: models.Base) -> int:
+    """The token that rows are padded with. A causal classifier finds a row's last token by its config's own
+    pad_token_id, whatever the tokenizer pads with."""
+    config: Any = base.model.config
+    own = config.get_text_config().pad_token_id
+    if base.spec.task != "sequence_classification":
+        return int(base.tokenizer.pad_token_id)
+    if own is None or not 0 <= own < base.model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        own = config.pad_token_id = config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
+    return int(own)
 
 
 def _check_pack(specs: list[TrialSpec]) -> None:

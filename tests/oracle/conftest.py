@@ -2,11 +2,10 @@
 
 import pytest
 
-pytest.register_assert_rewrite("lab")
-from lab import Lab
-
 from loralab import generation
 from loralab.module import FineTuner
+
+pytest.register_assert_rewrite("lab")
 
 
 @pytest.fixture
@@ -34,6 +33,8 @@ def spied(monkeypatch):
 @pytest.fixture
 def lab(make_spec, make_data, rows, tokenizer_folder, tmp_path, spied):
     """The tools of one case, by task, family and scheme."""
+
+    from lab import Lab
 
     def make(task, family, scheme="dense", **changes):
         return Lab(task, family, scheme, make_spec, make_data, rows, tokenizer_folder, tmp_path, spied, changes)

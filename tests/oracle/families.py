@@ -125,6 +125,7 @@ CLASSIFICATION = {
     "bart": {**BART, **START},
 }
 TABLE = {"causal_lm": CAUSAL, "seq2seq_lm": SEQ2SEQ, "sequence_classification": CLASSIFICATION}
+TARGETS = {"mamba": ["in_proj", "x_proj"]}  # PEFT refuses the others there
 SPECIAL = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 1}  # the tokenizer's
 
 

@@ -49,3 +49,14 @@ def test_layers_whose_weight_the_model_reads_itself_stay_dense_and_are_named(lab
     near = plain.score(plain.load(case.folder / "base", "causal_lm"), case.rows["validation"], "causal_lm")
     dense = sum(nll for nll, _, _ in near) / sum(count for _, _, count in near)
     assert record["metrics"]["val/loss"] == pytest.approx(dense, rel=0.1)
+
+
+@pytest.mark.parametrize("padding", [7, None, -1])
+@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("opt", marks=pytest.mark.slow)])
+def test_a_causal_classifier_pools_at_the_last_token_at_every_batch_size(lab, family, padding):
+    case = lab("sequence_classification", family, pad_token_id=padding)
+    losses = [run(case.spec(f"b{batch}", 0, batch))[0]["metrics"]["val/loss"] for batch in (1, 4)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    if padding == 7:
+        expected = plain.score(case.oracle(), case.rows["validation"], "sequence_classification")
+        assert losses[1] == pytest.approx(sum(nll for nll, _, _ in expected) / len(expected), rel=1e-4)
