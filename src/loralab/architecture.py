@@ -112,15 +112,6 @@ def unused_positions(config: Any) -> int:
     return int(1 if config.pad_token_id is None else config.pad_token_id) + 1
 
 
-def take_padding(config: Any, pad_token_id: int, task: str) -> None:
-    """Lets a model know the token that its rows are padded with: a decoder as classifier reads its class behind the
-    last other one. Models that count positions from their own padding token keep that."""
-    pooled = task == "sequence_classification" and config.model_type not in AFTER_PADDING
-    for own in (config, config.get_text_config()):
-        if pooled or getattr(own, "pad_token_id", None) is None:
-            own.pad_token_id = pad_token_id
-
-
 def from_keys(keys: dict[str, Any]) -> Any:
     """The transformers config of ``model.config``, whose ``model_type`` is llama where it names none.
 

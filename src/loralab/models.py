@@ -282,8 +282,8 @@ def load(
         gemm.chosen()  # now, not within a step that is measured
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
-    if tokenizer is not None:
-        architecture.take_padding(model.config, tokenizer.pad_token_id, spec.task)
+    if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     model.config.name_or_path = spec.name_or_path or "random"  # type: ignore[union-attr]
     prepare(spec, model)
     size = measure(model)
