@@ -132,7 +132,8 @@ class SavedModule(nn.Module):
         self.module = bare_copy(module).float().requires_grad_(True)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
-        own: Tensor = self.module(x.float() if not torch.is_autocast_enabled(x.device.type) else x)
+        cast = x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)  # embeddings are given ids
+        own: Tensor = self.module(x.float() if cast else x)
         return own.to(y.dtype)
 
 
@@ -160,25 +161,39 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None, seed: int) -> None:
-    """``modules_to_save``: the names given, else a classification head that the checkpoint did not hold."""
+    """``modules_to_save``: the names given, else what the checkpoint of a classifier did not hold."""
     heads = new_heads(model)
-    wanted = heads if names is None else [name for entry in names for name in _named(model, entry)]
-    for name in wanted:
+    for name in modules_to_save(model, names):
         adapter.save_module(name, model.get_submodule(name))
         if name in heads:
             _draw_again(model, adapter.saved[name.replace(".", "/")].module, seed, name)  # type: ignore[arg-type]
 
 
+def modules_to_save(model: nn.Module, names: Iterable[str] | None) -> list[str]:
+    """Names of the modules that ``save_modules`` trains whole."""
+    return new_heads(model) if names is None else [name for entry in names for name in _named(model, entry)]
+
+
 def new_heads(model: nn.Module) -> list[str]:
-    """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``)."""
+    """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``), and
+    inside it those that the checkpoint did not hold at all: the pooler over a masked language model."""
     fresh: set[str] = getattr(model, "loralab_new_parameters", set())
-    base = getattr(model, "base_model", model)
+    base: nn.Module = getattr(model, "base_model", model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        name
-        for name, child in model.named_children()
-        if base is not model and child not in (base, output) and any(key.startswith(f"{name}.") for key in fresh)
-    ]
+    if base is model:
+        return []
+    inner = f"{model.base_model_prefix}."
+    drawn = all(f"{inner}{name}" in fresh for name, _ in base.named_parameters())  # a base without a checkpoint
+    parts = (
+        [] if drawn else [f"{inner}{name}" for name, child in base.named_children() if _new(child, inner + name, fresh)]
+    )
+    outside = [name for name, child in model.named_children() if child not in (base, output)]
+    return parts + [name for name in outside if any(key.startswith(f"{name}.") for key in fresh)]
+
+
+def _new(module: nn.Module, name: str, fresh: set[str]) -> bool:
+    keys = [f"{name}.{inside}" for inside, _ in module.named_parameters()]
+    return bool(keys) and all(key in fresh for key in keys)
 
 
 def _draw_again(model: nn.Module, module: nn.Module, seed: int, name: str) -> None:

@@ -20,6 +20,7 @@ from loralab.adapters.base import (
     freeze,
     generator_for,
     match_targets,
+    modules_to_save,
     save_modules,
 )
 from loralab.adapters.files import WEIGHTS, read_state
@@ -94,7 +95,9 @@ class LoRA(AdapterSpec):
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)
         adapter = self.makes(model, self)
-        names = match_targets(model, self.target_modules)
+        whole = tuple(f"{name}." for name in modules_to_save(model, self.modules_to_save))
+        names = [name for name in match_targets(model, self.target_modules) if not f"{name}.".startswith(whole)]
+        _warn_of_ties(model, names)
         shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
         self._check_patterns(names)
         self._warn_of_ranks(shapes)
@@ -262,6 +265,18 @@ class LoRAAdapter(Adapter):
 
 
 LoRA.makes = LoRAAdapter
+
+
+def _warn_of_ties(model: nn.Module, names: list[str]) -> None:
+    embeddings = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    for name in names:
+        tied = embeddings.get(id(getattr(model.get_submodule(name), "weight", None)))
+        if tied is not None:
+            log.warning(
+                "adapter.target_modules: the weight of %s is also that of %s (tie_word_embeddings); the update acts on "
+                "%s alone, and a merge has to untie the two",
+                *(name, tied, name),
+            )
 
 
 def _dotted(key: str, pattern: dict[str, Any]) -> dict[str, Any]:
