@@ -75,7 +75,7 @@ def test_embeddings_are_trained_whole_as_peft_does(lab, family):
     (record,) = run(spec)
     model = case.oracle(spec.folder / "adapter")
     same_scores(record, plain.score(model, case.rows["validation"], "causal_lm"))
-    chosen, values, grads = watch.seen[0, STEPS - 1]
+    chosen, values, grads = watch.seen[spec.id, STEPS - 1]
     plain.put(model, case.folder, values)
     same_gradients(grads, plain.gradients(model, [case.rows["train"][i] for i in chosen], "causal_lm"))
     assert any("embed_tokens" in name and grad.abs().sum() > 0 for name, grad in grads.items())
@@ -101,8 +101,8 @@ def test_a_masked_language_model_gets_a_pooler_that_is_drawn_trained_and_exporte
         watch = Watch()
         spec = case.spec(f"s{seed}", STEPS, 4, seed, callbacks={"watch": lambda w=watch: w})
         (record,) = run(spec)
-        starts.setdefault(seed, []).append(watch.seen[0, 0][1]["base_model.model.bert.pooler.dense.weight"])
-        assert watch.seen[0, 0][2]["base_model.model.bert.pooler.dense.weight"].abs().sum() > 0
+        starts.setdefault(seed, []).append(watch.seen[spec.id, 0][1]["base_model.model.bert.pooler.dense.weight"])
+        assert watch.seen[spec.id, 0][2]["base_model.model.bert.pooler.dense.weight"].abs().sum() > 0
     assert "has no bert.pooler.dense.bias, bert.pooler.dense.weight, classifier" in caplog.text
     assert torch.equal(*starts[1])
     assert not torch.equal(starts[1][0], starts[2][0])
