@@ -150,8 +150,7 @@ def stored_scheme(stored: Mapping[str, Any]) -> str:
 
 
 def refuse_differences(what: str, model: nn.Module, info: Mapping[str, Any], task: str) -> set[str]:
-    """``info``: transformers' loading info. The names of new tensors, outside the base or of a classifier's pooler, which
-    masked language models are stored without; ConfigError for others."""
+    """``info``: transformers' loading info. The names of new tensors, all outside the base; ConfigError for others."""
     kind, missing = type(model).__name__, set(info["missing_keys"])
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     for key, stored, wanted in sorted(info["mismatched_keys"]):
@@ -160,8 +159,8 @@ def refuse_differences(what: str, model: nn.Module, info: Mapping[str, Any], tas
             f"{what}: {key} is {tuple(stored)} in the checkpoint and {tuple(wanted)} by {cause}; valid: weights and"
             " sizes of the same model"
         )
-    new = f"{prefix}pooler." if task == "sequence_classification" and prefix else "."
-    if lost := sorted(key for key in missing if key.startswith(prefix) and not key.startswith(new)):
+    whole = _new_poolers(model, missing, prefix) if task == "sequence_classification" and prefix else ()
+    if lost := sorted(key for key in missing if key.startswith(prefix) and not key.startswith(whole)):
         raise ConfigError(
             f"{what}: the checkpoint lacks {_listed(lost)}, which {kind} needs; "
             f"model.task={task} may be the wrong one, or config.json that of another model"
@@ -172,6 +171,18 @@ def refuse_differences(what: str, model: nn.Module, info: Mapping[str, Any], tas
             "valid: weights and config.json of the same model"
         )
     return missing
+
+
+def _new_poolers(model: nn.Module, missing: set[str], prefix: str) -> tuple[str, ...]:
+    """Beginnings of the names of a base's poolers that a checkpoint for another task does not hold at all."""
+    base = model.base_model
+    assert isinstance(base, nn.Module)
+    children = {f"{prefix}{name}.": child for name, child in base.named_children() if "pooler" in name}
+    return tuple(
+        start
+        for start, child in children.items()
+        if all(f"{start}{key}" in missing for key, _ in child.named_parameters())
+    )
 
 
 def _listed(keys: list[str]) -> str:

@@ -159,6 +159,8 @@ class Runner:
             if getattr(model.config, "output_router_logits", False):
                 model.config.output_router_logits = False
                 log.info("the router loss of %s is not part of train/loss", type(model).__name__)
+            if getattr(model.config, "problem_type", None) == "multi_label_classification":
+                log.warning("the base's config says problem_type=multi_label_classification; a row has one class here")
             refuse_read(model, {name: layer for name, layer in model.named_modules() if is_frozen(layer)})
             if spec.model.task == "causal_lm":
                 check_causal(model)

@@ -38,8 +38,14 @@ class Watch(Callback):
                 state = trial.adapter.peft_state()
                 values = {name: value.detach().clone() for name, value in state.items()}
                 trained = {name: value.grad for name, value in state.items() if value.requires_grad}
+                for name, module in trial.adapter.saved_modules():
+                    trained |= {f"base_model.model.{name}.{key}": p.grad for key, p in module.named_parameters()}
                 grads = {name: None if grad is None else grad.clone() for name, grad in trained.items()}
-                self.seen[index, trial.step] = [row for _, row in self.batch[index]["chosen"]], values, grads
+                self.seen[trial.settings.id, trial.step] = (
+                    [row for _, row in self.batch[index]["chosen"]],
+                    values,
+                    grads,
+                )
 
 
 class Lab:

@@ -1,9 +1,13 @@
 """What a model does behind its head, to its rows or to later tokens, stays in the loss, also once it matters."""
 
+import families
 import plain
 import pytest
-from lab import run, same_scores
+import torch
+import transformers
+from lab import STEPS, Watch, run, same_gradients, same_scores
 
+from loralab.adapters.lora import LoRA
 from loralab.optimizers import AdamW
 from loralab.run import Runner
 
@@ -60,3 +64,48 @@ def test_a_causal_classifier_pools_at_the_last_token_at_every_batch_size(lab, fa
     if padding == 7:
         expected = plain.score(case.oracle(), case.rows["validation"], "sequence_classification")
         assert losses[1] == pytest.approx(sum(nll for nll, _, _ in expected) / len(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_embeddings_are_trained_whole_as_peft_does(lab, family):
+    case = lab("causal_lm", family)
+    watch = Watch()
+    adapter = LoRA(r=4, modules_to_save=["embed_tokens"])
+    spec = case.spec("whole", STEPS, 4, adapter=adapter, callbacks={"watch": lambda: watch})
+    (record,) = run(spec)
+    model = case.oracle(spec.folder / "adapter")
+    same_scores(record, plain.score(model, case.rows["validation"], "causal_lm"))
+    chosen, values, grads = watch.seen[spec.id, STEPS - 1]
+    plain.put(model, case.folder, values)
+    same_gradients(grads, plain.gradients(model, [case.rows["train"][i] for i in chosen], "causal_lm"))
+    assert any("embed_tokens" in name and grad.abs().sum() > 0 for name, grad in grads.items())
+
+
+def test_a_head_tied_to_the_embeddings_may_be_adapted_and_is_named(lab, caplog):
+    case = lab("causal_lm", "llama", tie_word_embeddings=True)
+    adapter = LoRA(r=4, target_modules=["q_proj", "lm_head"])
+    spec = case.spec("head", STEPS, 4, adapter=adapter)
+    (record,) = run(spec)
+    assert "the weight of lm_head is also that of model.embed_tokens" in caplog.text
+    same_scores(record, plain.score(case.oracle(spec.folder / "adapter"), case.rows["validation"], "causal_lm"))
+
+
+def test_a_masked_language_model_gets_a_pooler_that_is_drawn_trained_and_exported(lab, caplog):
+    case = lab("sequence_classification", "bert")
+    config = families.config_of("bert", "sequence_classification")
+    masked = transformers.AutoModelForMaskedLM.from_config(config)
+    masked.save_pretrained(case.folder / "base")
+    caplog.set_level("INFO")
+    starts = {}
+    for seed in (1, 1, 2):
+        watch = Watch()
+        spec = case.spec(f"s{seed}", STEPS, 4, seed, callbacks={"watch": lambda w=watch: w})
+        (record,) = run(spec)
+        starts.setdefault(seed, []).append(watch.seen[spec.id, 0][1]["base_model.model.bert.pooler.dense.weight"])
+        assert watch.seen[spec.id, 0][2]["base_model.model.bert.pooler.dense.weight"].abs().sum() > 0
+    assert "has no bert.pooler.dense.bias, bert.pooler.dense.weight, classifier" in caplog.text
+    assert torch.equal(*starts[1])
+    assert not torch.equal(starts[1][0], starts[2][0])
+    assert {"bert.pooler", "classifier"} <= set(record["adapter"]["modules"])
+    model = case.oracle(spec.folder / "adapter")
+    same_scores(record, plain.score(model, case.rows["validation"], "sequence_classification"))

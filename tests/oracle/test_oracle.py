@@ -37,12 +37,12 @@ def test_losses_texts_and_gradients_are_those_of_transformers_and_peft(lab, task
         watch = Watch()
         specs = [case.spec(f"b{batch}s{s}", STEPS, batch, s, callbacks={"w": lambda w=watch: w}) for s in seeds]
         records = run(*specs)
-        for index, (spec, record) in enumerate(zip(specs, records, strict=True)):
+        for spec, record in zip(specs, records, strict=True):
             model = case.oracle(spec.folder / "adapter")
             same_scores(record, plain.score(model, validation, task))
             if len(specs) == 1:
                 same_texts(case.texts, model, case.tokenizer)
             for step in (0, STEPS - 1):
-                chosen, values, grads = watch.seen[index, step]
+                chosen, values, grads = watch.seen[spec.id, step]
                 plain.put(model, case.folder, values)
                 same_gradients(grads, plain.gradients(model, [train[i] for i in chosen], task))

@@ -93,11 +93,6 @@ class Adapter(nn.Module):
     def trainable_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def added_parameters(self) -> int:
-        """How many parameters the model has more with it: a trained bias is one of the base's own."""
-        biases = (module.bias_delta.numel() for module in self.modules() if isinstance(module, BiasDelta))
-        return self.trainable_parameters() - sum(biases)
-
     def detach(self) -> None:
         """Takes the hooks off the base; the parameters stay."""
         self._sites.release(self)
@@ -137,7 +132,7 @@ class SavedModule(nn.Module):
         self.module = bare_copy(module).float().requires_grad_(True)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
-        cast = x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)  # token ids stay whole numbers
+        cast = x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)  # embeddings are given ids
         own: Tensor = self.module(x.float() if cast else x)
         return own.to(y.dtype)
 
@@ -165,37 +160,42 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(mix(seed, *words))
 
 
-def modules_to_save(model: nn.Module, names: Iterable[str] | None) -> list[str]:
-    """Names of the modules that are trained whole: those given, and a classification head that the checkpoint did not
-    hold, as PEFT has it; none at all for an empty list."""
-    given = [name for entry in names or () for name in _named(model, entry)]
-    heads = new_heads(model) if names is None or given else []
-    return list(dict.fromkeys([*given, *heads]))
-
-
-def save_modules(adapter: Adapter, model: nn.Module, wanted: Iterable[str], seed: int) -> None:
-    """Trains ``wanted`` whole; what the checkpoint did not hold is drawn by ``seed``."""
+def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None, seed: int) -> None:
+    """``modules_to_save``: the names given, else what the checkpoint of a classifier did not hold."""
     heads = new_heads(model)
-    for name in wanted:
+    for name in modules_to_save(model, names):
         adapter.save_module(name, model.get_submodule(name))
         if name in heads:
             _draw_again(model, adapter.saved[name.replace(".", "/")].module, seed, name)  # type: ignore[arg-type]
 
 
+def modules_to_save(model: nn.Module, names: Iterable[str] | None) -> list[str]:
+    """Names of the modules that ``save_modules`` trains whole; beside those given a new head too, as PEFT has it, but
+    none at all for an empty list."""
+    given = [name for entry in names or () for name in _named(model, entry)]
+    return list(dict.fromkeys([*given, *(new_heads(model) if names is None or given else [])]))
+
+
 def new_heads(model: nn.Module) -> list[str]:
     """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``), and
-    the pooler of a base that is new in nothing else."""
+    inside it those that the checkpoint did not hold at all: the pooler over a masked language model."""
     fresh: set[str] = getattr(model, "loralab_new_parameters", set())
-    base = getattr(model, "base_model", model)
+    base: nn.Module = getattr(model, "base_model", model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = [
-        name
-        for name, child in model.named_children()
-        if base is not model and child not in (base, output) and any(key.startswith(f"{name}.") for key in fresh)
-    ]
-    pooler = f"{getattr(model, 'base_model_prefix', '')}.pooler"
-    inside = [key for key in fresh if base is not model and key.startswith(f"{pooler.partition('.')[0]}.")]
-    return [pooler, *heads] if inside and all(key.startswith(f"{pooler}.") for key in inside) else heads
+    if base is model:
+        return []
+    inner = f"{model.base_model_prefix}."
+    drawn = all(f"{inner}{name}" in fresh for name, _ in base.named_parameters())  # a base without a checkpoint
+    parts = (
+        [] if drawn else [f"{inner}{name}" for name, child in base.named_children() if _new(child, inner + name, fresh)]
+    )
+    outside = [name for name, child in model.named_children() if child not in (base, output)]
+    return parts + [name for name in outside if any(key.startswith(f"{name}.") for key in fresh)]
+
+
+def _new(module: nn.Module, name: str, fresh: set[str]) -> bool:
+    keys = [f"{name}.{inside}" for inside, _ in module.named_parameters()]
+    return bool(keys) and all(key in fresh for key in keys)
 
 
 def _draw_again(model: nn.Module, module: nn.Module, seed: int, name: str) -> None:
@@ -240,7 +240,7 @@ def match_targets(model: nn.Module, target_modules: Any) -> list[str]:
 def outside(targets: list[str], saved: Iterable[str]) -> list[str]:
     """Those of ``targets`` that no module of ``saved`` holds, whose copy is computed with in their place. Raises
     ConfigError where none is left."""
-    held = {name: whole for name in targets for whole in saved if name == whole or name.startswith(f"{whole}.")}
+    held = {name: whole for name in targets for whole in saved if f"{name}.".startswith(f"{whole}.")}
     if targets and len(held) == len(targets):
         name, whole = next(iter(held.items()))
         raise ConfigError(

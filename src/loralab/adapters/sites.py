@@ -43,7 +43,7 @@ class Sites:
     def __init__(self) -> None:
         self._shares: tuple[Share, ...] = ()
         self._drawn = 0  # masks of the pass under way
-        self._calls: dict[int, int] = {}  # {layer's salt: its calls in the pass under way}
+        self._calls: dict[int, int] = {}  # {salt of a layer: its calls in the pass under way}
         self._sites: dict[str, _Site] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sites":
@@ -65,12 +65,6 @@ class Sites:
     def shares(self, shares: tuple[Share, ...]) -> None:
         self._shares, self._drawn, self._calls = shares, 0, {}
 
-    def call(self, salt: int) -> int:
-        """How often the layer of ``salt`` was called before in this pass; notes that it is once more."""
-        before = self._calls.get(salt, 0)
-        self._calls[salt] = before + 1
-        return before
-
     def keys(self) -> list[int]:
         """Each share's key for the next mask that the base itself draws in this pass; none while evaluating."""
         keys = [share.key for share in self._shares if share.key is not None]
@@ -79,7 +73,13 @@ class Sites:
 
     def replayed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of a checkpointed block: computed again, it draws its masks again."""
-        return nullcontext(), _Replay(self, self._drawn, dict(self._calls))
+        return nullcontext(), _Replay(self, self._drawn, self._calls)
+
+    def call(self, salt: int) -> int:
+        """How often a layer was called before in the pass under way: ALBERT's are, once a repetition."""
+        before = self._calls.get(salt, 0)
+        self._calls[salt] = before + 1
+        return before
 
     @contextmanager
     def only(self, share: Share) -> Iterator[None]:
@@ -159,10 +159,10 @@ class Sites:
 
 
 class _Replay(AbstractContextManager[None]):
-    """Within, masks are numbered from ``drawn`` and layers' calls from ``calls`` on; may be entered again."""
+    """Within, masks are numbered from ``drawn`` on; may be entered again."""
 
     def __init__(self, sites: Sites, drawn: int, calls: dict[int, int]) -> None:
-        self.sites, self.drawn, self.calls = sites, drawn, calls
+        self.sites, self.drawn, self.calls = sites, drawn, dict(calls)
 
     def __enter__(self) -> None:
         self.after = self.sites._drawn, self.sites._calls
@@ -179,6 +179,7 @@ class _Site:
         self.sites, self.salt = sites, salt
         self.deltas: dict[nn.Module, list[nn.Module]] = {}
         self.called: set[nn.Module] = set()  # owners with rows in a pass that came here
+        self.before = 0  # calls of the layer in this pass before the one under way
         self.handle = layer.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
@@ -187,41 +188,39 @@ class _Site:
         if not owners:
             return y
         self.called.update(owners)
-        salt = self._salt()
+        self.before = self.sites.call(self.salt)
         x = args[0] if args else next(value for value in named.values() if isinstance(value, Tensor))
         found = [self.deltas.get(share.owner, []) for share in shares]
         kinds = {type(delta) for own in found for delta in own}
         # a class that inherits ``together`` may compute something else
         if len(kinds) == 1 and all(len(own) < 2 for own in found) and "together" in vars(kind := kinds.pop()):
-            return self._together(kind, x, y, salt)
-        rows = zip(shares, self.sites.split(x), self.sites.split(y), strict=True)
-        return self.sites.join([self._own(share, a, b, salt) for share, a, b in rows])
+            return self._together(kind, x, y)
+        parts = [
+            self._own(share, a, b) for share, a, b in zip(shares, self.sites.split(x), self.sites.split(y), strict=True)
+        ]
+        return self.sites.join(parts)
 
-    def _salt(self) -> int:
-        """Of this call: a layer that a model calls several times (ALBERT's) draws a mask for each."""
-        repeated = self.sites.call(self.salt)
-        return mix(self.salt, repeated) if repeated else self.salt
-
-    def _together(self, kind: Any, x: Tensor, y: Tensor, salt: int) -> Tensor:
+    def _together(self, kind: Any, x: Tensor, y: Tensor) -> Tensor:
         """Deltas of a kind that can act on its rows of the whole stack, which saves taking it apart."""
         given = [
-            (*span, delta, _key(share, salt))
+            (*span, delta, self._key(share))
             for share, span in zip(self.sites.shares, self.sites.spans(x), strict=True)
             for delta in self.deltas.get(share.owner, ())
         ]
         changed: Tensor = kind.together(x, y, given)
         return changed
 
-    def _own(self, share: Share, x: Tensor, y: Tensor, salt: int) -> Tensor:
-        key = _key(share, salt)
+    def _own(self, share: Share, x: Tensor, y: Tensor) -> Tensor:
+        key = self._key(share)
         with self.sites.only(replace(share, key=key)):  # a head trained whole may hold dropout
             for delta in self.deltas.get(share.owner, ()):
                 y = delta(x, y, key)
         return y
 
-
-def _key(share: Share, salt: int) -> int | None:
-    return None if share.key is None else mix(share.key, salt)
+    def _key(self, share: Share) -> int | None:
+        """Of the share's masks here: others at each call of a layer that a pass calls again."""
+        again = (self.before,) if self.before else ()
+        return None if share.key is None else mix(share.key, self.salt, *again)
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
