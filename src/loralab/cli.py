@@ -231,9 +231,11 @@ def plan(words: Words) -> int:
 
     spec = trial_spec(compose(words.overrides()), Path())
     from loralab.planning import plan as planning
+    from loralab.planning.sizes import name_what_stays
     from loralab.trainers import quiet
 
     quiet()
+    name_what_stays(spec.model)
     device = "cuda" if spec.plan.device == "auto" else spec.plan.device
     found = planning.predict(spec, device)
     if "json" in words:

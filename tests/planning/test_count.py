@@ -1,6 +1,11 @@
 """Counts from shapes alone agree with the papers and with models that really exist."""
 
+import logging
+
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from loralab import models
 from loralab.adapters.full import Full
@@ -102,6 +107,80 @@ def test_counts_equal_those_of_the_attached_model(kind):
     packed = sum(model.get_submodule(name).out_features * model.get_submodule(name).in_features for name in names)
     assert found == {
         "trainable_parameters": trained,
+        "adapter_parameters": trained,
         "total_parameters": dense + trained,
         "quantized_parameters": packed,
     }
+
+
+CLASSES = {
+    "CAUSAL_LM": ("causal_lm", AutoModelForCausalLM),
+    "SEQ_2_SEQ_LM": ("seq2seq_lm", AutoModelForSeq2SeqLM),
+    "SEQ_CLS": ("sequence_classification", AutoModelForSequenceClassification),
+}
+ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5 = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+
+
+def pefts(kind, task, adapter, **keys):
+    """(trainable, total) parameters as PEFT counts them, on the meta device."""
+    with torch.device("meta"):
+        model = CLASSES[task][1].from_config(AutoConfig.for_model(kind, **keys))
+        lora = LoraConfig(r=adapter.r, target_modules=adapter.target_modules, bias=adapter.bias, task_type=task)
+        parameters = list(get_peft_model(model, lora).parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def ours(kind, task, adapter, **keys):
+    spec = models.Random(task=CLASSES[task][0], config={"model_type": kind, **keys})
+    return count(spec, NoQuantization(), adapter)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize(
+    ("kind", "task", "targets", "keys"),
+    [
+        ("gpt2", "CAUSAL_LM", ["c_attn", "c_proj", "c_fc"], {}),
+        ("phi", "CAUSAL_LM", ["q_proj", "dense"], ENCODER),
+        ("t5", "SEQ_2_SEQ_LM", ["q", "v"], T5),
+        ("bert", "SEQ_CLS", ["query", "value"], ENCODER),
+        ("roberta", "SEQ_CLS", ["query", "value"], ENCODER),
+    ],
+)
+def test_trained_and_total_are_pefts(kind, task, targets, keys, bias):
+    adapter = LoRA(r=8, target_modules=targets, bias=bias)
+    found = ours(kind, task, adapter, **keys)
+    assert (found["trainable_parameters"], found["total_parameters"]) == pefts(kind, task, adapter, **keys)
+
+
+def test_a_trained_bias_counts_once_in_the_total():
+    adapter = LoRA(r=8, target_modules=["c_attn", "c_proj", "c_fc"], bias="all")
+    found = count(named("gpt2"), NoQuantization(), adapter)
+    assert (found["trainable_parameters"], found["total_parameters"]) == (1_281_792, 125_619_456)
+
+
+def test_what_peft_leaves_as_it_was_drawn_is_named_and_can_be_left_out(caplog):
+    keys, targets = {**ENCODER, "vocab_size": 300}, ["query_proj", "value_proj"]
+    with caplog.at_level(logging.WARNING):
+        found = ours("deberta-v2", "SEQ_CLS", LoRA(r=8, target_modules=targets), **keys)
+    trainable, total = pefts("deberta-v2", "SEQ_CLS", LoRA(r=8, target_modules=targets), **keys)
+    fewer = found["trainable_parameters"] - trainable
+    assert fewer == 64 * 64 + 64  # the pooler
+    assert "pooler: no checkpoint of the base holds it" in caplog.text
+    assert f"{fewer:,} parameters fewer, as adapter.modules_to_save=[classifier] does" in caplog.text
+    caplog.clear()
+    same = ours("deberta-v2", "SEQ_CLS", LoRA(r=8, target_modules=targets, modules_to_save=["classifier"]), **keys)
+    assert (same["trainable_parameters"], same["total_parameters"]) == (trainable, total)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra"])
+def test_heads_that_peft_trains_whole_need_no_word(kind, caplog):
+    targets = ["q_lin", "v_lin"] if kind == "distilbert" else ["query", "value"]
+    keys = {} if kind == "distilbert" else ENCODER
+    found = ours(kind, "SEQ_CLS", LoRA(r=8, target_modules=targets), **keys)
+    assert (found["trainable_parameters"], found["total_parameters"]) == pefts(
+        kind, "SEQ_CLS", LoRA(r=8, target_modules=targets), **keys
+    )
+    assert not caplog.text
+    assert found["adapter_parameters"] == found["trainable_parameters"] - head(keys.get("hidden_size", 768))
