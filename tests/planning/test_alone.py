@@ -27,7 +27,7 @@ def traced(tmp_path, monkeypatch):
 @pytest.mark.parametrize("quantization", [None, FourBit(double_quant=True)], ids=["none", "nf4_double"])
 def test_any_rank_is_within_a_thousandth_of_its_own_trace(make_spec, traced, quantization):
     changes = {} if quantization is None else {"quantization": quantization}
-    for r in (1, 4, 16, 64, 256):
+    for r in (1, 16, 128):
         spec = make_spec(adapter=LoRA(r=r), **changes)
         whole = predict_step([spec], GEOMETRY).predicted_peak_bytes
         assert alone.peak(spec, GEOMETRY) == pytest.approx(whole, rel=0.001)
