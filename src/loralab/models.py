@@ -287,7 +287,9 @@ def load(
     model.config.name_or_path = spec.name_or_path or "random"  # type: ignore[union-attr]
     prepare(spec, model)
     size = measure(model)
-    name_out_of_reach(size)
+    overall = f"; over all parameters the base has {size.bits_per_parameter_overall:.2f} bits each"
+    bits = f"{overall}, {size.bits_per_parameter:.2f} where it could be quantized"
+    name_out_of_reach(size.out_of_reach, size.parameters, bits)
     return Base(spec, quantizer, model, tokenizer, size, _unchanged(spec, before))
 
 

@@ -93,11 +93,6 @@ class Adapter(nn.Module):
     def trainable_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def added_parameters(self) -> int:
-        """How many parameters the model has more with it: a trained bias is one of the base's own."""
-        biases = (module.bias_delta.numel() for module in self.modules() if isinstance(module, BiasDelta))
-        return self.trainable_parameters() - sum(biases)
-
     def detach(self) -> None:
         """Takes the hooks off the base; the parameters stay."""
         self._sites.release(self)

@@ -103,8 +103,8 @@ class LoRA(AdapterSpec):
             delta = self.delta(name, model.get_submodule(name), next(model.parameters()).device)
             delta.draw(self.init_lora_weights, generator_for(seed, name))
             adapter.add(name, delta)
-        self._train_biases(model, adapter, names)
         save_modules(adapter, model, self.modules_to_save, seed)
+        self._train_biases(model, adapter, names)
         return adapter
 
     def delta(self, name: str, layer: nn.Module, device: torch.device) -> "LoRADelta":
@@ -137,7 +137,9 @@ class LoRA(AdapterSpec):
         if self.bias == "none":
             return
         candidates = names if self.bias == "lora_only" else [name for name, _ in model.named_modules()]
-        biases = {name: getattr(model.get_submodule(name), "bias", None) for name in candidates}
+        whole = [name for name, _ in adapter.saved_modules()]  # a copy is computed in their place, biases and all
+        outside = [name for name in candidates if not any(f"{name}.".startswith(f"{one}.") for one in whole)]
+        biases = {name: getattr(model.get_submodule(name), "bias", None) for name in outside}
         for name, bias in biases.items():
             if isinstance(bias, Tensor):
                 adapter.add(name, BiasDelta(bias))
