@@ -159,3 +159,15 @@ def test_a_real_llama_loads_and_reads_its_language(real_data):
             losses[name] = float(model(input_ids=text, labels=text).loss)
     assert losses["none"] < 0.3
     assert losses["none"] < losses["nf4"] < 1.0
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 1), ("vocab_size", 5), ("model_type", "gpt2")])
+def test_a_checkpoint_of_another_architecture_than_asked_for_is_refused(key, value):
+    spec = models.Pretrained("loralab/tiny", config={key: value})
+    with pytest.raises(ConfigError, match=rf"model.config.{key}={value!r}: the checkpoint of .*tiny.* says"):
+        models.load(spec, NoQuantization(), spec.load_tokenizer())
+
+
+def test_keys_that_are_the_checkpoints_are_taken():
+    spec = models.Pretrained("loralab/tiny", config={"num_hidden_layers": 4})
+    assert spec.architecture().hidden_size == 256

@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 
-from loralab import models
+from loralab import models, record
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.optimizers import AdamW, Schedule
+from loralab.planning.plan import PlanSpec
 from loralab.quantization.four_bit import FourBit
 from loralab.run import Runner
 from loralab.telemetry.memory import PhaseMemory
@@ -293,3 +294,16 @@ def test_the_record_says_on_how_many_threads_it_was_made(make_spec):
     finally:
         torch.set_num_threads(before)
     assert found == [1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_key_of_a_record_is_in_its_sections(make_spec, size):
+    observed = {"callbacks": {"memory": PhaseMemory}, "plan": PlanSpec(), "optimizer": AdamW(name="paged_adamw_8bit")}
+    specs = [make_spec(f"t{i}", seed=i, quantization=FourBit(), **observed) for i in range(size)]
+    for found in Runner().run(specs):
+        assert found["status"] == "completed", found["error"]
+        for section, keys in record.SECTIONS.items():
+            assert set(found[section]) <= set(keys), section
+        assert found["memory"]["by_phase"]["evaluation"] > 0
+        assert found["memory"]["alone_peak_bytes"] > 0
+        assert found["adapter"]["never_called"] == []

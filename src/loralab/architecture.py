@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,15 @@ def _reads(config: Any, key: str) -> bool:
     """Whether the architecture's own source names ``key``: transformers reads some that its configs do not declare."""
     folder = Path(inspect.getfile(type(config))).parent
     return any(re.search(rf"\b{re.escape(key)}\b", path.read_text()) for path in folder.glob("*.py"))
+
+
+def refuse_other(named: str, keys: Mapping[str, Any], config: Any) -> None:
+    """Raises ConfigError where one of ``keys`` (``model.config``) is not what a checkpoint's ``config`` says: the
+    weights are of that architecture, and counts and predictions of another one would not be theirs."""
+    for key, wanted in keys.items():
+        stored = getattr(config, key, None)
+        if isinstance(stored, bool | int | float | str | None) and stored != wanted:
+            raise ConfigError(
+                f"model.config.{key}={wanted!r}: the checkpoint of {named} says {stored!r}; valid: leave it out, or "
+                "model=random model.name_or_path=FOLDER, which draws weights for a changed architecture"
+            )

@@ -213,10 +213,15 @@ def count(words: Words) -> int:
     from loralab.config import compose, trial_spec
 
     spec = trial_spec(compose(words.overrides()), Path())
-    from loralab.planning import count as counting
+    from loralab.planning.count import count as count_parameters
 
-    counts = counting.count(spec.model, spec.quantization, spec.adapter)
-    print(json.dumps(counts) if "json" in words else counting.render(counts, spec.adapter))
+    counts = count_parameters(spec.model, spec.quantization, spec.adapter)
+    if "json" in words:
+        print(json.dumps(counts))
+    else:
+        width = max(len(f"{value:,}") for value in counts.values())
+        for name, value in counts.items():
+            print(f"{name:22} {value:>{width},}")
     return 0
 
 
@@ -226,9 +231,11 @@ def plan(words: Words) -> int:
 
     spec = trial_spec(compose(words.overrides()), Path())
     from loralab.planning import plan as planning
+    from loralab.planning.sizes import name_what_stays
     from loralab.trainers import quiet
 
     quiet()
+    name_what_stays(spec.model)
     device = "cuda" if spec.plan.device == "auto" else spec.plan.device
     found = planning.predict(spec, device)
     if "json" in words:

@@ -59,8 +59,8 @@ def _summed(logits: Tensor, weight: Tensor) -> Tensor:
     """``logits @ weight``, (rows, V) by (V, width); on a CPU with the same bits beside any number of other rows."""
     if logits.device.type != "cpu" or logits.dtype in (torch.bfloat16, torch.float16):  # which would round each part
         return logits @ weight
-    first, *others = zip(logits.split(TERMS, 1), weight.split(TERMS), strict=True)
-    total = first[0] @ first[1]
+    first, *others = zip(torch.split(logits, TERMS, 1), torch.split(weight, TERMS), strict=True)
+    total: Tensor = first[0] @ first[1]
     for part, terms in others:
         total.addmm_(part, terms)
     return total

@@ -114,8 +114,11 @@ class Pretrained:
         return fingerprints.of_tokenizer(self.tokenizer or self.name_or_path)
 
     def architecture(self) -> Any:
-        """The transformers config: the yaml's own where it has one, else the checkpoint's."""
-        if self.config:
+        """The transformers config: a named model's own, which needs no network, else the checkpoint's.
+
+        Raises ConfigError for a key of ``config`` that is not the checkpoint's.
+        """
+        if "model_type" in self.config:
             return architecture.from_keys(dict(self.config))
         return self._stored_config()
 
@@ -123,7 +126,9 @@ class Pretrained:
         from transformers import AutoConfig
 
         with explained(f"{self._named} cannot be loaded", self.path):
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        architecture.refuse_other(self._named, self.config, config)
+        return config
 
     def prepared_config(self, num_labels: int | None) -> Any:
         """The config a model of this spec is built with: dropout set, labels counted."""
@@ -287,7 +292,9 @@ def load(
     model.config.name_or_path = spec.name_or_path or "random"  # type: ignore[union-attr]
     prepare(spec, model)
     size = measure(model)
-    name_out_of_reach(size)
+    overall = f"; over all parameters the base has {size.bits_per_parameter_overall:.2f} bits each"
+    bits = f"{overall}, {size.bits_per_parameter:.2f} where it could be quantized"
+    name_out_of_reach(size.out_of_reach, size.parameters, bits)
     return Base(spec, quantizer, model, tokenizer, size, _unchanged(spec, before))
 
 

@@ -24,19 +24,22 @@ SWEEP = "sweep.json"
 SECTIONS: dict[str, tuple[str, ...]] = {
     "base": (
         *("name", "fingerprint", "parameters", "quantized_parameters", "bytes"),
-        *("bits_per_parameter", "bits_per_parameter_overall"),
+        *("bits_per_parameter", "bits_per_parameter_overall", "out_of_reach", "attn_implementation"),
     ),
-    "adapter": ("method", "trainable_parameters", "bytes", "modules"),
+    "adapter": ("method", "trainable_parameters", "bytes", "modules", "never_called"),
     "optimizer": (
         *("name", "effective_name", "state_bytes"),
-        *("eight_bit_bytes", "paged_bytes", "paged_fraction"),
+        *("eight_bit_bytes", "paged_bytes", "paged_fraction", "paging", "note"),
     ),
     "memory": (
         *("device", "alone_peak_bytes", "predicted_peak_bytes", "measured_peak_bytes"),
-        *("by_phase", "spikes"),
+        *("by_phase", "spikes", "spike_count", "instrument", "measured_batch", "seconds_by_phase"),
+        *("resident_by_phase", "reserved_by_phase", "host_rss_peak_bytes", "host_available_least_bytes"),
+        *("device_used_peak_bytes", "managed_peak_bytes", "managed_resident_peak_bytes", "other_processes"),
+        *("ballast_bytes", "cap_bytes", "simulated"),
     ),
     "time": ("startup_s", "train_s", "wall_s", "steps", "tokens", "tokens_per_s"),
-    "pack": ("size", "index"),
+    "pack": ("size", "index", "why", "halved"),
     "data": ("name", "fingerprint", "targets", "tokenizer", "source", "max_length", "rows", "truncated"),
     "environment": ("versions", "git", "python", "cpu", "gpu", "threads"),
 }

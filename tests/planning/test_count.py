@@ -1,15 +1,17 @@
 """Counts from shapes alone agree with the papers and with models that really exist."""
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from loralab import models
 from loralab.adapters.full import Full
 from loralab.adapters.lora import LoRA
 from loralab.config import build, compose, plain
-from loralab.planning.count import count, render
+from loralab.planning.count import count
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.loading import convert_model
 from loralab.quantization.none import NoQuantization
@@ -91,12 +93,6 @@ SMALL = {
 }
 
 
-CLASSIFIER = {
-    "bert": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2},
-    "gpt2": SMALL["gpt2"],
-}
-
-
 @pytest.mark.parametrize("kind", SMALL)
 def test_counts_equal_those_of_the_attached_model(kind):
     config = {"model_type": kind, "vocab_size": 320, **SMALL[kind]}
@@ -112,37 +108,79 @@ def test_counts_equal_those_of_the_attached_model(kind):
     assert found == {
         "trainable_parameters": trained,
         "adapter_parameters": trained,
-        "saved_modules": {},
         "total_parameters": dense + trained,
         "quantized_parameters": packed,
     }
 
 
-def peft_counts(model, **settings):
-    """(trained, all) by PEFT, on the meta device."""
-    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", **settings)).get_nb_trainable_parameters()
+CLASSES = {
+    "CAUSAL_LM": ("causal_lm", AutoModelForCausalLM),
+    "SEQ_2_SEQ_LM": ("seq2seq_lm", AutoModelForSeq2SeqLM),
+    "SEQ_CLS": ("sequence_classification", AutoModelForSequenceClassification),
+}
+ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+T5 = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 
 
-def test_trained_biases_are_counted_once_as_peft_does():
-    found = count(named("gpt2"), NoQuantization(), LoRA(r=8, bias="all"))
+def pefts(kind, task, adapter, **keys):
+    """(trainable, total) parameters as PEFT counts them, on the meta device."""
     with torch.device("meta"):
-        peer = peft_counts(GPT2LMHeadModel(GPT2Config()), bias="all")
-    assert (found["trainable_parameters"], found["total_parameters"]) == peer == (1_281_792, 125_619_456)
+        model = CLASSES[task][1].from_config(AutoConfig.for_model(kind, **keys))
+        lora = LoraConfig(r=adapter.r, target_modules=adapter.target_modules, bias=adapter.bias, task_type=task)
+        parameters = list(get_peft_model(model, lora).parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "llama", "gpt2"])
-def test_counts_of_a_classifier_are_pefts_but_for_a_new_layer_that_is_named(family):
-    config = {"model_type": family, "vocab_size": 100, "pad_token_id": 1, **CLASSIFIER.get(family, CLASSIFIER["bert"])}
-    adapter = LoRA(r=8)
-    found = count(models.Random(task="sequence_classification", config=config), NoQuantization(), adapter, 2)
-    config.pop("model_type")
-    settings = AutoConfig.for_model(family, **config, num_labels=2)
-    with torch.device("meta"):
-        peer, total = peft_counts(AutoModelForSequenceClassification.from_config(settings), task_type="SEQ_CLS")
-    new = {name: size for name, size in found["saved_modules"].items() if name not in ("classifier", "score")}
-    said = render(found, adapter)
-    assert all(f"{name} ({size:,}) is new" in said for name, size in new.items())
-    assert found["adapter_parameters"] + sum(found["saved_modules"].values()) == found["trainable_parameters"]
-    if not new:
-        assert (found["trainable_parameters"], found["total_parameters"]) == (peer, total)
-        assert "PEFT" not in said
+def ours(kind, task, adapter, **keys):
+    spec = models.Random(task=CLASSES[task][0], config={"model_type": kind, **keys})
+    return count(spec, NoQuantization(), adapter)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize(
+    ("kind", "task", "targets", "keys"),
+    [
+        ("gpt2", "CAUSAL_LM", ["c_attn", "c_proj", "c_fc"], {}),
+        ("phi", "CAUSAL_LM", ["q_proj", "dense"], ENCODER),
+        ("t5", "SEQ_2_SEQ_LM", ["q", "v"], T5),
+        ("bert", "SEQ_CLS", ["query", "value"], ENCODER),
+        ("roberta", "SEQ_CLS", ["query", "value"], ENCODER),
+    ],
+)
+def test_trained_and_total_are_pefts(kind, task, targets, keys, bias):
+    adapter = LoRA(r=8, target_modules=targets, bias=bias)
+    found = ours(kind, task, adapter, **keys)
+    assert (found["trainable_parameters"], found["total_parameters"]) == pefts(kind, task, adapter, **keys)
+
+
+def test_a_trained_bias_counts_once_in_the_total():
+    adapter = LoRA(r=8, target_modules=["c_attn", "c_proj", "c_fc"], bias="all")
+    found = count(named("gpt2"), NoQuantization(), adapter)
+    assert (found["trainable_parameters"], found["total_parameters"]) == (1_281_792, 125_619_456)
+
+
+def test_what_peft_leaves_as_it_was_drawn_is_named_and_can_be_left_out(caplog):
+    keys, targets = {**ENCODER, "vocab_size": 300}, ["query_proj", "value_proj"]
+    with caplog.at_level(logging.WARNING):
+        found = ours("deberta-v2", "SEQ_CLS", LoRA(r=8, target_modules=targets), **keys)
+    trainable, total = pefts("deberta-v2", "SEQ_CLS", LoRA(r=8, target_modules=targets), **keys)
+    fewer = found["trainable_parameters"] - trainable
+    assert fewer == 64 * 64 + 64  # the pooler
+    assert "pooler: no checkpoint of the base holds it" in caplog.text
+    assert f"{fewer:,} parameters fewer, as adapter.modules_to_save=[classifier] does" in caplog.text
+    caplog.clear()
+    same = ours("deberta-v2", "SEQ_CLS", LoRA(r=8, target_modules=targets, modules_to_save=["classifier"]), **keys)
+    assert (same["trainable_parameters"], same["total_parameters"]) == (trainable, total)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra"])
+def test_heads_that_peft_trains_whole_need_no_word(kind, caplog):
+    targets = ["q_lin", "v_lin"] if kind == "distilbert" else ["query", "value"]
+    keys = {} if kind == "distilbert" else ENCODER
+    found = ours(kind, "SEQ_CLS", LoRA(r=8, target_modules=targets), **keys)
+    assert (found["trainable_parameters"], found["total_parameters"]) == pefts(
+        kind, "SEQ_CLS", LoRA(r=8, target_modules=targets), **keys
+    )
+    assert not caplog.text
+    assert found["adapter_parameters"] == found["trainable_parameters"] - head(keys.get("hidden_size", 768))

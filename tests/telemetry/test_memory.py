@@ -51,6 +51,16 @@ def test_every_phase_is_in_the_record_and_in_the_rows(make_spec, curve):
     assert curve(spec.folder, "batch/longest") == [25, 25]
 
 
+def test_what_is_reported_of_a_step_stands_at_its_number_in_a_pack_too(make_spec):
+    observed = {"memory": lambda: PhaseMemory(every_n_steps=1)}
+    specs = [make_spec(name, callbacks=observed, seed=seed) for seed, name in enumerate(("one", "two"))]
+    for spec, record in zip(specs, Runner().run(specs), strict=True):
+        assert record["pack"]["size"] == 2
+        assert record["memory"]["by_phase"]["evaluation"] > 0
+        told = {key: [row["step"] for row in rows_of(spec) if key in row] for key in ("train/loss", "batch/tokens")}
+        assert told == {"train/loss": [1, 2, 3, 4], "batch/tokens": [1, 2, 3, 4]}
+
+
 def test_the_batch_is_the_largest_pass_of_the_step(make_spec, curve):
     spec = make_spec(kind="ragged", accumulate_grad_batches=3, callbacks={"memory": lambda: PhaseMemory(1)})
     Runner().run([spec])

@@ -1,21 +1,25 @@
 """Exact parameter counts from shapes alone: the model is built on the meta device, no weight is read."""
 
-from typing import Any
+import logging
+
+from torch import nn
 
 from loralab import models
-from loralab.adapters.base import AdapterSpec
-from loralab.quantization.base import Quantizer, linear_shape, quantizable
+from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta
+from loralab.quantization.base import Quantizer, beyond, linear_shape, name_out_of_reach, quantizable
 
-PEFT_SAVES = ("classifier", "score")  # what PEFT trains whole without being told (peft.tuners.lora, SEQ_CLS)
+log = logging.getLogger(__name__)
+
+PEFT_HEADS = ("classifier", "score")  # endings of what PEFT trains whole with task_type SEQ_CLS
 
 
 def count(
     model: models.Pretrained, quantization: Quantizer, adapter: AdapterSpec, num_labels: int | None = None
-) -> dict[str, Any]:
-    """{trainable_parameters, adapter_parameters, total_parameters, quantized_parameters, saved_modules}.
+) -> dict[str, int]:
+    """{trainable_parameters, adapter_parameters, total_parameters, quantized_parameters}.
 
-    ``adapter_parameters``: those trained, without modules that are trained whole, which ``saved_modules`` names with
-    theirs. ``total_parameters``: of the base and what the adapter adds to it, shared tensors once, as PEFT counts.
+    ``adapter_parameters`` leaves out new and saved modules. The total counts the adapter, shared tensors once, and a
+    trained bias with the one in whose place it is.
     """
     base = models.skeleton(model, num_labels)
     names = [] if quantization.name == "none" else quantizable(base, quantization)
@@ -27,25 +31,32 @@ def count(
     total = sum(parameter.numel() for parameter in base.parameters())
     attached = adapter.attach(base)
     trainable = attached.trainable_parameters()
-    saved = {name: sum(p.numel() for p in module.parameters()) for name, module in attached.saved_modules()}
+    saved = sum(_size(module) for _, module in attached.saved_modules())
+    added = trainable - sum(_size(delta) for _, delta in attached.adapted() if isinstance(delta, BiasDelta))
+    name_out_of_reach(beyond(base), total)
+    _name_unlike_peft(attached)
     return {
         "trainable_parameters": trainable,
-        "adapter_parameters": trainable - sum(saved.values()),
-        "total_parameters": total if adapter.changes_base else total + attached.added_parameters(),
+        "adapter_parameters": trainable - saved,
+        "total_parameters": total if adapter.changes_base else total + added,
         "quantized_parameters": quantized,
-        "saved_modules": saved,
     }
 
 
-def render(counts: dict[str, Any], adapter: AdapterSpec) -> str:
-    """The counts for a terminal, and where PEFT's of the same settings would be others."""
-    numbers = {name: value for name, value in counts.items() if name != "saved_modules"}
-    width = max(len(f"{value:,}") for value in numbers.values())
-    lines = [f"{name:22} {value:>{width},}" for name, value in numbers.items()]
-    for name, size in counts["saved_modules"].items():
-        if getattr(adapter, "modules_to_save", None) is None and name not in PEFT_SAVES:
-            lines.append(
-                f"{name} ({size:,}) is new with this task and trained whole; PEFT leaves it as it is drawn unless its "
-                "modules_to_save names it"
-            )
-    return "\n".join(lines)
+def _name_unlike_peft(adapter: Adapter) -> None:
+    """Says which new modules PEFT would leave as they were drawn: it knows heads by two names."""
+    if getattr(adapter.spec, "modules_to_save", None) is not None:
+        return
+    saved = dict(adapter.saved_modules())
+    frozen = [name for name in saved if not name.endswith(PEFT_HEADS)]
+    if frozen:
+        log.warning(
+            "%s: no checkpoint of the base holds it, so it is drawn and trained whole; PEFT by default leaves it as it "
+            "was drawn and trains %s parameters fewer, as adapter.modules_to_save=[%s] does",
+            *(", ".join(frozen), f"{sum(_size(saved[name]) for name in frozen):,}"),
+            ",".join(name for name in saved if name not in frozen),
+        )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -12,7 +12,7 @@ from loralab.adapters.base import Adapter
 from loralab.optimizers import PAGED_FROM, TORCH, UNPAGED
 from loralab.planning.trace import Planned
 from loralab.prefix import stack
-from loralab.quantization.base import is_linear, linear_shape, quantizable
+from loralab.quantization.base import beyond, is_linear, linear_shape, name_out_of_reach, quantizable
 
 EIGHT_BIT_FROM = 4096  # elements; bitsandbytes keeps smaller states in 32 bits (min_8bit_size)
 EIGHT_BIT_BLOCK = 256  # states that share one float32 absmax
@@ -57,6 +57,12 @@ def sizes(spec: Planned) -> Sizes:
         largest_layer=max((out * width for out, width in shapes), default=0),
         adapted_width=sum(linear_shape(layer)[1] for layer in adapted if is_linear(layer)),
     )
+
+
+def name_what_stays(spec: models.Pretrained) -> None:
+    """Warns of the weights of the base that are neither quantized nor adapted, where they are many."""
+    base = skeleton(spec)
+    name_out_of_reach(beyond(base), sum(parameter.numel() for parameter in base.parameters()))
 
 
 def _state(name: str, n: int, bytes_each: int) -> int:

@@ -158,12 +158,14 @@ class _Step:
         self.plugin = precision(self.spec.trainer.precision)
         tracker.mark("load")
         self._convert()
+        tracker.mark("load", "adapters")  # each part's peak grows evenly with the layers; which is higher may change
         trials = [self._trial(spec) for spec in specs]
         # only a CPU computes rows without their padding
         self.module = FineTuner(model, trials, unpad=not geometry.cuda and not any(p.length for p in geometry.passes))
         self._take(geometry.way)
         self.plugin.convert_module(self.module)
         tracker.tag((tensor for _, tensor in models.tensors(model)), "base")
+        tracker.mark("load", "optimizer")
         self.optimizer = self._optimizer()
         tracker.tag(self.module.adapters.parameters(), "adapter")  # which may be views of a new buffer by now
         self.micros = len(geometry.passes)

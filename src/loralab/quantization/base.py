@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,15 +228,17 @@ def measure(model: nn.Module) -> BaseSize:
     )
 
 
-def name_out_of_reach(size: BaseSize) -> None:
-    """Warns of the weights that nothing takes, where they are many."""
-    if size.share_out_of_reach >= WORTH_NAMING:
+def name_out_of_reach(found: Mapping[str, int], parameters: int, bits: str = "") -> None:
+    """Warns of the weights that nothing takes (``found``: see ``beyond``) where they are many of all ``parameters``.
+
+    ``bits``: what the base weighs, to be said too.
+    """
+    share = sum(found.values()) / parameters if parameters else 0.0
+    if share >= WORTH_NAMING:
         log.warning(
             "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are neither quantized nor "
-            "adapted (adapter=full alone trains them); over all parameters the base has %.2f bits each, %.2f where it "
-            "could be quantized",
-            *(100 * size.share_out_of_reach, f"{sum(size.out_of_reach.values()):,}", f"{size.parameters:,}"),
-            *(", ".join(size.out_of_reach), size.bits_per_parameter_overall, size.bits_per_parameter),
+            "adapted (adapter=full alone trains them)%s",
+            *(100 * share, f"{sum(found.values()):,}", f"{parameters:,}", ", ".join(found), bits),
         )
 
 
