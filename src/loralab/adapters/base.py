@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.files import WEIGHTS, read_state, write_state
+from loralab.adapters.peft import HEADS
 from loralab.adapters.sites import Sites, bare_copy, mix
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear
@@ -170,10 +171,13 @@ def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None
 
 
 def modules_to_save(model: nn.Module, names: Iterable[str] | None) -> list[str]:
-    """Names of the modules that ``save_modules`` trains whole; beside those given a new head too, as PEFT has it, but
-    none at all for an empty list."""
-    given = [name for entry in names or () for name in _named(model, entry)]
-    return list(dict.fromkeys([*given, *(new_heads(model) if names is None or given else [])]))
+    """Names of the modules that ``save_modules`` trains whole: new ones; or those given and, as PEFT has it, a new
+    ``classifier`` or ``score``; or none, for an empty list."""
+    if names is None:
+        return new_heads(model)
+    given = [name for entry in names for name in _named(model, entry)]
+    heads = [name for name in new_heads(model) if name in HEADS] if given else []
+    return list(dict.fromkeys([*given, *heads]))
 
 
 def new_heads(model: nn.Module) -> list[str]:
