@@ -108,10 +108,6 @@ CLASSIFICATION = {
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
     "funnel": {"d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64, "block_sizes": [1, 1]},
     "modernbert": {**SMALL, "local_attention": 8, "pad_token_id": 0},
-    "mobilebert": {
-        **{"hidden_size": 32, "embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
-        **{"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 96},
-    },
     "squeezebert": {**ENCODER, "embedding_size": 32},
     "gpt2": GPT2,
     "llama": {**SMALL, "num_key_value_heads": 1},
@@ -124,7 +120,18 @@ CLASSIFICATION = {
     "t5": {**T5, **START},
     "bart": {**BART, **START},
 }
-TABLE = {"causal_lm": CAUSAL, "seq2seq_lm": SEQ2SEQ, "sequence_classification": CLASSIFICATION}
+READ_PADDING = {  # classifiers whose rows depend on the padding behind them
+    "fnet": {key: value for key, value in ENCODER.items() if key != "num_attention_heads"},
+    "convbert": {**ENCODER, "embedding_size": 32, "num_attention_heads": 4},
+    "nystromformer": {**ENCODER, "num_landmarks": 4},
+    "yoso": ENCODER,
+    "canine": ENCODER,
+    "mobilebert": {
+        **{"hidden_size": 32, "embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 96},
+    },
+}
+TABLE = {"causal_lm": CAUSAL, "seq2seq_lm": SEQ2SEQ, "sequence_classification": {**CLASSIFICATION, **READ_PADDING}}
 TARGETS = {"mamba": ["in_proj", "x_proj"]}  # PEFT refuses the others there
 NARROW = {"mobilebert"}  # nothing in it is normalized, and 24 products in a row would saturate
 SPECIAL = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 1}  # the tokenizer's

@@ -1,6 +1,7 @@
 """What a model does behind its head, to its rows or to later tokens, stays in the loss, also once it matters."""
 
 import families
+import families
 import plain
 import pytest
 import torch
@@ -109,3 +110,17 @@ def test_a_masked_language_model_gets_a_pooler_that_is_drawn_trained_and_exporte
     assert {"bert.pooler", "classifier"} <= set(record["adapter"]["modules"])
     model = case.oracle(spec.folder / "adapter")
     same_scores(record, plain.score(model, case.rows["validation"], "sequence_classification"))
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in ("fnet", "convbert") else pytest.mark.slow) for f in families.READ_PADDING]
+)
+def test_a_base_whose_rows_depend_on_their_padding_is_refused_by_name_and_runs_row_by_row(lab, family):
+    case = lab("sequence_classification", family)
+    (record,) = Runner().run([case.spec("batched", 2, 4)])
+    assert record["exit_code"] == 2, record["error"]
+    assert f"data.batch_size=4: {type(case.oracle()).__name__} (model_type={family}) reads the padding" in record["error"]
+    (record,) = run(case.spec("alone", 3, 1))
+    if family != "yoso":  # it hashes at random
+        expected = plain.score(case.oracle(case.folder / "alone" / "adapter"), case.rows["validation"], case.task)
+        same_scores(record, expected)
