@@ -3,14 +3,18 @@
 A gradient that is not there is exactly zero, whatever the weights and the rounding.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from loralab.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 LOOKED_AT = 8  # tokens
 # what decides it, as configs call it
@@ -78,3 +82,31 @@ def reads_positions(model: nn.Module, inputs: Mapping[str, Any], scored: slice) 
     with evaluated(model):
         outs = [model(**{**inputs, "position_ids": ids}).logits[:, scored] for ids in (inputs["position_ids"], others)]
     return not torch.equal(*outs)
+
+
+@torch.no_grad()
+def check_padding(model: nn.Module, task: str, exact: bool) -> None:
+    """Raises ConfigError for a base that gives a row other logits where it is padded on the right, as rows of unequal
+    lengths are: its losses would depend on the batch size. ``exact``: nothing is quantized or of half precision."""
+    config: Any = model.config
+    padding = 0 if config.pad_token_id is None or config.pad_token_id < 0 else int(config.pad_token_id)
+    ids = torch.arange(padding + 1, padding + 1 + LOOKED_AT, device=next(model.parameters()).device)[None]
+    ids = ids % model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {"input_ids": pad(ids, (0, 4), value=padding), "attention_mask": pad(torch.ones_like(ids), (0, 4))}
+    if task == "seq2seq_lm":
+        alone["decoder_input_ids"] = ids[:, :-2]
+        padded["decoder_input_ids"] = pad(ids[:, :-2], (0, 4), value=padding)
+    try:
+        with evaluated(model):
+            right, found = model(**alone).logits.float(), model(**padded).logits.float()
+    except (RuntimeError, ValueError, IndexError, ConfigError) as error:
+        log.debug("no padded pass", exc_info=error)
+        return
+    off = float((found[:, : right.shape[1]] - right).abs().max() / right.std())
+    if off > (0.02 if exact else 0.5):
+        raise ConfigError(
+            f"model.task={task}: {type(model).__name__} (model_type={config.model_type}) gives a row other logits "
+            f"where it is padded (by {off:.2g} of their deviation), so that its losses would depend on the rows beside it; "
+            "valid: a model that leaves padding on the right out"
+        )

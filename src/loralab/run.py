@@ -17,7 +17,7 @@ from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
 from loralab.fit import Fit, Part, close_record, explain
-from loralab.graph import check_causal
+from loralab.graph import check_causal, check_padding
 from loralab.head import frozen_head
 from loralab.planning.foresee import Foresight
 from loralab.quantization.base import is_frozen
@@ -164,6 +164,8 @@ class Runner:
             refuse_read(model, {name: layer for name, layer in model.named_modules() if is_frozen(layer)})
             if spec.model.task == "causal_lm":
                 check_causal(model)
+            dense = spec.quantization.name == "none" and next(model.parameters()).dtype == torch.float32
+            check_padding(model, spec.model.task, dense)
             self._base_key = key
         return self._base
 

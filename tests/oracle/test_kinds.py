@@ -116,3 +116,14 @@ def test_a_masked_language_model_gets_a_pooler_that_is_drawn_trained_and_exporte
     assert {"bert.pooler", "classifier"} <= set(record["adapter"]["modules"])
     model = case.oracle(spec.folder / "adapter")
     same_scores(record, plain.score(model, case.rows["validation"], "sequence_classification"))
+
+
+@pytest.mark.parametrize(
+    ("task", "family"),
+    [("sequence_classification", "xlnet"), pytest.param("seq2seq_lm", "prophetnet", marks=pytest.mark.slow)],
+)
+def test_a_model_whose_rows_depend_on_their_padding_is_refused_by_name(lab, task, family):
+    (record,) = Runner().run([lab(task, family).spec("padded", 2, 4)])
+    assert record["exit_code"] == 2
+    assert f"model_type={family}" in record["error"]
+    assert "where it is padded" in record["error"]
