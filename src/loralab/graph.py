@@ -17,6 +17,8 @@ from loralab.unpadded import LENGTHS
 
 log = logging.getLogger(__name__)
 
+log = logging.getLogger(__name__)
+
 LOOKED_AT = 8  # tokens
 # what decides it, as configs call it
 CAUSAL_KEYS = {"is_decoder": True, "causal": True, "is_causal": True, "use_bidirectional_attention": False}
@@ -107,8 +109,8 @@ def check_padding(model: nn.Module, task: str, batch_size: int) -> None:
     together = {name: torch.cat([long[name], padded.get(name, short[name])]) for name in long}
     if _reads_padding(model, short, together):
         raise ConfigError(
-            f"data.batch_size={batch_size}: {type(model).__name__} (model_type={config.model_type}) reads the padding "
-            "behind a row or the rows beside it, whatever the mask says, so that the loss of a row would depend on its "
+            f"data.batch_size={batch_size}: {type(model).__name__} (model_type={config.model_type}) computes a row otherwise "
+            "where it is padded or beside other rows, whatever the mask says, so that its loss would depend on its "
             "batch; valid: data.batch_size=1, rows of one length, or another base"
         )
 

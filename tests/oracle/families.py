@@ -89,11 +89,6 @@ SEQ2SEQ = {
     "led": {**BART, **START, "attention_window": 16, "max_encoder_position_embeddings": 96},
     "longt5": {**T5, **START, "local_radius": 4},
     "switch_transformers": {**T5, **START, "num_experts": 2, "num_sparse_encoder_layers": 1},
-    "prophetnet": {
-        **{"hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 2},
-        **{"num_decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, **START},
-        **{"max_position_embeddings": 96},
-    },
 }
 ENCODER = {**SMALL, "max_position_embeddings": 98}
 CLASSIFICATION = {
@@ -105,7 +100,6 @@ CLASSIFICATION = {
     "deberta": {**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "deberta-v2": {**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "mpnet": ENCODER,
-    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
     "funnel": {"d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64, "block_sizes": [1, 1]},
     "modernbert": {**SMALL, "local_attention": 8, "pad_token_id": 0},
     "squeezebert": {**ENCODER, "embedding_size": 32},
@@ -117,15 +111,21 @@ CLASSIFICATION = {
     "bloom": CAUSAL["bloom"],
     "mistral": CAUSAL["mistral"],
     "openai-gpt": GPT2,
-    "t5": {**T5, **START},
-    "bart": {**BART, **START},
+}
+REFUSED = {  # what they give a row depends on its padding
+    "prophetnet": {
+        **{"hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 2},
+        **{"num_decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, **START},
+        **{"max_position_embeddings": 96},
+    },
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
 }
 READ_PADDING = {  # classifiers whose rows depend on the padding behind them
     "fnet": {key: value for key, value in ENCODER.items() if key != "num_attention_heads"},
     "convbert": {**ENCODER, "embedding_size": 32, "num_attention_heads": 4},
-    "nystromformer": {**ENCODER, "num_landmarks": 4},
+    "nystromformer": {**ENCODER, "num_landmarks": 4, "segment_means_seq_len": 16},
     "yoso": ENCODER,
-    "canine": ENCODER,
+    "canine": {**{k: v for k, v in ENCODER.items()}, "num_hash_buckets": 64, "num_hash_functions": 2},
     "mobilebert": {
         **{"hidden_size": 32, "embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
         **{"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 96},
@@ -139,12 +139,14 @@ SPECIAL = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 1}  # the token
 
 def config_of(family, task, **changes):
     """The config, without dropout."""
-    keys = {"vocab_size": VOCABULARY, **SPECIAL, **TABLE[task][family], **changes}
+    keys = {"vocab_size": VOCABULARY, **SPECIAL, **TABLE[task].get(family, REFUSED.get(family)), **changes}
     keys.update({"forced_eos_token_id": None} if task == "seq2seq_lm" else {})
     keys.update({"num_labels": 3} if task == "sequence_classification" else {})
     config = transformers.AutoConfig.for_model(family, **keys)
     for key, value in list(vars(config).items()):
-        if ("dropout" in key or key.endswith(("_pdrop", "layerdrop"))) and isinstance(value, int | float):
+        if ("dropout" in key or key == "router_jitter_noise" or key.endswith(("_pdrop", "layerdrop"))) and isinstance(
+            value, int | float
+        ):
             setattr(config, key, 0.0)
     return config
 

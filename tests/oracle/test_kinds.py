@@ -21,8 +21,8 @@ CAPPED = {"final_logit_softcapping": 30.0, **NEAR}
     [
         pytest.param("gemma2", CAPPED, id="capped"),
         pytest.param("granite", {"logits_scaling": 4.0, "wide": False}, id="divided"),
-        pytest.param("cohere", {"logit_scale": 0.25, "wide": False}, id="scaled"),
-        pytest.param("phi", {}, id="biased"),
+        pytest.param("cohere", {"logit_scale": 0.25, "wide": False}, id="scaled", marks=pytest.mark.slow),
+        pytest.param("phi", {}, id="biased", marks=pytest.mark.slow),
         pytest.param("gptj", {}, id="biased too", marks=pytest.mark.slow),
     ],
 )
@@ -33,7 +33,9 @@ def test_what_a_model_does_to_its_logits_is_in_the_loss_after_training(lab, fami
     same_scores(record, plain.score(case.oracle(spec.folder / "adapter"), case.rows["validation"], "causal_lm"))
 
 
-@pytest.mark.parametrize(("family", "key"), [("roberta", "is_decoder=False"), ("xlm", "causal=False")])
+@pytest.mark.parametrize(
+    ("family", "key"), [("roberta", "is_decoder=False"), pytest.param("xlm", "causal=False", marks=pytest.mark.slow)]
+)
 def test_a_model_that_sees_later_tokens_is_no_causal_language_model(lab, family, key):
     case = lab("causal_lm", family, **{key.partition("=")[0]: False})
     (record,) = Runner().run([case.spec("encoder", 2, 4)])
@@ -43,7 +45,7 @@ def test_a_model_that_sees_later_tokens_is_no_causal_language_model(lab, family,
     assert "sequence_classification" in record["error"]
 
 
-@pytest.mark.parametrize("family", ["mamba", "rwkv"])
+@pytest.mark.parametrize("family", ["mamba", pytest.param("rwkv", marks=pytest.mark.slow)])
 def test_layers_whose_weight_the_model_reads_itself_stay_dense_and_are_named(lab, family, caplog):
     case = lab("causal_lm", family, "nf4")
     (record,) = run(case.spec("start", 0, 4))
@@ -56,8 +58,13 @@ def test_layers_whose_weight_the_model_reads_itself_stay_dense_and_are_named(lab
     assert record["metrics"]["val/loss"] == pytest.approx(dense, rel=0.1)
 
 
-@pytest.mark.parametrize("padding", [7, None, -1])
-@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("opt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "padding"),
+    [
+        ("llama", 7),
+        *(pytest.param(f, p, marks=pytest.mark.slow) for f in ("gpt2", "opt", "llama") for p in (7, None, -1)),
+    ],
+)
 def test_a_causal_classifier_pools_at_the_last_token_at_every_batch_size(lab, family, padding):
     case = lab("sequence_classification", family, pad_token_id=padding)
     losses = [run(case.spec(f"b{batch}", 0, batch))[0]["metrics"]["val/loss"] for batch in (1, 4)]
@@ -119,8 +126,19 @@ def test_a_base_whose_rows_depend_on_their_padding_is_refused_by_name_and_runs_r
     case = lab("sequence_classification", family)
     (record,) = Runner().run([case.spec("batched", 2, 4)])
     assert record["exit_code"] == 2, record["error"]
-    assert f"data.batch_size=4: {type(case.oracle()).__name__} (model_type={family}) reads the padding" in record["error"]
+    assert f"data.batch_size=4: {type(case.oracle()).__name__} (model_type={family}) computes" in record["error"]
     (record,) = run(case.spec("alone", 3, 1))
     if family != "yoso":  # it hashes at random
         expected = plain.score(case.oracle(case.folder / "alone" / "adapter"), case.rows["validation"], case.task)
         same_scores(record, expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "family"),
+    [("sequence_classification", "xlnet"), pytest.param("seq2seq_lm", "prophetnet", marks=pytest.mark.slow)],
+)
+def test_a_model_whose_rows_depend_on_their_padding_is_refused_by_name(lab, task, family):
+    (record,) = Runner().run([lab(task, family).spec("padded", 2, 4)])
+    assert record["exit_code"] == 2
+    assert f"model_type={family}" in record["error"]
+    assert "where it is padded" in record["error"]
