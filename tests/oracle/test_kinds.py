@@ -1,7 +1,6 @@
 """What a model does behind its head, to its rows or to later tokens, stays in the loss, also once it matters."""
 
 import families
-import families
 import plain
 import pytest
 import torch
@@ -120,7 +119,8 @@ def test_a_masked_language_model_gets_a_pooler_that_is_drawn_trained_and_exporte
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in ("fnet", "convbert") else pytest.mark.slow) for f in families.READ_PADDING]
+    "family",
+    [pytest.param(f, marks=[] if f in ("fnet", "convbert") else pytest.mark.slow) for f in families.READ_PADDING],
 )
 def test_a_base_whose_rows_depend_on_their_padding_is_refused_by_name_and_runs_row_by_row(lab, family):
     case = lab("sequence_classification", family)
