@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loralab.reporting import svg
-from loralab.reporting.axes import as_number, short_names
+from loralab.reporting.axes import as_number, is_number, short_names
 from loralab.reporting.gather import Study, Trial, curves
 from loralab.reporting.rows import Row
 from loralab.reporting.table import deviates, score_text, trial_text, where
@@ -154,9 +154,7 @@ def _curve(study: Study, trial: Trial, hue: int, style: str, rows: list[dict[str
     pairs = [
         (float(step), float(value))
         for row in rows
-        if isinstance(step := row["step"], int | float)
-        and isinstance(value := row.get(metric), int | float)
-        and math.isfinite(value)
+        if is_number(step := row["step"]) and is_number(value := row.get(metric)) and math.isfinite(value)
     ]
     name = trial_text(study, trial) + ("" if trial.ok else f" ({trial.status})")
     return svg.Curve(name, pairs, hue, not trial.ok, style)

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from loralab.reporting import svg
-from loralab.reporting.axes import lookup
+from loralab.reporting.axes import is_number, lookup
 from loralab.reporting.figures import Figure
 from loralab.reporting.gather import Study, Trial, curves
 from loralab.reporting.html import cell, figure, head, sort_key, table
@@ -74,7 +74,7 @@ def _most(row: Row, key: str) -> float | None:
     if len(row.packs) > 1:
         return None
     found = [lookup(trial.record, key) for trial in row.trials]
-    return max((float(value) for value in found if isinstance(value, int | float)), default=None)
+    return max((float(value) for value in found if is_number(value)), default=None)
 
 
 def _number(value: float | None, factor: float, form: str) -> str:
@@ -123,8 +123,8 @@ def _rows(rows: Sequence[dict[str, Any]], source: str) -> list[tuple[float, floa
     keys = [f"memory/{phase}_peak_gib" for phase in PHASES] if source == "memory/peak" else [source]
     found = []
     for row in rows:
-        values = [float(value) for key in keys if isinstance(value := row.get(key), int | float)]
-        if values and isinstance(row.get("step"), int | float):
+        values = [float(value) for key in keys if is_number(value := row.get(key))]
+        if values and is_number(row.get("step")):
             found.append((float(row["step"]), max(values)))
     return found
 

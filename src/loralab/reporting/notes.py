@@ -32,6 +32,8 @@ def notes(study: Study, found: Sequence[Row]) -> Iterator[str]:
 
 def general(study: Study, tables: Sequence[Table]) -> Iterator[str]:
     """Of all tables together."""
+    if study.about.get("damaged"):
+        yield f"sweep.json cannot be read, so this is what the records say: {study.about['damaged']}"
     if why := apart([part for part, _ in tables]):
         yield why.rstrip(".")
     if study.repeats:

@@ -233,7 +233,7 @@ def _trials(study: Study) -> str:
     heads += [head("files", key=True), head("run it again", key=True)]
     body = []
     for trial in study.trials:
-        value, steps = score(trial.record, study.metric), trial.record["time"]["steps"]
+        value, steps = score(trial.record, study.metric) if trial.ok else None, trial.record["time"]["steps"]
         name = str(trial.record["trial"])
         names = name if trial.name in (name, "") else f"{name} in {trial.name}"
         texts = [*(trial.values[axis] for axis in study.axes), trial.seed, trial.status, names]

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from loralab.record import RESULT
-from loralab.reporting.axes import Record, canonical, label, lookup, sort_key
+from loralab.reporting.axes import Record, canonical, is_number, label, lookup, sort_key
 from loralab.reporting.gather import Study
 
 # What a reader asks first; shown where it is one value in all trials.
@@ -102,7 +102,7 @@ def _alpha(study: Study, found: list[Record]) -> list[str]:
     pairs = {
         (lookup(record["config"], "adapter.r"), lookup(record["config"], "adapter.lora_alpha")) for record in found
     }
-    known = {(r, alpha) for r, alpha in pairs if isinstance(r, int | float) and isinstance(alpha, int | float) and r}
+    known = {(r, alpha) for r, alpha in pairs if is_number(r) and is_number(alpha) and r}
     if len({r for r, _ in known}) < 2:
         return []
     if len({alpha for _, alpha in known}) == 1:
@@ -137,7 +137,7 @@ def _reconciled(found: list[Record]) -> str:
 def _seconds(found: list[Record]) -> float:
     """Sum of wall_s; the trials of a pack share one wall clock, so each counts its part."""
     walls = ((record["time"]["wall_s"], record["pack"]["size"]) for record in found)
-    return sum(wall / (size or 1) for wall, size in walls if isinstance(wall, int | float))
+    return sum(wall / (size or 1) for wall, size in walls if is_number(wall))
 
 
 def _when(study: Study) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loralab.reporting import published
-from loralab.reporting.axes import UNKNOWN, lookup, short_names
+from loralab.reporting.axes import UNKNOWN, is_number, lookup, short_names
 from loralab.reporting.gather import UNSCORED, Study, Trial
 from loralab.reporting.rows import Row, contenders
 from loralab.reporting.sets import subject
@@ -91,7 +91,7 @@ def ended(trial: Trial) -> str:
     most = lookup(trial.record["config"], "trainer.max_steps")
     if isinstance(early, dict):
         best = early.get("best")
-        value = f"{best:.4f}" if isinstance(best, int | float) else "its best"
+        value = f"{best:.4f}" if is_number(best) else "its best"
         return f"stopped early at step {early.get('step')} of {most}: {early.get('metric')} was not better than {value}"
     return "max_steps" if steps == most or steps is None else f"ended at step {steps} of {most}"
 
@@ -209,7 +209,7 @@ def _arm(row: Row) -> str:
 def _other_metrics(study: Study) -> list[str]:
     """What else a single run measured; a sweep's are in its CSV."""
     found = study.trials[0].record["metrics"] if study.single else {}
-    return [name for name, value in found.items() if name != study.metric and isinstance(value, int | float)]
+    return [name for name, value in found.items() if name != study.metric and is_number(value)]
 
 
 def _metric_column(name: str) -> Column:
@@ -253,7 +253,7 @@ def _alone(trial: Trial) -> float | None:
     own = lookup(trial.record, "memory.alone_peak_bytes")
     if own is None and (lookup(trial.record, "pack.size") or 1) == 1:
         own = lookup(trial.record, "memory.predicted_peak_bytes")
-    return float(own) if isinstance(own, int | float) else None
+    return float(own) if is_number(own) else None
 
 
 def _overall(row: Row) -> float | None:
