@@ -241,7 +241,14 @@ def _dated(found: Found, looked_up: staleness.Known) -> Found:
 
 def _sound(path: Path, record: Record) -> Record:
     """Raises ArtifactError where a part of the record is of another kind than loralab writes."""
-    kinds = {"config": Mapping, "metrics": Mapping, "choices": Mapping, "cwd": str | None, "host": str | None}
+    kinds = {
+        "config": Mapping,
+        "metrics": Mapping,
+        "choices": Mapping,
+        "cwd": str | None,
+        "host": str | None,
+        "pid": int | None,
+    }
     wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
     if not wrong:
         groups = [key for key in _GROUPS if not isinstance(record["config"].get(key), Mapping | None)]

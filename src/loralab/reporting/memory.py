@@ -30,7 +30,7 @@ def section(study: Study, found: Sequence[Row]) -> str:
 
 def _table(study: Study, found: Sequence[Row]) -> str:
     heads = [
-        head("configuration", key=True),
+        head("row", key=True),
         head("paging", "really paged, as the optimizer's own state says", key=True),
         head("state MiB", "all optimizer state"),
         head("8-bit", "share of the state in 8 bits"),
@@ -88,7 +88,7 @@ def _notes(found: Sequence[Row]) -> Iterator[str]:
         yield f"{note}."
     if all(_paging(trial) in ("", "off", "not applicable") for row in found for trial in row.trials):
         yield (
-            "Paging is not applicable on this machine: a paged arm is its unpaged twin here, and what lies between "
+            "Paging is not applicable on this machine: a paged row is its unpaged twin here, and what lies between "
             "the two is noise."
         )
     crowded = [trial for row in found for trial in row.trials if lookup(trial.record, "memory.other_processes")]

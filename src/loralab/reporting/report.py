@@ -13,7 +13,7 @@ from loralab.reporting.axes import lookup
 from loralab.reporting.gather import Study, Trial, reason, study
 from loralab.reporting.notes import general, notes
 from loralab.reporting.page import page, rerun
-from loralab.reporting.provenance import facts, held_fixed
+from loralab.reporting.provenance import facts, held_fixed, question
 from loralab.reporting.rows import Table, tables
 from loralab.reporting.sets import subject
 from loralab.reporting.table import as_plain, ended, trial_text
@@ -118,7 +118,8 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
 def _markdown(gathered: Study, found: list[Table]) -> str:
     known = facts(gathered)
-    lines = [f"# {gathered.name}", "", *([gathered.question, ""] if gathered.question else [])]
+    asked = question(gathered)
+    lines = [f"# {gathered.name}", "", *([asked, ""] if asked else [])]
     for part, rows in found:
         lines += [f"## {subject(part)}", ""] if len(found) > 1 else []
         lines += [f"{measure(part, rows)}.", "", markdown(part, rows), *(f"- {note}" for note in notes(part, rows)), ""]

@@ -12,8 +12,13 @@ from loralab.reporting.sets import subject
 
 MIB, GIB = 2**20, 2**30
 VERSUS = "vs baseline"
+TOLD = "!"  # behind a difference whose interval excludes 0
 STEPS = "steps"
 NOTICEABLE = 0.01  # by which bits over all weights must differ from the quantized ones' to be shown beside them
+DECOMPOSED = (
+    "A decomposed product (..._decomposed) stores every weight twice, in 8 bits for the int8 product and in 16 bits "
+    "for the columns of outliers, which are not known before the input is: hence about 24 bits per parameter"
+)
 _BROKEN = ("out_of_memory", "diverged")  # counted as failed; each is named below the table
 
 
@@ -29,7 +34,11 @@ class Column:
 def columns(study: Study, found: Sequence[Row]) -> list[Column]:
     """The columns behind the metric that any row can fill."""
     every = [
-        Column(VERSUS, _difference_text, lambda row: row.difference.mean if row.difference else None),
+        Column(
+            VERSUS,
+            lambda row: _difference_text(study, row),
+            lambda row: row.difference.mean if row.difference else None,
+        ),
         Column("published", lambda row: published.text(study.about, _arm(row)) or "-", lambda row: None),
         *(_metric_column(name) for name in _other_metrics(study)),
         *([Column(STEPS, steps_text, lambda row: row.average("time.steps"))] if _uneven(found) else []),
@@ -170,6 +179,7 @@ def as_plain(study: Study, row: Row) -> dict[str, Any]:
         "best": row.best,
         "baseline": row.baseline,
         "difference": _plain_difference(row),
+        "against_baseline": (row.difference.verdict(study.mode) or None) if row.difference else None,
         "published": published.values(study.about, _arm(row)),
         "steps": row.steps,
         "stopped_early": row.stopped,
@@ -197,8 +207,10 @@ def _plain_difference(row: Row) -> dict[str, Any] | None:
     return {"mean": one.mean, "low": low, "high": high, "p": one.p, "n": one.n, "seeds": one.seeds}
 
 
-def _difference_text(row: Row) -> str:
-    return "baseline" if row.baseline else row.difference.text if row.difference else "-"
+def _difference_text(study: Study, row: Row) -> str:
+    if row.baseline or row.difference is None:
+        return "baseline" if row.baseline else "-"
+    return row.difference.text + (f" {TOLD}" if row.difference.verdict(study.mode) else "")
 
 
 def _arm(row: Row) -> str:
