@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -92,6 +94,12 @@ def test_files_of_the_same_name_in_another_folder_are_not_the_trials(lab, tmp_pa
     assert listing(root / "runs")[0]["statuses"] == {"completed": 1}
     (root / "train.jsonl").rename(root / "gone")
     assert listing(root / "runs")[0]["statuses"] == {"completed": 1}
+
+
+def test_nothing_heavy_is_imported_for_it(lab):
+    root = lab(1)
+    code = "import sys; from loralab import cli; cli.run(['ls', sys.argv[1]]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(root / "runs")], check=False).returncode == 0
 
 
 def test_five_hundred_records_are_listed_in_under_three_seconds(lab):
