@@ -187,6 +187,14 @@ def test_labels_of_numbers_do_not_lie_on_each_other():
     assert all(b - d > a + c for (a, c), (b, d) in pairwise(ends))
 
 
+def test_a_mark_alone_at_its_name_stands_over_it():
+    series = [svg.Series(name, [svg.Point(float(at), 1.5, [1.5])], at) for at, name in enumerate("abc")]
+    text = svg.chart(series, svg.places("bits", ["4.1", "4.5", "8"]), svg.scale("y", [1.0, 2.0]), joined=False)
+    marks = [float(node.attrib["cx"]) for node in ElementTree.fromstring(text).iter("circle")]
+    names = [float(node.attrib["x"]) for node in labels(text) if "middle" in node.attrib["class"]]
+    assert marks[0] == names[0]
+
+
 @pytest.mark.parametrize("last", [1, 3, 4, 7, 60, 1234])
 def test_steps_are_whole(last):
     names = [name for _, name in svg.steps("step", [1.0, float(last)]).ticks]

@@ -207,14 +207,15 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, de
     """
     canvas = Canvas(x, y)
     canvas.frame()
-    for index, one in enumerate(series):
-        shift = 0.0 if joined else _shift(index, len(series), canvas)
+    for one in series:
         if joined:
             for run in _unbroken(one.points):
-                middle = [(canvas.px(point.x) + shift, canvas.py(point.mean)) for point in run]
+                middle = [(canvas.px(point.x), canvas.py(point.mean)) for point in run]
                 canvas.path(middle, f"line c{one.colour % COLOURS}", one.name)
         for point in one.points:
             if point is not None:
+                there = [other for other in series if any(each and each.x == point.x for each in other.points)]
+                shift = 0.0 if joined else _shift(there.index(one), len(there), canvas)
                 _draw_point(canvas, point, one.colour, canvas.px(point.x) + shift)
     return canvas.done(description)
 
