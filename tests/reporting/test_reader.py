@@ -202,13 +202,22 @@ def test_steps_are_whole(last):
     assert len(set(names)) == len(names) >= 2
 
 
-def test_every_number_of_bits_is_labelled_and_a_legend_names_its_axis(synthetic_sweep, tmp_path):
+def test_every_number_of_bits_is_labelled(synthetic_sweep, tmp_path):
     shutil.copytree(synthetic_sweep, tmp_path / "s")
+    for folder in (tmp_path / "s").glob("int8_absmax*"):
+        stored = record.read(folder)
+        stored["base"]["bits_per_parameter"] = 4.254
+        record.write(folder, stored)
     page = report(tmp_path / "s").index.read_text()
     drawn = page[page.index("<h3>Quality against bits") :].split("</figure>")[0]
-    for bits in ("4.127", "8.03", "32"):
+    for bits in ("4.127", "4.254", "32"):
         assert f">{bits}</text>" in drawn
-    assert "</svg>r = 2</span>" in page
+
+
+def test_a_legend_of_numbers_names_their_axis(runs):
+    page = report(runs({(r, lr, 0): r * lr for r in (2, 8) for lr in (0.1, 0.2)})).index.read_text()
+    assert "</svg>lr = 0.1</span>" in page
+    assert "</svg>0.1</span>" not in page
 
 
 def test_a_wide_table_tells_that_it_scrolls_and_says_what_a_column_is(runs):

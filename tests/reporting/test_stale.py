@@ -82,6 +82,7 @@ def test_a_report_names_what_is_stale_and_takes_no_number_from_it(lab):
         assert "the data files have changed since" in " ".join(text.split())
     for name in ("index.html", "report.md"):
         assert "the data files have changed since" in made.files[name].read_text()
+        assert "Not completed or stale" in made.files[name].read_text()
     assert "2 ok, 1 stale" in made.table
 
 

@@ -234,7 +234,7 @@ def _failures(study: Study) -> str:
             f'<span class="trouble">{escape(trial.status.replace("_", " "))}</span>'
             f"<p>{escape(reason(trial))}</p>{again}</div>"
         )
-    heading = "Not completed" if study.broken else "Still running"
+    heading = f"Not completed{' or stale' * (study.count(STALE) > 0)}" if study.broken else "Still running"
     return f"<section>\n<h2>{heading}</h2>\n" + "\n".join(blocks) + "\n</section>"
 
 
