@@ -24,11 +24,13 @@ FLOORS = [
     {"specs", "study"},
     {"fit"},
     {"run"},
-    {"packing", "reporting"},
     {"words", "locks"},
+    {"identity"},
+    {"config"},
+    {"staleness"},
+    {"packing", "reporting"},
     {"bench"},
-    {"cli", "config", "identity", "staleness", "jobs", "sweep", "workers"}
-    | {"doctor", "hydra_errors", "hydra_plugins", "gpu"},
+    {"cli", "jobs", "sweep", "workers"} | {"doctor", "hydra_errors", "hydra_plugins", "gpu"},
 ]
 FENCES = {
     "bitsandbytes": {"quantization", "optimizers", "bench"},

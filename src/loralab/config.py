@@ -260,6 +260,14 @@ def check_axes(overrides: list[str]) -> None:
             axes[key] = word
 
 
+def sweep_axes(name: str) -> list[str]:
+    """The keys that ``sweeps/NAME.yaml`` varies by itself; empty where there is no such file."""
+    path = data_root() / "sweeps" / f"{name}.yaml"
+    if not path.is_file():
+        return []
+    return [str(key) for key in OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}]
+
+
 def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
     """Hydra's arguments for ``sweeps/NAME.yaml``: its axes, each replaced by an override of the same key."""
     stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
