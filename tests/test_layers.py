@@ -12,7 +12,7 @@ PLUGIN = SRC.parent / "hydra_plugins"
 FLOORS = [
     {"errors"},
     {"record", "numerics", "strategy", "fingerprints"},
-    {"quantization"},
+    {"quantization", "sources"},
     {"adapters"},
     {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},
     {"unpadded"},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from loralab import identity
+from loralab import identity, sources
 from loralab.errors import ConfigError, nearest
 from loralab.words import quoted
 
@@ -199,6 +199,7 @@ def _target(node: Any, key: str) -> Any:
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(f"{key} must be one of the options of conf/{key}/, got {node!r}")
     module, _, name = str(node["_target_"]).rpartition(".")
+    sources.importable()
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -75,10 +75,12 @@ class Job:
     @cached_property
     def _standing(self) -> tuple[dict[str, Any] | None, str]:
         """The completed record in the folder, and what has changed since."""
+        if not (self.folder / record.RESULT).exists():
+            return None, ""
         try:
             stored = record.read(self.folder)
-        except ArtifactError:
-            return None, ""
+        except ArtifactError as error:  # of a later version of loralab, or damaged: it is somebody's all the same
+            return None, str(error)
         if stored["status"] != "completed":
             return None, ""
         if stored["trial"] != self.trial:
