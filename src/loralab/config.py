@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from loralab import identity, sources
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ConfigError, DataError, nearest
 from loralab.words import quoted
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ SPECS = (
     "memory",
     "plan",
 )  # cheapest import first
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes of a file's name, characters of a path
 OTHERS = ("callbacks", "seed", "metric", "metric_mode", "sweep")
 
 
@@ -93,7 +94,7 @@ def trial_spec(
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
     from loralab.specs import TrialSpec  # torch, Lightning and the rest, once the settings are known to be sound
 
-    _check_metric(content["metric"], specs, specs["trainer"].patience is not None)
+    _check_metric(content["metric"], content["metric_mode"], specs, specs["trainer"].patience is not None)
     return TrialSpec(
         id=identity.trial_id(specs, content),
         folder=folder,
@@ -122,9 +123,12 @@ def _check_keys(content: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={content[key]!r} is no group of settings; valid: a mapping, or null")
 
 
-def _check_metric(metric: str, specs: Mapping[str, Any], watched: bool) -> None:
-    from loralab.metrics import names
+def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], watched: bool) -> None:
+    from loralab.metrics import HIGHER, names
 
+    if specs["data"].generate_rows and specs["model"].task == "sequence_classification":
+        rows = specs["data"].generate_rows
+        raise ConfigError(f"data.generate_rows={rows}: a classifier generates no text; valid: 0")
     watchable = names(specs["model"].task, False, False)
     if watched and metric not in watchable:
         raise ConfigError(
@@ -134,10 +138,15 @@ def _check_metric(metric: str, specs: Mapping[str, Any], watched: bool) -> None:
     valid = names(specs["model"].task, specs["data"].generate_rows > 0, specs["trainer"].test)
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
+    best = "max" if metric.rpartition("/")[2] in HIGHER else "min"
+    if mode != best:
+        which = "higher" if best == "max" else "lower"
+        raise ConfigError(f"metric_mode={mode} would rank a worse {metric} first: {which} is better; valid: {best}")
 
 
 def build(node: Mapping[str, Any], key: str) -> Any:
     """The spec that ``node`` names in ``_target_``, its fields checked by name and type."""
+    _check_paths(node, key)
     cls = _target(node, key)
     text = json.dumps(node, default=repr)
     if (cls, key, text) not in _built:
@@ -145,6 +154,16 @@ def build(node: Mapping[str, Any], key: str) -> Any:
             _built.clear()
         _built[cls, key, text] = _build(cls, node, key)
     return _built[cls, key, text]
+
+
+def _check_paths(node: Any, key: str) -> None:
+    """A name that no file system takes is none of a file, and of a hub neither."""
+    for name in identity.PATHS.get(key, ()) if isinstance(node, Mapping) else ():
+        value = node.get(name)
+        longest = max((len(part.encode(errors="replace")) for part in str(value or "").split("/")), default=0)
+        if longest > LONGEST_NAME or len(str(value)) > LONGEST_PATH:
+            text = f"{key}.{name}={str(value)[:40]}... has {len(str(value))} characters, and no file has such a name"
+            raise (DataError if key == "data" else ConfigError)(f"{text}; valid: an existing path")
 
 
 _built: dict[tuple[Any, str, str], Any] = {}  # specs are frozen: the trials of a sweep share those that are equal
@@ -259,6 +278,29 @@ def check_axes(overrides: list[str]) -> None:
             raise ConfigError(f"{axes[key]} and {word} contradict each other; valid: {key} once, with all its values")
         if parsed.is_sweep_override():
             axes[key] = word
+
+
+def resumed(overrides: list[str], more: list[str]) -> list[str]:
+    """The words of a begun sweep with those given beside ``--resume``, which may change how it runs, not what it asks.
+
+    Raises ConfigError for a word that would make other trials of its, or move it.
+    """
+    for word in more:
+        key = word.lstrip("+~").partition("=")[0]
+        group, _, name = key.partition(".")
+        before = next((one for one in overrides if one.lstrip("+~").partition("=")[0] == key), None)
+        if key.startswith("hydra.sweep"):
+            raise ConfigError(f"--resume names the sweep and its folder, and {word} another; valid: without {key}")
+        if group.partition("/")[0] in identity.VOLATILE or name in identity.ASIDE.get(group, ()) or word == before:
+            continue
+        if before is not None:
+            raise ConfigError(f"{before} and {word} contradict each other: --resume finishes the trials it began")
+        raise ConfigError(
+            f"{word} would make other trials of those that --resume finishes; valid: the sweep by its name with {word},"
+            " and beside --resume only how it runs (hydra.launcher, logger, callbacks, plan)"
+        )
+    again = {word.lstrip("+~").partition("=")[0] for word in (*more, "hydra.sweep.dir")}
+    return [*(word for word in overrides if word.lstrip("+~").partition("=")[0] not in again), *more]
 
 
 def sweep_arguments(name: str, overrides: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab import record, staleness
 from loralab.config import plain, trial_id, trial_spec
-from loralab.errors import ArtifactError, ConfigError, LoralabError
+from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.locks import hold
 
 if TYPE_CHECKING:
@@ -116,11 +116,13 @@ class Job:
         """Runs the trial alone. In a sweep a failure is in the record; a single run raises what is wrong with it."""
         started = time.monotonic()
         try:
-            self.spec()
+            spec = self.spec()
         except LoralabError as error:
             if not self.many:
                 raise
             return self.refuse(error)
+        if not self.many:
+            _check_rows(spec, runner)
         with ExitStack() as stack:
             spec = self.open(stack)
             if not self.many:
@@ -196,6 +198,18 @@ class Job:
             return self.sweep or record.read_sweep(self.folder.parent)
         except ArtifactError:
             return {"trials": [], "axes": {}}
+
+
+def _check_rows(spec: "TrialSpec", runner: Any) -> None:
+    """Reads the rows, which ``runner`` keeps, before a weight: raises DataError, ConfigError."""
+    if spec.data.from_base:
+        return
+    try:
+        runner.encoded(spec)
+    except (DataError, ConfigError):
+        raise
+    except Exception:  # told by the run itself
+        log.debug("the rows of %s cannot be read", spec.id, exc_info=True)
 
 
 def _clock(seconds: float) -> str:

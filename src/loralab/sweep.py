@@ -227,8 +227,11 @@ class Jobs:
         from loralab.planning.plan import estimate
 
         device = specs[0][0].trainer.device
-        largest = max(specs, key=lambda pack: estimate(pack, device))
-        plan = self.runner.foresight.plan(largest, [self.runner.encoded(one) for one in largest], device)
+        try:
+            largest = max(specs, key=lambda pack: estimate(pack, device))
+            plan = self.runner.foresight.plan(largest, [self.runner.encoded(one) for one in largest], device)
+        except LoralabError:  # one of them cannot run: told when its turn comes
+            return
         if plan is not None:
             log.info("%s", sentence(len(largest), plan))
 

@@ -1,6 +1,7 @@
 """The command line taken apart: loralab's flags, which may stand anywhere, Hydra's, and key=value settings."""
 
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +83,10 @@ class Words:
         odd = [word for word in self.rest if word.startswith("=") or ("=" not in word and not word.startswith("~"))]
         if odd:
             raise ConfigError(f"loralab {self.command}: {odd[0]!r} is not understood; settings are key=value")
+        for word in self.rest:
+            key, most = word.partition("=")[0], sys.get_int_max_str_digits()
+            if key not in TEXTS and most and re.search(rf"\d{{{most + 1}}}", word):
+                raise ConfigError(f"{key} has too many digits; valid: at most {most}")
         return self.rest
 
     def refuse(self, flags: dict[str, str]) -> None:

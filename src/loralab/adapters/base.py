@@ -164,9 +164,18 @@ def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None
     heads = new_heads(model)
     wanted = heads if names is None else [name for entry in names for name in _named(model, entry)]
     for name in wanted:
+        _check_trainable(name, model.get_submodule(name))
         adapter.save_module(name, model.get_submodule(name))
         if name in heads:
             _draw_again(model, adapter.saved[name.replace(".", "/")].module, seed, name)  # type: ignore[arg-type]
+
+
+def _check_trainable(name: str, module: nn.Module) -> None:
+    kind = type(module).__name__
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        raise ConfigError(f"adapter.modules_to_save: {name} is a {kind}, which is never called; valid: modules in it")
+    if not any(True for _ in module.parameters()):
+        raise ConfigError(f"adapter.modules_to_save: {name} ({kind}) has no parameters; valid: a module that has some")
 
 
 def new_heads(model: nn.Module) -> list[str]:
