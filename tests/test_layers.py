@@ -27,14 +27,14 @@ FLOORS = [
     {"packing", "reporting"},
     {"words", "locks"},
     {"bench"},
-    {"cli", "config", "identity", "staleness", "jobs", "sweep", "workers"}
+    {"cli", "config", "arguments", "identity", "staleness", "jobs", "sweep", "workers"}
     | {"doctor", "hydra_errors", "hydra_plugins", "gpu"},
 ]
 FENCES = {
     "bitsandbytes": {"quantization", "optimizers", "bench"},
     "wandb": {"loggers", "reporting"},
-    "hydra": {"config", "cli", "jobs", "sweep", "hydra_errors", "hydra_plugins"},
-    "omegaconf": {"config", "cli", "jobs", "hydra_errors", "hydra_plugins"},
+    "hydra": {"config", "arguments", "cli", "jobs", "sweep", "hydra_errors", "hydra_plugins"},
+    "omegaconf": {"config", "arguments", "cli", "jobs", "hydra_errors", "hydra_plugins"},
     "peft": {"gpu", "bench"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

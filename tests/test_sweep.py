@@ -10,7 +10,8 @@ import time
 import pytest
 
 from loralab import cli, record
-from loralab.config import compose, resumed, trial_id
+from loralab.arguments import resumed
+from loralab.config import compose, trial_id
 from loralab.locks import hold
 
 FAST = ["hydra/launcher=packed", "data.limit=6"]

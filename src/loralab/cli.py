@@ -106,7 +106,7 @@ def train(words: Words) -> int:
 
 
 def _check_axes(overrides: list[str]) -> None:
-    from loralab.config import check_axes
+    from loralab.arguments import check_axes
 
     check_axes(overrides)
 
@@ -128,7 +128,7 @@ def preview(overrides: list[str]) -> int:
 
 def sweep(words: Words) -> int:
     """Every trial of a sweep file that is not finished yet."""
-    from loralab.config import sweep_arguments
+    from loralab.arguments import sweep_arguments
 
     if words.resume is not None:
         rest = _begun(Path(words.resume).expanduser(), words.overrides())
@@ -148,7 +148,7 @@ def _begun(folder: Path, more: list[str]) -> list[str]:
     """The words of a sweep that was begun, in whose working folder this process is from now on: relative paths among
     them mean what they meant."""
     from loralab import record
-    from loralab.config import resumed
+    from loralab.arguments import resumed
 
     stored = record.read_sweep(folder)
     overrides = [str(word) for word in stored.get("overrides") or []]
@@ -167,12 +167,14 @@ def _begun(folder: Path, more: list[str]) -> list[str]:
 
 def _run(words: Words, many: bool, overrides: list[str]) -> int:
     """Through Hydra; the table and the page of what was a sweep."""
+    from loralab.config import shown
     from loralab.sweep import Jobs
 
     flags = [word for word in words.hydra if word != "-m"]
     if words.shows:
         try:
-            return Jobs(fresh=False, many=False).run([*flags, *(_first_trial(overrides) if many else overrides)])
+            one = shown(_first_trial(overrides) if many else overrides)
+            return Jobs(fresh=False, many=False).run([*flags, *one])
         except SystemExit:  # Hydra has said what it cannot show
             return 2
     if many and not any(word.startswith("hydra/launcher=") for word in overrides):

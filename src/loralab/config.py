@@ -1,19 +1,19 @@
 """From a composed Hydra configuration to checked specs: unknown keys and wrong types fail before anything loads."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, make_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from loralab import identity, sources
 from loralab.errors import ConfigError, DataError, nearest
-from loralab.words import quoted
+from loralab.words import forced, own_classes, quoted
 
 if TYPE_CHECKING:
     from loralab.specs import TrialSpec
@@ -47,8 +47,14 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("loralab.trial_id", lambda *, _root_: trial_id(_root_), replace=True)
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration without Hydra's own part."""
+def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, Any]:
+    """The resolved configuration without Hydra's own part.
+
+    ``words``: of the command line; null: as Hydra's part has them. Where they name a group's class, the yaml's keys
+    that are neither theirs nor that class's are left out.
+    """
+    if words is None:
+        words = OmegaConf.select(config, "hydra.overrides.task") or []
     copied = OmegaConf.create({str(key): config._get_node(key) for key in config if key != "hydra"})
     try:
         resolved = OmegaConf.to_container(copied, resolve=True, throw_on_missing=True)
@@ -56,7 +62,22 @@ def plain(config: DictConfig) -> dict[str, Any]:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key} cannot be resolved: {_first_line(error)}") from error
     assert isinstance(resolved, dict)
+    for group, key in _others(resolved, words):
+        del resolved[group][key]
     return {str(key): value for key, value in resolved.items()}
+
+
+def _others(config: Mapping[Any, Any], words: Iterable[str]) -> list[tuple[str, str]]:
+    """(group, key) of what a yaml holds and the class that ``words`` name in its place does not have."""
+    found = []
+    for group, given in own_classes(words).items():
+        node = config.get(group)
+        try:
+            names = {one.name for one in fields(_target(node, group))}
+        except (ConfigError, TypeError):  # told when it is built
+            continue
+        found += [(group, str(key)) for key in node or () if key not in {"_target_", *names, *given}]
+    return found
 
 
 def _content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -172,20 +193,42 @@ _built: dict[tuple[Any, str, str], Any] = {}  # specs are frozen: the trials of 
 def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     values = {str(name): value for name, value in node.items() if name != "_target_"}
     if not (isinstance(cls, type) and is_dataclass(cls)):
-        raise ConfigError(f"{key}._target_={node['_target_']!r} is not a loralab spec")
+        raise ConfigError(
+            f"{key}._target_={node['_target_']!r} is not a loralab spec; valid: a dataclass derived from one"
+        )
     names = [one.name for one in fields(cls)]
     _check_switches(cls, values, key)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
+        merged = OmegaConf.merge(_schema(cls, key), values)
         return OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         unknown = next((name for name in values if name not in names), None)
         if unknown is None:  # a key inside one of them
             raise ConfigError(f"{key}.{error.full_key or '?'}: {_first_line(error)}") from error
-        raise ConfigError(f"{key}.{unknown} is not an option of {cls.__name__}; {nearest(unknown, names)}") from error
+        valid = nearest(unknown, names) if names else "it has none"
+        raise ConfigError(f"{key}.{unknown} is not an option of {cls.__name__}; {valid}") from error
     except OmegaConfBaseException as error:
         where = f"{key}.{error.full_key}" if getattr(error, "full_key", None) else key
         raise ConfigError(f"{where}: {_first_line(error)}") from error
+    except (TypeError, ValueError) as error:  # of a class of the user's own
+        raise ConfigError(f"{key}: {cls.__name__} refuses its options: {error}") from error
+
+
+def _schema(cls: Any, key: str) -> Any:
+    """How OmegaConf checks the fields' types. Raises ConfigError where one has a type that it does not know."""
+    try:
+        return OmegaConf.structured(cls)
+    except OmegaConfBaseException as error:
+        for one in fields(cls):
+            try:
+                OmegaConf.structured(make_dataclass("One", [(one.name, get_type_hints(cls)[one.name])]))
+            except OmegaConfBaseException:
+                kind = getattr(one.type, "__name__", one.type)
+                raise ConfigError(
+                    f"{key}.{one.name}: {cls.__name__} says it is of type {kind}, which no setting is checked by;"
+                    " valid: Any, or a type such as int, float, str, bool, list[str], dict[str, int]"
+                ) from error
+        raise
 
 
 def _check_switches(cls: Any, values: Mapping[str, Any], key: str) -> None:
@@ -259,54 +302,24 @@ def compose(overrides: list[str], name: str = "train") -> DictConfig:
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        return cast(DictConfig, hydra_compose(name, overrides=quoted(overrides), return_hydra_config=name != "train"))
+        words = quoted(forced(overrides))
+        config = cast(DictConfig, hydra_compose(name, overrides=words, return_hydra_config=name != "train"))
+    with open_dict(config):
+        for group, key in _others(config, words):
+            del config[group][key]
+    return config
 
 
-def check_axes(overrides: list[str]) -> None:
-    """Raises ConfigError for an axis that a later word would quietly replace."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+def shown(overrides: list[str]) -> list[str]:
+    """``overrides`` as Hydra is to show them: without the keys that a class named among them does not have."""
+    if not own_classes(overrides):
+        return overrides
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
 
-    parser, axes = OverridesParser.create(), dict[str, str]()
-    for word in quoted(overrides):
-        try:
-            parsed = parser.parse_overrides([word])[0]
-        except OverrideParseException:  # Hydra says what is wrong with it
-            continue
-        key = str(parsed.key_or_group)
-        if key in axes:
-            raise ConfigError(f"{axes[key]} and {word} contradict each other; valid: {key} once, with all its values")
-        if parsed.is_sweep_override():
-            axes[key] = word
-
-
-def resumed(overrides: list[str], more: list[str]) -> list[str]:
-    """The words of a begun sweep with those given beside ``--resume``, which may change how it runs, not what it asks.
-
-    Raises ConfigError for a word that would make other trials of its, or move it.
-    """
-    for word in more:
-        key = word.lstrip("+~").partition("=")[0]
-        group, _, name = key.partition(".")
-        before = next((one for one in overrides if one.lstrip("+~").partition("=")[0] == key), None)
-        if key.startswith("hydra.sweep"):
-            raise ConfigError(f"--resume names the sweep and its folder, and {word} another; valid: without {key}")
-        if group.partition("/")[0] in identity.VOLATILE or name in identity.ASIDE.get(group, ()) or word == before:
-            continue
-        if before is not None:
-            raise ConfigError(f"{before} and {word} contradict each other: --resume finishes the trials it began")
-        raise ConfigError(
-            f"{word} would make other trials of those that --resume finishes; valid: the sweep by its name with {word},"
-            " and beside --resume only how it runs (hydra.launcher, logger, callbacks, plan)"
-        )
-    again = {word.lstrip("+~").partition("=")[0] for word in (*more, "hydra.sweep.dir")}
-    return [*(word for word in overrides if word.lstrip("+~").partition("=")[0] not in again), *more]
-
-
-def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
-    """Hydra's arguments for ``sweeps/NAME.yaml``: its axes, each replaced by an override of the same key."""
-    stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
-    axes = OmegaConf.select(stored, "hydra.sweeper.params") or {}
-    given = {override.lstrip("+~").split("=")[0] for override in overrides}
-    kept = [f"{key}={value}" for key, value in axes.items() if key not in given]
-    return [f"+sweeps={name}", "hydra.sweeper.params=null", *kept, *overrides]
+    register_resolvers()
+    words = quoted(forced(overrides))
+    with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
+        left = _others(hydra_compose("train", overrides=words), words)
+    # set first, because Hydra takes a key that is null for none
+    return [*overrides, *(word for group, key in left for word in (f"++{group}.{key}=0", f"~{group}.{key}"))]

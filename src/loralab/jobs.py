@@ -39,7 +39,8 @@ class Job:
     @classmethod
     def running(cls, config: DictConfig, many: bool) -> "Job":
         """The job Hydra is running now."""
-        return cls.of(plain(config), HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir), many)
+        hydra = HydraConfig.get()
+        return cls.of(plain(config, hydra.overrides.task), hydra, Path(hydra.runtime.output_dir), many)
 
     @classmethod
     def of(cls, content: dict[str, Any], hydra: Any, folder: Path, many: bool = True) -> "Job":

@@ -16,7 +16,7 @@ from loralab import record, staleness, workers
 from loralab.errors import ArtifactError, ConfigError, Interrupted, LoralabError
 from loralab.jobs import Job
 from loralab.packing.plan import TOKEN_BUDGET, Member, Pack, halves, plan, spread
-from loralab.words import quoted
+from loralab.words import forced, quoted
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Jobs:
         from loralab.config import data_root, register_resolvers
 
         register_resolvers()
-        sys.argv = ["loralab", *quoted(arguments)]
+        sys.argv = ["loralab", *quoted(forced(arguments))]
         conf = str(data_root() / "conf")
         try:
             hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
