@@ -40,6 +40,17 @@ CONFIGURATION = {
     "dropout": (["adapter.lora_dropout=1.5"], "adapter.lora_dropout must lie in [0, 1)"),
     "targets": (["adapter.target_modules=[q_prj]"], "did you mean q_proj? there are: q_proj (x2)"),
     "target regex": (["adapter.target_modules='q_('"], "not a valid regular expression"),
+    "target regex nested": (
+        ["adapter.target_modules='(.*)*(.*)*(.*)*x'"],
+        "'(.*)*(.*)*(.*)*x' matches no linear layer",
+    ),
+        [f"adapter.target_modules='{'(.*)' * 7}\\\\1x'"],
+        "is not done with one name after 1 s",
+    ),
+    "skip regex without end": (
+        ["quantization=nf4", "quantization.skip_modules=['(.*)*(.*)*(.*)*x']"],
+        "matches no linear",
+    ),
     "embedding": (["adapter.target_modules=[embed_tokens]"], "is of type Embedding"),
     "learning rate": (["optimizer.lr=nan"], "optimizer.lr must be a positive number"),
     "betas": (["optimizer.betas=[0.9]"], "optimizer.betas"),
