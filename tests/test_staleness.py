@@ -365,7 +365,7 @@ def test_a_class_counts_as_it_was_imported_with_those_it_derives_from_and_withou
     assert done.stdout.strip() == "['pack/low.py'] False", done.stderr
 
 
-@pytest.mark.parametrize("broken", ["newer", "damaged", "without metrics"])
+@pytest.mark.parametrize("broken", ["newer", "damaged", "without metrics", "newer, --fresh"])
 def test_a_record_that_cannot_be_read_is_kept_aside_and_never_overwritten(sweep, tmp_path, broken):
     sweep("seed=0")
     ((trial, stored),) = records(tmp_path / "s").items()
@@ -373,8 +373,10 @@ def test_a_record_that_cannot_be_read_is_kept_aside_and_never_overwritten(sweep,
     if broken == "damaged":
         path.write_text('{"schema": ')
     else:
-        path.write_text(json.dumps({**stored, "schema": 99} if broken == "newer" else {**stored, "metrics": None}))
+        path.write_text(
+            json.dumps({**stored, "schema": 99} if broken.startswith("newer") else {**stored, "metrics": None})
+        )
     before = path.read_bytes()
-    assert cli.run(["sweep", "--resume", str(tmp_path / "s")]) == 0
+    assert cli.run(["sweep", "--resume", str(tmp_path / "s"), *(["--fresh"] if "--fresh" in broken else [])]) == 0
     assert (path.parent / "result.stale.json").read_bytes() == before
     assert record.read(path.parent)["metrics"].keys() == stored["metrics"].keys()

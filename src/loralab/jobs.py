@@ -97,6 +97,13 @@ class Job:
         staleness.set_aside(self.folder)
         self.__dict__.pop("_standing", None)
 
+    def spare(self) -> None:
+        """Keeps a record that cannot be read, of a later version or damaged, where --fresh overwrites others."""
+        try:
+            record.read(self.folder)
+        except ArtifactError:
+            self.retire()
+
     @cached_property
     def trial(self) -> str:
         return trial_id(self.content)

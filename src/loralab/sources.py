@@ -36,7 +36,8 @@ def of(classes: Iterable[type]) -> dict[str, str]:
 def changed(stored: Mapping[str, str]) -> list[str]:
     """Files of modules whose source is now another than ``stored``, which ``of`` gave. Nothing is imported for it but
     the packages around a module; one that is not found has not changed."""
-    importable()
+    if stored:
+        importable()
     now = {name: _fingerprint(name) for name in stored}
     return [_file(name) for name, before in stored.items() if now[name] and before and now[name] != before]
 

@@ -152,6 +152,7 @@ class Jobs:
             from loralab import resuming
 
             resuming.forget(job.folder)
+            job.spare()
         self.begun.add(job.trial)
 
     def prepare(
