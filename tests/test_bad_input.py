@@ -157,7 +157,7 @@ def test_a_data_file_whose_name_is_too_long_is_exit_3(refuse, key):
 
 
 @pytest.mark.parametrize(
-    ("template", "said"), [("{questoin}", "did you mean question?"), ("{q}", "valid: a, question")]
+    ("template", "said"), [("{questoin}", "did you mean question?"), ("{q}", "(has: question, a)")]
 )
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_rows_are_checked_before_a_weight_is_read_and_leave_no_record(refuse, tmp_path, ending, template, said):
