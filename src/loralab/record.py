@@ -42,6 +42,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "pack": ("size", "index", "why", "halved"),
     "data": ("name", "fingerprint", "targets", "tokenizer", "source", "max_length", "rows", "truncated"),
     "environment": ("versions", "git", "python", "cpu", "gpu", "threads"),
+    "code": ("sources",),  # {module: fingerprint of its file} of classes that are not loralab's
 }
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
 _NOT_RUNS = {"adapter", "checkpoints", "report", "wandb"}

@@ -1,16 +1,17 @@
-"""Whether a completed record still says what its trial would give now: on the same base, tokenizer and data.
+"""Whether a completed record still says what its trial would give now: on the same base, tokenizer and data, by the
+same classes.
 
 Nothing is loaded for it: all is compared by the bytes on disk. What is not on this machine cannot be said to have
 changed.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from loralab import fingerprints
+from loralab import fingerprints, sources
 from loralab.config import build
 from loralab.record import RESULT
 
@@ -26,8 +27,10 @@ Known = dict[tuple[str, str], str | None]
 
 def outdated(stored: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     """Why the completed record ``stored`` does not finish the trial of the configuration ``content``; else empty."""
-    if changed := _changed(_compared(stored, content), {}):
+    if changed := _changed(stored, content, {}):
         return changed
+    if not stored["metrics"]:
+        return "it has no metrics"
     tested = any(key.startswith("test/") for key in stored["metrics"])
     if content["trainer"].get("test") and (stored["data"].get("rows") or {}).get("test") and not tested:
         return "trainer.test was off"
@@ -44,7 +47,7 @@ def of_record(stored: Mapping[str, Any], known: Known | None = None) -> str:
     if stored["schema"] < 2 or not all(isinstance(config.get(part), Mapping) for part in ("model", "data")):
         return ""  # schema 1 took other fingerprints
     content = {part: _placed(config[part], stored.get("cwd")) for part in ("model", "data")}
-    return _changed(_compared(stored, content), {} if known is None else known)
+    return _changed(stored, content, {} if known is None else known)
 
 
 def _placed(node: Mapping[str, Any], cwd: Any) -> dict[str, Any]:
@@ -60,16 +63,17 @@ def _below(cwd: Path, value: Any) -> Any:
     return str(cwd / value) if (cwd / value).exists() or Path(value).exists() else value
 
 
-def _changed(compared: list[Compared], known: Known) -> str:
+def _changed(stored: Mapping[str, Any], content: Mapping[str, Any], known: Known) -> str:
     """``the data files have changed since``; ``known``: see ``of_record``."""
     found = []
-    for what, before, fingerprint, node in compared:
+    for what, before, fingerprint, node in _compared(stored, content):
         if not before:
             continue
         key = (fingerprint.__name__, json.dumps(node, sort_keys=True, default=repr))
         if key not in known:
             known[key] = _present(fingerprint, node)
         found += [what] if known[key] not in (None, before) else []
+    found += [f"{file} has changed" for file in sources.changed(stored["code"].get("sources") or {})]
     return f"{' and '.join(found)} since" if found else ""
 
 
@@ -114,11 +118,27 @@ def _data(node: Mapping[str, Any]) -> str | None:
 
 
 def set_aside(folder: Path) -> None:
-    """Keeps what a run left under names of its own, so that the next one overwrites nothing."""
-    for name, kept in KEPT.items():
-        target = folder / kept
-        if not (folder / name).exists():
-            continue
-        if target.is_dir():
-            shutil.rmtree(target)
-        (folder / name).replace(target)
+    """Keeps what a run left under names of its own, so that the next one overwrites nothing.
+
+    What was set aside before gets a number (``result.stale.1.json``, the oldest is 1). Only renames, the record's last:
+    after a kill in between, the next call goes on where this one was.
+    """
+    if not (folder / RESULT).exists():
+        return
+    record = KEPT[RESULT]
+    number = next(n for n in count(1) if not (folder / _numbered(record, n)).exists())
+    if (folder / record).exists():
+        _rename(folder, {kept: _numbered(kept, number) for kept in reversed(KEPT.values())})
+    _rename(folder, {name: KEPT[name] for name in reversed(KEPT)})
+
+
+def _rename(folder: Path, names: Mapping[str, str]) -> None:
+    for name, wanted in names.items():
+        if (folder / name).exists():
+            free = (_numbered(wanted, n) if n else wanted for n in count())
+            (folder / name).rename(next(folder / one for one in free if not (folder / one).exists()))
+
+
+def _numbered(name: str, number: int) -> str:
+    stem, dot, end = name.partition(".stale")
+    return f"{stem}{dot}.{number}{end}"
