@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loralab.head import CHUNK, bypassed, frozen_head, head_nll
+from loralab.head import CHUNK, bypassed, frozen_head, hands_on, head_nll
 
 
 def head_of(width=8, classes=11, bias=False, dtype=torch.float32):
@@ -79,3 +79,33 @@ def test_a_head_that_is_trained_watched_or_none_is_left_alone(load_base):
     head.weight.requires_grad_(True)
     assert frozen_head(model) is None
     assert frozen_head(load_base("distilbert").model) is None
+
+
+CHANGES = {
+    "capped": lambda x: 1e3 * torch.tanh(x / 1e3),
+    "scaled": lambda x: x * 1.0001,
+    "shifted": lambda x: x + 0.01,
+    "normalized": lambda x: x.log_softmax(-1),
+    "left out": lambda x: x.masked_fill(torch.arange(x.shape[-1]) == 7, -1e9),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "t5"])
+def test_a_model_hands_on_what_its_head_gives(load_base, inputs, family):
+    model = load_base(family).model.eval().requires_grad_(False)
+    given = inputs("seq2seq_lm" if family == "t5" else "causal_lm")
+    assert hands_on(model, frozen_head(model), given)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_a_model_does_to_its_logits_is_seen_however_little_it_is(load_base, inputs, monkeypatch, change):
+    model = load_base().model.eval().requires_grad_(False)
+    real = type(model).forward
+
+    def changed(self, *args, **kwargs):
+        out = real(self, *args, **kwargs)
+        out.logits = CHANGES[change](out.logits)
+        return out
+
+    monkeypatch.setattr(type(model), "forward", changed)
+    assert not hands_on(model, frozen_head(model), inputs())

@@ -17,7 +17,7 @@ FLOORS = [
     {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},
     {"unpadded"},
     {"dropout"},
-    {"trial", "checkpoints", "architecture", "head", "prefix"},
+    {"trial", "checkpoints", "architecture", "head", "graph", "prefix"},
     {"forward", "resuming", "tokenizer"},
     {"module", "models", "generation", "evaluation"},
     {"planning", "first_batch"},

@@ -159,7 +159,8 @@ def refuse_differences(what: str, model: nn.Module, info: Mapping[str, Any], tas
             f"{what}: {key} is {tuple(stored)} in the checkpoint and {tuple(wanted)} by {cause}; valid: weights and"
             " sizes of the same model"
         )
-    if lost := sorted(key for key in missing if key.startswith(prefix)):
+    whole = _new_poolers(model, missing, prefix) if task == "sequence_classification" and prefix else ()
+    if lost := sorted(key for key in missing if key.startswith(prefix) and not key.startswith(whole)):
         raise ConfigError(
             f"{what}: the checkpoint lacks {_listed(lost)}, which {kind} needs; "
             f"model.task={task} may be the wrong one, or config.json that of another model"
@@ -170,6 +171,18 @@ def refuse_differences(what: str, model: nn.Module, info: Mapping[str, Any], tas
             "valid: weights and config.json of the same model"
         )
     return missing
+
+
+def _new_poolers(model: nn.Module, missing: set[str], prefix: str) -> tuple[str, ...]:
+    """Beginnings of the names of a base's poolers that a checkpoint for another task does not hold at all."""
+    base = model.base_model
+    assert isinstance(base, nn.Module)
+    children = {f"{prefix}{name}.": child for name, child in base.named_children() if "pooler" in name}
+    return tuple(
+        start
+        for start, child in children.items()
+        if all(f"{start}{key}" in missing for key, _ in child.named_parameters())
+    )
 
 
 def _listed(keys: list[str]) -> str:
@@ -184,6 +197,16 @@ def _of_base(model: nn.Module, key: str) -> bool:
     if HARMLESS.search(key) or inner in dict(base.named_buffers()):
         return False
     return inner != key or key.partition(".")[0] in dict(base.named_children())
+
+
+def lacks_pooler(model: nn.Module, path: str) -> set[str]:
+    """The names of a classifier's pooler where the checkpoint, as far as it is on this machine, holds none."""
+    from transformers.modeling_utils import load_state_dict
+
+    names = {key for key, _ in model.named_parameters() if key.startswith(f"{model.base_model_prefix}.pooler.")}
+    files = _weight_files(path) if names else []
+    stored = [key for file in files for key in load_state_dict(file, map_location="meta")]
+    return names if stored and not any(re.search(r"(^|\.)pooler\.", key) for key in stored) else set()
 
 
 def check_files(what: str, path: str) -> bool:

@@ -1,6 +1,7 @@
 """One pass of a stacked batch through the base, by the fastest way that gives the base's own losses.
 
-A way that leaves padding or dense logits out is held against the plain one on the first batch; a base that it does not
+A way that leaves padding or dense logits out is taken where the base's own graph allows it: its logits are its head's,
+its rows do not see each other. It is held against the plain one on the first batch besides. A base that it does not
 suit (soft-capped logits, another kind of attention) is computed the plain way, and the log says so.
 """
 
@@ -17,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from loralab.adapters.perturbed import moderate, perturbed
 from loralab.adapters.sites import Share, Sites
 from loralab.errors import is_out_of_memory
-from loralab.head import bypassed, frozen_head, head_nll
+from loralab.graph import evaluated, reached, reads_positions
+from loralab.head import bypassed, frozen_head, hands_on, head_nll
 from loralab.metrics import nll
 from loralab.unpadded import can_unpad, flat, flatten, prepare, undo
 
@@ -126,9 +128,16 @@ class Forward:
         headless = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
         unpadded = self.task == "causal_lm" and self.unpad and labels.device.type == "cpu" and can_unpad(self.model)
         changed = prepare(self.model) if unpadded else []
-        ways = [Way(unpadded, headless), Way(headless=headless), Way()]
         if isinstance(labels, FakeTensor):
-            return ways[0]
+            return Way(unpadded, headless)
+        few = _two_rows(inputs)
+        if headless and not self._hands_on(few):
+            headless = False
+            log.info("this base is not computed without dense logits: it changes what its head gives")
+        if unpadded and not self._apart(few):
+            unpadded = False
+            log.info("this base is not computed without padding: its rows would not be what they are alone")
+        ways = [Way(unpadded, headless), Way(headless=headless), Way()]
         methods = {type(getattr(share.owner, "spec", share.owner)): share.owner for share in shares}  # one of each
         for way in dict.fromkeys(ways):
             if not way.unpadded:
@@ -137,6 +146,28 @@ class Forward:
                 break
             log.info("this base is not computed %s: its losses would differ", way)
         return way
+
+    def _hands_on(self, few: dict[str, Tensor]) -> bool:
+        """Whether the base's logits are its head's."""
+        head = frozen_head(self.model)
+        self.sites.shares = ()
+        with evaluated(self.model):
+            return head is not None and hands_on(self.model, head, few)
+
+    def _apart(self, few: dict[str, Tensor]) -> bool:
+        """Whether two rows of a flat batch stand at positions of their own and do not see each other."""
+        self.sites.shares = ()
+        lengths = lengths_of(few["attention_mask"])
+        given, second = flatten(few, lengths), slice(lengths[0], sum(lengths))
+        try:
+            seen = reached(self.model, given, second)
+            alone = seen is not None and not bool((seen[:, : lengths[0]] != 0).any())
+            return alone and (lengths[1] < 2 or reads_positions(self.model, given, second))
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            log.debug("a flat batch", exc_info=error)
+            return False
 
     @torch.no_grad()
     def _agrees(self, way: Way, inputs: dict[str, Tensor], labels: Tensor, owner: nn.Module) -> bool:

@@ -37,11 +37,15 @@ def complete(
     """Greedy completions of ``prompts``: at most ``room`` new tokens, prompts cut from the left to fit ``length``."""
     budget = length if task == "seq2seq_lm" else max(1, length - room)
     tokens = [tokenizer(prompt, add_special_tokens=True)["input_ids"][-budget:] for prompt in prompts]
+    if len(tokens) > 1 and getattr(model, "_is_stateful", False):  # a state would take padding in
+        return [complete(model, tokenizer, adapter, [one], task, room, length)[0] for one in prompts]
     longest = max(len(row) for row in tokens)
-    pad = tokenizer.pad_token_id
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in tokens], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens], device=device)
+    pad, device = tokenizer.pad_token_id, next(model.parameters()).device
+    ids = torch.full((len(tokens), longest), pad, device=device)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(tokens):  # an encoder counts its positions from the left
+        own = slice(0, len(row)) if task == "seq2seq_lm" else slice(longest - len(row), longest)
+        ids[place, own], mask[place, own] = torch.tensor(row, device=device), 1
     shares = (Share(adapter, len(prompts)),) if adapter is not None else ()
     with evaluating(model), Sites.of(model).batch(*shares):
         out = model.generate(  # type: ignore[operator]

@@ -5,7 +5,7 @@ The head has no gradient of its own, so the gradient of its input can be made in
 a chunk's logits are still there. What is kept for the backward pass is one gradient row a target.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from loralab.adapters.sites import acts
 
 CHUNK = 512  # target rows whose logits are there at once
+SPREADS = (1.0, 1e4)  # of made-up logits: a cap is seen far out, a shift near zero
 # A CPU's GEMM rounds a row otherwise where there are few rows, and where it splits a long sum by their number (oneMKL
 # 2024.2 with AVX-512: fewer than 16 rows; sums of 1024 terms and more beside fewer than 192 rows).
 LEAST = 16  # rows of a product
@@ -80,6 +81,29 @@ def frozen_head(model: nn.Module, owners: Collection[nn.Module] = ()) -> nn.Line
     if type(head) is not nn.Linear or head.weight.requires_grad:
         return None
     return None if head._forward_pre_hooks or acts(head, owners) else head
+
+
+@torch.no_grad()
+def hands_on(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bool:
+    """Whether the model's logits are its head's, bit for bit, whatever they may become in training: nothing scales,
+    caps, shifts or normalizes them. Seen by logits of its own making in the head's place."""
+    generator = torch.Generator().manual_seed(0)
+    for spread in SPREADS:
+        made: list[Tensor] = []
+
+        def make(hidden: Tensor, spread: float = spread, made: list[Tensor] = made) -> Tensor:
+            drawn = torch.randn(*hidden.shape[:-1], head.out_features, generator=generator) * spread
+            made.append(drawn.to(hidden))
+            return made[-1]
+
+        head.forward = make  # type: ignore[method-assign,assignment]
+        try:
+            logits = model(**inputs).logits
+        finally:
+            del head.forward
+        if len(made) != 1 or not torch.equal(logits.float(), made[0].float()):
+            return False
+    return True
 
 
 @contextmanager

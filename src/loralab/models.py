@@ -330,6 +330,8 @@ def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:
     model.loralab_new_parameters = {
         name for name, parameter in model.named_parameters() if inside and id(parameter) not in inside
     }
+    if not isinstance(spec, Random):
+        model.loralab_new_parameters |= checkpoints.lacks_pooler(model, spec.path)
     return model  # type: ignore[no-any-return]
 
 

@@ -17,10 +17,13 @@ from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
 from loralab.fit import Fit, Part, close_record, explain
+from loralab.graph import check_causal, check_padding
 from loralab.head import frozen_head
 from loralab.planning.foresee import Foresight
+from loralab.quantization.base import is_frozen
 from loralab.quantization.linear import resident_bytes
 from loralab.quantization.none import NoQuantization
+from loralab.quantization.reads import refuse_read
 from loralab.specs import TrialSpec
 from loralab.telemetry.environment import environment
 from loralab.trainers import quiet
@@ -91,6 +94,7 @@ class Runner:
             entry["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
         base = self._load(specs[0], tokenizer, data[0], device)
         _check_labels(base, data)
+        _check_padding(base, specs, data)
         trials = [_trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)]
         for spec, trial in zip(specs, trials, strict=True):
             if spec.memory.continues and _own_callbacks(spec):
@@ -152,6 +156,15 @@ class Runner:
         if self._base is None or key != self._base_key:
             self.forget()
             self._base = models.load(spec.model, spec.quantization, tokenizer, labels, device)
+            model: Any = self._base.model.to(device)
+            if getattr(model.config, "output_router_logits", False):
+                model.config.output_router_logits = False
+                log.info("the router loss of %s is not part of train/loss", type(model).__name__)
+            if getattr(model.config, "problem_type", None) == "multi_label_classification":
+                log.warning("the base's config says problem_type=multi_label_classification; a row has one class here")
+            refuse_read(model, {name: layer for name, layer in model.named_modules() if is_frozen(layer)})
+            if spec.model.task == "causal_lm":
+                check_causal(model)
             self._base_key = key
         return self._base
 
@@ -227,7 +240,19 @@ def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, A
         truncated=data.truncated,
         max_length=spec.model.length,
     )
-    return Trial(spec.settings(), adapter, data, spec.model.task, base.tokenizer.pad_token_id, entry)
+    return Trial(spec.settings(), adapter, data, spec.model.task, _padding(base), entry)
+
+
+def _padding(base: models.Base) -> int:
+    """The token that rows are padded with. A causal classifier finds a row's last token by its config's own
+    pad_token_id, whatever the tokenizer pads with."""
+    config: Any = base.model.config
+    own = config.get_text_config().pad_token_id
+    if base.spec.task != "sequence_classification":
+        return int(base.tokenizer.pad_token_id)
+    if own is None or not 0 <= own < base.model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        own = config.pad_token_id = config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
+    return int(own)
 
 
 def _check_pack(specs: list[TrialSpec]) -> None:
@@ -252,6 +277,16 @@ def _check_pack(specs: list[TrialSpec]) -> None:
             f"trial {alone[0].id} cannot share a pass: adapter={alone[0].adapter.method}, "
             f"quantization={alone[0].quantization.name}"
         )
+
+
+def _check_padding(base: models.Base, specs: list[TrialSpec], data: list[Encoded]) -> None:
+    """Refuses a base whose rows depend on their batch, where rows of unlike lengths share one. Behind a causal row comes
+    nothing that it could see."""
+    for spec, own in zip(specs, data, strict=True):
+        lengths = {len(one.input_ids) for split in (own.train, own.validation, own.test) for one in split}
+        if base.spec.task != "causal_lm" and spec.data.batch_size > 1 and len(lengths) > 1:
+            check_padding(base.model, base.spec.task, spec.data.batch_size)
+            return
 
 
 def _check_labels(base: models.Base, data: list[Encoded]) -> None:

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loralab.adapters.sites import Sites
 
 NAME = "loralab_rows"
+LENGTHS = "loralab_lengths"  # of the rows of a flat batch, an attribute of its mask
 
 
 def can_unpad(model: nn.Module) -> bool:

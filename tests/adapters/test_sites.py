@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -126,3 +127,30 @@ def test_a_layer_called_by_keyword_is_changed_as_any_other():
     with Sites.of(model).batch(Share(owner, 2)):
         assert torch.equal(model[0](scale=2.0, hidden=torch.ones(2, 4)), torch.full((2, 4), 5.0))
     assert Sites.of(model).never_called(owner) == []
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_that_a_pass_calls_again_draws_another_mask_and_the_pass_the_same_ones(checkpointing):
+    class Dropped(nn.Module):
+        def forward(self, x, y, key):
+            return keyed_dropout(y, 0.5, key)
+
+    model = nn.Sequential(nn.Identity())
+    owner = Dropped()
+    Sites.of(model).hold(model, "0", owner, owner)
+
+    def twice(x):
+        return torch.stack([model(x), model(x)])
+
+    def once(key):
+        x = torch.ones(1, 64, requires_grad=True)
+        with Sites.of(model).batch(Share(owner, 1, key)):
+            context = {"use_reentrant": False, "context_fn": Sites.of(model).replayed}
+            y = torch.utils.checkpoint.checkpoint(twice, x, **context) if checkpointing else twice(x)
+            y.square().sum().backward()
+        return y, x.grad
+
+    (first, second), grad = once(5)
+    assert not torch.equal(first, second)
+    assert torch.equal(once(5)[0][1], second)
+    assert torch.equal(grad, 4 * (first > 0) * 2.0 + 4 * (second > 0) * 2.0)

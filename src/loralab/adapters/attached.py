@@ -1,10 +1,15 @@
 """Attaching, with doubts settled first: an adapter that trains nothing, or would lose what it trains, is refused."""
 
+import logging
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter, AdapterSpec
 from loralab.adapters.export import check_export
 from loralab.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def attached(spec: AdapterSpec, model: nn.Module, seed: int = 0) -> Adapter:
@@ -26,7 +31,29 @@ def attached(spec: AdapterSpec, model: nn.Module, seed: int = 0) -> Adapter:
     for parameter in model.parameters():
         if id(parameter) not in owned:
             parameter.requires_grad_(False)
+    _name_ties(adapter, model)
     return adapter
+
+
+def _name_ties(adapter: Adapter, model: nn.Module) -> None:
+    """Warns of adapted layers whose weight another layer computes with as well."""
+    for name, other in ties(model, adapter.layers()) if not adapter.spec.changes_base else []:
+        log.warning(
+            "adapter=%s: the weight of %s is also that of %s, which stays the base's (as PEFT has it); merged into the one "
+            "weight, the update would change both. To merge, untie first: %s.weight = "
+            "torch.nn.Parameter(%s.weight.clone()) and config.tie_word_embeddings=False",
+            *(adapter.spec.method, name, other, name, name),
+        )
+
+
+def ties(model: nn.Module, layers: Iterable[str]) -> list[tuple[str, str]]:
+    """(layer, another one with the same weight) of those of ``layers`` whose weight is tied."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            holders.setdefault(id(weight), []).append(name)
+    shared = {name: own for own in holders.values() if len(own) > 1 for name in own}
+    return [(name, next(one for one in shared[name] if one != name)) for name in layers if name in shared]
 
 
 def _check_parameters(adapter: Adapter, model: nn.Module) -> None:

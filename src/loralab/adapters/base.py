@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.files import WEIGHTS, read_state, write_state
+from loralab.adapters.peft import HEADS
 from loralab.adapters.sites import Sites, bare_copy, mix
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear, matching
@@ -132,7 +133,8 @@ class SavedModule(nn.Module):
         self.module = bare_copy(module).float().requires_grad_(True)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
-        own: Tensor = self.module(x.float() if not torch.is_autocast_enabled(x.device.type) else x)
+        cast = x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)  # embeddings are given ids
+        own: Tensor = self.module(x.float() if cast else x)
         return own.to(y.dtype)
 
 
@@ -160,10 +162,9 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None, seed: int) -> None:
-    """``modules_to_save``: the names given, else a classification head that the checkpoint did not hold."""
+    """``modules_to_save``: the names given, else what the checkpoint of a classifier did not hold."""
     heads = new_heads(model)
-    wanted = heads if names is None else [name for entry in names for name in _named(model, entry)]
-    for name in wanted:
+    for name in modules_to_save(model, names):
         _check_trainable(name, model.get_submodule(name))
         adapter.save_module(name, model.get_submodule(name))
         if name in heads:
@@ -178,16 +179,36 @@ def _check_trainable(name: str, module: nn.Module) -> None:
         raise ConfigError(f"adapter.modules_to_save: {name} ({kind}) has no parameters; valid: a module that has some")
 
 
+def modules_to_save(model: nn.Module, names: Iterable[str] | None) -> list[str]:
+    """Names of the modules that ``save_modules`` trains whole: new ones; or those given and, as PEFT has it, a new
+    ``classifier`` or ``score``; or none, for an empty list."""
+    if names is None:
+        return new_heads(model)
+    given = [name for entry in names for name in _named(model, entry)]
+    heads = [name for name in new_heads(model) if name in HEADS] if given else []
+    return list(dict.fromkeys([*given, *heads]))
+
+
 def new_heads(model: nn.Module) -> list[str]:
-    """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``)."""
+    """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``), and
+    inside it those that the checkpoint did not hold at all: the pooler over a masked language model."""
     fresh: set[str] = getattr(model, "loralab_new_parameters", set())
-    base = getattr(model, "base_model", model)
+    base: nn.Module = getattr(model, "base_model", model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        name
-        for name, child in model.named_children()
-        if base is not model and child not in (base, output) and any(key.startswith(f"{name}.") for key in fresh)
-    ]
+    if base is model:
+        return []
+    inner = f"{model.base_model_prefix}."
+    drawn = all(f"{inner}{name}" in fresh for name, _ in base.named_parameters())  # a base without a checkpoint
+    parts = (
+        [] if drawn else [f"{inner}{name}" for name, child in base.named_children() if _new(child, inner + name, fresh)]
+    )
+    outside = [name for name, child in model.named_children() if child not in (base, output)]
+    return parts + [name for name in outside if any(key.startswith(f"{name}.") for key in fresh)]
+
+
+def _new(module: nn.Module, name: str, fresh: set[str]) -> bool:
+    keys = [f"{name}.{inside}" for inside, _ in module.named_parameters()]
+    return bool(keys) and all(key in fresh for key in keys)
 
 
 def _draw_again(model: nn.Module, module: nn.Module, seed: int, name: str) -> None:
@@ -228,6 +249,19 @@ def match_targets(model: nn.Module, target_modules: Any) -> list[str]:
     if missing or not found:
         _nothing_matches(model, missing, linears)
     return found
+
+
+def outside(targets: list[str], saved: Iterable[str]) -> list[str]:
+    """Those of ``targets`` that no module of ``saved`` holds, whose copy is computed with in their place. Raises
+    ConfigError where none is left."""
+    held = {name: whole for name in targets for whole in saved if f"{name}.".startswith(f"{whole}.")}
+    if targets and len(held) == len(targets):
+        name, whole = next(iter(held.items()))
+        raise ConfigError(
+            f"adapter.target_modules: {name} lies in {whole}, which adapter.modules_to_save trains whole, and so does "
+            "every other layer that matches; valid: layers outside of it"
+        )
+    return [name for name in targets if name not in held]
 
 
 def _check_regex(pattern: str) -> None:

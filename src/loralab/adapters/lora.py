@@ -20,6 +20,8 @@ from loralab.adapters.base import (
     freeze,
     generator_for,
     match_targets,
+    modules_to_save,
+    outside,
     save_modules,
 )
 from loralab.adapters.files import WEIGHTS, read_state
@@ -95,7 +97,7 @@ class LoRA(AdapterSpec):
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)
         adapter = self.makes(model, self)
-        names = match_targets(model, self.target_modules)
+        names = outside(match_targets(model, self.target_modules), modules_to_save(model, self.modules_to_save))
         shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
         self._check_patterns(names)
         self._warn_of_ranks(shapes)
@@ -248,7 +250,21 @@ class LoRAAdapter(Adapter):
         for name, module in self.saved_modules():
             own = module.state_dict()
             state.update({key: own[name] for key, name in peft.saved_keys(name, module).items()})
-        return state
+        return {**self._frozen_heads(), **state}
+
+    def _frozen_heads(self) -> dict[str, Tensor]:
+        """The base's own classification head: PEFT looks for one in every classifier's adapter."""
+        model = self._model[0]
+        if peft.task_type(model) != "SEQ_CLS":
+            return {}
+        trained = set(self.module_names)
+        heads = [(name, head) for name, head in model.named_modules() if name.endswith(peft.HEADS)]
+        return {
+            key: head.get_parameter(inside).detach()
+            for name, head in heads
+            if not any(one == name or one.startswith(f"{name}.") for one in trained)
+            for key, inside in peft.saved_keys(name, head).items()
+        }
 
 
 LoRA.makes = LoRAAdapter

@@ -15,6 +15,7 @@ from loralab.adapters.files import WEIGHTS, write_state
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+HEADS = ("classifier", "score")  # modules that PEFT trains whole wherever the task is classification
 
 
 def write(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

@@ -43,6 +43,7 @@ class Sites:
     def __init__(self) -> None:
         self._shares: tuple[Share, ...] = ()
         self._drawn = 0  # masks of the pass under way
+        self._calls: dict[int, int] = {}  # {salt of a layer: its calls in the pass under way}
         self._sites: dict[str, _Site] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sites":
@@ -62,7 +63,7 @@ class Sites:
 
     @shares.setter
     def shares(self, shares: tuple[Share, ...]) -> None:
-        self._shares, self._drawn = shares, 0
+        self._shares, self._drawn, self._calls = shares, 0, {}
 
     def keys(self) -> list[int]:
         """Each share's key for the next mask that the base itself draws in this pass; none while evaluating."""
@@ -72,17 +73,23 @@ class Sites:
 
     def replayed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of a checkpointed block: computed again, it draws its masks again."""
-        return nullcontext(), _Replay(self, self._drawn)
+        return nullcontext(), _Replay(self, self._drawn, self._calls)
+
+    def call(self, salt: int) -> int:
+        """How often a layer was called before in the pass under way: ALBERT's are, once a repetition."""
+        before = self._calls.get(salt, 0)
+        self._calls[salt] = before + 1
+        return before
 
     @contextmanager
     def only(self, share: Share) -> Iterator[None]:
         """Within, a part of the pass that holds the rows of ``share`` alone, and masks of its own."""
-        before = self._shares, self._drawn
+        before = self._shares, self._drawn, self._calls
         self.shares = (share,)
         try:
             yield
         finally:
-            self._shares, self._drawn = before
+            self._shares, self._drawn, self._calls = before
 
     @contextmanager
     def batch(self, *shares: Share) -> Iterator[None]:
@@ -154,14 +161,15 @@ class Sites:
 class _Replay(AbstractContextManager[None]):
     """Within, masks are numbered from ``drawn`` on; may be entered again."""
 
-    def __init__(self, sites: Sites, drawn: int) -> None:
-        self.sites, self.drawn = sites, drawn
+    def __init__(self, sites: Sites, drawn: int, calls: dict[int, int]) -> None:
+        self.sites, self.drawn, self.calls = sites, drawn, dict(calls)
 
     def __enter__(self) -> None:
-        self.after, self.sites._drawn = self.sites._drawn, self.drawn
+        self.after = self.sites._drawn, self.sites._calls
+        self.sites._drawn, self.sites._calls = self.drawn, dict(self.calls)
 
     def __exit__(self, *_: object) -> None:
-        self.sites._drawn = self.after
+        self.sites._drawn, self.sites._calls = self.after
 
 
 class _Site:
@@ -171,6 +179,7 @@ class _Site:
         self.sites, self.salt = sites, salt
         self.deltas: dict[nn.Module, list[nn.Module]] = {}
         self.called: set[nn.Module] = set()  # owners with rows in a pass that came here
+        self.before = 0  # calls of the layer in this pass before the one under way
         self.handle = layer.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
@@ -179,6 +188,7 @@ class _Site:
         if not owners:
             return y
         self.called.update(owners)
+        self.before = self.sites.call(self.salt)
         x = args[0] if args else next(value for value in named.values() if isinstance(value, Tensor))
         found = [self.deltas.get(share.owner, []) for share in shares]
         kinds = {type(delta) for own in found for delta in own}
@@ -201,13 +211,16 @@ class _Site:
         return changed
 
     def _own(self, share: Share, x: Tensor, y: Tensor) -> Tensor:
-        with self.sites.only(replace(share, key=self._key(share))):  # a head trained whole may hold dropout
+        key = self._key(share)
+        with self.sites.only(replace(share, key=key)):  # a head trained whole may hold dropout
             for delta in self.deltas.get(share.owner, ()):
-                y = delta(x, y, self._key(share))
+                y = delta(x, y, key)
         return y
 
     def _key(self, share: Share) -> int | None:
-        return None if share.key is None else mix(share.key, self.salt)
+        """Of the share's masks here: others at each call of a layer that a pass calls again."""
+        again = (self.before,) if self.before else ()
+        return None if share.key is None else mix(share.key, self.salt, *again)
 
 
 def bare_copy(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.linear import COMPUTE_DTYPES, DEQUANTIZE, FrozenLinear
+from loralab.quantization.reads import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +105,16 @@ class Quantizer(ABC):
         return frozen.train(linear.training)
 
 
+SAME_PRODUCT = frozenset({"FalconLinear"})  # write their own forward, which computes what nn.Linear's does
+
+
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, transformers' Conv1D, or one of our frozen layers."""
-    return isinstance(module, (nn.Linear, Conv1D, FrozenLinear))
+    """nn.Linear, transformers' Conv1D, or one of our frozen layers; a subclass that computes something else (a router,
+    which returns several things) is none."""
+    if isinstance(module, FrozenLinear):
+        return True
+    kind = next((kind for kind in (nn.Linear, Conv1D) if isinstance(module, kind)), None)
+    return kind is not None and (type(module).forward is kind.forward or type(module).__name__ in SAME_PRODUCT)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -155,17 +163,25 @@ def base_linears(model: nn.Module) -> list[str]:
 def quantizable(model: nn.Module, spec: Quantizer) -> list[str]:
     """Names of the layers to convert: ``base_linears`` that are still dense, less the exceptions.
 
-    Exceptions are what the model itself keeps in float32 (T5's ``wo``), and ``skip_modules``.
+    Exceptions are what the model itself keeps in float32 (T5's ``wo``), ``skip_modules``, and layers whose weight the
+    model reads itself (Mamba's ``dt_proj``).
     """
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     skipped = _skipped(linears, spec.skip_modules)
     float32 = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     float32 |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
-    return [
+    names = [
         name
         for name in base_linears(model)
         if name not in skipped and name.rpartition(".")[2] not in float32 and not is_frozen(model.get_submodule(name))
     ]
+    read = read_weights(model, {name: model.get_submodule(name) for name in names}) if spec.name != "none" else []
+    if read:
+        log.warning(
+            "%d layers stay dense: %s reads their weight itself and does not call them: %s",
+            *(len(read), type(model).__name__, ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in read}))),
+        )
+    return [name for name in names if name not in read]
 
 
 def matching(pattern: str, names: Iterable[str], key: str) -> list[str]:

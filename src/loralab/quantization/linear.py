@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loralab.quantization import gemm
+from loralab.quantization.reads import OWNER
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEQUANTIZE = ("per_use", "resident")
@@ -120,7 +121,9 @@ class FrozenLinear(nn.Module, ABC):
         """For code that asks a weight's shape, dtype or device; the values are nan (``dense`` has them)."""
         dtype = COMPUTE_DTYPES.get(self.compute_dtype, self.dense_dtype)
         value = torch.full((), torch.nan, dtype=dtype, device=self.packed()[0].device)
-        return value.expand(self.out_features, self.in_features)
+        value = value.expand(self.out_features, self.in_features)
+        setattr(value, OWNER, self)
+        return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLinear":
         """Packed tensors follow a device but no dtype: .half() would round the float32 statistics. A dense weight that

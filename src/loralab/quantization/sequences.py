@@ -159,7 +159,14 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
 
     With a mark of the positions that have a target: in a row that is shorter than the batch the token behind its last
     target is read too, which in the longest row is not, so that the ids alone do not say what belongs to a row."""
-    made: Tensor = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        made: Tensor = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+    else:  # M2M100, Blenderbot: what their forward does with labels
+        config: Any = model.config
+        start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+        padding = 0 if config.pad_token_id is None else config.pad_token_id
+        made = torch.cat([start, labels[:, :-1]], 1)
+        made = made.masked_fill(made == -100, padding)
     setattr(made, REAL, labels != -100)
     return made
 
