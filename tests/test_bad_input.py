@@ -40,6 +40,14 @@ CONFIGURATION = {
     "dropout": (["adapter.lora_dropout=1.5"], "adapter.lora_dropout must lie in [0, 1)"),
     "targets": (["adapter.target_modules=[q_prj]"], "did you mean q_proj? there are: q_proj (x2)"),
     "target regex": (["adapter.target_modules='q_('"], "not a valid regular expression"),
+    "target regex nested": (
+        ["adapter.target_modules='(.*)*(.*)*(.*)*x'"],
+        "'(.*)*(.*)*(.*)*x' matches no linear layer",
+    ),
+    "skip regex without end": (
+        ["quantization=nf4", "quantization.skip_modules=['(.*)*(.*)*(.*)*x']"],
+        "matches no linear",
+    ),
     "embedding": (["adapter.target_modules=[embed_tokens]"], "is of type Embedding"),
     "learning rate": (["optimizer.lr=nan"], "optimizer.lr must be a positive number"),
     "betas": (["optimizer.betas=[0.9]"], "optimizer.betas"),
@@ -96,6 +104,17 @@ CONFIGURATION = {
     "no target": (["data.target="], "data.target and data.text cannot be empty"),
     "attention": (["model.attn_implementation=spda"], "did you mean sdpa?"),
     "tag": (["logger=wandb", f"logger.tags=[{'a' * 65}]"], "logger.tags: the tag 'aaaa"),
+    "group as a mapping": (["model={a:1}"], "model cannot be that; valid: model=OPTION"),
+    "digits": ([f"adapter.r={'9' * 5000}"], "adapter.r has too many digits; valid: at most 4300"),
+    "long name": ([f"model.name_or_path={'a' * 5000}"], "has 5000 characters, and no file has such a name"),
+    "long tokenizer": ([f"model.tokenizer=x/{'a' * 300}"], "has 302 characters, and no file has such a name"),
+    "module without parameters": (["adapter.modules_to_save=[act_fn]"], "has no parameters; valid: a module that"),
+    "module never called": (["adapter.modules_to_save=[layers]"], "is a ModuleList, which is never called; valid:"),
+    "metric the higher the better": (["metric=val/token_accuracy"], "higher is better; valid: max"),
+    "metric the lower the better": (
+        ["metric_mode=max"],
+        "would rank a worse val/loss first: lower is better; valid: min",
+    ),
     "project": (["logger=wandb", "logger.project=a/b"], "logger.project='a/b' holds /"),
 }
 
@@ -117,6 +136,41 @@ def test_a_sweep_refuses_a_seed_that_is_none_and_its_record_stays_readable(refus
     said = capsys.readouterr().out
     assert "damaged" not in said
     assert "seed must be a whole number" in record.read(next((tmp_path / "s").glob("*/result.json")).parent)["error"]
+
+
+@pytest.mark.parametrize(("command", "more"), [("count", []), ("train", ["--cfg", "job"])])
+def test_a_group_given_as_a_mapping_is_refused_by_every_command(command, more, capsys):
+    assert cli.run([command, "model={a:1}", *more]) == 2
+    assert "model cannot be that; valid: model=OPTION" in capsys.readouterr().err
+
+
+def test_a_classifier_completes_no_rows(refuse):
+    words = ["model.task=sequence_classification", "data.prompt=null", "data.target=null", "data.text='{q}'"]
+    code, text = refuse(*words, "data.label=a", "data.generate_rows=5")
+    assert (code, "data.generate_rows=5: a classifier generates no text; valid: 0" in text) == (2, True)
+
+
+@pytest.mark.parametrize("key", ["train", "validation"])
+def test_a_data_file_whose_name_is_too_long_is_exit_3(refuse, key):
+    code, text = refuse(f"data.{key}={'a' * 5000}")
+    assert (code, f"data.{key}=aaaa" in text, len(text) < 500) == (3, True, True)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"), [("{questoin}", "did you mean question?"), ("{q}", "(has: question, a)")]
+)
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_rows_are_checked_before_a_weight_is_read_and_leave_no_record(refuse, tmp_path, ending, template, said):
+    path = tmp_path / f"rows.{ending}"
+    path.write_text('{"question": "one", "a": "two"}\n' if ending == "jsonl" else "question,a\none,two\n")
+    code, text = refuse(f"data.train={path}", f"data.prompt='{template}'", "hydra.run.dir=run")
+    assert (code, said in text, "loading the base" in text) == (3, True, False)
+    assert not (tmp_path / "run" / record.RESULT).exists()
+
+
+def test_doctor_takes_no_settings(capsys):
+    assert cli.run(["doctor", "x=1"]) == 2
+    assert "loralab doctor takes no settings, got 'x=1'" in capsys.readouterr().err
 
 
 def test_full_fine_tuning_of_a_quantized_base_is_exit_2(tiny_arguments, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from hydra_plugins.loralab_packed.composing import Composed
-from loralab.config import data_root, register_resolvers, sweep_arguments
+from loralab.arguments import sweep_arguments
+from loralab.config import data_root, register_resolvers
 
 SWEEPS = sorted(
     str(path.relative_to(data_root() / "sweeps").with_suffix("")) for path in (data_root() / "sweeps").rglob("*.yaml")

@@ -9,7 +9,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from loralab.config import SPECS, build, compose, data_root, plain, sweep_arguments, trial_id, trial_spec
+from loralab.arguments import sweep_arguments
+from loralab.config import SPECS, build, compose, data_root, plain, trial_id, trial_spec
 
 CONF = data_root() / "conf"
 OPTIONS = sorted(

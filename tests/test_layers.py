@@ -12,7 +12,7 @@ PLUGIN = SRC.parent / "hydra_plugins"
 FLOORS = [
     {"errors"},
     {"record", "numerics", "strategy", "fingerprints"},
-    {"quantization"},
+    {"quantization", "sources"},
     {"adapters"},
     {"data", "telemetry", "loggers", "papers", "optimizers", "trainers", "metrics"},
     {"unpadded"},
@@ -24,17 +24,19 @@ FLOORS = [
     {"specs", "study"},
     {"fit"},
     {"run"},
-    {"packing", "reporting"},
     {"words", "locks"},
+    {"identity"},
+    {"config"},
+    {"staleness"},
+    {"packing", "reporting"},
     {"bench"},
-    {"cli", "config", "identity", "staleness", "jobs", "sweep", "workers"}
-    | {"doctor", "hydra_errors", "hydra_plugins", "gpu"},
+    {"cli", "arguments", "jobs", "sweep", "workers"} | {"doctor", "hydra_errors", "hydra_plugins", "gpu"},
 ]
 FENCES = {
     "bitsandbytes": {"quantization", "optimizers", "bench"},
     "wandb": {"loggers", "reporting"},
-    "hydra": {"config", "cli", "jobs", "sweep", "hydra_errors", "hydra_plugins"},
-    "omegaconf": {"config", "cli", "jobs", "hydra_errors", "hydra_plugins"},
+    "hydra": {"config", "arguments", "cli", "jobs", "sweep", "hydra_errors", "hydra_plugins"},
+    "omegaconf": {"config", "arguments", "cli", "jobs", "hydra_errors", "hydra_plugins"},
     "peft": {"gpu", "bench"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

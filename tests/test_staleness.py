@@ -1,10 +1,14 @@
 """What is finished: the same trial on the same base, tokenizer and data; anything else is stale and runs again."""
 
+import ast
+import contextlib
+import importlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -251,3 +255,128 @@ def test_the_torch_free_look_at_a_base_is_the_specs_own(base):
         node = plain(compose(model))["model"]
         assert staleness._base(node) == build(node, "model").fingerprint()
         assert staleness._tokenizer(node) == build(node, "model").tokenizer_fingerprint()
+
+
+ASIDE = {"result.json": "result.stale{}.json", "metrics.jsonl": "metrics.stale{}.jsonl", "adapter": "adapter.stale{}"}
+
+
+def left_by_a_run(folder, number):
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "weights").write_text(str(number))
+    for name in ("result.json", "metrics.jsonl"):
+        (folder / name).write_text(str(number))
+
+
+def kept(folder):
+    """{name in ASIDE: what is set aside of it, the oldest first}."""
+    found = {}
+    for name, pattern in ASIDE.items():
+        older = sorted(folder.glob(pattern.format(".[0-9]*")), key=lambda path: path.name)
+        paths = [*older, *folder.glob(pattern.format(""))]
+        found[name] = [(path / "weights" if path.is_dir() else path).read_text() for path in paths]
+    return found
+
+
+@pytest.mark.parametrize("stop", range(7))
+def test_all_that_was_ever_set_aside_is_kept_also_at_a_kill_in_between(tmp_path, monkeypatch, stop):
+    for number in (1, 2):
+        left_by_a_run(tmp_path, number)
+        staleness.set_aside(tmp_path)
+    left_by_a_run(tmp_path, 3)
+    real, done = Path.rename, []
+
+    def killed(self, target):
+        if len(done) == stop:
+            raise KeyboardInterrupt
+        done.append(target)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        staleness.set_aside(tmp_path)
+    monkeypatch.setattr(Path, "rename", real)
+    staleness.set_aside(tmp_path)
+    assert kept(tmp_path) == {name: ["1", "2", "3"] for name in ASIDE}
+    assert (tmp_path / "result.stale.json").read_text() == "3"
+    assert len(list(tmp_path.iterdir())) == 9
+
+
+OWN = """
+from dataclasses import dataclass
+from loralab.adapters.base import Adapter
+from loralab.adapters.lora import LoRA
+
+@dataclass(frozen=True)
+class Own(LoRA):
+    makes = Adapter
+    packable = tokenwise = layerwise = True
+"""
+
+
+@pytest.fixture
+def own_class(tmp_path, monkeypatch):
+    """Writes the source of a module and returns its name; what was imported of it is forgotten, as by a new process."""
+    name = f"own_{tmp_path.name}".replace("-", "_")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def write(text):
+        (tmp_path / f"{name}.py").write_text(text)
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return name
+
+    yield write
+    sys.modules.pop(name, None)
+
+
+def test_an_edited_class_of_the_users_own_makes_its_trials_stale(sweep, own_class, tmp_path):
+    name = own_class(OWN)
+    words = [f"adapter._target_={name}.Own", "seed=0,1"]
+    assert sweep(*words)[0] == 0
+    stored = records(tmp_path / "s")
+    assert all(list(one["code"]["sources"]) == [name] for one in stored.values())
+    own_class(OWN)
+    assert sweep(*words)[1].count("finished before") == 2
+    own_class(OWN + "    # edited\n")
+    code, said = sweep(*words)
+    assert (code, "finished before" in said) == (0, False)
+    assert f"{name}.py has changed since" in said
+    assert sweep(*words)[1].count("finished before") == 2
+
+
+def test_a_class_counts_as_it_was_imported_with_those_it_derives_from_and_without_torch(tmp_path, own_class):
+    folder = tmp_path / "pack"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "low.py").write_text("class Low: pass\n")
+    (folder / "high.py").write_text("from pack.low import Low\nclass High(Low): pass\n")
+    script = (
+        "import sys, pathlib; from loralab import sources; sources.importable(); from pack.high import High;"
+        "print(sources.of([High])); pathlib.Path('pack/low.py').write_text('class Low: y = 1');"
+        "print(list(sources.changed(sources.of([High]))), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    first, second = done.stdout.splitlines()
+    assert second == "[] False"  # what runs here is what was imported
+    stored = ast.literal_eval(first)
+    assert list(stored) == ["pack.high", "pack.low"]
+    again = f"import sys; from loralab import sources; print(sources.changed({stored}), 'pack.low' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", again], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "['pack/low.py'] False", done.stderr
+
+
+@pytest.mark.parametrize("broken", ["newer", "damaged", "without metrics", "newer, --fresh"])
+def test_a_record_that_cannot_be_read_is_kept_aside_and_never_overwritten(sweep, tmp_path, broken):
+    sweep("seed=0")
+    ((trial, stored),) = records(tmp_path / "s").items()
+    path = tmp_path / "s" / trial / "result.json"
+    if broken == "damaged":
+        path.write_text('{"schema": ')
+    else:
+        path.write_text(
+            json.dumps({**stored, "schema": 99} if broken.startswith("newer") else {**stored, "metrics": None})
+        )
+    before = path.read_bytes()
+    assert cli.run(["sweep", "--resume", str(tmp_path / "s"), *(["--fresh"] if "--fresh" in broken else [])]) == 0
+    assert (path.parent / "result.stale.json").read_bytes() == before
+    assert record.read(path.parent)["metrics"].keys() == stored["metrics"].keys()

@@ -9,7 +9,7 @@ from torch import nn
 
 from loralab import cli
 from loralab.config import compose, quantizers
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, DiskError
 from loralab.evaluation import Activations, Evaluation
 from loralab.numerics import outliers
 from loralab.quantization.base import dense_weight, quantizable
@@ -209,3 +209,22 @@ def test_the_command_prints_one_json_object_and_writes_a_page(tiny_arguments, tm
     page = (tmp_path / "q" / "report" / "index.html").read_text()
     assert "Loss change against bits" in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr("loralab.study.study", lambda *given: pytest.fail("the study has begun"))
+    assert cli.run(["quantize", "study.weights=gauss", f"hydra.run.dir={tmp_path / 'taken' / 'q'}"]) == 7
+    assert "taken/q cannot be written" in capsys.readouterr().err
+
+
+def test_the_table_is_shown_also_where_the_disk_takes_no_more(tmp_path, monkeypatch, capsys):
+    def full(folder, result):
+        raise DiskError(f"{folder} is full")
+
+    monkeypatch.setattr("loralab.reporting.quantization.write", full)
+    words = ["study.weights=gauss", "study.shape=[64,64]", "quantization=nf4", "logger=none"]
+    assert cli.run(["quantize", *words, f"hydra.run.dir={tmp_path / 'q'}"]) == 7
+    told = capsys.readouterr()
+    assert "nf4" in told.out
+    assert "is full" in told.err

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from loralab import cli, record
+from loralab.arguments import resumed
 from loralab.config import compose, trial_id
 from loralab.locks import hold
 
@@ -82,6 +83,52 @@ def test_resume_finishes_a_folder_by_its_name_alone(sweep, folder):
     assert cli.run(["sweep", "--resume", str(folder)]) == 0
     assert record.read(folder / gone)["status"] == "completed"
     assert times(folder)[kept] == before
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("adapter.r=4", "adapter.r=2,4 and adapter.r=4 contradict each other"),
+        ("seed=1", "seed=1 would make other trials of those that --resume finishes; valid: "),
+        ("hydra.sweep.dir=elsewhere", "--resume names the sweep and its folder, and hydra.sweep.dir=elsewhere another"),
+    ],
+)
+def test_resume_takes_no_word_that_asks_something_else(sweep, folder, capsys, word, said):
+    folder.mkdir()
+    record.write_sweep(folder, {"overrides": ["adapter.r=2,4"]})
+    assert cli.run(["sweep", "--resume", str(folder), word]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_resume_takes_words_of_how_it_runs_in_place_of_those_before():
+    begun = ["adapter.r=2,4", "logger=none", "trainer.max_steps=2"]
+    words = ["logger=wandb", "hydra.launcher.pack=off", "trainer.test=true", "adapter.r=2,4"]
+    assert resumed(begun, words) == ["trainer.max_steps=2", *words]
+
+
+@pytest.mark.usefixtures("_no_output")
+def test_a_sweep_resumed_from_another_folder_reads_the_files_it_began_with(sweep, folder, rows, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for place, split in ((home, "train"), (elsewhere, "validation")):
+        place.mkdir()
+        (place / "rows.jsonl").write_bytes(rows["pairs", split].read_bytes())
+    real = monkeypatch.chdir
+    real(home)
+    assert sweep("seed=0,1", "data.train=rows.jsonl") == 0
+    first, second = sorted(times(folder))
+    before = record.read(folder / first)["data"]["fingerprint"]
+    (folder / first / "result.json").unlink()
+    real(elsewhere)
+    assert cli.run(["sweep", "--resume", str(folder)]) == 0
+    assert record.read(folder / first)["data"]["fingerprint"] == before
+    assert not (folder / second / "result.stale.json").exists()
+
+
+@pytest.mark.usefixtures("_no_output")
+def test_an_arm_that_cannot_run_stops_no_other_where_the_pack_is_foreseen(sweep, folder):
+    arms = "adapter.target_modules=all-linear,[q_proj],[nope]"
+    assert sweep(arms, "plan.record=true") == 2
+    assert statuses(folder) == ["completed", "completed", "failed"]
 
 
 def test_a_call_with_fewer_seeds_hides_no_finished_trial(sweep, folder):

@@ -106,7 +106,7 @@ def train(words: Words) -> int:
 
 
 def _check_axes(overrides: list[str]) -> None:
-    from loralab.config import check_axes
+    from loralab.arguments import check_axes
 
     check_axes(overrides)
 
@@ -128,18 +128,10 @@ def preview(overrides: list[str]) -> int:
 
 def sweep(words: Words) -> int:
     """Every trial of a sweep file that is not finished yet."""
-    from loralab.config import sweep_arguments
+    from loralab.arguments import sweep_arguments
 
     if words.resume is not None:
-        from loralab import record
-
-        folder = Path(words.resume).expanduser()
-        stored = record.read_sweep(folder)
-        overrides = [str(o) for o in stored.get("overrides") or []]
-        if not overrides:
-            raise ArtifactError(f"{folder / 'sweep.json'} does not say how the sweep was called; run it by its name")
-        rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
-        rest += [*words.overrides(), f"hydra.sweep.dir={folder}"]
+        rest = _begun(Path(words.resume).expanduser(), words.overrides())
     else:
         names = [word for word in words.rest if "=" not in word and not word.startswith("~")]
         if len(names) != 1:
@@ -152,14 +144,37 @@ def sweep(words: Words) -> int:
     return _run(words, True, rest)
 
 
+def _begun(folder: Path, more: list[str]) -> list[str]:
+    """The words of a sweep that was begun, in whose working folder this process is from now on: relative paths among
+    them mean what they meant."""
+    from loralab import record
+    from loralab.arguments import resumed
+
+    stored = record.read_sweep(folder)
+    overrides = [str(word) for word in stored.get("overrides") or []]
+    if not overrides:
+        raise ArtifactError(f"{folder / 'sweep.json'} does not say how the sweep was called; run it by its name")
+    overrides, cwd = resumed(overrides, more), Path(str(stored.get("cwd") or Path.cwd()))
+    if cwd.is_dir() and not cwd.samefile(Path.cwd()):
+        folder = folder.absolute()
+        os.chdir(cwd)
+        print(f"the sweep was begun in {cwd}: relative paths are looked up there", file=sys.stderr)
+    elif not cwd.is_dir():
+        here = Path.cwd()
+        print(f"the sweep was begun in {cwd}, which is gone: relative paths are looked up in {here}", file=sys.stderr)
+    return [*overrides, f"hydra.sweep.dir={folder}"]
+
+
 def _run(words: Words, many: bool, overrides: list[str]) -> int:
     """Through Hydra; the table and the page of what was a sweep."""
+    from loralab.config import shown
     from loralab.sweep import Jobs
 
     flags = [word for word in words.hydra if word != "-m"]
     if words.shows:
         try:
-            return Jobs(fresh=False, many=False).run([*flags, *(_first_trial(overrides) if many else overrides)])
+            one = shown(_first_trial(overrides) if many else overrides)
+            return Jobs(fresh=False, many=False).run([*flags, *one])
         except SystemExit:  # Hydra has said what it cannot show
             return 2
     if many and not any(word.startswith("hydra/launcher=") for word in overrides):
@@ -250,8 +265,9 @@ def plan(words: Words) -> int:
 
 
 def quantize(words: Words) -> int:
-    """A quantization study: JSON and a page in its run folder, a table here."""
+    """A quantization study: JSON and a page in its run folder, a table here, also where the folder takes no more."""
     from loralab.config import build, compose, plain, quantizers
+    from loralab.locks import hold
 
     config = compose(words.overrides(), "quantize")
     content, schemes = plain(config), quantizers(config)
@@ -263,14 +279,17 @@ def quantize(words: Words) -> int:
     from loralab.study import study
     from loralab.telemetry.environment import environment
 
-    result = study(spec, schemes, model, data, trainer, "evaluate" in words)
-    machine = environment()
-    result.update(machine=machine["gpu"] or machine["cpu"], versions=machine["versions"], config=content)
-    index = quantization.write(folder, result)
-    mirror = logger.start(folder, f"quantize {result['weights']}", "quantize", content)
-    mirror.table("quantization/schemes", *quantization.wandb_table(result))
-    mirror.finish()
-    print(json.dumps(result) if "json" in words else f"{quantization.terminal(result)}\n\nreport: {index}")
+    with hold(folder):  # before the work: whether it can be written
+        result = study(spec, schemes, model, data, trainer, "evaluate" in words)
+        machine = environment()
+        result.update(machine=machine["gpu"] or machine["cpu"], versions=machine["versions"], config=content)
+        print(json.dumps(result) if "json" in words else quantization.terminal(result), flush=True)
+        index = quantization.write(folder, result)
+        mirror = logger.start(folder, f"quantize {result['weights']}", "quantize", content)
+        mirror.table("quantization/schemes", *quantization.wandb_table(result))
+        mirror.finish()
+    if "json" not in words:
+        print(f"\nreport: {index}")
     return 0
 
 
@@ -296,7 +315,8 @@ def doctor(words: Words) -> int:
     """What this machine can do."""
     from loralab.doctor import examine, render
 
-    words.overrides()
+    if words.rest:
+        raise ConfigError(f"loralab doctor takes no settings, got {words.rest[0]!r}; valid: loralab doctor [--json]")
     findings = examine()
     print(json.dumps({"checks": findings}) if "json" in words else render(findings))
     return 0

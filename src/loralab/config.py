@@ -1,19 +1,19 @@
 """From a composed Hydra configuration to checked specs: unknown keys and wrong types fail before anything loads."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, make_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from loralab import identity
-from loralab.errors import ConfigError, nearest
-from loralab.words import quoted
+from loralab import identity, sources
+from loralab.errors import ConfigError, DataError, nearest
+from loralab.words import forced, own_classes, quoted
 
 if TYPE_CHECKING:
     from loralab.specs import TrialSpec
@@ -30,6 +30,7 @@ SPECS = (
     "memory",
     "plan",
 )  # cheapest import first
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes of a file's name, characters of a path
 OTHERS = ("callbacks", "seed", "metric", "metric_mode", "sweep")
 
 
@@ -46,8 +47,14 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("loralab.trial_id", lambda *, _root_: trial_id(_root_), replace=True)
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration without Hydra's own part."""
+def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, Any]:
+    """The resolved configuration without Hydra's own part.
+
+    ``words``: of the command line; null: as Hydra's part has them. Where they name a group's class, the yaml's keys
+    that are neither theirs nor that class's are left out.
+    """
+    if words is None:
+        words = OmegaConf.select(config, "hydra.overrides.task") or []
     copied = OmegaConf.create({str(key): config._get_node(key) for key in config if key != "hydra"})
     try:
         resolved = OmegaConf.to_container(copied, resolve=True, throw_on_missing=True)
@@ -55,7 +62,22 @@ def plain(config: DictConfig) -> dict[str, Any]:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key} cannot be resolved: {_first_line(error)}") from error
     assert isinstance(resolved, dict)
+    for group, key in _others(resolved, words):
+        del resolved[group][key]
     return {str(key): value for key, value in resolved.items()}
+
+
+def _others(config: Mapping[Any, Any], words: Iterable[str]) -> list[tuple[str, str]]:
+    """(group, key) of what a yaml holds and the class that ``words`` name in its place does not have."""
+    found = []
+    for group, given in own_classes(words).items():
+        node = config.get(group)
+        try:
+            names = {one.name for one in fields(_target(node, group))}
+        except (ConfigError, TypeError):  # told when it is built
+            continue
+        found += [(group, str(key)) for key in node or () if key not in {"_target_", *names, *given}]
+    return found
 
 
 def _content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +115,7 @@ def trial_spec(
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
     from loralab.specs import TrialSpec  # torch, Lightning and the rest, once the settings are known to be sound
 
-    _check_metric(content["metric"], specs, specs["trainer"].patience is not None)
+    _check_metric(content["metric"], content["metric_mode"], specs, specs["trainer"].patience is not None)
     return TrialSpec(
         id=identity.trial_id(specs, content),
         folder=folder,
@@ -122,9 +144,12 @@ def _check_keys(content: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={content[key]!r} is no group of settings; valid: a mapping, or null")
 
 
-def _check_metric(metric: str, specs: Mapping[str, Any], watched: bool) -> None:
-    from loralab.metrics import names
+def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], watched: bool) -> None:
+    from loralab.metrics import HIGHER, names
 
+    if specs["data"].generate_rows and specs["model"].task == "sequence_classification":
+        rows = specs["data"].generate_rows
+        raise ConfigError(f"data.generate_rows={rows}: a classifier generates no text; valid: 0")
     watchable = names(specs["model"].task, False, False)
     if watched and metric not in watchable:
         raise ConfigError(
@@ -134,10 +159,15 @@ def _check_metric(metric: str, specs: Mapping[str, Any], watched: bool) -> None:
     valid = names(specs["model"].task, specs["data"].generate_rows > 0, specs["trainer"].test)
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
+    best = "max" if metric.rpartition("/")[2] in HIGHER else "min"
+    if mode != best:
+        which = "higher" if best == "max" else "lower"
+        raise ConfigError(f"metric_mode={mode} would rank a worse {metric} first: {which} is better; valid: {best}")
 
 
 def build(node: Mapping[str, Any], key: str) -> Any:
     """The spec that ``node`` names in ``_target_``, its fields checked by name and type."""
+    _check_paths(node, key)
     cls = _target(node, key)
     text = json.dumps(node, default=repr)
     if (cls, key, text) not in _built:
@@ -147,26 +177,58 @@ def build(node: Mapping[str, Any], key: str) -> Any:
     return _built[cls, key, text]
 
 
+def _check_paths(node: Any, key: str) -> None:
+    """A name that no file system takes is none of a file, and of a hub neither."""
+    for name in identity.PATHS.get(key, ()) if isinstance(node, Mapping) else ():
+        value = node.get(name)
+        longest = max((len(part.encode(errors="replace")) for part in str(value or "").split("/")), default=0)
+        if longest > LONGEST_NAME or len(str(value)) > LONGEST_PATH:
+            text = f"{key}.{name}={str(value)[:40]}... has {len(str(value))} characters, and no file has such a name"
+            raise (DataError if key == "data" else ConfigError)(f"{text}; valid: an existing path")
+
+
 _built: dict[tuple[Any, str, str], Any] = {}  # specs are frozen: the trials of a sweep share those that are equal
 
 
 def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     values = {str(name): value for name, value in node.items() if name != "_target_"}
     if not (isinstance(cls, type) and is_dataclass(cls)):
-        raise ConfigError(f"{key}._target_={node['_target_']!r} is not a loralab spec")
+        raise ConfigError(
+            f"{key}._target_={node['_target_']!r} is not a loralab spec; valid: a dataclass derived from one"
+        )
     names = [one.name for one in fields(cls)]
     _check_switches(cls, values, key)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
+        merged = OmegaConf.merge(_schema(cls, key), values)
         return OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         unknown = next((name for name in values if name not in names), None)
         if unknown is None:  # a key inside one of them
             raise ConfigError(f"{key}.{error.full_key or '?'}: {_first_line(error)}") from error
-        raise ConfigError(f"{key}.{unknown} is not an option of {cls.__name__}; {nearest(unknown, names)}") from error
+        valid = nearest(unknown, names) if names else "it has none"
+        raise ConfigError(f"{key}.{unknown} is not an option of {cls.__name__}; {valid}") from error
     except OmegaConfBaseException as error:
         where = f"{key}.{error.full_key}" if getattr(error, "full_key", None) else key
         raise ConfigError(f"{where}: {_first_line(error)}") from error
+    except (TypeError, ValueError) as error:  # of a class of the user's own
+        raise ConfigError(f"{key}: {cls.__name__} refuses its options: {error}") from error
+
+
+def _schema(cls: Any, key: str) -> Any:
+    """How OmegaConf checks the fields' types. Raises ConfigError where one has a type that it does not know."""
+    try:
+        return OmegaConf.structured(cls)
+    except OmegaConfBaseException as error:
+        for one in fields(cls):
+            try:
+                OmegaConf.structured(make_dataclass("One", [(one.name, get_type_hints(cls)[one.name])]))
+            except OmegaConfBaseException:
+                kind = getattr(one.type, "__name__", one.type)
+                raise ConfigError(
+                    f"{key}.{one.name}: {cls.__name__} says it is of type {kind}, which no setting is checked by;"
+                    " valid: Any, or a type such as int, float, str, bool, list[str], dict[str, int]"
+                ) from error
+        raise
 
 
 def _check_switches(cls: Any, values: Mapping[str, Any], key: str) -> None:
@@ -199,6 +261,8 @@ def _target(node: Any, key: str) -> Any:
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(f"{key} must be one of the options of conf/{key}/, got {node!r}")
     module, _, name = str(node["_target_"]).rpartition(".")
+    if module.partition(".")[0] != "loralab":
+        sources.importable()
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -239,31 +303,32 @@ def compose(overrides: list[str], name: str = "train") -> DictConfig:
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        return cast(DictConfig, hydra_compose(name, overrides=quoted(overrides), return_hydra_config=name != "train"))
+        words = quoted(forced(overrides))
+        config = cast(DictConfig, hydra_compose(name, overrides=words, return_hydra_config=name != "train"))
+    with open_dict(config):
+        for group, key in _others(config, words):
+            del config[group][key]
+    return config
 
 
-def check_axes(overrides: list[str]) -> None:
-    """Raises ConfigError for an axis that a later word would quietly replace."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+def shown(overrides: list[str]) -> list[str]:
+    """``overrides`` as Hydra is to show them: without the keys that a class named among them does not have."""
+    if not own_classes(overrides):
+        return overrides
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
 
-    parser, axes = OverridesParser.create(), dict[str, str]()
-    for word in quoted(overrides):
-        try:
-            parsed = parser.parse_overrides([word])[0]
-        except OverrideParseException:  # Hydra says what is wrong with it
-            continue
-        key = str(parsed.key_or_group)
-        if key in axes:
-            raise ConfigError(f"{axes[key]} and {word} contradict each other; valid: {key} once, with all its values")
-        if parsed.is_sweep_override():
-            axes[key] = word
+    register_resolvers()
+    words = quoted(forced(overrides))
+    with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
+        left = _others(hydra_compose("train", overrides=words), words)
+    # set first, because Hydra takes a key that is null for none
+    return [*overrides, *(word for group, key in left for word in (f"++{group}.{key}=0", f"~{group}.{key}"))]
 
 
-def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
-    """Hydra's arguments for ``sweeps/NAME.yaml``: its axes, each replaced by an override of the same key."""
-    stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
-    axes = OmegaConf.select(stored, "hydra.sweeper.params") or {}
-    given = {override.lstrip("+~").split("=")[0] for override in overrides}
-    kept = [f"{key}={value}" for key, value in axes.items() if key not in given]
-    return [f"+sweeps={name}", "hydra.sweeper.params=null", *kept, *overrides]
+def sweep_axes(name: str) -> list[str]:
+    """The keys that ``sweeps/NAME.yaml`` varies by itself; empty where there is no such file."""
+    path = data_root() / "sweeps" / f"{name}.yaml"
+    if not path.is_file():
+        return []
+    return [str(key) for key in OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}]

@@ -136,8 +136,11 @@ def of_tokenizer(name_or_path: str) -> str | None:
 
 def local_folder(name: str) -> Path | None:
     """The folder that a name means; None for a hub id."""
-    folder = SHIPPED_FOLDER if name == SHIPPED else Path(name).expanduser()
-    return folder if name and folder.is_dir() else None
+    try:
+        folder = SHIPPED_FOLDER if name == SHIPPED else Path(name).expanduser()
+        return folder if name and folder.is_dir() else None
+    except (OSError, RuntimeError):  # too long a name, no such user
+        return None
 
 
 def hub_snapshot(name: str, kind: str = "model") -> Path | None:

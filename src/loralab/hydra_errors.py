@@ -22,6 +22,8 @@ def translate(error: BaseException) -> LoralabError | Interrupted:
         return _disk(error)
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return ConfigError("a group was set to null or a number; valid: group=OPTION with one of the options of conf/")
+    if isinstance(error, ValueError) and "integer string conversion" in str(error):
+        return ConfigError(f"a number has too many digits; valid: at most {sys.get_int_max_str_digits()}")
     return LoralabError(f"{type(error).__name__}: {error}")
 
 
@@ -88,7 +90,10 @@ def _neighbours(full: str) -> str:
     from loralab.config import compose, data_root
 
     chosen = [w for w in sys.argv[1:] if (data_root() / "conf" / w.partition("=")[0]).is_dir() and "," not in w]
-    node: Any = compose([word for word in chosen if "=" in word])
+    try:
+        node: Any = compose([word for word in chosen if "=" in word])
+    except Exception:  # the wrong word may be one of those
+        node = compose([])
     *parents, name = full.split(".")
     for parent in parents:
         if not isinstance(node, DictConfig) or parent not in node:
@@ -96,6 +101,10 @@ def _neighbours(full: str) -> str:
             break
         node = node._get_node(parent)
     keys = [str(key) for key in node if key not in ("hydra", "_target_")] if isinstance(node, DictConfig) else []
+    if name in keys:
+        return (
+            f"cannot be that; valid: {full}=OPTION, and its keys one by one, as {'loralab train --cfg job'!r} has them"
+        )
     if keys:
         return f"is not an option; {nearest(name, keys)}"
     if isinstance(node, DictConfig) and "_target_" in node:

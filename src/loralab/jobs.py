@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab import record, staleness
 from loralab.config import plain, trial_id, trial_spec
-from loralab.errors import ArtifactError, ConfigError, LoralabError
+from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.locks import hold
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Job:
     @classmethod
     def running(cls, config: DictConfig, many: bool) -> "Job":
         """The job Hydra is running now."""
-        return cls.of(plain(config), HydraConfig.get(), Path(HydraConfig.get().runtime.output_dir), many)
+        hydra = HydraConfig.get()
+        return cls.of(plain(config, hydra.overrides.task), hydra, Path(hydra.runtime.output_dir), many)
 
     @classmethod
     def of(cls, content: dict[str, Any], hydra: Any, folder: Path, many: bool = True) -> "Job":
@@ -75,10 +76,12 @@ class Job:
     @cached_property
     def _standing(self) -> tuple[dict[str, Any] | None, str]:
         """The completed record in the folder, and what has changed since."""
+        if not (self.folder / record.RESULT).exists():
+            return None, ""
         try:
             stored = record.read(self.folder)
-        except ArtifactError:
-            return None, ""
+        except ArtifactError as error:  # of a later version of loralab, or damaged: it is somebody's all the same
+            return None, str(error)
         if stored["status"] != "completed":
             return None, ""
         if stored["trial"] != self.trial:
@@ -93,6 +96,13 @@ class Job:
         """Keeps what is outdated under another name."""
         staleness.set_aside(self.folder)
         self.__dict__.pop("_standing", None)
+
+    def spare(self) -> None:
+        """Keeps a record that cannot be read, of a later version or damaged, where --fresh overwrites others."""
+        try:
+            record.read(self.folder)
+        except ArtifactError:
+            self.retire()
 
     @cached_property
     def trial(self) -> str:
@@ -114,11 +124,13 @@ class Job:
         """Runs the trial alone. In a sweep a failure is in the record; a single run raises what is wrong with it."""
         started = time.monotonic()
         try:
-            self.spec()
+            spec = self.spec()
         except LoralabError as error:
             if not self.many:
                 raise
             return self.refuse(error)
+        if not self.many:
+            _check_rows(spec, runner)
         with ExitStack() as stack:
             spec = self.open(stack)
             if not self.many:
@@ -194,6 +206,18 @@ class Job:
             return self.sweep or record.read_sweep(self.folder.parent)
         except ArtifactError:
             return {"trials": [], "axes": {}}
+
+
+def _check_rows(spec: "TrialSpec", runner: Any) -> None:
+    """Reads the rows, which ``runner`` keeps, before a weight: raises DataError, ConfigError."""
+    if spec.data.from_base:
+        return
+    try:
+        runner.encoded(spec)
+    except (DataError, ConfigError):
+        raise
+    except Exception:  # told by the run itself
+        log.debug("the rows of %s cannot be read", spec.id, exc_info=True)
 
 
 def _clock(seconds: float) -> str:

@@ -9,6 +9,8 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.text.rouge import ROUGEScore
 
+HIGHER = ("accuracy", "f1", "token_accuracy", "rouge_l")  # the better, the higher; of the others the lower
+
 
 def nll(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
     """(summed negative log-likelihood, predictions, targets) in float32, masked positions left out.

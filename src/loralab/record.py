@@ -42,6 +42,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "pack": ("size", "index", "why", "halved"),
     "data": ("name", "fingerprint", "targets", "tokenizer", "source", "max_length", "rows", "truncated"),
     "environment": ("versions", "git", "python", "cpu", "gpu", "threads"),
+    "code": ("sources",),  # {module: fingerprint of its file} of classes that are not loralab's
 }
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
 _NOT_RUNS = {"adapter", "checkpoints", "report", "wandb"}
@@ -145,7 +146,8 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     sweep = {"name": folder.resolve().name, "question": "", "axes": {}, "trials": [], **stored}
     kinds = {"name": str, "question": str, "axes": dict, "trials": list, "paper": dict}
     wrong = [key for key, kind in kinds.items() if key in sweep and not isinstance(sweep[key], kind)]
-    wrong += [f"trials[{index}]" for index, entry in enumerate(sweep["trials"]) if not _is_entry(entry)]
+    listed = sweep["trials"] if isinstance(sweep["trials"], list) else []
+    wrong += [f"trials[{index}]" for index, entry in enumerate(listed) if not _is_entry(entry)]
     if wrong:
         raise ArtifactError(
             f"{path}: damaged: {', '.join(wrong)}; name and question must be texts, axes an object, trials a list"

@@ -169,4 +169,6 @@ def _made_on(trial: "Trial") -> dict[str, str]:
     """What must be the same for a continuation to be one."""
     base, data = trial.record["base"], trial.record["data"]
     found = {"base": base["fingerprint"], "data": data["fingerprint"], "tokenizer": data["tokenizer"]}
+    if code := trial.record["code"]["sources"]:
+        found["code"] = sorted(code.items())
     return {"trial": trial.settings.id, **{what: str(fingerprint) for what, fingerprint in found.items()}}

@@ -214,7 +214,7 @@ def encoded_data(data: DataSpec, model: models.Pretrained, tokenizer: Any, devic
 def _new_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     entry = record.blank(spec.id, config=spec.config, overrides=spec.overrides, choices=spec.choices, seed=spec.seed)
     entry["pack"] = {"size": size, "index": index}
-    entry["environment"] = environment()
+    entry["environment"], entry["code"]["sources"] = environment(), spec.sources()
     entry["cwd"] = str(Path.cwd())  # what relative paths among the overrides are relative to
     entry["pid"], entry["host"] = os.getpid(), socket.gethostname()
     return entry

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralab import models, optimizers
+from loralab import models, optimizers, sources
 from loralab.adapters.base import AdapterSpec
 from loralab.data.base import DataSpec
 from loralab.loggers.wandb import Wandb
@@ -58,6 +58,11 @@ class TrialSpec:
             metric=self.metric,
             metric_mode=self.metric_mode,
         )
+
+    def sources(self) -> dict[str, str]:
+        """{module: fingerprint} of the classes among what decides the result that are not loralab's."""
+        parts = (self.model, self.quantization, self.adapter, self.data, self.optimizer, self.schedule, self.trainer)
+        return sources.of(map(type, parts))
 
     @property
     def shares(self) -> tuple[Any, ...]:

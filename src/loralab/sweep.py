@@ -16,7 +16,7 @@ from loralab import record, staleness, workers
 from loralab.errors import ArtifactError, ConfigError, Interrupted, LoralabError
 from loralab.jobs import Job
 from loralab.packing.plan import TOKEN_BUDGET, Member, Pack, halves, plan, spread
-from loralab.words import quoted
+from loralab.words import forced, quoted
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Jobs:
         from loralab.config import data_root, register_resolvers
 
         register_resolvers()
-        sys.argv = ["loralab", *quoted(arguments)]
+        sys.argv = ["loralab", *quoted(forced(arguments))]
         conf = str(data_root() / "conf")
         try:
             hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
@@ -152,6 +152,7 @@ class Jobs:
             from loralab import resuming
 
             resuming.forget(job.folder)
+            job.spare()
         self.begun.add(job.trial)
 
     def prepare(
@@ -227,8 +228,11 @@ class Jobs:
         from loralab.planning.plan import estimate
 
         device = specs[0][0].trainer.device
-        largest = max(specs, key=lambda pack: estimate(pack, device))
-        plan = self.runner.foresight.plan(largest, [self.runner.encoded(one) for one in largest], device)
+        try:
+            largest = max(specs, key=lambda pack: estimate(pack, device))
+            plan = self.runner.foresight.plan(largest, [self.runner.encoded(one) for one in largest], device)
+        except LoralabError:  # one of them cannot run: told when its turn comes
+            return
         if plan is not None:
             log.info("%s", sentence(len(largest), plan))
 

@@ -118,8 +118,8 @@ class Trial:
             return
         self.waited += 1
         if mine.patience == self.waited and self.step < mine.max_steps:
-            text = "%s ends at step %d: %s has not been better than %.4g in %d validations"
-            log.info(text, mine.id, self.step, mine.metric, self.best, self.waited)
+            text = "%s ends at step %d: %s has not been better than %.4g in %d validation%s"
+            log.info(text, mine.id, self.step, mine.metric, self.best, self.waited, "s" * (self.waited > 1))
 
     def advance(self) -> None:
         """An optimizer step is finished."""

@@ -1,6 +1,8 @@
 """The command line taken apart: loralab's flags, which may stand anywhere, Hydra's, and key=value settings."""
 
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +84,10 @@ class Words:
         odd = [word for word in self.rest if word.startswith("=") or ("=" not in word and not word.startswith("~"))]
         if odd:
             raise ConfigError(f"loralab {self.command}: {odd[0]!r} is not understood; settings are key=value")
+        for word in self.rest:
+            key, most = word.partition("=")[0], sys.get_int_max_str_digits()
+            if key not in TEXTS and most and re.search(rf"\d{{{most + 1}}}", word):
+                raise ConfigError(f"{key} has too many digits; valid: at most {most}")
         return self.rest
 
     def refuse(self, flags: dict[str, str]) -> None:
@@ -112,6 +118,19 @@ def _value(flag: str, given: str | None, queue: list[str]) -> str:
     if choices and given not in choices:
         raise ConfigError(f"{flag} {given} is unknown; {nearest(given, choices)}")
     return given
+
+
+def own_classes(words: Iterable[str]) -> dict[str, set[str]]:
+    """{group: its keys among ``words``} of the groups whose class they name, as in ``adapter._target_=mine.IA3``."""
+    keys = [word.lstrip("+").partition("=")[0].split(".") for word in words]
+    named = {key[0] for key in keys if len(key) == 2 and key[1] == "_target_"}
+    return {group: {key[1] for key in keys if key[0] == group and len(key) > 1} for group in sorted(named)}
+
+
+def forced(words: list[str]) -> list[str]:
+    """With a class named, its keys need not be those of the yaml, and Hydra takes others only with two plus signs."""
+    named = own_classes(words)
+    return [f"++{word}" if word.partition(".")[0] in named and "=" in word else word for word in words]
 
 
 def quoted(words: list[str]) -> list[str]:

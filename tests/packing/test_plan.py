@@ -35,7 +35,7 @@ def test_a_single_trial_says_what_kept_it_alone():
     assert [pack.why for pack in found] == [
         "measures memory",
         "no other trial shares its model, quantization, optimizer, precision and intervals",
-        *["a pass with another's exceeds the token budget of 512"] * 2,
+        *["together with any other trial it would be over the token budget of 512"] * 2,
     ]
 
 
@@ -70,7 +70,9 @@ def test_the_budget_that_kept_a_trial_alone_is_named():
     alike = [Member(str(i), "a", 10, "", 2**30, 2**29) for i in range(2)]
     assert [len(pack.trials) for pack in plan(alike, 100, 2 * 2**30)] == [2]
     apart = plan(alike, 100, 1.75 * 2**30)
-    assert [pack.why for pack in apart] == ["a pass with another's exceeds the memory budget of 1.75 GiB"] * 2
+    assert [pack.why for pack in apart] == [
+        "together with any other trial it would be over the memory budget of 1.75 GiB"
+    ] * 2
     assert "token budget of 15" in plan(alike, 15)[0].why
 
 

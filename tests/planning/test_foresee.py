@@ -2,6 +2,7 @@
 
 import json
 import logging
+import types
 from dataclasses import replace
 
 import pytest
@@ -87,3 +88,15 @@ def test_plan_gives_one_json_object_of_the_contract(tiny_arguments, capsys):
     assert found["predicted_peak_bytes"] == max(found["by_phase"].values()) == sum(found["by_kind"].values())
     assert cli.run(["plan", *words]) == 0
     assert "predicted peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("peak", "unit", "said"), [(14.4, 2**20, "14 MiB (base 10, adapter 4)"), (2, 2**30, "2.00 GiB")]
+)
+def test_a_pass_is_told_in_one_unit(peak, unit, said):
+    plan = types.SimpleNamespace(
+        predicted_peak_bytes=int(peak * unit), by_kind={"base": 10 * unit, "adapter": int(4.4 * unit), "other": 0}
+    )
+    told = foresee.sentence(1, plan)
+    assert told.startswith(f"largest pass (1 trial): predicted peak {said}")
+    assert ("MiB" in told) != ("GiB" in told)

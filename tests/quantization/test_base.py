@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from loralab.errors import ConfigError
-from loralab.quantization.base import Quantizer, measure, quantizable
+from loralab.quantization.base import Quantizer, matching, measure, quantizable
 from loralab.quantization.four_bit import BLOCK_SIZES, FourBit
 from loralab.quantization.int8 import Int8Absmax
 from loralab.quantization.llm_int8 import LLMInt8
@@ -207,3 +207,10 @@ def test_packing_is_refused_only_where_a_row_depends_on_its_neighbours():
     assert Int8Absmax().packable
     assert LLMInt8(threshold=0.0).packable
     assert not LLMInt8().packable
+
+
+def test_an_expression_that_would_take_years_is_given_up_within_seconds():
+    pattern = "(.*)" * 7 + r"\1[!]|(.*)*\1!"
+    with pytest.raises(ConfigError, match="is not done with one name after 1 s; valid: an expression without"):
+        matching(pattern, ["model.layers.11.self_attn.q_proj"], "adapter.target_modules")
+    assert matching("(.*)*proj", ["model.q_proj", "model.norm"], "x") == ["model.q_proj"]

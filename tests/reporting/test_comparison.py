@@ -221,8 +221,11 @@ def test_the_lowest_mean_is_no_winner_where_its_interval_holds_0(arms):
     done = report(arms(losses))
     page = done.index.read_text()
     assert 'class="pill"' not in page
-    assert "no winner" in page
-    assert all("o arm is separated from the rest by its intervals" in text for text in said(done).values())
+    assert "no single best row" in page
+    assert all(
+        "o single best row: the leading rows are not told apart by their intervals" in text
+        for text in said(done).values()
+    )
     assert "*" not in done.table
 
 
@@ -271,7 +274,7 @@ def test_seeds_that_change_nothing_are_one_measurement(arms):
     assert (second["difference"]["low"], second["difference"]["high"], second["difference"]["n"]) == (None, None, 1)
     assert "+6.0000 [" not in done.table
     assert "3 ok, one score (n = 1)" in done.table
-    assert all("every seed gives the very same score (nothing was trained)" in text for text in said(done).values())
+    assert all("every seed gives the very same val/loss (nothing was trained)" in text for text in said(done).values())
     assert "standard deviation" not in done.index.read_text().partition("<body>")[2].partition("<footer>")[0]
 
 

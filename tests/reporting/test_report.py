@@ -231,7 +231,7 @@ def test_a_single_runs_page_is_its_own_and_shows_every_metric(synthetic_sweep, t
     assert 'class="kicker">loralab run<' in text
     assert "<h1>run</h1>" in text
     assert ">val/perplexity</button>" in text
-    for unwanted in ("best", "standard deviation over n", "baseline", "no winner"):
+    for unwanted in ("best", "standard deviation over n", "baseline", "no single best"):
         assert unwanted not in text.partition("<body>")[2].partition("<footer>")[0], unwanted
 
 

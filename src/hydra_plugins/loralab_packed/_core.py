@@ -181,6 +181,7 @@ class Ledger:
             "question": sweep.get("question"),
             "axes": axes([list(one.get("overrides") or []) for one in listed]),
             "overrides": list(config.hydra.overrides.task),
+            "cwd": str(Path.cwd()),  # what relative paths among them are relative to
             "trials": listed,
         }
         for job in jobs:

@@ -15,7 +15,7 @@ from loralab.adapters.files import WEIGHTS, read_state, write_state
 from loralab.adapters.peft import HEADS
 from loralab.adapters.sites import Sites, bare_copy, mix
 from loralab.errors import ConfigError, nearest
-from loralab.quantization.base import base_linears, is_linear
+from loralab.quantization.base import base_linears, is_linear, matching
 
 STATED = ("packable", "tokenwise", "layerwise")  # each class for itself: what it does not say is false
 
@@ -165,9 +165,18 @@ def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None
     """``modules_to_save``: the names given, else what the checkpoint of a classifier did not hold."""
     heads = new_heads(model)
     for name in modules_to_save(model, names):
+        _check_trainable(name, model.get_submodule(name))
         adapter.save_module(name, model.get_submodule(name))
         if name in heads:
             _draw_again(model, adapter.saved[name.replace(".", "/")].module, seed, name)  # type: ignore[arg-type]
+
+
+def _check_trainable(name: str, module: nn.Module) -> None:
+    kind = type(module).__name__
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        raise ConfigError(f"adapter.modules_to_save: {name} is a {kind}, which is never called; valid: modules in it")
+    if not any(True for _ in module.parameters()):
+        raise ConfigError(f"adapter.modules_to_save: {name} ({kind}) has no parameters; valid: a module that has some")
 
 
 def modules_to_save(model: nn.Module, names: Iterable[str] | None) -> list[str]:
@@ -230,7 +239,8 @@ def match_targets(model: nn.Module, target_modules: Any) -> list[str]:
         return base_linears(model)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     if isinstance(target_modules, str):
-        found = [name for name in linears if _regex(target_modules).fullmatch(name)]
+        _check_regex(target_modules)
+        found = matching(target_modules, linears, "adapter.target_modules")
         missing = [] if found else [target_modules]
     else:
         entries = [str(entry) for entry in target_modules]
@@ -254,9 +264,10 @@ def outside(targets: list[str], saved: Iterable[str]) -> list[str]:
     return [name for name in targets if name not in held]
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
+def _check_regex(pattern: str) -> None:
+    """As PEFT will read it."""
     try:
-        return re.compile(pattern)
+        re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"adapter.target_modules={pattern!r} is not a valid regular expression ({error})") from error
 

@@ -14,7 +14,7 @@ from typing import Any
 from loralab import fingerprints
 from loralab.data.base import SPLITS, Row, Splits, make_splits
 from loralab.data.rows import VALIDATION_SHARE, Record, RowSpec
-from loralab.errors import ConfigError, DataError
+from loralab.errors import ConfigError, DataError, nearest
 
 FORMATS = (".jsonl", ".csv", ".txt")
 LISTED = 12  # files named in a message
@@ -183,7 +183,9 @@ def _check_header(where: str, header: list[str], columns: list[str]) -> None:
         if name not in header:
             apart = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
             hint = f"; the cells seem to be separated by {apart!r}, a comma is wanted" if apart else ""
-            raise DataError(f"{where}: column {name!r} is missing (has: {', '.join(header) or 'nothing'}){hint}")
+            close = nearest(name, header).partition("valid:")[0].strip()
+            has = ", ".join(header) or "nothing"
+            raise DataError(f"{where}: column {name!r} is missing (has: {has}){close and f'; {close}'}{hint}")
 
 
 def _csv_record(cells: list[str], header: list[str], where: str, problem: str) -> Record:

@@ -289,7 +289,10 @@ def warn_of_overlap(splits: Splits) -> None:
 
 def _field(fields: Mapping[str, Any], name: str) -> Any:
     if name not in fields:
-        raise BadRow(f"field {name!r} is missing (has: {', '.join(map(str, fields)) or 'nothing'})")
+        close = nearest(name, map(str, fields)).partition("valid:")[0].strip()
+        raise BadRow(
+            f"field {name!r} is missing (has: {', '.join(map(str, fields)) or 'nothing'}){close and f'; {close}'}"
+        )
     return fields[name]
 
 

@@ -69,7 +69,7 @@ def alone(spec: TrialSpec) -> str:
     if not spec.adapter.packable:
         return f"adapter={spec.adapter.method} cannot share a pass"
     if not spec.quantization.packable:
-        return f"quantization={spec.quantization.name} looks at whole sequences"
+        return f"quantization={spec.quantization.name} takes scales or outlier columns over all rows of a pass"
     if spec.memory.alone:
         return spec.memory.alone
     config = spec.model.prepared_config(spec.model.num_labels)

@@ -77,7 +77,7 @@ def _why(found: Sequence[Member], members: Sequence[Member], token_budget: int, 
     if not alike:
         return "no other trial shares its model, quantization, optimizer, precision and intervals"
     exceeded = next((what for other in alike if (what := _exceeds([one, other], token_budget, memory_budget))), "")
-    return f"a pass with another's exceeds the {exceeded or 'budget'}"
+    return f"together with any other trial it would be over the {exceeded or 'budget'}"
 
 
 def spread(weights: Sequence[float], count: int) -> list[list[int]]:

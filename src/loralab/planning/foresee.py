@@ -119,5 +119,8 @@ def free_bytes(device: str) -> float:
 
 def sentence(trials: int, plan: Plan) -> str:
     """What a sweep says of its largest pack before it starts."""
-    where = ", ".join(f"{kind} {size / 2**20:,.0f}" for kind, size in plan.by_kind.items() if size > 2**20)
-    return f"largest pass ({trials} trials): predicted peak {plan.predicted_peak_bytes / GIB:.2f} GiB ({where} MiB)"
+    size, unit = (GIB, "GiB") if plan.predicted_peak_bytes >= GIB else (2**20, "MiB")
+    digits = 2 if unit == "GiB" else 0
+    where = ", ".join(f"{kind} {n / size:,.{digits}f}" for kind, n in plan.by_kind.items() if round(n / size, digits))
+    peak = f"{plan.predicted_peak_bytes / size:,.{digits}f} {unit}"
+    return f"largest pass ({trials} trial{'s' * (trials != 1)}): predicted peak {peak} ({where})"

@@ -239,7 +239,7 @@ def _need(spec: Any, what: str, value: int, device: str) -> int:
 
 def render(plan: Plan) -> str:
     """The plan for a terminal."""
-    lines = [f"{plan.rows} rows of {plan.length} tokens on {plan.device}", ""]
+    lines = [f"{plan.rows} row{'s' * (plan.rows != 1)} of {plan.length} tokens on {plan.device}", ""]
     lines += [f"{'predicted peak':>16} {plan.predicted_peak_bytes / GIB:9.3f} GiB   allocated by torch"]
     if plan.device == "cuda":
         lines.append(f"{'device':>16} {plan.device_bytes / GIB:9.3f} GiB   with context and fragmentation")

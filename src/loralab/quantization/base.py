@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import regex  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,6 +21,7 @@ from loralab.quantization.reads import read_weights
 log = logging.getLogger(__name__)
 
 WORTH_NAMING = 0.01  # share of a base's parameters
+LONGEST_MATCH = 1.0  # seconds that an expression may take over one name
 
 
 def choose(key: str, value: object, valid: Iterable[object]) -> None:
@@ -182,10 +184,25 @@ def quantizable(model: nn.Module, spec: Quantizer) -> list[str]:
     return [name for name in names if name not in read]
 
 
+def matching(pattern: str, names: Iterable[str], key: str) -> list[str]:
+    """The names that a regular expression matches whole. Raises ConfigError where that takes seconds (``(.*)*x``)."""
+    try:
+        compiled = regex.compile(pattern)
+        return [name for name in names if compiled.fullmatch(name, timeout=LONGEST_MATCH)]
+    except regex.error as error:
+        raise ConfigError(f"{key}={pattern!r} is not a valid regular expression ({error})") from None
+    except TimeoutError:
+        raise ConfigError(
+            f"{key}={pattern!r} is not done with one name after {LONGEST_MATCH:g} s; valid: an expression without a"
+            " repetition inside a repetition"
+        ) from None
+
+
 def _skipped(names: list[str], patterns: list[str]) -> set[str]:
     found: set[str] = set()
     for pattern in patterns:
-        hits = {n for n in names if pattern in (n, n.rpartition(".")[2]) or re.fullmatch(pattern, n)}
+        hits = {n for n in names if pattern in (n, n.rpartition(".")[2])}
+        hits |= {*matching(pattern, names, "quantization.skip_modules")}
         if not hits:
             last = {n.rpartition(".")[2] for n in names}
             raise ConfigError(

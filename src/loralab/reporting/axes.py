@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 Record = dict[str, Any]
 UNKNOWN = "?"  # the label of a value that nothing tells
@@ -76,6 +76,11 @@ def names(values: Iterable[Any]) -> dict[str, str]:
     labels = {key: UNKNOWN if value is UNSAID else label(value) for key, value in known.items()}
     distinct = len({UNKNOWN, *labels.values()}) == len({UNKNOWN, *labels})
     return labels if distinct else {key: key for key in labels}
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether JSON has it as a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def as_number(text: str) -> float | None:

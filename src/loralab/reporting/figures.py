@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loralab.reporting import svg
-from loralab.reporting.axes import as_number, short_names
+from loralab.reporting.axes import as_number, is_number, short_names
 from loralab.reporting.gather import Study, Trial, curves
 from loralab.reporting.rows import Row
 from loralab.reporting.table import deviates, score_text, trial_text, where
@@ -66,7 +66,7 @@ def _metric_panel(study: Study, found: Sequence[Row], x: str, by: list[str], y: 
     drawn = svg.chart(series, axis, y, joined=numeric, description=title)
     spread = "Large: mean over seeds; small: each seed; bars: one standard deviation; " * deviates(found)
     caption = f"{spread}{_seeds(found)}."
-    missing = _missing(series)
+    missing = _missing(found)
     caption += f" {missing}." if missing else ""
     return Figure(title, caption, _legend(series) + drawn)
 
@@ -76,24 +76,26 @@ def _against_bits(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
     scored = [(row, bits) for row in found if (bits := row.average("base.bits_per_parameter")) and row.scores]
     if not by or len({bits for _, bits in scored}) < 2:
         return
-    spread = [bits for _, bits in scored]
-    ticks = [(bits, f"{bits:.4g}") for bits in _spaced(spread)]
-    name = "bits per parameter of the quantized layers"
-    axis = svg.Axis(name, min(spread) / 1.25, max(spread) * 1.25, ticks, log2=True)
+    labels = list(dict.fromkeys(f"{bits:.4g}" for bits in sorted(bits for _, bits in scored)))
+    axis = svg.places("bits per parameter of the quantized layers (in order, not to scale)", labels)
     second = next(
         (axis for axis, labels in study.axes.items() if axis != by[0] and 1 < len(labels) <= svg.SHAPES), None
     )
     series = [
-        svg.Series(key, [_shaped(study, row, bits, second) for row, bits in scored if row in inside], hue)
+        svg.Series(
+            key,
+            [_shaped(study, row, labels.index(f"{bits:.4g}"), second) for row, bits in scored if row in inside],
+            hue,
+        )
         for key, hue, inside in _series(study, found, by)
     ]
     y = svg.scale(study.metric, _extent([row for row, _ in scored]))
     better = "lower" if study.mode == "min" else "higher"
     title = "Quality against bits per parameter"
-    caption = f"One mark per configuration; left and {better} is better; {_seeds(found)}."
+    caption = f"One mark per row; left and {better} is better; {_seeds(found)}."
     legend = svg.legend([(one.name, one.colour) for one in series], round_marks=second is not None)
     legend += svg.shape_legend(_values(study, second)) if second else ""
-    yield Figure(title, caption, legend + svg.scatter(series, axis, y, title))
+    yield Figure(title, caption, legend + svg.chart(series, axis, y, joined=False, description=title))
 
 
 def _shaped(study: Study, row: Row, bits: float, axis: str | None) -> svg.Point | None:
@@ -145,18 +147,20 @@ def _curve_figure(study: Study, drawn: list[svg.Curve], metric: str, smooth: flo
     caption = f"One line per run, {len(drawn)} of {len(study.trials)} runs; {how}"
     caption += "; cross: not completed" if any(curve.broken for curve in drawn) else ""
     outside = sum(not y.low <= value <= y.high for value in values)
-    caption += f"; {outside} values beyond the axis touch its edge." if outside else "."
+    caption += f"; {_beyond(outside)} its edge." if outside else "."
     body = svg.line_plot(drawn, svg.steps("optimizer step", steps), y, smooth, f"{metric} by step")
     return Figure(f"{metric} by step", caption, legend + body)
+
+
+def _beyond(count: int) -> str:
+    return "1 value beyond the axis touches" if count == 1 else f"{count} values beyond the axis touch"
 
 
 def _curve(study: Study, trial: Trial, hue: int, style: str, rows: list[dict[str, object]], metric: str) -> svg.Curve:
     pairs = [
         (float(step), float(value))
         for row in rows
-        if isinstance(step := row["step"], int | float)
-        and isinstance(value := row.get(metric), int | float)
-        and math.isfinite(value)
+        if is_number(step := row["step"]) and is_number(value := row.get(metric)) and math.isfinite(value)
     ]
     name = trial_text(study, trial) + ("" if trial.ok else f" ({trial.status})")
     return svg.Curve(name, pairs, hue, not trial.ok, style)
@@ -177,8 +181,15 @@ def _series(study: Study, found: Sequence[Row], by: list[str]) -> list[tuple[str
     if not by:
         return [(study.metric, 0, list(found))]
     labels = [*study.axes[by[0]], "?"]
-    split = [(text, hue, [r for r in found if r.values[by[0]] == text]) for hue, text in enumerate(labels)]
+    named = [f"{short_names(list(study.axes))[by[0]]} = {text}" if _bare(text) else text for text in labels]
+    inside = [[row for row in found if row.values[by[0]] == text] for text in labels]
+    split = [(name, hue, rows) for hue, (name, rows) in enumerate(zip(named, inside, strict=True))]
     return [one for one in split if one[2]]
+
+
+def _bare(text: str) -> bool:
+    """Whether a value says nothing without the name of its axis."""
+    return as_number(text) is not None or text in ("true", "false", "null")
 
 
 def _along(inside: Sequence[Row], x: str, labels: list[str], across: list[float]) -> list[tuple[list[Row], float]]:
@@ -195,11 +206,12 @@ def _point(study: Study, at_place: Sequence[Row], x: float) -> svg.Point | None:
     return svg.Point(x, scored[0].mean, row.scores if row.n > 1 else [scored[0].mean], row.std, text)
 
 
-def _missing(series: Sequence[svg.Series]) -> str:
-    """How many places have no completed run; none of them is drawn over."""
-    missing = sum(point is None for one in series for point in one.points)
-    total = sum(len(one.points) for one in series)
-    return f"{missing} of {total} configurations have no completed run" if missing else ""
+def _missing(found: Sequence[Row]) -> str:
+    """How many of the rows that were asked for have no result; no line is drawn across one."""
+    missing = sum(row.mean is None for row in found)
+    if not missing:
+        return ""
+    return f"{missing} of {len(found)} rows {'has' if missing == 1 else 'have'} no completed trial"
 
 
 def _legend(series: Sequence[svg.Series]) -> str:
@@ -214,15 +226,6 @@ def _extent(scored: Sequence[Row]) -> list[float]:
     """Every value that the y axis must hold, error bars included."""
     ends = [(row.mean or 0.0) + side * (row.std or 0.0) for row in scored for side in (-1, 1)]
     return [*ends, *(value for row in scored for value in row.scores)]
-
-
-def _spaced(values: Sequence[float], ratio: float = 1.12) -> list[float]:
-    """Values far enough apart for their tick labels."""
-    kept: list[float] = []
-    for value in sorted(set(values)):
-        if not kept or value / kept[-1] >= ratio:
-            kept.append(value)
-    return kept
 
 
 def _without_spikes(values: Sequence[float]) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab import record as records
+from loralab import staleness
 from loralab.errors import ArtifactError
 from loralab.reporting import environments
 from loralab.reporting.axes import (
@@ -20,6 +21,7 @@ from loralab.reporting.axes import (
     axis_value,
     canonical,
     identity,
+    is_number,
     label,
     lookup,
     names,
@@ -30,7 +32,19 @@ from loralab.reporting.axes import (
 
 MISSING = "missing"  # listed by the sweep, but has left no record yet
 DAMAGED = "damaged"  # has a record that cannot be read
+STALE = "stale"  # completed, on a base, tokenizer or data files that have changed since
 UNSCORED = "without_result"  # completed, but its metric is no finite number
+
+# Of a record: what must be one value, not a list of several.
+_GROUPS = ("model", "data", "adapter", "optimizer", "trainer", "quantization", "schedule")
+_PLAIN = (
+    *("metric", "metric_mode", "model.name_or_path", "model.tokenizer", "model.task", "model.max_length"),
+    *("adapter.r", "adapter.lora_alpha", "optimizer.lr", "trainer.max_steps", "trainer.patience"),
+)
+_TEXTS = (
+    *("base.fingerprint", "data.name", "data.fingerprint", "data.targets", "data.source", "data.max_length"),
+    *("memory.device", "environment.threads", "environment.gpu", "environment.cpu"),
+)
 
 Found = tuple[Path, Record, str]
 Pack = tuple[Any, ...]
@@ -93,10 +107,11 @@ class Study:
 
 
 def study(folder: Path) -> Study:
-    """Read the sweep, the run, or the folder of runs at ``folder``."""
+    """Read the sweep, the run, or the folder of runs at ``folder``. Raises ArtifactError where nothing can be read."""
     sweep = _sweep(folder)
     listed = [_listed(folder, entry) for entry in sweep["trials"]] or [_read(path) for path in records.find(folder)]
-    found, conflicts = _once(listed)
+    looked_up: staleness.Known = {}
+    found, conflicts = _once([_dated(one, looked_up) for one in listed])
     if not found:
         raise ArtifactError(
             f"{folder}: nothing to report; looked for {records.SWEEP} there, {records.RESULT} there and below"
@@ -129,7 +144,7 @@ def _rates(found: Sequence[Record]) -> dict[Pack, float]:
 def score(record: Record, metric: str) -> float | None:
     """The finite number that a completed record has for a metric."""
     value = record["metrics"].get(metric) if record["status"] == "completed" else None
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if is_number(value) and math.isfinite(value) else None
 
 
 def state(record: Record) -> str:
@@ -154,6 +169,7 @@ def reason(trial: Trial) -> str:
         MISSING: "no record: not started yet, or killed before its first write",
         "pruned": "stopped early by the sweep",
         "running": "still running",
+        STALE: f"{trial.record.get('stale')}: no result of what is there now; running it again replaces it",
         UNSCORED: f"completed, but {_metric(trial.record)} is no finite number: that is no result",
     }.get(trial.status, "its process is gone" if gone else "no reason recorded")
 
@@ -169,7 +185,7 @@ def curves(folder: Path) -> list[Record]:
 
 
 def _is_step(step: Any) -> bool:
-    return isinstance(step, int | float) and abs(step) < 1e15
+    return is_number(step) and abs(step) < 1e15
 
 
 def _row(line: str) -> Record | None:
@@ -194,19 +210,55 @@ def _alive(record: Record) -> bool:
 
 
 def _sweep(folder: Path) -> Record:
-    if (folder / records.SWEEP).exists():
+    """sweep.json; where it cannot be read, ``damaged`` says why and the records below speak for themselves."""
+    blank: Record = {"name": folder.resolve().name, "question": "", "axes": {}, "trials": []}
+    if not (folder / records.SWEEP).exists():
+        return blank
+    try:
         sweep = records.read_sweep(folder)
-        return {**sweep, "axes": {str(axis): _values(texts) for axis, texts in sweep["axes"].items()}}
-    return {"name": folder.resolve().name, "question": "", "axes": {}, "trials": []}
+    except ArtifactError as error:
+        if not records.find(folder):
+            raise
+        return {**blank, "damaged": str(error)}
+    return {**sweep, "axes": {str(axis): _values(texts) for axis, texts in sweep["axes"].items()}}
 
 
 def _read(path: Path, entry: Mapping[str, Any] | None = None) -> Found:
     """The record there, or what ``entry`` of sweep.json says of it where it is damaged."""
     try:
-        record = records.read(path)
+        record = _sound(path, records.read(path))
     except ArtifactError as error:
         return path, {**_blank(entry or {"trial": path.name}), "error": str(error)}, DAMAGED
     return path, record, state(record)
+
+
+def _dated(found: Found, looked_up: staleness.Known) -> Found:
+    """A completed record on what has changed since is stale, and ``stale`` in it says why."""
+    path, record, status = found
+    why = staleness.of_record(record, looked_up) if status == "completed" else ""
+    return (path, {**record, "stale": why}, STALE) if why else found
+
+
+def _sound(path: Path, record: Record) -> Record:
+    """Raises ArtifactError where a part of the record is of another kind than loralab writes."""
+    kinds = {
+        "config": Mapping,
+        "metrics": Mapping,
+        "choices": Mapping,
+        "cwd": str | None,
+        "host": str | None,
+        "pid": int | None,
+    }
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+    if not wrong:
+        groups = [key for key in _GROUPS if not isinstance(record["config"].get(key), Mapping | None)]
+        plain = [key for key in _PLAIN if isinstance(lookup(record["config"], key), list | Mapping)]
+        wrong = [f"config.{key}" for key in [*groups, *plain]]
+        wrong += [f"choices.{key}" for key, value in record["choices"].items() if not isinstance(value, str | None)]
+        wrong += [key for key in _TEXTS if isinstance(lookup(record, key), list | Mapping)]
+    if wrong:
+        raise ArtifactError(f"{path / records.RESULT}: damaged: {', '.join(wrong)} of another kind than loralab writes")
+    return record
 
 
 def _listed(folder: Path, entry: Record) -> Found:

@@ -1,5 +1,6 @@
 """Pieces of a self-contained HTML page: no link leaves it, nothing is fetched, every text is escaped."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -67,6 +68,8 @@ def cell(text: str, sort: str, kind: str = "") -> str:
     """``sort``: what sorting compares; the texts of ``kind`` key may be broken after commas."""
     css = f' class="{kind}"' if kind else ""
     shown = escape(text).replace(",", ",<wbr>") if kind == "key" else escape(text)
+    if kind == "breaks":  # before a bracket only: an interval, or "(pack of 4)"
+        shown = re.sub(r" (?=\[|\(pack)", " <wbr>", shown)
     return f'<td{css} data-sort="{escape(sort)}">{shown}</td>'
 
 

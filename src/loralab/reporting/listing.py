@@ -10,7 +10,7 @@ from typing import Any
 from loralab.errors import ArtifactError, LoralabError
 from loralab.record import RESULT, SWEEP
 from loralab.reporting.axes import lookup
-from loralab.reporting.gather import DAMAGED, MISSING, UNSCORED, Study, Trial, score, study
+from loralab.reporting.gather import DAMAGED, MISSING, STALE, UNSCORED, Study, Trial, score, study
 from loralab.reporting.table import trial_text
 from loralab.reporting.text import WIDTH, wrapped
 
@@ -60,6 +60,7 @@ def _entries(folder: Path, name: str, inside: bool) -> list[dict[str, Any]]:
         return [_entry(folder, "run", [trial], name=folder.name, **_scored(gathered, trial))]
     if not inside:
         more = {"name": gathered.name, "question": gathered.question, "metric": gathered.metric}
+        more |= {"damaged": gathered.about["damaged"]} if "damaged" in gathered.about else {}
         return [_entry(folder, "sweep", gathered.trials, **more)]
     trials = gathered.trials
     return [_entry(t.folder, "trial", [t], name=trial_text(gathered, t), **_scored(gathered, t)) for t in trials]
@@ -79,6 +80,8 @@ def _entry(folder: Path, kind: str, trials: Sequence[Trial], **more: Any) -> dic
         "failed": sum(statuses[status] for status in _FAILED),
         "running": statuses["running"],
         "missing": statuses[MISSING],
+        "stale": statuses[STALE],
+        "changed": _distinct(record.get("stale") for record in records),
         "statuses": dict(statuses),
         "when": _iso(max((path.stat().st_mtime for path in files if path.exists()), default=0.0)),
         "metric": None,
@@ -91,7 +94,7 @@ def _entry(folder: Path, kind: str, trials: Sequence[Trial], **more: Any) -> dic
 
 
 def _scored(gathered: Study, trial: Trial) -> dict[str, Any]:
-    return {"metric": gathered.metric, "value": score(trial.record, gathered.metric)}
+    return {"metric": gathered.metric, "value": score(trial.record, gathered.metric) if trial.ok else None}
 
 
 def _distinct(values: Iterable[Any]) -> list[str]:
@@ -127,7 +130,9 @@ def _what(entry: dict[str, Any]) -> str:
     known = ("model=", "data=", "data.train=", "model.name_or_path=")
     settings = " ".join(word for word in entry["overrides"] if not word.startswith(known))
     more = {"sweep": "" if Path(entry["folder"]).name == entry["name"] else entry["name"], "trial": entry["name"]}
-    return f"{entry['folder']}  {more.get(entry['kind'], settings)}".rstrip()
+    why = f"  stale: {'; '.join(entry['changed'])}" if entry["changed"] else ""
+    why += f"  {entry['damaged']}" if entry.get("damaged") else ""
+    return f"{entry['folder']}  {more.get(entry['kind'], settings)}".rstrip() + why
 
 
 def _iso(stamp: float) -> str:

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from loralab.reporting import svg
-from loralab.reporting.axes import lookup
+from loralab.reporting.axes import is_number, lookup
 from loralab.reporting.figures import Figure
 from loralab.reporting.gather import Study, Trial, curves
 from loralab.reporting.html import cell, figure, head, sort_key, table
@@ -30,7 +30,7 @@ def section(study: Study, found: Sequence[Row]) -> str:
 
 def _table(study: Study, found: Sequence[Row]) -> str:
     heads = [
-        head("configuration", key=True),
+        head("row", key=True),
         head("paging", "really paged, as the optimizer's own state says", key=True),
         head("state MiB", "all optimizer state"),
         head("8-bit", "share of the state in 8 bits"),
@@ -74,7 +74,7 @@ def _most(row: Row, key: str) -> float | None:
     if len(row.packs) > 1:
         return None
     found = [lookup(trial.record, key) for trial in row.trials]
-    return max((float(value) for value in found if isinstance(value, int | float)), default=None)
+    return max((float(value) for value in found if is_number(value)), default=None)
 
 
 def _number(value: float | None, factor: float, form: str) -> str:
@@ -88,7 +88,7 @@ def _notes(found: Sequence[Row]) -> Iterator[str]:
         yield f"{note}."
     if all(_paging(trial) in ("", "off", "not applicable") for row in found for trial in row.trials):
         yield (
-            "Paging is not applicable on this machine: a paged arm is its unpaged twin here, and what lies between "
+            "Paging is not applicable on this machine: a paged row is its unpaged twin here, and what lies between "
             "the two is noise."
         )
     crowded = [trial for row in found for trial in row.trials if lookup(trial.record, "memory.other_processes")]
@@ -123,8 +123,8 @@ def _rows(rows: Sequence[dict[str, Any]], source: str) -> list[tuple[float, floa
     keys = [f"memory/{phase}_peak_gib" for phase in PHASES] if source == "memory/peak" else [source]
     found = []
     for row in rows:
-        values = [float(value) for key in keys if isinstance(value := row.get(key), int | float)]
-        if values and isinstance(row.get("step"), int | float):
+        values = [float(value) for key in keys if is_number(value := row.get(key))]
+        if values and is_number(row.get("step")):
             found.append((float(row["step"]), max(values)))
     return found
 

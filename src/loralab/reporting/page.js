@@ -34,3 +34,21 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+
+// A table that is wider than the page says so above it.
+const tell = () => {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const wide = box.scrollWidth > box.clientWidth + 1;
+    const before = box.previousElementSibling;
+    const told = before !== null && before.className === "more";
+    if (wide && !told) {
+      const words = document.createElement("p");
+      words.className = "more";
+      words.textContent = "more columns to the right: scroll the table \u2192";
+      box.before(words);
+    } else if (!wide && told) before.remove();
+  }
+};
+tell();
+addEventListener("resize", tell);
+for (const folded of document.querySelectorAll("details")) folded.addEventListener("toggle", tell);

@@ -9,9 +9,9 @@ from typing import Any
 
 from loralab.record import MASK
 from loralab.reporting import memory, svg
-from loralab.reporting.axes import canonical, flatten, label, short_names
+from loralab.reporting.axes import canonical, flatten, label, lookup, short_names
 from loralab.reporting.figures import figures
-from loralab.reporting.gather import MISSING, Study, Trial, reason, score
+from loralab.reporting.gather import MISSING, STALE, Study, Trial, reason, score
 from loralab.reporting.html import (
     cell,
     definitions,
@@ -26,12 +26,27 @@ from loralab.reporting.html import (
     table,
     tile,
 )
-from loralab.reporting.notes import NONE_BEST, general, notes
+from loralab.reporting.notes import differing, general, notes, undecided
 from loralab.reporting.provenance import Facts, facts, held_fixed
+from loralab.reporting.provenance import question as question_of
 from loralab.reporting.rows import Row, Table, contenders
 from loralab.reporting.sets import subject
-from loralab.reporting.table import Column, columns, deviates, ended, seeds_text, trial_text, where
+from loralab.reporting.table import DECOMPOSED, Column, columns, deviates, ended, seeds_text, trial_text, where
 from loralab.reporting.verdicts import verdicts
+
+EXPLAINED = {
+    "bits/param": "Bits per parameter: packed weights and their statistics over the quantized layers' parameters.",
+    "bits overall": "Bits overall: the same over all of the base's weights, quantized or not.",
+    "peak alone": "Peak alone: predicted for a trial by itself, for the largest batch that the data can give.",
+    "peak memory": (
+        "Peak memory: measured, the largest over the seeds. On a CPU it is measured of one step only, whatever batch "
+        "that step had, so it can be smaller than peak alone, which is for the largest batch."
+    ),
+    "train s": (
+        "Train s: the time of the training steps, without steps whose memory was profiled. Times and speeds are means, "
+        "and not a benchmark: other processes on the machine count."
+    ),
+}
 
 
 def page(study: Study, tables: Sequence[Table]) -> str:
@@ -55,7 +70,8 @@ def rerun(trial: Trial) -> str:
 
 
 def _header(study: Study, tables: Sequence[Table], known: Facts) -> str:
-    question = f'<p class="question">{escape(study.question)}</p>' if study.question else ""
+    asked = question_of(study)
+    question = f'<p class="question">{escape(asked)}</p>' if asked else ""
     fixed = [("settings" if study.single else "held fixed", text) for text in held_fixed(study)]
     rows = [*merged(fixed), *pairs(known.header)]
     command = study.about.get("command")
@@ -74,10 +90,12 @@ def _command(command: Any) -> str:
 def _tiles(study: Study, tables: Sequence[Table], known: Facts) -> Iterator[str]:
     done, total = study.count("completed"), len(study.trials)
     waiting = study.count("running", MISSING)
-    failed = total - done - waiting
+    stale = study.count(STALE)
+    failed = total - done - waiting - stale
     parts = [f"{failed} failed, listed below"] if failed else []
     parts += [f"{waiting} running or not started"] if waiting else []
-    yield tile(f"{done} of {total}", ", ".join(["trials completed", *parts]), bad=bool(failed))
+    parts += [f"{stale} stale: base or data have changed since, listed below"] if stale else []
+    yield tile(f"{done} of {total}", ", ".join(["trials completed", *parts]), bad=bool(failed or stale))
     if len(tables) > 1:
         yield tile(f"{len(tables)} sets", "whose numbers do not compare with each other, for the reason below")
     else:
@@ -91,9 +109,10 @@ def _headline(study: Study, found: Sequence[Row]) -> Iterator[str]:
         yield tile(f"{found[0].mean:.4f}", study.metric)
     best = next((row for row in found if row.best), None)
     if best is not None:
-        yield tile(f"{best.mean:.4f}", f"{study.metric} of the best arm by its intervals: {where(study, best)}")
+        yield tile(f"{best.mean:.4f}", f"{study.metric} of the best row, by its intervals: {where(study, best)}")
     elif len(contenders(found)) > 1:
-        yield tile("no winner", NONE_BEST)
+        title, _, why = undecided(found).partition(": ")
+        yield tile(title, "; ".join(filter(None, [why, differing(study, found)])))
 
 
 def _general(study: Study, tables: Sequence[Table]) -> str:
@@ -118,14 +137,14 @@ def _results(study: Study, found: Sequence[Row], one_of_several: bool) -> str:
         head(study.metric, "mean and standard deviation over seeds" if deviates(found) else ""),
         '<th aria-label="spread"></th>',
     ]
-    heads += [*(head(column.title) for column in shown), head("seeds")]
+    heads += [*(head(column.title, EXPLAINED.get(column.title, "")) for column in shown), head("seeds")]
     ends = [value for row in found for value in _ends(row)]
     scale = (min(ends), max(ends)) if ends else (0.0, 1.0)
     body = []
     for row in found:
         cells = [cell(text, text, "key") for text in row.values.values()]
         cells += [_score_cell(row), _strip_cell(row, *scale)]
-        cells += [cell(column.text(row), sort_key(column.number(row))) for column in shown]
+        cells += [cell(column.text(row), sort_key(column.number(row)), "breaks") for column in shown]
         cells.append(_seeds_cell(row))
         kind = ' class="best"' if row.best else ""
         body.append(f"<tr{kind}>{''.join(cells)}</tr>")
@@ -147,26 +166,28 @@ def _notes(study: Study, found: Sequence[Row], shown: Sequence[Column]) -> Itera
         )
     else:
         yield f"{study.metric}: {better} is better" + ("." if study.single else f"; n = {n}.")
-    explained = {
-        "bits/param": "Bits per parameter: packed weights and their statistics over the quantized layers' parameters.",
-        "bits overall": "Bits overall: the same over all of the base's weights, quantized or not.",
-        "peak alone": "Peak alone: predicted for a trial by itself, for the largest batch that the data can give.",
-        "peak memory": "Peak memory is the largest over the seeds; a CPU measures one step's batch.",
-        "train s": "Times and speeds are means, and not a benchmark: other processes on the machine count.",
-    }
-    yield " ".join(text for title, text in explained.items() if title in titles)
+    yield " ".join(text for title, text in EXPLAINED.items() if title in titles)
+    if any(_keeps_both(row) for row in found):
+        yield DECOMPOSED
     yield from _cut(study)
 
 
+def _keeps_both(row: Row) -> bool:
+    return any("decomposed" in str(trial.record["choices"].get("quantization")) for trial in row.ok)
+
+
 def _cut(study: Study) -> Iterator[str]:
-    """``50 of 384 rows were cut``, once for each pair of numbers."""
+    """``50 of 384 rows were cut to model.max_length = 192``, once for each combination of numbers."""
     counts = []
-    for data in (trial.record["data"] for trial in study.trials):
+    for trial in study.trials:
+        data = trial.record["data"]
         rows = data["rows"] if isinstance(data["rows"], Mapping) else {}
         total = sum(count for count in rows.values() if isinstance(count, int))
-        counts += [(data["truncated"], total)] if data["truncated"] else []
-    for cut, total in dict.fromkeys(counts):
-        yield f"{cut:,} of {total:,} rows were cut to model.max_length."
+        longest = data.get("max_length") or lookup(trial.record["config"], "model.max_length")
+        counts += [(data["truncated"], total, longest)] if data["truncated"] else []
+    for cut, total, longest in dict.fromkeys(counts):
+        at = "model.max_length" if longest is None else f"model.max_length = {longest}"
+        yield f"{cut:,} of {total:,} rows were cut to {at}."
 
 
 def _score_cell(row: Row) -> str:
@@ -213,7 +234,7 @@ def _failures(study: Study) -> str:
             f'<span class="trouble">{escape(trial.status.replace("_", " "))}</span>'
             f"<p>{escape(reason(trial))}</p>{again}</div>"
         )
-    heading = "Not completed" if study.broken else "Still running"
+    heading = f"Not completed{' or stale' * (study.count(STALE) > 0)}" if study.broken else "Still running"
     return f"<section>\n<h2>{heading}</h2>\n" + "\n".join(blocks) + "\n</section>"
 
 
@@ -233,7 +254,7 @@ def _trials(study: Study) -> str:
     heads += [head("files", key=True), head("run it again", key=True)]
     body = []
     for trial in study.trials:
-        value, steps = score(trial.record, study.metric), trial.record["time"]["steps"]
+        value, steps = score(trial.record, study.metric) if trial.ok else None, trial.record["time"]["steps"]
         name = str(trial.record["trial"])
         names = name if trial.name in (name, "") else f"{name} in {trial.name}"
         texts = [*(trial.values[axis] for axis in study.axes), trial.seed, trial.status, names]

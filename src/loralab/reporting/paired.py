@@ -26,6 +26,12 @@ class Difference:
     def interval(self) -> tuple[float, float] | None:
         return None if self.reach is None else (self.mean - self.reach, self.mean + self.reach)
 
+    def verdict(self, mode: str) -> str:
+        """``better`` or ``worse`` where the interval excludes 0, else empty; ``mode`` min: lower is better."""
+        if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
+            return ""
+        return "better" if (self.mean < 0) == (mode == "min") else "worse"
+
     @property
     def text(self) -> str:
         """``-0.0199 [-0.0703, +0.0305]``."""

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from loralab.reporting.axes import is_number
+
 Sweep = Mapping[str, Any]
 
 
@@ -10,7 +12,7 @@ def values(sweep: Sweep, arm: str) -> list[float]:
     """The paper's values for an arm, in the order of its columns; empty where it has none."""
     arms = _said(sweep, "published")
     found = _listed(arms.get(arm)) if isinstance(arms, Mapping) else []
-    return [float(value) for value in found if isinstance(value, int | float)]
+    return [float(value) for value in found if is_number(value)]
 
 
 def text(sweep: Sweep, arm: str) -> str:

@@ -11,21 +11,26 @@ from loralab.reporting import svg
 from loralab.reporting.html import cell, definitions, document, figure, head, pairs, sort_key, table, tile
 from loralab.reporting.provenance import brief
 from loralab.reporting.report import write_text
-from loralab.reporting.table import align, memory
+from loralab.reporting.table import DECOMPOSED, align, memory
 
 FAMILIES = ("int8 weight-only", "int8 weights and activations", "int4", "fp4", "nf4")
 Rows = dict[str, dict[str, Any]]
 Column = tuple[str, str, str, Callable[[float], str]]  # key, title, hint, text
 
-HELD = "packed weights and statistics; decomposed products hold the weights in 16 bits too, for outlier columns"
+HELD = "packed weights and statistics; decomposed products hold the weights in 16 bits too, for columns of outliers"
 COLUMNS: list[Column] = [
     ("bits_per_parameter", "bits/param", HELD, "{:.4f}".format),
     ("bytes", "bytes", HELD, memory),
     ("relative_rmse", "rel. RMSE", "||W' - W|| / ||W||, W' in float32", "{:.2%}".format),
-    ("bulk_relative_rmse", "of the bulk", "the same over weights within 3 sigma", "{:.2%}".format),
+    (
+        "bulk_relative_rmse",
+        "RMSE, small weights",
+        "relative RMSE over the weights within 3 standard deviations, outliers left out",
+        "{:.2%}".format,
+    ),
     ("snr_db", "SNR dB", "-20 log10 of the relative RMSE", "{:.1f}".format),
     ("matmul_relative_error", "matmul", "of x W^T, x as said above; activations quantized where so", "{:.2%}".format),
-    ("zeroed_share", "zeroed", "weights other than 0 that become 0", "{:.1%}".format),
+    ("zeroed_share", "become 0", "share of the weights other than 0 that quantize to 0", "{:.1%}".format),
     ("loss", "loss", "mean negative log-likelihood of the targets", "{:.4f}".format),
     ("loss_change", "loss change", "against the dense model", "{:+.4f}".format),
     ("kl", "KL", "KL(dense || quantized) per target, nats", "{:.4f}".format),
@@ -55,6 +60,7 @@ def terminal(result: Mapping[str, Any]) -> str:
     lines = [f"{subject(result)}", "", *align(titles, body, numeric_from=0)]
     notes = [f"{name}: {row['error']}" for name, row in result["schemes"].items() if "error" in row]
     notes += [f"- {words}" for words in undefined({**rows, **_dense(result)})]
+    notes += [DECOMPOSED] if any(name.endswith("_decomposed") for name in rows) else []
     if "inputs" in result:
         notes.insert(0, f"matmul: error of x W^T, x: {result['inputs']['of']}")
     return "\n".join(line.rstrip() for line in [*lines, *([""] if notes else []), *notes])
@@ -138,6 +144,8 @@ def _schemes(result: Mapping[str, Any]) -> str:
         body.append(f"<tr>{''.join(cells)}</tr>")
     refused = [(name, row["error"]) for name, row in result["schemes"].items() if "error" in row]
     left_out = "".join(f'<p class="note">{escape(name)} is left out: {escape(why)}</p>' for name, why in refused)
+    if any(name.endswith("_decomposed") for name in rows):
+        left_out = f'<p class="note">{DECOMPOSED}.</p>{left_out}'
     return table(heads, body, "sortable") + left_out + _undefined({**rows, **_dense(result)})
 
 
@@ -161,9 +169,9 @@ def _layers(result: Mapping[str, Any]) -> str:
         cells += [cell(_number(found.get(key), ".4g"), sort_key(found.get(key))) for key in keys]
         body.append(f"<tr>{''.join(cells)}</tr>")
     note = (
-        "sigma: standard deviation of the bulk (median |w| / 0.6745 over weights other than 0); kurtosis: about 0, of a"
-        " normal distribution 3; loudest column: its RMS over the median column's. Activations count where |x| >= 6"
-        " (LLM.int8(), section 4), padding left out."
+        "sigma: standard deviation without outliers (median |w| / 0.6745 over weights other than 0); kurtosis: about 0,"
+        " of a normal distribution 3; loudest column: its RMS over the median column's. Activations count where"
+        " |x| >= 6 (LLM.int8(), section 4), padding left out."
     )
     return table(heads, body, "sortable") + f'<p class="note">{note}</p>' + _undefined(layers)
 

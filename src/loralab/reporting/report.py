@@ -10,10 +10,10 @@ from typing import Any
 
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting.axes import lookup
-from loralab.reporting.gather import Study, Trial, reason, study
+from loralab.reporting.gather import STALE, Study, Trial, reason, study
 from loralab.reporting.notes import general, notes
 from loralab.reporting.page import page, rerun
-from loralab.reporting.provenance import facts, held_fixed
+from loralab.reporting.provenance import facts, held_fixed, question
 from loralab.reporting.rows import Table, tables
 from loralab.reporting.sets import subject
 from loralab.reporting.table import as_plain, ended, trial_text
@@ -118,7 +118,8 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
 def _markdown(gathered: Study, found: list[Table]) -> str:
     known = facts(gathered)
-    lines = [f"# {gathered.name}", "", *([gathered.question, ""] if gathered.question else [])]
+    asked = question(gathered)
+    lines = [f"# {gathered.name}", "", *([asked, ""] if asked else [])]
     for part, rows in found:
         lines += [f"## {subject(part)}", ""] if len(found) > 1 else []
         lines += [f"{measure(part, rows)}.", "", markdown(part, rows), *(f"- {note}" for note in notes(part, rows)), ""]
@@ -127,7 +128,7 @@ def _markdown(gathered: Study, found: list[Table]) -> str:
     lines += [f"- held fixed: {text}" for text in held_fixed(gathered)]
     lines += [f"- {term}: {text}" for term, text in {**known.header, **known.provenance}.items() if text]
     troubled = [trial for trial in gathered.trials if not trial.ok]
-    lines += ["", "## Not completed", ""] if troubled else []
+    lines += ["", f"## Not completed{' or stale' * (gathered.count(STALE) > 0)}", ""] if troubled else []
     for trial in troubled:
         again = f" (`{rerun(trial)}`)" if trial.record["overrides"] else ""
         lines.append(f"- {trial_text(gathered, trial)}: {trial.status}: {reason(trial)}{again}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loralab.reporting import environments
-from loralab.reporting.axes import UNKNOWN, identity, lookup
+from loralab.reporting.axes import UNKNOWN, identity, is_number, lookup
 from loralab.reporting.gather import Pack, Study, Trial, pack_of, score
 from loralab.reporting.paired import LEVEL, Difference, paired, replicates
 from loralab.reporting.sets import comparable
@@ -54,7 +54,7 @@ class Row:
     def steps(self) -> list[int]:
         """Optimizer steps made, of each completed seed, in order."""
         found = [lookup(trial.record, "time.steps") for trial in self.ok]
-        return sorted(int(value) for value in found if isinstance(value, int | float))
+        return sorted(int(value) for value in found if is_number(value))
 
     @property
     def stopped(self) -> int:
@@ -82,7 +82,7 @@ class Row:
     def numbers(self, key: str) -> list[float]:
         """A record's number of each completed seed that has it."""
         found = [lookup(trial.record, key) for trial in self.ok]
-        return [float(value) for value in found if isinstance(value, int | float)]
+        return [float(value) for value in found if is_number(value)]
 
 
 Table = tuple[Study, list[Row]]

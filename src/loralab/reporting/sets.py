@@ -34,7 +34,7 @@ def subject(part: Study) -> str:
     head = next((trial.record for trial in part.trials if trial.ok), part.trials[0].record)
     about = [" ".join(_distinct(part, "data.name", "data.fingerprint")) or "data not known"]
     about += [f"{name} {text}" for name, key in _NAMED for text in _distinct(part, key)]
-    about += [text for text in (lookup(head["config"], "model.task"),) if text]
+    about += [str(task) for task in (lookup(head["config"], "model.task"),) if task]
     return f"{', '.join(about)}: {part.metric}"
 
 
@@ -66,7 +66,7 @@ def _other_targets(heads: Sequence[Trial]) -> str:
 def _changed_words(what: str, mark: str, node: Callable[[Record], Any]) -> Callable[[Sequence[Trial]], str]:
     def words(heads: Sequence[Trial]) -> str:
         same = len({canonical(node(head.record)) for head in heads}) == 1
-        how = "changed between the runs, though the settings are the same," if same else "differ"
+        how = "changed between the runs, though the settings are the same" if same else "differ"
         return f"{what} {how} (fingerprints {' | '.join(_marks(heads, mark))})"
 
     return words

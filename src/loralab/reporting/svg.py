@@ -8,12 +8,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 
 LEFT, RIGHT, TOP, BOTTOM = 72.0, 16.0, 14.0, 46.0
 COLOURS, SHAPES = 7, 4
 DASHES = ("", "stroke-dasharray:7 3", "stroke-dasharray:2 3", "stroke-dasharray:10 3 2 3")
 MAX_POINTS = 2000
+LETTER = 6.9  # pixels, of a tick's label
+SLANT, LONGEST = 50, 30  # degrees, letters
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Axis:
     high: float
     ticks: list[tuple[float, str]]
     log2: bool = False
+    named: bool = False  # ticks are names, each of which must be read
 
     def share(self, value: float) -> float:
         """0 at ``low``, 1 at ``high``."""
@@ -76,12 +80,27 @@ class Canvas:
     width: float = 540
     height: float = 310
     parts: list[str] = field(default_factory=list)
+    labelled: float = -math.inf  # where the last label of the x axis ends
 
     @property
     def bottom(self) -> float:
-        """Where the plot area ends; the x axis' labels may need several lines below it."""
-        most = max((len(_wrapped(name, self.room)) for _, name in self.x.ticks), default=1)
+        """Where the plot area ends; the names below it may need several lines."""
+        named = self.x.named and not self.slanted
+        most = max((len(_wrapped(name, self.room)) for _, name in self.x.ticks), default=1) if named else 1
         return self.height - BOTTOM - 15 * (most - 1)
+
+    @property
+    def tall(self) -> float:
+        """The height of the whole drawing: names that are set aslant hang below it."""
+        longest = max((min(len(name), LONGEST) for _, name in self.x.ticks), default=0)
+        return self.height + (LETTER * longest * math.sin(math.radians(SLANT)) if self.slanted else 0)
+
+    @cached_property
+    def slanted(self) -> bool:
+        """Whether a name is too long to stand upright under its tick, even in several lines."""
+        pieces = [piece for _, name in self.x.ticks for piece in _pieces(name)]
+        lines = [len(_wrapped(name, self.room)) for _, name in self.x.ticks]
+        return self.x.named and (max(map(len, pieces), default=0) > self.room or max(lines, default=0) > 3)
 
     @property
     def room(self) -> int:
@@ -124,16 +143,27 @@ class Canvas:
             self.text(LEFT - 8, self.py(at) + 4, name, "tick end")
         for at, name in self.x.ticks:
             self.line(self.px(at), bottom, self.px(at), bottom + 4, "axis")
-            for row, words in enumerate(_wrapped(name, self.room)):
-                self.text(self.px(at), bottom + 18 + 15 * row, words, "tick middle")
+            self._label(self.px(at), name)
         self.line(LEFT, bottom, self.width - RIGHT, bottom, "axis")
-        self.text((LEFT + self.width - RIGHT) / 2, self.height - 8, self.x.title, "name middle")
+        self.text((LEFT + self.width - RIGHT) / 2, self.tall - 8, self.x.title, "name middle")
         middle = (TOP + bottom) / 2
         self.text(14, middle, self.y.title, "name middle", f' transform="rotate(-90 14 {middle:.1f})"')
 
+    def _label(self, x: float, name: str) -> None:
+        """Under its tick; a number for which there is no room beside the last one is left out."""
+        if self.slanted:
+            y, short = self.bottom + 16, name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+            self.text(x + 4, y, short, "tick end", f' transform="rotate(-{SLANT} {x + 4:.1f} {y:.1f})"')
+        elif self.x.named:
+            for row, words in enumerate(_wrapped(name, self.room)):
+                self.text(x, self.bottom + 18 + 15 * row, words, "tick middle")
+        elif x - LETTER * len(name) / 2 > self.labelled + 4:
+            self.text(x, self.bottom + 18, name, "tick middle")
+            self.labelled = x + LETTER * len(name) / 2
+
     def done(self, description: str) -> str:
         label = f'role="img" aria-label="{escape(description)}"'
-        head = f'<svg viewBox="0 0 {self.width:g} {self.height:g}" {label}>'
+        head = f'<svg viewBox="0 0 {self.width:g} {self.tall:g}" {label}>'
         return "\n".join([head, *self.parts, "</svg>"])
 
 
@@ -152,7 +182,8 @@ def scale(title: str, values: Sequence[float], pad: float = 0.08) -> Axis:
 def steps(title: str, values: Sequence[float]) -> Axis:
     """A linear axis that starts and ends with the data, for training steps."""
     low, high = min(values), max(max(values), min(values) + 1)
-    ticks = [(at, name) for at, name in scale(title, [low, high], pad=0).ticks if low <= at <= high]
+    stride = max(1, round(_round_step((high - low) / 6)))
+    ticks = [(float(at), str(at)) for at in range(math.ceil(low / stride) * stride, math.floor(high) + 1, stride)]
     return Axis(title, low, high, ticks)
 
 
@@ -165,7 +196,7 @@ def powers(title: str, values: Sequence[float]) -> Axis:
 
 def places(title: str, names: Sequence[str]) -> Axis:
     """A categorical axis: name i is at i."""
-    return Axis(title, -0.6, len(names) - 0.4, [(float(index), name) for index, name in enumerate(names)])
+    return Axis(title, -0.6, len(names) - 0.4, [(float(index), name) for index, name in enumerate(names)], named=True)
 
 
 def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, description: str = "") -> str:
@@ -176,14 +207,15 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, de
     """
     canvas = Canvas(x, y)
     canvas.frame()
-    for index, one in enumerate(series):
-        shift = 0.0 if joined else _shift(index, len(series), canvas)
+    for one in series:
         if joined:
             for run in _unbroken(one.points):
-                middle = [(canvas.px(point.x) + shift, canvas.py(point.mean)) for point in run]
+                middle = [(canvas.px(point.x), canvas.py(point.mean)) for point in run]
                 canvas.path(middle, f"line c{one.colour % COLOURS}", one.name)
         for point in one.points:
             if point is not None:
+                there = [other for other in series if any(each and each.x == point.x for each in other.points)]
+                shift = 0.0 if joined else _shift(there.index(one), len(there), canvas)
                 _draw_point(canvas, point, one.colour, canvas.px(point.x) + shift)
     return canvas.done(description)
 
@@ -334,12 +366,16 @@ def _shape(x: float, y: float, size: float, kind: int) -> str:
 def _wrapped(text: str, room: int) -> list[str]:
     """At most four lines, broken after commas, underscores and spaces; clipped where that is not enough."""
     lines = [""]
-    for piece in re.findall(r"[^,_ ]*[,_ ]?", text):
+    for piece in _pieces(text):
         if lines[-1] and len(lines[-1] + piece) > room:
             lines.append("")
         lines[-1] += piece
     lines = [*lines[:3], "..."] if len(lines) > 4 else lines
     return [line if len(line) <= room + 1 else line[: room - 1] + "..." for line in lines]
+
+
+def _pieces(text: str) -> list[str]:
+    return re.findall(r"[^,_ ]*[,_ ]?", text)
 
 
 def _title(text: str) -> str:

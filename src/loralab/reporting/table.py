@@ -5,15 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from loralab.reporting import published
-from loralab.reporting.axes import UNKNOWN, lookup, short_names
+from loralab.reporting.axes import UNKNOWN, is_number, lookup, short_names
 from loralab.reporting.gather import UNSCORED, Study, Trial
 from loralab.reporting.rows import Row, contenders
 from loralab.reporting.sets import subject
 
 MIB, GIB = 2**20, 2**30
 VERSUS = "vs baseline"
+TOLD = "!"  # behind a difference whose interval excludes 0
 STEPS = "steps"
 NOTICEABLE = 0.01  # by which bits over all weights must differ from the quantized ones' to be shown beside them
+DECOMPOSED = (
+    "A decomposed product (..._decomposed) stores every weight twice, in 8 bits for the int8 product and in 16 bits "
+    "for the columns of outliers, which are not known before the input is: hence about 24 bits per parameter"
+)
 _BROKEN = ("out_of_memory", "diverged")  # counted as failed; each is named below the table
 
 
@@ -29,7 +34,11 @@ class Column:
 def columns(study: Study, found: Sequence[Row]) -> list[Column]:
     """The columns behind the metric that any row can fill."""
     every = [
-        Column(VERSUS, _difference_text, lambda row: row.difference.mean if row.difference else None),
+        Column(
+            VERSUS,
+            lambda row: _difference_text(study, row),
+            lambda row: row.difference.mean if row.difference else None,
+        ),
         Column("published", lambda row: published.text(study.about, _arm(row)) or "-", lambda row: None),
         *(_metric_column(name) for name in _other_metrics(study)),
         *([Column(STEPS, steps_text, lambda row: row.average("time.steps"))] if _uneven(found) else []),
@@ -91,7 +100,7 @@ def ended(trial: Trial) -> str:
     most = lookup(trial.record["config"], "trainer.max_steps")
     if isinstance(early, dict):
         best = early.get("best")
-        value = f"{best:.4f}" if isinstance(best, int | float) else "its best"
+        value = f"{best:.4f}" if is_number(best) else "its best"
         return f"stopped early at step {early.get('step')} of {most}: {early.get('metric')} was not better than {value}"
     return "max_steps" if steps == most or steps is None else f"ended at step {steps} of {most}"
 
@@ -170,6 +179,7 @@ def as_plain(study: Study, row: Row) -> dict[str, Any]:
         "best": row.best,
         "baseline": row.baseline,
         "difference": _plain_difference(row),
+        "against_baseline": (row.difference.verdict(study.mode) or None) if row.difference else None,
         "published": published.values(study.about, _arm(row)),
         "steps": row.steps,
         "stopped_early": row.stopped,
@@ -197,8 +207,10 @@ def _plain_difference(row: Row) -> dict[str, Any] | None:
     return {"mean": one.mean, "low": low, "high": high, "p": one.p, "n": one.n, "seeds": one.seeds}
 
 
-def _difference_text(row: Row) -> str:
-    return "baseline" if row.baseline else row.difference.text if row.difference else "-"
+def _difference_text(study: Study, row: Row) -> str:
+    if row.baseline or row.difference is None:
+        return "baseline" if row.baseline else "-"
+    return row.difference.text + (f" {TOLD}" if row.difference.verdict(study.mode) else "")
 
 
 def _arm(row: Row) -> str:
@@ -209,7 +221,7 @@ def _arm(row: Row) -> str:
 def _other_metrics(study: Study) -> list[str]:
     """What else a single run measured; a sweep's are in its CSV."""
     found = study.trials[0].record["metrics"] if study.single else {}
-    return [name for name, value in found.items() if name != study.metric and isinstance(value, int | float)]
+    return [name for name, value in found.items() if name != study.metric and is_number(value)]
 
 
 def _metric_column(name: str) -> Column:
@@ -253,7 +265,7 @@ def _alone(trial: Trial) -> float | None:
     own = lookup(trial.record, "memory.alone_peak_bytes")
     if own is None and (lookup(trial.record, "pack.size") or 1) == 1:
         own = lookup(trial.record, "memory.predicted_peak_bytes")
-    return float(own) if isinstance(own, int | float) else None
+    return float(own) if is_number(own) else None
 
 
 def _overall(row: Row) -> float | None:

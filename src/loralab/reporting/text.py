@@ -6,6 +6,7 @@ from textwrap import wrap
 from loralab.reporting.axes import short_names
 from loralab.reporting.gather import Study, reason
 from loralab.reporting.notes import general, notes
+from loralab.reporting.provenance import question
 from loralab.reporting.rows import Row, Table
 from loralab.reporting.sets import subject
 from loralab.reporting.table import (
@@ -31,12 +32,13 @@ _EXPENDABLE = (
 
 def terminal(study: Study, tables: Sequence[Table], width: int = WIDTH) -> str:
     """The results, at most ``width`` columns wide."""
-    lines = wrapped(f"{study.name}: {study.question}" if study.question else study.name, width)
+    lines = wrapped(": ".join(filter(None, [study.name, question(study)])), width)
     for part, found in tables:
         if len(tables) > 1:
             lines += ["", *wrapped(subject(part), width)]
-        lines += [*wrapped(measure(part, found), width), "", *_fit(part, found, width)]
-        lines += _said(notes(part, found), width)
+        fitted = _fit(part, found, width)
+        lines += [*wrapped(measure(part, found), width), "", *fitted]
+        lines += _said(notes(part, found, any("(pack of" in line for line in fitted)), width)
     said = [*general(study, tables), *(verdict.text for verdict in verdicts(study, tables))]
     said += [f"{trial.status}: {trial_text(study, trial)}: {reason(trial)}" for trial in study.broken]
     lines += _said(said, width)
@@ -61,7 +63,7 @@ def measure(study: Study, found: Sequence[Row]) -> str:
     """What the metric's column holds."""
     better = "lower" if study.mode == "min" else "higher"
     spread = ": mean +- standard deviation over seeds" if deviates(found) else ""
-    marked = ", * is separated from every other row" if any(row.best for row in found) else ""
+    marked = ", * marks the best row by its intervals" if any(row.best for row in found) else ""
     return f"{study.metric}{spread}, {better} is better{marked}"
 
 

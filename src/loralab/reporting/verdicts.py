@@ -44,7 +44,7 @@ def verdicts(study: Study, tables: Sequence[Table]) -> list[Verdict]:
 def _claim(study: Study, tables: Sequence[Table], claim: str) -> Iterator[Verdict]:
     sign = next((sign for sign in SIGNS if sign in claim), None)
     if sign is None:
-        yield Verdict(claim, "cannot tell", "loralab reads claims of two arms and <=, <, >= or > between them")
+        yield Verdict(claim, "cannot tell", "loralab reads claims of two rows and <=, <, >= or > between them")
         return
     left, right = (_arm(study, text) for text in claim.split(sign, 1))
     pairs = [(one, other) for _, found in tables for one, other in _pairs(found, left, right)]
