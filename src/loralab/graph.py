@@ -107,8 +107,8 @@ def check_padding(model: nn.Module, task: str, batch_size: int) -> None:
         config: Any = model.config
         raise ConfigError(
             f"data.batch_size={batch_size}: {type(model).__name__} (model_type={config.model_type}) computes a row "
-            "otherwise where it is padded or beside other rows, whatever the mask says, so that its loss would depend on "
-            "its batch; valid: data.batch_size=1, rows of one length, or another base"
+            "otherwise where it is padded or beside other rows, whatever the mask says, so that its loss would depend "
+            "on its batch; valid: data.batch_size=1, rows of one length, or another base"
         )
 
 
