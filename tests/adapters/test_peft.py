@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from loralab.adapters.export import save
+from loralab.adapters import peft
+from loralab.adapters.export import load, save
 from loralab.adapters.lora import LoRA
 from loralab.adapters.sites import Share, Sites
 
@@ -78,3 +79,35 @@ def test_a_list_of_one_name_does_not_become_a_pattern(load_base, tmp_path):
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["target_modules"] == ["model.layers.0.self_attn.q_proj"]
     assert (stored["r"], stored["lora_alpha"], stored["task_type"]) == (4, 16.0, "CAUSAL_LM")
+
+
+MOE = {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+MIXTURES = {  # whose shared experts, or first layers, are called as the experts were
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**MOE, "mlp_only_layers": [0]},
+    "glm4_moe": {
+        **{"num_key_value_heads": 2, "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32},
+        **{"first_k_dense_replace": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "head_dim": 32},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_layers_that_peft_takes_for_fused_experts_are_named_and_loaded_by_loralab(load_base, tmp_path, caplog, kind):
+    """A later PEFT that adapts them makes this fail: the warning may go then."""
+    from peft import LoraConfig, get_peft_model
+
+    base = load_base("llama", config={"model_type": kind, **MIXTURES[kind]})
+    adapter = trained(base.model, LoRA(r=4))
+    names = list(dict(adapter.adapted()))
+    save(adapter, tmp_path / "adapter", 5)
+    given = {"input_ids": torch.arange(2, 14)[None].expand(2, -1)}
+    ours = logits(base.model, adapter, given)
+    adapter.detach()
+    again = load(tmp_path / "adapter", base.model)
+    torch.testing.assert_close(logits(base.model, again, given), ours, rtol=0, atol=0)
+    again.detach()
+    theirs = get_peft_model(base.model, LoraConfig(r=4, target_modules=names))
+    unadapted = [name for name in names if not hasattr(theirs.get_submodule(f"base_model.model.{name}"), "lora_A")]
+    assert peft.misread(base.model, names) == unadapted
+    assert (f"PEFT does not load what is trained at {len(unadapted)} of the" in caplog.text) == bool(unadapted)

@@ -101,6 +101,7 @@ class LoRA(AdapterSpec):
         shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
         self._check_patterns(names)
         self._warn_of_ranks(shapes)
+        _warn_of_misread(model, names)
         for name in names:
             delta = self.delta(name, model.get_submodule(name), next(model.parameters()).device)
             delta.draw(self.init_lora_weights, generator_for(seed, name))
@@ -268,6 +269,15 @@ class LoRAAdapter(Adapter):
 
 
 LoRA.makes = LoRAAdapter
+
+
+def _warn_of_misread(model: nn.Module, names: list[str]) -> None:
+    if others := peft.misread(model, names):
+        log.warning(
+            "PEFT does not load what is trained at %d of the %d layers (%s, ...): under transformers 5 it takes them for "
+            "the experts of %s, whatever their name says; the files hold it, and loralab loads it",
+            *(len(others), len(names), others[0], type(model).__name__),
+        )
 
 
 def _dotted(key: str, pattern: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,10 @@ from loralab.adapters.files import WEIGHTS, write_state
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+EXPERTS = {  # PEFT's words for what transformers has fused since its version 5, by the pattern of an architecture
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 HEADS = ("classifier", "score")  # modules that PEFT trains whole wherever the task is classification
 
 
@@ -61,6 +65,16 @@ def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str])
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha},
         "inference_mode": True,
     }
+
+
+def misread(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of the layers ``names`` that PEFT, under transformers 5, takes for a mixture's experts by their last word:
+    it leaves them unadapted, whatever the rest of their name says."""
+    from transformers import conversion_mapping
+
+    patterns: dict[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    moved = EXPERTS.get(patterns.get(model.config.model_type, ""), ())  # type: ignore[union-attr, arg-type]
+    return [name for name in names if name.rpartition(".")[2] in moved]
 
 
 def task_type(model: nn.Module) -> str:
