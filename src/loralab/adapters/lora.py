@@ -274,8 +274,8 @@ LoRA.makes = LoRAAdapter
 def _warn_of_misread(model: nn.Module, names: list[str]) -> None:
     if others := peft.misread(model, names):
         log.warning(
-            "PEFT does not load what is trained at %d of the %d layers (%s, ...): under transformers 5 it takes them for "
-            "the experts of %s, whatever their name says; the files hold it, and loralab loads it",
+            "PEFT does not load what is trained at %d of the %d layers (%s, ...): under transformers 5 it takes them "
+            "for the experts of %s, whatever their name says; the files hold it, and loralab loads it",
             *(len(others), len(names), others[0], type(model).__name__),
         )
 
