@@ -18,7 +18,7 @@ FLOORS = [
     {"unpadded"},
     {"dropout"},
     {"trial", "checkpoints", "architecture", "head", "graph", "prefix"},
-    {"forward", "resuming", "tokenizer"},
+    {"forward", "resuming", "tokenizer", "alone"},
     {"module", "models", "generation", "evaluation"},
     {"planning", "first_batch"},
     {"specs", "study"},

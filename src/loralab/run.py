@@ -13,11 +13,12 @@ from torch import nn
 
 from loralab import models, record, resuming
 from loralab.adapters.attached import attached
+from loralab.alone import check_rows
 from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded, encode
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
 from loralab.fit import Fit, Part, close_record, explain
-from loralab.graph import check_causal, check_padding
+from loralab.graph import check_causal
 from loralab.head import frozen_head
 from loralab.planning.foresee import Foresight
 from loralab.quantization.base import is_frozen
@@ -95,7 +96,9 @@ class Runner:
         base = self._load(specs[0], tokenizer, data[0], device)
         _check_labels(base, data)
         trials = [_trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)]
-        _check_padding(base, specs, data)
+        for spec, own in zip(specs, data, strict=True):
+            rows = (one.input_ids for split in (own.train, own.validation, own.test) for one in split)
+            check_rows(base.model, spec.model.task, rows, spec.data.batch_size, len(specs) > 1)
         for spec, trial in zip(specs, trials, strict=True):
             if spec.memory.continues and _own_callbacks(spec):
                 log.info("%s begins anew: what its own callbacks hold is in no checkpoint", spec.id)
@@ -277,16 +280,6 @@ def _check_pack(specs: list[TrialSpec]) -> None:
             f"trial {alone[0].id} cannot share a pass: adapter={alone[0].adapter.method}, "
             f"quantization={alone[0].quantization.name}"
         )
-
-
-def _check_padding(base: models.Base, specs: list[TrialSpec], data: list[Encoded]) -> None:
-    """Refuses a base whose rows depend on their batch, where rows of unlike lengths share one. A causal row cannot see
-    what comes behind it."""
-    for spec, own in zip(specs, data, strict=True):
-        lengths = {len(one.input_ids) for split in (own.train, own.validation, own.test) for one in split}
-        if base.spec.task != "causal_lm" and spec.data.batch_size > 1 and len(lengths) > 1:
-            check_padding(base.model, base.spec.task, spec.data.batch_size)
-            return
 
 
 def _check_labels(base: models.Base, data: list[Encoded]) -> None:
