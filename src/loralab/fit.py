@@ -222,6 +222,9 @@ class Fit:
         """The adapter on disk. What goes wrong is this trial's failure, and the others are written all the same."""
         folder = spec.folder / "adapter"
         trial.record["adapter"]["never_called"] = trial.adapter.never_called()
+        models.name_classes(
+            self.base.model, trial.data.splits.labels if trial.task == "sequence_classification" else []
+        )
         try:
             trial.record["adapter"]["bytes"] = save(trial.adapter, folder, spec.seed)
             if spec.adapter.changes_base:

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.text.rouge import ROUGEScore
 
@@ -14,8 +14,12 @@ def nll(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tens
     """(summed negative log-likelihood, predictions, targets) in float32, masked positions left out.
 
     Causal LM: logits (B, T, V) at t predict labels (B, T) at t + 1; seq2seq: at t; classification: logits (B, C),
-    labels (B,). Predictions and targets are flat, one entry a target token (or row).
+    labels (B,). Predictions and targets are flat, one entry a target token (or row). Labels in floating point are
+    regression's: its loss is the squared error of logits (B, 1), which are the predictions.
     """
+    if labels.is_floating_point():
+        predictions, labels = logits.float().squeeze(-1), labels.float()
+        return F.mse_loss(predictions, labels, reduction="sum"), predictions, labels
     logits, targets = target_logits(logits, labels, task)
     return F.cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1), targets
 
@@ -32,7 +36,8 @@ def names(task: str, generated: bool, tested: bool) -> list[str]:
     """The metrics that a run of ``task`` ends with; ``generated``: some rows are completed, ``tested``: the test
     split."""
     scores = ["accuracy", "f1"] if task == "sequence_classification" else ["token_accuracy", "perplexity"]
-    if generated and task != "sequence_classification":
+    scores = ["pearson", "spearman"] if task == "regression" else scores
+    if generated and task in ("causal_lm", "seq2seq_lm"):
         scores.append("rouge_l")
     return [f"{split}/{name}" for split in ["val", *(["test"] if tested else [])] for name in ["loss", *scores]]
 
@@ -41,20 +46,27 @@ class SplitMetrics:
     """Accumulates one trial's scores over one split; torchmetrics does the sums."""
 
     def __init__(self, task: str, num_labels: int, device: torch.device) -> None:
-        self.task = task
+        self.task, self.num_labels, self.device = task, num_labels, device
         # nan stays nan: by default such a batch is left out of the mean, and "disable" takes every weight for 1
         self.loss = MeanMetric(nan_strategy=math.nan).to(device)
         self.scores: dict[str, Metric] = {}
-        if task == "sequence_classification":
-            self.scores["accuracy"] = MulticlassAccuracy(num_labels, average="micro").to(device)
-            self.scores["f1"] = MulticlassF1Score(num_labels, average="macro").to(device)
-        else:
-            self.scores["token_accuracy"] = MeanMetric(nan_strategy=math.nan).to(device)
+
+    def _made(self, targets: Tensor) -> dict[str, Metric]:
+        """What these targets are scored by."""
+        if targets.is_floating_point():
+            # of one row, or of equal predictions, there is no correlation: nan, which the record has as null
+            return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+        if self.task == "sequence_classification":
+            accuracy = MulticlassAccuracy(self.num_labels, average="micro")
+            return {"accuracy": accuracy, "f1": MulticlassF1Score(self.num_labels, average="macro")}
+        return {"token_accuracy": MeanMetric(nan_strategy=math.nan)}
 
     def update(self, loss_sum: Tensor, predictions: Tensor, targets: Tensor) -> None:
         count = targets.numel()
         if not count:
             return
+        if not self.scores:
+            self.scores = {name: metric.to(self.device) for name, metric in self._made(targets).items()}
         self.loss.update(loss_sum / count, weight=count)
         for name, metric in self.scores.items():
             if name == "token_accuracy":

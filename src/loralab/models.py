@@ -128,6 +128,14 @@ class Pretrained:
         with explained(f"{self._named} cannot be loaded", self.path):
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
 
+    def class_names(self) -> list[str]:
+        """The classes of the checkpoint's own head, in its order; transformers' LABEL_0 where its config names none."""
+        try:
+            named = self._stored_config().id2label
+        except ConfigError:  # loading says why
+            return []
+        return [str(named[place]) for place in sorted(named)]
+
     def prepared_config(self, num_labels: int | None) -> Any:
         """The config a model of this spec is built with: dropout set, labels counted."""
         config = self._stored_config()
@@ -228,6 +236,9 @@ class Random(Pretrained):
     def _config_key(self) -> str:
         return "model.config."
 
+    def class_names(self) -> list[str]:
+        return []  # nothing has learnt them
+
     def prepared_config(self, num_labels: int | None) -> Any:
         return self._adjust(self.architecture(), num_labels)
 
@@ -316,6 +327,15 @@ def load(
     size = measure(model)
     _name_out_of_reach(size)
     return Base(spec, quantizer, model, tokenizer, size, _unchanged(spec, before))
+
+
+def name_classes(model: nn.Module, names: list[str]) -> None:
+    """Makes ``names``, in order, those of the model's classes; classes beyond them keep transformers' LABEL_7."""
+    config: Any = model.config
+    if names and config.num_labels >= len(names):
+        padded = [*names, *(f"LABEL_{place}" for place in range(len(names), config.num_labels))]
+        config.id2label = dict(enumerate(padded))
+        config.label2id = {name: place for place, name in enumerate(padded)}
 
 
 def _unchanged(spec: Pretrained, before: str | None) -> str | None:

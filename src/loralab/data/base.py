@@ -4,24 +4,28 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from loralab import fingerprints
 from loralab.errors import ConfigError
 
-KINDS = ("pairs", "text", "labels")
+KINDS = ("pairs", "text", "labels", "scores")
 SPLITS = ("train", "validation", "test")
 LARGEST_BATCH = 2**20  # rows
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example: a prompt and its continuation, a text and its label, or a document."""
+    """One example: a prompt and its continuation, a text (or two) and its label, or a document.
 
-    prompt: str  # pairs: the source text; labels: the text; text: ""
-    target: str = ""  # pairs: the continuation; labels: the label's name; text: the document
-    label: int | None = None
+    All of it is plain text: a special token that it quotes is none, but where a template wrote it (``fields.Filled``).
+    """
+
+    prompt: str  # pairs: the source text; labels, scores: the text; text: ""
+    target: str = ""  # pairs: the continuation; labels: the label's name; scores: as written; text: the document
+    label: int | float | None = None
     where: str = ""  # file:line, for messages
+    pair: str | None = None  # labels, scores: the second text of a pair
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Splits:
     test: list[Row]
     labels: list[str]  # ordered class names; empty unless kind is labels
     fingerprint: str  # 16 hex digits of the sha256 over all rows
-    kind: str = "pairs"  # pairs, text, labels
+    kind: str = "pairs"  # pairs, text, labels, scores
     skipped: int = 0  # bad rows left out by on_bad_row=skip
     bytes: dict[str, int] = field(default_factory=dict)  # UTF-8 bytes of the targets, by split: for bits per byte
 
@@ -69,6 +73,10 @@ class DataSpec:
     def splits(self) -> Splits:
         """Read the rows. Raises DataError with file and line."""
         raise NotImplementedError
+
+    def as_scores(self) -> Self:
+        """What regression reads; here itself."""
+        return self
 
     def source(self) -> str | None:
         """16 hex digits of what the rows are read from, by which a rerun knows that they are the same: here of the
@@ -110,6 +118,8 @@ def fingerprint(rows: dict[str, list[Row]]) -> str:
         digest.update(f"{split}\0{len(rows[split])}\0".encode())
         for row in rows[split]:
             digest.update(f"{row.prompt}\0{row.target}\0{row.label}\0".encode())
+            if row.pair is not None:
+                digest.update(f"pair\0{row.pair}\0".encode())
     return digest.hexdigest()[:16]
 
 
