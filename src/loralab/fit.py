@@ -196,8 +196,10 @@ class Fit:
         if f"{prefix}/rouge_l" in trial.metrics:  # by an earlier fit
             return
         base = self.base
-        value = generation.score(base.model, base.tokenizer, trial.adapter, rows, spec.model.task, spec.model.length)
-        trial.scored({f"{prefix}/rouge_l": value})
+        own = (base.model, base.tokenizer, trial.adapter, spec.model.task, spec.model.length, spec.data.generation)
+        writer = generation.Writer(*own)
+        trial.record["data"].update(generation=writer.settings(), rouge=spec.data.rouge)
+        trial.scored({f"{prefix}/rouge_l": generation.score(writer, rows, spec.data.rouge)})
 
     def _finish(self, spec: TrialSpec, trial: Trial) -> None:
         entry = trial.record

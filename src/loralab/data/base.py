@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from loralab import fingerprints
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, nearest
 
 KINDS = ("pairs", "text", "labels", "scores")
 SPLITS = ("train", "validation", "test")
 LARGEST_BATCH = 2**20  # rows
+WORDS = ("unicode", "published")
+DECODING = ("do_sample", "num_beams", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+FRAMING = (  # what training decides
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+    *("forced_eos_token_id", "max_length", "num_return_sequences", "transformers_version"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,8 @@ class DataSpec:
     batch_size: int = 8
     limit: int | None = None  # the first N rows of each split
     generate_rows: int = 0  # rows of the held-out split that are also scored by generation
+    generation: dict[str, Any] = field(default_factory=dict)  # of transformers' GenerationConfig; empty: greedy
+    rouge: str = "unicode"  # words that ROUGE counts: of every script, or the published scorer's, a-z and 0-9
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -69,6 +77,10 @@ class DataSpec:
             raise ConfigError(f"data.limit must be at least 1 row (null: all rows), got {self.limit}")
         if self.generate_rows < 0:
             raise ConfigError(f"data.generate_rows must be 0 or more, got {self.generate_rows}")
+        if self.rouge not in WORDS:
+            raise ConfigError(f"data.rouge={self.rouge!r} is unknown; {nearest(self.rouge, WORDS)}")
+        if self.generation:
+            _check_generation(self.generation)
 
     def splits(self) -> Splits:
         """Read the rows. Raises DataError with file and line."""
@@ -87,6 +99,22 @@ class DataSpec:
     def sample(self, model: Any, tokenizer: Any, task: str, max_length: int) -> Any:
         """Draw encoded rows from the unquantized base."""
         raise NotImplementedError
+
+
+def _check_generation(options: dict[str, Any]) -> None:
+    """Raises ConfigError for what transformers' GenerationConfig does not know, or that is not one text a row."""
+    from transformers import GenerationConfig
+
+    valid = [key for key in vars(GenerationConfig()) if not key.startswith(("_", "output_", "return_"))]
+    valid = sorted({*valid, *DECODING} - set(FRAMING))
+    if unknown := [key for key in options if key not in valid]:
+        raise ConfigError(f"data.generation.{unknown[0]} is not an option of decoding; {nearest(unknown[0], valid)}")
+    try:
+        GenerationConfig(**options).validate()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"data.generation={options}: transformers refuses it: {' '.join(str(error).split())}"
+        ) from None
 
 
 def make_splits(

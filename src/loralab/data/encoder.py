@@ -45,13 +45,16 @@ class Encoder:
         self._note_quoted(rows)
         if self.task == "sequence_classification":
             return self.classes(rows)
-        prompts = self.plain([row.prompt for row in rows])
-        if self.task == "causal_lm":
-            targets = self.continuations([row.prompt for row in rows], prompts, [row.target for row in rows])
-        else:
-            targets = self.plain([row.target for row in rows], target=True)
+        prompts, targets = self.plain([row.prompt for row in rows]), self.targets(rows)
         pair = self.causal if self.task == "causal_lm" else self.seq2seq
         return [pair(one, other, row.where) for one, other, row in zip(prompts, targets, rows, strict=True)]
+
+    def targets(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Of each row, nothing cut, nothing around them."""
+        targets = [row.target for row in rows]
+        if self.task == "causal_lm":
+            return self.continuations([row.prompt for row in rows], targets)
+        return self.plain(targets, target=True)
 
     def causal(self, prompt: list[int], target: list[int], where: str = "") -> Example:
         """prefix + prompt + target + eos; the loss is on target and eos."""
@@ -128,11 +131,14 @@ class Encoder:
             ids[place] = self.quoting.ids(texts[place], target=target)
         return ids
 
-    def continuations(self, texts: Sequence[str], prompts: list[list[int]], targets: Sequence[str]) -> list[list[int]]:
-        """Targets behind their prompts; where a tokenizer marks the first word of a text by a space, that of the whole
-        text is marked, not the target's."""
+    def continuations(self, texts: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
+        """Targets behind their prompts, ``texts``; where a tokenizer marks the first word of a text by a space, that of
+        the whole text is marked, not the target's."""
         alone = self.plain(targets)
-        behind = [place for place, prompt in enumerate(prompts) if prompt and self.marks_start]
+        if not self.marks_start:
+            return alone
+        prompts = self.plain(texts)
+        behind = [place for place, prompt in enumerate(prompts) if prompt]
         whole = self.plain([joined(texts[place], targets[place]) for place in behind])
         break_, broken = self.plain(["\n"])[0], self.plain([joined("\n", targets[place]) for place in behind])
         for place, one, other in zip(behind, whole, broken, strict=True):
@@ -141,11 +147,11 @@ class Encoder:
         return alone
 
     def _note_quoted(self, rows: Sequence[Row]) -> None:
-        for key in ("prompt", "target", "pair"):
-            if key == "target" and self.task == "sequence_classification":
-                continue
-            for place, token in self.quoting.quoted([getattr(row, key) or "" for row in rows]).items():
-                self.told.setdefault("quoted", []).append((rows[place].where, token))
+        found: dict[int, str] = {}
+        for key in ("prompt", "pair") if self.task == "sequence_classification" else ("prompt", "target"):
+            found = self.quoting.quoted([getattr(row, key) or "" for row in rows]) | found
+        if found:
+            self.told.setdefault("quoted", []).extend((rows[place].where, found[place]) for place in sorted(found))
 
     def _note(self, what: str, where: str, ids: list[int]) -> None:
         self.told.setdefault(what, []).append((where, self.tokenizer.decode(ids)))

@@ -97,8 +97,14 @@ class Quoting:
                 token.content = _private(self.specials[token.content])
         made._added_tokens_decoder = added
         made._added_tokens_encoder = {token.content: number for number, token in added.items()}
+        # the unknown token keeps its name: unknown words are looked up by it
+        names = {name: _private(number) for name, number in self.specials.items() if name != made.unk_token}
+        roles = made._special_tokens_map.items()
+        made._special_tokens_map = {role: names.get(str(own), own) for role, own in roles}
+        made._extra_special_tokens = [names.get(str(own), own) for own in made._extra_special_tokens]
         made.tokens_trie = type(made.tokens_trie)()
-        made._update_trie([token.content for token in added.values()])
+        for token in added.values():
+            made.tokens_trie.add(token.content)
         return made
 
 
