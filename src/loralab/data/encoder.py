@@ -35,6 +35,7 @@ class Encoder:
                 f"end-of-sequence token, which model.task={task} needs to learn where a target ends"
             )
         if task == "seq2seq_lm":
+            _check_language(tokenizer)
             self.target_prefix, self.target_suffix = special_affixes(tokenizer, target=True)
         self.quoting = Quoting(tokenizer)
         self.marks_start = task == "causal_lm" and marks_start(tokenizer)
@@ -194,6 +195,18 @@ def special_affixes(tokenizer: Any, target: bool = False) -> tuple[list[int], li
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
     return [], []
+
+
+def _check_language(tokenizer: Any) -> None:
+    """Raises ConfigError where a tokenizer that marks languages does not know the targets'."""
+    marks = hasattr(tokenizer, "_switch_to_target_mode") and getattr(tokenizer, "src_lang", None) is not None
+    if marks and getattr(tokenizer, "tgt_lang", "") is None:
+        codes = [name for name in tokenizer.all_special_tokens if "_" in name][:5]
+        raise ConfigError(
+            f"model.tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__} has no target language, and its "
+            f"source language is {tokenizer.src_lang}; valid: tgt_lang in tokenizer_config.json, such as "
+            f"{', '.join(codes)}"
+        )
 
 
 def _label(row: Row) -> int | float:

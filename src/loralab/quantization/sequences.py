@@ -5,6 +5,7 @@ like that, padding sets no scale, and a row's result does not depend on the rows
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, cast
@@ -159,7 +160,12 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
 
     With a mark of the positions that have a target: in a row that is shorter than the batch the token behind its last
     target is read too, which in the longest row is not, so that the ids alone do not say what belongs to a row."""
-    made: Tensor = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        made: Tensor = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+    else:  # M2M100, PLBart: what their forward calls itself
+        shift, config = sys.modules[type(model).__module__].shift_tokens_right, model.config
+        start = ("pad_token_id", "decoder_start_token_id")[: len(inspect.signature(shift).parameters) - 1]
+        made = shift(labels, *(getattr(config, key) for key in start))
     setattr(made, REAL, labels != -100)
     return made
 
