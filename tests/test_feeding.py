@@ -250,3 +250,19 @@ def test_a_class_that_is_no_number_cannot_be_regressed_on(make_base, tmp_path, w
     data = Files(train=path, validation=path, text="{p}", label="y")
     with pytest.raises(DataError, match=r"r\.jsonl:3: field 'y' is 'good'; model\.num_labels=1 is regression"):
         encoded_rows(data, pretrained(make_base(labels=1), num_labels=1), words)
+
+
+@pytest.mark.parametrize("labels", [3, 1])
+def test_pairs_train_packed_as_they_train_alone(make_spec, make_base, tmp_path, words, curve, labels):
+    path = write(tmp_path / "r.jsonl", rows_of([0, 1, 2, 1, 0]))
+    model = pretrained(make_base(labels=labels), num_labels=labels)
+    data = Files(train=path, validation=path, text=["{p}", "{h}"], label="y", batch_size=2)
+
+    def make(name, seed):
+        return make_spec(name, "roberta", model=model, data=data, seed=seed, max_steps=3)
+
+    packed = Runner().run([make("one", 0), make("two", 1)])
+    alone = [Runner().run([make("three", 0)])[0], Runner().run([make("four", 1)])[0]]
+    assert [one["status"] for one in packed + alone] == ["completed"] * 4, packed[0]["error"]
+    for together, single in zip(packed, alone, strict=True):
+        assert together["metrics"] == pytest.approx(single["metrics"], rel=1e-4, nan_ok=True)

@@ -5,6 +5,8 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from loralab.architecture import auto_class
 from loralab.data.base import SPLITS, DataSpec, Splits
 from loralab.data.encoding import Encoded, encode
@@ -56,6 +58,15 @@ def in_the_order_of(splits: Splits, names: list[str], num_labels: int | None = N
         for split in SPLITS
     }
     return replace(splits, labels=labels, **rows)
+
+
+def name_classes(model: nn.Module, names: list[str]) -> None:
+    """Makes ``names``, in order, those of the model's classes; classes beyond them keep transformers' LABEL_7."""
+    config: Any = model.config
+    if names and config.num_labels >= len(names):
+        padded = [*names, *(f"LABEL_{place}" for place in range(len(names), config.num_labels))]
+        config.id2label = dict(enumerate(padded))
+        config.label2id = {name: place for place, name in enumerate(padded)}
 
 
 def _alike(name: str) -> str:

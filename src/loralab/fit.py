@@ -10,6 +10,7 @@ from loralab.adapters.attached import attached
 from loralab.adapters.export import save
 from loralab.adapters.sites import NotPackable
 from loralab.errors import DiskError, Interrupted, LoralabError, OutOfMemory, is_out_of_memory
+from loralab.feeding import name_classes
 from loralab.first_batch import FirstBatch
 from loralab.module import FineTuner
 from loralab.planning.foresee import Foresight
@@ -224,9 +225,7 @@ class Fit:
         """The adapter on disk. What goes wrong is this trial's failure, and the others are written all the same."""
         folder = spec.folder / "adapter"
         trial.record["adapter"]["never_called"] = trial.adapter.never_called()
-        models.name_classes(
-            self.base.model, trial.data.splits.labels if trial.task == "sequence_classification" else []
-        )
+        name_classes(self.base.model, trial.data.splits.labels if trial.task == "sequence_classification" else [])
         try:
             trial.record["adapter"]["bytes"] = save(trial.adapter, folder, spec.seed)
             if spec.adapter.changes_base:

@@ -3,6 +3,7 @@
 import math
 import re
 import unicodedata
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,9 @@ class SplitMetrics:
         """What these targets are scored by."""
         if targets.is_floating_point():
             # of one row, or of equal predictions, there is no correlation: nan, which the record has as null
-            return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that Spearman keeps what it ranks
+                return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
         if self.task == "sequence_classification":
             accuracy = MulticlassAccuracy(self.num_labels, average="micro")
             return {"accuracy": accuracy, "f1": MulticlassF1Score(self.num_labels, average="macro")}

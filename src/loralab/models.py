@@ -329,15 +329,6 @@ def load(
     return Base(spec, quantizer, model, tokenizer, size, _unchanged(spec, before))
 
 
-def name_classes(model: nn.Module, names: list[str]) -> None:
-    """Makes ``names``, in order, those of the model's classes; classes beyond them keep transformers' LABEL_7."""
-    config: Any = model.config
-    if names and config.num_labels >= len(names):
-        padded = [*names, *(f"LABEL_{place}" for place in range(len(names), config.num_labels))]
-        config.id2label = dict(enumerate(padded))
-        config.label2id = {name: place for place, name in enumerate(padded)}
-
-
 def _unchanged(spec: Pretrained, before: str | None) -> str | None:
     """The fingerprint after loading, which may have downloaded another commit. Raises ConfigError where the files of a
     folder were written meanwhile."""
