@@ -41,7 +41,7 @@ def test_a_label_out_of_range_or_unknown_is_named(value):
         classify(labelled(value), labels=["neg", "pos"])
 
 
-@pytest.mark.parametrize("value", [None, True, "", ["a"]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\u200b", None, True, "", ["a"]])
 def test_a_label_of_another_type_is_refused(value):
     with pytest.raises(DataError, match="a label is a name or a whole number"):
         classify(labelled(value), labels=["neg", "pos"])
@@ -102,7 +102,7 @@ def test_an_unknown_label_ends_the_command_with_the_code_of_data(tmp_path, tiny_
     )
 
 
-@pytest.mark.parametrize("other", [" pos", "pos ", "pos\u00a0", "\ufeffpos", "\tpos\r"])
+@pytest.mark.parametrize("other", [" pos", "pos ", "pos\u00a0", "\ufeffpos", "\tpos\r", "pos\u200f", "\u200bpos"])
 def test_space_around_a_name_makes_no_class(other):
     splits = classify(labelled("pos", "neg", other, "neg "))
     assert splits.labels == ["neg", "pos"]

@@ -139,13 +139,15 @@ class Encoder:
         if not self.marks_start:
             return alone
         prompts = self.plain(texts)
-        behind = [place for place, prompt in enumerate(prompts) if prompt]
-        whole = self.plain([joined(texts[place], targets[place]) for place in behind])
-        break_, broken = self.plain(["\n"])[0], self.plain([joined("\n", targets[place]) for place in behind])
-        for place, one, other in zip(behind, whole, broken, strict=True):
-            found = after(prompts[place], one) or after(break_, other)
-            alone[place] = found or alone[place]
-        return alone
+        behind = [at for at, prompt in enumerate(prompts) if prompt]
+        whole = self.plain([joined(texts[at], targets[at]) for at in behind])
+        found = {at: after(prompts[at], ids) for at, ids in zip(behind, whole, strict=True)}
+        # where a target would change its prompt's last token: behind a line break, which is part of no word
+        changed = [at for at in behind if not found[at]]
+        (end,) = self.plain(["\n"])
+        broken = self.plain([joined("\n", targets[at]) for at in changed])
+        found.update({at: after(end, ids) for at, ids in zip(changed, broken, strict=True)})
+        return [found.get(at) or ids for at, ids in enumerate(alone)]
 
     def _note_quoted(self, rows: Sequence[Row]) -> None:
         found: dict[int, str] = {}

@@ -19,8 +19,10 @@ FEWEST_SINGLES = 10  # classes of one row each, from which they are remarked
 
 
 def spelled(text: str) -> str:
-    """The one spelling of a class's name: without white space around it, in Unicode's composed form (NFC)."""
-    return unicodedata.normalize("NFC", text).strip().strip("\ufeff\u200b").strip()
+    """A class's name without white space or invisible marks around it, in Unicode's composed form (NFC)."""
+    name = unicodedata.normalize("NFC", text)
+    seen = [at for at, letter in enumerate(name) if not letter.isspace() and unicodedata.category(letter) != "Cf"]
+    return name[seen[0] : seen[-1] + 1] if seen else ""
 
 
 def key_of(text: str) -> str:
@@ -41,6 +43,8 @@ def label_of(fields: Mapping[str, Any], name: str) -> str:
     value = field_of(fields, name)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow(f"field {name!r} is {typename(value)}; {NAME_OR_NUMBER}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"field {name!r} is {value}; {NAME_OR_NUMBER}")
     if not (text := spelled(str(value))):
         raise BadRow(f"field {name!r} is empty; {NAME_OR_NUMBER}")
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
