@@ -25,7 +25,7 @@ TEXTS = (
 UNLISTED = ("data.prompt", "data.target", "data.text", *FOLDERS)  # a comma is part of the text, never a sweep
 _TEMPLATE = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\{[^{}]+\})"""
 PAIR = re.compile(rf"\[\s*{_TEMPLATE}\s*,\s*{_TEMPLATE}\s*\]")  # two templates; [INST] {q} [/INST] is one
-MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "model.config")
+MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "model.config", "data.generation")
 PLAIN = re.compile(r"(?! )[\w/.:@+*%$ -]*(?<! )", re.ASCII)  # what Hydra's grammar takes without quotes
 LITERAL = re.compile(r"[-+]?\.?\d[\d_.]*(e[-+]?\d+)?|[-+]?(nan|inf)|true|false", re.IGNORECASE)  # and is no text to it
 
