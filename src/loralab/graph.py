@@ -36,7 +36,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def reached(model: nn.Module, inputs: Mapping[str, Any], scored: slice, first: int = 0) -> Tensor | None:
-    """(rows, T): how strongly the output at the positions ``scored`` of the rows from ``first`` on depends on each input
+    """(rows, T): how strongly the output at the positions ``scored`` of the rows from ``first`` depends on each input
     token; exactly 0 where it does not. None where nobody can say: the model does not look its tokens up in its input
     embeddings once."""
     embedded: list[Tensor] = []
@@ -109,7 +109,8 @@ def check_padding(model: nn.Module, task: str, batch_size: int) -> None:
     together = {name: torch.cat([long[name], padded.get(name, short[name])]) for name in long}
     if _reads_padding(model, short, together):
         raise ConfigError(
-            f"data.batch_size={batch_size}: {type(model).__name__} (model_type={config.model_type}) computes a row otherwise "
+            f"data.batch_size={batch_size}: {type(model).__name__} ({config.model_type}) computes a row otherwise"
+            " "
             "where it is padded or beside other rows, whatever the mask says, so that its loss would depend on its "
             "batch; valid: data.batch_size=1, rows of one length, or another base"
         )
@@ -132,7 +133,7 @@ def _reads_padding(model: nn.Module, short: Mapping[str, Tensor], together: Mapp
 
 
 def _far(one: Tensor, other: Tensor) -> bool:
-    """Whether logits differ by more than rounding: bases that read padding differ by 0.3 of their deviation and more."""
+    """Whether logits differ by more than rounding: bases that read padding differ by 0.3 of their deviation."""
     allowed = 1e-3 if one.element_size() >= 4 else 0.1
     apart = (one.float() - other.float()).abs().max()
     return not bool(apart <= allowed * other.float().std())

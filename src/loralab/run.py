@@ -14,8 +14,9 @@ from torch import nn
 from loralab import models, record, resuming
 from loralab.adapters.attached import attached
 from loralab.data.base import DataSpec
-from loralab.data.encoding import Encoded, encode
+from loralab.data.encoding import Encoded
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
+from loralab.feeding import encoded_rows
 from loralab.fit import Fit, Part, close_record, explain
 from loralab.graph import check_causal, check_padding
 from loralab.head import frozen_head
@@ -141,7 +142,8 @@ class Runner:
 
     def _read(self, spec: TrialSpec, tokenizer: Any) -> tuple[Encoded, str | None]:
         key = f"{type(spec.data)} {spec.data} {spec.model.task} {spec.model.length} {tokenizer.name_or_path}"
-        key += repr(spec.model) if spec.data.from_base else ""
+        own = spec.data.from_base or spec.model.task == "sequence_classification"  # whose head may name the classes
+        key += repr(spec.model) if own else ""
         if key not in self._data:
             source = spec.data.source()  # before the rows are read: what changes meanwhile is then seen to have changed
             encoded = encoded_data(spec.data, spec.model, tokenizer, spec.trainer.device)
@@ -205,7 +207,7 @@ def _alike(model: nn.Module, specs: list[TrialSpec], trials: list[Trial]) -> lis
 def encoded_data(data: DataSpec, model: models.Pretrained, tokenizer: Any, device: str) -> Encoded:
     """The rows of ``data`` in token ids; where it draws them from the base, that is loaded, unquantized."""
     if not data.from_base:
-        return encode(data.splits(), tokenizer, model.task, model.length)
+        return encoded_rows(data, model, tokenizer)
     base = models.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
     sampled: Encoded = data.sample(base, tokenizer, model.task, model.length)
     return sampled
@@ -240,6 +242,9 @@ def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, A
         truncated=data.truncated,
         max_length=spec.model.length,
     )
+    if labels := data.splits.labels if spec.model.task == "sequence_classification" else []:
+        classes = {"id2label": dict(enumerate(labels)), "label2id": {name: at for at, name in enumerate(labels)}}
+        entry["data"].update(classes)
     return Trial(spec.settings(), adapter, data, spec.model.task, _padding(base), entry)
 
 
@@ -280,7 +285,7 @@ def _check_pack(specs: list[TrialSpec]) -> None:
 
 
 def _check_padding(base: models.Base, specs: list[TrialSpec], data: list[Encoded]) -> None:
-    """Refuses a base whose rows depend on their batch, where rows of unlike lengths share one. Behind a causal row comes
+    """Refuses a base whose rows depend on their batch, where rows of unlike lengths share it. Behind a causal row is
     nothing that it could see."""
     for spec, own in zip(specs, data, strict=True):
         lengths = {len(one.input_ids) for split in (own.train, own.validation, own.test) for one in split}

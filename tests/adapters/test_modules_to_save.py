@@ -1,6 +1,7 @@
 """Modules that are trained whole, against PEFT: embeddings, a pooler that the checkpoint lacks, and tied weights."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_a_masked_language_models_new_pooler_is_drawn_by_the_seed_trained_and_ex
     if scheme.name == "none":  # PEFT computes the same from the files
         bare = transformers.AutoModelForSequenceClassification.from_pretrained(masked.path, num_labels=3)
         theirs = PeftModel.from_pretrained(bare, spec.folder / "adapter").eval()
-        rows = [json.loads(line) for line in open(make_data("labels").validation)]
+        rows = [json.loads(line) for line in Path(make_data("labels").validation).read_text().splitlines()]
         tokenizer, names = masked.load_tokenizer(), make_data("labels").splits().labels
         with torch.no_grad():
             nll = [

@@ -1,7 +1,6 @@
 """What a model does behind its head, to its rows or to later tokens, stays in the loss, also once it matters."""
 
 import families
-import families
 import plain
 import pytest
 import torch
