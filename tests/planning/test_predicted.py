@@ -23,7 +23,7 @@ SHORT = {"max_length": 128}
 
 def bases(data):
     return {
-        "shipped": models.Pretrained(**SHORT),
+        "shipped": models.Pretrained(dtype="float32", **SHORT),
         "stories": models.Pretrained(name_or_path=str(data / "weights" / "stories260K-hf"), **SHORT),
         "gpt2": models.Random(config=GPT2, **SHORT),
         "t5": models.Random(task="seq2seq_lm", config=T5, **SHORT),
@@ -42,7 +42,7 @@ def speeches(real_data, tmp_path_factory):
     return {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
 
 
-FAST = {("shipped", "nf4_double", 3), ("t5", "none", 1)}
+FAST = {("stories", "nf4_double", 3), ("t5", "none", 1)}
 CASES = [(name, scheme, size) for name in ("shipped", "stories", "gpt2", "t5") for scheme in SCHEMES for size in (1, 3)]
 
 
@@ -62,6 +62,6 @@ def test_prediction_and_measurement_agree(make_spec, real_data, speeches, name, 
     assert [one["error"] for one in records] == [None] * size
     for one in records:
         memory = one["memory"]
-        assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.01)
+        assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
     if size == 1:  # the largest batch that the rows can make is no smaller than any that came
         assert memory["alone_peak_bytes"] >= 0.99 * memory["measured_peak_bytes"]
