@@ -107,6 +107,6 @@ def check_padding(model: nn.Module, task: str, exact: bool) -> None:
     if off > (0.02 if exact else 0.5):
         raise ConfigError(
             f"model.task={task}: {type(model).__name__} (model_type={config.model_type}) gives a row other logits "
-            f"where it is padded (by {off:.2g} of their deviation), so that its losses would depend on the rows beside it; "
-            "valid: a model that leaves padding on the right out"
+            f"where it is padded (by {off:.2g} of their deviation), so that its losses would depend on the rows beside "
+            "it; valid: a model that leaves padding on the right out"
         )
