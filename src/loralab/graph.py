@@ -57,7 +57,7 @@ def reached(model: nn.Module, inputs: Mapping[str, Any], scored: slice) -> Tenso
 def check_causal(model: nn.Module) -> None:
     """Raises ConfigError for a base whose logits at a token depend on later ones: trained as a causal language model it
     would be told what it has to predict."""
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     device = next(model.parameters()).device
     ids = torch.arange(2, 2 + LOOKED_AT, device=device)[None] % vocabulary
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -91,7 +91,7 @@ def check_padding(model: nn.Module, task: str, exact: bool) -> None:
     config: Any = model.config
     padding = 0 if config.pad_token_id is None or config.pad_token_id < 0 else int(config.pad_token_id)
     ids = torch.arange(padding + 1, padding + 1 + LOOKED_AT, device=next(model.parameters()).device)[None]
-    ids = ids % model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = ids % model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     padded = {"input_ids": pad(ids, (0, 4), value=padding), "attention_mask": pad(torch.ones_like(ids), (0, 4))}
     if task == "seq2seq_lm":
