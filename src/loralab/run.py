@@ -255,7 +255,7 @@ def _padding(base: models.Base) -> int:
     own = config.get_text_config().pad_token_id
     if base.spec.task != "sequence_classification":
         return int(base.tokenizer.pad_token_id)
-    if own is None or not 0 <= own < base.model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+    if own is None or not 0 <= own < base.model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
         own = config.pad_token_id = config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
     return int(own)
 
