@@ -1,4 +1,4 @@
-"""A trial's losses say nothing of the size of its batches: whatever its base, whatever activations are scaled by."""
+"""A trial's losses say nothing of the size of its batches, whatever its base and whatever scales its activations."""
 
 from dataclasses import replace
 

@@ -161,7 +161,7 @@ class Forward:
         given, second = flatten(few, lengths), slice(lengths[0], sum(lengths))
         try:
             seen = reached(self.model, given, second)
-            alone = seen is not None and not bool((seen[:, : lengths[0]] != 0).any())
+            alone = len(seen) == 1 and not bool((seen[0][:, : lengths[0]] != 0).any())
             return alone and (lengths[1] < 2 or reads_positions(self.model, given, second))
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             if is_out_of_memory(error):

@@ -17,8 +17,6 @@ from loralab.unpadded import LENGTHS
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
-
 LOOKED_AT = 8  # tokens
 # what decides it, as configs call it
 CAUSAL_KEYS = {"is_decoder": True, "causal": True, "is_causal": True, "use_bidirectional_attention": False}
@@ -35,10 +33,11 @@ def evaluated(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def reached(model: nn.Module, inputs: Mapping[str, Any], scored: slice, first: int = 0) -> Tensor | None:
-    """(rows, T): how strongly the output at the positions ``scored`` of the rows from ``first`` depends on each input
-    token; exactly 0 where it does not. None where nobody can say: the model does not look its tokens up in its input
-    embeddings once."""
+def reached(model: nn.Module, inputs: Mapping[str, Any], scored: slice, first: int = 0) -> list[Tensor]:
+    """(rows, T) of each call of the input embeddings, one but for an encoder with a decoder: how strongly the output at
+    the positions ``scored`` of the rows from ``first`` on depends on each token; exactly 0 where it does not.
+
+    Empty where nobody can say: the model looks its tokens up in another way, or has no gradient."""
     embedded: list[Tensor] = []
 
     def watch(_: nn.Module, __: Any, looked_up: Any) -> Any:
@@ -50,7 +49,7 @@ def reached(model: nn.Module, inputs: Mapping[str, Any], scored: slice, first: i
     try:
         handle = model.get_input_embeddings().register_forward_hook(watch)  # type: ignore[operator]
     except NotImplementedError:  # CANINE hashes characters
-        return None
+        return []
     try:
         with evaluated(model), torch.inference_mode(False), torch.enable_grad():
             given = {name: value if hasattr(value, LENGTHS) else value.clone() for name, value in inputs.items()}
@@ -58,12 +57,13 @@ def reached(model: nn.Module, inputs: Mapping[str, Any], scored: slice, first: i
             weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
             found = torch.autograd.grad((out * weights).sum(), embedded, allow_unused=True) if embedded else []
     except (AssertionError, NotImplementedError):  # Reformer has no gradient in evaluation mode
-        return None
+        return []
     finally:
         handle.remove()
-    if len(found) != 1 or embedded[0].dim() != 3:
-        return None
-    return torch.zeros_like(embedded[0][..., 0]) if found[0] is None else found[0].abs().amax(-1)
+    if any(one.dim() != 3 for one in embedded):
+        return []
+    pairs = zip(embedded, found, strict=True)
+    return [torch.zeros_like(x[..., 0]) if grad is None else grad.abs().amax(-1) for x, grad in pairs]
 
 
 def check_causal(model: nn.Module) -> None:
@@ -72,10 +72,10 @@ def check_causal(model: nn.Module) -> None:
     ids = _tokens(model, LOOKED_AT)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     found = reached(model, given, slice(0, LOOKED_AT // 2))
-    if found is None:
+    if len(found) != 1:
         later = _far(*(_first_half(model, {**given, "input_ids": one}) for one in (ids, _changed(ids))))
     else:
-        later = bool((found[:, LOOKED_AT // 2 :] != 0).any())
+        later = bool((found[0][:, LOOKED_AT // 2 :] != 0).any())
     if not later:
         return
     config: Any = model.config
@@ -102,38 +102,40 @@ def _changed(ids: Tensor) -> Tensor:
 def check_padding(model: nn.Module, task: str, batch_size: int) -> None:
     """Raises ConfigError for a base that reads the padding behind a row, or the rows beside it: what it computes would
     say more of the batch than of the row."""
-    long, short = (_row(model, task, count) for count in (2 * LOOKED_AT, LOOKED_AT - 1))
-    config: Any = model.config
-    fills = {"input_ids": int(config.pad_token_id or 0), "attention_mask": 0}
-    padded = {name: F.pad(short[name], (0, LOOKED_AT + 1), value=fill) for name, fill in fills.items()}
-    together = {name: torch.cat([long[name], padded.get(name, short[name])]) for name in long}
-    if _reads_padding(model, short, together):
+    long, short = _row(model, task, 2 * LOOKED_AT, 6), _row(model, task, LOOKED_AT - 1, 4)
+    if _reads_padding(model, long, short):
+        config: Any = model.config
         raise ConfigError(
-            f"data.batch_size={batch_size}: {type(model).__name__} ({config.model_type}) computes a row otherwise"
-            " "
-            "where it is padded or beside other rows, whatever the mask says, so that its loss would depend on its "
-            "batch; valid: data.batch_size=1, rows of one length, or another base"
+            f"data.batch_size={batch_size}: {type(model).__name__} (model_type={config.model_type}) computes a row "
+            "otherwise where it is padded or beside other rows, whatever the mask says, so that its loss would depend "
+            "on its batch; valid: data.batch_size=1, rows of one length, or another base"
         )
 
 
-def _reads_padding(model: nn.Module, short: Mapping[str, Tensor], together: Mapping[str, Tensor]) -> bool:
-    """Whether the second row of ``together``, which is ``short`` and padding, depends on anything else, or where the
-    graph says nothing of it, comes out otherwise than ``short`` alone."""
+def _reads_padding(model: nn.Module, long: Mapping[str, Tensor], short: Mapping[str, Tensor]) -> bool:
+    """Whether ``short``, padded beside ``long``, depends on anything but itself, or where the graph says nothing of it,
+    comes out otherwise than alone."""
+    pad = max(0, int(model.config.pad_token_id or 0))  # type: ignore[union-attr,arg-type]
+    together = {}
+    for name, own in short.items():
+        behind = (0, long[name].shape[1] - own.shape[1])
+        together[name] = torch.cat([long[name], F.pad(own, behind, value=0 if name == "attention_mask" else pad)])
     try:
         with evaluated(model), torch.inference_mode(False), torch.no_grad():
             beside, alone = (model(**given).logits for given in (together, short))
+        found = reached(model, together, slice(alone.shape[1] if alone.dim() == 3 else None), 1)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         log.debug("whether padding is read", exc_info=error)
         return False
-    found = reached(model, together, slice(None), 1)
-    seen = found is not None and bool(found[0].any() or found[1, LOOKED_AT - 1 :].any())
-    return seen or _far(beside[1, : len(alone[0])] if alone.dim() == 3 else beside[1], alone[0])
+    real = {long[name].shape[1]: own.shape[1] for name, own in short.items()}
+    seen = any(bool(one[0].any()) or bool(one[1, real.get(one.shape[1], one.shape[1]) :].any()) for one in found)
+    return seen or _far(beside[1, : alone.shape[1]] if alone.dim() == 3 else beside[1], alone[0])
 
 
 def _far(one: Tensor, other: Tensor) -> bool:
-    """Whether logits differ by more than rounding: bases that read padding differ by 0.3 of their deviation."""
+    """Whether logits differ by more than rounding; bases that read padding differ by 0.3 of their deviation."""
     allowed = 1e-3 if one.element_size() >= 4 else 0.1
     apart = (one.float() - other.float()).abs().max()
     return not bool(apart <= allowed * other.float().std())
@@ -145,14 +147,14 @@ def _tokens(model: nn.Module, count: int) -> Tensor:
     return torch.arange(2, 2 + count, device=next(model.parameters()).device)[None] % vocabulary
 
 
-def _row(model: nn.Module, task: str, count: int) -> dict[str, Tensor]:
+def _row(model: nn.Module, task: str, count: int, decoded: int) -> dict[str, Tensor]:
     """One row, its end marked where the base knows an end: some classifiers look for it."""
     ids, end = _tokens(model, count), getattr(model.config, "eos_token_id", None)
     if isinstance(end, int):
         ids[ids == end] = 0 if end else 1
         ids[0, -1] = end
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**row, "decoder_input_ids": ids[:, :4].clone()} if task == "seq2seq_lm" else row
+    return {**row, "decoder_input_ids": ids[:, :decoded].clone()} if task == "seq2seq_lm" else row
 
 
 @torch.no_grad()

@@ -95,8 +95,8 @@ class Runner:
             entry["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
         base = self._load(specs[0], tokenizer, data[0], device)
         _check_labels(base, data)
-        _check_padding(base, specs, data)
         trials = [_trial(base, spec, own, entry) for spec, own, entry in zip(specs, data, records, strict=True)]
+        _check_padding(base, specs, data)
         for spec, trial in zip(specs, trials, strict=True):
             if spec.memory.continues and _own_callbacks(spec):
                 log.info("%s begins anew: what its own callbacks hold is in no checkpoint", spec.id)
@@ -285,8 +285,8 @@ def _check_pack(specs: list[TrialSpec]) -> None:
 
 
 def _check_padding(base: models.Base, specs: list[TrialSpec], data: list[Encoded]) -> None:
-    """Refuses a base whose rows depend on their batch, where rows of unlike lengths share it. Behind a causal row is
-    nothing that it could see."""
+    """Refuses a base whose rows depend on their batch, where rows of unlike lengths share one. A causal row cannot see
+    what comes behind it."""
     for spec, own in zip(specs, data, strict=True):
         lengths = {len(one.input_ids) for split in (own.train, own.validation, own.test) for one in split}
         if base.spec.task != "causal_lm" and spec.data.batch_size > 1 and len(lengths) > 1:

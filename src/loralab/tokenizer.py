@@ -35,10 +35,17 @@ def load_tokenizer(key: str, name: str, path: str, remote_code: bool) -> Any:
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
-    """Raises ConfigError where the tokenizer has more tokens than the model embeddings."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if len(tokenizer) > rows:
+    """Raises ConfigError where a token has no embedding in the model, or the model has no table of embeddings."""
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    except NotImplementedError:
         raise ConfigError(
-            f"model.tokenizer: its {len(tokenizer)} tokens exceed the {rows} embeddings of the base model; "
+            f"model: {type(model).__name__} looks its tokens up in no table of embeddings, so that no tokenizer can be "
+            "held against it; valid: a model with input embeddings"
+        ) from None
+    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))  # ids may have holes
+    if tokens > rows:
+        raise ConfigError(
+            f"model.tokenizer: its {tokens} tokens exceed the {rows} embeddings of the base model; "
             "name the tokenizer that belongs to the base, or raise model.config.vocab_size"
         )

@@ -123,9 +123,8 @@ REFUSED = {  # what they give a row depends on its padding
 READ_PADDING = {  # classifiers whose rows depend on the padding behind them
     "fnet": {key: value for key, value in ENCODER.items() if key != "num_attention_heads"},
     "convbert": {**ENCODER, "embedding_size": 32, "num_attention_heads": 4},
-    "nystromformer": {**ENCODER, "num_landmarks": 4, "segment_means_seq_len": 16},
+    "nystromformer": ENCODER,
     "yoso": ENCODER,
-    "canine": {**ENCODER, "num_hash_buckets": 64, "num_hash_functions": 2},
     "mobilebert": {
         **{"hidden_size": 32, "embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
         **{"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 96},

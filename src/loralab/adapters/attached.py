@@ -39,8 +39,8 @@ def _name_ties(adapter: Adapter, model: nn.Module) -> None:
     """Warns of adapted layers whose weight another layer computes with as well."""
     for name, other in ties(model, adapter.layers()) if not adapter.spec.changes_base else []:
         log.warning(
-            "adapter=%s: the weight of %s is also that of %s, which stays the base's (as PEFT has it); merged into one "
-            "weight, the update would change both. To merge, untie first: %s.weight = "
+            "adapter=%s: the weight of %s is also that of %s, which stays the base's (as PEFT has it); merged into the "
+            "one weight, the update would change both. To merge, untie first: %s.weight = "
             "torch.nn.Parameter(%s.weight.clone()) and config.tie_word_embeddings=False",
             *(adapter.spec.method, name, other, name, name),
         )
