@@ -20,7 +20,7 @@ FLOORS = [
     {"trial", "checkpoints", "architecture", "head", "graph", "prefix"},
     {"forward", "resuming", "tokenizer", "alone"},
     {"module", "models", "generation", "evaluation"},
-    {"planning", "first_batch"},
+    {"planning", "first_batch", "feeding"},
     {"specs", "study"},
     {"fit"},
     {"run"},

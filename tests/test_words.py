@@ -114,3 +114,13 @@ def test_a_list_of_paths_that_are_no_file_is_a_sweep_over_them():
 def test_a_template_arrives_as_the_shell_gave_it(template):
     assert parsed(f"data.prompt={template}") == template
     assert parsed(f"data.prompt='{template.replace(chr(39), chr(92) + chr(39))}'") == template
+
+
+@pytest.mark.parametrize("given", ["['{p}','{h}']", '["{p}", "{h}"]', "[{p},{h}]", "[{p}, '{h}']", "[ '{p}' , '{h}' ]"])
+def test_two_templates_are_a_list(given):
+    assert parsed(f"data.text={given}") == ["{p}", "{h}"]
+
+
+@pytest.mark.parametrize("template", ["[INST] {q} [/INST]", "[{q}]", "[CLS] {p}, {h} [SEP]"])
+def test_one_template_in_brackets_is_a_text(template):
+    assert parsed(f"data.text={template}") == template

@@ -147,16 +147,19 @@ def _check_keys(content: Mapping[str, Any]) -> None:
 def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], watched: bool) -> None:
     from loralab.metrics import HIGHER, names
 
-    if specs["data"].generate_rows and specs["model"].task == "sequence_classification":
+    model = specs["model"]
+    if specs["data"].generate_rows and model.task == "sequence_classification":
         rows = specs["data"].generate_rows
         raise ConfigError(f"data.generate_rows={rows}: a classifier generates no text; valid: 0")
-    watchable = names(specs["model"].task, False, False)
+    scores = model.task == "sequence_classification" and model.num_labels == 1
+    task = "regression" if scores else model.task
+    watchable = names(task, False, False)
     if watched and metric not in watchable:
         raise ConfigError(
             f"trainer.patience watches metric={metric!r}, which no validation on the way measures;"
             f" valid: {', '.join(watchable)}"
         )
-    valid = names(specs["model"].task, specs["data"].generate_rows > 0, specs["trainer"].test)
+    valid = names(task, specs["data"].generate_rows > 0, specs["trainer"].test)
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
     best = "max" if metric.rpartition("/")[2] in HIGHER else "min"

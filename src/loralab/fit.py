@@ -10,6 +10,7 @@ from loralab.adapters.attached import attached
 from loralab.adapters.export import save
 from loralab.adapters.sites import NotPackable
 from loralab.errors import DiskError, Interrupted, LoralabError, OutOfMemory, is_out_of_memory
+from loralab.feeding import name_classes
 from loralab.first_batch import FirstBatch
 from loralab.module import FineTuner
 from loralab.planning.foresee import Foresight
@@ -196,8 +197,10 @@ class Fit:
         if f"{prefix}/rouge_l" in trial.metrics:  # by an earlier fit
             return
         base = self.base
-        value = generation.score(base.model, base.tokenizer, trial.adapter, rows, spec.model.task, spec.model.length)
-        trial.scored({f"{prefix}/rouge_l": value})
+        own = (base.model, base.tokenizer, trial.adapter, spec.model.task, spec.model.length, spec.data.generation)
+        writer = generation.Writer(*own)
+        trial.record["data"].update(generation=writer.settings(), rouge=spec.data.rouge)
+        trial.scored({f"{prefix}/rouge_l": generation.score(writer, rows, spec.data.rouge)})
 
     def _finish(self, spec: TrialSpec, trial: Trial) -> None:
         entry = trial.record
@@ -222,6 +225,7 @@ class Fit:
         """The adapter on disk. What goes wrong is this trial's failure, and the others are written all the same."""
         folder = spec.folder / "adapter"
         trial.record["adapter"]["never_called"] = trial.adapter.never_called()
+        name_classes(self.base.model, trial.data.splits.labels if trial.task == "sequence_classification" else [])
         try:
             trial.record["adapter"]["bytes"] = save(trial.adapter, folder, spec.seed)
             if spec.adapter.changes_base:

@@ -130,6 +130,14 @@ class Pretrained:
         architecture.refuse_other(self._named, self.config, config)
         return config
 
+    def class_names(self) -> list[str]:
+        """The classes of the checkpoint's own head, in its order; transformers' LABEL_0 where its config names none."""
+        try:
+            named = self._stored_config().id2label
+        except ConfigError:  # loading says why
+            return []
+        return [str(named[place]) for place in sorted(named)]
+
     def prepared_config(self, num_labels: int | None) -> Any:
         """The config a model of this spec is built with: dropout set, labels counted."""
         config = self._stored_config()
@@ -218,6 +226,9 @@ class Random(Pretrained):
     @property
     def _config_key(self) -> str:
         return "model.config."
+
+    def class_names(self) -> list[str]:
+        return []  # nothing has learnt them
 
     def prepared_config(self, num_labels: int | None) -> Any:
         return self._adjust(self.architecture(), num_labels)

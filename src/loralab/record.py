@@ -117,11 +117,6 @@ def undefined(record: Mapping[str, Any]) -> str:
     return next((key for key in watched if key in metrics and metrics[key] is None), "")
 
 
-def made_on(record: Mapping[str, Any]) -> tuple[str | None, ...]:
-    """Fingerprints of the base, the tokenizer and the data of a record: with its trial id, what the trial *is*."""
-    return (record["base"]["fingerprint"], record["data"]["tokenizer"], record["data"]["fingerprint"])
-
-
 def find(root: Path) -> list[Path]:
     """Run folders (those with a result.json) at or below ``root``, sorted; a run holds no other runs."""
     found = []

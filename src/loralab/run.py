@@ -15,8 +15,9 @@ from loralab import models, record, resuming
 from loralab.adapters.attached import attached
 from loralab.alone import check_rows
 from loralab.data.base import DataSpec
-from loralab.data.encoding import Encoded, encode
+from loralab.data.encoding import Encoded
 from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
+from loralab.feeding import encoded_rows
 from loralab.fit import Fit, Part, close_record, explain
 from loralab.graph import check_causal
 from loralab.head import frozen_head
@@ -144,7 +145,8 @@ class Runner:
 
     def _read(self, spec: TrialSpec, tokenizer: Any) -> tuple[Encoded, str | None]:
         key = f"{type(spec.data)} {spec.data} {spec.model.task} {spec.model.length} {tokenizer.name_or_path}"
-        key += repr(spec.model) if spec.data.from_base else ""
+        own = spec.data.from_base or spec.model.task == "sequence_classification"  # whose head may name the classes
+        key += repr(spec.model) if own else ""
         if key not in self._data:
             source = spec.data.source()  # before the rows are read: what changes meanwhile is then seen to have changed
             encoded = encoded_data(spec.data, spec.model, tokenizer, spec.trainer.device)
@@ -208,7 +210,7 @@ def _alike(model: nn.Module, specs: list[TrialSpec], trials: list[Trial]) -> lis
 def encoded_data(data: DataSpec, model: models.Pretrained, tokenizer: Any, device: str) -> Encoded:
     """The rows of ``data`` in token ids; where it draws them from the base, that is loaded, unquantized."""
     if not data.from_base:
-        return encode(data.splits(), tokenizer, model.task, model.length)
+        return encoded_rows(data, model, tokenizer)
     base = models.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
     sampled: Encoded = data.sample(base, tokenizer, model.task, model.length)
     return sampled
@@ -243,6 +245,9 @@ def _trial(base: models.Base, spec: TrialSpec, data: Encoded, entry: dict[str, A
         truncated=data.truncated,
         max_length=spec.model.length,
     )
+    if labels := data.splits.labels if spec.model.task == "sequence_classification" else []:
+        classes = {"id2label": dict(enumerate(labels)), "label2id": {name: at for at, name in enumerate(labels)}}
+        entry["data"].update(classes)
     return Trial(spec.settings(), adapter, data, spec.model.task, _padding(base), entry)
 
 
@@ -253,7 +258,7 @@ def _padding(base: models.Base) -> int:
     own = config.get_text_config().pad_token_id
     if base.spec.task != "sequence_classification":
         return int(base.tokenizer.pad_token_id)
-    if own is None or not 0 <= own < base.model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+    if own is None or not 0 <= own < base.model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
         own = config.pad_token_id = config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
     return int(own)
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from loralab import models
 from loralab.data.base import DataSpec
-from loralab.data.encoding import encode
 from loralab.errors import ConfigError, DataError, nearest
 from loralab.evaluation import Evaluation
+from loralab.feeding import encoded_rows
 from loralab.numerics import outliers
 from loralab.numerics.defined import defined, root
 from loralab.quantization.base import Quantizer, dense_weight, packed_bytes, quantizable
@@ -227,7 +227,9 @@ def study(
     tokenizer = model_spec.load_tokenizer() if evaluate else None
     encoded = None
     if evaluate and not data.from_base:
-        encoded = encode(data.splits(), tokenizer, model_spec.task, model_spec.length)
+        encoded = encoded_rows(data, model_spec, tokenizer)
+        if encoded.splits.kind == "scores":
+            raise ConfigError("model.num_labels=1: --evaluate compares predictions of classes or tokens, not scores")
     labels = len(encoded.splits.labels) or None if encoded else None
     base = models.load(model_spec, NoQuantization(), tokenizer, labels, trainer.device)
     model = base.model.to(trainer.device).requires_grad_(False)

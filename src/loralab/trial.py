@@ -186,7 +186,7 @@ class Trial:
             "tensors": tensors,
             "rows": len(chosen),
             "chosen": [(id(examples), row) for row in chosen],  # what tells equal rows of several trials
-            "target_tokens": int((shifted != -100).sum()),
+            "target_tokens": int((shifted != -100).sum()) if not labels.is_floating_point() else len(chosen),
             "tokens": int(tensors["attention_mask"].sum()),
         }
 
@@ -320,9 +320,9 @@ def padded_alike(batches: Mapping[int, Batch], pad_token_id: int) -> dict[int, B
     """The batches padded on the right to the longest of them."""
     if len(batches) < 2:
         return dict(batches)
-    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
     shapes = [(key, part.shape[-1]) for one in batches.values() for key, part in one["tensors"].items()]
-    longest = {key: max(width for name, width in shapes if name == key) for key in fill}
+    longest = {key: max((width for name, width in shapes if name == key), default=0) for key in fill}
 
     def padded(key: str, part: Tensor) -> Tensor:
         if part.dim() < 2 or part.shape[1] == longest[key]:  # labels of whole rows; the longest

@@ -25,7 +25,9 @@ TEXTS = (
     *("logger.project", "logger.entity", "logger.group", "hydra.sweep.subdir", *FOLDERS),
 )
 UNLISTED = ("data.prompt", "data.target", "data.text", *FOLDERS)  # a comma is part of the text, never a sweep
-MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "model.config")
+_TEMPLATE = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\{[^{}]+\})"""
+PAIR = re.compile(rf"\[\s*{_TEMPLATE}\s*,\s*{_TEMPLATE}\s*\]")  # two templates; [INST] {q} [/INST] is one
+MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "model.config", "data.generation")
 PLAIN = re.compile(r"(?! )[\w/.:@+*%$ -]*(?<! )", re.ASCII)  # what Hydra's grammar takes without quotes
 LITERAL = re.compile(r"[-+]?\.?\d[\d_.]*(e[-+]?\d+)?|[-+]?(nan|inf)|true|false", re.IGNORECASE)  # and is no text to it
 
@@ -150,6 +152,9 @@ def _quoted(word: str) -> str:
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         return word
     exists = name not in UNLISTED[:3] and _exists(value)
+    if name == "data.text" and (pair := PAIR.fullmatch(value)):
+        texts = ",".join(one if one[0] in "'\"" else f"'{one}'" for one in pair.groups())
+        return f"{key}=[{texts}]"
     if "," in value and name not in UNLISTED and not exists:  # a sweep over several
         return word if re.search(r"[][(){}'\"]", value) else f"{key}={','.join(map(_part, value.split(',')))}"
     if name == "adapter.target_modules" and value.startswith("["):

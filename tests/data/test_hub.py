@@ -86,3 +86,16 @@ def test_a_local_folder_is_loaded(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits = Hub(name=str(tmp_path), validation="train", test=None, **TEMPLATES).splits()
     assert len(splits.train) == 4
+
+
+@pytest.mark.parametrize("names", [["1", "2", "0"], ["no", "yes", "other"]])
+def test_the_numbers_of_a_data_set_with_names_are_places_among_them(library, names):
+    features = {"label": types.SimpleNamespace(names=names)}
+    numbered = type("Numbered", (Table,), {"features": features})
+    library.load_dataset = lambda path, name, split: numbered({"text": f"t{at}", "label": at} for at in (0, 1, 2, 1))
+    splits = Hub(name="a/b", validation="dev", test=None, **TEMPLATES).splits()
+    assert [row.label for row in splits.train] == [0, 1, 2, 1]
+    assert [row.target for row in splits.train] == [names[at] for at in (0, 1, 2, 1)]
+    library.load_dataset = lambda path, name, split: numbered({"text": f"t{at}", "label": at} for at in (0, -1))
+    with pytest.raises(DataError, match=r"field 'label' is '-1', not one of the 3 labels"):
+        Hub(name="a/b", validation="dev", test=None, **TEMPLATES).splits()

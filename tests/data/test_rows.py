@@ -1,7 +1,8 @@
 import pytest
 
 from loralab.data.base import Row
-from loralab.data.rows import BadRow, Record, RowSpec, Template, class_index, split_off, text_of
+from loralab.data.fields import BadRow, Template, text_of
+from loralab.data.rows import Record, RowSpec, split_off
 from loralab.errors import ConfigError, DataError
 
 
@@ -147,49 +148,6 @@ def test_a_single_row_and_rows_of_one_prompt_are_trained(caplog):
     same = records({"mr": "a", "ref": "b"}, {"mr": "a", "ref": "c"})
     assert len(spec.assemble("t", {"train": same, "validation": records(PAIR[1])}).train) == 2
     assert "all 2 training rows have the same prompt ('a')" in caplog.text
-
-
-def labelled(*values):
-    return records(*[{"text": f"text {index}", "y": value} for index, value in enumerate(values)])
-
-
-def classify(train, **options):
-    return RowSpec(text="{text}", label="y", **options).assemble("t", {"train": train, "validation": train})
-
-
-def test_labels_are_inferred_in_order():
-    assert classify(labelled("pos", "neg", "pos")).labels == ["neg", "pos"]
-    assert classify(labelled(10, 9, 2)).labels == ["2", "9", "10"]
-    assert classify(labelled("10", "9", "2")).labels == ["2", "9", "10"]
-
-
-def test_labels_that_are_given_keep_their_order_and_name_numbers():
-    splits = classify(labelled("pos", 0, "1"), labels=["neg", "pos"])
-    assert [row.label for row in splits.train] == [1, 0, 1]
-    assert [row.target for row in splits.train] == ["pos", "neg", "pos"]
-    assert splits.kind == "labels"
-
-
-@pytest.mark.parametrize("value", ["pso", 2, -1, "-1", "²"])
-def test_a_label_out_of_range_or_unknown_is_named(value):
-    with pytest.raises(DataError, match=rf"t\.jsonl:1: field 'y' is .*{value}.*not one of the 2 labels \(neg, pos\)"):
-        classify(labelled(value), labels=["neg", "pos"])
-
-
-@pytest.mark.parametrize("value", [0.5, None, True, "", ["a"]])
-def test_a_label_of_another_type_is_refused(value):
-    with pytest.raises(DataError, match="a label is a name or a whole number"):
-        classify(labelled(value), labels=["neg", "pos"])
-
-
-@pytest.mark.parametrize(("limit", "warned"), [(2, True), (3, False)])
-def test_a_single_class_is_warned_of_also_where_the_limit_left_it(caplog, limit, warned):
-    classify(labelled("pos", "pos", "neg"), limit=limit)
-    assert ("every training row has the label 'pos'" in caplog.text) == warned
-
-
-def test_a_name_wins_over_a_number():
-    assert class_index("1", ["1", "0"], "y") == 0
 
 
 def test_one_row_in_ten_is_held_out_and_equal_prompts_stay_together():

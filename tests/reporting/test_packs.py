@@ -115,4 +115,4 @@ def test_with_several_threads_a_packed_trials_command_does_not_promise_its_bits(
             in_pack(made, 2, index)
             made["environment"]["threads"] = threads
             write(tmp_path / str(r), made)
-        assert ("same bits with one thread only" in report(tmp_path).table) == expected
+        assert ("the same bits with one thread only" in report(tmp_path).table) == expected

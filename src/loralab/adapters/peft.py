@@ -64,6 +64,7 @@ def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str])
         "rank_pattern": {name: spec.rank(name) for name in names if spec.rank(name) != spec.r},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha},
         "inference_mode": True,
+        **_classes(model),
     }
 
 
@@ -75,6 +76,14 @@ def misread(model: nn.Module, names: list[str]) -> list[str]:
     patterns: dict[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     moved = EXPERTS.get(patterns.get(model.config.model_type, ""), ())  # type: ignore[union-attr, arg-type]
     return [name for name in names if name.rpartition(".")[2] in moved]
+
+
+def _classes(model: nn.Module) -> dict[str, Any]:
+    """The names of a classifier's classes, which PEFT itself does not keep."""
+    if task_type(model) != "SEQ_CLS":
+        return {}
+    config: Any = model.config
+    return {"id2label": dict(config.id2label), "label2id": dict(config.label2id)}
 
 
 def task_type(model: nn.Module) -> str:

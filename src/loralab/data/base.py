@@ -4,24 +4,36 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from loralab import fingerprints
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, nearest
 
-KINDS = ("pairs", "text", "labels")
+KINDS = ("pairs", "text", "labels", "scores")
 SPLITS = ("train", "validation", "test")
 LARGEST_BATCH = 2**20  # rows
+WORDS = ("unicode", "published")
+DECODING = (  # of transformers' GenerationConfig; what frames a text is training's
+    *("bad_words_ids", "begin_suppress_tokens", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
+    *("encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty"),
+    *("length_penalty", "max_new_tokens", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams"),
+    *("remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "suppress_tokens"),
+    *("temperature", "top_k", "top_p", "typical_p"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example: a prompt and its continuation, a text and its label, or a document."""
+    """One example: a prompt and its continuation, a text (or two) and its label, or a document.
 
-    prompt: str  # pairs: the source text; labels: the text; text: ""
-    target: str = ""  # pairs: the continuation; labels: the label's name; text: the document
-    label: int | None = None
+    All of it is plain text: a special token that it quotes is none, but where a template wrote it (``fields.Filled``).
+    """
+
+    prompt: str  # pairs: the source text; labels, scores: the text; text: ""
+    target: str = ""  # pairs: the continuation; labels: the label's name; scores: as written; text: the document
+    label: int | float | None = None
     where: str = ""  # file:line, for messages
+    pair: str | None = None  # labels, scores: the second text of a pair
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class Splits:
     test: list[Row]
     labels: list[str]  # ordered class names; empty unless kind is labels
     fingerprint: str  # 16 hex digits of the sha256 over all rows
-    kind: str = "pairs"  # pairs, text, labels
+    kind: str = "pairs"  # pairs, text, labels, scores
     skipped: int = 0  # bad rows left out by on_bad_row=skip
     bytes: dict[str, int] = field(default_factory=dict)  # UTF-8 bytes of the targets, by split: for bits per byte
 
@@ -55,6 +67,8 @@ class DataSpec:
     batch_size: int = 8
     limit: int | None = None  # the first N rows of each split
     generate_rows: int = 0  # rows of the held-out split that are also scored by generation
+    generation: dict[str, Any] = field(default_factory=dict)  # of transformers' GenerationConfig; empty: greedy
+    rouge: str = "unicode"  # words that ROUGE counts: of every script, or the published scorer's, a-z and 0-9
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -65,10 +79,18 @@ class DataSpec:
             raise ConfigError(f"data.limit must be at least 1 row (null: all rows), got {self.limit}")
         if self.generate_rows < 0:
             raise ConfigError(f"data.generate_rows must be 0 or more, got {self.generate_rows}")
+        if self.rouge not in WORDS:
+            raise ConfigError(f"data.rouge={self.rouge!r} is unknown; {nearest(self.rouge, WORDS)}")
+        if self.generation:
+            _check_generation(self.generation)
 
     def splits(self) -> Splits:
         """Read the rows. Raises DataError with file and line."""
         raise NotImplementedError
+
+    def as_scores(self) -> Self:
+        """What regression reads; here itself."""
+        return self
 
     def source(self) -> str | None:
         """16 hex digits of what the rows are read from, by which a rerun knows that they are the same: here of the
@@ -79,6 +101,20 @@ class DataSpec:
     def sample(self, model: Any, tokenizer: Any, task: str, max_length: int) -> Any:
         """Draw encoded rows from the unquantized base."""
         raise NotImplementedError
+
+
+def _check_generation(options: dict[str, Any]) -> None:
+    """Raises ConfigError for what transformers' GenerationConfig does not know, or that is not one text a row."""
+    from transformers import GenerationConfig
+
+    if unknown := [key for key in options if key not in DECODING]:
+        raise ConfigError(f"data.generation.{unknown[0]} is not an option of decoding; {nearest(unknown[0], DECODING)}")
+    try:
+        GenerationConfig(**options).validate()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"data.generation={options}: transformers refuses it: {' '.join(str(error).split())}"
+        ) from None
 
 
 def make_splits(
@@ -110,6 +146,8 @@ def fingerprint(rows: dict[str, list[Row]]) -> str:
         digest.update(f"{split}\0{len(rows[split])}\0".encode())
         for row in rows[split]:
             digest.update(f"{row.prompt}\0{row.target}\0{row.label}\0".encode())
+            if row.pair is not None:
+                digest.update(f"pair\0{row.pair}\0".encode())
     return digest.hexdigest()[:16]
 
 

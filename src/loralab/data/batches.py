@@ -7,19 +7,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loralab.data.encoding import IGNORE, Example
+from loralab.data.examples import IGNORE, Example
 from loralab.errors import DataError
 
 
 def collate(examples: Sequence[Example], task: str, pad_token_id: int) -> dict[str, Tensor]:
-    """Right-padded batch of int64: input_ids, attention_mask (B, T); labels (B, T), -100 on padding, or (B,)."""
+    """Right-padded batch of int64: input_ids, attention_mask (B, T); labels (B, T), -100 on padding, or (B,), float32
+    where they are scores; token_type_ids (B, T) where the examples have them."""
     inputs = _pad([example.input_ids for example in examples], pad_token_id)
     mask = _pad([[1] * len(example.input_ids) for example in examples], 0)
     if task == "sequence_classification":
-        labels = torch.tensor([example.labels[0] for example in examples], dtype=torch.int64)
+        own = [example.labels[0] for example in examples]
+        labels = torch.tensor(own, dtype=torch.float32 if isinstance(own[0], float) else torch.int64)
     else:
         labels = _pad([example.labels for example in examples], IGNORE)
-    return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+    types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
+    typed = {"token_type_ids": _pad(types, 0)} if types else {}
+    return {"input_ids": inputs, "attention_mask": mask, **typed, "labels": labels}
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

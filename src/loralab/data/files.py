@@ -13,6 +13,7 @@ from typing import Any
 
 from loralab import fingerprints
 from loralab.data.base import SPLITS, Row, Splits, make_splits
+from loralab.data.fields import Number
 from loralab.data.rows import VALIDATION_SHARE, Record, RowSpec
 from loralab.errors import ConfigError, DataError, nearest
 
@@ -130,7 +131,7 @@ def _json_object(line: str) -> tuple[dict[str, Any], str]:
     if problem := _not_utf_8(line):
         return {}, problem
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_float=Number, parse_int=Number)
     except RecursionError:
         return {}, "not JSON (nested too deeply)"
     except ValueError as error:

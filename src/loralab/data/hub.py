@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,10 @@ class Hub(RowSpec):
         library = _library()
         names = {split: value for split in SPLITS if (value := getattr(self, split))}
         parts = {split: self.load(library, value) for split, value in names.items()}
-        records = {split: _records(part, f"{self.name}[{names[split]}]") for split, part in parts.items()}
-        return self.assemble(self.name, records, labels=self.class_names(parts["train"]))
+        classes = [] if self.scores else self.class_names(parts["train"])
+        named = {} if self.labels or not self.label else {self.label: classes}
+        records = {split: _records(part, f"{self.name}[{names[split]}]", named) for split, part in parts.items()}
+        return self.assemble(self.name, records, labels=classes)
 
     def load(self, library: Any, split: str) -> Any:
         """One split; from the cache alone where the hub cannot be reached, so that it fails in seconds."""
@@ -80,9 +82,15 @@ def _library() -> Any:
     return datasets
 
 
-def _records(part: Any, name: str) -> Iterator[Record]:
+def _records(part: Any, name: str, named: Mapping[str, list[str]]) -> Iterator[Record]:
+    """``named``: {column: the names of its numbers}."""
     for index, fields in enumerate(part):
-        yield Record(fields, f"{name}:{index}")
+        own = {key: names[fields[key]] for key, names in named.items() if _is_place(fields.get(key), names)}
+        yield Record({**fields, **own}, f"{name}:{index}")
+
+
+def _is_place(value: Any, names: list[str]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names)
 
 
 def hub_reachable() -> bool:

@@ -15,11 +15,22 @@ def preview(encoded: Encoded, tokenizer: Any, rows: int = 2) -> str:
         where = encoded.splits.train[index].where if unit == "row" else ""
         lines.append(
             f"training {unit} {index + 1}{where and f' ({where})'}: {len(example.input_ids)} tokens, "
-            f"loss on {example.target_tokens}{', cut to model.max_length' * example.truncated}"
+            f"loss on {example.target_tokens}{_end(encoded, index, tokenizer)}"
+            f"{', cut to model.max_length' * example.truncated}"
         )
         prompt, target = decoded(encoded, index, tokenizer)
         lines += [f"  {name} {shown(text)}" for name, text in (("prompt", prompt), ("target", target)) if text]
     return "\n".join(lines)
+
+
+def _end(encoded: Encoded, index: int, tokenizer: Any) -> str:
+    """Whether the end of a target is learnt."""
+    if encoded.task == "sequence_classification":
+        return ""
+    if isinstance(encoded.train, Blocks):
+        return f", the ends {tokenizer.eos_token} of documents among them"
+    ended = tokenizer.eos_token_id in encoded.train[index].labels
+    return f", the end {tokenizer.eos_token} among them" if ended else f", the end {tokenizer.eos_token} cut off"
 
 
 def decoded(encoded: Encoded, index: int, tokenizer: Any) -> tuple[str, str]:
@@ -30,6 +41,8 @@ def decoded(encoded: Encoded, index: int, tokenizer: Any) -> tuple[str, str]:
 
     example = encoded.train[index]
     if encoded.task == "sequence_classification":
+        if encoded.splits.kind == "scores":
+            return text(example.input_ids), f"score {example.labels[0]:g}"
         return text(example.input_ids), f"class {example.labels[0]} ({encoded.splits.train[index].target})"
     if encoded.task == "seq2seq_lm":
         return text(example.input_ids), text(example.labels)

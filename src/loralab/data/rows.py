@@ -1,25 +1,23 @@
 """From a record (a JSON object, a CSV line) to a row: templates, labels, and what is wrong with a bad one."""
 
+import copy
 import logging
-import math
 import re
-import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from loralab.data.base import DataSpec, Row, Splits, hash_order, make_splits
+from loralab.data.fields import BadRow, Template
+from loralab.data.labels import Classes, key_of, label_of, score_of, warn_of_singles
 from loralab.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
 
 ON_BAD_ROW = ("error", "skip")
+KEYS = {"pair": "text[1]"}  # of templates whose name is not their key's
 SHOWN = 5  # bad rows in a message
 VALIDATION_SHARE = 10  # one row in so many, where no validation file is given
-
-
-class BadRow(Exception):  # noqa: N818 - never leaves this package
-    """Why one record cannot be a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,53 +29,15 @@ class Record:
     problem: str = ""
 
 
-class Template:
-    r"""``'{mr}\n'``: fields in braces; ``{{`` is a brace; backslash n a newline, backslash t a tab."""
-
-    def __init__(self, text: str, key: str) -> None:
-        try:
-            parts = list(string.Formatter().parse(text))
-        except ValueError as error:
-            raise ConfigError(
-                f"data.{key}={text!r} is no template ({error}); a literal brace is written twice"
-            ) from None
-        self.parts: list[tuple[str, str | None]] = []
-        for literal, name, spec, conversion in parts:
-            if name is not None and (not name or spec or conversion or set(".[]") & set(name)):
-                raise ConfigError(
-                    f"data.{key}={text!r}: a field is a plain name in braces such as {{text}}; "
-                    "no nested access, no format; a literal brace is written twice"
-                )
-            self.parts.append((literal.replace("\\n", "\n").replace("\\t", "\t"), name))
-
-    @property
-    def fields(self) -> list[str]:
-        return [name for _, name in self.parts if name is not None]
-
-    def filled_from(self, text: str, key: str, columns: Sequence[str]) -> "Template":
-        """Itself, or where it has no field: the column of that name. ConfigError where there is none."""
-        if self.fields or not self.parts:
-            return self
-        if text not in columns:
-            raise ConfigError(
-                f"data.{key}={text!r} has no {{field}}, so every row would be the same, and there is no column of "
-                f"that name; {nearest(text, columns)}"
-            )
-        self.parts = [("", text)]
-        return self
-
-    def render(self, fields: Mapping[str, Any]) -> str:
-        """The text, or BadRow."""
-        return "".join(literal + (text_of(fields, name) if name is not None else "") for literal, name in self.parts)
-
-
 @dataclass(frozen=True)
 class RowSpec(DataSpec):
     """Data sets made of records: ``prompt`` and ``target``, or ``text`` and ``label``, or ``text`` alone."""
 
+    scores: ClassVar[bool] = False  # whether labels are real-valued: as_scores() says so
+
     prompt: str | None = None  # template such as '{mr}\n', or the name of a column
     target: str | None = None
-    text: str | None = None
+    text: Any = None  # a template, or a list of two: a pair such as ['{premise}', '{hypothesis}']
     label: str | None = None  # column name
     labels: list[str] = field(default_factory=list)  # ordered names; empty: those of the training rows, sorted
     on_bad_row: str = "error"
@@ -90,6 +50,7 @@ class RowSpec(DataSpec):
             raise ConfigError(f"data.on_bad_row={self.on_bad_row!r} is unknown; {nearest(self.on_bad_row, ON_BAD_ROW)}")
         if self.text is not None and (self.prompt is not None or self.target is not None):
             raise ConfigError("data.text and data.prompt/data.target exclude each other: give one form")
+        self._check_text()
         if self.target == "" or self.text == "":
             raise ConfigError("data.target and data.text cannot be empty: there would be nothing to learn")
         if self.prompt is not None and self.target is None:
@@ -98,20 +59,44 @@ class RowSpec(DataSpec):
             raise ConfigError(f"data.label={self.label!r} needs data.text, the template of what is to be classified")
         if self.labels and self.label is None:
             raise ConfigError("data.labels names classes, but data.label, the column that holds them, is missing")
-        if len(set(self.labels)) < len(self.labels):
+        if len({key_of(name) for name in self.labels}) < len(self.labels):
             raise ConfigError(f"data.labels names a class twice: {self.labels}")
         self.templates()  # each is parsed
 
+    def _check_text(self) -> None:
+        texts = self.text if isinstance(self.text, list) else [self.text]
+        if not all(isinstance(one, str | None) for one in texts) or (None in texts and len(texts) > 1):
+            raise ConfigError(f"data.text={self.text!r} is no template; valid: a text such as '{{review}}', or two")
+        if isinstance(self.text, list) and (len(texts) != 2 or "" in texts or self.label is None):
+            raise ConfigError(
+                f"data.text={self.text!r}: a list is a pair of texts, classified by data.label; valid: two templates "
+                "such as ['{premise}', '{hypothesis}'] and the name of a column in data.label"
+            )
+
+    @property
+    def given(self) -> dict[str, str]:
+        """{key: template as it is written} of those that are set."""
+        texts = self.text if isinstance(self.text, list) else [self.text]
+        given = {"prompt": self.prompt, "target": self.target, **dict(zip(("text", "pair"), texts, strict=False))}
+        return {key: text for key, text in given.items() if text is not None}
+
     def templates(self) -> dict[str, Template]:
         """{key: template} of those that are set. Raises ConfigError."""
-        given = {key: getattr(self, key) for key in ("prompt", "target", "text")}
-        return {key: Template(text, key) for key, text in given.items() if text is not None}
+        return {key: Template(text, KEYS.get(key, key)) for key, text in self.given.items()}
+
+    def as_scores(self) -> Self:
+        """Itself, with the label read as a real-valued score."""
+        made = copy.copy(self)
+        object.__setattr__(made, "scores", True)
+        return made
 
     @property
     def kind(self) -> str:
         if self.target is not None:
             return "pairs"
-        return "labels" if self.label is not None else "text"
+        if self.label is None:
+            return "text"
+        return "scores" if self.scores else "labels"
 
     @property
     def columns(self) -> list[str]:
@@ -128,8 +113,12 @@ class RowSpec(DataSpec):
         refuse_identical(name, rows["train"], self.kind)
         if "validation" not in rows:
             rows["train"], rows["validation"] = split_off(rows["train"])
-        splits = make_splits(name, rows, kind=self.kind, limit=self.limit, labels=reader.labels, skipped=reader.skipped)
+        splits = make_splits(
+            name, rows, kind=self.kind, limit=self.limit, labels=reader.classes.names, skipped=reader.skipped
+        )
         warn_of_overlap(splits)
+        if self.kind == "labels" and self.label:
+            warn_of_singles(self.label, [row.target for row in splits.train])
         if self.kind == "labels" and len(classes := {row.target for row in splits.train}) == 1:
             log.warning("%s: every training row has the label %r: there is nothing to tell apart", name, *classes)
         return splits
@@ -139,7 +128,8 @@ class Reader:
     """Turns records into rows, split by split (train first: it may name the labels)."""
 
     def __init__(self, spec: RowSpec, labels: list[str]) -> None:
-        self.spec, self.labels, self.templates = spec, labels, spec.templates()
+        self.spec, self.templates = spec, spec.templates()
+        self.classes = Classes(spec.label or "", labels if spec.kind == "labels" else [])
         self.skipped = 0
 
     def rows(self, split: str, records: Iterable[Record]) -> list[Row]:
@@ -147,8 +137,8 @@ class Reader:
         records = list(records)
         if any(not record.problem for record in records):
             self.fill(records)
-        if self.spec.label is not None and not self.labels:
-            self.labels = infer_labels(records, self.spec.label)
+        if self.spec.kind == "labels" and not self.classes.names:
+            self.classes.infer(record.fields for record in records)
         rows: list[Row] = []
         problems: list[str] = []
         for record in records:
@@ -165,7 +155,7 @@ class Reader:
             return
         columns = list(dict.fromkeys(str(name) for record in records for name in record.fields))
         for key, template in self.templates.items():
-            template.filled_from(getattr(self.spec, key), key, columns)
+            template.filled_from(self.spec.given[key], KEYS.get(key, key), columns)
 
     def judge(self, split: str, read: int, problems: list[str]) -> None:
         """Bad rows are an error, or a warning; a split without a good one is always an error."""
@@ -196,62 +186,16 @@ class Reader:
             return Row(made.get("prompt", ""), made["target"], where=record.where)
         if self.spec.label is None:
             return Row("", made["text"], where=record.where)
-        label = class_index(label_of(record.fields, self.spec.label), self.labels, self.spec.label)
-        return Row(made["text"], self.labels[label], label, record.where)
-
-
-def text_of(fields: Mapping[str, Any], name: str) -> str:
-    """A field as text; numbers as they are written."""
-    value = _field(fields, name)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow(f"field {name!r} is {_typename(value)}, text is wanted")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadRow(f"field {name!r} is {value}, text or a finite number is wanted")
-    text = str(value)
-    if "\0" in text:
-        raise BadRow(f"field {name!r} holds a NUL character")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise BadRow(f"field {name!r} is not valid UTF-8")
-    return text
-
-
-def label_of(fields: Mapping[str, Any], name: str) -> str | int:
-    """The raw label: a class's name or number."""
-    value = _field(fields, name)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRow(f"field {name!r} is {_typename(value)}; a label is a name or a whole number")
-    if isinstance(value, str) and not value.strip():
-        raise BadRow(f"field {name!r} is empty; a label is a name or a whole number")
-    return value
-
-
-def class_index(value: str | int, labels: list[str], column: str) -> int:
-    """The index of a class named or numbered by ``value``."""
-    if str(value) in labels:
-        return labels.index(str(value))
-    number = int(value) if str(value).isascii() and str(value).isdigit() and len(str(value)) < 10 else None
-    if number is not None and number < len(labels):
-        return number
-    shown = ", ".join(labels[:20]) + (", ..." if len(labels) > 20 else "")
-    raise BadRow(f"field {column!r} is {value!r}, not one of the {len(labels)} labels ({shown})")
-
-
-def infer_labels(records: Iterable[Record], column: str) -> list[str]:
-    """The labels that occur, numbers in the order of their value, else names sorted."""
-    values = set()
-    for record in records:
-        try:
-            values.add(str(label_of(record.fields, column)))
-        except BadRow:
-            continue  # reported with its row
-    if all(value.isascii() and value.isdigit() for value in values):
-        return sorted(values, key=lambda value: (int(value), value))
-    return sorted(values)
+        if self.spec.scores:
+            score, text = score_of(record.fields, self.spec.label)
+            return Row(made["text"], text, score, record.where, made.get("pair"))
+        label = self.classes.index(label_of(record.fields, self.spec.label))
+        return Row(made["text"], self.classes.names[label], label, record.where, made.get("pair"))
 
 
 def split_off(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """One row in ten for validation, by hash: rows with the same prompt (or target) stay on one side."""
-    keys = [hash_order(row.prompt or row.target) for row in rows]
+    keys = [hash_order((row.prompt or row.target) + (row.pair or "")) for row in rows]
     bounds = sorted(set(keys))
     if len(bounds) < 2:
         raise DataError(
@@ -266,9 +210,9 @@ def split_off(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 def refuse_identical(name: str, rows: Sequence[Row], kind: str) -> None:
     """DataError where all rows hold the same input, as after a template of the wrong column."""
     first = rows[0]
-    if len(rows) < 2 or any(row.prompt != first.prompt for row in rows):
+    if len(rows) < 2 or any((row.prompt, row.pair) != (first.prompt, first.pair) for row in rows):
         return
-    if kind == "labels" or all(row.target == first.target for row in rows):
+    if kind in ("labels", "scores") or all(row.target == first.target for row in rows):
         shown = (first.prompt or first.target)[:60]
         raise DataError(
             f"{name}: all {len(rows)} training rows hold the same input ({shown!r}), so nothing can be learnt; "
@@ -280,22 +224,8 @@ def refuse_identical(name: str, rows: Sequence[Row], kind: str) -> None:
 
 def warn_of_overlap(splits: Splits) -> None:
     """Counts the held-out rows that are also training rows."""
-    known = {(row.prompt, row.target) for row in splits.train}
+    known = {(row.prompt, row.pair, row.target) for row in splits.train}
     for split in ("validation", "test"):
-        count = sum((row.prompt, row.target) in known for row in splits[split])
+        count = sum((row.prompt, row.pair, row.target) in known for row in splits[split])
         if count:
             log.warning("%d of %d %s rows are also training rows", count, len(splits[split]), split)
-
-
-def _field(fields: Mapping[str, Any], name: str) -> Any:
-    if name not in fields:
-        close = nearest(name, map(str, fields)).partition("valid:")[0].strip()
-        raise BadRow(
-            f"field {name!r} is missing (has: {', '.join(map(str, fields)) or 'nothing'}){close and f'; {close}'}"
-        )
-    return fields[name]
-
-
-def _typename(value: Any) -> str:
-    names = {type(None): "null", bool: "true/false", list: "a list", dict: "an object", float: "a fraction"}
-    return names.get(type(value), type(value).__name__)

@@ -84,13 +84,28 @@ class Foresight:
         device = spec.trainer.device
         if not (spec.plan.record and spec.trainer.max_steps and len(data.train)):
             return None
-        fed = fullest(Rows.of(data.train), spec.data.batch_size)
-        micros = min(2, spec.trainer.accumulate_grad_batches)
         try:
-            return alone.peak(spec, Geometry((Pass(0, (fed,)),) * micros, device == "cuda"))
+            return alone.peak(spec, _largest(spec, data, device))
         except Exception as error:
             log.debug("the memory of trial %s alone could not be foreseen", spec.id, exc_info=error)
             return None
+
+
+def _largest(spec: Any, data: Encoded, device: str) -> Geometry:
+    """The step of the largest batch that the rows can make, and a validation's heaviest pass where that is larger: a
+    smaller one holds less than the step, which has its gradients, states and graph besides."""
+    step = Pass(0, (fullest(Rows.of(data.train), spec.data.batch_size),))
+    found = heaviest_evaluation([(data.validation, spec.data.batch_size)], _weighing([spec], device))
+    larger = found is not None and any(a > b for a, b in zip(_sizes(found[1]), _sizes(step), strict=True))
+    micros = min(2, spec.trainer.accumulate_grad_batches)
+    evaluation = found[1] if found is not None and larger else None
+    return Geometry((step,) * micros, device == "cuda", evaluation, scored=larger)
+
+
+def _sizes(one: Pass) -> tuple[int, ...]:
+    """Tokens, then tokens with their padding, of the inputs and of the labels."""
+    columns = [[n for fed in one.taking for n in getattr(fed, kind)] for kind in ("inputs", "labels")]
+    return (*map(sum, columns), *(len(column) * max(column) for column in columns))
 
 
 def _weighing(specs: Sequence[Any], device: str) -> Weighing:

@@ -65,7 +65,8 @@ class Geometry:
     """What a step is fed: its heaviest pass; of several (accumulation) that one and its neighbour, in their order.
 
     ``ragged``: some rows are padded, which costs attention masks; null: where their lengths differ. ``way``: how the
-    pass is computed, null: as the base's shape allows. ``first``: nothing is there of a step before.
+    pass is computed, null: as the base's shape allows. ``first``: nothing is there of a step before. ``scored``: a
+    validation pass comes too.
     """
 
     passes: tuple[Pass, ...]
@@ -74,6 +75,7 @@ class Geometry:
     ragged: bool | None = None
     way: Way | None = None
     first: bool = False
+    scored: bool = True
 
     @property
     def masked(self) -> bool:
@@ -195,7 +197,8 @@ class _Step:
         self._train(reported=True)
         if not (whole or self.geometry.first) and any(p.grad is None for p in self.module.adapters.parameters()):
             return None
-        self._evaluate()
+        if self.geometry.scored:
+            self._evaluate()
         segments = [segment for segment in self.tracker.segments() if segment.phase]
         levels = self.tracker.levels()
         self.tracker.forget()

@@ -34,7 +34,9 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: "FrozenLinear") -> Tensor:
         ctx.layer, ctx.dtype = layer, layer.compute_dtype_for(x)
         with without_autocast(x.device.type):
-            return layer.product(x.to(ctx.dtype), bias).to(x.dtype)
+            y = layer.product(x.to(ctx.dtype), bias).to(x.dtype)
+        # a view that a function of ours returns must not be written to, and some models do (RoCBert's embeddings)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -5,6 +5,7 @@ like that, padding sets no scale, and a row's result does not depend on the rows
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, cast
@@ -161,12 +162,17 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     target is read too, which in the longest row is not, so that the ids alone do not say what belongs to a row."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         made: Tensor = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
-    else:  # M2M100, Blenderbot: what their forward does with labels
-        config: Any = model.config
-        start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
-        padding = 0 if config.pad_token_id is None else config.pad_token_id
-        made = torch.cat([start, labels[:, :-1]], 1)
-        made = made.masked_fill(made == -100, padding)
+    elif hasattr(
+        module := sys.modules[type(model).__module__], "shift_tokens_right"
+    ):  # M2M100, PLBart: as their forward
+        shift, config = module.shift_tokens_right, model.config
+        start = ("pad_token_id", "decoder_start_token_id")[: len(inspect.signature(shift).parameters) - 1]
+        made = shift(labels, *(getattr(config, key) for key in start))
+    else:
+        own: Any = model.config
+        first = torch.full_like(labels[:, :1], own.decoder_start_token_id)
+        made = torch.cat([first, labels[:, :-1]], 1)
+        made = made.masked_fill(made == -100, 0 if own.pad_token_id is None else own.pad_token_id)
     setattr(made, REAL, labels != -100)
     return made
 

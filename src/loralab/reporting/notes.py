@@ -147,4 +147,4 @@ def _packs(found: Sequence[Row], shown: bool) -> Iterator[str]:
     threads = {lookup(trial.record, "environment.threads") for row in found for trial in row.ok}
     cpu = any(lookup(trial.record, "memory.device") == "cpu" for row in found for trial in row.ok)
     if cpu and threads != {1}:
-        yield "Run again alone, a packed trial gives the same bits with one thread only"
+        yield "Run again alone, a packed trial may differ by float rounding: the same bits with one thread only"

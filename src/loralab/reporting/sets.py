@@ -129,7 +129,7 @@ def _ground(record: Record, known: Mapping[str, str]) -> Ground:
     rows = _rows(record)
     targets = record["data"].get("targets") or known.get(rows, rows)
     if metric.endswith("rouge_l"):  # of whole texts: no token of theirs is cut
-        targets = str(record["data"]["fingerprint"])
+        targets = f"{record['data']['fingerprint']} {record['data'].get('rouge') or 'published'}"
     task, direction = str(lookup(config, "model.task")), str(config.get("metric_mode") or "min")
     return {"task": task, "metric": metric, "direction": direction, "targets": targets}
 
@@ -151,9 +151,8 @@ def _cut(record: Record) -> Any:
 def _data(record: Record) -> Any:
     """The settings from which the fingerprint of the rows follows."""
     config = record["config"]
-    kept = {
-        key: value for key, value in (config.get("data") or {}).items() if key not in ("batch_size", "generate_rows")
-    }
+    scoring = ("batch_size", "generate_rows", "generation", "rouge")
+    kept = {key: value for key, value in (config.get("data") or {}).items() if key not in scoring}
     return [kept, record["choices"].get("data"), lookup(config, "model.task")]
 
 

@@ -1,0 +1,118 @@
+"""A record's fields as text, and the templates that they are put into."""
+
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loralab.errors import ConfigError, nearest
+
+Spans = tuple[tuple[int, int], ...]
+
+
+class BadRow(Exception):  # noqa: N818 - never leaves this package
+    """Why one record cannot be a row."""
+
+
+class Number(str):
+    """A number as the file writes it: 1.10 stays 1.10."""
+
+    __slots__ = ()
+
+
+class Filled(str):
+    """A text that knows which parts of it its template wrote, (start, stop) each; the rest are a row's fields."""
+
+    __slots__ = ("written",)
+    written: Spans
+
+    def __new__(cls, text: str, written: Spans) -> "Filled":
+        made = super().__new__(cls, text)
+        made.written = written
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Filled, (str(self), self.written)
+
+
+def written(text: str) -> Spans:
+    """The parts of ``text`` that a template wrote; of a plain str none."""
+    return text.written if isinstance(text, Filled) else ()
+
+
+class Template:
+    r"""``'{mr}\n'``: fields in braces; ``{{`` is a brace; backslash n a newline, backslash t a tab."""
+
+    def __init__(self, text: str, key: str) -> None:
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise ConfigError(
+                f"data.{key}={text!r} is no template ({error}); a literal brace is written twice"
+            ) from None
+        self.parts: list[tuple[str, str | None]] = []
+        for literal, name, spec, conversion in parts:
+            if name is not None and (not name or spec or conversion or set(".[]") & set(name)):
+                raise ConfigError(
+                    f"data.{key}={text!r}: a field is a plain name in braces such as {{text}}; "
+                    "no nested access, no format; a literal brace is written twice"
+                )
+            self.parts.append((literal.replace("\\n", "\n").replace("\\t", "\t"), name))
+
+    @property
+    def fields(self) -> list[str]:
+        return [name for _, name in self.parts if name is not None]
+
+    def filled_from(self, text: str, key: str, columns: Sequence[str]) -> "Template":
+        """Itself, or where it has no field: the column of that name. ConfigError where there is none."""
+        if self.fields or not self.parts:
+            return self
+        if text not in columns:
+            raise ConfigError(
+                f"data.{key}={text!r} has no {{field}}, so every row would be the same, and there is no column of "
+                f"that name; {nearest(text, columns)}"
+            )
+        self.parts = [("", text)]
+        return self
+
+    def render(self, fields: Mapping[str, Any]) -> str:
+        """The text, or BadRow; ``Filled`` where the template wrote some of it."""
+        text = ""
+        spans: list[tuple[int, int]] = []
+        for literal, name in self.parts:
+            if literal.strip():
+                start = spans.pop()[0] if spans and spans[-1][1] == len(text) else len(text)
+                spans.append((start, len(text) + len(literal)))
+            text += literal + (text_of(fields, name) if name is not None else "")
+        return Filled(text, tuple(spans)) if spans else text
+
+
+def text_of(fields: Mapping[str, Any], name: str) -> str:
+    """A field as text; numbers as they are written."""
+    value = field_of(fields, name)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRow(f"field {name!r} is {typename(value)}, text is wanted")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"field {name!r} is {value}, text or a finite number is wanted")
+    text = str(value)
+    if "\0" in text:
+        raise BadRow(f"field {name!r} holds a NUL character")
+    if re.search("[\ud800-\udfff]", text):
+        raise BadRow(f"field {name!r} is not valid UTF-8")
+    return text
+
+
+def field_of(fields: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, or BadRow."""
+    if name not in fields:
+        close = nearest(name, map(str, fields)).partition("valid:")[0].strip()
+        has = ", ".join(map(str, fields)) or "nothing"
+        raise BadRow(f"field {name!r} is missing (has: {has}){close and f'; {close}'}")
+    return fields[name]
+
+
+def typename(value: Any) -> str:
+    """The kind of a value in JSON's words."""
+    names = {type(None): "null", bool: "true/false", list: "a list", dict: "an object", float: "a fraction"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,67 @@
+"""The predicted peak of a run's record beside the allocator's own, alone and packed, on rows of differing lengths."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pytest
+
+from loralab import models
+from loralab.adapters.lora import LoRA
+from loralab.data.files import Files
+from loralab.planning.plan import PlanSpec
+from loralab.quantization.four_bit import FourBit
+from loralab.quantization.none import NoQuantization
+from loralab.run import Runner
+from loralab.telemetry.memory import PhaseMemory
+
+SCHEMES = {"none": NoQuantization(), "nf4_double": FourBit(double_quant=True)}
+GPT2 = {"model_type": "gpt2", "vocab_size": 4096, "n_embd": 128, "n_layer": 4, "n_head": 4}
+T5 = {"model_type": "t5", "vocab_size": 4096, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+SHORT = {"max_length": 128}
+
+
+def bases(data):
+    return {
+        "shipped": models.Pretrained(dtype="float32", **SHORT),
+        "stories": models.Pretrained(name_or_path=str(data / "weights" / "stories260K-hf"), **SHORT),
+        "gpt2": models.Random(config=GPT2, **SHORT),
+        "t5": models.Random(task="seq2seq_lm", config=T5, **SHORT),
+    }
+
+
+@pytest.fixture(scope="session")
+def speeches(real_data, tmp_path_factory):
+    """Prompts and targets from a play: paths of 60 training and 12 validation rows."""
+    with gzip.open(real_data / "tinyshakespeare" / "train.txt.gz", "rt") as file:
+        parts = [part for part in file.read(40_000).split("\n\n") if len(part) > 20][:72]
+    rows = [json.dumps({"q": part[: len(part) // 2], "a": part[len(part) // 2 :]}) + "\n" for part in parts]
+    folder = tmp_path_factory.mktemp("speeches")
+    (folder / "train.jsonl").write_text("".join(rows[:60]))
+    (folder / "validation.jsonl").write_text("".join(rows[60:]))
+    return {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
+
+
+FAST = {("stories", "nf4_double", 3), ("t5", "none", 1)}
+CASES = [(name, scheme, size) for name in ("shipped", "stories", "gpt2", "t5") for scheme in SCHEMES for size in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "size"),
+    [
+        pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow, id="-".join(map(str, case)))
+        for case in CASES
+    ],
+)
+def test_prediction_and_measurement_agree(make_spec, real_data, speeches, name, scheme, size):
+    data = Files(**speeches, prompt="{q}", target="{a}", batch_size=3)
+    changes = {"model": bases(real_data)[name], "quantization": SCHEMES[scheme], "data": data, "max_steps": 6}
+    observed = {"memory": PhaseMemory}
+    made = [make_spec(f"{n}", adapter=LoRA(r=4 << n), seed=n, callbacks=observed, **changes) for n in range(size)]
+    records = Runner().run([replace(spec, plan=PlanSpec()) for spec in made])
+    assert [one["error"] for one in records] == [None] * size
+    for one in records:
+        memory = one["memory"]
+        assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
+    if size == 1:  # the largest batch that the rows can make is no smaller than any that came
+        assert memory["alone_peak_bytes"] >= 0.99 * memory["measured_peak_bytes"]
