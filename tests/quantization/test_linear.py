@@ -276,3 +276,20 @@ def test_the_bias_is_the_same_object_and_the_dense_weight_can_die(spec):
     del linear
     gc.collect()
     assert weight() is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])
+def test_what_a_layer_gives_may_be_changed_in_place_as_that_of_a_dense_layer(bias, shape):
+    """RoCBert adds to its linear layer's output in place."""
+    torch.manual_seed(0)
+    dense = nn.Linear(8, 16, bias=bias).requires_grad_(False)
+    frozen = FourBit().convert(dense)
+    x = torch.randn(shape, requires_grad=True)
+    y = frozen(x)
+    y += 1.0
+    y.square().sum().backward()
+    other = x.detach().clone().requires_grad_()
+    weight = frozen.dense(torch.float32)
+    (nn.functional.linear(other, weight, dense.bias) + 1.0).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
