@@ -1,5 +1,7 @@
 """A trial's losses say nothing of the size of its batches, whatever its base and whatever scales its activations."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -111,3 +113,21 @@ def test_scales_taken_over_a_whole_batch_would_be_seen(make_model, make_data, mo
     quantizer = Int8Product(granularity="tensor", threshold=1.0)
     found = [in_double(make_model("llama"), make_data("ragged"), quantizer, size) for size in (1, 2, 3)]
     assert found != [pytest.approx(found[0], rel=1e-6)] * 3
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", "ragged"), ("t5", "ragged"), ("roberta", "labels")])
+def test_a_checkpoint_whose_tokenizer_pads_on_the_left_is_fed_the_same(
+    make_spec, make_data, make_model, tokenizer_folder, tmp_path, family, kind
+):
+    shutil.copytree(tokenizer_folder, tmp_path / "left")
+    file = tmp_path / "left" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "left"}))
+    found = []
+    for name, folder in (("right", tokenizer_folder), ("left", tmp_path / "left")):
+        data = make_data(kind, batch_size=3, generate_rows=0 if kind == "labels" else 3)
+        model = make_model(family, tokenizer=str(folder))
+        assert model.load_tokenizer().padding_side == name
+        spec = make_spec(name, model=model, data=data, max_steps=2)
+        found.append(Runner().run([spec])[0]["metrics"])
+    assert found[0] == found[1]
+    assert "val/loss" in found[0]

@@ -171,3 +171,20 @@ def test_a_checkpoint_of_another_architecture_than_asked_for_is_refused(key, val
 def test_keys_that_are_the_checkpoints_are_taken():
     spec = models.Pretrained("loralab/tiny", config={"num_hidden_layers": 4})
     assert spec.architecture().hidden_size == 256
+
+
+def test_a_token_whose_id_has_no_embedding_is_refused_though_there_are_fewer_tokens_than_embeddings(
+    make_model, tokenizer_folder, tmp_path
+):
+    stored = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    stored["model"]["vocab"]["a"] = 300  # ids with holes
+    for file in tokenizer_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    spec = make_model("llama", tokenizer=str(tmp_path))
+    tokenizer = spec.load_tokenizer()
+    assert len(tokenizer) <= 258
+    with pytest.raises(ConfigError, match="its 301 tokens exceed the 258 embeddings"):
+        models.load(spec, NoQuantization(), tokenizer)
+    larger = make_model("llama", tokenizer=str(tmp_path), config={"vocab_size": 320})
+    models.load(larger, NoQuantization(), tokenizer)
