@@ -195,7 +195,8 @@ def as_of_schema_1(folder):
     """The sweep as an earlier version would have left it: other ids, other folders."""
     listed = record.read_sweep(folder)
     for entry in listed["trials"]:
-        stored = {**record.read(folder / entry["folder"]), "schema": 1, "trial": "0" + entry["trial"][1:]}
+        other = f"{(int(entry['trial'][0], 16) + 1) % 16:x}{entry['trial'][1:]}"
+        stored = {**record.read(folder / entry["folder"]), "schema": 1, "trial": other}
         shutil.move(folder / entry["folder"], folder / stored["trial"])
         record.replace(folder / stored["trial"] / record.RESULT, stored)
         entry.update(trial=stored["trial"], folder=stored["trial"])

@@ -273,6 +273,7 @@ def quantize(words: Words) -> int:
     content, schemes = plain(config), quantizers(config)
     keys = ("study", "model", "data", "trainer", "logger")
     spec, model, data, trainer, logger = (build(content[key], key) for key in keys)
+    spec.chosen("evaluate" in words)
     folder = Path(config.hydra.run.dir).absolute()
     _messages_to_stderr()
     from loralab.reporting import quantization

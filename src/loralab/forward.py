@@ -158,8 +158,8 @@ class Forward:
         """Whether two rows of a flat batch stand at positions of their own and do not see each other."""
         self.sites.shares = ()
         lengths = lengths_of(few["attention_mask"])
-        given, second = flatten(few, lengths), slice(lengths[0], sum(lengths))
         try:
+            given, second = flatten(few, lengths), slice(lengths[0], sum(lengths))
             seen = reached(self.model, given, second)
             alone = len(seen) == 1 and not bool((seen[0][:, : lengths[0]] != 0).any())
             return alone and (lengths[1] < 2 or reads_positions(self.model, given, second))

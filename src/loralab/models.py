@@ -244,7 +244,7 @@ class Random(Pretrained):
             torch.manual_seed(self.draw)
             attention = self.attention(config)
             model = auto_class(self.task).from_config(config, dtype=wanted, attn_implementation=attention)
-        model.loralab_new_parameters = {name for name, _ in model.named_parameters()}
+        model.loralab_new_parameters = _beside_base(model)
         convert_model(model, quantizer, device)
         return model.to(device)  # type: ignore[no-any-return]
 
@@ -336,14 +336,17 @@ def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:
         model = auto_class(spec.task).from_config(config)
     if spec.config.get("tie_word_embeddings") is False:
         _untie(model)
-    base = model.base_model
-    inside = set() if base is model else {id(parameter) for parameter in base.parameters()}
-    model.loralab_new_parameters = {
-        name for name, parameter in model.named_parameters() if inside and id(parameter) not in inside
-    }
+    model.loralab_new_parameters = _beside_base(model)
     if not isinstance(spec, Random):
         model.loralab_new_parameters |= checkpoints.lacks_pooler(model, spec.path)
     return model  # type: ignore[no-any-return]
+
+
+def _beside_base(model: nn.Module) -> set[str]:
+    """Names of the parameters that a checkpoint of the base alone does not hold: a head's."""
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    inside = {id(parameter) for parameter in base.parameters()}
+    return {name for name, parameter in model.named_parameters() if base is not model and id(parameter) not in inside}
 
 
 def _untie(model: nn.Module) -> None:

@@ -63,12 +63,15 @@ class StudySpec:
             raise ConfigError("study.schemes is empty; valid: at least one, for example {nf4: {}}")
 
     def chosen(self, evaluate: bool) -> str:
-        """Which inputs the matmul error is measured with. Raises ConfigError where there is nothing to capture."""
+        """Which inputs the matmul error is measured with. Raises ConfigError where there is nothing to capture
+        or to evaluate."""
         if self.inputs == "captured" and not evaluate:
             raise ConfigError(
                 "study.inputs=captured needs --evaluate, which runs the model on data; valid: auto, outlier_features,"
                 " normal"
             )
+        if self.weights != "model" and evaluate:
+            raise ConfigError(f"--evaluate needs a model, and study.weights={self.weights} is a single matrix")
         return ("captured" if evaluate else "outlier_features") if self.inputs == "auto" else self.inputs
 
 
@@ -220,8 +223,6 @@ def study(
     chosen = spec.chosen(evaluate)
     about: dict[str, Any] = {"inputs": {"kind": chosen, "of": INPUTS[chosen].format(rows=spec.rows)}}
     if spec.weights != "model":
-        if evaluate:
-            raise ConfigError(f"--evaluate needs a model, and study.weights={spec.weights} is a single matrix")
         return _rows(_synthetic(spec), {"weights": spec.weights, "shape": list(spec.shape), **about}, quantizers)
     model_spec.check()
     tokenizer = model_spec.load_tokenizer() if evaluate else None

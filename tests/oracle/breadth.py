@@ -52,7 +52,7 @@ OWN = {  # {architecture: keys}
     "deepseek_v2": MLA,
     "mamba2": {"num_heads": 4, "n_groups": 1, "state_size": 8},
     "longt5": {"local_radius": 4},
-    **dict.fromkeys(("deberta", "deberta-v2"), {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    **{name: {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]} for name in ("deberta", "deberta-v2")},
     "longformer": {"attention_window": 8},
     "modernbert": {"local_attention": 8},
 }
@@ -66,11 +66,11 @@ jetmoe lfm2 llama llama4_text mamba mamba2 marian mbart megatron-bert minicpm3 m
 mistral mixtral mpt mvp nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt pegasus persimmon phi phi3
 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next rembert roberta roberta-prelayernorm roc_bert
 roformer rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm xlm-roberta xlm-roberta-xl
-""".split()
+"""
 SEQ2SEQ = """
 bart bigbird_pegasus blenderbot blenderbot-small led longt5 m2m_100 mt5 mvp pegasus pegasus_x switch_transformers t5
 umt5
-""".split()
+"""
 CLASSES = """
 albert arcee bart bert big_bird bigbird_pegasus biogpt bloom camembert ctrl data2vec-text deberta deberta-v2
 deepseek_v2 diffllama distilbert doge electra ernie esm eurobert exaone4 falcon flaubert gemma gemma2 gemma3_text glm
@@ -79,8 +79,9 @@ longformer mbart megatron-bert minicpm3 minimax ministral ministral3 mistral mix
 nemotron nomic_bert olmo olmo2 olmo3 openai-gpt opt persimmon phi phi3 phimoe plbart qwen2 qwen2_moe qwen3 qwen3_moe
 qwen3_next rembert roberta roberta-prelayernorm roc_bert roformer seed_oss smollm3 squeezebert stablelm starcoder2 t5
 umt5 xlm xlm-roberta xlm-roberta-xl
-""".split()
-TABLE = {"causal_lm": CAUSAL, "seq2seq_lm": SEQ2SEQ, "sequence_classification": CLASSES}
+"""
+NAMES = {"causal_lm": CAUSAL, "seq2seq_lm": SEQ2SEQ, "sequence_classification": CLASSES}
+TABLE = {task: names.split() for task, names in NAMES.items()}
 
 
 def config_of(kind, task):

@@ -165,7 +165,6 @@ def save_modules(adapter: Adapter, model: nn.Module, names: Iterable[str] | None
     """``modules_to_save``: the names given, else what the checkpoint of a classifier did not hold."""
     heads = new_heads(model)
     for name in modules_to_save(model, names):
-        _check_trainable(name, model.get_submodule(name))
         adapter.save_module(name, model.get_submodule(name))
         if name in heads:
             _draw_again(model, adapter.saved[name.replace(".", "/")].module, seed, name)  # type: ignore[arg-type]
@@ -185,6 +184,8 @@ def modules_to_save(model: nn.Module, names: Iterable[str] | None) -> list[str]:
     if names is None:
         return new_heads(model)
     given = [name for entry in names for name in _named(model, entry)]
+    for name in given:
+        _check_trainable(name, model.get_submodule(name))
     heads = [name for name in new_heads(model) if name in HEADS] if given else []
     return list(dict.fromkeys([*given, *heads]))
 
@@ -198,10 +199,7 @@ def new_heads(model: nn.Module) -> list[str]:
     if base is model:
         return []
     inner = f"{model.base_model_prefix}."
-    drawn = all(f"{inner}{name}" in fresh for name, _ in base.named_parameters())  # a base without a checkpoint
-    parts = (
-        [] if drawn else [f"{inner}{name}" for name, child in base.named_children() if _new(child, inner + name, fresh)]
-    )
+    parts = [f"{inner}{name}" for name, child in base.named_children() if _new(child, inner + name, fresh)]
     outside = [name for name, child in model.named_children() if child not in (base, output)]
     return parts + [name for name in outside if any(key.startswith(f"{name}.") for key in fresh)]
 
