@@ -266,3 +266,36 @@ def test_pairs_train_packed_as_they_train_alone(make_spec, make_base, tmp_path, 
     assert [one["status"] for one in packed + alone] == ["completed"] * 4, packed[0]["error"]
     for together, single in zip(packed, alone, strict=True):
         assert together["metrics"] == pytest.approx(single["metrics"], rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds", "error", "says"),
+    [
+        ("{a}", "$A", ConfigError, "does not end a text with the end-of-sequence token (id 3)"),
+        ("{a}[SEP]", "$A [SEP]", None, ""),
+        ("{a} {b}[SEP]", "$A [SEP]", DataError, "train.jsonl:1: holds the end-of-sequence token (id 3) 2 times, other rows 1"),
+    ],
+    ids=["no end", "two in each", "one cut off"],
+)
+def test_a_classifier_with_a_decoder_takes_its_class_from_an_end_that_each_row_has(
+    tmp_path, words, text, kinds, error, says
+):
+    from tokenizers.processors import TemplateProcessing
+
+    words.backend_tokenizer.post_processor = TemplateProcessing(single=kinds, special_tokens=[("[SEP]", 3)])
+    rows = [{"a": "a b", "b": "", "label": "x"}, {"a": "b", "b": "a b c d e f g h", "label": "y"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / "train.jsonl")] * 2
+    data = Files(train=files[0], validation=files[1], text=text, label="label")
+    base = models.Random(
+        name_or_path=None,
+        task="sequence_classification",
+        max_length=8,
+        config={"model_type": "bart", "d_model": 16, "vocab_size": len(words), "eos_token_id": 3},
+    )
+    if error is None:
+        encoded_rows(data, base, words)
+        return
+    with pytest.raises(error) as raised:
+        encoded_rows(data, base, words)
+    assert says in str(raised.value)

@@ -11,6 +11,7 @@ from loralab.architecture import auto_class
 from loralab.data.base import SPLITS, DataSpec, Splits
 from loralab.data.encoding import Encoded, encode
 from loralab.data.labels import key_of
+from loralab.errors import ConfigError, DataError
 from loralab.models import Pretrained
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,35 @@ def encoded_rows(data: DataSpec, model: Pretrained, tokenizer: Any) -> Encoded:
     splits = (data.as_scores() if regression else data).splits()
     if classifies and not regression:
         splits = in_the_order_of(splits, model.class_names(), model.num_labels)
-    return encode(splits, tokenizer, model.task, model.length, typed=classifies and reads_types(model))
+    encoded = encode(splits, tokenizer, model.task, model.length, typed=classifies and reads_types(model))
+    if classifies:
+        check_ends(encoded, model.architecture())
+    return encoded
+
+
+def check_ends(encoded: Encoded, config: Any) -> None:
+    """Refuses rows that a classifier with a decoder (T5, BART) cannot read: it takes its class from where a row holds
+    the end-of-sequence token, and transformers wants as many of them in every row of a batch.
+
+    Raises ConfigError where the tokenizer writes none, DataError for the first row with another number of them.
+    """
+    if not config.is_encoder_decoder or config.eos_token_id is None:
+        return
+    rows = [row for split in SPLITS for row in encoded.splits[split]]
+    counts = [ids.input_ids.count(config.eos_token_id) for split in SPLITS for ids in encoded[split]]
+    framed = min(counts, default=1)
+    end = f"the end-of-sequence token (id {config.eos_token_id})"
+    if not framed:
+        raise ConfigError(
+            f"model.tokenizer: it does not end a text with {end}, where a {config.model_type} classifier takes the class"
+            " of a row from; valid: the base's own tokenizer"
+        )
+    for row, count in zip(rows, counts, strict=True):
+        if count != framed:
+            raise DataError(
+                f"{row.where or 'a row'}: holds {end} {count} times, other rows {framed} times; a {config.model_type} "
+                "classifier wants as many in each; valid: data.text without it"
+            )
 
 
 def reads_types(model: Pretrained) -> bool:
