@@ -11,7 +11,7 @@ from loralab.models import auto_class
 def test_a_decoder_passes_and_no_gradient_comes_from_a_later_token(load_base, inputs, family):
     model = load_base(family).model
     check_causal(model)
-    found = reached(model, inputs(), slice(0, 5))
+    (found,) = reached(model, inputs(), slice(0, 5))
     assert not found[:, 5:].any()
     assert found[:, :5].all()
 
