@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "readme"
-LORALAB = [sys.executable, "-m", "loralab.cli"]
+LORALAB = [sys.executable, "-m", "loralab.cli.main"]
 SCHEMES = (  # of the study's table: one of each family
     *("scheme", "none", "int8_absmax_tensor", "int8_absmax", "llm_int8", "int8_product_absmax", "int4_absmax"),
     *("fp4", "fp4_e2m1", "fp4_e3m0", "nf4", "nf4_double", "nf4_32_double"),

@@ -10,16 +10,16 @@ import pytest
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is there, as the command line has it
 import torch
 
-from loralab import models
 from loralab.adapters.lora import LoRA
 from loralab.data.files import Files
 from loralab.data.tokenizer import train_tokenizer
-from loralab.loggers.wandb import Wandb
-from loralab.optimizers import AdamW, Schedule
+from loralab.models import pretrained
+from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
-from loralab.specs import TrialSpec
-from loralab.trainers import TrainerSpec
+from loralab.records.wandb import Wandb
+from loralab.training.specs import TrialSpec
+from loralab.training.trainer import TrainerSpec
 
 torch.set_num_threads(1)
 
@@ -98,7 +98,7 @@ def make_model(tokenizer_folder):
         keys = {"model_type": family, "vocab_size": VOCABULARY, **FAMILIES[family], **MORE.get(family, {})}
         given = {"task": TASKS.get(family, "causal_lm"), "max_length": 64, "dropout": 0.0, "dtype": "float32"}
         given.update(tokenizer=str(tokenizer_folder), config={**keys, **(config or {})})
-        return models.Random(**{**given, **changes})
+        return pretrained.Random(**{**given, **changes})
 
     return make
 
@@ -111,7 +111,7 @@ def load_base(make_model):
         spec = make_model(family, **changes)
         quantizer = FourBit() if scheme == "nf4" else NoQuantization()
         labels = num_labels or (3 if spec.task == "sequence_classification" else None)
-        return models.load(spec, quantizer, spec.load_tokenizer(), labels)
+        return pretrained.load(spec, quantizer, spec.load_tokenizer(), labels)
 
     return load
 

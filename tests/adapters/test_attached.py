@@ -17,7 +17,7 @@ from loralab.quantization.int8 import Int8Absmax, Int8ZeroPoint
 from loralab.quantization.int8_blockwise import Int8Blockwise
 from loralab.quantization.llm_int8 import LLMInt8
 from loralab.quantization.none import NoQuantization
-from loralab.run import Runner
+from loralab.running.runner import Runner
 
 LAYER = "model.layers.0.mlp.up_proj"
 

@@ -21,14 +21,14 @@ from loralab.adapters.export import load, save
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.lora import LoRA, LoRAAdapter, LoRADelta
 from loralab.adapters.sites import Share, Sites
-from loralab.config import build, compose, data_root, plain
-from loralab.module import FineTuner
-from loralab.optimizers import AdamW
+from loralab.config.compose import build, compose, data_root, plain
+from loralab.optim.optimizers import AdamW
 from loralab.planning.count import count
 from loralab.quantization.base import dense_weight
 from loralab.quantization.none import NoQuantization
-from loralab.resuming import Checkpoint
-from loralab.run import Runner
+from loralab.running.runner import Runner
+from loralab.training.checkpoint import Checkpoint
+from loralab.training.module import FineTuner
 
 FAMILY = "phi"  # its layers and norms have biases
 

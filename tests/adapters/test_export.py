@@ -18,7 +18,7 @@ from loralab.adapters.files import read_state, write_state
 from loralab.adapters.full import Full
 from loralab.adapters.lora import LoRA
 from loralab.errors import ArtifactError, DiskError
-from loralab.run import Runner
+from loralab.running.runner import Runner
 
 LAYER = "model.layers.0.mlp.up_proj"
 

@@ -8,16 +8,16 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from loralab import models
 from loralab.adapters.attached import attached
 from loralab.adapters.lora import LoRA
 from loralab.adapters.sites import Share, Sites
 from loralab.errors import ConfigError
-from loralab.forward import Forward
+from loralab.forward.stacked import Forward
+from loralab.models import pretrained
 from loralab.planning.count import count
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
-from loralab.run import Runner
+from loralab.running.runner import Runner
 
 RATE = 1e-2
 
@@ -98,7 +98,7 @@ def masked(make_model, tokenizer_folder, tmp_path):
     torch.manual_seed(0)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "masked")
     spec = {"task": "sequence_classification", "max_length": 64, "dtype": "float32", "dropout": 0.0}
-    return models.Pretrained(str(tmp_path / "masked"), tokenizer=str(tokenizer_folder), **spec)
+    return pretrained.Pretrained(str(tmp_path / "masked"), tokenizer=str(tokenizer_folder), **spec)
 
 
 @pytest.mark.parametrize("scheme", [NoQuantization(), FourBit()], ids=["none", "nf4"])
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_lacks_more_than_a_pooler_is_refused(masked):
     config.num_hidden_layers = 3
     config.save_pretrained(masked.path)
     with pytest.raises(ConfigError, match=r"the checkpoint lacks bert\.encoder\.layer\.2"):
-        models.load(masked, NoQuantization(), masked.load_tokenizer(), 3)
+        pretrained.load(masked, NoQuantization(), masked.load_tokenizer(), 3)
 
 
 def test_a_head_tied_to_the_embeddings_is_adapted_with_a_warning_and_merges_after_the_remedy(
@@ -151,7 +151,7 @@ def test_a_head_tied_to_the_embeddings_is_adapted_with_a_warning_and_merges_afte
     )
     record = Runner().run([spec])[0]
     assert "the weight of lm_head is also that of transformer.wte" in caplog.text
-    base = models.load(spec.model, NoQuantization(), spec.model.load_tokenizer()).model
+    base = pretrained.load(spec.model, NoQuantization(), spec.model.load_tokenizer()).model
     inputs, labels = batch()
     losses = {}
     for name in ("adapted", "merged as it is", "untied and merged"):

@@ -6,7 +6,7 @@ from torch import nn
 
 from loralab.adapters.lora import LoRA
 from loralab.adapters.sites import Share, Sites
-from loralab.head import head_nll
+from loralab.forward.head import head_nll
 
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.bench

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from loralab.config import build, compose, data_root, plain
+from loralab.config.compose import build, compose, data_root, plain
 from loralab.data import hub, mining
 from loralab.data.base import SPLITS
 

@@ -8,7 +8,7 @@ from loralab.data.encoder import marks_start
 from loralab.data.encoding import IGNORE, Encoder
 from loralab.data.fields import Template
 from loralab.data.tokenizer import train_tokenizer
-from loralab.generation import Writer
+from loralab.training.generation import Writer
 
 PAIRS = [
     ("Q: why\n", "because it is"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loralab.cli import run
+from loralab.cli.main import run
 from loralab.data.files import Files
 from loralab.data.rows import Record, RowSpec
 from loralab.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ import torch
 
 from loralab.data.samples import Samples
 from loralab.errors import ConfigError, DataError
-from loralab.metrics import target_logits
+from loralab.forward.metrics import target_logits
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from loralab.data.base import Row, make_splits
 from loralab.data.batches import collate
 from loralab.data.encoding import Encoder, encode
 from loralab.errors import ConfigError
-from loralab.generation import Writer, score
-from loralab.metrics import nll
+from loralab.forward.metrics import nll
 from loralab.quantization.sequences import decoder_input_ids
+from loralab.training.generation import Writer, score
 
 ROWS = [("a text with words", "un text"), ("some", "other words in it"), ("words it", "a")]
 CORPUS = ["a text with words in it", "some other text", "un text words"] * 4

@@ -5,13 +5,17 @@ import json
 import pytest
 import torch
 
-from loralab import cli, generation, models, optimizers, record
-from loralab.module import FineTuner
+from loralab.cli import main
+from loralab.models import pretrained
 from loralab.numerics import blockwise, codebooks
-from loralab.optimizers import AdamW
+from loralab.optim import optimizers
+from loralab.optim.optimizers import AdamW
 from loralab.planning.workspace import cublas_workspace, held_workspaces
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
+from loralab.records import record
+from loralab.training import generation
+from loralab.training.module import FineTuner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -83,7 +87,7 @@ def trained(tmp_path, monkeypatch):
     def run(*words):
         data = ["data=files", "data.text='{text}'", "data.train=rows.jsonl", "data.validation=rows.jsonl"]
         fixed = ["model=random", "model.max_length=128", "data.batch_size=4", "trainer=gpu", "logger=none"]
-        assert cli.run(["train", *fixed, *data, "trainer.max_steps=4", *words, "hydra.run.dir=run"]) == 0
+        assert main.run(["train", *fixed, *data, "trainer.max_steps=4", *words, "hydra.run.dir=run"]) == 0
         return record.read(tmp_path / "run")
 
     return run
@@ -101,23 +105,23 @@ def test_products_take_the_workspaces_that_a_plan_counts():
 
 @pytest.mark.parametrize("drawn_on", ["cpu", "device"])
 def test_a_random_base_is_packed_on_the_card_and_one_of_a_cpus_numbers_is_the_same_there(drawn_on):
-    spec = models.Random(drawn_on=drawn_on)
+    spec = pretrained.Random(drawn_on=drawn_on)
     there, here = (
-        dict(models.tensors(spec.weights(spec.prepared_config(None), NoQuantization(), "auto", device)))
+        dict(pretrained.tensors(spec.weights(spec.prepared_config(None), NoQuantization(), "auto", device)))
         for device in ("cuda", "cpu")
     )
     assert {tensor.device.type for tensor in there.values()} == {"cuda"}
     alike = [torch.equal(tensor.cpu(), here[name]) for name, tensor in there.items() if "weight" in name]
     assert all(alike) == (drawn_on == "cpu")
     packed = spec.weights(spec.prepared_config(None), FourBit(), "auto", "cuda")
-    assert {tensor.device.type for _, tensor in models.tensors(packed)} == {"cuda"}
+    assert {tensor.device.type for _, tensor in pretrained.tensors(packed)} == {"cuda"}
 
 
 def test_the_base_stays_on_the_card_between_fit_validation_and_generation(trained, monkeypatch):
     seen, score = [], generation.score
 
     def noted(model, *rest):
-        seen.extend({tensor.device.type for _, tensor in models.tensors(model)})
+        seen.extend({tensor.device.type for _, tensor in pretrained.tensors(model)})
         return score(model, *rest)
 
     monkeypatch.setattr(generation, "score", noted)

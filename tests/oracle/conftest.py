@@ -2,8 +2,8 @@
 
 import pytest
 
-from loralab import generation
-from loralab.module import FineTuner
+from loralab.training import generation
+from loralab.training.module import FineTuner
 
 pytest.register_assert_rewrite("lab")
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from loralab import models
 from loralab.adapters.lora import LoRA
-from loralab.optimizers import AdamW
+from loralab.models import pretrained
+from loralab.optim.optimizers import AdamW
 from loralab.quantization.base import dense_weight
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.none import NoQuantization
-from loralab.run import Runner
+from loralab.running.runner import Runner
 
 STEPS, RATE = 30, 0.01
 QUANTIZERS = {"dense": NoQuantization(), "nf4": FourBit()}
@@ -64,7 +64,7 @@ class Lab:
     @property
     def model(self):
         words = {"task": self.task, "max_length": 64, "dtype": "float32", "tokenizer": str(self.tokenizer_folder)}
-        return models.Pretrained(str(self.folder / "base"), **words)
+        return pretrained.Pretrained(str(self.folder / "base"), **words)
 
     def spec(self, name, steps, batch, seed=0, **changes):
         generated = 0 if self.task == "sequence_classification" else 3
@@ -79,7 +79,7 @@ class Lab:
         if self.scheme == "dense":
             return {}
         labels = 3 if self.task == "sequence_classification" else None
-        base = models.load(self.model, QUANTIZERS[self.scheme], self.tokenizer, labels).model
+        base = pretrained.load(self.model, QUANTIZERS[self.scheme], self.tokenizer, labels).model
         packed = {name: layer for name, layer in base.named_modules() if isinstance(layer, FrozenLinear)}
         dense = {name: dense_weight(layer) for name, layer in packed.items()}
         return {f"{name}.weight": w.t() if packed[name].transposed else w for name, w in dense.items()}

@@ -9,16 +9,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from loralab import architecture, models
 from loralab.adapters import peft
 from loralab.adapters.attached import attached
 from loralab.adapters.lora import LoRA
 from loralab.adapters.sites import NotPackable, Share
-from loralab.alone import check_rows
 from loralab.data.batches import collate
 from loralab.data.encoding import Example
-from loralab.forward import Forward
-from loralab.graph import check_causal
+from loralab.forward.graph import check_causal
+from loralab.forward.stacked import Forward
+from loralab.models import architecture, pretrained
+from loralab.models.batching import check_rows
 from loralab.quantization.base import dense_weight, is_frozen
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.loading import convert_model
@@ -57,7 +57,7 @@ def pair(kind, task, scheme):
     other = copy.deepcopy(model)
     if scheme == "nf4":
         convert_model(model, FourBit(skip_modules=[]))
-    models.prepare(models.Random(task=task), model)
+    pretrained.prepare(pretrained.Random(task=task), model)
     packed = {name: layer for name, layer in model.named_modules() if is_frozen(layer)}
     refuse_read(model, packed)
     with torch.no_grad():

@@ -8,8 +8,8 @@ import transformers
 from lab import STEPS, Watch, run, same_gradients, same_scores
 
 from loralab.adapters.lora import LoRA
-from loralab.optimizers import AdamW
-from loralab.run import Runner
+from loralab.optim.optimizers import AdamW
+from loralab.running.runner import Runner
 
 NEAR = {"wide": False, "hidden_size": 64, "initializer_range": 0.1}  # the cap is negligible before training
 CAPPED = {"final_logit_softcapping": 30.0, **NEAR}

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch.profiler import ProfilerActivity, profile
 
 from loralab.data.files import Files
-from loralab.run import Runner
+from loralab.running.runner import Runner
 
 
 @pytest.fixture

@@ -9,16 +9,17 @@ from loralab.adapters.full import Full
 from loralab.adapters.lora import LoRA
 from loralab.data.files import Files
 from loralab.data.passes import Fed, Pass
-from loralab.optimizers import AdamW
+from loralab.memory.budget import PlanSpec
+from loralab.memory.phases import PhaseMemory
+from loralab.optim.optimizers import AdamW
 from loralab.planning import alone, kept
 from loralab.planning import plan as planning
 from loralab.planning.foresee import Foresight
-from loralab.planning.plan import PlanSpec, predict_step
+from loralab.planning.plan import predict_step
 from loralab.planning.trace import Geometry
 from loralab.quantization.four_bit import FourBit
-from loralab.run import Runner, encoded_data
-from loralab.telemetry.memory import PhaseMemory
-from loralab.trial import Trial
+from loralab.running.runner import Runner, encoded_data
+from loralab.training.trial import Trial
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from loralab import models
 from loralab.adapters.full import Full
 from loralab.adapters.lora import LoRA
-from loralab.config import build, compose, plain
+from loralab.config.compose import build, compose, plain
+from loralab.models import pretrained
 from loralab.planning.count import count
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.loading import convert_model
@@ -96,7 +96,7 @@ SMALL = {
 @pytest.mark.parametrize("kind", SMALL)
 def test_counts_equal_those_of_the_attached_model(kind):
     config = {"model_type": kind, "vocab_size": 320, **SMALL[kind]}
-    spec = models.Random(config=config)
+    spec = pretrained.Random(config=config)
     quantizer, adapter = FourBit(), LoRA(r=4)
     found = count(spec, quantizer, adapter)
     model = spec.weights(spec.prepared_config(None), NoQuantization(), "auto", "cpu")
@@ -132,7 +132,7 @@ def pefts(kind, task, adapter, **keys):
 
 
 def ours(kind, task, adapter, **keys):
-    spec = models.Random(task=CLASSES[task][0], config={"model_type": kind, **keys})
+    spec = pretrained.Random(task=CLASSES[task][0], config={"model_type": kind, **keys})
     return count(spec, NoQuantization(), adapter)
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from loralab import cli, models
+from loralab.cli import main
+from loralab.models import pretrained
 from loralab.quantization.base import beyond
 
 SMALL = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -36,14 +37,14 @@ def words(kind, keys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_no_linear_layer_are_named_with_how_much_they_are(kind):
-    found = beyond(models.skeleton(models.Random(config={"model_type": kind, **KINDS[kind]})))
+    found = beyond(pretrained.skeleton(pretrained.Random(config={"model_type": kind, **KINDS[kind]})))
     assert sum(found.values()) == EXPERTS[kind]
     assert any("experts" in name for name in found)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "falcon"])
 def test_a_plan_answers_and_names_them_without_a_traceback(kind, capfd):
-    assert cli.run(["plan", "plan.device=cpu", *words(kind, KINDS.get(kind, FALCON))]) == 0
+    assert main.run(["plan", "plan.device=cpu", *words(kind, KINDS.get(kind, FALCON))]) == 0
     said = capfd.readouterr()
     assert "predicted peak" in said.out
     assert "Traceback" not in said.err + said.out

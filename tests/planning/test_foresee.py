@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from loralab import cli, record
+from loralab.cli import main
 from loralab.errors import OutOfMemory
+from loralab.memory.budget import PlanSpec
 from loralab.planning import foresee
 from loralab.planning.foresee import Foresight
-from loralab.planning.plan import GIB, PlanSpec
-from loralab.run import Runner, encoded_data
+from loralab.planning.plan import GIB
+from loralab.records import record
+from loralab.running.runner import Runner, encoded_data
 
 MIB = 2**20
 
@@ -74,7 +76,7 @@ def test_the_record_holds_predicted_beside_measured(trial, tmp_path):
 def test_a_run_that_cannot_fit_is_exit_6_and_loads_nothing(tiny_arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [word for word in tiny_arguments if not word.startswith("plan.")]
-    assert cli.run(["train", *words, "plan.budget_gib=0.0001", "hydra.run.dir=run"]) == 6
+    assert main.run(["train", *words, "plan.budget_gib=0.0001", "hydra.run.dir=run"]) == 6
     assert "predicted to need" in capsys.readouterr().err
     stored = record.read(tmp_path / "run")
     assert (stored["status"], stored["base"]["fingerprint"]) == ("out_of_memory", None)
@@ -82,11 +84,11 @@ def test_a_run_that_cannot_fit_is_exit_6_and_loads_nothing(tiny_arguments, tmp_p
 
 def test_plan_gives_one_json_object_of_the_contract(tiny_arguments, capsys):
     words = [word for word in tiny_arguments if not word.startswith("data.train")]
-    assert cli.run(["plan", "--json", *words, "data.train=nowhere.jsonl", "plan.device=cpu"]) == 0
+    assert main.run(["plan", "--json", *words, "data.train=nowhere.jsonl", "plan.device=cpu"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"device", "predicted_peak_bytes", "device_bytes", "by_phase", "by_kind", "fits"} <= found.keys()
     assert found["predicted_peak_bytes"] == max(found["by_phase"].values()) == sum(found["by_kind"].values())
-    assert cli.run(["plan", *words]) == 0
+    assert main.run(["plan", *words]) == 0
     assert "predicted peak" in capsys.readouterr().out
 
 

@@ -11,19 +11,21 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loralab import config, models
 from loralab.adapters.full import Full
 from loralab.adapters.lora import LoRA
+from loralab.config import compose
 from loralab.errors import ConfigError
-from loralab.optimizers import AdamW
+from loralab.memory.budget import PlanSpec
+from loralab.models import pretrained
+from loralab.optim.optimizers import AdamW
 from loralab.planning import plan as planning
 from loralab.planning.faking import faked
-from loralab.planning.plan import GIB, PlanSpec, device_bytes, estimate, largest, predict
+from loralab.planning.plan import GIB, device_bytes, estimate, largest, predict
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.int8 import Int8Absmax
 from loralab.quantization.none import NoQuantization
-from loralab.trainers import TrainerSpec
+from loralab.training.trainer import TrainerSpec
 
 FAMILIES = ("llama", "gpt2", "t5", "distilbert", "roberta")
 SCHEMES = {
@@ -58,7 +60,7 @@ def make(make_spec, make_model, long_rows):
 
 
 def named(model, *words):
-    return config.trial_spec(config.compose([f"model={model}", *words]), Path("nowhere"))
+    return compose.trial_spec(compose.compose([f"model={model}", *words]), Path("nowhere"))
 
 
 def error(spec, allocated, ragged=False):
@@ -196,7 +198,7 @@ def test_paged_state_is_no_memory_of_torchs(make):
 def test_qloras_optimizer_row(make_spec, width, layers, mib):
     # its memory figure (arXiv:2305.14314) counts 4 d x d and 2 d x 4d matrices a layer, r = 64: 18 d r L parameters
     shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    model = models.Random(config={"model_type": "phi", "num_attention_heads": width // 128, **shape})
+    model = pretrained.Random(config={"model_type": "phi", "num_attention_heads": width // 128, **shape})
     spec = make_spec(model=model, adapter=LoRA(r=64), optimizer=AdamW(name="adamw_32bit"))
     assert sizes(spec).optimizer == mib * 2**20
 
@@ -204,7 +206,7 @@ def test_qloras_optimizer_row(make_spec, width, layers, mib):
 @pytest.mark.slow
 def test_qloras_optimizer_row_is_traced_too(make_spec):
     shape = {"hidden_size": 4096, "intermediate_size": 4 * 4096, "num_hidden_layers": 32}
-    model = models.Random(config={"model_type": "phi", "num_attention_heads": 32, **shape}, dtype="bfloat16")
+    model = pretrained.Random(config={"model_type": "phi", "num_attention_heads": 32, **shape}, dtype="bfloat16")
     spec = make_spec(model=model, adapter=LoRA(r=64), optimizer=AdamW(name="adamw_32bit"))
     assert predict(spec, rows=1, length=64).by_kind["optimizer"] == 1152 * 2**20
 
@@ -267,8 +269,8 @@ def test_a_plan_of_seventy_billion_takes_seconds():
 def test_every_key_is_in_the_yaml():
     from omegaconf import OmegaConf
 
-    node = OmegaConf.load(config.data_root() / "conf" / "plan" / "default.yaml")
-    assert config.build(node, "plan") == PlanSpec()
+    node = OmegaConf.load(compose.data_root() / "conf" / "plan" / "default.yaml")
+    assert compose.build(node, "plan") == PlanSpec()
     assert set(node) == {"_target_", *PlanSpec.__dataclass_fields__}
 
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from loralab import models
 from loralab.adapters.lora import LoRA
 from loralab.data.files import Files
-from loralab.planning.plan import PlanSpec
+from loralab.memory.budget import PlanSpec
+from loralab.memory.phases import PhaseMemory
+from loralab.models import pretrained
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
-from loralab.run import Runner
-from loralab.telemetry.memory import PhaseMemory
+from loralab.running.runner import Runner
 
 SCHEMES = {"none": NoQuantization(), "nf4_double": FourBit(double_quant=True)}
 GPT2 = {"model_type": "gpt2", "vocab_size": 4096, "n_embd": 128, "n_layer": 4, "n_head": 4}
@@ -23,10 +23,10 @@ SHORT = {"max_length": 128}
 
 def bases(data):
     return {
-        "shipped": models.Pretrained(dtype="float32", **SHORT),
-        "stories": models.Pretrained(name_or_path=str(data / "weights" / "stories260K-hf"), **SHORT),
-        "gpt2": models.Random(config=GPT2, **SHORT),
-        "t5": models.Random(task="seq2seq_lm", config=T5, **SHORT),
+        "shipped": pretrained.Pretrained(dtype="float32", **SHORT),
+        "stories": pretrained.Pretrained(name_or_path=str(data / "weights" / "stories260K-hf"), **SHORT),
+        "gpt2": pretrained.Random(config=GPT2, **SHORT),
+        "t5": pretrained.Random(task="seq2seq_lm", config=T5, **SHORT),
     }
 
 

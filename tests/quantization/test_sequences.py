@@ -7,13 +7,13 @@ from torch.nn.functional import pad
 
 from loralab.adapters.sites import Share
 from loralab.errors import ConfigError
-from loralab.forward import Forward
+from loralab.forward.stacked import Forward
+from loralab.forward.unpadded import mask_of
 from loralab.numerics import int8_product
 from loralab.quantization.int8_product import Int8Product
 from loralab.quantization.llm_int8 import LLMInt8
 from loralab.quantization.loading import convert_model
 from loralab.quantization.sequences import Sequences, watch
-from loralab.unpadded import mask_of
 
 # small thresholds: random bases have no values of 6
 SCHEMES = {

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from loralab import record
+from loralab.records import record
 
 SCHEMES = {"none": (32.0, 2.41), "int8_absmax": (8.03, 2.415), "nf4_double": (4.127, 2.46)}
 
@@ -22,12 +22,12 @@ def synthetic_record(scheme: str, r: int, seed: int) -> dict:
             "seed": seed,
             "metric": "val/loss",
             "metric_mode": "min",
-            "model": {"_target_": "loralab.models.Tiny", "name_or_path": "tiny", "max_length": 256},
+            "model": {"_target_": "loralab.models.pretrained.Tiny", "name_or_path": "tiny", "max_length": 256},
             "quantization": {"_target_": f"loralab.quantization.x.{scheme}", "block_size": 64, "bits": bits},
             "adapter": {"_target_": "loralab.adapters.lora.LoRA", "r": r, "lora_alpha": 16},
             "data": {"_target_": "loralab.data.docstrings.Docstrings", "batch_size": 8},
-            "optimizer": {"_target_": "loralab.optimizers.AdamW", "lr": 0.002},
-            "trainer": {"_target_": "loralab.trainers.Cpu", "max_steps": 60},
+            "optimizer": {"_target_": "loralab.optim.optimizers.AdamW", "lr": 0.002},
+            "trainer": {"_target_": "loralab.training.trainer.Cpu", "max_steps": 60},
             "logger": {"project": f"p{seed}"},
         },
         overrides=[f"quantization={scheme}", f"adapter.r={r}", f"seed={seed}"],

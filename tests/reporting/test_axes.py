@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralab import record
+from loralab.records import record
 from loralab.reporting.axes import UNSAID, canonical, label, names, spelled
 from loralab.reporting.gather import study
 from loralab.reporting.rows import rows

@@ -7,10 +7,10 @@ from html import unescape
 
 import pytest
 
-from loralab import record
+from loralab.analysis.paired import t_quantile
+from loralab.records import record
 from loralab.reporting.gather import study
 from loralab.reporting.listing import listing
-from loralab.reporting.paired import t_quantile
 from loralab.reporting.report import report
 from loralab.reporting.rows import rows, tables
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from loralab import record
 from loralab.errors import ArtifactError
+from loralab.records import record
 from loralab.reporting.listing import listing, render
 
 

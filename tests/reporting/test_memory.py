@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loralab import record
+from loralab.records import record
 from loralab.reporting import gather, memory
 from loralab.reporting.page import page
 from loralab.reporting.rows import tables

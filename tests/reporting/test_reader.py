@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loralab import cli, record
+from loralab.cli import main
+from loralab.records import record
 from loralab.reporting import svg
 from loralab.reporting.gather import study
 from loralab.reporting.listing import listing, render
@@ -127,7 +128,7 @@ def test_a_damaged_record_is_a_damaged_row_and_hides_no_other(runs, keys, capsys
     root = runs({(2, 0.1, 0): 2.0, (8, 0.1, 0): 1.0})
     damage(root / "8-0.1-0", keys, [1, [2]])
     for folder in (root, root.parent):
-        assert cli.run(["report", str(folder)]) == 0
+        assert main.run(["report", str(folder)]) == 0
         trials = json.loads((folder / "report" / "results.json").read_text())["trials"]
         assert sorted(one["status"] for one in trials) == ["completed", "damaged"]
         assert ".".join(keys) in next(one["error"] for one in trials if one["status"] == "damaged")

@@ -13,8 +13,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from loralab import record
 from loralab.errors import ArtifactError, DiskError
+from loralab.records import record
 from loralab.reporting.gather import study
 from loralab.reporting.page import rerun
 from loralab.reporting.report import report

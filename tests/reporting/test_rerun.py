@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from loralab import record
-from loralab.config import compose, plain, trial_id
+from loralab.config.compose import compose, plain, trial_id
+from loralab.config.words import Words, quoted
+from loralab.records import record
 from loralab.reporting.gather import study
 from loralab.reporting.page import rerun
-from loralab.words import Words, quoted
 
 SWEPT = [
     ["+sweeps=quickstart", "quantization=nf4_double", "adapter.r=8", "seed=1"],

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from loralab import cli, record
-from loralab.fingerprints import of_files, of_pretrained, of_tokenizer
+from loralab.cli import main
+from loralab.records import record
+from loralab.records.fingerprints import of_files, of_pretrained, of_tokenizer
 from loralab.reporting.listing import listing, render
 from loralab.reporting.report import report
 
@@ -29,7 +30,7 @@ def lab(tmp_path, make_trial, monkeypatch):
     def make(count):
         for seed in range(count):
             made = synthetic("none", 2, seed)
-            made["config"]["model"] = {"_target_": "loralab.models.Pretrained", "name_or_path": "base"}
+            made["config"]["model"] = {"_target_": "loralab.models.pretrained.Pretrained", "name_or_path": "base"}
             made["config"]["data"] = {"_target_": "loralab.data.files.Files", "train": "train.jsonl"}
             made["base"]["fingerprint"] = of_pretrained(str(base))
             made["data"].update(source=of_files([data]), tokenizer=of_tokenizer(str(base)))
@@ -61,7 +62,7 @@ def test_a_changed_file_makes_a_trial_stale_in_every_listing(lab, file, capsys):
     assert CHANGES[file] in text
     (trial,) = listing(runs / "s" / "000")
     assert trial["statuses"] == {"stale": 1}
-    assert cli.run(["ls", str(runs), "--json"]) == 0
+    assert main.run(["ls", str(runs), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["statuses"] == {"stale": 1}
 
 
@@ -99,7 +100,7 @@ def test_files_of_the_same_name_in_another_folder_are_not_the_trials(lab, tmp_pa
 
 def test_nothing_heavy_is_imported_for_it(lab):
     root = lab(1)
-    code = "import sys; from loralab import cli; cli.run(['ls', sys.argv[1]]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from loralab.cli import main as cli; cli.run(['ls', sys.argv[1]]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(root / "runs")], check=False).returncode == 0
 
 

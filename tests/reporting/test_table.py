@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from loralab import record
+from loralab.records import record
 from loralab.reporting.gather import study
 from loralab.reporting.listing import listing
 from loralab.reporting.report import report

@@ -5,9 +5,9 @@ from html import unescape
 
 import pytest
 
-from loralab import record
+from loralab.analysis.paired import paired, t_quantile
+from loralab.records import record
 from loralab.reporting.gather import study
-from loralab.reporting.paired import paired, t_quantile
 from loralab.reporting.report import report
 from loralab.reporting.rows import tables
 from loralab.reporting.verdicts import verdicts

@@ -12,13 +12,14 @@ from hydra.core.utils import JobReturn, JobRuntime, JobStatus, configure_log, ru
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from loralab import identity, record
-from loralab.config import plain
+from loralab.config import identity
+from loralab.config.compose import plain
 from loralab.errors import ArtifactError, ConfigError, nearest
-from loralab.jobs import Job
-from loralab.locks import hold
+from loralab.records import record
+from loralab.records.lock import hold
+from loralab.scheduling.jobs import Job
 
-log = logging.getLogger("loralab.sweep")
+log = logging.getLogger("loralab.scheduling.sweep")
 
 Budgets = tuple[int | None, float | None]  # tokens of a pass, GiB; null: as the device has it
 BY_TRIAL = "${loralab.trial_id:}"  # hydra.sweep.subdir as conf/train.yaml has it

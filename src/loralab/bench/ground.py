@@ -17,7 +17,7 @@ from loralab.data.batches import Stream
 from loralab.data.docstrings import Docstrings
 from loralab.data.encoding import Encoded, encode
 from loralab.data.files import Files
-from loralab.models import SHIPPED_FOLDER, Pretrained
+from loralab.models.pretrained import SHIPPED_FOLDER, Pretrained
 
 SOURCE = Path(__file__).resolve().parents[2]
 TRAIN, VALIDATION = 2048, 16  # rows; no sweep here sees one twice
@@ -61,7 +61,7 @@ class Ground:
         """Seconds of a whole ``loralab train -m``, from its start to its end."""
         begun = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "loralab.cli", "train", "-m", *words, *self.words()],
+            [sys.executable, "-m", "loralab.cli.main", "train", "-m", *words, *self.words()],
             cwd=self.folder,
             env=self.environment(),
             capture_output=True,

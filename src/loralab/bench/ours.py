@@ -11,14 +11,14 @@ from lightning.pytorch import Callback
 from loralab.adapters.lora import LoRA
 from loralab.bench.worker import Clock, Row
 from loralab.data.files import Files
-from loralab.loggers.wandb import Wandb
-from loralab.models import Pretrained
-from loralab.optimizers import AdamW, Schedule
+from loralab.models.pretrained import Pretrained
+from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
-from loralab.run import Runner
-from loralab.specs import TrialSpec
-from loralab.trainers import TrainerSpec
+from loralab.records.wandb import Wandb
+from loralab.running.runner import Runner
+from loralab.training.specs import TrialSpec
+from loralab.training.trainer import TrainerSpec
 
 
 class Watch(Callback):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loralab import record
 from loralab.bench.ground import Failed, Ground, Side
 from loralab.bench.table import OURS, Table
 from loralab.bench.worker import Row
+from loralab.records import record
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from loralab import record
 from loralab.bench import parts
 from loralab.bench.ground import Ground, prepare
 from loralab.bench.layer import layers
@@ -21,7 +20,8 @@ from loralab.bench.parts import FULL, QUICK, Extent
 from loralab.bench.table import Table
 from loralab.bench.worker import Row
 from loralab.errors import ConfigError, Interrupted
-from loralab.telemetry.environment import environment
+from loralab.records import record
+from loralab.records.environment import environment
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from loralab import fingerprints
 from loralab.errors import ConfigError, nearest
+from loralab.records import fingerprints
 
 KINDS = ("pairs", "text", "labels", "scores")
 SPLITS = ("train", "validation", "test")

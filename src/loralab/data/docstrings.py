@@ -20,7 +20,7 @@ from pathlib import Path
 from loralab.data import mining
 from loralab.data.base import SPLITS, DataSpec, Row, Splits, fingerprint, hash_order, make_splits
 from loralab.errors import DataError
-from loralab.fingerprints import cache_folder
+from loralab.records.fingerprints import cache_folder
 
 log = logging.getLogger(__name__)
 

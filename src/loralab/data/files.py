@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab import fingerprints
 from loralab.data.base import SPLITS, Row, Splits, make_splits
 from loralab.data.fields import Number
 from loralab.data.rows import VALIDATION_SHARE, Record, RowSpec
 from loralab.errors import ConfigError, DataError, nearest
+from loralab.records import fingerprints
 
 FORMATS = (".jsonl", ".csv", ".txt")
 LISTED = 12  # files named in a message

@@ -9,10 +9,10 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from loralab import fingerprints
 from loralab.data.base import SPLITS, Splits
 from loralab.data.rows import Record, RowSpec
 from loralab.errors import ConfigError, DataError
+from loralab.records import fingerprints
 
 CONNECT_SECONDS = 3.0
 

@@ -11,11 +11,11 @@ from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
-from loralab import fingerprints
 from loralab.data import mining
 from loralab.data.base import DataSpec, Row, Splits, hash_order, make_splits
 from loralab.data.docstrings import first_line
 from loralab.errors import ConfigError, DataError
+from loralab.records import fingerprints
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from loralab.doctor import examine
+from loralab.cli.doctor import examine
 from loralab.gpu.lab import Row, answer
+from loralab.memory.ledgers import Host
 from loralab.planning.plan import CONTEXT
 from loralab.planning.workspace import THREADS, held_workspaces
 from loralab.quantization.four_bit import FourBit
-from loralab.telemetry.environment import environment
-from loralab.telemetry.ledgers import Host
+from loralab.records.environment import environment
 
 
 def on_card(used_before: int | None) -> Row:

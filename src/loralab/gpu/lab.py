@@ -25,7 +25,7 @@ def answer(path: Path, row: Row) -> None:
 
 def main(asked: Path, answers: Path) -> None:
     """JOB: [{name, words of ``loralab train``, room}]; ``room``: see ``limited``."""
-    from loralab.cli import run
+    from loralab.cli.main import run
 
     for one in json.loads(asked.read_text("utf-8")):
         begun = time.monotonic()
@@ -61,7 +61,7 @@ def limited(room: Row | None) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
     else:
-        from loralab.module import FineTuner
+        from loralab.training.module import FineTuner
 
         with patch.object(FineTuner, "training_step", _refusing(FineTuner.training_step, room["fit"])):
             yield
@@ -69,7 +69,7 @@ def limited(room: Row | None) -> Iterator[None]:
 
 def _between(room: Row) -> float:
     """Bytes, on a card."""
-    from loralab.config import compose, trial_spec
+    from loralab.config.compose import compose, trial_spec
     from loralab.planning.plan import FRAGMENTATION, predict
 
     spec = trial_spec(compose(room["words"]), Path())

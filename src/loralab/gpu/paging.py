@@ -6,8 +6,8 @@ Managed memory is not given back before a process ends, so each paged run has a 
 from loralab.gpu.session import Row, Session
 from loralab.gpu.shapes import common, sizes
 from loralab.gpu.stages import complain, trained
-from loralab.optimizers import UNPAGED, cannot_page
-from loralab.telemetry.ledgers import GIB
+from loralab.memory.ledgers import GIB
+from loralab.optim.optimizers import UNPAGED, cannot_page
 
 Arm = tuple[str, str]  # (room, optimizer)
 # a process each, in the order of what is learnt from them; the first says how large a cap has to be

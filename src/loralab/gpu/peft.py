@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralab import models
-from loralab.architecture import auto_class
 from loralab.bench.layer import linear4bit
 from loralab.bench.peers import WithTrainer
 from loralab.data.encoding import Example
 from loralab.gpu.lab import Row, answer
 from loralab.gpu.speed import LR, WARM_UP, measured
+from loralab.models import pretrained
+from loralab.models.architecture import auto_class
 
 
 class Peer(WithTrainer):
@@ -34,7 +34,7 @@ class Peer(WithTrainer):
 def quantized(config: Row, device: str) -> Any:
     """A random model with every linear layer but its output in NF4, double quantization."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    spec = models.Random(config=config, dropout=0.0)
+    spec = pretrained.Random(config=config, dropout=0.0)
     with torch.device(device):
         model = auto_class("causal_lm").from_config(spec.prepared_config(None), dtype=dtype)
     output = model.get_output_embeddings()

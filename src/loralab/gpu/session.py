@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from loralab import record
+from loralab.records import record
 from loralab.reporting import card
 
 log = logging.getLogger(__name__)

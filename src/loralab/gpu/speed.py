@@ -19,13 +19,13 @@ from loralab.bench.table import quartiles
 from loralab.bench.worker import Clock
 from loralab.data.files import Files
 from loralab.gpu.lab import Row, answer
-from loralab.loggers.wandb import Wandb
-from loralab.models import Random
-from loralab.optimizers import AdamW, Schedule
+from loralab.models.pretrained import Random
+from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
-from loralab.run import Runner
-from loralab.specs import TrialSpec
-from loralab.trainers import TrainerSpec
+from loralab.records.wandb import Wandb
+from loralab.running.runner import Runner
+from loralab.training.specs import TrialSpec
+from loralab.training.trainer import TrainerSpec
 
 WARM_UP = 3  # steps
 LR = 1e-4

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from loralab import record
 from loralab.gpu.callbacks import KILL_AFTER
 from loralab.gpu.session import POLL_S, SOURCE, Late, ProcessError, Row, Session, Skipped
 from loralab.gpu.shapes import Shape, common, sizes
+from loralab.records import record
 
 SCHEMES = ("none", "nf4_double")
 R = 8

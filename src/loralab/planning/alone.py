@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loralab.adapters.lora import LoRA
-from loralab.optimizers import TORCH
+from loralab.optim.optimizers import TORCH
 from loralab.planning.kept import kept
 from loralab.planning.plan import LONG, predict_step
 from loralab.planning.sizes import homogeneous_layers

@@ -4,8 +4,8 @@ import logging
 
 from torch import nn
 
-from loralab import models
 from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta
+from loralab.models import pretrained
 from loralab.quantization.base import Quantizer, beyond, linear_shape, name_out_of_reach, quantizable
 
 log = logging.getLogger(__name__)
@@ -14,14 +14,14 @@ PEFT_HEADS = ("classifier", "score")  # endings of what PEFT trains whole with t
 
 
 def count(
-    model: models.Pretrained, quantization: Quantizer, adapter: AdapterSpec, num_labels: int | None = None
+    model: pretrained.Pretrained, quantization: Quantizer, adapter: AdapterSpec, num_labels: int | None = None
 ) -> dict[str, int]:
     """{trainable_parameters, adapter_parameters, total_parameters, quantized_parameters}.
 
     ``adapter_parameters`` leaves out new and saved modules. The total counts the adapter, shared tensors once, and a
     trained bias with the one in whose place it is.
     """
-    base = models.skeleton(model, num_labels)
+    base = pretrained.skeleton(model, num_labels)
     names = [] if quantization.name == "none" else quantizable(base, quantization)
     quantized = 0
     for name in names:

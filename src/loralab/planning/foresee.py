@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from loralab import architecture
 from loralab.data.encoding import Encoded
 from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, heaviest_evaluation
 from loralab.errors import OutOfMemory
+from loralab.forward.unpadded import can_unpad
+from loralab.memory.ledgers import Host
+from loralab.models import architecture
 from loralab.planning import alone
 from loralab.planning.plan import GIB, Plan, predict_step
 from loralab.planning.sizes import skeleton
 from loralab.planning.trace import Geometry
-from loralab.telemetry.ledgers import Host
-from loralab.unpadded import can_unpad
 
 log = logging.getLogger(__name__)
 

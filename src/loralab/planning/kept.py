@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import loralab
-from loralab.fingerprints import cache_folder
+from loralab.records.fingerprints import cache_folder
 
 log = logging.getLogger(__name__)
 

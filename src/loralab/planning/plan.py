@@ -4,14 +4,14 @@
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loralab import architecture
 from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError, nearest
+from loralab.memory.budget import DEVICES
+from loralab.models import architecture
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.planning.trace import Geometry, Planned, trace
 from loralab.planning.tracker import PHASES, Segment
@@ -22,25 +22,8 @@ CARDS = (24, 48, 80)  # GiB
 CONTEXT = GIB // 2  # CUDA's context and modules: 0.4 to 0.6 GiB by driver and card (reported by nvidia-smi)
 FRAGMENTATION = 1.05  # reserved over allocated; 1.03 to 1.15 is usual, less with expandable_segments. Not calibrated
 SHORT, LONG = 3, 5  # layers that a uniform stack is traced with
-DEVICES = ("auto", "cuda", "cpu")
 WHATS = ("batch_size", "max_length", "r")
 CEILING = {"batch_size": 2**16, "max_length": 2**20, "r": 2**14}
-
-
-@dataclass(frozen=True)
-class PlanSpec:
-    """Whether a prediction stops a run, and for which device it is made."""
-
-    record: bool = True  # trace the step of every distinct pack, for its record
-    enforce: bool = True  # false: warn
-    device: str = "auto"
-    budget_gib: float | None = None  # null: what the device has
-
-    def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise ConfigError(f"plan.device={self.device!r} is unknown; {nearest(self.device, DEVICES)}")
-        if self.budget_gib is not None and not (math.isfinite(self.budget_gib) and self.budget_gib > 0):
-            raise ConfigError(f"plan.budget_gib must be a positive number of GiB or null, got {self.budget_gib}")
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralab import models
 from loralab.adapters.base import Adapter
-from loralab.optimizers import PAGED_FROM, TORCH, UNPAGED
+from loralab.forward.prefix import stack
+from loralab.models import pretrained
+from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED
 from loralab.planning.trace import Planned
-from loralab.prefix import stack
 from loralab.quantization.base import beyond, is_linear, linear_shape, name_out_of_reach, quantizable
 
 EIGHT_BIT_FROM = 4096  # elements; bitsandbytes keeps smaller states in 32 bits (min_8bit_size)
@@ -59,7 +59,7 @@ def sizes(spec: Planned) -> Sizes:
     )
 
 
-def name_what_stays(spec: models.Pretrained) -> None:
+def name_what_stays(spec: pretrained.Pretrained) -> None:
     """Warns of the weights of the base that are neither quantized nor adapted, where they are many."""
     base = skeleton(spec)
     name_out_of_reach(beyond(base), sum(parameter.numel() for parameter in base.parameters()))
@@ -108,12 +108,12 @@ def _quantized(model: nn.Module, spec: Planned) -> list[str]:
     return [] if spec.quantization.name == "none" else quantizable(model, spec.quantization)
 
 
-def skeleton(spec: models.Pretrained) -> nn.Module:
+def skeleton(spec: pretrained.Pretrained) -> nn.Module:
     """The base on the meta device, kept for the next trial of a sweep, which seldom changes it."""
     key = repr(spec)
     if key not in _skeletons:
         _skeletons.clear()
-        _skeletons[key] = models.skeleton(spec)
+        _skeletons[key] = pretrained.skeleton(spec)
     return _skeletons[key]
 
 

@@ -20,24 +20,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loralab import forward, models
 from loralab.adapters.base import AdapterSpec
-from loralab.architecture import auto_class
 from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError
-from loralab.forward import Way
-from loralab.module import FineTuner
-from loralab.optimizers import PAGED_FROM, TORCH, UNPAGED, AdamW
+from loralab.forward import stacked
+from loralab.forward.prefix import stack
+from loralab.forward.stacked import Way
+from loralab.forward.unpadded import prepare
+from loralab.models import pretrained
+from loralab.models.architecture import auto_class
+from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED, AdamW
 from loralab.planning.faking import faked, quiet
 from loralab.planning.tracker import Segment, Tracker
 from loralab.planning.workspace import held_workspaces
-from loralab.prefix import stack
 from loralab.quantization.base import Quantizer, quantizable
 from loralab.quantization.kernels import bitsandbytes_ops
 from loralab.quantization.loading import replace
-from loralab.trainers import TrainerSpec
-from loralab.trial import Settings, Trial
-from loralab.unpadded import prepare
+from loralab.training.module import FineTuner
+from loralab.training.trainer import TrainerSpec
+from loralab.training.trial import Settings, Trial
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Planned(Protocol):
     """What a trial's spec must have to be planned."""
 
     @property
-    def model(self) -> models.Pretrained: ...
+    def model(self) -> pretrained.Pretrained: ...
     @property
     def quantization(self) -> Quantizer: ...
     @property
@@ -124,7 +125,7 @@ def _trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None, who
     new: Any = set()
     vocabulary = 0
     if spec.task == "sequence_classification":
-        new = models.skeleton(spec).loralab_new_parameters
+        new = pretrained.skeleton(spec).loralab_new_parameters
     else:
         vocabulary = int(spec.architecture().get_text_config().vocab_size)
     tracker = Tracker(CUDA_BLOCK if geometry.cuda else 1, not geometry.masked, vocabulary)
@@ -135,7 +136,7 @@ def _trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None, who
             return _Step(tracker, model, specs, geometry).run(whole)
 
 
-def build(spec: models.Pretrained, layers: int | None) -> nn.Module:
+def build(spec: pretrained.Pretrained, layers: int | None) -> nn.Module:
     """The dense model; under fake tensors, so that it takes no memory."""
     config = spec._adjust(spec.architecture(), None)
     dtype = getattr(torch, spec.dtype) if spec.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
@@ -146,8 +147,8 @@ def build(spec: models.Pretrained, layers: int | None) -> nn.Module:
     attention = spec.attention(config)
     model = auto_class(spec.task).from_config(config, dtype=dtype, attn_implementation=attention)
     if spec.config.get("tie_word_embeddings") is False:
-        models._untie(model)
-    models.prepare(spec, model)
+        pretrained._untie(model)
+    pretrained.prepare(spec, model)
     return model  # type: ignore[no-any-return]
 
 
@@ -166,7 +167,7 @@ class _Step:
         self.module = FineTuner(model, trials, unpad=not geometry.cuda and not any(p.length for p in geometry.passes))
         self._take(geometry.way)
         self.plugin.convert_module(self.module)
-        tracker.tag((tensor for _, tensor in models.tensors(model)), "base")
+        tracker.tag((tensor for _, tensor in pretrained.tensors(model)), "base")
         tracker.mark("load", "optimizer")
         self.optimizer = self._optimizer()
         tracker.tag(self.module.adapters.parameters(), "adapter")  # which may be views of a new buffer by now
@@ -209,7 +210,7 @@ class _Step:
         quantizer = self.spec.quantization
         names = [] if quantizer.name == "none" else quantizable(self.model, quantizer)
         waiting = {id(self.model.get_submodule(name).weight) for name in names}
-        self.tracker.tag((t for _, t in models.tensors(self.model) if id(t) not in waiting), "base")
+        self.tracker.tag((t for _, t in pretrained.tensors(self.model) if id(t) not in waiting), "base")
         for name in names:
             layer = self.model.get_submodule(name)
             if self.geometry.cuda:  # moved there dense, packed there
@@ -250,7 +251,7 @@ class _Step:
         one, batches = self.shapes[number], self.passes[number]
         self.tracker.targets = _targets(one, self.spec.model.task, batches)
         lengths = [n for fed in one.taking for n in fed.inputs]
-        with patch.object(forward, "lengths_of", lambda _: lengths):
+        with patch.object(stacked, "lengths_of", lambda _: lengths):
             return self.module.training_step(batches, number) if training else self.module.losses(batches, False)
 
     def _enter(self, phase: str, reported: bool) -> None:

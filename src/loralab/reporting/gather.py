@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loralab import record as records
-from loralab import staleness
+from loralab.config import staleness
 from loralab.errors import ArtifactError
+from loralab.records import record as records
 from loralab.reporting import environments
 from loralab.reporting.axes import (
     UNKNOWN,

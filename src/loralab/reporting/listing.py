@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ArtifactError, LoralabError
-from loralab.record import RESULT, SWEEP
+from loralab.records.record import RESULT, SWEEP
 from loralab.reporting.axes import lookup
 from loralab.reporting.gather import DAMAGED, MISSING, STALE, UNSCORED, Study, Trial, score, study
 from loralab.reporting.table import trial_text

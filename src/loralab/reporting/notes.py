@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
+from loralab.analysis.paired import LEVEL
 from loralab.reporting import environments, published
 from loralab.reporting.axes import lookup
 from loralab.reporting.gather import Study, Trial
-from loralab.reporting.paired import LEVEL
 from loralab.reporting.rows import Row, Table, contenders, level
 from loralab.reporting.sets import apart
 from loralab.reporting.table import STEPS, TOLD, VERSUS, differs_in_seeds, ended, trial_text, where

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from loralab.record import MASK
+from loralab.records.record import MASK
 from loralab.reporting import memory, svg
 from loralab.reporting.axes import canonical, flatten, label, lookup, short_names
 from loralab.reporting.figures import figures

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from loralab.config import sweep_axes
-from loralab.record import RESULT
+from loralab.config.compose import sweep_axes
+from loralab.records.record import RESULT
 from loralab.reporting import environments
 from loralab.reporting.axes import Record, canonical, is_number, label, lookup, sort_key
 from loralab.reporting.gather import Study

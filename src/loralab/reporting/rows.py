@@ -4,10 +4,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from loralab.analysis.paired import LEVEL, Difference, paired, replicates
 from loralab.reporting import environments
 from loralab.reporting.axes import UNKNOWN, identity, is_number, lookup
 from loralab.reporting.gather import Pack, Study, Trial, pack_of, score
-from loralab.reporting.paired import LEVEL, Difference, paired, replicates
 from loralab.reporting.sets import comparable
 
 

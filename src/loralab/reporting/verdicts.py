@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from loralab.analysis.paired import Difference, paired
 from loralab.reporting import environments, published
 from loralab.reporting.axes import canonical, names, spelled
 from loralab.reporting.gather import Study
-from loralab.reporting.paired import Difference, paired
 from loralab.reporting.rows import Row, Table
 from loralab.reporting.table import where
 

@@ -1,0 +1,294 @@
+"""``loralab quantize``: every scheme on the same weights, weighed and held against them.
+
+One dense model is loaded. Scheme by scheme its layers are converted, compared with their own dense weights, and, to
+evaluate, put in place of the dense layers for one pass over the data.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.analysis.evaluation import Evaluation
+from loralab.data.base import DataSpec
+from loralab.errors import ConfigError, DataError, nearest
+from loralab.models import pretrained
+from loralab.models.feeding import encoded_rows
+from loralab.numerics import outliers
+from loralab.numerics.defined import defined, root
+from loralab.quantization.base import Quantizer, dense_weight, packed_bytes, quantizable
+from loralab.quantization.linear import FrozenLinear
+from loralab.quantization.loading import replace
+from loralab.quantization.none import NoQuantization
+from loralab.quantization.sequences import watch_if_asked
+from loralab.training.trainer import TrainerSpec, quiet
+
+log = logging.getLogger(__name__)
+
+BULK = 3.0  # in standard deviations: what lies inside is the bulk
+INPUTS = {
+    "outlier_features": "{rows} rows of N(0, 1) in which 6 of 4096 features (at least one) hold a value of one sign"
+    " between 6 and 60 at 75% of the rows: the outlier features of LLM.int8(), section 4",
+    "normal": "{rows} rows of N(0, 1), which reach no outlier threshold",
+    "captured": "what each layer is given for the first {rows} validation tokens, in their sequences, without padding",
+}
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """What is quantized, by which schemes. ``weights``: model, or the name of a synthetic distribution."""
+
+    weights: str = "model"
+    shape: list[int] = field(default_factory=lambda: [2048, 2048])  # of a synthetic weight (out, in)
+    rows: int = 512  # of x, for the matmul error
+    inputs: str = "auto"  # x: outlier_features, normal, captured; auto: captured where a model is evaluated
+    seed: int = 0  # of x and of synthetic weights
+    schemes: dict[str, Any] = field(default_factory=dict)  # name -> {option of conf/quantization, other keys}
+
+    def __post_init__(self) -> None:
+        valid = ["model", *outliers.SYNTHETIC]
+        if self.weights not in valid:
+            raise ConfigError(f"study.weights={self.weights!r} is unknown; {nearest(self.weights, valid)}")
+        if len(self.shape) != 2 or min(self.shape) < 8:
+            raise ConfigError(f"study.shape={self.shape} must be two numbers of at least 8: (out, in)")
+        if self.inputs not in ("auto", *INPUTS):
+            raise ConfigError(f"study.inputs={self.inputs!r} is unknown; {nearest(self.inputs, ['auto', *INPUTS])}")
+        if self.rows < 1 or self.seed < 0:
+            raise ConfigError(f"study.rows={self.rows} must be at least 1, and study.seed={self.seed} at least 0")
+        if not self.schemes:
+            raise ConfigError("study.schemes is empty; valid: at least one, for example {nf4: {}}")
+
+    def chosen(self, evaluate: bool) -> str:
+        """Which inputs the matmul error is measured with. Raises ConfigError where there is nothing to capture
+        or to evaluate."""
+        if self.inputs == "captured" and not evaluate:
+            raise ConfigError(
+                "study.inputs=captured needs --evaluate, which runs the model on data; valid: auto, outlier_features,"
+                " normal"
+            )
+        if self.weights != "model" and evaluate:
+            raise ConfigError(f"--evaluate needs a model, and study.weights={self.weights} is a single matrix")
+        return ("captured" if evaluate else "outlier_features") if self.inputs == "auto" else self.inputs
+
+
+@dataclass
+class Errors:
+    """Sums over layers, all in float64 on the host."""
+
+    weights: int = 0
+    packed: int = 0  # bytes
+    error: float = 0.0  # sum of (w' - w)^2
+    norm: float = 0.0  # sum of w^2
+    bulk_error: float = 0.0
+    bulk_norm: float = 0.0
+    product_error: float = 0.0
+    product_norm: float = 0.0
+    zeroed: int = 0
+    largest: float = 0.0
+    layers: dict[str, float | None] = field(default_factory=dict)  # name -> relative RMSE
+
+    def add(self, name: str, weight: Tensor, frozen: nn.Module, inputs: Sequence[Tensor], sigma: float | None) -> None:
+        """weight (out, in) float32; inputs: sequences (s, in); sigma of the bulk, None where all weights are 0."""
+        found = frozen.dense(torch.float32) if isinstance(frozen, FrozenLinear) else weight
+        off = found - weight
+        bulk = weight.abs() < BULK * (sigma or 0.0)
+        error, norm = _squares(off), _squares(weight)
+        self.weights += weight.numel()
+        self.packed += packed_bytes(frozen)
+        self.error, self.norm = self.error + error, self.norm + norm
+        self.bulk_error += _squares(off[bulk])
+        self.bulk_norm += _squares(weight[bulk])
+        self.zeroed += int(((found == 0) & (weight != 0)).sum())
+        self.largest = max(self.largest, float(off.abs().max()))
+        self.layers[name] = root(error, norm) if math.isfinite(error) else None
+        for x in inputs:
+            exact = x @ weight.t()
+            self.product_norm += _squares(exact)
+            if isinstance(frozen, FrozenLinear):
+                self.product_error += _squares(frozen.product(x, None) - exact)
+
+    def summary(self) -> dict[str, Any]:
+        """What JSON, page and terminal show; ratios without a unit, None where ``undefined`` says why."""
+        relative = root(self.error, self.norm)
+        known = [(name, value) for name, value in self.layers.items() if value is not None]
+        worst = sorted(known, key=lambda pair: -pair[1])[:3]
+        found = {
+            "bits_per_parameter": 8 * self.packed / self.weights,
+            "bytes": self.packed,
+            "weights": self.weights,
+            "relative_rmse": relative,
+            "snr_db": -20 * math.log10(relative) if relative else None,
+            "bulk_relative_rmse": root(self.bulk_error, self.bulk_norm),
+            "matmul_relative_error": root(self.product_error, self.product_norm),
+            "zeroed_share": self.zeroed / self.weights,
+            "largest_error": self.largest,
+            "worst_layers": [{"layer": name, "relative_rmse": value} for name, value in worst],
+            "layers": self.layers,
+        }
+        result = defined(found, self._why())
+        unknown = [name for name, value in self.layers.items() if value is None]
+        if unknown:
+            words = "every weight is 0, or not finite when dequantized: " + ", ".join(unknown)
+            result["undefined"] = {**result.get("undefined", {}), "layers": words}
+        return result
+
+    def _why(self) -> dict[str, str]:
+        """Words for what comes out undefined."""
+        overflow = not math.isfinite(self.product_norm + self.product_error)
+        return {
+            "relative_rmse": "every weight is 0",
+            "snr_db": "infinite: the error is 0" if self.norm else "every weight is 0",
+            "bulk_relative_rmse": "no weight other than 0 is within 3 sigma",
+            "matmul_relative_error": "x W^T overflows float32" if overflow else "x W^T is 0, or no input is known",
+        }
+
+
+class Study:
+    """Weights, held dense, and what each scheme makes of them."""
+
+    def __init__(self, spec: StudySpec, model: nn.Module, names: list[str], sigma: float | None = None) -> None:
+        """``sigma``: of the bulk, where it is known; else each layer's own."""
+        self.spec, self.model, self.names, self.sigma = spec, model, names, sigma
+        self.captured: Mapping[str, list[Tensor]] | None = None  # layer -> its inputs (s, in), sequence by sequence
+        self._sigmas: dict[str, float | None] = {}
+
+    def scheme(self, quantizer: Quantizer, score: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Convert every layer, compare, and with ``score`` evaluate the converted model. Raises ConfigError where
+        the scheme does not fit a layer."""
+        errors, dense, frozen = Errors(), {}, {}
+        for name in self.covered(quantizer):
+            layer = self.model.get_submodule(name)
+            weight = dense_weight(layer).float()
+            converted = quantizer.convert(layer, name)
+            errors.add(name, weight, converted, self._inputs(name, weight), self._sigma(name, weight))
+            if score is not None:
+                dense[name], frozen[name] = layer, converted
+        if not errors.weights:
+            raise ConfigError(
+                f"quantization.skip_modules={quantizer.skip_modules} leaves no layer to quantize; valid: fewer of them"
+            )
+        result = errors.summary()
+        if score is None:
+            return result
+        self._swap(dense, frozen)
+        try:
+            scored = score()
+        finally:
+            self._swap(frozen, dense)
+        undefined = {**result.pop("undefined", {}), **scored.pop("undefined", {})}
+        return {**result, **scored, **({"undefined": undefined} if undefined else {})}
+
+    def covered(self, quantizer: Quantizer) -> list[str]:
+        """The layers that a scheme takes."""
+        taken = quantizable(self.model, quantizer) if quantizer.skip_modules else self.names
+        return [name for name in self.names if name in set(taken)]
+
+    def census(self) -> dict[str, dict[str, Any]]:
+        """Per layer: how far its weights are from a normal distribution's."""
+        return {name: outliers.census(dense_weight(self.model.get_submodule(name)).float()) for name in self.names}
+
+    def _sigma(self, name: str, weight: Tensor) -> float | None:
+        if name not in self._sigmas:
+            self._sigmas[name] = self.sigma or outliers.robust_sigma(weight)
+        return self._sigmas[name]
+
+    def _inputs(self, name: str, weight: Tensor) -> list[Tensor]:
+        """Sequences (s, in) float32 for the product; none where the pass did not come to the layer."""
+        if self.captured is not None:
+            return [x.to(weight.device, torch.float32) for x in self.captured.get(name, [])]
+        # never the numbers that the weights were drawn from
+        random = torch.Generator().manual_seed(10**6 * (self.spec.seed + 1) + self.names.index(name))
+        draw = outliers.ACTIVATIONS[self.spec.chosen(evaluate=False)]
+        return [draw(self.spec.rows, weight.shape[1], random).to(weight.device)]
+
+    def _swap(self, old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> None:
+        replace(self.model, {id(layer): new[name] for name, layer in old.items()})
+        watch_if_asked(self.model)
+
+
+def study(
+    spec: StudySpec,
+    quantizers: Mapping[str, Quantizer],
+    model_spec: pretrained.Pretrained,
+    data: DataSpec,
+    trainer: TrainerSpec,
+    evaluate: bool,
+) -> dict[str, Any]:
+    """The whole study as plain data. Raises ConfigError where no scheme fits."""
+    quiet()
+    chosen = spec.chosen(evaluate)
+    about: dict[str, Any] = {"inputs": {"kind": chosen, "of": INPUTS[chosen].format(rows=spec.rows)}}
+    if spec.weights != "model":
+        return _rows(_synthetic(spec), {"weights": spec.weights, "shape": list(spec.shape), **about}, quantizers)
+    model_spec.check()
+    tokenizer = model_spec.load_tokenizer() if evaluate else None
+    encoded = None
+    if evaluate and not data.from_base:
+        encoded = encoded_rows(data, model_spec, tokenizer)
+        if encoded.splits.kind == "scores":
+            raise ConfigError("model.num_labels=1: --evaluate compares predictions of classes or tokens, not scores")
+    labels = len(encoded.splits.labels) or None if encoded else None
+    base = pretrained.load(model_spec, NoQuantization(), tokenizer, labels, trainer.device)
+    model = base.model.to(trainer.device).requires_grad_(False)
+    subject = Study(spec, model, quantizable(model, NoQuantization()))
+    if not subject.names:
+        raise ConfigError(
+            f"model: {type(model).__name__} has no linear layer inside its base model, and schemes are compared on"
+            " those; valid: a model with nn.Linear or Conv1D layers"
+        )
+    about = {"weights": base.spec.name_or_path or "random", "fingerprint": base.fingerprint, **about}
+    if not evaluate:
+        return _rows(subject, about, quantizers)
+    encoded = encoded or data.sample(model, tokenizer, model_spec.task, model_spec.length)
+    if not len(encoded.validation):
+        raise DataError(f"data: the validation split of {encoded.splits.name} is empty, and --evaluate scores it")
+    pad = tokenizer.pad_token_id if tokenizer else 0
+    evaluation = Evaluation(model, model_spec.task, encoded, data.batch_size, pad)
+    about["dense"] = evaluation.reference(subject.names, spec.rows if chosen == "captured" else 0)
+    subject.captured = evaluation.inputs if chosen == "captured" else None
+    about["data"] = {
+        "name": encoded.splits.name,
+        "fingerprint": encoded.splits.fingerprint,
+        "rows": len(encoded.validation),
+        "targets": len(evaluation.dense_loss),
+    }
+    about["outlier_features"] = evaluation.outlier_features()
+    return _rows(subject, about, quantizers, evaluation)
+
+
+def _rows(
+    subject: Study, about: dict[str, Any], quantizers: Mapping[str, Quantizer], evaluation: Evaluation | None = None
+) -> dict[str, Any]:
+    schemes: dict[str, Any] = {}
+    refused: ConfigError | None = None
+    for name, quantizer in quantizers.items():
+        try:
+            schemes[name] = subject.scheme(quantizer, evaluation)
+        except ConfigError as error:
+            log.warning("%s: left out: %s", name, error)
+            schemes[name], refused = {"error": str(error)}, error
+            continue
+        schemes[name]["settings"] = {"name": quantizer.name, **asdict(quantizer)}
+        log.info("[%d/%d] %s", len(schemes), len(quantizers), name)
+    if refused is not None and all("error" in row for row in schemes.values()):
+        raise refused
+    layers = subject.census()
+    for name, counted in (evaluation.census() if evaluation else {}).items():
+        layers[name].update(counted)
+    return {**about, "schemes": schemes, "layers": layers}
+
+
+def _synthetic(spec: StudySpec) -> Study:
+    out_features, in_features = spec.shape
+    layer = nn.Linear(in_features, out_features, bias=False)
+    random = torch.Generator().manual_seed(spec.seed)
+    layer.weight = nn.Parameter(outliers.SYNTHETIC[spec.weights]((out_features, in_features), random), False)
+    return Study(spec, nn.ModuleDict({spec.weights: layer}), [spec.weights], sigma=outliers.SIGMA)
+
+
+def _squares(values: Tensor) -> float:
+    return float(values.double().square().sum())

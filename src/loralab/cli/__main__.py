@@ -1,0 +1,5 @@
+"""``python -m loralab.cli``."""
+
+from loralab.cli.main import main
+
+main()

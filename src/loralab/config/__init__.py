@@ -1,0 +1,1 @@
+"""Hydra's configuration to checked specs; trial ids."""

@@ -1,0 +1,144 @@
+"""Whether a completed record still says what its trial would give now: on the same base, tokenizer and data, by the
+same classes.
+
+Nothing is loaded for it: all is compared by the bytes on disk. What is not on this machine cannot be said to have
+changed.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from loralab.config.compose import build
+from loralab.records import fingerprints, sources
+from loralab.records.record import RESULT
+
+# Where the specs need torch and more to be imported, the plain settings are enough.
+BASES = {"loralab.models.pretrained.Pretrained": "pretrained", "loralab.models.pretrained.Random": "random"}
+KEPT = {RESULT: "result.stale.json", "metrics.jsonl": "metrics.stale.jsonl", "adapter": "adapter.stale"}
+
+_PATHS = ("name_or_path", "tokenizer", "name", "train", "validation", "test")
+# What may be said of it, its fingerprint in the record, what takes its fingerprint now, and of which settings.
+Compared = tuple[str, Any, Callable[[Mapping[str, Any]], str | None], Mapping[str, Any]]
+Known = dict[tuple[str, str], str | None]
+
+
+def outdated(stored: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """Why the completed record ``stored`` does not finish the trial of the configuration ``content``; else empty."""
+    if changed := _changed(stored, content, {}):
+        return changed
+    if not stored["metrics"]:
+        return "it has no metrics"
+    tested = any(key.startswith("test/") for key in stored["metrics"])
+    if content["trainer"].get("test") and (stored["data"].get("rows") or {}).get("test") and not tested:
+        return "trainer.test was off"
+    return ""
+
+
+def of_record(stored: Mapping[str, Any], known: Known | None = None) -> str:
+    """What has changed since a completed record was written; empty where nothing that is on this machine has.
+
+    Relative paths are those of the folder where the run was started. ``known`` keeps what was looked up, for other
+    records of the same reading: a thousand trials on one base look at its files once.
+    """
+    config = stored["config"]
+    if stored["schema"] < 2 or not all(isinstance(config.get(part), Mapping) for part in ("model", "data")):
+        return ""  # schema 1 took other fingerprints
+    content = {part: _placed(config[part], stored.get("cwd")) for part in ("model", "data")}
+    return _changed(stored, content, {} if known is None else known)
+
+
+def _placed(node: Mapping[str, Any], cwd: Any) -> dict[str, Any]:
+    """The same with its paths below ``cwd``, whatever of the same name lies in the present folder."""
+    if not isinstance(cwd, str):
+        return dict(node)
+    return {key: _below(Path(cwd), value) if key in _PATHS else value for key, value in node.items()}
+
+
+def _below(cwd: Path, value: Any) -> Any:
+    if not isinstance(value, str) or not value or Path(value).expanduser().is_absolute():
+        return value
+    return str(cwd / value) if (cwd / value).exists() or Path(value).exists() else value
+
+
+def _changed(stored: Mapping[str, Any], content: Mapping[str, Any], known: Known) -> str:
+    """``the data files have changed since``; ``known``: see ``of_record``."""
+    found = []
+    for what, before, fingerprint, node in _compared(stored, content):
+        if not before:
+            continue
+        key = (fingerprint.__name__, json.dumps(node, sort_keys=True, default=repr))
+        if key not in known:
+            known[key] = _present(fingerprint, node)
+        found += [what] if known[key] not in (None, before) else []
+    found += [f"{file} has changed" for file in sources.changed(stored["code"].get("sources") or {})]
+    return f"{' and '.join(found)} since" if found else ""
+
+
+def _compared(stored: Mapping[str, Any], content: Mapping[str, Any]) -> list[Compared]:
+    model = content["model"]
+    tokenizer = model.get("tokenizer") or model.get("name_or_path") or ""
+    name = model.get("name_or_path") or "model=random"
+    return [
+        (f"the weights of {name} have changed", stored["base"].get("fingerprint"), _base, model),
+        (f"the tokenizer {tokenizer} has changed", stored["data"].get("tokenizer"), _tokenizer, model),
+        ("the data files have changed", stored["data"].get("source"), _data, content["data"]),
+    ]
+
+
+def _present(fingerprint: Any, node: Mapping[str, Any]) -> str | None:
+    try:
+        found: str | None = fingerprint(node)
+    except Exception:  # a class or files of the user's own; whoever runs the trial is told
+        return None
+    return found
+
+
+def _base(node: Mapping[str, Any]) -> str | None:
+    kind = BASES.get(str(node.get("_target_")))
+    if kind == "pretrained":
+        return fingerprints.of_pretrained(str(node["name_or_path"]))
+    if kind == "random":
+        return fingerprints.of_random(node)
+    if str(node.get("_target_")).startswith("loralab."):  # of another version; to look for it would import torch
+        return None
+    found: str | None = build(node, "model").fingerprint()
+    return found
+
+
+def _tokenizer(node: Mapping[str, Any]) -> str | None:
+    return fingerprints.of_tokenizer(str(node.get("tokenizer") or node.get("name_or_path") or ""))
+
+
+def _data(node: Mapping[str, Any]) -> str | None:
+    found: str | None = build(node, "data").source()
+    return found
+
+
+def set_aside(folder: Path) -> None:
+    """Keeps what a run left under names of its own, so that the next one overwrites nothing.
+
+    What was set aside before gets a number (``result.stale.1.json``, the oldest is 1). Only renames, the record's last:
+    after a kill in between, the next call goes on where this one was.
+    """
+    if not (folder / RESULT).exists():
+        return
+    record = KEPT[RESULT]
+    number = next(n for n in count(1) if not (folder / _numbered(record, n)).exists())
+    if (folder / record).exists():
+        _rename(folder, {kept: _numbered(kept, number) for kept in reversed(KEPT.values())})
+    _rename(folder, {name: KEPT[name] for name in reversed(KEPT)})
+
+
+def _rename(folder: Path, names: Mapping[str, str]) -> None:
+    for name, wanted in names.items():
+        if (folder / name).exists():
+            free = (_numbered(wanted, n) if n else wanted for n in count())
+            (folder / name).rename(next(folder / one for one in free if not (folder / one).exists()))
+
+
+def _numbered(name: str, number: int) -> str:
+    stem, dot, end = name.partition(".stale")
+    return f"{stem}{dot}.{number}{end}"

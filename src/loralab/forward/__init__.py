@@ -1,0 +1,1 @@
+"""One stacked pass of a pack over the frozen base."""

@@ -1,0 +1,218 @@
+"""One pass of a stacked batch through the base, by the fastest way that gives the base's own losses.
+
+A way that leaves padding or dense logits out is taken where the base's own graph allows it: its logits are its head's,
+its rows do not see each other. It is held against the plain one on the first batch besides. A base that it does not
+suit (soft-capped logits, another kind of attention) is computed the plain way, and the log says so.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from loralab.adapters.perturbed import moderate, perturbed
+from loralab.adapters.sites import Share, Sites
+from loralab.errors import is_out_of_memory
+from loralab.forward.graph import evaluated, reached, reads_positions
+from loralab.forward.head import bypassed, frozen_head, hands_on, head_nll
+from loralab.forward.metrics import nll
+from loralab.forward.unpadded import can_unpad, flat, flatten, prepare, undo
+
+log = logging.getLogger(__name__)
+
+Around = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
+
+
+def _nothing(_: Mapping[str, Any]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+class Unsuited(RuntimeError):  # noqa: N818 - it says what a base is, not what went wrong
+    """A way that does not give the base's own losses."""
+
+
+Scores = tuple[Tensor, Tensor, Tensor]  # summed nll, predictions, targets
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of a row's mean nll; half precision rounds by 2^-8
+HALF_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a pass is computed."""
+
+    unpadded: bool = False
+    headless: bool = False
+
+    def __str__(self) -> str:
+        names = {"without padding": self.unpadded, "without dense logits": self.headless}
+        return " and ".join(name for name, chosen in names.items() if chosen) or "the plain way"
+
+
+class Forward:
+    """The base of a pack, called with stacked batches."""
+
+    def __init__(self, model: nn.Module, task: str, unpad: bool = True) -> None:
+        self.model, self.task, self.unpad = model, task, unpad
+        self.sites = Sites.of(model)
+        self.way: Way | None = None
+
+    def __call__(
+        self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share], around: Around = _nothing
+    ) -> list[Scores]:
+        """Scores of each share. ``inputs`` and ``labels``: rows of all shares along dim 0, padded on the right.
+        ``around``: what the model is called within, given its inputs."""
+        if self.way is None:
+            self.way = self._choose(inputs, labels, shares)
+        return self._scores(self.way, inputs, labels, shares, around)
+
+    def _scores(
+        self,
+        way: Way,
+        inputs: dict[str, Tensor],
+        labels: Tensor,
+        shares: Sequence[Share],
+        around: Around = _nothing,
+    ) -> list[Scores]:
+        self.sites.shares = tuple(shares)
+        if self.task == "causal_lm":  # a position predicts the next one
+            labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], 1)
+        if way.unpadded:
+            inputs, labels = self._flattened(inputs, labels)
+        if not way.headless:
+            with around(inputs):
+                logits = self.model(**inputs).logits
+            return self._plain(logits, labels)
+        head = frozen_head(self.model, [share.owner for share in shares])
+        assert head is not None
+        with bypassed(head) as given, around(inputs):
+            hidden = self.model(**inputs).logits
+        if isinstance(hidden, FakeTensor) and hidden is not given[0]:  # _agrees sees it in the values
+            raise Unsuited("the base changes its logits, which have to be made then")
+        kept = labels != -100
+        targets = labels[kept]
+        losses, predictions = head_nll(hidden[kept], targets, head)
+        counts = self._counts(kept, len(targets))
+        parts = zip(*(torch.split(x, counts) for x in (losses, predictions, targets)), strict=True)
+        return [(own.sum(), *rest) for own, *rest in parts]
+
+    def _counts(self, kept: Tensor, total: int) -> list[int]:
+        """Targets of each share."""
+        parts = self.sites.split(kept)
+        if len(parts) == 1:
+            return [total]
+        if isinstance(kept, FakeTensor):
+            return [total // len(parts)] * (len(parts) - 1) + [total - total // len(parts) * (len(parts) - 1)]
+        return [int(own.sum()) for own in parts]
+
+    def _plain(self, logits: Tensor, labels: Tensor) -> list[Scores]:
+        task = "seq2seq_lm" if self.task == "causal_lm" else self.task  # the labels are shifted already
+        return [nll(*own, task) for own in zip(self.sites.split(logits), self.sites.split(labels), strict=True)]
+
+    def _flattened(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
+        lengths = lengths_of(inputs["attention_mask"])
+        counts = iter(lengths)
+        self.sites.shares = tuple(
+            Share(share.owner, share.rows, share.key, sum(next(counts) for _ in range(share.rows)))
+            for share in self.sites.shares
+        )
+        return flatten(inputs, lengths), flat(labels, lengths)
+
+    def _choose(self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> Way:
+        """The way for this base and these adapters; under fake tensors whatever its shape allows."""
+        owners = [share.owner for share in shares]
+        headless = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
+        unpadded = self.task == "causal_lm" and self.unpad and labels.device.type == "cpu" and can_unpad(self.model)
+        changed = prepare(self.model) if unpadded else []
+        if isinstance(labels, FakeTensor):
+            return Way(unpadded, headless)
+        few = _two_rows(inputs)
+        if headless and not self._hands_on(few):
+            headless = False
+            log.info("this base is not computed without dense logits: it changes what its head gives")
+        if unpadded and not self._apart(few):
+            unpadded = False
+            log.info("this base is not computed without padding: its rows would not be what they are alone")
+        ways = [Way(unpadded, headless), Way(headless=headless), Way()]
+        methods = {type(getattr(share.owner, "spec", share.owner)): share.owner for share in shares}  # one of each
+        for way in dict.fromkeys(ways):
+            if not way.unpadded:
+                undo(changed)
+            if way == Way() or all(self._agrees(way, inputs, labels, owner) for owner in methods.values()):
+                break
+            log.info("this base is not computed %s: its losses would differ", way)
+        return way
+
+    def _hands_on(self, few: dict[str, Tensor]) -> bool:
+        """Whether the base's logits are its head's."""
+        head = frozen_head(self.model)
+        self.sites.shares = ()
+        with evaluated(self.model):
+            return head is not None and hands_on(self.model, head, few)
+
+    def _apart(self, few: dict[str, Tensor]) -> bool:
+        """Whether two rows of a flat batch stand at positions of their own and do not see each other."""
+        self.sites.shares = ()
+        lengths = lengths_of(few["attention_mask"])
+        try:
+            given, second = flatten(few, lengths), slice(lengths[0], sum(lengths))
+            seen = reached(self.model, given, second)
+            alone = len(seen) == 1 and not bool((seen[0][:, : lengths[0]] != 0).any())
+            return alone and (lengths[1] < 2 or reads_positions(self.model, given, second))
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            log.debug("a flat batch", exc_info=error)
+            return False
+
+    @torch.no_grad()
+    def _agrees(self, way: Way, inputs: dict[str, Tensor], labels: Tensor, owner: nn.Module) -> bool:
+        """On one row, and on itself cut short: padded, they are two rows of unequal lengths. The adapter is moved from
+        its start, where most compute nothing."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            few = _two_rows(inputs)
+            targets = torch.cat([labels[:1], labels[:1]])
+            if self.task == "causal_lm":
+                targets = targets.masked_fill(few["attention_mask"] == 0, -100)
+
+            def loss(one: Way) -> float:
+                return float(self._scores(one, few, targets, [Share(owner, 2)])[0][0])
+
+            scale, plain = moderate(owner, loss(Way()), lambda: loss(Way()))
+            with perturbed(owner, scale):
+                other = loss(way)
+            allowed = TOLERANCE.get(_computed_in(self.model, labels.device.type), HALF_TOLERANCE)
+            return abs(plain - other) <= allowed * max(1.0, plain)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):  # says nothing of the way, and fewer trials may cure it
+                raise
+            log.debug("%s", way, exc_info=error)
+            return False
+        finally:
+            self.model.train(training)
+
+
+def lengths_of(mask: Tensor) -> list[int]:
+    """Tokens of each row of a mask (rows, T) that is padded on the right; of one without values, all of them."""
+    if isinstance(mask, FakeTensor):
+        return [mask.shape[1]] * mask.shape[0]
+    return [int(length) for length in mask.sum(1).tolist()]
+
+
+def _two_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    few = {name: torch.cat([value[:1], value[:1]]) for name, value in inputs.items()}
+    length = int(few["attention_mask"][0].sum())
+    few["attention_mask"][1, length - length // 3 :] = 0
+    return few
+
+
+def _computed_in(model: nn.Module, device: str) -> torch.dtype:
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return next(model.parameters()).dtype

@@ -1,0 +1,276 @@
+"""Memory taken away on purpose, and snapshots of it: a small card asked for on a larger one, spikes made on demand."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from loralab.errors import ConfigError
+from loralab.memory.ledgers import GIB, managed_bytes
+from loralab.memory.phases import SPLIT, PhaseMemory
+from loralab.memory.spikes import MIB, Spike
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 2  # steps before a ballast: the optimizer's managed state is there from the first on
+SHORT_OF = 0.5  # share of the optimizer's state that ballast=auto leaves no room for
+SPARE = 256 * MIB  # a ballast never takes the last of what is free
+DUMPS = 3
+EVENTS = 100_000  # allocations that a snapshot's history goes back
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """Ballast, cap and snapshots need a CUDA device; lengthened batches go anywhere."""
+
+    ballast: Any = None  # null, auto or GiB
+    cap: float | None = None  # GiB
+    snapshot: str | None = None
+    spiky_every: int | None = None
+    spiky_length: int | None = None
+    solo: bool = False
+    prefix_cache: float = 1.0  # GiB of host memory
+
+    def __post_init__(self) -> None:
+        sized = isinstance(self.ballast, int | float) and not isinstance(self.ballast, bool)
+        if self.ballast not in (None, "auto") and not (sized and 0 < self.ballast < math.inf):
+            raise ConfigError(f"memory.ballast={self.ballast!r} must be null, auto or a positive number of GiB")
+        if self.cap is not None and not 0 < self.cap < math.inf:
+            raise ConfigError(f"memory.cap={self.cap} must be null or a positive number of GiB")
+        if not 0 <= self.prefix_cache < math.inf:
+            raise ConfigError(f"memory.prefix_cache={self.prefix_cache} must be a number of GiB, 0: nothing is kept")
+        for key in ("spiky_every", "spiky_length"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"memory.{key} must be at least 1 (null: no batch is lengthened), got {value}")
+
+    @property
+    def alone(self) -> str:
+        """Why a trial with this cannot share its pass with others; empty where it can."""
+        keys = [key for key in ("ballast", "cap", "snapshot", "spiky_every") if getattr(self, key) is not None]
+        keys += ["solo"] if self.solo else []
+        return f"memory.{keys[0]} is set, and a measured trial runs alone" if keys else ""
+
+    @property
+    def prefix_bytes(self) -> int:
+        """What may be kept of blocks below the lowest adapted one; nothing where memory or time is measured."""
+        return 0 if self.alone else int(self.prefix_cache * GIB)
+
+    def check(self, device: str) -> None:
+        """Raises ConfigError for what only a card can do."""
+        for key in ("ballast", "cap", "snapshot"):
+            if device == "cpu" and getattr(self, key) is not None:
+                raise ConfigError(
+                    f"memory.{key}={getattr(self, key)} needs a CUDA device, and this run is on the CPU; valid: null"
+                )
+
+    def callbacks(self) -> list[Callback]:
+        """What watches or holds memory during the fit."""
+        made: list[Callback] = [] if self.ballast is None else [Ballast(self.ballast, self.spiky_every or 0)]
+        return made if self.snapshot is None else [*made, Snapshots(Path(self.snapshot))]
+
+    @contextmanager
+    def capped(self) -> Iterator[None]:
+        """Within, torch's allocator has ``cap`` GiB of the card: a simulated smaller card."""
+        if self.cap is None:
+            yield
+            return
+        _, total = torch.cuda.mem_get_info()
+        if self.cap * GIB >= total:
+            log.warning("memory.cap=%g GiB is no less than the card's %.1f GiB: no effect", self.cap, total / GIB)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, self.cap * GIB / total))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    @property
+    def continues(self) -> bool:
+        """Whether a run may be taken up in its middle; not one that counts its steps for what it measures."""
+        return self.ballast is None and self.spiky_every is None
+
+    def record(self) -> dict[str, Any]:
+        """What a record says of it beside the configuration; a cap's results are simulated, and say so."""
+        return {} if self.cap is None else {"cap_bytes": int(self.cap * GIB), "simulated": True}
+
+    def spike(self, max_length: int, positions: int | None) -> int:
+        """Tokens of a lengthened row on a base of that architecture."""
+        return self.spiky_length or min(4 * max_length, positions or 4 * max_length)
+
+    def passes(self, passes: Any, max_length: int, positions: int | None) -> Any:
+        """Training passes, every N-th step's lengthened. Raises ConfigError where no longer batch is possible."""
+        if self.spiky_every is None:
+            return passes
+        length = self.spike(max_length, positions)
+        if length <= max_length or (positions and length > positions):
+            raise ConfigError(
+                f"memory.spiky_length={length} must be more than model.max_length={max_length}, and at most the "
+                f"{positions or 'unlimited'} positions of the base: a spike is a batch longer than any row"
+            )
+        return Lengthened(passes, self.spiky_every, length)
+
+
+class Lengthened:
+    """Training passes, those of every ``every``-th step padded to ``length`` tokens.
+
+    Padding is masked, so loss and gradients stay what they were, up to rounding, and arms with and without spikes
+    train alike; memory is needed for padding as for real tokens.
+    """
+
+    def __init__(self, passes: Any, every: int, length: int) -> None:
+        self.passes, self.every, self.length = passes, every, length
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def __iter__(self) -> Iterator[dict[int, Any]]:
+        for index, batches in enumerate(self.passes):
+            long = (index // self.passes.micros + 1) % self.every == 0
+            yield {i: self._longer(i, batch) if long else batch for i, batch in batches.items()}
+
+    def _longer(self, index: int, batch: dict[str, Any]) -> dict[str, Any]:
+        fill = {"input_ids": self.passes.trials[index].pad_token_id, "attention_mask": 0, "labels": -100}
+        tensors: dict[str, Tensor] = batch["tensors"]
+        shape = tensors["input_ids"].shape
+        short = max(0, self.length - shape[1])
+        return {
+            **batch,
+            "tensors": {  # labels of another shape are not aligned with the tokens
+                key: F.pad(value, (0, short), value=fill[key]) if value.shape == shape else value
+                for key, value in tensors.items()
+            },
+        }
+
+
+class Ballast(Callback):
+    """One plain allocation that takes memory off the card for the rest of the fit, never more than what is free.
+
+    It comes after the warm-up, when the optimizer's managed state has been allocated. ``auto`` leaves what the warm-up
+    needed beside that state and half of the state: with all of it in torch's own memory the run cannot go on, and a
+    paged one has to evict the other half. Paged or not, the size comes out the same.
+    """
+
+    pack_aware = False
+
+    def __init__(self, size: float | str, spiky_every: int = 0) -> None:
+        self.size, self.steps = size, max(WARM_UP, spiky_every)  # a warm-up for auto has seen a long batch
+        self.bytes = 0
+        self._held: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._held is None and trainer.global_step == (self.steps if self.size == "auto" else WARM_UP):
+            observer = next((one for one in trainer.callbacks if isinstance(one, PhaseMemory)), None)  # type: ignore[attr-defined]
+            seen = (
+                [observer.peaks.get(phase, 0) for phase in SPLIT] if observer else [torch.cuda.max_memory_allocated()]
+            )
+            self._take(max(seen), trainer.optimizers)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._held = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._held = None
+
+    def summary(self) -> dict[str, Any]:
+        return {"ballast_bytes": self.bytes}
+
+    def _take(self, peak: int, optimizers: Iterable[Any]) -> None:
+        torch.cuda.empty_cache()
+        optimizers = list(optimizers)
+        state, managed = state_bytes(optimizers), managed_bytes(optimizers)
+        free, total = torch.cuda.mem_get_info()
+        if self.size == "auto":
+            overhead = total - free - torch.cuda.memory_reserved() - managed  # context, kernels, other processes
+            wanted = auto_ballast(total - max(0, overhead), peak - (state - managed), state)
+        else:
+            wanted = int(float(self.size) * GIB)
+        size = min(wanted, free - SPARE)
+        if size < wanted:
+            log.warning(
+                "memory.ballast: %.2f GiB are wanted and %.2f GiB are free; %.2f GiB are taken",
+                *(wanted / GIB, free / GIB, max(0, size) / GIB),
+            )
+        try:
+            self._held = torch.empty(max(0, size), dtype=torch.uint8, device="cuda")
+            self.bytes = max(0, size)
+        except torch.OutOfMemoryError as error:
+            self._held = torch.empty(0)
+            log.warning("memory.ballast could not be allocated (%s); training goes on", " ".join(str(error).split()))
+
+
+def auto_ballast(room: int, need: int, state: int) -> int:
+    """Bytes to take from ``room``, so that ``need`` and all but SHORT_OF of the optimizer's ``state`` still fit."""
+    return max(0, room - need - int((1 - SHORT_OF) * state))
+
+
+def state_bytes(optimizers: Iterable[Any]) -> int:
+    """Bytes of all optimizer state, wherever it is."""
+    states = (state for optimizer in optimizers for state in optimizer.state.values())
+    return sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor))
+
+
+class Snapshots(Callback):
+    """torch's memory snapshots (pytorch.org/memory_viz opens them): of the first spikes and of out of memory."""
+
+    pack_aware = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths: list[str] = []
+        self._recording = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            log.warning("memory.snapshot=%s cannot be written (%s); there will be none", self.folder, error.strerror)
+            return
+        torch.cuda.memory._record_memory_history(max_entries=EVENTS, stacks="python")
+        self._recording = True
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PhaseMemory):
+                callback.on_spike.append(self.spike)
+
+    def spike(self, spike: Spike) -> None:
+        """A snapshot with the allocations that led to ``spike``."""
+        if len(self.paths) < DUMPS:
+            self._dump(f"step{spike.step}_{spike.phase}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, torch.OutOfMemoryError):
+            self._dump(f"step{trainer.global_step + 1}_out_of_memory")
+        self._stop()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def summary(self) -> dict[str, Any]:
+        return {"snapshots": list(self.paths)}
+
+    def _dump(self, name: str) -> None:
+        if not self._recording:
+            return
+        path = self.folder / f"{name}.pickle"
+        try:
+            torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+            self.paths.append(str(path))
+        except (OSError, RuntimeError) as error:
+            log.warning("memory.snapshot: %s was not written (%s); training goes on", path, error)
+
+    def _stop(self) -> None:
+        if self._recording:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self._recording = False

@@ -1,0 +1,1 @@
+"""Base models: their spec, loading and what they accept."""

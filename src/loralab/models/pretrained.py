@@ -1,0 +1,370 @@
+"""Load or build a base model, quantized as its weights stream in."""
+
+import logging
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from loralab.adapters.sites import Sites
+from loralab.errors import ConfigError, nearest
+from loralab.forward.dropout import key_dropout
+from loralab.forward.unpadded import NAME as ROWS
+from loralab.models import architecture, weights
+from loralab.models.architecture import auto_class
+from loralab.models.tokenizer import check_vocabulary, load_tokenizer
+from loralab.models.weights import explained
+from loralab.quantization import gemm
+from loralab.quantization.base import BaseSize, Quantizer, measure, name_out_of_reach
+from loralab.quantization.loading import convert_model, quantization_config
+from loralab.records import fingerprints
+
+log = logging.getLogger(__name__)
+
+TASKS = ("causal_lm", "seq2seq_lm", "sequence_classification")
+SHIPPED, SHIPPED_FOLDER = fingerprints.SHIPPED, fingerprints.SHIPPED_FOLDER
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint: a hub id, a local folder, or loralab/tiny, the code model that ships with this package."""
+
+    LONGEST: ClassVar[int] = 512  # tokens of a row, where max_length is null and the base allows more
+
+    name_or_path: str = SHIPPED
+    task: str = "causal_lm"
+    max_length: int | None = None  # tokens of prompt and target together; null: what the base has, at most LONGEST
+    dtype: str = "auto"  # of the weights that are not quantized; auto: the checkpoint's
+    gradient_checkpointing: bool = False
+    attn_implementation: str = "auto"  # sdpa where the architecture has it, else eager
+    dropout: Any = "keep"  # the base's own dropout: keep, or one number for all of it
+    tokenizer: str | None = None  # null: beside the weights
+    num_labels: int | None = None  # null: from the data
+    trust_remote_code: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # the architecture, so that counting needs no weights
+
+    def __post_init__(self) -> None:
+        _one_of("model.task", self.task, TASKS)
+        _one_of("model.dtype", self.dtype, DTYPES)
+        _one_of("model.attn_implementation", self.attn_implementation, architecture.ATTENTIONS)
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"model.max_length must be at least 2 tokens, or null, got {self.max_length}")
+        if self.dropout != "keep" and not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            raise ConfigError(f"model.dropout must be keep or a number in [0, 1), got {self.dropout!r}")
+        if self.num_labels is not None and not 1 <= self.num_labels < 2**31:
+            raise ConfigError(f"model.num_labels must be at least 1, or null (from the data), got {self.num_labels}")
+
+    @property
+    def path(self) -> str:
+        """What transformers is asked for."""
+        return _path(self.name_or_path)
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens of the longest row: max_length, or what it stands for where it is null.
+
+        Raises ConfigError where max_length exceeds the positions that the base was built with.
+        """
+        return architecture.length(self.max_length, self.LONGEST, self.architecture())
+
+    def attention(self, config: Any) -> str | None:
+        """The attention that a model of ``config`` is built with; None: what transformers chooses."""
+        return architecture.attention(self.attn_implementation, self.task, config)
+
+    @property
+    def _named(self) -> str:
+        return f"model.name_or_path={self.name_or_path!r}" if self.name_or_path else "model=random"
+
+    @property
+    def _config_key(self) -> str:
+        """What errors put before a key of the architecture."""
+        return f"{self._named}: its config's "
+
+    def _building(self) -> AbstractContextManager[None]:
+        return explained(f"{self._named}: no model for model.task={self.task} can be built from model.config")
+
+    def check(self) -> None:
+        """Raises ConfigError where a local folder cannot be a base model, before anything heavy happens."""
+        folder = weights.find("model.name_or_path", self.name_or_path, self.path)
+        if folder is None:
+            return  # a hub id
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{self._named}: the folder holds no config.json")
+        stored = weights.read_json(folder / "config.json").get("quantization_config")
+        if not isinstance(stored, dict | None):
+            raise ConfigError(f"{folder / 'config.json'}: quantization_config={stored!r}; valid: an object, or none")
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+            raise ConfigError(
+                f"{self._named}: the folder holds no weights (*.safetensors); "
+                "model=random draws some from its config.json"
+            )
+
+    def fingerprint(self) -> str | None:
+        """16 hex digits of the weights as they lie on disk; None for a hub id that is not downloaded yet."""
+        return fingerprints.of_pretrained(self.name_or_path)
+
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer's files, likewise."""
+        return fingerprints.of_tokenizer(self.tokenizer or self.name_or_path)
+
+    def architecture(self) -> Any:
+        """The transformers config: a named model's own, which needs no network, else the checkpoint's.
+
+        Raises ConfigError for a key of ``config`` that is not the checkpoint's.
+        """
+        if "model_type" in self.config:
+            return architecture.from_keys(dict(self.config))
+        return self._stored_config()
+
+    def _stored_config(self) -> Any:
+        from transformers import AutoConfig
+
+        with explained(f"{self._named} cannot be loaded", self.path):
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        architecture.refuse_other(self._named, self.config, config)
+        return config
+
+    def class_names(self) -> list[str]:
+        """The classes of the checkpoint's own head, in its order; transformers' LABEL_0 where its config names none."""
+        try:
+            named = self._stored_config().id2label
+        except ConfigError:  # loading says why
+            return []
+        return [str(named[place]) for place in sorted(named)]
+
+    def prepared_config(self, num_labels: int | None) -> Any:
+        """The config a model of this spec is built with: dropout set, labels counted."""
+        config = self._stored_config()
+        return self._adjust(config, num_labels)
+
+    def _adjust(self, config: Any, num_labels: int | None) -> Any:
+        weights.check_sizes(config, self._config_key)
+        if self.task == "sequence_classification":
+            config.num_labels = self.num_labels or num_labels or config.num_labels
+        if self.dropout != "keep":
+            for key in [key for key in vars(config) if "dropout" in key or key.endswith("_pdrop")]:
+                if isinstance(getattr(config, key), int | float):
+                    setattr(config, key, float(self.dropout))
+        if self.task == "seq2seq_lm" and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = config.pad_token_id or 0
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # training never reads it; generation asks for it
+        return config
+
+    def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
+        """The model on the host or on ``device``, its Linear layers quantized one by one while they are read."""
+        weights.refuse_quantized(self._named, config, quantizer.name)
+        seen = weights.check_files(self._named, self.path)
+        with explained(f"{self._named} cannot be loaded", self.path), weights.quiet_loading():
+            model, info = auto_class(self.task).from_pretrained(
+                self.path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=self.attention(config),
+                trust_remote_code=self.trust_remote_code,
+                quantization_config=quantization_config(quantizer, device),
+                ignore_mismatched_sizes=True,  # refuse_differences names them
+                output_loading_info=True,
+            )
+        if not seen:  # downloaded by now
+            weights.check_files(self._named, self.path)
+        new = weights.refuse_differences(self._named, model, info, self.task)
+        if new:
+            log.info("%s has no %s: drawn by the seed", self._named, ", ".join(sorted(new)))
+        model.loralab_new_parameters = new
+        return model  # type: ignore[no-any-return]
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
+        key, name = "model.tokenizer", self.tokenizer
+        if name is None:
+            key, name = "model.name_or_path", self.name_or_path
+        return load_tokenizer(key, name, _path(name), self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Random(Pretrained):
+    """Random weights for an architecture: ``name_or_path`` a folder with a config.json, or ``config`` keys of one."""
+
+    LONGEST: ClassVar[int] = 256
+
+    name_or_path: str = ""
+    tokenizer: str | None = SHIPPED
+    draw: int = 0  # seed of the weights; trials of different seeds share the base
+    drawn_on: str = "cpu"  # cpu: the same weights on every machine; device: where the run is, other values there
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("model.drawn_on", self.drawn_on, ("cpu", "device"))
+        if not 0 <= self.draw < 2**63:
+            raise ConfigError(f"model.draw must be a whole number from 0 to {2**63 - 1}, got {self.draw}")
+
+    def check(self) -> None:
+        if self.name_or_path and not (Path(self.path) / "config.json").is_file():
+            raise ConfigError(f"model.name_or_path={self.name_or_path!r}: there is no config.json in that folder")
+
+    def fingerprint(self) -> str | None:
+        return fingerprints.of_random(asdict(self))
+
+    def architecture(self) -> Any:
+        stored = (
+            weights.read_json(Path(self.path) / "config.json") if self.name_or_path else dict(architecture.SMALL_LLAMA)
+        )
+        stored.pop("quantization_config", None)
+        if "model_type" in self.config and self.config["model_type"] != stored.get("model_type"):
+            stored = {}
+        return architecture.from_keys({**stored, **self.config})
+
+    @property
+    def _config_key(self) -> str:
+        return "model.config."
+
+    def class_names(self) -> list[str]:
+        return []  # nothing has learnt them
+
+    def prepared_config(self, num_labels: int | None) -> Any:
+        return self._adjust(self.architecture(), num_labels)
+
+    def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
+        """The model on ``device``, packed there layer by layer.
+
+        Drawn on the device it lies there dense before it is packed; a CPU's random numbers are not a card's.
+        """
+        wanted = torch.float32 if dtype == "auto" else dtype
+        where = torch.device(device) if self.drawn_on == "device" and device != "cpu" else nullcontext()
+        with torch.random.fork_rng(range(torch.cuda.device_count())), self._building(), where:
+            torch.manual_seed(self.draw)
+            attention = self.attention(config)
+            model = auto_class(self.task).from_config(config, dtype=wanted, attn_implementation=attention)
+        model.loralab_new_parameters = _beside_base(model)
+        convert_model(model, quantizer, device)
+        return model.to(device)  # type: ignore[no-any-return]
+
+
+@dataclass
+class Base:
+    """A frozen base model, ready for adapters; trials that agree on it share it."""
+
+    spec: Pretrained
+    quantizer: Quantizer
+    model: nn.Module
+    tokenizer: Any
+    size: BaseSize
+    fingerprint: str | None  # of the spec; None where it could not be taken
+
+    def record(self) -> dict[str, Any]:
+        """The ``base`` part of a run record."""
+        attention = getattr(self.model.config, "_attn_implementation", None)
+        return {
+            "name": self.spec.name_or_path or "random",
+            "fingerprint": self.fingerprint,
+            "parameters": self.size.parameters,
+            "quantized_parameters": self.size.quantized_parameters,
+            "bytes": self.size.bytes,
+            "bits_per_parameter": self.size.bits_per_parameter,
+            "attn_implementation": "sdpa" if attention == ROWS else attention,
+            "bits_per_parameter_overall": self.size.bits_per_parameter_overall,
+            "out_of_reach": {
+                "parameters": sum(self.size.out_of_reach.values()),
+                "share": self.size.share_out_of_reach,
+                "names": list(self.size.out_of_reach),
+            },
+        }
+
+
+def load(
+    spec: Pretrained, quantizer: Quantizer, tokenizer: Any, num_labels: int | None = None, device: str = "cpu"
+) -> Base:
+    """Loads (or draws) the base of ``spec``, quantized by ``quantizer``. Raises ConfigError where it cannot.
+
+    ``tokenizer`` None: for a look at the weights alone.
+    """
+    spec.check()
+    config = spec.prepared_config(num_labels)
+    architecture.length(spec.max_length, spec.LONGEST, config)
+    dtype: torch.dtype | str = "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    before = spec.fingerprint()
+    model = spec.weights(config, quantizer, dtype, device)
+    weights.refuse_non_finite(spec._named, model)
+    if device == "cpu" and quantizer.name != "none":
+        gemm.chosen()  # now, not within a step that is measured
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
+    if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    model.config.name_or_path = spec.name_or_path or "random"  # type: ignore[union-attr]
+    prepare(spec, model)
+    size = measure(model)
+    overall = f"; over all parameters the base has {size.bits_per_parameter_overall:.2f} bits each"
+    bits = f"{overall}, {size.bits_per_parameter:.2f} where it could be quantized"
+    name_out_of_reach(size.out_of_reach, size.parameters, bits)
+    return Base(spec, quantizer, model, tokenizer, size, _unchanged(spec, before))
+
+
+def _unchanged(spec: Pretrained, before: str | None) -> str | None:
+    """The fingerprint after loading, which may have downloaded another commit. Raises ConfigError where the files of a
+    folder were written meanwhile."""
+    after = spec.fingerprint()
+    if after != before and fingerprints.local_folder(spec.name_or_path) is not None:
+        raise ConfigError(
+            f"{spec._named}: its files changed while they were read; valid: weights that stay what they are"
+        )
+    return after
+
+
+def prepare(spec: Pretrained, model: nn.Module) -> None:
+    """Dropout that follows the trials' keys, and gradient checkpointing that draws it again."""
+    key_dropout(model)
+    if spec.gradient_checkpointing:
+        with explained("model.gradient_checkpointing=true is refused"):
+            replayed = Sites.of(model).replayed
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replayed})  # type: ignore[operator]
+
+
+def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:
+    """The architecture of ``spec`` on the meta device: shapes and names, no weights."""
+    config = spec._adjust(spec.architecture(), num_labels)
+    with torch.device("meta"), spec._building():
+        model = auto_class(spec.task).from_config(config)
+    if spec.config.get("tie_word_embeddings") is False:
+        _untie(model)
+    model.loralab_new_parameters = _beside_base(model)
+    if not isinstance(spec, Random):
+        model.loralab_new_parameters |= weights.lacks_pooler(model, spec.path)
+    return model  # type: ignore[no-any-return]
+
+
+def _beside_base(model: nn.Module) -> set[str]:
+    """Names of the parameters that a checkpoint of the base alone does not hold: a head's."""
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    inside = {id(parameter) for parameter in base.parameters()}
+    return {name for name, parameter in model.named_parameters() if base is not model and id(parameter) not in inside}
+
+
+def _untie(model: nn.Module) -> None:
+    """transformers builds every T5 tied and unties where the checkpoint holds an output matrix of its own."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    if output is not None and output.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+        output.weight = nn.Parameter(torch.empty_like(output.weight))
+
+
+def tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer of ``model`` by name, shared ones once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _one_of(key: str, value: str, valid: Iterable[str]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{key}={value!r} is unknown; {nearest(value, valid)}")
+
+
+def _path(name: str) -> str:
+    return str(SHIPPED_FOLDER) if name == SHIPPED else str(Path(name).expanduser())

@@ -1,0 +1,1 @@
+"""Everything that is written: records, metrics, locks, fingerprints, W&B."""

@@ -1,0 +1,200 @@
+"""The Weights & Biases mirror: one run a trial, many in one process, never in the way of training."""
+
+import logging
+import netrc
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import ConfigError, nearest
+from loralab.records.record import SWEEP
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "online", "offline", "disabled")
+SYNONYMS = {"run": "online", "dryrun": "offline"}  # W&B's older words
+ENVIRONMENT = ("online", "offline", "shared", "disabled", *SYNONYMS)  # of WANDB_MODE
+HOST = "api.wandb.ai"
+PROJECT = "loralab"
+LONGEST = 128  # characters of a project, a group or a run's name
+LONGEST_TAG = 64
+FORBIDDEN = "/\\#?%:"  # in a project
+LEAN = {"console": "off", "silent": True, "x_disable_stats": True, "disable_git": True, "init_timeout": 20}
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """What is null or auto here is what W&B's environment variables say, and loralab's own choice where they are unset.
+
+    An unreachable server means offline, not an error. WANDB_DIR, WANDB_NOTES, WANDB_BASE_URL and the like are obeyed;
+    WANDB_NAME is a single run's name, and stands before those of a sweep's trials.
+    """
+
+    mode: str = "auto"  # auto: WANDB_MODE, else online where a key is configured, else offline
+    project: str | None = None  # null: WANDB_PROJECT, else loralab
+    entity: str | None = None  # null: WANDB_ENTITY, else the account's own
+    group: str | None = None  # null: WANDB_RUN_GROUP, else the sweep's name
+    tags: list[str] = field(default_factory=list)  # empty: WANDB_TAGS
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"logger.mode={self.mode!r} is unknown; {nearest(self.mode, MODES)}")
+        if self.effective_mode == "disabled":
+            return
+        key, name = self._project
+        bad = sorted(set(name) & set(FORBIDDEN))
+        if bad:
+            raise ConfigError(f"{key}={name!r} holds {' '.join(bad)}; valid: a name without any of {FORBIDDEN}")
+        named = (self._project, self._given("entity", "WANDB_ENTITY"), self._given("group", "WANDB_RUN_GROUP"))
+        for key, text in named:
+            if text is not None and not 1 <= len(text) <= LONGEST:
+                raise ConfigError(f"{key} has {len(text)} characters ({text[:40]!r}); valid: 1 to {LONGEST}, or null")
+        key, tags = self._tags
+        for tag in tags:
+            if not 1 <= len(tag) <= LONGEST_TAG:
+                raise ConfigError(
+                    f"{key}: the tag {tag[:40]!r} has {len(tag)} characters; valid: 1 to {LONGEST_TAG}, W&B's bound"
+                )
+
+    @property
+    def effective_mode(self) -> str:
+        """online, offline, shared or disabled. Raises ConfigError where WANDB_MODE is none that W&B knows."""
+        if self.mode != "auto":
+            return self.mode
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+            return "disabled"
+        mode = os.environ.get("WANDB_MODE", "")
+        if mode and mode not in ENVIRONMENT:
+            raise ConfigError(f"WANDB_MODE={mode!r} is unknown; {nearest(mode, ENVIRONMENT)}")
+        return SYNONYMS.get(mode, mode) or ("online" if key_configured() else "offline")
+
+    def _given(self, name: str, variable: str) -> tuple[str, str | None]:
+        """(where it is said, the value): the configuration's, else the environment's, else None."""
+        value = getattr(self, name)
+        return (f"logger.{name}", value) if value is not None else (variable, os.environ.get(variable) or None)
+
+    @property
+    def _project(self) -> tuple[str, str]:
+        key, name = self._given("project", "WANDB_PROJECT")
+        return key, PROJECT if name is None else name
+
+    @property
+    def _tags(self) -> tuple[str, list[str]]:
+        if self.tags:
+            return "logger.tags", list(self.tags)
+        return "WANDB_TAGS", [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+
+    def start(self, folder: Path, name: str, group: str | None, config: Mapping[str, Any]) -> "Mirror":
+        """A run of its own below ``folder/wandb``, or below WANDB_DIR; ``group``: the sweep's name.
+
+        A mirror that could not start swallows what it is given.
+        """
+        mode = self.effective_mode
+        if mode == "disabled":
+            return Mirror(None)
+        swept = (folder.parent / SWEEP).is_file()
+        own = os.environ.get("WANDB_NAME", "")
+        options = {
+            "project": self._project[1],
+            "entity": self._given("entity", "WANDB_ENTITY")[1],
+            "group": (self._given("group", "WANDB_RUN_GROUP")[1] or group or "")[:LONGEST] or None,
+            "tags": self._tags[1] or None,
+            "name": (f"{own} {name}" if own and swept else own or name)[:LONGEST],
+            "config": dict(config),
+            "dir": os.environ.get("WANDB_DIR") or str(folder),
+        }
+        if swept and os.environ.get("WANDB_RUN_ID"):  # one for all trials would be refused
+            options["id"] = uuid.uuid4().hex[:8]
+        return Mirror(_start(options, mode))
+
+
+class Mirror:
+    """A W&B run, or nothing. Its failures are logged once and never raised: the records are the truth."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    @property
+    def run_id(self) -> str | None:
+        return None if self._run is None else str(self._run.id)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._try(lambda run: run.log({"trainer/global_step": step, **values}))
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Rows that W&B's dashboards can sort and plot."""
+
+        def add(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Table(columns=columns, data=rows)})
+
+        self._try(add)
+
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        self._try(lambda run: run.summary.update(dict(values)))
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._try(lambda run: run.finish(exit_code=exit_code))
+        self._run = None
+
+    def _try(self, action: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:
+            log.warning("W&B stopped: %s; metrics.jsonl goes on", _short(error))
+            self._run = None
+
+
+def key_configured() -> bool:
+    """Whether wandb would find an API key: in the environment or in the user's netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", f"https://{HOST}").split("://")[-1].split("/")[0].split(":")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _start(options: dict[str, Any], mode: str) -> Any:
+    try:
+        import wandb
+    except Exception as error:
+        log.warning("W&B is not usable (%s); metrics.jsonl goes on", _short(error))
+        return None
+    try:
+        return _init(wandb, options, mode)
+    except Exception as error:
+        if mode == "offline":
+            log.warning("W&B could not start (%s); metrics.jsonl goes on", _short(error))
+            return None
+        where = Path(options["dir"]) / "wandb"
+        log.warning("W&B not reachable (%s); logging offline, upload later: wandb sync %s", _short(error), where)
+    return _start(options, "offline")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _init(wandb: Any, options: dict[str, Any], mode: str) -> Any:
+    # 15 s by default: a killed run would lose everything since the last flush
+    wanted = {**LEAN, "x_transaction_log_flush_interval": 1.0, "finish_timeout": 60.0}
+    settings = wandb.Settings()
+    for key, value in wanted.items():
+        if key in type(settings).model_fields and not _in_environment(key):
+            setattr(settings, key, value)
+    run = wandb.init(mode=mode, reinit="create_new", settings=settings, **options)
+    run.define_metric("*", step_metric="trainer/global_step")
+    return run
+
+
+def _in_environment(setting: str) -> bool:
+    """Whether W&B's own variable says what ``setting`` shall be."""
+    return any(name in os.environ for name in (f"WANDB_{setting.upper()}", f"WANDB_{setting[1:].upper()}"))

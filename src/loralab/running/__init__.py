@@ -1,0 +1,1 @@
+"""One pack from its check to its records."""

@@ -1,0 +1,1 @@
+"""Which trials run together, in which order and where."""

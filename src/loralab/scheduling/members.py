@@ -1,0 +1,79 @@
+"""A trial as the packer sees it: what it shares, the tokens and bytes it adds to a pass, what keeps it alone."""
+
+import logging
+from typing import Any
+
+from loralab.errors import ConfigError
+from loralab.forward.dropout import why_alone
+from loralab.planning.foresee import free_bytes
+from loralab.planning.plan import CONTEXT, FRAGMENTATION, GIB, device_bytes, estimate
+from loralab.scheduling.packs import Member
+from loralab.training.specs import TrialSpec
+
+log = logging.getLogger(__name__)
+
+SHARE_OF_FREE = {"cpu": 0.8, "cuda": 0.9}  # what packs may take where no memory_budget is given
+
+
+class Members:
+    """Makes them; trials that differ in their seeds or rates alone cost the same."""
+
+    def __init__(self) -> None:
+        self._costs: dict[Any, tuple[int, int]] = {}
+
+    def member(self, spec: TrialSpec, data: Any) -> Member:
+        """Its passes hold ``batch_size`` rows of the data's mean length; memory is needed for the longest."""
+        train = data.tokens["train"]
+        length = train["tokens"] / max(1, train["rows"])
+        # ending together: a record is written when its pack ends
+        shares = (*spec.shares, spec.trainer.max_steps, spec.trainer.test, spec.data.generate_rows > 0)
+        # one that needs padding would bring it to the others, whose dropout masks it changes
+        shares = (*shares, spec.adapter.tokenwise)
+        base, own = self._cost(spec, max(2, train["longest"]))
+        return Member(spec.id, shares, round(spec.data.batch_size * length), alone(spec), base, own)
+
+    def _cost(self, spec: TrialSpec, length: int) -> tuple[int, int]:
+        """(bytes of the base, counted once a pack; bytes that each such trial adds). (0, 0) where nobody can say."""
+        key = (spec.shares, type(spec.adapter), repr(spec.adapter), spec.data.batch_size, length)
+        if key not in self._costs:
+            device = spec.trainer.device
+            try:
+                one, two = (estimate([spec] * count, device, length=length) for count in (1, 2))
+                self._costs[key] = (2 * one - two, two - one)
+            except Exception as error:  # a setting that is wrong is told by the trial itself
+                log.debug("the memory of trial %s could not be estimated", spec.id, exc_info=error)
+                self._costs[key] = (0, 0)
+        return self._costs[key]
+
+
+def room(device: str, memory_budget: float | None) -> float:
+    """Bytes that torch may allocate for a pack: within ``memory_budget`` GiB of the device, or most of what is free."""
+    budget = memory_budget * GIB if memory_budget else SHARE_OF_FREE[device] * free_bytes(device)
+    return (budget - CONTEXT) / FRAGMENTATION if device == "cuda" else budget
+
+
+def refusal(one: Member, device: str, memory_budget: float) -> ConfigError | None:
+    """What is said to a trial that a given budget does not hold even alone."""
+    need = one.base + one.own
+    if need <= room(device, memory_budget):
+        return None
+    need = device_bytes(need) if device == "cuda" else need
+    return ConfigError(
+        f"hydra.launcher.memory_budget={memory_budget:g} GiB is below the {need / GIB:.3g} GiB that this trial is "
+        "predicted to need alone; valid: at least that, or a smaller data.batch_size or model.max_length, or fewer bits"
+    )
+
+
+def alone(spec: TrialSpec) -> str:
+    """Why a trial cannot share a pass; empty where it can."""
+    if not spec.adapter.packable:
+        return f"adapter={spec.adapter.method} cannot share a pass"
+    if not spec.quantization.packable:
+        return f"quantization={spec.quantization.name} takes scales or outlier columns over all rows of a pass"
+    if spec.memory.alone:
+        return spec.memory.alone
+    config = spec.model.prepared_config(spec.model.num_labels)
+    if why := why_alone(config, spec.model.attention(config) or "eager"):
+        return why
+    unaware = [name for name, made in spec.callbacks.items() if not getattr(made(), "pack_aware", False)]
+    return f"callbacks.{unaware[0]} is not marked pack_aware" if unaware else ""

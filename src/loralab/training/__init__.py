@@ -1,0 +1,1 @@
+"""What one trial is, and the LightningModule that trains several."""

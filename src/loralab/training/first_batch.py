@@ -1,0 +1,169 @@
+"""What the first pass tells: a base that mixes rows cannot be shared, and a layer that is never called is not trained.
+
+A pack's first batch is computed packed and alone. Most adapters begin as the base, so they are moved from their start
+for that: else the base would be compared with itself.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from loralab.adapters.perturbed import moderate, perturbed
+from loralab.adapters.sites import NotPackable
+from loralab.errors import ConfigError
+from loralab.forward.dropout import base_dropout, why_alone
+from loralab.training.trial import Trial, padded_alike
+
+log = logging.getLogger(__name__)
+
+NAMED = 5  # of many layers or parameters, as many are written out
+
+
+class FirstBatch(Callback):
+    """Raises NotPackable where a trial's loss depends on the rows of the others, ConfigError where none would train."""
+
+    pack_aware = True
+
+    def __init__(self) -> None:
+        self._passed = self._stepped = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        trials = module.trials
+        if len(trials) < 2 or any(trial.record["pack"].get("halved") for trial in trials):
+            return
+        config: Any = module.model.config
+        if why := why_alone(config, config._attn_implementation):
+            raise NotPackable(why)
+        batches = padded_alike({i: one.peek() for i, one in enumerate(trials) if one.alive}, trials[0].pad_token_id)
+        device = module.device
+        forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with torch.no_grad(), forked, trainer.precision_plugin.train_step_context():
+            packed, alone = _packed_and_alone(module, batches)
+        allowed = tolerance([str(trainer.precision)], module.model)
+        for index, loss in alone.items():
+            if abs(packed[index] - loss) > allowed * abs(loss):  # False where both are not finite
+                drawn = (
+                    " or calls dropout by itself (model.dropout=0 switches it off)"
+                    if base_dropout(module.model)
+                    else ""
+                )
+                raise NotPackable(
+                    f"the base mixes rows{drawn}: the first batch of trial {trials[index].settings.id} has a loss of "
+                    f"{packed[index]:.6g} beside the others and {loss:.6g} alone"
+                )
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """After the first pass: layers that it did not call are named; a trial that has no other fails."""
+        if self._passed:
+            return
+        self._passed = True
+        module: Any = pl_module
+        alive = [trial for trial in module.trials if trial.alive]
+        for trial in alive:
+            _name_uncalled(trial, type(module.model).__name__)
+        failed = [trial.failure for trial in alive if trial.failure is not None]
+        if failed and len(failed) == len(alive):
+            raise failed[0]
+        if not loss.requires_grad:
+            raise _untrained(alive[0])
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Of the first step: parameters without a gradient are named; a trial that has no other fails."""
+        if self._stepped:
+            return
+        self._stepped = True
+        module: Any = pl_module
+        for trial in module.trials:
+            if trial.alive:
+                _name_unreached(trial)
+
+
+def _packed_and_alone(module: Any, batches: Mapping[int, Any]) -> tuple[dict[int, float], dict[int, float]]:
+    """{trial: loss} of one pass of all, and of each without the others; all adapters moved from their start."""
+
+    def losses(of: Mapping[int, Any]) -> dict[int, float]:
+        return {index: float(found[0]) for index, found in module.losses(of, training=True).items()}
+
+    start, scales, alone = losses(batches), {}, {}
+    adapters = {index: module.trials[index].adapter for index in batches}
+    for index, own in batches.items():  # the others at their start: what they would do to its rows is not there yet
+
+        def loss(i: int = index, batch: Any = own) -> float:
+            return losses({i: batch})[i]
+
+        scales[index], alone[index] = moderate(adapters[index], start[index], loss)
+    with ExitStack() as stack:
+        for index, adapter in adapters.items():
+            stack.enter_context(perturbed(adapter, scales[index]))
+        return losses(batches), alone
+
+
+def _name_uncalled(trial: Trial, model: str) -> None:
+    missing, all_of_them = trial.adapter.never_called(), trial.adapter.layers()
+    if not missing:
+        return
+    method, names = trial.adapter.spec.method, _some(missing)
+    if len(missing) == len(all_of_them):
+        trial.fail(
+            ConfigError(
+                f"adapter={method}: {model} calls none of the {len(missing)} layers it adapts ({names}), since it reads"
+                " their weights itself, so nothing would train; valid: layers that are called, by "
+                "adapter.target_modules"
+            )
+        )
+        return
+    log.warning(
+        "%s: the first pass called %d of the %d adapted layers not at all, and nothing trains them unless a later one "
+        "does: %s",
+        *(trial.settings.id, len(missing), len(all_of_them), names),
+    )
+
+
+def _name_unreached(trial: Trial) -> None:
+    uncalled = tuple(
+        f"{part}.{name.replace('.', '/')}." for name in trial.adapter.never_called() for part in ("deltas", "saved")
+    )
+    given = dict(trial.adapter.named_parameters())
+    without = [name for name, parameter in given.items() if parameter.grad is None]
+    if len(without) == len(given):
+        trial.fail(_untrained(trial))
+        return
+    names = [name for name in without if not name.startswith(uncalled)]
+    if names:
+        log.warning(
+            "%s: no gradient reached %d of the adapter's %d parameters in the first step, and nothing trains them "
+            "unless a later one does: %s",
+            *(trial.settings.id, len(names), len(given), _some(names)),
+        )
+
+
+def _untrained(trial: Trial) -> ConfigError:
+    return ConfigError(
+        f"adapter={trial.adapter.spec.method}: the loss depends on none of its "
+        f"{sum(1 for _ in trial.adapter.parameters())} parameters, so nothing would train; valid: an adapter whose "
+        "parameters change what a layer that is called gives"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def tolerance(precisions: Iterable[str], model: torch.nn.Module) -> float:
+    """Relative difference that the order of a product's sums may make.
+
+    float32: 1e-4 (its epsilon is 1e-7, and 1e-6 to 1e-5 is usual where a larger batch takes another kernel). Shorter
+    types: 2.5 epsilons, 2e-2 for bf16, where packs were seen to differ by 2e-3; a base that mixes rows is off by more.
+    """
+    names = {"bf16": torch.bfloat16, "16": torch.float16}
+    kinds = {names[word.partition("-")[0]] for word in precisions if word.partition("-")[0] in names}
+    kinds |= {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    named = {getattr(layer, "compute_dtype", None) for layer in model.modules()}
+    kinds |= {getattr(torch, name) for name in named if name in ("bfloat16", "float16")}
+    return max(1e-4, *(2.5 * torch.finfo(kind).eps for kind in kinds))

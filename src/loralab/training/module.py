@@ -1,0 +1,233 @@
+"""The LightningModule: loss, metrics and the optimizer over a list of trials on one frozen base.
+
+It knows nothing of ranks, quantizers, GPU memory or W&B; one trial is a list of one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from loralab.adapters.sites import Share
+from loralab.data.passes import Fed, Feed, Pass, Weighing, heaviest, heaviest_evaluation
+from loralab.errors import ConfigError
+from loralab.forward.metrics import SplitMetrics
+from loralab.forward.prefix import Prefix
+from loralab.forward.stacked import Forward
+from loralab.optim.optimizers import restore
+from loralab.quantization.sequences import decoder_input_ids
+from loralab.training.trial import Batch, Trial, stack
+
+SPLITS = {"val": "validation", "test": "test"}  # by the prefix of their metrics
+
+
+class FineTuner(LightningModule):
+    """Trains the adapters of ``trials`` on ``model``; their batches are stacked along dim 0."""
+
+    def __init__(self, model: nn.Module, trials: list[Trial], prefix_bytes: int = 0, unpad: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.trials = trials
+        self.adapters = nn.ModuleList([trial.adapter for trial in trials])
+        self.prefix = Prefix(model, [t.adapter for t in trials], [t.data for t in trials], prefix_bytes)
+        self.task = trials[0].task
+        self.forward_pass = Forward(model, self.task, unpad and all(t.adapter.spec.tokenwise for t in trials))
+        self.split = "val"
+        self._scores: list[SplitMetrics] = []
+        self._running: dict[int, float] = {}  # {trial: loss} of the window under way
+        self._norms: dict[int, float] = {}
+        self._last: dict[int, float] = {}  # {trial: loss} of the last finished window
+
+    def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """{trial: (summed nll, predictions, targets)} of one pass through the base."""
+        inputs, labels = stack(batches, self.trials[0].pad_token_id, self.device)
+        shares = [
+            Share(self.trials[i].adapter, batch["rows"], self.trials[i].key(batch["micro"]) if training else None)
+            for i, batch in batches.items()
+        ]
+        if training:
+            # what the base draws by itself, dropout that is no layer's or skipped layers, follows a lone trial's key
+            _seed(shares[0].key or 0)
+        if self.task == "seq2seq_lm":
+            inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
+        scores = self.forward_pass(inputs, labels, shares, lambda given: self.prefix.shared(given, batches))
+        return dict(zip(batches, scores, strict=True))
+
+    def training_step(self, batches: dict[int, Batch], batch_idx: int) -> Tensor | None:
+        """Sum over trials of nll / target tokens of the whole optimizer step."""
+        if not batches:
+            return None
+        total: list[Tensor] = []
+        for index, (loss_sum, _, _) in self.losses(batches, training=True).items():
+            trial, batch = self.trials[index], batches[index]
+            loss = loss_sum / max(1, batch["step_targets"])
+            value = float(loss.detach())  # one device-to-host synchronization a trial and pass
+            if value != value or value in (float("inf"), float("-inf")):
+                trial.diverge("the training loss")
+                continue
+            trial.tokens += batch["tokens"]
+            self._running[index] = self._running.get(index, 0.0) + value
+            total.append(loss)
+        if not total:
+            self.trainer.should_stop = not any(trial.alive for trial in self.trials)
+            return None
+        # Lightning divides by the number of accumulated passes; the loss is normalised already
+        return torch.stack(total).sum() * self.trainer.accumulate_grad_batches
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips each trial by its own norm; one whose gradient is not finite leaves the pack untouched."""
+        for index, trial in enumerate(self.trials):
+            parameters = [p for p in trial.adapter.parameters() if p.grad is not None]
+            if trial.failure is None and parameters:
+                bound = trial.settings.gradient_clip_val or float("inf")
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+                if not norm < float("inf"):
+                    trial.diverge("the gradient")
+                elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
+                    trial.vanish()
+                self._norms[index] = norm
+            if trial.failure is not None:
+                for parameter in parameters:
+                    parameter.grad = None
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """One step of every trial that took part in this window."""
+        self._norms = {}
+        rates = [group["lr"] for group in optimizer.param_groups]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for index, loss in self._running.items():
+            trial = self.trials[index]
+            if trial.failure is None:
+                trial.advance()
+                if trial.step % trial.settings.log_every_n_steps == 0 or not trial.alive:
+                    norm = self._norms.get(index, 0.0)
+                    trial.report({"train/loss": loss, "train/lr": rates[index], "train/grad_norm": norm})
+        self._last = dict(self._running) or self._last
+        self._running = {}
+        self.log("loss", sum(self._last.values()) / max(1, len(self._last)), prog_bar=True, logger=False)
+        if not any(trial.alive for trial in self.trials):
+            self.trainer.should_stop = True
+
+    def on_validation_epoch_start(self) -> None:
+        # as many as the logits, which may be more than the data has
+        labels = max(2, int(getattr(self.model.config, "num_labels", 2)))
+        self._scores = [SplitMetrics(self.task, labels, self.device) for _ in self.trials]
+
+    def validation_step(self, batches: dict[int, Batch], batch_idx: int) -> None:
+        if not batches:
+            return
+        with torch.random.fork_rng(devices=[]):
+            for index, scored in self.losses(batches, training=False).items():
+                self._scores[index].update(*scored)
+
+    def on_validation_epoch_end(self) -> None:
+        for trial, scores in zip(self.trials, self._scores, strict=True):
+            again = self.split == "val" and trial.validated == trial.step  # one that has ended
+            if trial.failure is None and not again and len(getattr(trial.data, SPLITS[self.split])):
+                values = scores.compute(self.split)
+                trial.scored(values)
+                if self.split == "val":
+                    trial.validated = trial.step
+                    if trial.failure is None and trial.settings.metric in values:
+                        trial.judge(values[trial.settings.metric])
+                if len(self.trials) == 1:  # for Lightning's own callbacks, which know no packs
+                    self.log_dict(values, logger=False)
+        if not any(trial.alive for trial in self.trials):
+            self.trainer.should_stop = True
+        self._scores = []
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, a parameter group and a schedule for each trial, each where its trial stands."""
+        settings = [trial.settings for trial in self.trials]
+        names = {one.optimizer.name for one in settings}
+        if len(names) > 1:
+            raise ConfigError(f"trials of one pack share their optimizer class, got {sorted(names)}")
+        groups = [
+            one.optimizer.group(list(trial.adapter.parameters()))
+            for one, trial in zip(settings, self.trials, strict=True)
+        ]
+        optimizer = settings[0].optimizer.build(groups)
+        restore(optimizer, [trial.optimizer_state for trial in self.trials])
+        for trial in self.trials:
+            trial.optimizer_state = {}
+        schedule = LambdaLR(optimizer, [trial.factor() for trial in self.trials])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # stacked first, moved once, in losses()
+
+    def report(self, values: Mapping[str, float]) -> None:
+        """A row for every trial of the pack (telemetry's way in), at the step under way or the last one; steps count
+        from 1."""
+        under_way = self._under_way
+        for trial in self.trials:
+            if trial.failure is None:
+                trial.report(values, under_way)
+
+    @property
+    def _under_way(self) -> bool:
+        """Whether a step has begun that is not finished."""
+        begun: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(self._running) or (self.trainer.training and begun.ready > begun.processed)
+
+    def heaviest(self) -> int | None:
+        """Of the steps that will surely be made, the one with the heaviest pass; None where no step is left."""
+        interval, micros = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
+        steps = interval // micros if isinstance(interval, int) else 0
+        feeds = [Feed.of(one.settings, one.data.train, one.step, one.sure(steps)) for one in self.trials if one.alive]
+        found = heaviest(feeds, self.weighing)
+        return found[0].step if found else None
+
+    def heaviest_evaluation(self) -> int | None:
+        """The number of the heaviest pass over the split that is scored next."""
+        split = "validation" if self.split == "val" else self.split
+        parts = [(t.data[split], t.settings.batch_size) for t in self.trials if t.failure is None]
+        found = heaviest_evaluation(parts, self.weighing)
+        return None if found is None else found[0]
+
+    @property
+    def weighing(self) -> Weighing:
+        """What makes a pass heavy, as far as it is known."""
+        passes: Any = self.trainer.train_dataloader
+        spiky = (passes.every, passes.length) if hasattr(passes, "every") else None
+        way = self.forward_pass.way
+        return Weighing(way is not None and way.unpadded, self.task == "seq2seq_lm", spiky)
+
+    def fed(self, batches: Mapping[int, Batch]) -> Pass:
+        """What a pass of the step under way is fed."""
+        parts = [Fed.of(batches[i], self.task) if i in batches else None for i in range(len(self.trials))]
+        width = max(batch["tensors"]["input_ids"].shape[1] for batch in batches.values())
+        step = max(self.trials[i].step for i in batches) + 1
+        return Pass(step, tuple(parts), width if width > max(n for f in parts if f for n in f.inputs) else None)
+
+    def progress(self) -> dict[str, float]:
+        """Where the pack stands, for progress lines."""
+        return {
+            "step": max(trial.step for trial in self.trials),
+            "steps": max(trial.settings.max_steps for trial in self.trials),
+            "loss": sum(self._last.values()) / max(1, len(self._last)),
+            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "tokens": sum(trial.tokens for trial in self.trials),
+        }
+
+
+def _seed(key: int) -> None:
+    """torch.manual_seed, but for the stack traces it formats on machines without CUDA: 2 ms a step."""
+    torch.default_generator.manual_seed(key)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(key)

@@ -1,0 +1,79 @@
+"""Everything a configuration says about one trial, and what trials of one pack must agree in."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loralab.adapters.base import AdapterSpec
+from loralab.data.base import DataSpec
+from loralab.memory.budget import PlanSpec
+from loralab.memory.limits import MemorySpec
+from loralab.models import pretrained
+from loralab.optim import optimizers
+from loralab.quantization.base import Quantizer
+from loralab.records import sources
+from loralab.records.wandb import Wandb
+from loralab.training.trainer import TrainerSpec
+from loralab.training.trial import Settings
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything a configuration says about one trial, built and checked, nothing loaded."""
+
+    id: str
+    folder: Path
+    seed: int
+    metric: str
+    metric_mode: str
+    model: pretrained.Pretrained
+    quantization: Quantizer
+    adapter: AdapterSpec
+    data: DataSpec
+    optimizer: optimizers.AdamW
+    schedule: optimizers.Schedule
+    trainer: TrainerSpec
+    logger: Wandb
+    memory: MemorySpec = field(default_factory=MemorySpec)
+    plan: PlanSpec = field(default_factory=lambda: PlanSpec(record=False))
+    callbacks: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
+    sweep: str | None = None
+
+    def settings(self) -> Settings:
+        """What the trial may differ in from others of its pack."""
+        return Settings(
+            id=self.id,
+            folder=self.folder,
+            seed=self.seed,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            max_steps=self.trainer.max_steps,
+            batch_size=self.data.batch_size,
+            gradient_clip_val=self.trainer.gradient_clip_val,
+            accumulate_grad_batches=self.trainer.accumulate_grad_batches,
+            log_every_n_steps=self.trainer.log_every_n_steps,
+            patience=self.trainer.patience,
+            metric=self.metric,
+            metric_mode=self.metric_mode,
+        )
+
+    def sources(self) -> dict[str, str]:
+        """{module: fingerprint} of the classes among what decides the result that are not loralab's."""
+        parts = (self.model, self.quantization, self.adapter, self.data, self.optimizer, self.schedule, self.trainer)
+        return sources.of(map(type, parts))
+
+    @property
+    def shares(self) -> tuple[Any, ...]:
+        """What the trials of one pack must agree in."""
+        spec = self.trainer
+        kinds = (self.model, self.quantization, self.optimizer, self.data, spec)
+        return (
+            *map(type, kinds),  # a class of the user's may bear the name of another
+            *(repr(self.model), repr(self.quantization), self.optimizer.name),
+            *(spec.accumulate_grad_batches, spec.val_check_interval, spec.precision, spec.accelerator),
+            self.optimizer.flat,
+        )

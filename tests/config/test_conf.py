@@ -1,0 +1,100 @@
+"""Every option and every trial of every sweep composes, builds, and lists all its keys."""
+
+import itertools
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from loralab.cli.arguments import sweep_arguments
+from loralab.config.compose import SPECS, build, compose, data_root, plain, trial_id, trial_spec
+
+CONF = data_root() / "conf"
+OPTIONS = sorted(
+    (path.relative_to(CONF).parts[0], str(path.relative_to(CONF / path.relative_to(CONF).parts[0]).with_suffix("")))
+    for path in CONF.rglob("*/*.yaml")
+    if "hydra" not in path.relative_to(CONF).parts
+)
+SWEEPS = sorted(
+    str(path.relative_to(data_root() / "sweeps").with_suffix("")) for path in (data_root() / "sweeps").rglob("*.yaml")
+)
+GIVEN = {"hf": ["model.name_or_path=somewhere"], "files": ["data.train=t.jsonl"], "hub": ["data.name=x"]}
+
+
+def test_there_is_something_to_test():
+    assert len(OPTIONS) > 30
+    assert "quickstart" in SWEEPS
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(pair) for pair in OPTIONS])
+def test_every_option_builds_and_lists_every_key_of_its_spec(group, option):
+    config = compose([f"{group}={option}", *GIVEN.get(option, [])])
+    if group not in SPECS:  # callbacks are made anew for each fit; trial_spec tries each once
+        trial_spec(config, Path())
+        return
+    content = plain(config)
+    node = content[group]
+    spec = build(node, group)
+    assert set(node) - {"_target_"} == {one.name for one in fields(spec)}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["/".join(pair) for pair in OPTIONS])
+def test_every_option_says_in_its_first_line_what_it_is(group, option):
+    first = (CONF / group / f"{option}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert first.endswith((".", "?"))
+
+
+def trials(name):
+    parser = OverridesParser.create()
+    parsed = parser.parse_overrides([a for a in sweep_arguments(name, []) if not a.startswith("hydra.")])
+    return list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_trial_of_a_sweep_builds_and_is_a_trial_of_its_own(name, tmp_path):
+    found = set()
+    for overrides in trials(name):
+        config = compose(list(overrides))
+        spec = trial_spec(config, tmp_path)
+        found.add(spec.id)
+        assert spec.id == trial_id(config)
+    assert len(found) == len(trials(name)) > 1
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_says_what_it_asks_and_what_it_holds_fixed(name):
+    stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
+    assert stored.sweep.name == name
+    assert stored.sweep.question.endswith("?")
+    assert stored.sweep.fixed
+    assert "seed" in stored.hydra.sweeper.params
+    assert "mode" not in stored.hydra
+
+
+def test_alpha_follows_r_where_the_sweep_says_so():
+    for overrides in trials("rank"):
+        adapter = plain(compose(list(overrides)))["adapter"]
+        assert adapter["lora_alpha"] == 2 * adapter["r"]
+
+
+def test_an_override_replaces_the_axis_of_a_sweep():
+    arguments = sweep_arguments("rank", ["adapter.r=3"])
+    assert [a for a in arguments if a.startswith("adapter.r=")] == ["adapter.r=3"]
+
+
+def test_the_id_ignores_what_does_not_change_a_result_and_only_that():
+    base = trial_id(compose([]))
+    assert trial_id(compose(["logger=none", "callbacks=none"])) == base
+    assert trial_id(compose(["seed=1"])) != base
+    assert trial_id(compose(["adapter.r=9"])) != base
+
+
+@pytest.mark.parametrize("word", ["data.prompt={mr}\\n", "data.prompt='{mr}\\n'", 'data.prompt="{mr}\\n"'])
+def test_a_template_needs_no_quotes_of_hydras(word):
+    config = compose(["data=files", "data.train=t.jsonl", word, "data.target=it's {ref}, yes"])
+    assert config.data.prompt == "{mr}\\n"
+    assert config.data.target == "it's {ref}, yes"

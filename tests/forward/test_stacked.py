@@ -1,0 +1,156 @@
+"""Whatever is left out of a pass, its losses and gradients are the plain way's; where they are not, it is kept."""
+
+import logging
+
+import pytest
+import torch
+
+from loralab.adapters.lora import LoRA
+from loralab.adapters.sites import Share
+from loralab.forward.stacked import Forward, Way
+
+CAUSAL = ["llama", "gpt2", "phi"]
+
+
+def batch(task="causal_lm", lengths=(12, 5, 9)):
+    ids = torch.randint(2, 60, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[int(i < n) for i in range(max(lengths))] for n in lengths])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    given = {"input_ids": ids, "attention_mask": mask}
+    if task == "seq2seq_lm":
+        given["decoder_input_ids"] = ids[:, :7]
+        labels = ids[:, :7].clone()
+    if task == "sequence_classification":
+        labels = torch.tensor([0, 2, 1])
+    return given, labels
+
+
+def run(base, adapters, way, seed=5):
+    """(losses, gradients) of one pass of two adapters, one row and two rows."""
+    given, labels = batch(base.spec.task)
+    forward = Forward(base.model, base.spec.task)
+    forward.way = way
+    shares = [Share(adapters[0], 1, seed), Share(adapters[1], 2, seed + 1)]
+    scores = forward(given, labels, shares)
+    total = sum(loss for loss, _, _ in scores)
+    parameters = [p for a in adapters for p in a.parameters()]
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    return forward, scores, gradients
+
+
+def adapters_on(base):
+    made = []
+    for r, dropout in ((2, 0.2), (4, 0.0)):
+        adapter = LoRA(r=r, lora_dropout=dropout, modules_to_save=[]).attach(base.model, seed=r)
+        for _, delta in adapter.adapted():
+            torch.nn.init.normal_(delta.lora_B, std=0.02)
+        made.append(adapter)
+    return made
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("scheme", ["none", "nf4"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_without_padding_and_dense_logits_losses_and_gradients_are_the_plain_ways(
+    load_base, family, scheme, checkpointing
+):
+    base = load_base(family, scheme, gradient_checkpointing=checkpointing)
+    adapters = adapters_on(base)
+    base.model.train()
+    chosen, ours, our_gradients = run(base, adapters, None)
+    assert chosen.way == Way(unpadded=True, headless=True)
+    _, theirs, gradients = run(base, adapters, Way(headless=True))
+    _, dense, _ = run(base, adapters, Way())
+    for own, other, third in zip(ours, theirs, dense, strict=True):
+        torch.testing.assert_close(own[0], other[0])
+        torch.testing.assert_close(own[0], third[0])
+        assert torch.equal(own[1], other[1])
+        assert torch.equal(own[2], other[2])
+    if not checkpointing:  # dropout masks are drawn for real tokens alone: only the second adapter has none
+        own = list(zip(our_gradients, gradients, strict=True))[len(list(adapters[0].parameters())) :]
+        for a, b in own:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(12, 5, 9), (7, 7, 7)])
+def test_a_row_has_the_same_bits_whoever_shares_its_pass(load_base, lengths):
+    base = load_base("llama", "nf4")
+    adapter = LoRA(r=4).attach(base.model, seed=1)
+    for _, delta in adapter.adapted():
+        torch.nn.init.normal_(delta.lora_B, std=0.1)
+    given, labels = batch(lengths=lengths)
+    forward = Forward(base.model, "causal_lm")
+    together = forward(given, labels, [Share(adapter, 1), Share(adapter, 2)])
+    for row, (start, stop) in enumerate([(0, 1), (1, 3)]):
+        longest = max(lengths[start:stop])
+        own = {name: value[start:stop, :longest] for name, value in given.items()}
+        alone = forward(own, labels[start:stop, :longest], [Share(adapter, stop - start)])
+        assert torch.equal(alone[0][0], together[row][0])
+
+
+def test_the_model_sees_only_real_tokens(load_base):
+    base = load_base()
+    adapter = LoRA(r=2).attach(base.model)
+    forward = Forward(base.model, "causal_lm")
+    given, labels = batch()
+    forward(given, labels, [Share(adapter, 3)])
+    seen = []
+    base.model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1]))
+    forward(given, labels, [Share(adapter, 3)])
+    assert seen == [(1, 26)]
+
+
+def test_a_base_that_caps_its_logits_is_computed_the_plain_way_and_the_log_says_so(load_base, caplog, monkeypatch):
+    base = load_base()
+    adapter = LoRA(r=2).attach(base.model)
+    real = type(base.model).forward
+
+    def capped(self, *args, **kwargs):
+        out = real(self, *args, **kwargs)
+        out.logits = out.logits.tanh()
+        return out
+
+    monkeypatch.setattr(type(base.model), "forward", capped)
+    forward = Forward(base.model, "causal_lm")
+    given, labels = batch()
+    with caplog.at_level(logging.INFO, "loralab"):
+        (loss, _, _), *_ = forward(given, labels, [Share(adapter, 3)])
+    assert forward.way == Way(unpadded=True)
+    assert "is not computed without dense logits: it changes what its head gives" in caplog.text
+    shifted = torch.nn.functional.cross_entropy(
+        base.model(**given).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(loss, shifted)
+
+
+def test_a_window_of_attention_keeps_its_padding(load_base):
+    base = load_base()
+    base.model.config.sliding_window = 4
+    adapter = LoRA(r=2).attach(base.model)
+    forward = Forward(base.model, "causal_lm")
+    forward(*batch(), [Share(adapter, 3)])
+    assert not forward.way.unpadded
+
+
+@pytest.mark.parametrize(("family", "way"), [("t5", Way(headless=True)), ("distilbert", Way())])
+def test_other_tasks_keep_their_padding(load_base, family, way):
+    base = load_base(family)
+    adapters = adapters_on(base)
+    chosen, ours, _ = run(base, adapters, None)
+    assert chosen.way == way
+    _, theirs, _ = run(base, adapters, Way())
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own[0], other[0])
+
+
+def test_generation_after_a_flat_pass_is_what_it_was(load_base):
+    base = load_base()
+    given, labels = batch()
+    adapter = LoRA(r=2).attach(base.model)
+    ids, mask = given["input_ids"][:, :5], given["attention_mask"][:, :5]
+    words = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    base.model.eval()
+    before = base.model.generate(**words)
+    Forward(base.model, "causal_lm")(given, labels, [Share(adapter, 3)])
+    assert torch.equal(base.model.generate(**words), before)

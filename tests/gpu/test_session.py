@@ -1,0 +1,425 @@
+"""The measurements for a card, as far as a machine without one can go."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from loralab.config import compose
+from loralab.gpu import __main__ as command
+from loralab.gpu import lab, paging, session, shapes, stages
+from loralab.gpu.callbacks import KILL_AFTER, Kill
+from loralab.gpu.session import Late, ProcessError, Session, Skipped
+from loralab.planning import plan
+
+NAMES = ["machine", "tests", "speed", "plan", "paged", "resume", "halving"]
+ROOT = Path(__file__).resolve().parents[2]
+STATUSES = {"ok", "failed", "timeout", "skipped"}
+
+
+@pytest.fixture
+def open_session(tmp_path):
+    def make(rehearsal=True, seconds=60.0):
+        work = tmp_path / "work"
+        work.mkdir(exist_ok=True)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        shapes.write_rows(work)
+        return Session(tmp_path / "out", rehearsal, work, dict.fromkeys([*NAMES, "ballast"], seconds))
+
+    return make
+
+
+@pytest.fixture
+def read(tmp_path):
+    return lambda: json.loads((tmp_path / "out" / "gpu.json").read_text())
+
+
+@pytest.fixture
+def program(open_session, monkeypatch):
+    """A session whose processes are programs of a few lines, in place of ``python -m MODULE JOB ANSWERS``."""
+    monkeypatch.setattr(session, "FEWEST_S", 0.0)
+
+    def make(text, seconds=60.0):
+        made = open_session(seconds=seconds)
+        made.deadline = time.monotonic() + seconds
+        real = made.python
+        monkeypatch.setattr(made, "python", lambda *words, **k: real("-c", text, *words[2:], **k))
+        return made
+
+    return make
+
+
+def answers(line="x"):
+    return f"import sys\nwith open(sys.argv[2], 'a') as file:\n    file.write('{{\"{line}\": 1}}\\n')\n"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def valid(found):
+    """What everyone who reads gpu.json may rely on."""
+    assert type(found["rehearsal"]) is bool
+    assert type(found["stages"]) is dict
+    for told in found["stages"].values():
+        assert told["status"] in STATUSES
+        assert type(told["seconds"]) is float
+        assert (told["error"] is None) == (told["status"] == "ok")
+    return found["stages"]
+
+
+def test_without_a_card_it_says_so_and_measures_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert command.main([]) == 2
+    said = capsys.readouterr().err
+    assert "no CUDA device" in said
+    assert "REHEARSE=1" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interpreter_without_the_libraries_is_told_which(monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name in ("hydra", "bitsandbytes") else object())
+    assert command.main(["--rehearse"]) == 2
+    assert "has no hydra, bitsandbytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ([], "loralab.gpu"),
+        (["REHEARSE=1"], "loralab.gpu --rehearse"),
+        (["REHEARSE=0"], "loralab.gpu"),
+        (["BALLAST=1"], "loralab.gpu --ballast"),
+        (["ARGS=--ballast"], "loralab.gpu --ballast"),
+    ],
+)
+def test_make_passes_on_what_is_asked(words, flags):
+    # a make inside a make says which folder it enters
+    make = ["make", "-n", "--no-print-directory", "gpu", "PYTHON=/usr/bin/python9", *words]
+    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert " ".join(said.split()).endswith(f"/usr/bin/python9 -m {flags}")
+    assert ".venv" not in said
+
+
+def test_speed_comes_before_paging_and_the_ballast_last_and_only_on_request():
+    assert list(command.stages(ballast=False)) == NAMES
+    assert list(command.stages(ballast=True)) == [*NAMES, "ballast"]
+
+
+def test_all_stages_end_within_nine_minutes_and_a_rehearsal_within_ten():
+    for rehearsal, minutes in ((False, 9), (True, 10)):
+        for ballast in (False, True):
+            shares = command.budgets(list(command.stages(ballast)), command.MOST_S[rehearsal])
+            assert sum(shares.values()) + session.KILLED_S <= 60 * minutes
+            assert min(shares.values()) > session.FEWEST_S
+
+
+def test_a_session_of_stubs_writes_what_readers_rely_on(monkeypatch, tmp_path, read):
+    def broken(session, told):
+        told["half"] = 1
+        raise ValueError("<broken>")
+
+    def late(session, told):
+        raise Late("3 s were left")
+
+    def missing(session, told):
+        raise Skipped("pytest is not installed")
+
+    def short(session, told):
+        valid(read())
+        told["runs"] = [{"model": "m", "quantization": "none", "case": "", "predicted_over_measured": 1.02}]
+
+    work = {"machine": broken, "tests": missing, "plan": short, "paged": late}
+    monkeypatch.setattr(command, "stages", lambda ballast: work)
+    assert command.measure(tmp_path / "out", True, False) == 1
+    told = valid(read())
+    assert [told[name]["status"] for name in work] == ["failed", "skipped", "ok", "timeout"]
+    assert (told["machine"]["half"], told["machine"]["error"]) == (1, "ValueError: <broken>")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "&lt;broken&gt;" in page
+    assert "<broken>" not in page
+    assert "<svg" in page
+    monkeypatch.setattr(command, "stages", lambda ballast: {"plan": short})
+    assert command.measure(tmp_path / "out", False, False) == 0
+    assert read()["rehearsal"] is False
+
+
+def test_a_stage_that_is_under_way_is_not_ok_on_disk(open_session, read):
+    made = open_session()
+    made.stage("machine", lambda session, told: session.save())
+    made.stage("tests", lambda session, told: told.update(seen=read()["stages"]["tests"]["status"]))
+    told = read()["stages"]["tests"]
+    assert (told["status"], told["seen"]) == ("ok", "failed")
+
+
+def test_lines_come_as_they_are_written_and_a_failure_after_them(program):
+    made = program(answers() + "sys.exit('so it is')")
+    found = []
+    with pytest.raises(ProcessError, match="exit code 1: so it is") as raised:
+        found.extend(made.lines("m", {}))
+    assert found == [{"x": 1}]
+    assert raised.value.code == 1
+
+
+def test_at_the_deadline_what_was_found_is_kept_and_nothing_runs_on(program, tmp_path):
+    mark = tmp_path / "child"
+    spawn = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\n"
+    spawn += f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
+    made = program(spawn + answers() + "import time\ntime.sleep(60)", seconds=1.5)
+    found, begun = [], time.monotonic()
+    with pytest.raises(Late, match="stopped in m"):
+        found.extend(made.lines("m", {}))
+    assert time.monotonic() - begun < 10
+    assert found == [{"x": 1}]
+    time.sleep(0.2)
+    state = Path(f"/proc/{mark.read_text()}/stat")
+    assert not state.is_file() or state.read_text().split()[2] == "Z"  # the child of the killed process too
+
+
+def test_a_process_that_would_have_too_little_time_is_not_started(open_session):
+    made = open_session()
+    made.deadline = time.monotonic() + session.FEWEST_S - 1
+    with pytest.raises(Late, match="s were left"):
+        made.python("-c", "pass")
+
+
+def test_a_late_stage_keeps_its_figures_and_the_next_one_starts(program, read):
+    made = program(answers("name") + "import time\ntime.sleep(60)", seconds=1.0)
+    made.stage("plan", lambda s, told: told.update(runs=[]) or told["runs"].extend(s.lines("m", {})))
+    made.stage("paged", lambda s, told: None)
+    told = valid(read())
+    assert (told["plan"]["status"], told["plan"]["runs"], told["paged"]["status"]) == ("timeout", [{"name": 1}], "ok")
+
+
+def test_a_terminated_session_leaves_no_process_and_says_how_far_it_came(tmp_path):
+    out, mark = tmp_path / "out", tmp_path / "pid"
+    text = f"""
+import pathlib, sys
+from loralab.gpu import __main__ as command
+def stage(session, told):
+    waits = "import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with session.python("-c", waits) as process:
+        process.ended(60)
+command.stages = lambda ballast: {{"machine": stage}}
+sys.exit(command.main(["--rehearse"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", text], env={**os.environ, "OUT": str(out)})
+    for _ in range(300):
+        if mark.is_file() and mark.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert valid(json.loads((out / "gpu.json").read_text()))["machine"]["status"] == "failed"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+def test_a_process_that_dies_takes_its_waiting_runs_along_and_says_why(program, tmp_path, make_spec):
+    from loralab.records import record
+    from loralab.running.runner import Runner
+
+    done = "import sys\nopen(sys.argv[2], 'w').write('{\"name\": \"plan0\", \"exit_code\": 0}\\n')\nsys.exit('gone')"
+    made = program(done)
+    for number, status in ((0, "completed"), (1, "running")):
+        (entry,) = Runner().run([make_spec(f"work/plan{number}", max_steps=1)])
+        record.write(made.work / f"plan{number}", {**entry, "status": status})
+    runs = [
+        {**about, **found} for about, found in stages.trained(made, "plan", [({"run": str(i)}, []) for i in range(3)])
+    ]
+    assert [(one["run"], one["status"]) for one in runs] == [("0", "completed"), ("1", "failed"), ("2", "failed")]
+    assert all("exit code 1: gone" in one["error"] for one in runs[1:])
+
+
+def test_at_most_three_files_are_left_and_none_of_an_earlier_session(open_session, tmp_path, make_spec):
+    from loralab.running.runner import Runner
+
+    made = open_session()
+    for name in ("one", "two"):
+        Runner().run([make_spec(name, max_steps=1)])
+        found, rows = made.keep(tmp_path / name, "plan", name)
+        assert (found["status"], rows[0]["step"]) == ("completed", 1)
+        assert not (tmp_path / name).exists()
+    made.stage("machine", lambda s, told: None)
+    out = tmp_path / "out"
+    assert names(out) == ["gpu.json", "index.html", "records.jsonl"]
+    kept = session.read_lines(out / "records.jsonl")
+    assert [(one["stage"], one["name"], one["record"]["status"]) for one in kept] == [
+        ("plan", "one", "completed"),
+        ("plan", "two", "completed"),
+    ]
+    open_session()
+    assert names(out) == []
+
+
+def test_a_cap_leaves_half_of_the_state_beside_the_paged_peak():
+    pilot = {"status": "completed", "paged_bytes": 2**30, "state_bytes": 2**30, "measured_peak_bytes": 4 * 2**30}
+    found = [{"room": "roomy", "optimizer": "paged_adamw", **pilot}]
+    for name, cap in (("adamw_32bit", "4.500"), ("paged_adamw", "4.500"), ("paged_adamw_8bit", "4.125")):
+        assert paging.limit("cap", name, found) == [f"memory.cap={cap}"]
+    assert paging.limit("roomy", "adamw_32bit", []) == []
+    with pytest.raises(LookupError):
+        paging.limit("cap", "paged_adamw", [])
+
+
+def test_no_process_pages_twice_and_no_arm_has_a_ballast_unasked():
+    for arms in (*paging.PROCESSES, *paging.BALLAST):
+        paging_arms = [name for _, name in arms if name.startswith("paged")]
+        assert len(paging_arms) <= 1
+    assert all(room != "ballast" for arms in paging.PROCESSES for room, _ in arms)
+
+
+@pytest.mark.parametrize(("free_mib", "runs"), [(8192, True), (4000, False)])
+def test_a_ballast_needs_a_card_with_room_for_the_managed_memory(open_session, monkeypatch, free_mib, runs):
+    made, asked = open_session(rehearsal=False), []
+    monkeypatch.setattr(paging, "_arms", lambda *a: asked.append(a))
+    with pytest.raises(LookupError):
+        paging.ballast(made, {})
+    made.found["stages"] = {
+        "machine": {"nvidia_smi": f"NVIDIA H100 80GB HBM3, 580.1, {free_mib + 3} MiB, 3 MiB"},
+        "paged": {"arms": [{"paged_bytes": 0}, {"paged_bytes": 2**30}]},
+    }
+    if runs:
+        paging.ballast(made, {})
+    else:
+        with pytest.raises(RuntimeError, match=r"1\.00 GiB of managed memory on a card with 3\.91 GiB free"):
+            paging.ballast(made, {})
+    assert bool(asked) == runs
+
+
+def test_every_run_that_a_card_would_make_is_a_valid_configuration(open_session, monkeypatch):
+    """A card's own words never run here: at least they are composed and checked as the command line does it."""
+    made, words = open_session(rehearsal=False), []
+    pilot = {"status": "completed", "error": None, "paged_bytes": 2**30, "state_bytes": 2**30}
+    pilot.update(measured_peak_bytes=2**32, losses=[1.0], resumed_from=4, halved=[[8]], predicted_over_measured=1.0)
+    monkeypatch.setattr(paging, "cannot_page", lambda: "")
+    monkeypatch.setattr(stages, "outcome", lambda *_: dict(pilot))
+    monkeypatch.setattr(stages, "_kill", lambda session, job: words.append(job["words"]))
+
+    def lines(module, jobs, environment=None):
+        words.extend(job["words"] for job in jobs)
+        return ({"name": job["name"], "exit_code": 0} for job in jobs)
+
+    monkeypatch.setattr(made, "lines", lines)
+    card = "NVIDIA H100 80GB HBM3, 580.1, 81559 MiB, 3 MiB"
+    made.stage("machine", lambda session, told: told.update(nvidia_smi=card))
+    for name in ("plan", "paged", "resume", "halving", "ballast"):
+        made.stage(name, command.stages(ballast=True)[name])
+        assert made.found["stages"][name]["status"] == "ok", made.found["stages"][name]["error"]
+    assert len(words) == 9 + 6 + 3 + 1 + 2
+    for one in words:
+        given = [word.split(",")[0] if word.startswith("seed=") else word for word in one if word != "-m"]
+        spec = compose.trial_spec(compose.compose([w for w in given if not w.startswith("hydra.")]), Path("nowhere"))
+        assert (spec.trainer.accelerator, spec.trainer.precision) == ("gpu", "bf16-mixed")
+        assert (spec.model.drawn_on, spec.model.dtype) == ("device", "bfloat16")
+    caps = [word for one in words for word in one if word.startswith("memory.cap=")]
+    assert caps == ["memory.cap=4.500", "memory.cap=4.500", "memory.cap=4.125", "memory.cap=4.125"]
+
+
+def test_a_card_is_left_room_for_some_trials_of_a_pack_and_not_for_all(monkeypatch):
+    asked = []
+
+    def predict(specs, device):
+        asked.append((len(specs), device, specs[0].model.max_length))
+        return SimpleNamespace(predicted_peak_bytes=1000 * len(specs))
+
+    monkeypatch.setattr(plan, "predict", predict)
+    words = [*shapes.CPU.large.words(), *shapes.common(True), "quantization=nf4_double"]
+    room = lab._between({"words": words, "trials": 8, "fit": 4})
+    assert asked == [(4, "cuda", 64), (8, "cuda", 64)]
+    assert room == plan.FRAGMENTATION * 6000
+
+
+def test_running_out_of_memory_is_a_result_only_where_it_is_asked():
+    runs = [{"room": "cap", "optimizer": "adamw_32bit", "status": "out_of_memory", "error": "no room"}]
+    stages.complain(runs, paging.ENDS)
+    with pytest.raises(RuntimeError, match="adamw_32bit: out_of_memory: no room"):
+        stages.complain(runs)
+
+
+def test_speeds_are_compared_with_one_trial_a_pass_and_with_the_peer():
+    sides = [
+        {"name": "loralab", "trials": 1, "tokens_per_s": 100.0},
+        {"name": "loralab", "trials": 16, "tokens_per_s": 800.0},
+        {"name": "loralab", "trials": 64, "error": "out of memory"},
+        {"name": "PEFT + HF Trainer", "trials": 1, "tokens_per_s": 50.0},
+    ]
+    stages.compare({"sides": sides})
+    assert [(one.get("over_alone"), one.get("over_peft")) for one in sides] == [
+        (1.0, 2.0),
+        (8.0, 16.0),
+        (None, None),
+        (0.5, 1.0),
+    ]
+
+
+def test_a_resumed_run_is_compared_step_by_step():
+    def run(losses, **more):
+        return {"losses": losses, "paged_bytes": 8, "resumed_from": None, **more}
+
+    whole, told = run([2.0, 1.0]), {}
+    stages._alike(told, run([2.0, 1.0], resumed_from=1), whole)
+    assert (told["same_bits"], told["loss_difference"], told["resumed_from"]) == (True, 0.0, 1)
+    stages._alike(told, run([2.0, 1.1], resumed_from=1), whole)
+    assert (told["same_bits"], told["loss_difference"]) == (False, pytest.approx(0.1))
+    for wrong, says in ((run([2.0, 1.0]), "began anew"), (run([2.0, 1.0], resumed_from=1, paged_bytes=0), "8 bytes")):
+        with pytest.raises(RuntimeError, match=says):
+            stages._alike({}, wrong, whole)
+
+
+def test_a_run_is_killed_only_where_the_environment_says_so(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "kill", lambda *a: ended.append(a))
+    trainer = type("Trainer", (), {"global_step": 5})()
+    Kill().on_train_batch_end(trainer, None)
+    assert ended == []
+    monkeypatch.setenv(KILL_AFTER, "6")
+    Kill().on_train_batch_end(trainer, None)
+    assert ended == []
+    monkeypatch.setenv(KILL_AFTER, "5")
+    Kill().on_train_batch_end(trainer, None)
+    assert ended == [(os.getpid(), signal.SIGKILL)]
+
+
+def test_rows_are_cut_to_one_length_but_for_the_ragged(tmp_path):
+    shapes.write_rows(tmp_path)
+    words = {
+        name: [len(json.loads(line)["text"].split()) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("rows", "held_out", "ragged")
+    }
+    longest = max(shape.length for shape in (*shapes.CARD.plan, *(one for one, _ in shapes.CARD.speed)))
+    assert min(words["rows"] + words["held_out"]) > max(longest, shapes.CARD.spiky_length)
+    assert words["ragged"][0] > longest
+    assert max(words["ragged"][1:]) < shapes.CPU.plan[0].length * 5
+
+
+@pytest.mark.slow
+def test_a_rehearsal_on_a_cpu_has_every_stage_ok(tmp_path):
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    words = ["make", "gpu", "REHEARSE=1", f"PYTHON={sys.executable}"]
+    begun = time.monotonic()
+    assert subprocess.run(words, cwd=ROOT, env=environment).returncode == 0
+    assert time.monotonic() - begun < 600
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    told = valid(found)
+    assert found["rehearsal"] is True
+    assert list(told) == NAMES
+    assert {one["status"] for one in told.values()} == {"ok"}
+    (base,) = told["speed"]["bases"]
+    assert [one["trials"] for one in base["sides"]] == [1, 4, 16, 1]
+    assert max(one.get("loss_difference", 0.0) for one in base["sides"]) < 1e-4
+    assert all(run["predicted_over_measured"] == pytest.approx(1, rel=0.05) for run in told["plan"]["runs"])
+    assert {"", "ragged"} <= {run["case"] for run in told["plan"]["runs"]}
+    assert told["resume"]["same_bits"] is True
+    assert told["halving"]["runs"][0]["pack_sizes"] == [stages.TRIALS // 2] * stages.TRIALS
+    assert all("stood_in" in told[name] for name in ("machine", "tests", "paged", "halving"))
+    assert names(tmp_path) == ["gpu.json", "index.html", "records.jsonl"]

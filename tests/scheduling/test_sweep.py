@@ -1,0 +1,286 @@
+"""A sweep loses nothing: one failure stops no other trial, and what is finished is never run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from loralab.cli import main
+from loralab.cli.arguments import resumed
+from loralab.config.compose import compose, trial_id
+from loralab.records import record
+from loralab.records.lock import hold
+
+FAST = ["hydra/launcher=packed", "data.limit=6"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "a swéep with a space"
+
+
+@pytest.fixture
+def sweep(tiny_arguments, folder, monkeypatch, tmp_path):
+    """Runs ``train -m`` or its likes in this process; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, flags=()):
+        return main.run(["train", "-m", *flags, *tiny_arguments, *FAST, f"hydra.sweep.dir='{folder}'", *words])
+
+    return run
+
+
+def statuses(folder):
+    return [trial["status"] for trial in record.read_sweep(folder)["trials"]]
+
+
+def times(folder):
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/result.json")}
+
+
+@pytest.mark.usefixtures("_no_output")
+def test_a_failing_trial_stops_no_other_and_gives_the_exit_code(sweep, folder):
+    assert sweep("adapter.target_modules=[q_proj],[nope],[v_proj]") == 2
+    assert statuses(folder) == ["completed", "failed", "completed"]
+    failed = next(r for r in map(record.read, record.find(folder)) if r["status"] == "failed")
+    assert "'nope' matches no linear layer" in failed["error"]
+    assert (folder / "report" / "index.html").is_file()
+
+
+@pytest.fixture
+def _no_output(capsys):
+    """Keeps the sweeps' tables out of the test report."""
+    yield
+    capsys.readouterr()
+
+
+def test_a_second_call_skips_what_is_finished_and_reruns_what_failed(sweep, folder):
+    sweep("adapter.r=0,2,4")
+    before = times(folder)
+    assert sweep("adapter.r=0,2,4") == 2
+    after = times(folder)
+    kept = {name for name in before if before[name] == after[name]}
+    assert len(kept) == 2
+    assert all(record.read(folder / name)["status"] == "completed" for name in kept)
+
+
+def test_fresh_reruns_everything(sweep, folder):
+    sweep("adapter.r=2,4")
+    before = times(folder)
+    assert sweep("adapter.r=2,4", flags=["--fresh"]) == 0
+    assert all(times(folder)[name] > before[name] for name in before)
+
+
+def test_resume_finishes_a_folder_by_its_name_alone(sweep, folder):
+    sweep("adapter.r=2,4")
+    gone = next(iter(times(folder)))
+    (folder / gone / "result.json").unlink()
+    kept = next(name for name in times(folder) if name != gone)
+    before = times(folder)[kept]
+    assert main.run(["sweep", "--resume", str(folder)]) == 0
+    assert record.read(folder / gone)["status"] == "completed"
+    assert times(folder)[kept] == before
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("adapter.r=4", "adapter.r=2,4 and adapter.r=4 contradict each other"),
+        ("seed=1", "seed=1 would make other trials of those that --resume finishes; valid: "),
+        ("hydra.sweep.dir=elsewhere", "--resume names the sweep and its folder, and hydra.sweep.dir=elsewhere another"),
+    ],
+)
+def test_resume_takes_no_word_that_asks_something_else(sweep, folder, capsys, word, said):
+    folder.mkdir()
+    record.write_sweep(folder, {"overrides": ["adapter.r=2,4"]})
+    assert main.run(["sweep", "--resume", str(folder), word]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_resume_takes_words_of_how_it_runs_in_place_of_those_before():
+    begun = ["adapter.r=2,4", "logger=none", "trainer.max_steps=2"]
+    words = ["logger=wandb", "hydra.launcher.pack=off", "trainer.test=true", "adapter.r=2,4"]
+    assert resumed(begun, words) == ["trainer.max_steps=2", *words]
+
+
+@pytest.mark.usefixtures("_no_output")
+def test_a_sweep_resumed_from_another_folder_reads_the_files_it_began_with(sweep, folder, rows, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for place, split in ((home, "train"), (elsewhere, "validation")):
+        place.mkdir()
+        (place / "rows.jsonl").write_bytes(rows["pairs", split].read_bytes())
+    real = monkeypatch.chdir
+    real(home)
+    assert sweep("seed=0,1", "data.train=rows.jsonl") == 0
+    first, second = sorted(times(folder))
+    before = record.read(folder / first)["data"]["fingerprint"]
+    (folder / first / "result.json").unlink()
+    real(elsewhere)
+    assert main.run(["sweep", "--resume", str(folder)]) == 0
+    assert record.read(folder / first)["data"]["fingerprint"] == before
+    assert not (folder / second / "result.stale.json").exists()
+
+
+@pytest.mark.usefixtures("_no_output")
+def test_an_arm_that_cannot_run_stops_no_other_where_the_pack_is_foreseen(sweep, folder):
+    arms = "adapter.target_modules=all-linear,[q_proj],[nope]"
+    assert sweep(arms, "plan.record=true") == 2
+    assert statuses(folder) == ["completed", "completed", "failed"]
+
+
+def test_a_call_with_fewer_seeds_hides_no_finished_trial(sweep, folder):
+    sweep("seed=0,1", "adapter.r=2,4")
+    everything = {trial["trial"] for trial in record.read_sweep(folder)["trials"]}
+    before = times(folder)
+    assert sweep("seed=0", "adapter.r=2,8") == 0
+    listed = record.read_sweep(folder)
+    assert everything < {trial["trial"] for trial in listed["trials"]}
+    assert listed["axes"] == {"seed": ["0", "1"], "adapter.r": ["2", "4", "8"]}
+    assert all(times(folder)[name] == before[name] for name in before)
+
+
+def test_a_second_sweep_is_kept_out_of_a_folder_in_use(sweep, folder, capsys):
+    with hold(folder):
+        assert sweep("adapter.r=2,4") == 4
+    assert "is in use by process" in capsys.readouterr().err
+    assert not record.find(folder)
+
+
+def test_trials_that_would_share_a_folder_are_refused(sweep, folder, capsys):
+    assert sweep("adapter.r=2,4", "hydra.sweep.subdir=x") == 2
+    assert "hydra.sweep.subdir gives several trials one folder" in capsys.readouterr().err
+
+
+def test_a_trial_named_twice_runs_once(sweep, folder):
+    assert sweep("adapter.r=2,2", "seed=0,0") == 0
+    assert len(record.read_sweep(folder)["trials"]) == len(record.find(folder)) == 1
+
+
+def test_changed_data_files_are_noticed(sweep, folder, rows, tmp_path):
+    copy = tmp_path / "train.jsonl"
+    copy.write_bytes(rows["pairs", "train"].read_bytes())
+    words = ["seed=0,1", f"data.train={copy}"]
+    sweep(*words)
+    before = times(folder)
+    sweep(*words)
+    assert times(folder) == before
+    lines = copy.read_text().splitlines(keepends=True)
+    copy.write_text("".join(reversed(lines)))
+    assert sweep(*words) == 0
+    assert all(times(folder)[name] > before[name] for name in before)
+
+
+def test_a_trial_in_bf16_changes_nothing_for_the_next_on_the_same_base(sweep, folder, tiny_arguments, tmp_path):
+    sweep("trainer.precision=bf16-true,32-true")
+    after = next(r for r in map(record.read, record.find(folder)) if r["config"]["trainer"]["precision"] == "32-true")
+    alone = [*tiny_arguments, "data.limit=6", "trainer.precision=32-true", f"hydra.run.dir={tmp_path / 'alone'}"]
+    assert main.run(["train", *alone]) == 0
+    assert record.read(tmp_path / "alone")["metrics"] == after["metrics"]
+
+
+def test_a_finished_run_is_not_overwritten(tiny_arguments, tmp_path, capsys):
+    words = ["train", *tiny_arguments, f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main.run(words) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.suffix != ".log"}
+    for other in (["adapter.r=3"], ["adapter.r=0"], ["data.train=missing.jsonl"]):
+        assert main.run([*words, *other]) in (2, 4)
+    assert main.run(words) == 0
+    assert "finished before" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert main.run([*words, "adapter.r=3", "--fresh"]) == 0
+    assert record.read(tmp_path / "run")["config"]["adapter"]["r"] == 3
+
+
+def test_resume_of_a_folder_without_a_sweep_is_refused(tmp_path, capsys):
+    assert main.run(["sweep", "--resume", str(tmp_path)]) == 4
+    assert "sweep.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def start(tiny_arguments, folder, tmp_path):
+    """Starts a sweep in a process of its own, which no test leaves behind."""
+    command = [sys.executable, "-m", "loralab.cli.main", "train", "-m", *tiny_arguments, f"hydra.sweep.dir='{folder}'"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    started = []
+
+    def run(*words):
+        started.append(subprocess.Popen([*command, *words], cwd=tmp_path, env=environment, **quiet))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if condition():
+                return
+        except Exception:
+            pass
+        time.sleep(0.05)
+    pytest.fail("waited in vain")
+
+
+def running_one(folder):
+    """One trial is complete and another under way."""
+    states = [record.read(found)["status"] for found in record.find(folder)]
+    return "completed" in states and "running" in states
+
+
+def test_after_kill_9_the_same_command_finishes_the_rest(start, sweep, folder):
+    words = ["seed=0,1,2", "trainer.max_steps=2", *FAST]
+    slow = start(*words)
+    until(lambda: len(record.read_sweep(folder)["trials"]) == 3)
+    assert statuses(folder)[-1] != "completed"  # listed before they run
+    until(lambda: any(record.read(found)["status"] == "completed" for found in record.find(folder)))
+    slow.kill()
+    slow.communicate()
+    done = {f.name for f in record.find(folder) if record.read(f)["status"] == "completed"}
+    before = times(folder)
+    assert len(done) > 0
+    assert sweep("seed=0,1,2") == 0
+    assert statuses(folder) == ["completed"] * 3
+    assert all(times(folder)[name] == before[name] for name in done)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_sweep_with_its_code_and_keeps_what_is_done(start, folder, number, code):
+    running = start("trainer.max_steps=2,100000", *FAST)
+    until(lambda: running_one(folder))
+    time.sleep(0.5)
+    running.send_signal(number)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert "1 trials are left: loralab sweep --resume" in said
+    assert statuses(folder) == ["completed", "interrupted"]
+    states = [record.read(found)["status"] for found in record.find(folder)]
+    assert sorted(states) == ["completed", "interrupted"]
+
+
+def test_a_trial_has_the_same_id_alone_in_a_sweep_and_in_another_folder(sweep, folder, tiny_arguments, tmp_path):
+    sweep("adapter.r=2,4")
+    alone = [*tiny_arguments, "data.limit=6", "adapter.r=4"]
+    assert main.run(["train", *alone, f"hydra.run.dir={tmp_path / 'alone'}"]) == 0
+    known = {trial["trial"] for trial in record.read_sweep(folder)["trials"]}
+    assert record.read(tmp_path / "alone")["trial"] in known
+    assert trial_id(compose(alone)) in known
+
+
+def test_the_folder_of_a_run_is_exactly_the_one_named(tiny_arguments, tmp_path):
+    target = tmp_path / "här" / "my run"
+    assert main.run(["train", *tiny_arguments, f"hydra.run.dir='{target}'"]) == 0
+    names = {path.name for path in target.iterdir()}
+    assert {"result.json", "metrics.jsonl", "config.yaml", "train.log", "adapter"} <= names
+    assert {path.name for path in (target / "adapter").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "adapter_spec.json")
+    }
+    assert json.loads((target / "result.json").read_text())["status"] == "completed"

@@ -1,0 +1,118 @@
+"""Several devices: a process for each, which sees its own alone, and the results of one process."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from loralab.cli import main
+from loralab.records import record
+from loralab.scheduling import workers
+
+WORDS = ["hydra/launcher=packed", "data.limit=6", "trainer.max_steps=3", "hydra.launcher.token_budget=110"]
+
+
+@pytest.fixture
+def sweep(tiny_arguments, tmp_path, monkeypatch):
+    """Runs a sweep of packs of two on ``names`` (none: in this process); (exit code, records by trial)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(folder, *words, names=""):
+        monkeypatch.setenv(workers.STAND_IN, names)
+        kept = [word for word in tiny_arguments if not word.startswith("trainer.max_steps")]
+        code = main.run(["train", "-m", *kept, *WORDS, f"hydra.sweep.dir={folder}", *words])
+        return code, {one["trial"]: one for one in map(record.read, record.find(tmp_path / folder))}
+
+    return run
+
+
+def seen(folder):
+    """{what CUDA_VISIBLE_DEVICES was: process} as the processes themselves said."""
+    logs = [path.read_text() for path in sorted(folder.glob("device-*.log"))]
+    return [re.search(r"CUDA_VISIBLE_DEVICES=(\S+)", text)[1] for text in logs]
+
+
+def test_two_devices_give_what_one_process_gives(sweep, weights, tmp_path, capsys):
+    code, apart = sweep("apart", "seed=0,1,2,3", "adapter.r=2,3", names="5,3")
+    assert code == 0
+    said = capsys.readouterr().err
+    assert seen(tmp_path / "apart") == ["3", "5"]
+    pids = {one["pid"] for one in apart.values()}
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+    assert sorted(one["pack"]["size"] for one in apart.values()) == [2] * 8
+    assert len(re.findall(r"^\[\d/8\] .*val/loss", said, re.MULTILINE)) == 8
+    assert [one["status"] for one in record.read_sweep(tmp_path / "apart")["trials"]] == ["completed"] * 8
+    _, together = sweep("together", "seed=0,1,2,3", "adapter.r=2,3")
+    assert apart.keys() == together.keys()
+    for trial, one in together.items():
+        assert apart[trial]["metrics"] == one["metrics"]
+        ours, theirs = weights(tmp_path / "apart" / trial), weights(tmp_path / "together" / trial)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_failing_trial_is_told_by_its_own_code_and_finished_ones_are_skipped(sweep, capsys):
+    words = ["adapter.target_modules=[q_proj],[nope]", "seed=0,1,2"]
+    code, records = sweep("s", *words, names="0,1")
+    assert code == 2
+    assert sorted(one["status"] for one in records.values()) == ["completed"] * 3 + ["failed"] * 3
+    done = {trial: one for trial, one in records.items() if one["status"] == "completed"}
+    assert sweep("s", *words, names="0,1")[0] == 2
+    after = sweep("s", *words)[1]
+    assert all(after[trial] == one for trial, one in done.items())
+
+
+def test_what_a_process_that_died_has_left_runs_in_this_one(sweep, monkeypatch, capsys):
+    real = subprocess.Popen
+
+    def start(command, **options):
+        died = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+        mine = "loralab.scheduling.workers" in command and options["env"]["CUDA_VISIBLE_DEVICES"] == "1"
+        return real(died if mine else command, **options)
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
+    code, records = sweep("s", "seed=0,1,2,3", names="0,1")
+    assert code == 0
+    assert [one["status"] for one in records.values()] == ["completed"] * 4
+    assert len({one["pid"] for one in records.values()} - {os.getpid()}) == 1
+    assert "the process of device 1 ended with code -9; 2 of its trials run in this one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_reaches_every_process_and_leaves_records(tiny_arguments, tmp_path, number, code):
+    command = [sys.executable, "-m", "loralab.cli.main", "train", "-m", *tiny_arguments, *WORDS]
+    command += ["hydra.sweep.dir=s", "seed=0,1,2,3", "trainer.max_steps=100000"]
+    environment = {**os.environ, workers.STAND_IN: "0,1", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    try:
+        end = time.monotonic() + 90
+        while time.monotonic() < end and len(list(tmp_path.glob("s/*/metrics.jsonl"))) < 4:
+            time.sleep(0.1)
+        running.send_signal(number)
+        _, said = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == code
+    assert "4 trials are left: loralab sweep --resume s" in said
+    records = [record.read(folder) for folder in record.find(tmp_path / "s")]
+    assert [one["status"] for one in records] == ["interrupted"] * 4
+    for pid in {one["pid"] for one in records}:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_devices_are_those_that_this_process_may_see(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert workers.devices("cuda") == ["0", "1"]
+    assert workers.devices("cpu") == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert workers.devices("cuda") == ["4", "6"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert workers.devices("cuda") == []

@@ -1,0 +1,251 @@
+"""A run that was killed goes on from its checkpoint, bit for bit; one that cannot begins anew."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+
+from loralab.adapters.lora import LoRA
+from loralab.errors import ConfigError, Interrupted
+from loralab.optim.optimizers import AdamW, Schedule
+from loralab.records import record
+from loralab.running.runner import Runner
+from loralab.training.checkpoint import Checkpoint, path
+from loralab.training.module import FineTuner
+
+
+@pytest.fixture
+def three(make_spec, make_data):
+    """Three unlike trials of nine, seven and nine steps; their data repeats itself on the way."""
+
+    def make(prefix, optimizer="adamw", every=1, **changes):
+        shared = {"accumulate_grad_batches": 2, "val_check_interval": 3, **changes}
+        return [
+            make_spec(
+                f"{prefix}{index}",
+                seed=index,
+                adapter=LoRA(r=4 * (index + 1), lora_dropout=0.1 * index),
+                optimizer=AdamW(name=optimizer, lr=1e-2 / (index + 1)),
+                schedule=Schedule(kind="cosine", warmup_steps=index),
+                max_steps=7 if index == 1 else 9,
+                data=make_data(batch_size=2, limit=6),
+                callbacks={"checkpoint": lambda: Checkpoint(minutes=None, every_n_steps=every)},
+                **shared,
+            )
+            for index in range(3)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Breaks training off once, in the last pass of a step (counted from zero)."""
+    real = FineTuner.training_step
+
+    def at(step, error):
+        left = [error]
+
+        def broken(self, batches, index):
+            last = max(self.trials[i].step for i in batches)
+            micro = self.trials[0].settings.accumulate_grad_batches - 1
+            if left and last == step and next(iter(batches.values()))["micro"] == micro:
+                raise left.pop()
+            return real(self, batches, index)
+
+        monkeypatch.setattr(FineTuner, "training_step", broken)
+
+    return at
+
+
+def rows(spec):
+    return (spec.folder / "metrics.jsonl").read_text()
+
+
+def assert_same(found, expected, weights):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert rows(ours) == rows(theirs)
+        one, other = weights(ours.folder), weights(theirs.folder)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize(("step", "every", "at"), [(0, 1, None), (3, 1, 3), (5, 2, 4), (8, 1, 8)])
+def test_a_pack_that_broke_off_goes_on_bit_for_bit(three, stop, weights, optimizer, step, every, at):
+    whole = three("whole", optimizer)
+    Runner().run(whole)
+    stop(step, RuntimeError("gone"))
+    again = three("again", optimizer, every)
+    assert {one["status"] for one in Runner().run(again)} == {"failed"}
+    done = Runner().run(again)
+    assert {one["status"] for one in done} == {"completed"}, [one["error"] for one in done]
+    assert [one.get("resumed_from") for one in done] == [at, 7 if at == 8 else at, at]
+    assert_same(again, whole, weights)
+    assert not any((spec.folder / "checkpoints").exists() for spec in again)
+    assert done[0]["time"]["tokens"] == record.read(whole[0].folder)["time"]["tokens"]
+
+
+@pytest.mark.parametrize("step", [5, 6])  # 6: the validation before it is made again, and judged once
+def test_an_interrupted_run_writes_where_it_stands(three, stop, weights, step):
+    whole, again = three("whole", patience=1), three("again", every=100, patience=1)
+    Runner().run(whole)
+    stop(step, Interrupted(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        Runner().run(again)
+    done = Runner().run(again)
+    assert [one["resumed_from"] for one in done] == [step] * 3
+    assert_same(again, whole, weights)
+
+
+def test_an_interruption_stays_one_where_no_checkpoint_can_be_written(three, stop, caplog, monkeypatch):
+    def full(*_):
+        raise RuntimeError("no space left")
+
+    again = three("again", every=100)
+    stop(2, Interrupted(signal.SIGTERM))
+    monkeypatch.setattr("loralab.training.checkpoint.torch.save", full)
+    with pytest.raises(Interrupted):
+        Runner().run(again)
+    assert "has no checkpoint at step 2: no space left" in caplog.text
+    assert not list((again[0].folder / "checkpoints").iterdir())
+
+
+def test_a_trial_alone_goes_on_from_what_its_pack_wrote(three, stop, weights):
+    whole, again = three("whole"), three("again")
+    Runner().run(whole)
+    stop(4, RuntimeError("gone"))
+    Runner().run(again)
+    path(again[0].folder).unlink()  # as if killed between two of the files: they go on at different steps
+    records = Runner().run(again[:2]) + Runner().run(again[2:])
+    assert [one.get("resumed_from") for one in records] == [None, 4, 4]
+    assert [one["pack"] for one in records[:2]] == [{"size": 1, "index": 0}] * 2
+    assert_same(again, whole, weights)
+
+
+def test_what_fails_while_an_interruption_is_dealt_with_does_not_hide_it(three, stop):
+    class Clumsy(Callback):
+        pack_aware = True
+
+        def on_exception(self, trainer, pl_module, exception):
+            raise OSError("bad file descriptor")
+
+    again = [replace(one, callbacks={"clumsy": Clumsy}) for one in three("again")]
+    stop(2, Interrupted(signal.SIGTERM))
+    with pytest.raises(Interrupted) as stopped:
+        Runner().run(again)
+    assert stopped.value.exit_code == 143
+    assert {record.read(one.folder)["status"] for one in again} == {"interrupted"}
+
+
+def test_what_cannot_be_removed_hurts_no_trial(three, weights, caplog):
+    whole, again = three("whole"), three("again")
+    Runner().run(whole)
+    again[0].folder.mkdir()
+    (again[0].folder / "checkpoints").write_text("a file")
+    done = Runner().run(again)
+    assert [one["pack"]["size"] for one in done] == [3, 3, 3]
+    assert "again0 has no checkpoint at step 1" in caplog.text
+    assert_same(again, whole, weights)
+
+
+@pytest.mark.parametrize("what", ["damaged", "one bit", "other data", "other trial"])
+def test_what_does_not_belong_to_the_trial_is_not_taken_up(make_spec, make_data, stop, curve, what):
+    def spec(**changes):
+        return make_spec(callbacks={"checkpoint": lambda: Checkpoint(None, 1)}, **changes)
+
+    mine = spec()
+    stop(2, RuntimeError("gone"))
+    (broken,) = Runner().run([mine])
+    kept = path(mine.folder)
+    assert broken["status"] == "failed"
+    assert kept.is_file()
+    if what == "damaged":
+        kept.write_bytes(kept.read_bytes()[:100])
+    if what == "one bit":  # of a weight
+        content = bytearray(kept.read_bytes())
+        with zipfile.ZipFile(kept) as archive:
+            weights = archive.read(max(archive.infolist(), key=lambda one: one.file_size))
+        content[content.index(weights) + len(weights) // 2] ^= 1
+        kept.write_bytes(content)
+    changes = {"other data": {"data": make_data(limit=5)}, "other trial": {"id": "another"}}.get(what, {})
+    (done,) = Runner().run([replace(mine, **changes)])
+    assert done["status"] == "completed"
+    assert "resumed_from" not in done
+    assert len(curve(mine.folder)) == 4
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ConfigError, match="minutes"):
+        Checkpoint(minutes=0)
+    with pytest.raises(ConfigError, match="every_n_steps"):
+        Checkpoint(every_n_steps=0)
+    with pytest.raises(ConfigError, match="'abc'"):
+        Checkpoint(minutes="abc")
+    with pytest.raises(ConfigError, match="whole number"):
+        Checkpoint(every_n_steps=1.5)
+
+
+def test_a_trial_without_patience_left_ends_and_the_others_do_not_notice(three, weights, curve):
+    whole = three("whole", val_check_interval=1)
+    Runner().run(whole)
+    again = three("again", val_check_interval=1)
+    # its loss falls, so that a wish for larger ones is disappointed at once
+    again[2] = replace(again[2], metric_mode="max", trainer=replace(again[2].trainer, patience=2))
+    done = Runner().run(again)
+    assert_same(again[:2], whole[:2], weights)
+    assert [one["status"] for one in done] == ["completed"] * 3
+    assert done[2]["time"]["steps"] == done[2]["stopped_early"]["step"] == 3
+    assert curve(again[2].folder) == curve(whole[2].folder)[:3]
+    assert curve(again[2].folder, "val/loss") == curve(whole[2].folder, "val/loss")[:3]
+    assert done[2]["metrics"]["val/loss"] == curve(whole[2].folder, "val/loss")[2]
+
+
+def test_lightnings_own_early_stopping_sees_a_lone_trials_metrics(make_spec):
+    watch = lambda: EarlyStopping("val/loss", mode="max", patience=2)  # noqa: E731
+    (done,) = Runner().run([make_spec(max_steps=9, val_check_interval=1, callbacks={"stop": watch})])
+    assert (done["status"], done["time"]["steps"]) == ("completed", 3), done["error"]
+
+
+def test_a_trial_with_callbacks_of_the_users_own_begins_anew(make_spec, stop, curve):
+    def mine(name):
+        watch = lambda: EarlyStopping("val/loss", mode="max", patience=4)  # noqa: E731
+        callbacks = {"stop": watch, "checkpoint": lambda: Checkpoint(None, 1)}
+        return make_spec(name, max_steps=9, val_check_interval=1, callbacks=callbacks)
+
+    whole, again = mine("whole"), mine("again")
+    Runner().run([whole])
+    stop(3, RuntimeError("gone"))
+    Runner().run([again])
+    (done,) = Runner().run([again])
+    assert (done["status"], done["time"]["steps"], "resumed_from" in done) == ("completed", 5, False)
+    assert curve(again.folder) == curve(whole.folder)
+
+
+def test_killed_hard_and_called_again(tmp_path):
+    words = [sys.executable, "-m", "loralab.cli.main", "train", "trainer.max_steps=60", "data.limit=40", "logger=none"]
+    words += ["callbacks.checkpoint.every_n_steps=1", "trainer=cpu", f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    kept, metrics = path(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (kept.is_file() and metrics.read_text().count("\n") >= 4):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = subprocess.run([*words, "trainer.max_steps=60"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    done = record.read(tmp_path / "run")
+    assert done["resumed_from"] >= 1
+    steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "train/loss" in row]
+    assert steps == list(range(1, 61))
