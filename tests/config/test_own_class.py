@@ -135,7 +135,8 @@ def test_the_console_script_finds_a_class_of_the_current_folder(tmp_path):
     (tmp_path / "plainly.py").write_text(
         "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass A:\n    gain: int = 1\n"
     )
-    script = "import sys; sys.path.pop(0); from loralab.cli import main as cli; sys.exit(cli.run(sys.argv[1:]))"  # as a script has it
+    # as a script has it
+    script = "import sys; sys.path.pop(0); from loralab.cli.main import run; sys.exit(run(sys.argv[1:]))"
     words = ["train", "adapter._target_=plainly.A", "--cfg", "job", "-p", "adapter"]
     run = [sys.executable, "-c", script, *words]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
