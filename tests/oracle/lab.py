@@ -41,7 +41,7 @@ class Watch(Callback):
                 for name, module in trial.adapter.saved_modules():
                     trained |= {f"base_model.model.{name}.{key}": p.grad for key, p in module.named_parameters()}
                 grads = {name: None if grad is None else grad.clone() for name, grad in trained.items()}
-                self.seen[trial.settings.id, trial.step] = (
+                self.seen[trial.spec.id, trial.step] = (
                     [row for _, row in self.batch[index]["chosen"]],
                     values,
                     grads,

@@ -18,7 +18,8 @@ from loralab.planning.foresee import Foresight
 from loralab.planning.plan import predict_step
 from loralab.planning.trace import Geometry
 from loralab.quantization.four_bit import FourBit
-from loralab.running.runner import Runner, encoded_data
+from loralab.running.inputs import encoded_data
+from loralab.running.runner import Runner
 from loralab.training.trial import Trial
 
 

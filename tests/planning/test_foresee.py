@@ -14,7 +14,8 @@ from loralab.planning import foresee
 from loralab.planning.foresee import Foresight
 from loralab.planning.plan import GIB
 from loralab.records import record
-from loralab.running.runner import Runner, encoded_data
+from loralab.running.inputs import encoded_data
+from loralab.running.runner import Runner
 
 MIB = 2**20
 

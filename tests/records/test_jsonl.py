@@ -14,8 +14,8 @@ from loralab.records.jsonl import MetricsFile
 
 def test_rows_come_back_and_numbers_that_are_not_finite_are_null(tmp_path):
     file = MetricsFile(tmp_path / "deep" / "metrics.jsonl")
-    file.write(1, {"train/loss": 2.5})
-    file.write(2, {"train/loss": float("nan"), "x": float("inf")})
+    file.log(1, {"train/loss": 2.5})
+    file.log(2, {"train/loss": float("nan"), "x": float("inf")})
     rows = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert rows == [{"step": 1, "train/loss": 2.5}, {"step": 2, "train/loss": None, "x": None}]
 
@@ -25,7 +25,7 @@ def test_a_killed_process_loses_no_row(tmp_path):
     code = (
         "import sys, os, signal; from pathlib import Path; from loralab.records.jsonl import MetricsFile\n"
         "f = MetricsFile(Path(sys.argv[1]))\n"
-        "[f.write(i, {'a': 0.5}) for i in range(50)]\n"
+        "[f.log(i, {'a': 0.5}) for i in range(50)]\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)])

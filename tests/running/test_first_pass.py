@@ -323,7 +323,7 @@ def test_classes_of_one_name_share_neither_base_nor_data_nor_optimizer(make_spec
         heir = type(kind.__name__, (kind,), {"packable": True})
         own = vary(spec, **{field: heir(**vars(getattr(spec, field)))})
         assert repr(getattr(own, field)) == repr(getattr(spec, field))
-        assert own.shares != spec.shares
+        assert own.pack_key != spec.pack_key
     runner = Runner()
     halved = type("FourBit", (FourBit,), {"pack": lambda self, weight, bias: FourBit.pack(self, weight / 2, bias)})
     first = runner.run([vary(spec, id="first")])[0]

@@ -46,7 +46,7 @@ def passes(monkeypatch):
 
     def install(fails):
         def step(self, batches, index):
-            before = [(self.trials[i].settings.id, self.trials[i].step, own["micro"]) for i, own in batches.items()]
+            before = [(self.trials[i].spec.id, self.trials[i].step, own["micro"]) for i, own in batches.items()]
             if fails(self.trials, before):
                 raise OOM
             out = real(self, batches, index)

@@ -12,7 +12,8 @@ from loralab.errors import DataError
 from loralab.forward.metrics import SplitMetrics
 from loralab.optim.optimizers import AdamW
 from loralab.records import record
-from loralab.running.runner import Runner, _check_splits
+from loralab.running.inputs import check_splits
+from loralab.running.runner import Runner
 
 WILD = AdamW(lr=1e30)  # one update, and the base computes nothing finite any more
 
@@ -91,7 +92,7 @@ def test_figures_of_an_earlier_state_are_no_metrics_of_a_diverged_trial(make_spe
 
     def breaks(self, batches, index):
         if self.trials[0].step == 3:
-            self.trials[0].diverge("the training loss")
+            self.trials[0].fail_on_infinite("the training loss")
         return real(self, batches, index)
 
     monkeypatch.setattr(FineTuner, "training_step", breaks)
@@ -111,10 +112,10 @@ def test_one_batch_that_is_nan_is_not_left_out_of_the_mean():
 
 def test_a_split_without_a_target_is_a_data_error_and_no_divergence(make_spec):
     spec = make_spec()
-    encoded = Runner().encoded(spec)
+    encoded = Runner().inputs.rows(spec)
     tokens = {**encoded.tokens, "validation": {**encoded.tokens["validation"], "target_tokens": 0}}
     with pytest.raises(DataError, match=r"validation split of .* has not one token to predict; model.max_length=64"):
-        _check_splits(spec, replace(encoded, tokens=tokens))
+        check_splits(spec, replace(encoded, tokens=tokens))
 
 
 def test_a_test_metric_without_test_rows_is_refused_before_training(make_spec):

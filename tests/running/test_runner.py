@@ -151,8 +151,8 @@ def test_training_and_validation_leave_every_byte_of_the_base_alone(make_spec, m
     untouched = pretrained.load(spec.model, spec.quantization, tokenizer, labels)
     record = runner.run([spec])[0]
     assert record["status"] == "completed", record["error"]
-    assert digest(runner._base.model) == digest(untouched.model)
-    assert not any(p.requires_grad for p in runner._base.model.parameters())
+    assert digest(runner.inputs._base.model) == digest(untouched.model)
+    assert not any(p.requires_grad for p in runner.inputs._base.model.parameters())
     assert record["base"]["fingerprint"] == untouched.fingerprint
 
 
@@ -262,10 +262,10 @@ def test_a_fault_of_our_own_is_recorded_with_exit_code_1(make_spec, monkeypatch)
 
 
 def test_no_trial_is_a_configuration_error():
-    from loralab.running.runner import _check_pack
+    from loralab.running.runner import check_pack
 
     with pytest.raises(ConfigError, match="no trial"):
-        _check_pack([])
+        check_pack([])
 
 
 def test_the_record_counts_what_the_run_did(make_spec, make_data):

@@ -57,7 +57,7 @@ def stop(monkeypatch):
 
         def broken(self, batches, index):
             last = max(self.trials[i].step for i in batches)
-            micro = self.trials[0].settings.accumulate_grad_batches - 1
+            micro = self.trials[0].spec.trainer.accumulate_grad_batches - 1
             if left and last == step and next(iter(batches.values()))["micro"] == micro:
                 raise left.pop()
             return real(self, batches, index)

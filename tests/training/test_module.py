@@ -139,7 +139,7 @@ def test_gradient_checkpointing_changes_no_loss_and_really_recomputes(
         runner = Runner()
         record = runner.run([spec])[0]
         assert record["status"] == "completed", record["error"]
-    assert runner._base.model.is_gradient_checkpointing
+    assert runner.inputs._base.model.is_gradient_checkpointing
     assert curve(lean.folder) == pytest.approx(curve(plain.folder), rel=2e-6)
 
 
@@ -169,7 +169,7 @@ def test_a_stored_base_keeps_its_dropout_and_its_checkpointing_in_training(make_
         record = runner.run([spec])[0]
         assert record["status"] == "completed", record["error"]
         curves.append(curve(spec.folder))
-        assert runner._base.model.training
+        assert runner.inputs._base.model.training
     assert curves[0] != curves[1]
 
 

@@ -98,12 +98,12 @@ def test_dense_weights_that_are_kept_outlive_a_run_and_count_as_held(make_spec, 
     for name in ("one", "two"):
         (done,) = runner.run([make_spec(name, quantization=FourBit(dequantize="resident"))])
         assert done["status"] == "completed"
-        layers = [layer for layer in runner._base.model.modules() if isinstance(layer, FrozenLinear)]
+        layers = [layer for layer in runner.inputs._base.model.modules() if isinstance(layer, FrozenLinear)]
         kept.append([layer.resident.data_ptr() for layer in layers])
     assert kept[0] == kept[1]
-    dense = resident_bytes(runner._base.model)
+    dense = resident_bytes(runner.inputs._base.model)
     assert dense == sum(4 * layer.in_features * layer.out_features for layer in layers)
-    assert held == [0, runner._base.size.bytes + dense]
+    assert held == [0, runner.inputs._base.size.bytes + dense]
 
 
 def test_a_kept_weight_follows_neither_another_device_nor_a_stale_code():

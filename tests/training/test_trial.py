@@ -7,7 +7,8 @@ import torch
 
 from loralab.adapters.lora import LoRA
 from loralab.data.encoding import encode
-from loralab.training.trial import EvaluationPasses, TrainPasses, Trial, stack
+from loralab.training.passes import EvaluationPasses, TrainPasses, stack_batches
+from loralab.training.trial import Trial
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def make_trial(load_base, make_spec, make_data):
         spec = make_spec(name, data=data, **changes)
         encoded = encode(data.splits(), base.tokenizer, "causal_lm", 64)
         adapter = LoRA(r=2).attach(base.model, spec.seed)
-        return Trial(spec.settings(), adapter, encoded, "causal_lm", base.tokenizer.pad_token_id, {}, step=step)
+        return Trial(spec, adapter, encoded, base.tokenizer.pad_token_id, {}, step=step)
 
     return make
 
@@ -28,9 +29,9 @@ def ids(batch):
     return batch["tensors"]["input_ids"].tolist()
 
 
-def test_every_pass_of_a_window_knows_the_targets_of_the_whole_step(make_trial):
+def test_every_micro_batch_of_a_step_knows_the_targets_of_the_whole_step(make_trial):
     trial = make_trial(accumulate_grad_batches=3)
-    passes = list(trial.window())
+    passes = list(trial.data_cursor.step_batches())
     assert [batch["micro"] for batch in passes] == [0, 1, 2]
     total = sum(int((batch["tensors"]["labels"][:, 1:] != -100).sum()) for batch in passes)
     assert [batch["step_targets"] for batch in passes] == [total] * 3
@@ -39,19 +40,22 @@ def test_every_pass_of_a_window_knows_the_targets_of_the_whole_step(make_trial):
 
 def test_an_epoch_sees_every_row_once(make_trial):
     trial = make_trial(batch_size=5, kind="pairs")
-    seen = [row for _ in range(4) for batch in trial.window() for row in ids(batch)]
+    seen = [row for _ in range(4) for batch in trial.data_cursor.step_batches() for row in ids(batch)]
     assert sorted(seen) == sorted(list(example.input_ids) for example in trial.data.train)
 
 
 def test_a_trial_put_back_at_a_step_goes_on_with_the_same_rows_and_keys(make_trial):
     whole, later = make_trial("whole", kind="pairs"), make_trial("later", kind="pairs")
     for _ in range(9):  # 27 of 20 rows: past the end of an epoch
-        list(whole.window())
-        whole.step += 1
-    later.load_state_dict(json.loads(json.dumps({"step": 9, "tokens": 5})) | {"adapter": whole.adapter.state_dict()})
-    assert [ids(batch) for batch in later.window()] == [ids(batch) for batch in whole.window()]
-    assert later.key(0) == whole.key(0) != whole.key(1)
-    assert later.tokens == 5
+        list(whole.data_cursor.step_batches())
+        whole.tokens += 5
+        whole.finish_step()
+    state = whole.state_dict()
+    stored = json.loads(json.dumps({key: value for key, value in state.items() if key != "adapter"}))
+    later.load_state_dict(stored | {"adapter": state["adapter"]})
+    assert [ids(batch) for batch in later.data_cursor.step_batches()] == [ids(batch) for batch in whole.data_cursor.step_batches()]
+    assert later.dropout_key(0) == whole.dropout_key(0) != whole.dropout_key(1)
+    assert later.tokens == 45
 
 
 def test_a_checkpoint_of_other_layers_is_refused(make_trial, load_base):
@@ -81,9 +85,9 @@ def test_evaluation_passes_hold_each_row_once_for_each_trial(make_trial):
 
 def test_stacked_batches_are_padded_on_the_right_to_the_longest(make_trial):
     trials = [make_trial("a", batch_size=2, seed=3), make_trial("b", batch_size=4, seed=4)]
-    batches = {index: next(trial.window()) for index, trial in enumerate(trials)}
+    batches = {index: next(trial.data_cursor.step_batches()) for index, trial in enumerate(trials)}
     pad = trials[0].pad_token_id
-    inputs, labels = stack(batches, pad, torch.device("cpu"))
+    inputs, labels = stack_batches(batches, pad, torch.device("cpu"))
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == labels.shape
     lengths = [batch["tensors"]["input_ids"].shape[1] for batch in batches.values()]
     assert inputs["input_ids"].shape == (6, max(lengths))

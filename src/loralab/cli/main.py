@@ -106,7 +106,7 @@ def preview(overrides: list[str]) -> int:
     _messages_to_stderr()
     spec = trial_spec(compose(overrides), Path())
     from loralab.data.preview import preview as first_rows
-    from loralab.running.runner import encoded_data
+    from loralab.running.inputs import encoded_data
 
     spec.model.check()
     tokenizer = spec.model.load_tokenizer()

@@ -109,11 +109,12 @@ class Feed:
     stop: int
 
     @classmethod
-    def of(cls, settings: Any, examples: Sequence[Example], start: int = 0, stop: int | None = None) -> "Feed":
-        """Of a trial's settings, in their order; ``stop`` null: to the last step."""
-        last = settings.max_steps if stop is None else stop
-        micros = settings.accumulate_grad_batches
-        return cls(Rows.of(examples), settings.seed, settings.batch_size, micros, start, last)
+    def of(cls, spec: Any, examples: Sequence[Example], start: int = 0, stop: int | None = None) -> "Feed":
+        """Of a trial's spec, in its order; ``stop`` None: to the last step."""
+        trainer = spec.trainer
+        last = trainer.max_steps if stop is None else stop
+        micros = trainer.accumulate_grad_batches
+        return cls(Rows.of(examples), spec.seed, spec.data.batch_size, micros, start, last)
 
     def chosen(self) -> Numbers:
         """Rows of each pass, (steps, micros, batch_size)."""

@@ -17,14 +17,15 @@ from loralab.optim.optimizers import TORCH
 from loralab.planning.kept import kept
 from loralab.planning.plan import LONG, predict_step
 from loralab.planning.sizes import homogeneous_layers
-from loralab.planning.trace import Geometry, Planned, trace
+from loralab.planning.trace import Geometry, trace
+from loralab.training.specs import TrialSpec
 
 RANKS = (8, 32)  # that lines are drawn through
 
 Line = tuple[float, float]  # bytes at r: slope, intercept
 
 
-def peak(spec: Planned, geometry: Geometry) -> int:
+def peak(spec: TrialSpec, geometry: Geometry) -> int:
     """Bytes. Taken from the kept traces of this process and others where trials differ in rate, seed or rank alone."""
     key, on_disk = identity(spec), _ours(spec)
     if not _linear(spec):
@@ -41,13 +42,13 @@ def at(lines: Sequence[Line], r: int) -> int:
     return round(max(slope * r + intercept for slope, intercept in lines))
 
 
-def identity(spec: Planned) -> tuple[Any, ...]:
+def identity(spec: TrialSpec) -> tuple[Any, ...]:
     """All that a step's memory follows from, beside the adapter and what it is fed; not the rate, the seed, a path."""
     model, trainer, optimizer = spec.model, spec.trainer, spec.optimizer
     built = (type(model), model.task, model.dtype, model.gradient_checkpointing, model.attn_implementation)
     config = model._adjust(model.architecture(), None).to_json_string(use_diff=False)
     untied = model.config.get("tie_word_embeddings")
-    steps = (trainer.precision, trainer.val_check_interval is None, spec.settings().gradient_clip_val is None)
+    steps = (trainer.precision, trainer.val_check_interval is None, spec.trainer.gradient_clip_val is None)
     return (
         *built,
         str(model.dropout),
@@ -60,19 +61,19 @@ def identity(spec: Planned) -> tuple[Any, ...]:
     )
 
 
-def _ours(spec: Planned) -> bool:
+def _ours(spec: TrialSpec) -> bool:
     """Whether the package's source says all; a class of the user's own, or remote code, may change between runs."""
     kinds = (type(spec.model), type(spec.quantization), type(spec.adapter))
     return not spec.model.trust_remote_code and all(kind.__module__.startswith("loralab.") for kind in kinds)
 
 
-def _linear(spec: Planned) -> bool:
+def _linear(spec: TrialSpec) -> bool:
     if type(spec.adapter) is not LoRA or spec.adapter.rank_pattern or spec.optimizer.name not in (TORCH, "adamw_32bit"):
         return False
     return (homogeneous_layers([spec]) or 0) <= LONG
 
 
-def _lines(spec: Planned, geometry: Geometry) -> list[Line]:
+def _lines(spec: TrialSpec, geometry: Geometry) -> list[Line]:
     adapters = [dataclasses.replace(spec.adapter, r=r) for r in RANKS]  # type: ignore[type-var, call-arg]
     traced = [trace([dataclasses.replace(spec, adapter=one)], geometry) for one in adapters]  # type: ignore[type-var]
     low, high = (one.levels for one in traced)

@@ -34,7 +34,7 @@ class Foresight:
         """The plan of trials that have made ``start`` steps, for the heaviest pass that is still to come; None where
         there is none, or it could not be made."""
         by = _weighing(specs, device)
-        feeds = [Feed.of(one.settings(), own.train, start) for one, own in zip(specs, data, strict=True)]
+        feeds = [Feed.of(one, own.train, start) for one, own in zip(specs, data, strict=True)]
         found = heaviest(feeds, by)
         if not found:
             return None
@@ -45,7 +45,7 @@ class Foresight:
     def of(self, specs: list[Any], geometry: Geometry) -> Plan | None:
         """The plan of trials that are fed this; None where it could not be made."""
         fed = [(type(one.adapter), one.adapter, one.memory.spiky_every) for one in specs]
-        key = f"{fed} {specs[0].shares} {_unnumbered(geometry)}"
+        key = f"{fed} {specs[0].pack_key} {_unnumbered(geometry)}"
         return self._kept(key, specs, lambda: predict_step(specs, geometry))
 
     def _kept(self, key: str, specs: list[Any], make: Callable[[], Plan]) -> Plan | None:

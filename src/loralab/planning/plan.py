@@ -13,9 +13,10 @@ from loralab.errors import ConfigError, nearest
 from loralab.memory.budget import DEVICES
 from loralab.models import architecture
 from loralab.planning.sizes import homogeneous_layers, sizes
-from loralab.planning.trace import Geometry, Planned, trace
+from loralab.planning.trace import Geometry, trace
 from loralab.planning.tracker import PHASES, Segment
 from loralab.planning.workspace import held_workspaces
+from loralab.training.specs import TrialSpec
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GiB
@@ -46,7 +47,7 @@ class Plan:
 
 
 def predict(
-    spec: Planned | Sequence[Planned],
+    spec: TrialSpec | Sequence[TrialSpec],
     device: str = "cuda",
     rows: int | None = None,
     length: int | None = None,
@@ -60,7 +61,7 @@ def predict(
     positions that enter the loss; prompts and padding do not.
     """
     pack = list(spec) if isinstance(spec, Sequence) else [spec]
-    sizes = [rows or one.settings().batch_size for one in pack]
+    sizes = [rows or one.data.batch_size for one in pack]
     fed = tuple(_full(size, length or one.model.length, targets) for size, one in zip(sizes, pack, strict=True))
     micros = min(2, pack[0].trainer.accumulate_grad_batches)  # more of them keep nothing more
     ragged = sum(sizes) > 1 if ragged is None else ragged
@@ -71,7 +72,7 @@ def _full(rows: int, length: int, targets: float) -> Fed:
     return Fed((length,) * rows, (length,) * rows, max(1, round(targets * rows * length)))
 
 
-def predict_step(pack: Sequence[Planned], geometry: Geometry) -> Plan:
+def predict_step(pack: Sequence[TrialSpec], geometry: Geometry) -> Plan:
     """The plan of trials on one base whose step is fed ``geometry``."""
     layers = homogeneous_layers(pack)
     if layers is not None and layers > LONG:
@@ -145,7 +146,7 @@ def _line(short: int, long: int, layers: int) -> int:
 
 
 def estimate(
-    spec: Planned | Sequence[Planned], device: str = "cuda", rows: int | None = None, length: int | None = None
+    spec: TrialSpec | Sequence[TrialSpec], device: str = "cuda", rows: int | None = None, length: int | None = None
 ) -> int:
     """Peak bytes of the allocator by arithmetic: right within 5% for what is static, a guess for the activations.
 
@@ -156,7 +157,7 @@ def estimate(
     own = [sizes(one) for one in pack]
     each, mixed = own[0].dtype_bytes, pack[0].trainer.precision not in ("auto", "32-true")
     each = 2 if mixed else each
-    tokens = sum(rows or one.settings().batch_size for one in pack) * (length or model.length)
+    tokens = sum(rows or one.data.batch_size for one in pack) * (length or model.length)
     layers = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
     one_layer = tokens * 20.25 * config.hidden_size * each
     if each < 4 and not mixed:  # the adapters are float32, and keep their inputs so
@@ -171,7 +172,7 @@ def estimate(
     return int(own[0].base + trained + states + kept + logits + own[0].largest_layer * each) + constant
 
 
-def largest(spec: Planned, budget: float, what: str, device: str = "cuda") -> int:
+def largest(spec: TrialSpec, budget: float, what: str, device: str = "cuda") -> int:
     """The largest batch_size, max_length or r whose ``device_bytes`` stay within ``budget`` bytes; 0: none does.
 
     Bisection over ``predict``; every other time where a straight line through the last two would meet the budget.
@@ -198,14 +199,14 @@ def largest(spec: Planned, budget: float, what: str, device: str = "cuda") -> in
     return low
 
 
-def _ceiling(spec: Planned, what: str) -> int:
+def _ceiling(spec: TrialSpec, what: str) -> int:
     positions = architecture.positions(spec.model.architecture())
     return positions if what == "max_length" and positions else CEILING[what]
 
 
-def _present(spec: Planned, what: str) -> int:
+def _present(spec: TrialSpec, what: str) -> int:
     if what == "batch_size":
-        return spec.settings().batch_size
+        return spec.data.batch_size
     return spec.model.length if what == "max_length" else int(getattr(spec.adapter, "r", 1))
 
 

@@ -11,8 +11,8 @@ from loralab.adapters.base import Adapter
 from loralab.forward.prefix import stack
 from loralab.models import pretrained
 from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED
-from loralab.planning.trace import Planned
 from loralab.quantization.base import beyond, is_linear, linear_shape, name_out_of_reach, quantizable
+from loralab.training.specs import TrialSpec
 
 EIGHT_BIT_FROM = 4096  # elements; bitsandbytes keeps smaller states in 32 bits (min_8bit_size)
 EIGHT_BIT_BLOCK = 256  # states that share one float32 absmax
@@ -32,7 +32,7 @@ class Sizes:
     adapted_width: int  # input features of all adapted layers together
 
 
-def sizes(spec: Planned) -> Sizes:
+def sizes(spec: TrialSpec) -> Sizes:
     """Exact, but for code tables and rounding."""
     model = skeleton(spec.model)
     dtype = spec.model.dtype if spec.model.dtype != "auto" else "float32"
@@ -74,7 +74,7 @@ def _state(name: str, n: int, bytes_each: int) -> int:
     return 2 * (n + 4 * -(-n // EIGHT_BIT_BLOCK))
 
 
-def homogeneous_layers(specs: Sequence[Planned]) -> int | None:
+def homogeneous_layers(specs: Sequence[TrialSpec]) -> int | None:
     """How many layers the stack has, where all are alike to every trial of the pack; None where they are not."""
     model = skeleton(specs[0].model)
     config: Any = model.config
@@ -104,7 +104,7 @@ def _deltas(adapter: Adapter) -> list[tuple[str, tuple[Any, ...]]]:
     return [(name, tuple(tuple(p.shape) for p in part.parameters())) for name, part in parts]
 
 
-def _quantized(model: nn.Module, spec: Planned) -> list[str]:
+def _quantized(model: nn.Module, spec: TrialSpec) -> list[str]:
     return [] if spec.quantization.name == "none" else quantizable(model, spec.quantization)
 
 

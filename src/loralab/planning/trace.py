@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loralab.adapters.base import AdapterSpec
 from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError
 from loralab.forward import stacked
@@ -29,36 +28,20 @@ from loralab.forward.stacked import Way
 from loralab.forward.unpadded import prepare
 from loralab.models import pretrained
 from loralab.models.architecture import auto_class
-from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED, AdamW
+from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED
 from loralab.planning.faking import faked, quiet
 from loralab.planning.tracker import Segment, Tracker
 from loralab.planning.workspace import held_workspaces
-from loralab.quantization.base import Quantizer, quantizable
+from loralab.quantization.base import quantizable
 from loralab.quantization.kernels import bitsandbytes_ops
 from loralab.quantization.loading import replace
 from loralab.training.module import FineTuner
-from loralab.training.trainer import TrainerSpec
-from loralab.training.trial import Settings, Trial
+from loralab.training.specs import TrialSpec
+from loralab.training.trial import Trial
 
 log = logging.getLogger(__name__)
 
 CUDA_BLOCK = 512  # bytes every block of CUDA's caching allocator is a multiple of (c10/cuda/CUDACachingAllocator)
-
-
-class Planned(Protocol):
-    """What a trial's spec must have to be planned."""
-
-    @property
-    def model(self) -> pretrained.Pretrained: ...
-    @property
-    def quantization(self) -> Quantizer: ...
-    @property
-    def adapter(self) -> AdapterSpec: ...
-    @property
-    def optimizer(self) -> AdamW: ...
-    @property
-    def trainer(self) -> TrainerSpec: ...
-    def settings(self) -> Settings: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,7 @@ class Traced:
     levels: NDArray[np.int64]  # bytes alive in each moment of these
 
 
-def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = None) -> Traced:
+def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = None) -> Traced:
     """One pack on one base. ``layers``: as if the stack had that many.
 
     What the first step leaves behind, gradients and optimizer state, is made without tracing that step, unless it
@@ -120,7 +103,7 @@ def trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None = Non
     return traced
 
 
-def _trace(specs: Sequence[Planned], geometry: Geometry, layers: int | None, whole: bool) -> Traced | None:
+def _trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None, whole: bool) -> Traced | None:
     spec = specs[0].model
     new: Any = set()
     vocabulary = 0
@@ -155,7 +138,7 @@ def build(spec: pretrained.Pretrained, layers: int | None) -> nn.Module:
 class _Step:
     """A pack on its base, and the training step."""
 
-    def __init__(self, tracker: Tracker, model: nn.Module, specs: Sequence[Planned], geometry: Geometry) -> None:
+    def __init__(self, tracker: Tracker, model: nn.Module, specs: Sequence[TrialSpec], geometry: Geometry) -> None:
         self.tracker, self.model, self.geometry = tracker, model, geometry
         self.spec, self.phase = specs[0], ""
         self.plugin = precision(self.spec.trainer.precision)
@@ -217,12 +200,12 @@ class _Step:
                 layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
             replace(self.model, {id(layer): quantizer.convert(layer, name)})
 
-    def _trial(self, spec: Planned) -> Trial:
-        settings, optimizer = spec.settings(), spec.optimizer
-        twin = dataclasses.replace(optimizer, name=UNPAGED.get(optimizer.name, optimizer.name))
-        adapter = spec.adapter.attach(self.model, settings.seed)
+    def _trial(self, spec: TrialSpec) -> Trial:
+        optimizer = spec.optimizer
+        unpaged = dataclasses.replace(optimizer, name=UNPAGED.get(optimizer.name, optimizer.name))
+        adapter = spec.adapter.attach(self.model, spec.seed)
         data: Any = SimpleNamespace(train=[0])
-        return Trial(dataclasses.replace(settings, optimizer=twin), adapter, data, spec.model.task, 0, {})
+        return Trial(dataclasses.replace(spec, optimizer=unpaged), adapter, data, 0, {})
 
     def _optimizer(self) -> Any:
         optimizer = self.module.configure_optimizers()["optimizer"]

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class MetricsFile:
         except OSError as error:
             raise DiskError(f"{path} cannot be written: {error.strerror or error}") from error
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
         row = {"step": step, **{key: _plain(value) for key, value in values.items()}}
         try:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -40,7 +40,13 @@ class MetricsFile:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """The record holds them."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """The record holds it."""
+
+    def finish(self, exit_code: int) -> None:
         self._file.close()
 
 

@@ -4,7 +4,7 @@ import logging
 import netrc
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,16 @@ class Mirror:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._try(lambda run: run.log({"trainer/global_step": step, **values}))
 
-    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    def sync(self) -> None:
+        """W&B flushes by itself, every second."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Rows that W&B's dashboards can sort and plot."""
 
         def add(run: Any) -> None:
             import wandb
 
-            run.log({name: wandb.Table(columns=columns, data=rows)})
+            run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
         self._try(add)
 

@@ -214,7 +214,7 @@ def _check_rows(spec: "TrialSpec", runner: Any) -> None:
     if spec.data.from_base:
         return
     try:
-        runner.encoded(spec)
+        runner.inputs.rows(spec)
     except (DataError, ConfigError):
         raise
     except Exception:  # told by the run itself

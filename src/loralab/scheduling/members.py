@@ -26,15 +26,15 @@ class Members:
         train = data.tokens["train"]
         length = train["tokens"] / max(1, train["rows"])
         # ending together: a record is written when its pack ends
-        shares = (*spec.shares, spec.trainer.max_steps, spec.trainer.test, spec.data.generate_rows > 0)
+        pack_key = (*spec.pack_key, spec.trainer.max_steps, spec.trainer.test, spec.data.generate_rows > 0)
         # one that needs padding would bring it to the others, whose dropout masks it changes
-        shares = (*shares, spec.adapter.tokenwise)
+        pack_key = (*pack_key, spec.adapter.tokenwise)
         base, own = self._cost(spec, max(2, train["longest"]))
-        return Member(spec.id, shares, round(spec.data.batch_size * length), alone(spec), base, own)
+        return Member(spec.id, pack_key, round(spec.data.batch_size * length), alone(spec), base, own)
 
     def _cost(self, spec: TrialSpec, length: int) -> tuple[int, int]:
         """(bytes of the base, counted once a pack; bytes that each such trial adds). (0, 0) where nobody can say."""
-        key = (spec.shares, type(spec.adapter), repr(spec.adapter), spec.data.batch_size, length)
+        key = (spec.pack_key, type(spec.adapter), repr(spec.adapter), spec.data.batch_size, length)
         if key not in self._costs:
             device = spec.trainer.device
             try:

@@ -180,7 +180,7 @@ class Jobs:
             try:
                 spec = job.spec()
                 device = spec.trainer.device
-                members.append(make(spec, self.runner.encoded(spec)))
+                members.append(make(spec, self.runner.inputs.rows(spec)))
             except LoralabError:  # told when its turn comes
                 continue
             if memory_budget is not None and (refused := refusal(members[-1], device, memory_budget)):
@@ -232,7 +232,7 @@ class Jobs:
         device = specs[0][0].trainer.device
         try:
             largest = max(specs, key=lambda pack: estimate(pack, device))
-            plan = self.runner.foresight.plan(largest, [self.runner.encoded(one) for one in largest], device)
+            plan = self.runner.foresight.plan(largest, [self.runner.inputs.rows(one) for one in largest], device)
         except LoralabError:  # one of them cannot run: told when its turn comes
             return
         if plan is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 WORTH = 60.0  # seconds of training that are worth a file at its end
 
 
@@ -44,18 +44,18 @@ class Checkpoint(Callback):
         self.minutes, self.every_n_steps = minutes, every_n_steps
         self.excluded_s = 0.0  # of writing, which is no training
         self._written: dict[str, int] = {}  # {trial: step}
-        self._told: dict[str, int] = {}  # {trial: the last step whose rows are all in metrics.jsonl}
+        self._logged: dict[str, int] = {}  # {trial: the last step whose rows are all in metrics.jsonl}
         self._since = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.monotonic()
         module: Any = pl_module
-        self._written = {trial.settings.id: trial.step for trial in module.trials}
+        self._written = {trial.spec.id: trial.step for trial in module.trials}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         module: Any = pl_module
-        self._told = {trial.settings.id: trial.step for trial in module.trials}
-        behind = max(step - self._written[name] for name, step in self._told.items())
+        self._logged = {trial.spec.id: trial.step for trial in module.trials}
+        behind = max(step - self._written[name] for name, step in self._logged.items())
         timely = self.minutes is not None and time.monotonic() - self._since >= 60 * self.minutes
         if behind and (timely or (self.every_n_steps is not None and behind >= self.every_n_steps)):
             self._write(trainer, module.trials)
@@ -77,14 +77,14 @@ class Checkpoint(Callback):
     def _write(self, trainer: Trainer, trials: list["Trial"]) -> None:
         begun = time.monotonic()
         for index, trial in enumerate(trials):
-            name = trial.settings.id
+            name = trial.spec.id
             before = self._written.get(name, trial.step)
-            if trial.failure is not None or trial.step == before or trial.step != self._told.get(name):
+            if trial.failure is not None or trial.step == before or trial.step != self._logged.get(name):
                 continue
             self._written[name] = trial.step
             try:
                 state = state_of(trainer.optimizers[0], index)
-                if trial.in_step(state):
+                if trial.is_in_step(state):
                     write(trial, state)
             except Exception as error:  # training has not failed, and an interruption shall stay one
                 log.warning("%s has no checkpoint at step %d: %s", name, trial.step, " ".join(str(error).split())[:200])
@@ -103,10 +103,10 @@ def path(folder: Path) -> Path:
 
 def write(trial: "Trial", optimizer: State) -> None:
     """The trial's state in place of the one before; a reader sees one or the other. Raises OSError, RuntimeError."""
-    target = path(trial.settings.folder)
+    target = path(trial.spec.folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
-    trial.sync()
+    trial.sync_loggers()
     state = {**trial.state_dict(), "optimizer": optimizer}
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -121,7 +121,7 @@ def write(trial: "Trial", optimizer: State) -> None:
 
 def resume(trial: "Trial") -> bool:
     """Takes up what ``trial``'s folder holds of the same trial on the same base and rows; whether it does."""
-    source = path(trial.settings.folder)
+    source = path(trial.spec.folder)
     if not source.is_file():
         return False
     try:
@@ -139,7 +139,7 @@ def resume(trial: "Trial") -> bool:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         log.warning("%s cannot be used (%s): the trial begins anew", source, reason)
         return False
-    log.info("%s goes on from step %d of %d", trial.settings.id, trial.step, trial.settings.max_steps)
+    log.info("%s goes on from step %d of %d", trial.spec.id, trial.step, trial.max_steps)
     return True
 
 
@@ -171,4 +171,4 @@ def _made_on(trial: "Trial") -> dict[str, str]:
     found = {"base": base["fingerprint"], "data": data["fingerprint"], "tokenizer": data["tokenizer"]}
     if code := trial.record["code"]["sources"]:
         found["code"] = sorted(code.items())
-    return {"trial": trial.settings.id, **{what: str(fingerprint) for what, fingerprint in found.items()}}
+    return {"trial": trial.spec.id, **{what: str(fingerprint) for what, fingerprint in found.items()}}

@@ -17,7 +17,8 @@ from loralab.adapters.perturbed import moderate, perturbed
 from loralab.adapters.sites import NotPackable
 from loralab.errors import ConfigError
 from loralab.forward.dropout import base_dropout, why_alone
-from loralab.training.trial import Trial, padded_alike
+from loralab.training.passes import padded_alike
+from loralab.training.trial import Trial
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ class FirstBatch(Callback):
         config: Any = module.model.config
         if why := why_alone(config, config._attn_implementation):
             raise NotPackable(why)
-        batches = padded_alike({i: one.peek() for i, one in enumerate(trials) if one.alive}, trials[0].pad_token_id)
+        batches = padded_alike(
+            {i: one.next_batch() for i, one in enumerate(trials) if one.alive}, trials[0].pad_token_id
+        )
         device = module.device
         forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with torch.no_grad(), forked, trainer.precision_plugin.train_step_context():
@@ -54,7 +57,7 @@ class FirstBatch(Callback):
                     else ""
                 )
                 raise NotPackable(
-                    f"the base mixes rows{drawn}: the first batch of trial {trials[index].settings.id} has a loss of "
+                    f"the base mixes rows{drawn}: the first batch of trial {trials[index].spec.id} has a loss of "
                     f"{packed[index]:.6g} beside the others and {loss:.6g} alone"
                 )
 
@@ -121,7 +124,7 @@ def _name_uncalled(trial: Trial, model: str) -> None:
     log.warning(
         "%s: the first pass called %d of the %d adapted layers not at all, and nothing trains them unless a later one "
         "does: %s",
-        *(trial.settings.id, len(missing), len(all_of_them), names),
+        *(trial.spec.id, len(missing), len(all_of_them), names),
     )
 
 
@@ -139,7 +142,7 @@ def _name_unreached(trial: Trial) -> None:
         log.warning(
             "%s: no gradient reached %d of the adapter's %d parameters in the first step, and nothing trains them "
             "unless a later one does: %s",
-            *(trial.settings.id, len(names), len(given), _some(names)),
+            *(trial.spec.id, len(names), len(given), _some(names)),
         )
 
 

@@ -20,7 +20,9 @@ from loralab.forward.prefix import Prefix
 from loralab.forward.stacked import Forward
 from loralab.optim.optimizers import restore
 from loralab.quantization.sequences import decoder_input_ids
-from loralab.training.trial import Batch, Trial, stack
+from loralab.training.cursor import Batch
+from loralab.training.passes import stack_batches
+from loralab.training.trial import Trial
 
 SPLITS = {"val": "validation", "test": "test"}  # by the prefix of their metrics
 
@@ -44,9 +46,11 @@ class FineTuner(LightningModule):
 
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
-        inputs, labels = stack(batches, self.trials[0].pad_token_id, self.device)
+        inputs, labels = stack_batches(batches, self.trials[0].pad_token_id, self.device)
         shares = [
-            Share(self.trials[i].adapter, batch["rows"], self.trials[i].key(batch["micro"]) if training else None)
+            Share(
+                self.trials[i].adapter, batch["rows"], self.trials[i].dropout_key(batch["micro"]) if training else None
+            )
             for i, batch in batches.items()
         ]
         if training:
@@ -56,6 +60,9 @@ class FineTuner(LightningModule):
             inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
         scores = self.forward_pass(inputs, labels, shares, lambda given: self.prefix.shared(given, batches))
         return dict(zip(batches, scores, strict=True))
+
+    def _share(self, trial: Trial, batch: Batch, training: bool) -> Share:
+        return Share(trial.adapter, batch["rows"], trial.dropout_key(batch["micro"]) if training else None)
 
     def training_step(self, batches: dict[int, Batch], batch_idx: int) -> Tensor | None:
         """Sum over trials of nll / target tokens of the whole optimizer step."""
@@ -67,7 +74,7 @@ class FineTuner(LightningModule):
             loss = loss_sum / max(1, batch["step_targets"])
             value = float(loss.detach())  # one device-to-host synchronization a trial and pass
             if value != value or value in (float("inf"), float("-inf")):
-                trial.diverge("the training loss")
+                trial.fail_on_infinite("the training loss")
                 continue
             trial.tokens += batch["tokens"]
             self._running[index] = self._running.get(index, 0.0) + value
@@ -88,12 +95,12 @@ class FineTuner(LightningModule):
         for index, trial in enumerate(self.trials):
             parameters = [p for p in trial.adapter.parameters() if p.grad is not None]
             if trial.failure is None and parameters:
-                bound = trial.settings.gradient_clip_val or float("inf")
+                bound = trial.spec.trainer.gradient_clip_val or float("inf")
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
                 if not norm < float("inf"):
-                    trial.diverge("the gradient")
+                    trial.fail_on_infinite("the gradient")
                 elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
-                    trial.vanish()
+                    trial.fail_on_zero_gradient()
                 self._norms[index] = norm
             if trial.failure is not None:
                 for parameter in parameters:
@@ -113,10 +120,10 @@ class FineTuner(LightningModule):
         for index, loss in self._running.items():
             trial = self.trials[index]
             if trial.failure is None:
-                trial.advance()
-                if trial.step % trial.settings.log_every_n_steps == 0 or not trial.alive:
+                trial.finish_step()
+                if trial.step % trial.spec.trainer.log_every_n_steps == 0 or not trial.alive:
                     norm = self._norms.get(index, 0.0)
-                    trial.report({"train/loss": loss, "train/lr": rates[index], "train/grad_norm": norm})
+                    trial.log({"train/loss": loss, "train/lr": rates[index], "train/grad_norm": norm})
         self._last = dict(self._running) or self._last
         self._running = {}
         self.log("loss", sum(self._last.values()) / max(1, len(self._last)), prog_bar=True, logger=False)
@@ -137,14 +144,10 @@ class FineTuner(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for trial, scores in zip(self.trials, self._scores, strict=True):
-            again = self.split == "val" and trial.validated == trial.step  # one that has ended
-            if trial.failure is None and not again and len(getattr(trial.data, SPLITS[self.split])):
+            again = self.split == "val" and trial.last_validated_step == trial.step  # one that has ended
+            if trial.failure is None and not again and len(trial.data[SPLITS[self.split]]):
                 values = scores.compute(self.split)
-                trial.scored(values)
-                if self.split == "val":
-                    trial.validated = trial.step
-                    if trial.failure is None and trial.settings.metric in values:
-                        trial.judge(values[trial.settings.metric])
+                (trial.validated if self.split == "val" else trial.score)(values)
                 if len(self.trials) == 1:  # for Lightning's own callbacks, which know no packs
                     self.log_dict(values, logger=False)
         if not any(trial.alive for trial in self.trials):
@@ -153,19 +156,16 @@ class FineTuner(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer, a parameter group and a schedule for each trial, each where its trial stands."""
-        settings = [trial.settings for trial in self.trials]
-        names = {one.optimizer.name for one in settings}
+        specs = [trial.spec.optimizer for trial in self.trials]
+        names = {spec.name for spec in specs}
         if len(names) > 1:
             raise ConfigError(f"trials of one pack share their optimizer class, got {sorted(names)}")
-        groups = [
-            one.optimizer.group(list(trial.adapter.parameters()))
-            for one, trial in zip(settings, self.trials, strict=True)
-        ]
-        optimizer = settings[0].optimizer.build(groups)
+        groups = [spec.group(list(trial.adapter.parameters())) for spec, trial in zip(specs, self.trials, strict=True)]
+        optimizer = specs[0].build(groups)
         restore(optimizer, [trial.optimizer_state for trial in self.trials])
         for trial in self.trials:
             trial.optimizer_state = {}
-        schedule = LambdaLR(optimizer, [trial.factor() for trial in self.trials])
+        schedule = LambdaLR(optimizer, [trial.schedule_factor() for trial in self.trials])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -177,7 +177,7 @@ class FineTuner(LightningModule):
         under_way = self._under_way
         for trial in self.trials:
             if trial.failure is None:
-                trial.report(values, under_way)
+                trial.log(values, under_way)
 
     @property
     def _under_way(self) -> bool:
@@ -189,14 +189,16 @@ class FineTuner(LightningModule):
         """Of the steps that will surely be made, the one with the heaviest pass; None where no step is left."""
         interval, micros = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
         steps = interval // micros if isinstance(interval, int) else 0
-        feeds = [Feed.of(one.settings, one.data.train, one.step, one.sure(steps)) for one in self.trials if one.alive]
+        feeds = [
+            Feed.of(one.spec, one.data.train, one.step, one.certain_steps(steps)) for one in self.trials if one.alive
+        ]
         found = heaviest(feeds, self.weighing)
         return found[0].step if found else None
 
     def heaviest_evaluation(self) -> int | None:
         """The number of the heaviest pass over the split that is scored next."""
         split = "validation" if self.split == "val" else self.split
-        parts = [(t.data[split], t.settings.batch_size) for t in self.trials if t.failure is None]
+        parts = [(t.data[split], t.spec.data.batch_size) for t in self.trials if t.failure is None]
         found = heaviest_evaluation(parts, self.weighing)
         return None if found is None else found[0]
 
@@ -219,7 +221,7 @@ class FineTuner(LightningModule):
         """Where the pack stands, for progress lines."""
         return {
             "step": max(trial.step for trial in self.trials),
-            "steps": max(trial.settings.max_steps for trial in self.trials),
+            "steps": max(trial.max_steps for trial in self.trials),
             "loss": sum(self._last.values()) / max(1, len(self._last)),
             "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "tokens": sum(trial.tokens for trial in self.trials),

@@ -15,7 +15,6 @@ from loralab.quantization.base import Quantizer
 from loralab.records import sources
 from loralab.records.wandb import Wandb
 from loralab.training.trainer import TrainerSpec
-from loralab.training.trial import Settings
 
 
 @dataclass(frozen=True)
@@ -43,31 +42,13 @@ class TrialSpec:
     choices: dict[str, str] = field(default_factory=dict)
     sweep: str | None = None
 
-    def settings(self) -> Settings:
-        """What the trial may differ in from others of its pack."""
-        return Settings(
-            id=self.id,
-            folder=self.folder,
-            seed=self.seed,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            max_steps=self.trainer.max_steps,
-            batch_size=self.data.batch_size,
-            gradient_clip_val=self.trainer.gradient_clip_val,
-            accumulate_grad_batches=self.trainer.accumulate_grad_batches,
-            log_every_n_steps=self.trainer.log_every_n_steps,
-            patience=self.trainer.patience,
-            metric=self.metric,
-            metric_mode=self.metric_mode,
-        )
-
     def sources(self) -> dict[str, str]:
         """{module: fingerprint} of the classes among what decides the result that are not loralab's."""
         parts = (self.model, self.quantization, self.adapter, self.data, self.optimizer, self.schedule, self.trainer)
         return sources.of(map(type, parts))
 
     @property
-    def shares(self) -> tuple[Any, ...]:
+    def pack_key(self) -> tuple[Any, ...]:
         """What the trials of one pack must agree in."""
         spec = self.trainer
         kinds = (self.model, self.quantization, self.optimizer, self.data, spec)

@@ -1,335 +1,214 @@
-"""A trial: its settings and keys, its step, its adapter, its data stream, its metrics and its record."""
+"""One trial under way: its spec, its adapter, its place in the data, its scores and its record."""
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from loralab.adapters.base import Adapter
 from loralab.adapters.sites import mix
-from loralab.data.batches import Stream, collate
 from loralab.data.encoding import Encoded
 from loralab.errors import DivergedError, LoralabError
-from loralab.optim.optimizers import AdamW, Schedule, State
+from loralab.optim.optimizers import State
 from loralab.records import record
 from loralab.records.jsonl import MetricsFile
-from loralab.records.wandb import Mirror
+from loralab.records.metric_logger import MetricLogger
+from loralab.training.cursor import Batch, DataCursor
+from loralab.training.early_stopping import EarlyStopping
+from loralab.training.specs import TrialSpec
 
 log = logging.getLogger(__name__)
-
-Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a trial may differ in from the others of its pack."""
-
-    id: str
-    folder: Path
-    seed: int
-    optimizer: AdamW
-    schedule: Schedule
-    max_steps: int
-    batch_size: int
-    gradient_clip_val: float | None
-    accumulate_grad_batches: int = 1
-    log_every_n_steps: int = 1
-    patience: int | None = None  # validations without a better metric after which the trial ends
-    metric: str = "val/loss"
-    metric_mode: str = "min"
 
 
 @dataclass
 class Trial:
-    """One run of the experiment, alone on the base or beside others."""
+    """One run of the experiment, alone on the base or beside others. Its fit changes it, step by step."""
 
-    settings: Settings
+    spec: TrialSpec
     adapter: Adapter
     data: Encoded
-    task: str
     pad_token_id: int
     record: dict[str, Any]
-    step: int = 0
+    step: int = 0  # finished optimizer steps
     tokens: int = 0  # seen in training, padding not counted
     failure: LoralabError | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    sinks: list[Any] = field(default_factory=list)
-    validated: int = -1  # the step of the last validation
-    seconds: float = 0.0  # of training, in all its fits
-    untimed: int = 0  # tokens of steps that no timing counts
+    loggers: list[MetricLogger] = field(default_factory=list)
+    last_validated_step: int = -1
+    last_logged_step: int = -1  # rows up to it are in metrics.jsonl already
+    train_seconds: float = 0.0  # of all its fits
+    untimed_tokens: int = 0  # of steps that no timing counts
     optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
-    told: int = -1  # rows up to this step are in metrics.jsonl already
-    best: float | None = None  # the metric's best value in a validation
-    waited: int = 0  # validations since then
-    judged: int = -1  # the step of the last one
 
     def __post_init__(self) -> None:
-        self._place()
-        self.started = time.monotonic()
+        trainer = self.spec.trainer
+        self.early_stopping = EarlyStopping(trainer.patience, self.spec.metric_mode)
+        self.data_cursor = DataCursor(
+            self.data,
+            self.task,
+            self.pad_token_id,
+            self.spec.seed,
+            self.spec.data.batch_size,
+            trainer.accumulate_grad_batches,
+        )
+        self._reset_cursor()
 
-    def _place(self) -> None:
-        """What is not finished is forgotten."""
-        self.stream, self._finished_tokens = self._stream(), self.tokens
+    def _reset_cursor(self) -> None:
+        """Back to where the last finished step left the data."""
+        self.data_cursor.seek(self.step)
+        self._finished_tokens = self.tokens
 
-    def _stream(self) -> Stream:
-        """The data where the last finished step left it."""
-        size = self.settings.batch_size * self.settings.accumulate_grad_batches
-        return Stream(len(self.data.train), self.settings.seed, position=self.step * size)
+    @property
+    def task(self) -> str:
+        return self.spec.model.task
 
-    def peek(self) -> Batch:
-        """The first micro-batch of the next step, not taken."""
-        batch = self._batch(self.data.train, self._stream().take(self.settings.batch_size))
-        return {**batch, "step_targets": batch["target_tokens"], "micro": 0}
+    @property
+    def max_steps(self) -> int:
+        return self.spec.trainer.max_steps
 
     @property
     def alive(self) -> bool:
         """Whether it still trains."""
-        return self.failure is None and not self.stopped and self.step < self.settings.max_steps
+        return self.failure is None and not self.early_stopping.stopped and self.step < self.max_steps
 
-    @property
-    def stopped(self) -> bool:
-        """Whether it has lost its patience."""
-        return self.settings.patience is not None and self.waited >= self.settings.patience
+    def next_batch(self) -> Batch:
+        """The first micro-batch of the next step, not taken."""
+        return self.data_cursor.peek(self.step)
 
-    def sure(self, interval: int) -> int:
-        """The step up to which it trains whatever the validations, one every ``interval`` steps, say; its last one
-        where it is patient."""
-        patience = self.settings.patience
-        if patience is None or not interval:
-            return self.settings.max_steps
-        left = patience + 1 if self.best is None else patience - self.waited
-        return min(self.settings.max_steps, (self.step // interval + left) * interval)
+    def dropout_key(self, micro: int) -> int:
+        """What decides every dropout mask of one pass of this trial."""
+        return mix(self.spec.seed, self.step, micro)
 
-    def judge(self, value: float) -> None:
-        """Takes note of the metric in a validation, from which early stopping follows."""
-        mine = self.settings
-        if self.judged == self.step:  # before a run was continued
-            return
-        self.judged = self.step
-        first = self.best is None or self.best != self.best
-        if first or (value < self.best if mine.metric_mode == "min" else value > self.best):  # type: ignore[operator]
-            self.best, self.waited = value, 0
-            return
-        self.waited += 1
-        if mine.patience == self.waited and self.step < mine.max_steps:
-            text = "%s ends at step %d: %s has not been better than %.4g in %d validation%s"
-            log.info(text, mine.id, self.step, mine.metric, self.best, self.waited, "s" * (self.waited > 1))
+    def certain_steps(self, interval: int) -> int:
+        """The step that it reaches whatever its validations, one every ``interval`` steps, give."""
+        return self.early_stopping.certain_steps(self.step, interval, self.max_steps)
 
-    def advance(self) -> None:
-        """An optimizer step is finished."""
+    def schedule_factor(self) -> Callable[[int], float]:
+        """The schedule over the steps that a fit from here will make."""
+        factor, start = self.spec.schedule.factor(self.max_steps), self.step
+        return lambda done: factor(start + done)
+
+    def finish_step(self) -> None:
+        """Counts an optimizer step."""
         self.step += 1
         self._finished_tokens = self.tokens
-
-    def factor(self) -> Callable[[int], float]:
-        """The schedule over the steps that a fit from here will make."""
-        at, start = self.settings.schedule.factor(self.settings.max_steps), self.step
-        return lambda done: at(start + done)
 
     def rewind(self, state: State | None) -> bool:
         """Back to the end of the last finished step, after a fit that broke off; ``state``: its optimizer's.
 
         False where the update itself was cut short: some parameters or moments are a step ahead, or ``state`` could
-        not be kept.
+        not be kept (None).
         """
         self.tokens = self._finished_tokens
-        self._place()
+        self._reset_cursor()
         for parameter in self.adapter.parameters():
             parameter.grad = None
         self.optimizer_state = (state or {}) if self.step else {}
         if not self.alive:
             return True
-        return self.in_step(state or {}) and (state is not None or not self.step)
+        return self.is_in_step(state or {}) and (state is not None or not self.step)
 
-    def in_step(self, state: State) -> bool:
+    def is_in_step(self, state: State) -> bool:
         """Whether an optimizer's state is that of the last finished step: an update may be cut short."""
-        return all(int(one.get("step", 0)) <= self.step for one in state.values())
+        return all(int(moments.get("step", 0)) <= self.step for moments in state.values())
 
     def restart(self, adapter: Adapter) -> None:
         """From the first step on, with an adapter drawn anew; rows that were written are not written again."""
-        self.adapter, self.told = adapter, max(self.told, self.step)
+        self.adapter, self.last_logged_step = adapter, max(self.last_logged_step, self.step)
         self.step = self.tokens = 0
-        self.optimizer_state, self.validated, self.metrics = {}, -1, {}
-        self.best, self.waited, self.judged = None, 0, -1
-        self._place()
+        self.optimizer_state, self.last_validated_step, self.metrics = {}, -1, {}
+        self.early_stopping.reset()
+        self._reset_cursor()
 
-    def key(self, micro: int) -> int:
-        """What decides every dropout mask of one pass of this trial."""
-        return mix(self.settings.seed, self.step, micro)
-
-    def window(self) -> Iterator[Batch]:
-        """The micro-batches of the next optimizer step, each knowing the target tokens of the whole step."""
-        size, micros = self.settings.batch_size, self.settings.accumulate_grad_batches
-        chosen = self.stream.take(size * micros)
-        batches = [self._batch(self.data.train, chosen[i * size : (i + 1) * size]) for i in range(micros)]
-        targets = sum(batch["target_tokens"] for batch in batches)
-        for micro, batch in enumerate(batches):
-            yield {**batch, "step_targets": targets, "micro": micro}
-
-    def evaluation_batches(self, split: str) -> Iterator[Batch]:
-        """The whole split in its own order."""
-        examples = getattr(self.data, split)
-        for start in range(0, len(examples), self.settings.batch_size):
-            stop = min(start + self.settings.batch_size, len(examples))
-            yield self._batch(examples, list(range(start, stop)))
-
-    def _batch(self, examples: Any, chosen: list[int]) -> Batch:
-        tensors = collate([examples[i] for i in chosen], self.task, self.pad_token_id)
-        labels = tensors["labels"]
-        shifted = labels[:, 1:] if self.task == "causal_lm" else labels
-        return {
-            "tensors": tensors,
-            "rows": len(chosen),
-            "chosen": [(id(examples), row) for row in chosen],  # what tells equal rows of several trials
-            "target_tokens": int((shifted != -100).sum()) if not labels.is_floating_point() else len(chosen),
-            "tokens": int(tensors["attention_mask"].sum()),
-        }
-
-    def fail(self, error: LoralabError) -> None:
-        """Takes the trial out of the pack; the others go on."""
-        self.failure = self.failure or error
-
-    def diverge(self, what: str) -> None:
-        self.fail(
-            DivergedError(
-                f"{what} is not finite at step {self.step + 1} (lr {self.settings.optimizer.lr:g}): a lower "
-                "optimizer.lr, a warm-up or gradient clipping may help"
-            )
-        )
-
-    def scored(self, values: Mapping[str, float]) -> None:
-        """Takes what a split was scored by. A loss, or the metric, that is not finite is no result: the trial ends."""
+    def score(self, values: Mapping[str, float]) -> None:
+        """Takes the scores of a split. A loss, or the metric, that is not finite is no result: the trial fails."""
         self.metrics.update(values)
-        self.report(values)
-        watched = [key for key in values if key.endswith("/loss") or key == self.settings.metric]
+        self.log(values)
+        watched = [key for key in values if key.endswith("/loss") or key == self.spec.metric]
         if lost := next((key for key in watched if not math.isfinite(values[key])), None):
-            why = (
-                f"a lower optimizer.lr (now {self.settings.optimizer.lr:g}), a warm-up or gradient clipping may help"
+            advice = (
+                f"a lower optimizer.lr (now {self.spec.optimizer.lr:g}), a warm-up or gradient clipping may help"
                 if self.step
                 else "nothing was trained yet, so the base itself gives it: another model.dtype or trainer.precision,"
                 " or other rows may help"
             )
-            self.fail(DivergedError(f"{lost} is {values[lost]:g} after step {self.step}: {why}"))
+            self.fail(DivergedError(f"{lost} is {values[lost]:g} after step {self.step}: {advice}"))
 
-    def vanish(self) -> None:
+    def validated(self, values: Mapping[str, float]) -> None:
+        """Takes the scores of a validation, from which early stopping follows."""
+        self.score(values)
+        self.last_validated_step = self.step
+        if self.failure is not None or self.spec.metric not in values:
+            return
+        stopping = self.early_stopping
+        if stopping.score(values[self.spec.metric], self.step) and self.step < self.max_steps:
+            log.info(
+                "%s ends at step %d: %s has not been better than %.4g in %d validation%s",
+                *(self.spec.id, self.step, self.spec.metric, stopping.best, stopping.bad_validations),
+                "s" * (stopping.bad_validations > 1),
+                extra={"trial": self.spec.id},
+            )
+
+    def fail(self, error: LoralabError) -> None:
+        """Takes the trial out of the pack; the others go on. The first error stays."""
+        self.failure = self.failure or error
+
+    def fail_on_infinite(self, what: str) -> None:
+        """The loss or the gradient of the step under way is not finite."""
+        advice = "a lower optimizer.lr, a warm-up or gradient clipping may help"
+        lr = self.spec.optimizer.lr
+        self.fail(DivergedError(f"{what} is not finite at step {self.step + 1} (lr {lr:g}): {advice}"))
+
+    def fail_on_zero_gradient(self) -> None:
         """A loss without any gradient: the adapter has saturated the base, and no further step would move it."""
         self.fail(
             DivergedError(
                 f"the gradient is exactly zero at step {self.step + 1} while the loss is not (lr"
-                f" {self.settings.optimizer.lr:g}): the adapter has grown beyond repair; try a lower optimizer.lr"
+                f" {self.spec.optimizer.lr:g}): the adapter has saturated the base; try a lower optimizer.lr"
             )
         )
 
-    def report(self, values: Mapping[str, float], under_way: bool = False) -> None:
-        """Rows for metrics.jsonl and its mirror, at the trial's own step: the last finished one, or the one
-        ``under_way``."""
+    def log(self, values: Mapping[str, float], under_way: bool = False) -> None:
+        """Writes a row at the last finished step, or with ``under_way`` at the one that has begun."""
         step = self.step + (under_way and self.alive)
-        if step <= self.told:
-            return
-        for sink in self.sinks:
-            (sink.write if isinstance(sink, MetricsFile) else sink.log)(step, values)
+        if step > self.last_logged_step:
+            for logger in self.loggers:
+                logger.log(step, values)
 
-    def open(self, mirror: Mirror) -> None:
-        """Creates the run folder's metrics.jsonl and connects the mirror."""
-        self.sinks = [MetricsFile(self.settings.folder / "metrics.jsonl", self.step), mirror]
+    def open_loggers(self, mirror: MetricLogger) -> None:
+        """metrics.jsonl in the run folder, and ``mirror``."""
+        self.loggers = [MetricsFile(self.spec.folder / "metrics.jsonl", self.step), mirror]
 
-    def sync(self) -> None:
-        """What was reported is on disk."""
-        for sink in self.sinks:
-            if isinstance(sink, MetricsFile):
-                sink.sync()
+    def sync_loggers(self) -> None:
+        """What was logged is on disk."""
+        for logger in self.loggers:
+            logger.sync()
 
-    def close(self, exit_code: int) -> None:
-        """Finishes the sinks, on every path."""
-        for sink in self.sinks:
-            sink.close() if isinstance(sink, MetricsFile) else sink.finish(exit_code)
-        self.sinks = []
+    def close_loggers(self) -> None:
+        for logger in self.loggers:
+            logger.finish(self.failure.exit_code if self.failure else 0)
+        self.loggers = []
 
-    def save(self) -> None:
+    def write_record(self) -> None:
         """Writes the record as it stands."""
-        record.write(self.settings.folder, self.record)
+        record.write(self.spec.folder, self.record)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a continuation needs: order and dropout follow from seed and step."""
-        own = {"step": self.step, "tokens": self._finished_tokens, "optimizer": self.optimizer_state}
-        judged = {"best": self.best, "waited": self.waited, "judged": self.judged}
-        return {**own, **judged, "adapter": self.adapter.state_dict()}
+        return {
+            "step": self.step,
+            "tokens": self._finished_tokens,
+            "optimizer": self.optimizer_state,
+            "early_stopping": self.early_stopping.state_dict(),
+            "adapter": self.adapter.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        step, tokens, optimizer = int(state["step"]), int(state["tokens"]), dict(state.get("optimizer") or {})
-        best, waited, judged = state.get("best"), int(state.get("waited", 0)), int(state.get("judged", -1))
-        self.adapter.load_state_dict(state["adapter"], strict=True)  # nothing is taken up where something is missing
+        """Raises an error, and changes nothing but the adapter, where something is missing."""
+        step, tokens, optimizer = int(state["step"]), int(state["tokens"]), dict(state["optimizer"])
+        self.adapter.load_state_dict(state["adapter"], strict=True)
+        self.early_stopping.load_state_dict(state["early_stopping"])
         self.step, self.tokens, self.optimizer_state = step, tokens, optimizer
-        self.best, self.waited, self.judged = best, waited, judged
-        self.untimed = self.tokens  # the seconds they took are another process's
-        self._place()
-
-
-class TrainPasses:
-    """Training passes of a pack, sized for Lightning: each is {trial's index: micro-batch} of those still alive."""
-
-    def __init__(self, trials: list[Trial]) -> None:
-        self.trials = trials
-        self.micros = trials[0].settings.accumulate_grad_batches
-
-    def __len__(self) -> int:
-        return max(trial.settings.max_steps - trial.step for trial in self.trials) * self.micros
-
-    def __iter__(self) -> Iterator[dict[int, Batch]]:
-        for _ in range(len(self) // self.micros):
-            windows = {index: trial.window() for index, trial in enumerate(self.trials) if trial.alive}
-            for _ in range(self.micros):
-                yield {index: next(window) for index, window in windows.items()}
-
-
-class EvaluationPasses:
-    """Evaluation passes of a pack over one split; a trial with fewer batches drops out earlier."""
-
-    def __init__(self, trials: list[Trial], split: str) -> None:
-        self.trials, self.split = trials, split
-
-    def __len__(self) -> int:
-        return max(-(-len(getattr(trial.data, self.split)) // trial.settings.batch_size) for trial in self.trials)
-
-    def __iter__(self) -> Iterator[dict[int, Batch]]:
-        streams = {
-            index: trial.evaluation_batches(self.split)
-            for index, trial in enumerate(self.trials)
-            if trial.failure is None
-        }
-        for _ in range(len(self)):
-            drawn = {index: next(stream, None) for index, stream in streams.items()}
-            yield {index: batch for index, batch in drawn.items() if batch is not None}
-
-
-def stack(batches: Mapping[int, Batch], pad_token_id: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs and labels of all trials along dim 0, padded on the right to the longest of them."""
-    tensors = [batch["tensors"] for batch in padded_alike(batches, pad_token_id).values()]
-    stacked = {key: torch.cat([t[key] for t in tensors]) if len(tensors) > 1 else tensors[0][key] for key in tensors[0]}
-    moved = {key: value.to(device, non_blocking=True) for key, value in stacked.items()}
-    labels = moved.pop("labels")
-    return moved, labels
-
-
-def padded_alike(batches: Mapping[int, Batch], pad_token_id: int) -> dict[int, Batch]:
-    """The batches padded on the right to the longest of them."""
-    if len(batches) < 2:
-        return dict(batches)
-    fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
-    shapes = [(key, part.shape[-1]) for one in batches.values() for key, part in one["tensors"].items()]
-    longest = {key: max((width for name, width in shapes if name == key), default=0) for key in fill}
-
-    def padded(key: str, part: Tensor) -> Tensor:
-        if part.dim() < 2 or part.shape[1] == longest[key]:  # labels of whole rows; the longest
-            return part
-        return torch.nn.functional.pad(part, (0, longest[key] - part.shape[1]), value=fill[key])
-
-    return {
-        index: {**one, "tensors": {key: padded(key, part) for key, part in one["tensors"].items()}}
-        for index, one in batches.items()
-    }
+        self.untimed_tokens = self.tokens  # the seconds they took are another process's
+        self._reset_cursor()

@@ -1,0 +1,63 @@
+"""What a trial leaves behind: its generated text scored, its adapter exported, its record closed."""
+
+import time
+
+from loralab.adapters.export import save
+from loralab.errors import LoralabError
+from loralab.models.feeding import name_classes
+from loralab.models.pretrained import Base
+from loralab.running.failures import close_record, explain
+from loralab.training import checkpoint, generation
+from loralab.training.trial import Trial
+
+
+def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
+    """Scores what the trial writes for the first rows of ``split``, where the data asks for it."""
+    spec, score = trial.spec, f"{prefix}/rouge_l"
+    rows = getattr(trial.data.splits, split)[: spec.data.generate_rows]
+    if not rows or trial.failure is not None or trial.task == "sequence_classification":
+        return
+    if score in trial.metrics:  # by an earlier fit
+        return
+    writer = generation.Writer(
+        base.model, base.tokenizer, trial.adapter, trial.task, spec.model.length, spec.data.generation
+    )
+    trial.record["data"].update(generation=writer.settings(), rouge=spec.data.rouge)
+    trial.score({score: generation.score(writer, rows, spec.data.rouge)})
+
+
+def finish(trial: Trial, base: Base, started: float) -> None:
+    """Exports the adapter and closes the record. ``started``: when the run began, in seconds of time.monotonic."""
+    entry = trial.record
+    if trial.failure is None:
+        _export(trial, base)
+    if trial.failure is None or trial.last_validated_step == trial.step:  # else the scores are of an earlier state
+        entry["metrics"] = dict(trial.metrics)
+    if trial.early_stopping.stopped and trial.step < trial.max_steps:
+        best = trial.early_stopping.best
+        entry["stopped_early"] = {"step": trial.step, "metric": trial.spec.metric, "best": best}
+    entry["time"]["wall_s"] = time.monotonic() - started
+    close_record(entry, trial.failure)
+    for logger in trial.loggers:
+        logger.summarize({**trial.metrics, "status": entry["status"]})
+        if spikes := entry["memory"].get("spikes"):
+            logger.table("memory/spikes", list(spikes[0]), [list(spike.values()) for spike in spikes])
+    trial.write_record()
+    if trial.failure is None:
+        checkpoint.forget(trial.spec.folder)
+
+
+def _export(trial: Trial, base: Base) -> None:
+    """The adapter on disk. What goes wrong is this trial's failure, and the others are written all the same."""
+    folder = trial.spec.folder / "adapter"
+    trial.record["adapter"]["never_called"] = trial.adapter.never_called()
+    name_classes(base.model, trial.data.splits.labels if trial.task == "sequence_classification" else [])
+    try:
+        trial.record["adapter"]["bytes"] = save(trial.adapter, folder, trial.spec.seed)
+        if trial.spec.adapter.changes_base:
+            base.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        failure = explain(error)
+        if not isinstance(failure, LoralabError):
+            raise
+        trial.fail(failure)

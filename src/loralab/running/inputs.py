@@ -1,0 +1,137 @@
+"""What packs are run on, kept from one to the next: the base model, its tokenizer, the data in token ids."""
+
+import gc
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from loralab.data.base import DataSpec
+from loralab.data.encoding import Encoded
+from loralab.errors import ConfigError, DataError
+from loralab.forward.graph import check_causal
+from loralab.models import pretrained
+from loralab.models.feeding import encoded_rows
+from loralab.quantization.base import is_frozen
+from loralab.quantization.linear import resident_bytes
+from loralab.quantization.none import NoQuantization
+from loralab.quantization.reads import refuse_read
+from loralab.training.specs import TrialSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """The rows of a trial, with the fingerprints of what they were read from and by; None where there is none."""
+
+    encoded: Encoded
+    source: str | None
+    tokenizer: str | None
+
+
+@dataclass
+class Inputs:
+    """Loads each base, tokenizer and data set once for the packs that share it."""
+
+    _base: pretrained.Base | None = None
+    _base_key: tuple[Any, ...] = ()
+    _tokenizers: dict[str, tuple[Any, str | None]] = field(default_factory=dict)
+    _data: dict[str, tuple[Encoded, str | None]] = field(default_factory=dict)
+
+    def forget_base(self) -> None:
+        self._base, self._base_key = None, ()
+        gc.collect()
+
+    @property
+    def base_bytes(self) -> int:
+        """Of the base that is loaded now."""
+        return self._base.size.bytes + resident_bytes(self._base.model) if self._base is not None else 0
+
+    def tokenizer(self, spec: pretrained.Pretrained) -> tuple[Any, str | None]:
+        """(tokenizer, fingerprint of its files when they were read)."""
+        spec.check()
+        key = f"{type(spec)} {spec.tokenizer} {spec.path} {spec.trust_remote_code}"
+        if key not in self._tokenizers:
+            self._tokenizers[key] = spec.load_tokenizer(), spec.tokenizer_fingerprint()
+        return self._tokenizers[key]
+
+    def data(self, spec: TrialSpec) -> TrialData:
+        """The rows of ``spec``. Raises DataError for a split that it needs and that is empty."""
+        tokenizer, print_of_tokenizer = self.tokenizer(spec.model)
+        key = f"{type(spec.data)} {spec.data} {spec.model.task} {spec.model.length} {tokenizer.name_or_path}"
+        # a classifier's head may name the classes
+        key += repr(spec.model) if spec.data.from_base or spec.model.task == "sequence_classification" else ""
+        if key not in self._data:
+            source = spec.data.source()  # before the rows are read: what changes meanwhile is then seen to have changed
+            encoded = encoded_data(spec.data, spec.model, tokenizer, spec.trainer.device)
+            self._data = {key: (encoded, source)}  # one at a time: sweeps seldom change the data
+        encoded, source = self._data[key]
+        check_splits(spec, encoded)
+        return TrialData(encoded, source, print_of_tokenizer)
+
+    def rows(self, spec: TrialSpec) -> Encoded:
+        """The rows of ``spec`` in token ids."""
+        return self.data(spec).encoded
+
+    def base(self, spec: TrialSpec, data: Encoded) -> pretrained.Base:
+        """The base of ``spec`` on its device, frozen and quantized. Raises ConfigError."""
+        labels, device = len(data.splits.labels) or None, spec.trainer.device
+        kinds = (type(spec.model), type(spec.quantization))  # of which two may have one name
+        key = (*kinds, repr(spec.model), repr(spec.quantization), labels, device, spec.trainer.precision)
+        if self._base is None or key != self._base_key:
+            self.forget_base()
+            tokenizer, _ = self.tokenizer(spec.model)
+            self._base = pretrained.load(spec.model, spec.quantization, tokenizer, labels, device)
+            _prepare(self._base, device)
+            self._base_key = key
+        return self._base
+
+
+def encoded_data(data: DataSpec, model: pretrained.Pretrained, tokenizer: Any, device: str) -> Encoded:
+    """The rows of ``data`` in token ids; where it draws them from the base, that is loaded, unquantized."""
+    if not data.from_base:
+        return encoded_rows(data, model, tokenizer)
+    base = pretrained.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
+    sampled: Encoded = data.sample(base, tokenizer, model.task, model.length)
+    return sampled
+
+
+def _prepare(base: pretrained.Base, device: str) -> None:
+    """Puts the base on ``device`` and says what of it takes no part in training. Raises ConfigError for a base that
+    reads frozen weights itself, or sees later tokens as a causal language model."""
+    model: Any = base.model.to(device)
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False
+        log.info("the router loss of %s is not part of train/loss", type(model).__name__)
+    if getattr(model.config, "problem_type", None) == "multi_label_classification":
+        log.warning("the base's config says problem_type=multi_label_classification; a row has one class here")
+    refuse_read(model, {name: layer for name, layer in model.named_modules() if is_frozen(layer)})
+    if base.spec.task == "causal_lm":
+        check_causal(model)
+
+
+def check_labels(base: pretrained.Base, data: list[Encoded]) -> None:
+    """Raises ConfigError where a classifier has fewer classes than the data."""
+    if base.spec.task != "sequence_classification":
+        return
+    count = int(base.model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    for encoded in data:
+        if len(encoded.splits.labels) > count:
+            raise ConfigError(
+                f"model.num_labels={count}, but the data has {len(encoded.splits.labels)} labels:"
+                f" {encoded.splits.labels}"
+            )
+
+
+def check_splits(spec: TrialSpec, data: Encoded) -> None:
+    """Raises DataError for a split that this trial needs and that has no row, or nothing to predict in any."""
+    needed = ["train", "validation"] if spec.trainer.max_steps else ["validation"]
+    needed += ["test"] if spec.trainer.test and (len(data.test) or spec.metric.startswith("test/")) else []
+    for split in needed:
+        if not len(data[split]):
+            raise DataError(f"data: the {split} split of {data.splits.name} is empty")
+        if not data.tokens[split]["target_tokens"]:
+            raise DataError(
+                f"data: the {split} split of {data.splits.name} has not one token to predict;"
+                f" model.max_length={spec.model.length} may leave none of its targets"
+            )

@@ -1,0 +1,63 @@
+"""Where a trial stands in its data: which rows each optimizer step takes, as batches."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from loralab.data.batches import Stream, collate
+from loralab.data.encoding import IGNORE, Encoded, Example
+
+Batch = dict[str, Any]
+
+
+class DataCursor:
+    """Batches of one trial. The order of the rows follows from the seed and the step alone.
+
+    A batch is {tensors, rows, chosen, target_tokens, tokens}; ``chosen`` tells equal rows of several trials.
+    """
+
+    def __init__(self, data: Encoded, task: str, pad_token_id: int, seed: int, batch_size: int, micros: int) -> None:
+        """``micros``: micro-batches of an optimizer step (trainer.accumulate_grad_batches)."""
+        self.data, self.task, self.pad_token_id = data, task, pad_token_id
+        self.seed, self.batch_size, self.micros = seed, batch_size, micros
+        self.seek(0)
+
+    def seek(self, step: int) -> None:
+        """Goes to where ``step`` finished optimizer steps leave the data."""
+        self.step = step
+        self._stream = self._stream_at(step)
+
+    def _stream_at(self, step: int) -> Stream:
+        return Stream(len(self.data.train), self.seed, position=step * self.batch_size * self.micros)
+
+    def peek(self, step: int) -> Batch:
+        """The first micro-batch behind ``step`` finished steps; the cursor stays where it is."""
+        batch = self._batch(self.data.train, self._stream_at(step).take(self.batch_size))
+        return {**batch, "step_targets": batch["target_tokens"], "micro": 0}
+
+    def step_batches(self) -> Iterator[Batch]:
+        """The micro-batches of the next optimizer step, each knowing the target tokens of the whole step."""
+        size = self.batch_size
+        chosen = self._stream.take(size * self.micros)
+        batches = [self._batch(self.data.train, chosen[i * size : (i + 1) * size]) for i in range(self.micros)]
+        targets = sum(batch["target_tokens"] for batch in batches)
+        for micro, batch in enumerate(batches):
+            yield {**batch, "step_targets": targets, "micro": micro}
+
+    def evaluation_batches(self, split: str) -> Iterator[Batch]:
+        """The whole split in its own order."""
+        examples = self.data[split]
+        for start in range(0, len(examples), self.batch_size):
+            yield self._batch(examples, range(start, min(start + self.batch_size, len(examples))))
+
+    def _batch(self, examples: Sequence[Example], chosen: Sequence[int]) -> Batch:
+        tensors = collate([examples[i] for i in chosen], self.task, self.pad_token_id)
+        labels = tensors["labels"]
+        predicted = labels[:, 1:] if self.task == "causal_lm" else labels
+        scores = labels.is_floating_point()  # of regression, one a row
+        return {
+            "tensors": tensors,
+            "rows": len(chosen),
+            "chosen": [(id(examples), row) for row in chosen],
+            "target_tokens": len(chosen) if scores else int((predicted != IGNORE).sum()),
+            "tokens": int(tensors["attention_mask"].sum()),
+        }

@@ -1,0 +1,45 @@
+"""What a run asks of its callbacks. An ordinary Lightning callback has none of this, and its trial runs alone."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+
+class Observer(Protocol):
+    """A Lightning callback that knows packs: ``pl_module.trials`` are those that train together, and
+    ``pl_module.report(values)`` writes a row for each. All members are optional."""
+
+    pack_aware: bool  # true: it may see several trials at once
+    excluded_s: float  # seconds of the fit that no timing counts
+    excluded_tokens: dict[int, int]  # {index of a trial: its tokens in those seconds}
+
+    def summary(self) -> dict[str, Any]:
+        """Fields of the record's ``memory``. A callback that has it observes evaluations too."""
+
+
+def is_pack_aware(callback: Any) -> bool:
+    return bool(getattr(callback, "pack_aware", False))
+
+
+def evaluation_observers(callbacks: Iterable[Any]) -> list[Any]:
+    """Those that observe evaluations after the fit too."""
+    return [callback for callback in callbacks if hasattr(callback, "summary")]
+
+
+def memory_fields(callbacks: Iterable[Any]) -> dict[str, Any]:
+    """What they have observed, for the record's ``memory``."""
+    fields: dict[str, Any] = {}
+    for callback in evaluation_observers(callbacks):
+        fields.update(callback.summary())
+    return fields
+
+
+def excluded_seconds(callbacks: Iterable[Any]) -> float:
+    return sum(float(getattr(callback, "excluded_s", 0.0)) for callback in callbacks)
+
+
+def excluded_tokens(callbacks: Iterable[Any]) -> dict[int, int]:
+    """{index of a trial: tokens that no timing counts}."""
+    tokens: dict[int, int] = {}
+    for callback in callbacks:
+        tokens.update(getattr(callback, "excluded_tokens", {}))
+    return tokens

@@ -1,0 +1,77 @@
+"""What Lightning is fed with: each pass is {trial's index: its batch}, stacked along dim 0 before the base sees it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from loralab.data.encoding import IGNORE
+from loralab.training.cursor import Batch
+from loralab.training.trial import Trial
+
+
+class TrainPasses:
+    """Training passes of a pack; of those trials that still train."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        self.trials = trials
+        self.micros = trials[0].spec.trainer.accumulate_grad_batches
+
+    def __len__(self) -> int:
+        return max(trial.spec.trainer.max_steps - trial.step for trial in self.trials) * self.micros
+
+    def __iter__(self) -> Iterator[dict[int, Batch]]:
+        for _ in range(len(self) // self.micros):
+            steps = {index: trial.data_cursor.step_batches() for index, trial in enumerate(self.trials) if trial.alive}
+            for _ in range(self.micros):
+                yield {index: next(batches) for index, batches in steps.items()}
+
+
+class EvaluationPasses:
+    """Evaluation passes of a pack over one split; a trial with fewer batches drops out earlier."""
+
+    def __init__(self, trials: Sequence[Trial], split: str) -> None:
+        self.trials, self.split = trials, split
+
+    def __len__(self) -> int:
+        return max(-(-len(trial.data[self.split]) // trial.spec.data.batch_size) for trial in self.trials)
+
+    def __iter__(self) -> Iterator[dict[int, Batch]]:
+        streams = {
+            index: trial.data_cursor.evaluation_batches(self.split)
+            for index, trial in enumerate(self.trials)
+            if trial.failure is None
+        }
+        for _ in range(len(self)):
+            drawn = {index: next(stream, None) for index, stream in streams.items()}
+            yield {index: batch for index, batch in drawn.items() if batch is not None}
+
+
+def stack_batches(
+    batches: Mapping[int, Batch], pad_token_id: int, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(inputs, labels) of all trials along dim 0 on ``device``, padded on the right to the longest of them."""
+    tensors = [batch["tensors"] for batch in padded_alike(batches, pad_token_id).values()]
+    stacked = {key: torch.cat([t[key] for t in tensors]) if len(tensors) > 1 else tensors[0][key] for key in tensors[0]}
+    moved = {key: value.to(device, non_blocking=True) for key, value in stacked.items()}
+    labels = moved.pop("labels")
+    return moved, labels
+
+
+def padded_alike(batches: Mapping[int, Batch], pad_token_id: int) -> dict[int, Batch]:
+    """The batches padded on the right to the longest of them."""
+    if len(batches) < 2:
+        return dict(batches)
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
+    widths = [(key, part.shape[-1]) for batch in batches.values() for key, part in batch["tensors"].items()]
+    longest = {key: max((width for name, width in widths if name == key), default=0) for key in fill}
+
+    def padded(key: str, part: Tensor) -> Tensor:
+        if part.dim() < 2 or part.shape[1] == longest[key]:  # labels of whole rows; the longest
+            return part
+        return torch.nn.functional.pad(part, (0, longest[key] - part.shape[1]), value=fill[key])
+
+    return {
+        index: {**batch, "tensors": {key: padded(key, part) for key, part in batch["tensors"].items()}}
+        for index, batch in batches.items()
+    }
