@@ -172,8 +172,8 @@ def test_each_trial_of_a_pack_has_its_own_state_parameters_and_bytes(planned):
 
 def test_the_start_waits_for_no_trace_of_a_trial_alone(planned, monkeypatch):
     order = []
-    real, advance = alone.peak, Trial.advance
+    real, advance = alone.peak, Trial.finish_step
     monkeypatch.setattr(alone, "peak", lambda *a: order.append("alone") or real(*a))
-    monkeypatch.setattr(Trial, "advance", lambda trial: order.append("step") or advance(trial))
+    monkeypatch.setattr(Trial, "finish_step", lambda trial: order.append("step") or advance(trial))
     Runner().run([planned()[0]])
     assert order == ["step"] * 4 + ["alone"]

@@ -53,7 +53,9 @@ def test_a_trial_put_back_at_a_step_goes_on_with_the_same_rows_and_keys(make_tri
     state = whole.state_dict()
     stored = json.loads(json.dumps({key: value for key, value in state.items() if key != "adapter"}))
     later.load_state_dict(stored | {"adapter": state["adapter"]})
-    assert [ids(batch) for batch in later.data_cursor.step_batches()] == [ids(batch) for batch in whole.data_cursor.step_batches()]
+    assert [ids(batch) for batch in later.data_cursor.step_batches()] == [
+        ids(batch) for batch in whole.data_cursor.step_batches()
+    ]
     assert later.dropout_key(0) == whole.dropout_key(0) != whole.dropout_key(1)
     assert later.tokens == 45
 
