@@ -10,9 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from hydra_plugins.loralab_packed.composing import Composed
 from loralab.cli.arguments import sweep_arguments
 from loralab.config.compose import data_root, register_resolvers
+from loralab.scheduling.composing import Composed
 
 SWEEPS = sorted(
     str(path.relative_to(data_root() / "sweeps").with_suffix("")) for path in (data_root() / "sweeps").rglob("*.yaml")

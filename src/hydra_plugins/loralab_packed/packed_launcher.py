@@ -27,19 +27,17 @@ class PackedLauncher(Launcher):  # type: ignore[misc]
     """Runs a sweep's trials in one process over a base that stays loaded, several to a pass where that pays."""
 
     def __init__(self, pack: str = "auto", token_budget: int | None = None, memory_budget: float | None = None) -> None:
-        self.pack, self.budgets = pack, (token_budget, memory_budget)
+        self.settings = (pack, token_budget, memory_budget)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        from hydra_plugins.loralab_packed.composing import Composed
+        from loralab.scheduling.composing import Composed
 
         hydra_context.config_loader = Composed(hydra_context.config_loader)
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from hydra_plugins.loralab_packed import _core
+        from loralab.scheduling import launch
 
-        return _core.launch(
-            *(self.hydra_context, self.task_function, self.config, job_overrides, initial_job_idx),
-            budgets=_core.checked(self.pack, *self.budgets),
-            pack=self.pack == "auto",
-        )
+        options = launch.checked_options(*self.settings)
+        given = (self.hydra_context, self.task_function, self.config, job_overrides, initial_job_idx)
+        return launch.launch(*given, options)

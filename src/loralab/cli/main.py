@@ -156,21 +156,21 @@ def _begun(folder: Path, more: list[str]) -> list[str]:
 def _run(words: Words, many: bool, overrides: list[str]) -> int:
     """Through Hydra; the table and the page of what was a sweep."""
     from loralab.config.compose import shown
-    from loralab.scheduling.sweep import Jobs
+    from loralab.scheduling.session import Session
 
     flags = [word for word in words.hydra if word != "-m"]
     if words.shows:
         try:
             one = shown(_first_trial(overrides) if many else overrides)
-            return Jobs(fresh=False, many=False).run([*flags, *one])
+            return Session(fresh=False, many=False).run([*flags, *one])
         except SystemExit:  # Hydra has said what it cannot show
             return 2
     if many and not any(word.startswith("hydra/launcher=") for word in overrides):
         overrides = [*overrides, "hydra/launcher=packed"]
-    jobs = Jobs(fresh="fresh" in words, many=many)
-    code = jobs.run([*(["-m"] if many else []), *flags, *overrides])
-    if many and jobs.folder is not None:
-        _show_report(jobs.folder)
+    session = Session(fresh="fresh" in words, many=many)
+    code = session.run([*(["-m"] if many else []), *flags, *overrides])
+    if many and session.folder is not None:
+        _show_report(session.folder)
     return code
 
 

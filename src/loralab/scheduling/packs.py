@@ -6,8 +6,9 @@ tokens, not a fixed number of trials.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens of one pass from which a larger one gains nothing
 
@@ -88,7 +89,7 @@ def spread(weights: Sequence[float], count: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def halves(trials: Iterable[str]) -> list[tuple[str, ...]]:
+def halves(trials: Sequence[Any]) -> list[list[Any]]:
     """A pack that did not fit into memory, in two."""
-    found = tuple(trials)
-    return [part for part in (found[: len(found) // 2], found[len(found) // 2 :]) if part]
+    middle = len(trials) // 2
+    return [part for part in (list(trials[:middle]), list(trials[middle:])) if part]

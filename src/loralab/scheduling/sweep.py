@@ -1,279 +1,243 @@
-"""What Hydra calls for each configuration: a trial that is finished is skipped, one of a pack runs with its pack."""
+"""The trials of a sweep: those that are finished are skipped, the others run in packs, each record as it comes."""
 
 import logging
-import os
-import shlex
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loralab.config import staleness
-from loralab.config.words import forced, quoted
-from loralab.errors import ArtifactError, ConfigError, Interrupted, LoralabError
+from loralab.errors import ArtifactError, LoralabError
 from loralab.records import record
 from loralab.scheduling import workers
-from loralab.scheduling.jobs import Job
-from loralab.scheduling.packs import TOKEN_BUDGET, Member, Pack, halves, plan, spread
+from loralab.scheduling.job import Job, Record
+from loralab.scheduling.packs import TOKEN_BUDGET, Pack, halves, plan, spread
+from loralab.scheduling.sweep_file import SweepFile, status_of
+from loralab.scheduling.train_log import train_logs
+
+if TYPE_CHECKING:
+    from loralab.running.runner import Runner
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Jobs:
-    """The trials of one command line, and what came of them."""
+@dataclass(frozen=True)
+class PackOptions:
+    """How trials are put together. ``token_budget`` (tokens of a pass) and ``memory_budget`` (GiB) None: as the device
+    has it."""
 
-    fresh: bool
-    many: bool
-    folder: Path | None = None
-    records: list[dict[str, Any]] = field(default_factory=list)
-    refused: Exception | None = None
-    packs: dict[str, list[Job]] = field(default_factory=dict)  # trial -> the jobs it runs with
-    ahead: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)  # ran before their turn
-    memory_budget: float | None = None  # GiB, where the launcher was given one
-    done: dict[str, dict[str, Any]] = field(default_factory=dict)  # ran in other processes, and told
-    too_large: dict[str, ConfigError] = field(default_factory=dict)  # trials that exceed it alone
-    begun: set[str] = field(default_factory=set)
-    planned: dict[Path, Job] = field(default_factory=dict)  # run folder -> the job that the launcher has made of it
-    _runner: Any = None
+    pack: bool = True
+    token_budget: int | None = None
+    memory_budget: float | None = None
 
-    def run(self, arguments: list[str]) -> int:
-        """Hands over to Hydra; the exit code."""
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
-        import hydra
 
-        from loralab.config.compose import data_root, register_resolvers
+class Sweep:
+    """``run`` owns the loop over packs; a trial's failure is in its record and stops no other."""
 
-        register_resolvers()
-        sys.argv = ["loralab", *quoted(forced(arguments))]
-        conf = str(data_root() / "conf")
-        try:
-            hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
-        except Interrupted as stopped:
-            raise self._resumable(stopped) from stopped
-        if self.refused is not None:
-            raise self.refused
-        failed = [int(record.get("exit_code") or 0) for record in self.records]
-        return next((code for code in failed if code), 0)
+    def __init__(self, folder: Path, jobs: Sequence[Job], fresh: bool, make_runner: Callable[[], "Runner"]) -> None:
+        """``jobs``: each trial once. ``make_runner`` is called when a trial has to run: it imports torch."""
+        self.folder, self.jobs, self.fresh, self.make_runner = folder, list(jobs), fresh, make_runner
+        self.records: dict[str, Record] = {}
+        self.sweep_file: SweepFile | None = None  # None in a process of one device: the one that planned writes it
 
-    @property
-    def runner(self) -> Any:
-        """One for all trials: it keeps the base."""
-        if self._runner is None:
-            from loralab.running.runner import Runner
+    def run(self, header: Mapping[str, Any], options: PackOptions) -> dict[str, Record]:
+        """{trial: record} of all jobs. ``header``: what sweep.json says of the sweep.
 
-            self._runner = Runner(progress=not self.many and sys.stderr.isatty())
-        return self._runner
-
-    def job(self, config: Any) -> float | None:
-        """One trial; its metric goes back to the sweeper."""
-        from hydra.core.hydra_config import HydraConfig
-
-        try:
-            output = Path(HydraConfig.get().runtime.output_dir).resolve()
-            job = self.planned.get(output) or Job.running(config, self.many)
-            job.memory_budget = self.memory_budget
-            self.folder = self.folder if self.planned else job.folder.parent if self.many else job.folder
-            done = self._record(job)
-        except Exception as error:  # of a single run; Hydra would print its own lines about it
-            self.refused = error
-            return None
-        self.records.append(done)
-        return job.value(done)
-
-    def work(self, packs: Sequence[Sequence[Job]]) -> None:
-        """Runs packs that another process has planned."""
-        for pack in packs:
-            if len(pack) > 1:
-                self.packs.update({job.trial: list(pack) for job in pack})
-            for job in pack:
-                self._record(job)
-
-    def _record(self, job: Job) -> dict[str, Any]:
-        if job.trial in self.done:
-            return self.done.pop(job.trial)
-        self._forget(job)
-        if job.trial in self.packs:
-            self._run_pack(self.packs[job.trial])
-        if job.trial in self.ahead:
-            done, seconds = self.ahead.pop(job.trial)
-            job.say(done, seconds)
-            return done
-        stored = None if self.fresh else job.finished()
-        if stored is None and not self.fresh:
-            self._retire([job])
-        if stored is None and job.trial in self.too_large:
-            return job.refuse(self.too_large[job.trial])
-        if stored is None:
-            return job.execute(self.runner)
-        job.say(stored, skipped=True)
-        return stored
-
-    def begin(self, folder: Path, jobs: Sequence[Job]) -> None:
-        """Takes over the trials of a sweep, each named once: what is outdated among their records is set aside."""
-        self.folder = folder
-        self.planned = {job.folder.resolve(): job for job in jobs}
-        if self.fresh:
-            return
-        self._retire(jobs)
-        _say_of_earlier_versions(self.folder, [job for job in jobs if job.finished() is None])
-
-    def _retire(self, jobs: Sequence[Job]) -> None:
-        """One line for each thing that has changed."""
-        stale: dict[str, list[Job]] = {}
-        for job in jobs:
-            if why := job.outdated():
-                stale.setdefault(why, []).append(job)
-        for why, found in stale.items():
-            for job in found:
-                job.retire()
-            text = "%s %s stale and %s again, %s: %s"
-            words = ("is", "runs", "its record stays") if len(found) == 1 else ("are", "run", "their records stay")
-            log.info(
-                text,
-                *(", ".join(job.trial for job in found), *words[:2]),
-                *(f"{words[2]} as {staleness.KEPT[record.RESULT]}", why),
-            )
-
-    def skip(self, job: Job) -> dict[str, Any] | None:
-        """The record of a trial that is finished, told and counted; None where it has to run."""
-        waits = self.fresh or any(job.trial in found for found in (self.done, self.ahead, self.packs))
-        stored = None if waits else job.finished()
-        if stored is not None:
-            job.say(stored, skipped=True)
-            self.records.append(stored)
-        return stored
-
-    def _forget(self, job: Job) -> None:
-        """With --fresh nothing of an earlier command is taken up; what this one writes is."""
-        if self.fresh and job.trial not in self.begun:
-            from loralab.training import checkpoint
-
-            checkpoint.forget(job.folder)
-            job.spare()
-        self.begun.add(job.trial)
-
-    def prepare(
-        self,
-        token_budget: int | None = None,
-        memory_budget: float | None = None,
-        finished: Callable[[], None] = lambda: None,
-    ) -> list[Pack]:
-        """Decides which trials of a sweep run together. Called by the launcher after ``begin``, before the first runs.
-
-        Where there are several GPUs they run now, and ``finished`` is called after each.
+        An interruption leaves as an exception, after every record has been written.
         """
-        self.memory_budget = memory_budget
-        waiting = {job.trial: job for job in self.planned.values() if self.fresh or job.finished() is None}
-        if len(waiting) < 2 and memory_budget is None:
+        if not self.fresh:
+            set_stale_aside(self.jobs)
+            _mention_earlier_versions(self.folder, [job for job in self.jobs if job.finished() is None])
+        self.sweep_file = SweepFile(self.folder, header, self.jobs)
+        waiting = [job for job in self.jobs if not self._skip(job)]
+        try:
+            for pack in self._packs(waiting, options):
+                self._run(pack)
+        finally:  # a sweep that is stopped leaves no trial in doubt
+            for job in waiting:
+                self.sweep_file.set(job.trial, status_of(job.folder))
+            self.sweep_file.flush()
+        return self.records
+
+    def run_packs(self, packs: Sequence[Sequence[Job]]) -> None:
+        """Runs what another process has planned and tells of."""
+        for pack in packs:
+            self._run(list(pack))
+
+    def _skip(self, job: Job) -> bool:
+        """Takes the record of a trial that is finished."""
+        stored = None if self.fresh else job.finished()
+        if stored is not None:
+            self._close(job, stored, "finished before")
+        return stored is not None
+
+    def _close(self, job: Job, stored: Record, state: str = "") -> None:
+        """A trial's record is final: it is taken, sweep.json follows, and a line says so."""
+        self.records[job.trial] = stored
+        if self.sweep_file is None:
+            return
+        self.sweep_file.set(job.trial, stored["status"])
+        metric, value = job.content.get("metric"), job.value(stored)
+        score = f"{metric} {value:.4f}" if value is not None else ""
+        state = f"{stored['status']}: {stored['error']}" if stored["error"] else state
+        count = len(self.sweep_file.places)
+        place = f"{self.sweep_file.places[job.trial]:>{len(str(count))}}/{count}"
+        log.info("[%s] %s  %s  %s", place, self.sweep_file.label(job), score, state, extra={"trial": job.trial})
+
+    def _packs(self, waiting: list[Job], options: PackOptions) -> list[list[Job]]:
+        """Which of ``waiting`` run together, in the order in which they run here. Where there are several GPUs, most
+        have run on them by then."""
+        for job in waiting:
+            job.memory_budget = options.memory_budget
+        alone = [[job] for job in waiting]
+        if (len(waiting) < 2 or not options.pack) and options.memory_budget is None:
+            return alone
+        planner = _Planner(waiting, self.make_runner(), options)
+        for trial, error in planner.refused.items():
+            job = planner.jobs[trial]
+            self._close(job, job.refuse(error))
+        packs = planner.packs()
+        names = workers.devices(planner.device)
+        if names and len(packs) > 1:
+            self._run_on_devices(packs, planner.weights(packs), names)
+        undone = [[job for job in pack if job.trial not in self.records] for pack in packs]
+        return [pack for pack in undone if pack]
+
+    def _run_on_devices(self, packs: list[list[Job]], weights: list[int], names: Sequence[str]) -> None:
+        """Over a process for each GPU; what they leave undone runs in this one."""
+        shares = spread(weights, len(names))
+
+        def finished(job: Job, stored: Record) -> None:
+            self._close(job, stored, _clock(stored["time"]["wall_s"] or 0.0))
+
+        workers.run([[packs[i] for i in share] for share in shares], names, self.fresh, finished)
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Trials together; what fails for all of them before the first step runs in halves (memory) or one by one."""
+        with train_logs({job.trial: job.folder for job in jobs}):
+            again = self._run_pack(jobs)
+        for part in again:
+            self._run(part)
+
+    def _run_pack(self, jobs: list[Job]) -> list[list[Job]]:
+        """The parts that must run again."""
+        if len(jobs) > 1:
+            log.info("%d trials in one pass: %s", len(jobs), ", ".join(job.trial for job in jobs))
+        begun = time.monotonic()
+        records = self._run_together(jobs)
+        again = [len(jobs) > 1 and _must_rerun_alone(stored) for stored in records]
+        for job, stored, rerun in zip(jobs, records, again, strict=True):
+            if not rerun:
+                self._close(job, stored, _clock((time.monotonic() - begun) / len(jobs)))
+        if not any(again):
             return []
+        undone = [job for job, rerun in zip(jobs, again, strict=True) if rerun]
+        why = records[again.index(True)]
+        log.warning("%d trials do not run together: %s", len(undone), why["error"])
+        return halves(undone) if why["status"] == "out_of_memory" else [[job] for job in undone]
+
+    def _run_together(self, jobs: list[Job]) -> list[Record]:
+        """Their records; of a trial that cannot be built, alone, that of its refusal."""
+        with ExitStack() as stack:
+            try:
+                if self.fresh:
+                    for job in jobs:
+                        job.begin_anew()
+                specs = [job.spec() for job in jobs]
+            except LoralabError as error:
+                return [job.refuse(error) for job in jobs]
+            try:
+                specs = [job.open(stack) for job in jobs]
+            except ArtifactError as error:  # another process runs one of them
+                return [job.refusal(error) for job in jobs]
+            for job in jobs:
+                if self.sweep_file is not None:
+                    self.sweep_file.set(job.trial, "running")
+            return self.make_runner().run(specs)
+
+
+class _Planner:
+    """Puts trials into packs; those that cannot be built or read are packs of their own, told when their turn comes."""
+
+    def __init__(self, waiting: Sequence[Job], runner: "Runner", options: PackOptions) -> None:
         from loralab.scheduling.members import Members, refusal, room
 
-        members: list[Member] = []
-        device, make = "cpu", Members().member
-        for job in waiting.values():
-            job.memory_budget = memory_budget
+        self.jobs, self.runner = {job.trial: job for job in waiting}, runner
+        self.device, make = "cpu", Members().member
+        self.members, self.refused = [], dict[str, LoralabError]()
+        for job in waiting:
             try:
                 spec = job.spec()
-                device = spec.trainer.device
-                members.append(make(spec, self.runner.inputs.rows(spec)))
-            except LoralabError:  # told when its turn comes
+                self.device = spec.trainer.device
+                member = make(spec, runner.inputs.rows(spec))
+            except LoralabError:
                 continue
-            if memory_budget is not None and (refused := refusal(members[-1], device, memory_budget)):
-                self.too_large[members.pop().trial] = refused
-        packs = plan(members, token_budget or TOKEN_BUDGET[device], room(device, memory_budget))
-        for pack in packs:
-            if len(pack.trials) > 1:
-                together = [waiting[trial] for trial in pack.trials]
-                self.packs.update(dict.fromkeys(pack.trials, together))
-        self._foresee(packs, waiting)
-        for why, count in Counter(pack.why for pack in packs if pack.why).items():
-            log.info("%d of %d trials run alone: %s", count, len(waiting), why)
-        names = workers.devices(device)
-        if names and len(packs) > 1:
-            self._spread(packs, {one.trial: one.tokens for one in members}, waiting, names, finished)
-        return packs
+            budget = options.memory_budget
+            if budget is not None and (error := refusal(member, self.device, budget)):
+                self.refused[job.trial] = error
+            else:
+                self.members.append(member)
+        tokens = (options.token_budget or TOKEN_BUDGET[self.device]) if options.pack else 1
+        self.planned: list[Pack] = plan(self.members, tokens, room(self.device, options.memory_budget))
 
-    def _spread(
-        self,
-        packs: Sequence[Pack],
-        tokens: dict[str, int],
-        waiting: dict[str, Job],
-        names: Sequence[str],
-        finished: Callable[[], None],
-    ) -> None:
-        """Over a process for each GPU; what they leave undone runs in this one."""
+    def packs(self) -> list[list[Job]]:
+        """All trials but the refused ones, in the order of the first of each pack."""
+        self._mention_memory()
+        for why, count in Counter(pack.why for pack in self.planned if pack.why).items():
+            log.info("%d of %d trials run alone: %s", count, len(self.jobs), why)
+        places = {trial: place for place, trial in enumerate(self.jobs)}
+        packs = [list(pack.trials) for pack in self.planned]
+        placed = {trial for pack in packs for trial in pack}
+        packs += [[trial] for trial in self.jobs if trial not in placed and trial not in self.refused]
+        return [[self.jobs[trial] for trial in pack] for pack in sorted(packs, key=lambda pack: places[pack[0]])]
 
-        def tell(job: Job, done: dict[str, Any]) -> None:
-            self.done[job.trial] = done
-            self.packs.pop(job.trial, None)
-            job.say(done, done["time"]["wall_s"])
-            finished()
+    def weights(self, packs: Sequence[Sequence[Job]]) -> list[int]:
+        """Tokens that each pack is trained with; 1 where nobody knows."""
+        tokens = {member.trial: member.tokens for member in self.members}
+        return [
+            sum(tokens[job.trial] * job.spec().trainer.max_steps if job.trial in tokens else 1 for job in pack)
+            for pack in packs
+        ]
 
-        jobs = [[waiting[trial] for trial in pack.trials] for pack in packs]
-        weights = [sum(tokens[one.trial] * one.spec().trainer.max_steps for one in pack) for pack in jobs]
-        shares = spread(weights, len(names))
-        workers.run([[jobs[i] for i in share] for share in shares], names, self.fresh, tell)
-        undone = {job.trial: job for job in waiting.values() if job.trial not in self.done}
-        self.packs = {trial: [job for job in pack if job.trial in undone] for trial, pack in self.packs.items()}
-
-    def _foresee(self, packs: Sequence[Pack], waiting: dict[str, Job]) -> None:
+    def _mention_memory(self) -> None:
         """Arithmetic over all packs, and a trace of the one that seems to need most."""
-        specs = [[waiting[trial].spec() for trial in pack.trials] for pack in packs]
+        specs = [[self.jobs[trial].spec() for trial in pack.trials] for pack in self.planned]
         if not specs or not specs[0][0].plan.record:
             return
         from loralab.planning.foresee import sentence
         from loralab.planning.plan import estimate
 
-        device = specs[0][0].trainer.device
         try:
-            largest = max(specs, key=lambda pack: estimate(pack, device))
-            plan = self.runner.foresight.plan(largest, [self.runner.inputs.rows(one) for one in largest], device)
+            largest = max(specs, key=lambda pack: estimate(pack, self.device))
+            rows = [self.runner.inputs.rows(spec) for spec in largest]
+            predicted = self.runner.foresight.plan(largest, rows, self.device)
         except LoralabError:  # one of them cannot run: told when its turn comes
             return
-        if plan is not None:
-            log.info("%s", sentence(len(largest), plan))
-
-    def _run_pack(self, jobs: list[Job]) -> None:
-        """Trials together; what fails for all of them before the first step runs in halves (memory) or one by one."""
-        for job in jobs:
-            self._forget(job)
-            self.packs.pop(job.trial, None)
-        if len(jobs) == 1:
-            return
-        log.info("%d trials in one pass: %s", len(jobs), ", ".join(job.trial for job in jobs))
-        begun = time.monotonic()
-        with ExitStack() as stack:
-            specs = [job.open(stack) for job in jobs]
-            done = self.runner.run(specs)
-        undone = [job for job, one in zip(jobs, done, strict=True) if _undone(one)]
-        seconds = (time.monotonic() - begun) / len(jobs)
-        for job, one in zip(jobs, done, strict=True):
-            if job not in undone:
-                self.ahead[job.trial] = (one, seconds)
-        if not undone:
-            return
-        why = next(one for one in done if _undone(one))
-        log.warning("%d trials do not run together: %s", len(undone), why["error"])
-        if why["status"] == "out_of_memory":
-            named = {job.trial: job for job in undone}
-            for half in halves(named):
-                self._run_pack([named[trial] for trial in half])
-
-    def _resumable(self, stopped: Interrupted) -> Interrupted:
-        """What is left to do and how, for a sweep that was stopped."""
-        if self.many and self.folder is not None:
-            left = sum(trial.get("status") != "completed" for trial in record.read_sweep(self.folder)["trials"])
-            again = f"loralab sweep --resume {shlex.quote(str(self.folder))}"
-            stopped.args = (f"{stopped}; {left} trials are left: {again}",)
-        return stopped
+        if predicted is not None:
+            log.info("%s", sentence(len(largest), predicted))
 
 
-def _say_of_earlier_versions(folder: Path, waiting: Sequence[Job]) -> None:
+def set_stale_aside(jobs: Sequence[Job]) -> None:
+    """Keeps what is outdated among their records under another name; one line for each thing that has changed."""
+    stale: dict[str, list[Job]] = {}
+    for job in jobs:
+        if why := job.why_stale():
+            stale.setdefault(why, []).append(job)
+    for why, those in stale.items():
+        for job in those:
+            job.set_aside()
+        words = ("is", "runs", "its record stays") if len(those) == 1 else ("are", "run", "their records stay")
+        log.info(
+            "%s %s stale and %s again, %s: %s",
+            *(", ".join(job.trial for job in those), *words[:2]),
+            *(f"{words[2]} as {staleness.KEPT[record.RESULT]}", why),
+        )
+
+
+def _mention_earlier_versions(folder: Path, waiting: Sequence[Job]) -> None:
     old = sum(_schema(place) < record.SCHEMA for place in record.find(folder)) if waiting else 0
     if old:
         text = (
@@ -289,6 +253,12 @@ def _schema(folder: Path) -> int:
         return record.SCHEMA
 
 
-def _undone(done: dict[str, Any]) -> bool:
-    """Whether what befell the pack says nothing of this trial; memory that one alone has not is its own verdict."""
-    return bool(done["status"] == "failed" or (done["status"] == "out_of_memory" and done["pack"]["size"] > 1))
+def _must_rerun_alone(stored: Record) -> bool:
+    """True if the trial must be rerun with fewer others: its pack failed, or ran out of memory with several."""
+    return bool(stored["status"] == "failed" or (stored["status"] == "out_of_memory" and stored["pack"]["size"] > 1))
+
+
+def _clock(seconds: float) -> str:
+    from loralab.training.progress import clock  # it imports Lightning, for which a wrong word shall not wait
+
+    return clock(seconds)

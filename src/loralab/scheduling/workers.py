@@ -18,7 +18,7 @@ from typing import Any
 
 from loralab.errors import ArtifactError, Interrupted
 from loralab.records import record
-from loralab.scheduling.jobs import Job
+from loralab.scheduling.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def run(
 def _start(packs: Sequence[Sequence[Job]], name: str, fresh: bool) -> Worker:
     jobs = [job for pack in packs for job in pack]
     path = jobs[0].folder.parent / f"device-{name}.json"
-    path.write_text(json.dumps({"fresh": fresh, "packs": [[job.stored() for job in pack] for pack in packs]}))
+    path.write_text(json.dumps({"fresh": fresh, "packs": [[job.as_json() for job in pack] for pack in packs]}))
     before = {job.trial: _written(job) for job in jobs}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name}
     process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
@@ -113,8 +113,9 @@ def _written(job: Job) -> int:
 
 def main(path: Path) -> int:
     """The process of one device: its packs one after the other, over a base that stays loaded."""
+    from loralab.scheduling.session import Session
     from loralab.scheduling.signals import listen
-    from loralab.scheduling.sweep import Jobs
+    from loralab.scheduling.sweep import Sweep
 
     listen()
     file, terminal = logging.FileHandler(path.with_suffix(".log")), logging.StreamHandler()
@@ -123,8 +124,9 @@ def main(path: Path) -> int:
     content = json.loads(path.read_text())
     log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
     try:
-        jobs = Jobs(fresh=content["fresh"], many=True)
-        jobs.work([[Job.restored(one) for one in pack] for pack in content["packs"]])
+        packs = [[Job.from_json(stored) for stored in pack] for pack in content["packs"]]
+        session = Session(fresh=content["fresh"], many=True)
+        Sweep(path.parent, [], session.fresh, session.runner).run_packs(packs)
     except Interrupted as stopped:
         return stopped.exit_code
     return 0

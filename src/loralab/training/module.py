@@ -217,12 +217,13 @@ class FineTuner(LightningModule):
         step = max(self.trials[i].step for i in batches) + 1
         return Pass(step, tuple(parts), width if width > max(n for f in parts if f for n in f.inputs) else None)
 
-    def progress(self) -> dict[str, float]:
-        """Where the pack stands, for progress lines."""
+    def progress(self) -> dict[str, Any]:
+        """Where the pack stands, for progress lines; a loss is nan before the first step."""
         return {
             "step": max(trial.step for trial in self.trials),
             "steps": max(trial.max_steps for trial in self.trials),
-            "loss": sum(self._last.values()) / max(1, len(self._last)),
+            "trials": [trial.spec.id for trial in self.trials],
+            "losses": [self._last.get(index, float("nan")) for index in range(len(self.trials))],
             "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "tokens": sum(trial.tokens for trial in self.trials),
         }

@@ -1,0 +1,155 @@
+"""One trial of a command line: its configuration, its folder, and whether it is finished."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from loralab.config import staleness
+from loralab.config.compose import plain, trial_id, trial_spec
+from loralab.errors import ArtifactError, ConfigError, LoralabError
+from loralab.records import record
+from loralab.records.lock import hold
+
+if TYPE_CHECKING:
+    from loralab.training.specs import TrialSpec
+
+Record = dict[str, Any]
+_PASSED_ON = ("content", "overrides", "choices", "memory_budget")
+
+
+@dataclass
+class Job:
+    """A composed configuration, plain and resolved, and its run folder."""
+
+    content: dict[str, Any]
+    folder: Path
+    overrides: list[str]
+    choices: dict[str, str]
+    memory_budget: float | None = None  # GiB, of the launcher
+
+    @classmethod
+    def running(cls, config: DictConfig) -> "Job":
+        """The job that Hydra is running now."""
+        hydra = HydraConfig.get()
+        return cls.of(plain(config, hydra.overrides.task), hydra, Path(hydra.runtime.output_dir))
+
+    @classmethod
+    def of(cls, content: dict[str, Any], hydra: Any, folder: Path) -> "Job":
+        """A job that may run later; ``hydra``: Hydra's own part of its configuration."""
+        if hydra.job.chdir:
+            raise ConfigError("hydra.job.chdir=true would move every relative path; valid: false")
+        choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
+        return cls(content, folder, list(hydra.overrides.task), choices)
+
+    def as_json(self) -> dict[str, Any]:
+        """For another process, which takes nothing that is cached."""
+        return {**{name: getattr(self, name) for name in _PASSED_ON}, "folder": str(self.folder)}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Job":
+        """What ``as_json`` gave."""
+        return cls(**{**stored, "folder": Path(stored["folder"])})
+
+    @cached_property
+    def trial(self) -> str:
+        """Its id."""
+        return trial_id(self.content)
+
+    def finished(self) -> Record | None:
+        """The record of an earlier, completed run of the very same trial on the same base and data.
+
+        Raises ArtifactError where this run would overwrite another trial's result.
+        """
+        stored, why_stale = self._earlier_run
+        return None if why_stale else stored
+
+    def why_stale(self) -> str:
+        """Why a record that is complete does not finish this trial any more; empty where that is not so."""
+        return self._earlier_run[1]
+
+    @cached_property
+    def _earlier_run(self) -> tuple[Record | None, str]:
+        """The completed record in the folder, and what has changed since."""
+        if not (self.folder / record.RESULT).exists():
+            return None, ""
+        try:
+            stored = record.read(self.folder)
+        except ArtifactError as error:  # of a later version of loralab, or damaged: it is somebody's all the same
+            return None, str(error)
+        if stored["status"] != "completed":
+            return None, ""
+        if stored["trial"] != self.trial:
+            whose = "of other settings" if stored["schema"] == record.SCHEMA else "of an earlier version of loralab"
+            raise ArtifactError(
+                f"{self.folder} holds the completed trial {stored['trial']} {whose}; valid: another"
+                " hydra.run.dir, or --fresh to overwrite it"
+            )
+        return stored, staleness.outdated(stored, self.content)
+
+    def set_aside(self) -> None:
+        """Keeps a stale record under another name."""
+        staleness.set_aside(self.folder)
+        self.__dict__.pop("_earlier_run", None)
+
+    def begin_anew(self) -> None:
+        """Removes the checkpoint of an earlier run; a record that cannot be read is kept under another name."""
+        from loralab.training import checkpoint
+
+        checkpoint.forget(self.folder)
+        try:
+            record.read(self.folder)
+        except ArtifactError:
+            self.set_aside()
+
+    @cached_property
+    def _spec(self) -> "TrialSpec":
+        return trial_spec(self.content, self.folder, self.overrides, self.choices)
+
+    def spec(self) -> "TrialSpec":
+        """Built and checked. Raises ConfigError."""
+        spec = self._spec
+        if self.memory_budget is None:
+            return spec
+        budget = min(self.memory_budget, spec.plan.budget_gib or self.memory_budget)
+        return replace(spec, plan=replace(spec.plan, budget_gib=budget))
+
+    def open(self, stack: ExitStack) -> "TrialSpec":
+        """Its spec; the run folder is held until ``stack`` closes, with the configuration in it."""
+        stack.enter_context(hold(self.folder))
+        self.__dict__.pop("_earlier_run", None)
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(self.content)))
+        return self.spec()
+
+    def refuse(self, error: LoralabError) -> Record:
+        """Writes and returns the record of a trial that is not run."""
+        entry = self.refusal(error)
+        record.write(self.folder, entry)
+        return entry
+
+    def refusal(self, error: LoralabError) -> Record:
+        """The record of a trial that is not run, not written: its folder may be another process's."""
+        seed = self.content.get("seed")
+        entry = record.blank(
+            self.trial,
+            config=self.content,
+            overrides=self.overrides,
+            choices=self.choices,
+            seed=seed if isinstance(seed, int) else None,
+        )
+        entry.update(status=error.status, error=str(error), exit_code=error.exit_code)
+        return entry
+
+    def value(self, stored: Record) -> float | None:
+        """The trial's metric, what a sweeper optimizes; None where there is no result."""
+        value = stored["metrics"].get(str(self.content.get("metric"))) if stored["status"] == "completed" else None
+        return None if value is None else float(value)
+
+    def differing(self, other: "Job") -> list[str]:
+        """The words in which this trial is spelled otherwise than ``other``."""
+        return [word for word in self.overrides if word not in other.overrides]

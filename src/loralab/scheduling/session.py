@@ -1,0 +1,145 @@
+"""One command line: handed over to Hydra, its trials run, its exit code."""
+
+import logging
+import os
+import shlex
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loralab.config.words import forced, quoted
+from loralab.errors import ConfigError, DataError, Interrupted
+from loralab.records import record
+from loralab.records.lock import hold
+from loralab.scheduling.job import Job, Record
+from loralab.scheduling.sweep import PackOptions, Sweep, set_stale_aside
+
+if TYPE_CHECKING:
+    from loralab.running.runner import Runner
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """What Hydra is given as its task. ``folder``: of the run or the sweep, once it is known."""
+
+    fresh: bool
+    many: bool
+    folder: Path | None = None
+    records: list[Record] = field(default_factory=list)
+    error: Exception | None = None
+    _overrides: list[str] = field(default_factory=list)  # the words that are not Hydra's own
+    _runner: Any = None
+
+    def run(self, arguments: list[str]) -> int:
+        """The exit code: that of the first trial that failed. Raises what is wrong with a single run."""
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
+        import hydra
+
+        from loralab.config.compose import data_root, register_resolvers
+
+        register_resolvers()
+        self._overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]
+        sys.argv = ["loralab", *quoted(forced(arguments))]
+        conf = str(data_root() / "conf")
+        try:
+            hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
+        except Interrupted as stopped:
+            raise self._with_how_to_resume(stopped) from stopped
+        if self.error is not None:
+            raise self.error
+        codes = [int(stored.get("exit_code") or 0) for stored in self.records]
+        return next((code for code in codes if code), 0)
+
+    def runner(self) -> "Runner":
+        """One for all trials: it keeps the base."""
+        if self._runner is None:
+            from loralab.running.runner import Runner
+
+            self._runner = Runner(progress=not self.many and sys.stderr.isatty())
+        return self._runner  # type: ignore[no-any-return]
+
+    def job(self, config: Any) -> float | None:
+        """The configuration that Hydra runs now; its metric goes back to the sweeper."""
+        try:
+            job = Job.running(config)
+            stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
+        except Exception as error:  # Hydra would print its own lines about it
+            self.error = error
+            return None
+        self.records.append(stored)
+        return job.value(stored)
+
+    def sweep(self, folder: Path, jobs: list[Job], header: dict[str, Any], options: PackOptions) -> dict[str, Record]:
+        """{trial: record} of ``jobs``, each trial once. The caller holds ``folder``."""
+        self.folder = folder
+        records = Sweep(folder, jobs, self.fresh, self.runner).run(header, options)
+        self.records += [records[job.trial] for job in jobs]
+        return records
+
+    def _run_in_sweep(self, job: Job, config: Any) -> Record:
+        """A trial of a sweep whose loop is another launcher's (hydra/launcher=basic)."""
+        from hydra.core.hydra_config import HydraConfig
+
+        from loralab.scheduling.launch import header
+
+        self.folder = job.folder.parent
+        with hold(self.folder):
+            sweep = Sweep(self.folder, [job], self.fresh, self.runner)
+            about = {**header(config, HydraConfig.get(), self.folder), "overrides": self._overrides}
+            return sweep.run(about, PackOptions(pack=False))[job.trial]
+
+    def _run_single(self, job: Job) -> Record:
+        self.folder = job.folder
+        stored = None if self.fresh else job.finished()
+        if stored is not None:
+            log.info("%s  finished before; --fresh runs it again\n%s", _score(job, stored), job.folder)
+            return stored
+        if self.fresh:
+            job.begin_anew()
+        else:
+            set_stale_aside([job])
+        begun = time.monotonic()
+        self._check_rows(job)
+        with ExitStack() as stack:
+            spec = job.open(stack)
+            log.info("trial %s in %s: loading the base model", spec.id, job.folder)
+            (stored,) = self.runner().run([spec])
+        if stored["error"]:
+            log.error("loralab: %s", stored["error"])
+        else:
+            from loralab.training.progress import clock
+
+            metric = job.content.get("metric")
+            others = "  ".join(f"{name} {value:.4f}" for name, value in stored["metrics"].items() if name != metric)
+            log.info("%s  %s  (%s)\n%s", _score(job, stored), others, clock(time.monotonic() - begun), job.folder)
+        return stored
+
+    def _check_rows(self, job: Job) -> None:
+        """Reads the rows, which the runner keeps, before a weight: raises DataError, ConfigError."""
+        spec = job.spec()
+        if spec.data.from_base:
+            return
+        try:
+            self.runner().inputs.rows(spec)
+        except (DataError, ConfigError):
+            raise
+        except Exception:  # told by the run itself
+            log.debug("the rows of %s cannot be read", spec.id, exc_info=True)
+
+    def _with_how_to_resume(self, stopped: Interrupted) -> Interrupted:
+        """What is left to do and how, for a sweep that was stopped."""
+        if self.many and self.folder is not None:
+            left = sum(trial.get("status") != "completed" for trial in record.read_sweep(self.folder)["trials"])
+            again = f"loralab sweep --resume {shlex.quote(str(self.folder))}"
+            stopped.args = (f"{stopped}; {left} trials are left: {again}",)
+        return stopped
+
+
+def _score(job: Job, stored: Record) -> str:
+    value = job.value(stored)
+    return f"{job.content.get('metric')} {value:.4f}" if value is not None else ""

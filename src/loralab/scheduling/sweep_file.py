@@ -1,0 +1,103 @@
+"""sweep.json: what a sweep asks, its axes, and how each trial stands."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import ArtifactError
+from loralab.records import record
+from loralab.scheduling.job import Job
+
+WRITTEN_EVERY = 1.0  # seconds; the file of 10,000 trials takes 40 ms to write
+
+
+class SweepFile:
+    """Trials of earlier calls that have a record stay listed: a call with fewer seeds or other settings hides nothing.
+
+    A status is set entry by entry and written at most once a second; ``flush`` writes at once.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any], jobs: Sequence[Job]) -> None:
+        """``header``: what the sweep asks and how it was called."""
+        self.folder = folder
+        own = {job.trial: _entry(folder, job) for job in jobs}
+        earlier = [own.pop(entry["trial"], {**entry, "earlier": True}) for entry in _earlier_entries(folder, own)]
+        trials = [*earlier, *own.values()]
+        axes = swept_axes([list(entry.get("overrides") or []) for entry in trials])
+        self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials}
+        self._entries = {entry["trial"]: entry for entry in trials}
+        present = [entry["trial"] for entry in trials if not entry.get("earlier")]
+        self.places = {trial: place for place, trial in enumerate(present, 1)}
+        self.flush()
+
+    def set(self, trial: str, status: str) -> None:
+        entry = self._entries[trial]
+        if entry["status"] != status:
+            entry["status"] = status
+            if time.monotonic() - self._written >= WRITTEN_EVERY:
+                self.flush()
+
+    def flush(self) -> None:
+        record.write_sweep(self.folder, self.content)
+        self._written = time.monotonic()
+
+    def label(self, job: Job) -> str:
+        """The words in which the trial differs from others of the sweep."""
+        words = [word.lstrip("+") for word in job.overrides]
+        return "  ".join([word for word in words if word.split("=")[0] in self.content["axes"]] or words)
+
+
+def swept_axes(trials: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """{swept key: its values in order} over the trials' own overrides."""
+    axes: dict[str, list[str]] = {}
+    every = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides in trials]
+    for overrides in every:
+        for key, value in overrides.items():
+            values = axes.setdefault(key.lstrip("+"), [])
+            if value not in values:
+                values.append(value)
+    return {key: values for key, values in axes.items() if len(values) > 1 or len(every) == 1}
+
+
+def _entry(folder: Path, job: Job) -> dict[str, Any]:
+    return {
+        "trial": job.trial,
+        "folder": os.path.relpath(job.folder, folder),
+        "status": status_of(job.folder),
+        "overrides": job.overrides,
+        "choices": job.choices,
+    }
+
+
+def status_of(folder: Path) -> str:
+    """As the folder's record says, or pending where it has none yet."""
+    if not (folder / record.RESULT).is_file():
+        return "pending"
+    try:
+        return str(record.read(folder)["status"])
+    except ArtifactError:
+        return "pending"
+
+
+def _earlier_entries(folder: Path, own: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Trials that sweep.json already lists and that have a record; not those that ``own`` runs anew under another id,
+    because an earlier version gave them theirs."""
+    try:
+        listed: list[dict[str, Any]] = record.read_sweep(folder)["trials"]
+    except ArtifactError:
+        return []
+    spelled = {tuple(sorted(entry["overrides"])) for entry in own.values()}
+    return [entry for entry in listed if "trial" in entry and not _is_left_out(folder, entry, spelled)]
+
+
+def _is_left_out(folder: Path, entry: Mapping[str, Any], spelled: set[tuple[str, ...]]) -> bool:
+    place = folder / str(entry["folder"])
+    if not (place / record.RESULT).is_file():
+        return True
+    try:
+        schema = record.read(place)["schema"]
+    except ArtifactError:
+        return status_of(place) == "pending"
+    return bool(schema < record.SCHEMA and tuple(sorted(entry.get("overrides") or [])) in spelled)
