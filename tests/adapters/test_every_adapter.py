@@ -19,8 +19,8 @@ from loralab.adapters.attached import attached
 from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta, freeze, generator_for
 from loralab.adapters.export import load, save
 from loralab.adapters.files import WEIGHTS, read_state
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA, LoRAAdapter, LoRADelta
-from loralab.adapters.sites import Share, Sites
 from loralab.config.compose import build, compose, data_root, plain
 from loralab.optim.optimizers import AdamW
 from loralab.planning.count import count
@@ -136,7 +136,7 @@ def fresh(load_base):
 
 def logits(one, given):
     one.model.eval()
-    with torch.no_grad(), Sites.of(one.model).batch(Share(one.adapter, 2)):
+    with torch.no_grad(), AdapterHooks.of(one.model).batch(BatchSlice(one.adapter, 2)):
         return one.model(**given).logits
 
 
@@ -146,7 +146,7 @@ def trained(one, given, steps=3):
     optimizer = torch.optim.AdamW(one.adapter.parameters(), lr=1e-2)
     for step in range(steps):
         optimizer.zero_grad()
-        with Sites.of(one.model).batch(Share(one.adapter, 2, key=step)):
+        with AdapterHooks.of(one.model).batch(BatchSlice(one.adapter, 2, key=step)):
             one.model(**given).logits.logsumexp(-1).sum().backward()
         optimizer.step()
     return one

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from loralab.adapters.fused import Part, lora_update
+from loralab.adapters.hooks import AdapterHooks, BatchSlice, keyed_dropout
 from loralab.adapters.lora import LoRADelta
-from loralab.adapters.sites import Share, Sites, keyed_dropout
 
 PARTS = [Part(0, 6, 2.0, 0.0, None), Part(6, 15, 0.5, 0.3, 7)]
 
@@ -104,14 +104,14 @@ def test_a_view_given_as_the_output_is_not_written_to():
 def test_a_flat_batch_is_split_by_tokens():
     layer = torch.nn.Module()
     layer.inner = torch.nn.Linear(3, 2, bias=False)
-    sites = Sites.of(layer)
+    hooks = AdapterHooks.of(layer)
     owners = [torch.nn.Module(), torch.nn.Module()]
     deltas = [LoRADelta(3, 2, r=1, scaling=s) for s in (1.0, 5.0)]
     for owner, delta in zip(owners, deltas, strict=True):
         torch.nn.init.ones_(delta.lora_A)
         torch.nn.init.ones_(delta.lora_B)
-        sites.hold(layer, "inner", owner, delta)
-    sites.shares = (Share(owners[0], 1, None, 2), Share(owners[1], 2, None, 5))
+        hooks.attach(layer, "inner", owner, delta)
+    hooks.begin_pass((BatchSlice(owners[0], 1, None, 2), BatchSlice(owners[1], 2, None, 5)))
     x = torch.ones(1, 7, 3)
     update = layer.inner(x) - F.linear(x, layer.inner.weight)
     torch.testing.assert_close(update[0, :, 0], torch.tensor([3.0, 3, 15, 15, 15, 15, 15]))

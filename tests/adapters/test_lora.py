@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA, LoRADelta
-from loralab.adapters.sites import Share, Sites
 from loralab.errors import ConfigError
 
 EVERY = ["llama", "gpt2", "t5", "distilbert", "roberta", "phi"]
@@ -14,8 +14,8 @@ EVERY = ["llama", "gpt2", "t5", "distilbert", "roberta", "phi"]
 
 def logits(model, adapter, given):
     model.eval()
-    shares = (Share(adapter, 2),) if adapter is not None else ()
-    with torch.no_grad(), Sites.of(model).batch(*shares):
+    slices = (BatchSlice(adapter, 2),) if adapter is not None else ()
+    with torch.no_grad(), AdapterHooks.of(model).batch(*slices):
         return model(**given).logits
 
 
@@ -39,7 +39,7 @@ def test_lora_starts_as_the_base_model_bit_for_bit(load_base, inputs, family, sc
 def test_only_the_adapters_parameters_receive_gradients(load_base, inputs, family):
     base = load_base(family, "nf4")
     adapter = LoRA(r=4).attach(base.model)
-    with Sites.of(base.model).batch(Share(adapter, 2, key=1)):
+    with AdapterHooks.of(base.model).batch(BatchSlice(adapter, 2, key=1)):
         base.model(**inputs(base.spec.task)).logits.square().sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in base.model.parameters())
     assert all(delta.lora_B.grad.abs().sum() > 0 for _, delta in adapter.adapted())

@@ -9,8 +9,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from loralab.adapters.attached import attached
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
-from loralab.adapters.sites import Share, Sites
 from loralab.errors import ConfigError
 from loralab.forward.stacked import Forward
 from loralab.models import pretrained
@@ -56,7 +56,7 @@ def test_embeddings_that_are_trained_whole_train_as_pefts(load_base, tied, caplo
             if losses:
                 loss = theirs(**inputs, labels=labels).loss
             else:
-                (scores,) = forward(dict(inputs), labels, [Share(adapter, 2, 1)])
+                (scores,) = forward(dict(inputs), labels, [BatchSlice(adapter, 2, 1)])
                 loss = scores[0] / len(scores[2])
             optimizer.zero_grad()
             loss.backward()
@@ -169,4 +169,4 @@ def test_a_head_tied_to_the_embeddings_is_adapted_with_a_warning_and_merges_afte
     assert record["status"] == "completed"
     assert losses["untied and merged"] == pytest.approx(losses["adapted"], rel=1e-5)
     assert losses["merged as it is"] != pytest.approx(losses["adapted"], rel=1e-3)  # what the warning is about
-    assert Sites.of(base).shares == ()
+    assert AdapterHooks.of(base).slices == ()

@@ -8,8 +8,8 @@ from peft import PeftModel
 
 from loralab.adapters import peft
 from loralab.adapters.export import load, save
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
-from loralab.adapters.sites import Share, Sites
 
 SPECS = {
     "plain": LoRA(r=4, lora_alpha=12),
@@ -34,7 +34,7 @@ def trained(model, spec):
 
 def logits(model, adapter, given):
     model.eval()
-    with torch.no_grad(), Sites.of(model).batch(Share(adapter, 2)):
+    with torch.no_grad(), AdapterHooks.of(model).batch(BatchSlice(adapter, 2)):
         return model(**given).logits
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA, LoRADelta
-from loralab.adapters.sites import Share, Sites
 
 ALBERT = {"model_type": "albert", "embedding_size": 16, "max_position_embeddings": 64, "num_hidden_layers": 3}
 
@@ -22,19 +22,19 @@ def adapted(load_base):
 def test_each_repetition_draws_a_mask_of_its_own_and_a_pass_with_the_same_key_the_same(adapted, monkeypatch):
     model, adapter = adapted
     keys = []
-    real = LoRADelta.together
+    real = LoRADelta.forward_grouped
 
-    def watched(x, y, shares):
-        keys.extend(key for *_, key in shares)
-        return real(x, y, shares)
+    def watched(x, y, slices):
+        keys.extend(key for *_, key in slices)
+        return real(x, y, slices)
 
-    monkeypatch.setattr(LoRADelta, "together", staticmethod(watched))
+    monkeypatch.setattr(LoRADelta, "forward_grouped", staticmethod(watched))
     for _ in range(2):
-        with Sites.of(model).batch(Share(adapter, 1, 5)):
+        with AdapterHooks.of(model).batch(BatchSlice(adapter, 1, 5)):
             model(input_ids=torch.arange(2, 12)[None])
     assert len(set(keys[:3])) == 3
     assert keys[3:] == keys[:3]
-    with Sites.of(model).batch(Share(adapter, 1, None)):
+    with AdapterHooks.of(model).batch(BatchSlice(adapter, 1, None)):
         model(input_ids=torch.arange(2, 12)[None])
     assert keys[6:] == [None] * 3
 
@@ -44,15 +44,15 @@ def test_a_recomputed_repetition_draws_its_own_mask_again():
     delta = LoRADelta(20, 20, 4, 1.0, dropout=0.5)
     for parameter in delta.parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
-    sites, owner = Sites.of(model), nn.Identity()
-    sites.hold(model, "0", owner, delta)
+    hooks, owner = AdapterHooks.of(model), nn.Identity()
+    hooks.attach(model, "0", owner, delta)
     gradients = []
     for checkpointing in (False, True):
         x = torch.ones(2, 20, requires_grad=True)
         y = x
-        with sites.batch(Share(owner, 2, 5)):
+        with hooks.batch(BatchSlice(owner, 2, 5)):
             for _ in range(3):
-                y = checkpoint(model, y, use_reentrant=False, context_fn=sites.replayed) if checkpointing else model(y)
+                y = checkpoint(model, y, use_reentrant=False, context_fn=hooks.replayed) if checkpointing else model(y)
             gradients.append(torch.autograd.grad(y.square().sum(), [x, *delta.parameters()]))
     for own, other in zip(*gradients, strict=True):
         assert float(own.abs().max()) > 0

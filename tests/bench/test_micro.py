@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
-from loralab.adapters.sites import Share, Sites
 from loralab.forward.head import head_nll
 
 pytest.importorskip("pytest_benchmark")
@@ -21,7 +21,7 @@ def test_a_linear_layer_with_the_adapters_of_k_trials_forward_and_backward(bench
     x = torch.randn(k, LENGTH, WIDTH, requires_grad=True)
 
     def step():
-        with Sites.of(model).batch(*(Share(adapter, 1) for adapter in adapters)):
+        with AdapterHooks.of(model).batch(*(BatchSlice(adapter, 1) for adapter in adapters)):
             model(x).sum().backward()
 
     benchmark(step)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from loralab.adapters.hooks import BatchSlice
 from loralab.adapters.lora import LoRA
-from loralab.adapters.sites import Share
 from loralab.data.batches import collate
 from loralab.data.encoding import encode
 from loralab.forward.stacked import Forward
@@ -95,7 +95,7 @@ def in_double(spec, data, quantizer, size):
         if spec.task == "seq2seq_lm":
             tensors["decoder_input_ids"] = decoder_input_ids(model, labels)
         with torch.no_grad():
-            ((loss, _, targets),) = forward(tensors, labels, [Share(adapter, len(examples))])
+            ((loss, _, targets),) = forward(tensors, labels, [BatchSlice(adapter, len(examples))])
         total, count = total + float(loss), count + len(targets)
     return total / count
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from loralab.adapters.hooks import AdapterHooks, BatchSlice, NotPackable, dropped, length_of
 from loralab.adapters.lora import LoRA
-from loralab.adapters.sites import NotPackable, Share, Sites, dropped, length_of
 from loralab.forward.dropout import KeyedDropout, base_dropout
 from loralab.forward.stacked import Forward
 from loralab.forward.unpadded import NAME, mask_of
@@ -132,12 +132,12 @@ def batch(task, lengths=(12, 5, 9)):
     return given, ids.masked_fill(mask == 0, -100)
 
 
-def losses(base, shares, rows=slice(None)):
+def losses(base, slices, rows=slice(None)):
     """Each share's loss, and the gradients of their sum."""
     given, labels = batch(base.spec.task)
     forward = Forward(base.model, base.spec.task)
-    scores = forward({name: value[rows] for name, value in given.items()}, labels[rows], shares)
-    parameters = [p for share in shares for p in share.owner.parameters()]
+    scores = forward({name: value[rows] for name, value in given.items()}, labels[rows], slices)
+    parameters = [p for part in slices for p in part.owner.parameters()]
     found = [loss for loss, _, _ in scores]
     gradients = torch.autograd.grad(sum(found), parameters, allow_unused=True) if found[0].requires_grad else []
     return found, [g for g in gradients if g is not None]
@@ -147,9 +147,9 @@ def losses(base, shares, rows=slice(None)):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_padded_alike_have_their_own_losses_and_gradients(loaded, family, checkpointing):
     base, adapters = loaded(family, gradient_checkpointing=checkpointing)
-    shares = [Share(adapters[0], 1, 7), Share(adapters[1], 2, 8)]
-    together, gradients = losses(base, shares)
-    apart = [losses(base, [share], rows) for share, rows in zip(shares, (slice(1), slice(1, 3)), strict=True)]
+    slices = [BatchSlice(adapters[0], 1, 7), BatchSlice(adapters[1], 2, 8)]
+    together, gradients = losses(base, slices)
+    apart = [losses(base, [part], rows) for part, rows in zip(slices, (slice(1), slice(1, 3)), strict=True)]
     for packed, (own, _) in zip(together, apart, strict=True):
         torch.testing.assert_close(packed, own[0], rtol=1e-6, atol=1e-6)
     for packed, own in zip(gradients, [g for _, found in apart for g in found], strict=True):
@@ -161,7 +161,7 @@ def test_checkpointing_draws_again_what_was_drawn(loaded, family):
     plain, lean = (loaded(family, gradient_checkpointing=on) for on in (False, True))
     for own, other in zip(
         *(
-            losses(base, [Share(a, n, n) for a, n in zip(adapters, (1, 2), strict=True)])
+            losses(base, [BatchSlice(a, n, n) for a, n in zip(adapters, (1, 2), strict=True)])
             for base, adapters in (plain, lean)
         ),
         strict=True,
@@ -183,13 +183,13 @@ def test_a_seed_decides_every_mask(make_spec, with_dropout, curve):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_has_no_dropout_and_training_does(loaded, family):
     base, (adapter, _) = loaded(family)
-    drawn = [losses(base, [Share(adapter, 3, key)])[0][0] for key in (1, 2)]
+    drawn = [losses(base, [BatchSlice(adapter, 3, key)])[0][0] for key in (1, 2)]
     assert drawn[0] != drawn[1]
     base.model.eval()
     dry, (same, _) = loaded(family, dropout=0.0)
     dry.model.eval()
     with torch.no_grad():
-        assert torch.equal(losses(base, [Share(adapter, 3)])[0][0], losses(dry, [Share(same, 3)])[0][0])
+        assert torch.equal(losses(base, [BatchSlice(adapter, 3)])[0][0], losses(dry, [BatchSlice(same, 3)])[0][0])
 
 
 @pytest.mark.parametrize("family", ["llama", *FAMILIES])
@@ -206,32 +206,32 @@ def test_a_base_without_dropout_is_left_as_it_is(loaded, family):
 def layer():
     """A keyed dropout of 0.25, training, and its sites."""
     made = KeyedDropout(0.25)
-    return made, Sites.of(made)
+    return made, AdapterHooks.of(made)
 
 
 def test_a_mask_has_the_asked_mean_and_share_and_depends_on_its_key_alone(layer):
-    drop, sites = layer
-    a, b = Share(nn.Identity(), 3, 5), Share(nn.Identity(), 2, 6)
+    drop, hooks = layer
+    a, b = BatchSlice(nn.Identity(), 3, 5), BatchSlice(nn.Identity(), 2, 6)
     x = torch.ones(5, 40, 100)
-    with sites.batch(a, b):
+    with hooks.batch(a, b):
         y = drop(x)
     assert abs(float(y.mean()) - 1.0) < 0.02
     assert abs(float((y == 0).float().mean()) - 0.25) < 0.01
-    with sites.batch(b):
+    with hooks.batch(b):
         assert torch.equal(drop(x[3:]), y[3:])
-    with sites.batch(Share(nn.Identity(), 3, 5, 70), Share(nn.Identity(), 1, 6, 50)):  # flat
+    with hooks.batch(BatchSlice(nn.Identity(), 3, 5, 70), BatchSlice(nn.Identity(), 1, 6, 50)):  # flat
         flat = drop(torch.ones(1, 120, 100))
-    with sites.batch(Share(nn.Identity(), 1, 6, 50)):
+    with hooks.batch(BatchSlice(nn.Identity(), 1, 6, 50)):
         assert torch.equal(drop(torch.ones(1, 50, 100)), flat[:, 70:])
-    with sites.batch(a, b), pytest.raises(NotPackable):
+    with hooks.batch(a, b), pytest.raises(NotPackable):
         drop(torch.ones(4, 2))
 
 
 def test_a_layer_used_twice_in_a_pass_draws_twice_and_a_recomputed_one_again(layer):
-    drop, sites = layer
+    drop, hooks = layer
     x = torch.ones(1, 400)
-    with sites.batch(Share(nn.Identity(), 1, 5)):
-        _, again = sites.replayed()
+    with hooks.batch(BatchSlice(nn.Identity(), 1, 5)):
+        _, again = hooks.replayed()
         first, second = drop(x), drop(x)
         with again:
             replayed = drop(x)
@@ -273,13 +273,13 @@ def test_a_trial_with_lora_dropout_is_the_same_beside_longer_rows(make_spec, mak
 
 
 def test_dropout_keeps_nothing_for_backward_and_the_gradient_has_the_same_mask(layer):
-    drop, sites = layer
+    drop, hooks = layer
     x = torch.ones(2, 30, 20, requires_grad=True)
     kept = []
-    with sites.batch(Share(nn.Identity(), 1, 5), Share(nn.Identity(), 1, 6)):
+    with hooks.batch(BatchSlice(nn.Identity(), 1, 5), BatchSlice(nn.Identity(), 1, 6)):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
             y = drop(x)
-        sites.shares = ()  # the next pass
+        hooks.begin_pass(())  # the next one
         y.transpose(1, 2).contiguous().sum(0).t().sum().backward()
     assert kept == []
     assert torch.equal(x.grad, y.detach())
@@ -287,9 +287,9 @@ def test_dropout_keeps_nothing_for_backward_and_the_gradient_has_the_same_mask(l
     assert torch.equal(dropped(turned, 0.5, [(600, 3)]), dropped(torch.ones(30, 20), 0.5, [(600, 3)]))
 
 
-def attention(sites, mask, flat=False, heads=(4, 2), **kwargs):
+def attention(hooks, mask, flat=False, heads=(4, 2), **kwargs):
     module = nn.Identity()
-    module.loralab_sites, module.num_key_value_groups = sites, heads[0] // heads[1]
+    module.loralab_hooks, module.num_key_value_groups = hooks, heads[0] // heads[1]
     rows = (1, 12) if flat else (3, 7)
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(rows[0], h, rows[1], 8, generator=generator) for h in (heads[0], heads[1], heads[1]))
@@ -300,7 +300,7 @@ def attention(sites, mask, flat=False, heads=(4, 2), **kwargs):
 def test_attention_drops_by_key_whatever_its_mask_and_nothing_on_average(loaded, kind):
     loaded("gpt2")  # registers it
     attend, sdpa = ALL_ATTENTION_FUNCTIONS[NAME], ALL_ATTENTION_FUNCTIONS["sdpa"]
-    sites = Sites()
+    hooks = AdapterHooks()
     mask, bias = None, None
     generator = torch.Generator().manual_seed(4)
     if kind in ("boolean", "float"):
@@ -312,19 +312,19 @@ def test_attention_drops_by_key_whatever_its_mask_and_nothing_on_average(loaded,
     flat = kind.startswith("flat")
     lengths = (4, 4, 4) if kind == "flat, level" else (5, 3, 4)
     mask = mask_of(lengths) if flat else mask
-    module, (q, k, v, mask), given = attention(sites, mask, flat, position_bias=bias, scaling=0.3)
+    module, (q, k, v, mask), given = attention(hooks, mask, flat, position_bias=bias, scaling=0.3)
     tokens = (lengths[0], sum(lengths[1:])) if flat else (None, None)
-    shares = [Share(nn.Identity(), 1, 5, tokens[0]), Share(nn.Identity(), 2, 6, tokens[1])]
-    with sites.batch(*shares):
+    slices = [BatchSlice(nn.Identity(), 1, 5, tokens[0]), BatchSlice(nn.Identity(), 2, 6, tokens[1])]
+    with hooks.batch(*slices):
         together, _ = attend(module, q, k, v, mask, dropout=0.5, **given)
     cut, dim = (tokens[0], 1) if flat else (1, 0)
     own = [x[:, :, cut:] if flat else x[1:] for x in (q, k, v)]
     own_mask = mask_of(lengths[1:]) if flat else mask if mask is None else mask[1:]
     given["position_bias"] = bias if bias is None or len(bias) == 1 else bias[1:]
-    with sites.batch(shares[1]):
+    with hooks.batch(slices[1]):
         alone_, _ = attend(module, *own, own_mask, dropout=0.5, **given)
     assert torch.equal(together.narrow(dim, cut, together.shape[dim] - cut), alone_)
-    with sites.batch(Share(nn.Identity(), 2, 9, tokens[1])):
+    with hooks.batch(BatchSlice(nn.Identity(), 2, 9, tokens[1])):
         drawn = [attend(module, *own, own_mask, dropout=0.5, **given)[0] for _ in range(2000)]
         plain = attend(module, *own, own_mask, **given)[0]
     assert not torch.equal(drawn[0], drawn[1])

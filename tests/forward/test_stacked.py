@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
+from loralab.adapters.hooks import BatchSlice
 from loralab.adapters.lora import LoRA
-from loralab.adapters.sites import Share
-from loralab.forward.stacked import Forward, Way
+from loralab.forward.stacked import Forward, ForwardMode
 
 CAUSAL = ["llama", "gpt2", "phi"]
 
@@ -26,13 +26,13 @@ def batch(task="causal_lm", lengths=(12, 5, 9)):
     return given, labels
 
 
-def run(base, adapters, way, seed=5):
+def run(base, adapters, mode, seed=5):
     """(losses, gradients) of one pass of two adapters, one row and two rows."""
     given, labels = batch(base.spec.task)
     forward = Forward(base.model, base.spec.task)
-    forward.way = way
-    shares = [Share(adapters[0], 1, seed), Share(adapters[1], 2, seed + 1)]
-    scores = forward(given, labels, shares)
+    forward.mode = mode
+    slices = [BatchSlice(adapters[0], 1, seed), BatchSlice(adapters[1], 2, seed + 1)]
+    scores = forward(given, labels, slices)
     total = sum(loss for loss, _, _ in scores)
     parameters = [p for a in adapters for p in a.parameters()]
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -59,9 +59,9 @@ def test_without_padding_and_dense_logits_losses_and_gradients_are_the_plain_way
     adapters = adapters_on(base)
     base.model.train()
     chosen, ours, our_gradients = run(base, adapters, None)
-    assert chosen.way == Way(unpadded=True, headless=True)
-    _, theirs, gradients = run(base, adapters, Way(headless=True))
-    _, dense, _ = run(base, adapters, Way())
+    assert chosen.mode == ForwardMode(unpadded=True, fused_cross_entropy=True)
+    _, theirs, gradients = run(base, adapters, ForwardMode(fused_cross_entropy=True))
+    _, dense, _ = run(base, adapters, ForwardMode())
     for own, other, third in zip(ours, theirs, dense, strict=True):
         torch.testing.assert_close(own[0], other[0])
         torch.testing.assert_close(own[0], third[0])
@@ -81,11 +81,11 @@ def test_a_row_has_the_same_bits_whoever_shares_its_pass(load_base, lengths):
         torch.nn.init.normal_(delta.lora_B, std=0.1)
     given, labels = batch(lengths=lengths)
     forward = Forward(base.model, "causal_lm")
-    together = forward(given, labels, [Share(adapter, 1), Share(adapter, 2)])
+    together = forward(given, labels, [BatchSlice(adapter, 1), BatchSlice(adapter, 2)])
     for row, (start, stop) in enumerate([(0, 1), (1, 3)]):
         longest = max(lengths[start:stop])
         own = {name: value[start:stop, :longest] for name, value in given.items()}
-        alone = forward(own, labels[start:stop, :longest], [Share(adapter, stop - start)])
+        alone = forward(own, labels[start:stop, :longest], [BatchSlice(adapter, stop - start)])
         assert torch.equal(alone[0][0], together[row][0])
 
 
@@ -94,10 +94,10 @@ def test_the_model_sees_only_real_tokens(load_base):
     adapter = LoRA(r=2).attach(base.model)
     forward = Forward(base.model, "causal_lm")
     given, labels = batch()
-    forward(given, labels, [Share(adapter, 3)])
+    forward(given, labels, [BatchSlice(adapter, 3)])
     seen = []
     base.model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1]))
-    forward(given, labels, [Share(adapter, 3)])
+    forward(given, labels, [BatchSlice(adapter, 3)])
     assert seen == [(1, 26)]
 
 
@@ -115,8 +115,8 @@ def test_a_base_that_caps_its_logits_is_computed_the_plain_way_and_the_log_says_
     forward = Forward(base.model, "causal_lm")
     given, labels = batch()
     with caplog.at_level(logging.INFO, "loralab"):
-        (loss, _, _), *_ = forward(given, labels, [Share(adapter, 3)])
-    assert forward.way == Way(unpadded=True)
+        (loss, _, _), *_ = forward(given, labels, [BatchSlice(adapter, 3)])
+    assert forward.mode == ForwardMode(unpadded=True)
     assert "is not computed without dense logits: it changes what its head gives" in caplog.text
     shifted = torch.nn.functional.cross_entropy(
         base.model(**given).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
@@ -129,17 +129,19 @@ def test_a_window_of_attention_keeps_its_padding(load_base):
     base.model.config.sliding_window = 4
     adapter = LoRA(r=2).attach(base.model)
     forward = Forward(base.model, "causal_lm")
-    forward(*batch(), [Share(adapter, 3)])
-    assert not forward.way.unpadded
+    forward(*batch(), [BatchSlice(adapter, 3)])
+    assert not forward.mode.unpadded
 
 
-@pytest.mark.parametrize(("family", "way"), [("t5", Way(headless=True)), ("distilbert", Way())])
-def test_other_tasks_keep_their_padding(load_base, family, way):
+@pytest.mark.parametrize(
+    ("family", "mode"), [("t5", ForwardMode(fused_cross_entropy=True)), ("distilbert", ForwardMode())]
+)
+def test_other_tasks_keep_their_padding(load_base, family, mode):
     base = load_base(family)
     adapters = adapters_on(base)
     chosen, ours, _ = run(base, adapters, None)
-    assert chosen.way == way
-    _, theirs, _ = run(base, adapters, Way())
+    assert chosen.mode == mode
+    _, theirs, _ = run(base, adapters, ForwardMode())
     for own, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(own[0], other[0])
 
@@ -152,5 +154,5 @@ def test_generation_after_a_flat_pass_is_what_it_was(load_base):
     words = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     base.model.eval()
     before = base.model.generate(**words)
-    Forward(base.model, "causal_lm")(given, labels, [Share(adapter, 3)])
+    Forward(base.model, "causal_lm")(given, labels, [BatchSlice(adapter, 3)])
     assert torch.equal(base.model.generate(**words), before)

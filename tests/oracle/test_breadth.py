@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from loralab.adapters import peft
 from loralab.adapters.attached import attached
+from loralab.adapters.hooks import BatchSlice, NotPackable
 from loralab.adapters.lora import LoRA
-from loralab.adapters.sites import NotPackable, Share
 from loralab.data.batches import collate
 from loralab.data.encoding import Example
 from loralab.forward.graph import check_causal
@@ -93,9 +93,9 @@ def one_pass(model, adapter, task, given):
         tensors["decoder_input_ids"] = decoder_input_ids(model, labels)
     forward = Forward(model.train(), task)
     try:
-        scores = forward(dict(tensors), labels, [Share(adapter, 1, 1) for _ in given])
+        scores = forward(dict(tensors), labels, [BatchSlice(adapter, 1, 1) for _ in given])
     except NotPackable:  # the base folds its batch: a pack would be dissolved
-        scores = forward(dict(tensors), labels, [Share(adapter, len(given), 1)])
+        scores = forward(dict(tensors), labels, [BatchSlice(adapter, len(given), 1)])
     (sum(loss for loss, _, _ in scores) / sum(len(targets) for _, _, targets in scores)).backward()
     gradients = {}
     for name, delta in adapter.adapted():

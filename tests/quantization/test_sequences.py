@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from loralab.adapters.sites import Share
+from loralab.adapters.hooks import BatchSlice
 from loralab.errors import ConfigError
 from loralab.forward.stacked import Forward
 from loralab.forward.unpadded import mask_of
@@ -104,10 +104,10 @@ def test_a_trials_losses_are_those_of_its_rows_one_by_one(quantized, scheme, unp
     def loss(own):
         made = batch(own, max(map(len, own)))
         labels = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
-        return float(forward(made, labels, [Share(owner, len(own))])[0][0])
+        return float(forward(made, labels, [BatchSlice(owner, len(own))])[0][0])
 
     together = loss(rows)
-    assert forward.way.unpadded is unpad
+    assert forward.mode.unpadded is unpad
     assert together == pytest.approx(sum(loss([row]) for row in rows), rel=1e-6)
 
 

@@ -10,12 +10,12 @@ from torch import nn
 from loralab.adapters.attached import attached
 from loralab.adapters.base import Adapter, AdapterSpec, freeze
 from loralab.adapters.full import Full
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA, LoRADelta
 from loralab.adapters.perturbed import moderate, perturbed
-from loralab.adapters.sites import Share, Sites
 from loralab.forward import stacked
 from loralab.forward.prefix import Pass, Prefix
-from loralab.forward.stacked import Forward, Way
+from loralab.forward.stacked import Forward, ForwardMode
 from loralab.models import pretrained
 from loralab.quantization.four_bit import FourBit
 from loralab.running.runner import Runner
@@ -129,7 +129,7 @@ def test_the_move_is_felt_and_moderate_whatever_alpha_is(load_base, inputs, lora
     adapter = LoRA(r=4, lora_alpha=lora_alpha).attach(base.model)
 
     def loss():
-        with torch.no_grad(), Sites.of(base.model).batch(Share(adapter, 2)):
+        with torch.no_grad(), AdapterHooks.of(base.model).batch(BatchSlice(adapter, 2)):
             return float(base.model(**inputs(), labels=inputs()["input_ids"]).loss)
 
     start = loss()
@@ -182,8 +182,8 @@ def test_an_adapter_that_is_not_what_it_says_keeps_its_padding(load_base, inputs
         adapter = attached(spec, base.model)
         chosen = Forward(base.model, "causal_lm")
         with caplog.at_level(logging.INFO, "loralab.forward.stacked"):
-            chosen(given, given["input_ids"].clone(), [Share(adapter, 2)])
-        assert chosen.way.unpadded is unpadded
+            chosen(given, given["input_ids"].clone(), [BatchSlice(adapter, 2)])
+        assert chosen.mode.unpadded is unpadded
         adapter.detach()
     assert "is not computed without padding" in caplog.text
 
@@ -193,8 +193,8 @@ def test_of_a_pack_each_method_is_asked(load_base, inputs):
     adapters = [attached(spec, base.model) for spec in (LoRA(r=2), LoRA(r=4), Untrue(r=2))]
     given = {name: torch.cat([value, value[:1]]) for name, value in inputs().items()}
     chosen = Forward(base.model, "causal_lm")
-    chosen(given, given["input_ids"].clone(), [Share(one, 1) for one in adapters])
-    assert not chosen.way.unpadded
+    chosen(given, given["input_ids"].clone(), [BatchSlice(one, 1) for one in adapters])
+    assert not chosen.mode.unpadded
 
 
 @pytest.mark.parametrize("error", OOMS, ids=["device", "host"])
@@ -208,8 +208,8 @@ def test_out_of_memory_is_no_disagreement(load_base, inputs, monkeypatch, error)
     monkeypatch.setattr(stacked, "flatten", full)
     chosen = Forward(base.model, "causal_lm")
     with pytest.raises(type(error), match="memory"):
-        chosen(inputs(), inputs()["input_ids"], [Share(adapter, 2)])
-    assert chosen.way is None
+        chosen(inputs(), inputs()["input_ids"], [BatchSlice(adapter, 2)])
+    assert chosen.mode is None
     prefix = Prefix(base.model, [adapter])
     monkeypatch.setattr(prefix, "_leaving", full)
     with pytest.raises(type(error), match="memory"):
@@ -220,8 +220,8 @@ def test_another_error_is_disagreement(load_base, inputs, monkeypatch):
     base = load_base()
     chosen = Forward(base.model, "causal_lm")
     monkeypatch.setattr(stacked, "flatten", lambda *_: torch.zeros(2) @ torch.zeros(3))
-    chosen(inputs(), inputs()["input_ids"], [Share(LoRA(r=2).attach(base.model), 2)])
-    assert chosen.way == Way(headless=True)
+    chosen(inputs(), inputs()["input_ids"], [BatchSlice(LoRA(r=2).attach(base.model), 2)])
+    assert chosen.mode == ForwardMode(fused_cross_entropy=True)
 
 
 @pytest.mark.parametrize("error", OOMS, ids=["device", "host"])

@@ -48,11 +48,11 @@ def test_two_devices_give_what_one_process_gives(sweep, weights, tmp_path, capsy
     assert sorted(one["pack"]["size"] for one in apart.values()) == [2] * 8
     assert len(re.findall(r"^\[\d/8\] .*val/loss", said, re.MULTILINE)) == 8
     assert [one["status"] for one in record.read_sweep(tmp_path / "apart")["trials"]] == ["completed"] * 8
-    _, together = sweep("together", "seed=0,1,2,3", "adapter.r=2,3")
+    _, together = sweep("forward_grouped", "seed=0,1,2,3", "adapter.r=2,3")
     assert apart.keys() == together.keys()
     for trial, one in together.items():
         assert apart[trial]["metrics"] == one["metrics"]
-        ours, theirs = weights(tmp_path / "apart" / trial), weights(tmp_path / "together" / trial)
+        ours, theirs = weights(tmp_path / "apart" / trial), weights(tmp_path / "forward_grouped" / trial)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
-from loralab.adapters.sites import Share, Sites
 from loralab.data.batches import collate
 from loralab.data.encoding import encode
 from loralab.forward.metrics import names, nll
@@ -46,7 +46,7 @@ def by_hand(base, adapter, data, split="validation"):
     total, count = 0.0, 0
     base.model.eval()
     for example in encoded[split]:
-        with torch.no_grad(), Sites.of(base.model).batch(Share(adapter, 1)):
+        with torch.no_grad(), AdapterHooks.of(base.model).batch(BatchSlice(adapter, 1)):
             logits = base.model(input_ids=torch.tensor([example.input_ids])).logits[0].double()
         labels = torch.tensor(example.labels)
         keep = labels[1:] != -100

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.files import WEIGHTS, read_state, write_state
+from loralab.adapters.hooks import AdapterHooks, bare_copy, mix
 from loralab.adapters.peft import HEADS
-from loralab.adapters.sites import Sites, bare_copy, mix
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear, matching
 
@@ -58,7 +58,7 @@ class Adapter(nn.Module):
         self.spec = spec
         self.deltas = nn.ModuleDict()
         self.saved = nn.ModuleDict()
-        self._sites = Sites.of(model)
+        self._hooks = AdapterHooks.of(model)
         self._model = [model]  # in a list: the base is not a submodule
 
     def add(self, name: str, delta: nn.Module) -> None:
@@ -67,13 +67,13 @@ class Adapter(nn.Module):
         if key not in self.deltas:
             self.deltas[key] = nn.ModuleList()
         cast(nn.ModuleList, self.deltas[key]).append(delta)
-        self._sites.hold(self._model[0], name, self, delta)
+        self._hooks.attach(self._model[0], name, self, delta)
 
     def save_module(self, name: str, module: nn.Module) -> None:
         """Trains a copy of layer ``name`` in its place (a new classification head)."""
         copied = SavedModule(module)
         self.saved[name.replace(".", "/")] = copied
-        self._sites.hold(self._model[0], name, self, copied)
+        self._hooks.attach(self._model[0], name, self, copied)
 
     def adapted(self) -> Iterator[tuple[str, nn.Module]]:
         """(layer name, delta) of every delta, in the order they were added."""
@@ -96,15 +96,15 @@ class Adapter(nn.Module):
 
     def detach(self) -> None:
         """Takes the hooks off the base; the parameters stay."""
-        self._sites.release(self)
+        self._hooks.detach(self)
 
     def layers(self) -> list[str]:
         """Names of the layers of the base that it has hooks on."""
-        return self._sites.held(self)
+        return self._hooks.layers_of(self)
 
     def never_called(self) -> list[str]:
         """Names of its layers that the base, since their hooks were set, has not called once."""
-        return self._sites.never_called(self)
+        return self._hooks.never_called(self)
 
     def export(self, folder: Path) -> None:
         """Writes all that was trained below ``folder``, which is there and empty: its ``state_dict`` as safetensors.

@@ -26,7 +26,7 @@ from loralab.adapters.base import (
 )
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.fused import Part, lora_update
-from loralab.adapters.sites import length_of
+from loralab.adapters.hooks import length_of
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.quantization.base import linear_shape
 
@@ -180,14 +180,14 @@ class LoRADelta(nn.Module):
             self.lora_A.copy_(drawn)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:  # (..., in), (..., out) -> (..., out)
-        return self.together(x, y.clone(), [(0, x.numel() // x.shape[-1], self, key)])
+        return self.forward_grouped(x, y.clone(), [(0, x.numel() // x.shape[-1], self, key)])
 
     @staticmethod
-    def together(x: Tensor, y: Tensor, shares: Sequence[tuple[int, int, "LoRADelta", int | None]]) -> Tensor:
+    def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[tuple[int, int, "LoRADelta", int | None]]) -> Tensor:
         """The updates of several trials, each (start, stop, delta, key) at its own positions, in one function."""
         length = length_of(x)
-        parts = [Part(start, stop, one.scaling, one.dropout, key, length) for start, stop, one, key in shares]
-        return lora_update(x, y, parts, [f for _, _, one, _ in shares for f in (one.lora_A, one.lora_B)])
+        parts = [Part(start, stop, one.scaling, one.dropout, key, length) for start, stop, one, key in slices]
+        return lora_update(x, y, parts, [f for _, _, one, _ in slices for f in (one.lora_A, one.lora_B)])
 
     def delta_weight(self) -> Tensor:
         """scaling * B A, shape (out, in): what merging adds to W."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loralab.adapters.sites import Sites, dropped, length_of
+from loralab.adapters.hooks import AdapterHooks, dropped, length_of
 from loralab.forward.unpadded import NAME, prepare
 
 
@@ -16,13 +16,13 @@ class KeyedDropout(nn.Dropout):
     """``nn.Dropout`` of a base; as it was where a pass is nobody's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        sites = Sites.of(self)
-        if not sites.shares:
+        hooks = AdapterHooks.of(self)
+        if not hooks.slices:
             return super().forward(input)
-        keys = sites.keys() if self.training else []
+        keys = hooks.keys() if self.training else []
         if not keys:
             return input
-        spans = sites.spans(input.unsqueeze(-1))
+        spans = hooks.spans(input.unsqueeze(-1))
         parts = [(stop - start, key) for (start, stop), key in zip(spans, keys, strict=True)]
         return dropped(input, self.p, parts, length_of(input))
 
@@ -32,7 +32,7 @@ def key_dropout(model: nn.Module) -> None:
     if not base_dropout(model):
         return
     for module in model.modules():
-        module.__dict__["loralab_sites"] = Sites.of(model)
+        module.__dict__["loralab_hooks"] = AdapterHooks.of(model)
         if type(module) is nn.Dropout and module.p > 0:
             module.__class__ = KeyedDropout
     prepare(model)

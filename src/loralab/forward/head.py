@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralab.adapters.sites import acts
+from loralab.adapters.hooks import acts
 
 CHUNK = 512  # target rows whose logits are there at once
 SPREADS = (1.0, 1e4)  # of made-up logits: a cap is seen far out, a shift near zero

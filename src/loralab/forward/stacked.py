@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.perturbed import moderate, perturbed
-from loralab.adapters.sites import Share, Sites
 from loralab.errors import is_out_of_memory
 from loralab.forward.graph import evaluated, reached, reads_positions
 from loralab.forward.head import bypassed, frozen_head, hands_on, head_nll
@@ -42,14 +42,14 @@ HALF_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
-class Way:
+class ForwardMode:
     """How a pass is computed."""
 
     unpadded: bool = False
-    headless: bool = False
+    fused_cross_entropy: bool = False
 
     def __str__(self) -> str:
-        names = {"without padding": self.unpadded, "without dense logits": self.headless}
+        names = {"without padding": self.unpadded, "without dense logits": self.fused_cross_entropy}
         return " and ".join(name for name, chosen in names.items() if chosen) or "the plain way"
 
 
@@ -58,36 +58,36 @@ class Forward:
 
     def __init__(self, model: nn.Module, task: str, unpad: bool = True) -> None:
         self.model, self.task, self.unpad = model, task, unpad
-        self.sites = Sites.of(model)
-        self.way: Way | None = None
+        self.hooks = AdapterHooks.of(model)
+        self.mode: ForwardMode | None = None
 
     def __call__(
-        self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share], around: Around = _nothing
+        self, inputs: dict[str, Tensor], labels: Tensor, slices: Sequence[BatchSlice], around: Around = _nothing
     ) -> list[Scores]:
         """Scores of each share. ``inputs`` and ``labels``: rows of all shares along dim 0, padded on the right.
         ``around``: what the model is called within, given its inputs."""
-        if self.way is None:
-            self.way = self._choose(inputs, labels, shares)
-        return self._scores(self.way, inputs, labels, shares, around)
+        if self.mode is None:
+            self.mode = self._choose(inputs, labels, slices)
+        return self._scores(self.mode, inputs, labels, slices, around)
 
     def _scores(
         self,
-        way: Way,
+        mode: ForwardMode,
         inputs: dict[str, Tensor],
         labels: Tensor,
-        shares: Sequence[Share],
+        slices: Sequence[BatchSlice],
         around: Around = _nothing,
     ) -> list[Scores]:
-        self.sites.shares = tuple(shares)
+        self.hooks.begin_pass(tuple(slices))
         if self.task == "causal_lm":  # a position predicts the next one
             labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], 1)
-        if way.unpadded:
+        if mode.unpadded:
             inputs, labels = self._flattened(inputs, labels)
-        if not way.headless:
+        if not mode.fused_cross_entropy:
             with around(inputs):
                 logits = self.model(**inputs).logits
             return self._plain(logits, labels)
-        head = frozen_head(self.model, [share.owner for share in shares])
+        head = frozen_head(self.model, [part.owner for part in slices])
         assert head is not None
         with bypassed(head) as given, around(inputs):
             hidden = self.model(**inputs).logits
@@ -102,7 +102,7 @@ class Forward:
 
     def _counts(self, kept: Tensor, total: int) -> list[int]:
         """Targets of each share."""
-        parts = self.sites.split(kept)
+        parts = self.hooks.split(kept)
         if len(parts) == 1:
             return [total]
         if isinstance(kept, FakeTensor):
@@ -111,52 +111,54 @@ class Forward:
 
     def _plain(self, logits: Tensor, labels: Tensor) -> list[Scores]:
         task = "seq2seq_lm" if self.task == "causal_lm" else self.task  # the labels are shifted already
-        return [nll(*own, task) for own in zip(self.sites.split(logits), self.sites.split(labels), strict=True)]
+        return [nll(*own, task) for own in zip(self.hooks.split(logits), self.hooks.split(labels), strict=True)]
 
     def _flattened(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
         lengths = lengths_of(inputs["attention_mask"])
         counts = iter(lengths)
-        self.sites.shares = tuple(
-            Share(share.owner, share.rows, share.key, sum(next(counts) for _ in range(share.rows)))
-            for share in self.sites.shares
-        )
+        slices = [
+            BatchSlice(part.owner, part.rows, part.key, sum(next(counts) for _ in range(part.rows)))
+            for part in self.hooks.slices
+        ]
+        self.hooks.begin_pass(tuple(slices))
         return flatten(inputs, lengths), flat(labels, lengths)
 
-    def _choose(self, inputs: dict[str, Tensor], labels: Tensor, shares: Sequence[Share]) -> Way:
+    def _choose(self, inputs: dict[str, Tensor], labels: Tensor, slices: Sequence[BatchSlice]) -> ForwardMode:
         """The way for this base and these adapters; under fake tensors whatever its shape allows."""
-        owners = [share.owner for share in shares]
-        headless = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
+        owners = [part.owner for part in slices]
+        fused_cross_entropy = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
         unpadded = self.task == "causal_lm" and self.unpad and labels.device.type == "cpu" and can_unpad(self.model)
         changed = prepare(self.model) if unpadded else []
         if isinstance(labels, FakeTensor):
-            return Way(unpadded, headless)
+            return ForwardMode(unpadded, fused_cross_entropy)
         few = _two_rows(inputs)
-        if headless and not self._hands_on(few):
-            headless = False
+        if fused_cross_entropy and not self._hands_on(few):
+            fused_cross_entropy = False
             log.info("this base is not computed without dense logits: it changes what its head gives")
         if unpadded and not self._apart(few):
             unpadded = False
             log.info("this base is not computed without padding: its rows would not be what they are alone")
-        ways = [Way(unpadded, headless), Way(headless=headless), Way()]
-        methods = {type(getattr(share.owner, "spec", share.owner)): share.owner for share in shares}  # one of each
-        for way in dict.fromkeys(ways):
-            if not way.unpadded:
+        fused = ForwardMode(fused_cross_entropy=fused_cross_entropy)
+        modes = [ForwardMode(unpadded, fused_cross_entropy), fused, ForwardMode()]
+        methods = {type(getattr(part.owner, "spec", part.owner)): part.owner for part in slices}  # one of each
+        for mode in dict.fromkeys(modes):
+            if not mode.unpadded:
                 undo(changed)
-            if way == Way() or all(self._agrees(way, inputs, labels, owner) for owner in methods.values()):
+            if mode == ForwardMode() or all(self._agrees(mode, inputs, labels, owner) for owner in methods.values()):
                 break
-            log.info("this base is not computed %s: its losses would differ", way)
-        return way
+            log.info("this base is not computed %s: its losses would differ", mode)
+        return mode
 
     def _hands_on(self, few: dict[str, Tensor]) -> bool:
         """Whether the base's logits are its head's."""
         head = frozen_head(self.model)
-        self.sites.shares = ()
+        self.hooks.begin_pass(())
         with evaluated(self.model):
             return head is not None and hands_on(self.model, head, few)
 
     def _apart(self, few: dict[str, Tensor]) -> bool:
         """Whether two rows of a flat batch stand at positions of their own and do not see each other."""
-        self.sites.shares = ()
+        self.hooks.begin_pass(())
         lengths = lengths_of(few["attention_mask"])
         try:
             given, second = flatten(few, lengths), slice(lengths[0], sum(lengths))
@@ -170,7 +172,7 @@ class Forward:
             return False
 
     @torch.no_grad()
-    def _agrees(self, way: Way, inputs: dict[str, Tensor], labels: Tensor, owner: nn.Module) -> bool:
+    def _agrees(self, mode: ForwardMode, inputs: dict[str, Tensor], labels: Tensor, owner: nn.Module) -> bool:
         """On one row, and on itself cut short: padded, they are two rows of unequal lengths. The adapter is moved from
         its start, where most compute nothing."""
         training = self.model.training
@@ -181,18 +183,18 @@ class Forward:
             if self.task == "causal_lm":
                 targets = targets.masked_fill(few["attention_mask"] == 0, -100)
 
-            def loss(one: Way) -> float:
-                return float(self._scores(one, few, targets, [Share(owner, 2)])[0][0])
+            def loss(one: ForwardMode) -> float:
+                return float(self._scores(one, few, targets, [BatchSlice(owner, 2)])[0][0])
 
-            scale, plain = moderate(owner, loss(Way()), lambda: loss(Way()))
+            scale, plain = moderate(owner, loss(ForwardMode()), lambda: loss(ForwardMode()))
             with perturbed(owner, scale):
-                other = loss(way)
+                other = loss(mode)
             allowed = TOLERANCE.get(_computed_in(self.model, labels.device.type), HALF_TOLERANCE)
             return abs(plain - other) <= allowed * max(1.0, plain)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             if is_out_of_memory(error):  # says nothing of the way, and fewer trials may cure it
                 raise
-            log.debug("%s", way, exc_info=error)
+            log.debug("%s", mode, exc_info=error)
             return False
         finally:
             self.model.train(training)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from loralab.adapters.sites import Sites
+from loralab.adapters.hooks import AdapterHooks
 
 NAME = "loralab_rows"
 LENGTHS = "loralab_lengths"  # of the rows of a flat batch, an attribute of its mask
@@ -75,13 +75,13 @@ def _attend(
     """query (rows, heads, T, width) -> (rows, T, heads, width); of a flat batch, rows = 1 and T = tokens.
 
     Dropout: torch's own, share by share, its generator set to the share's key."""
-    sites = Sites.of(module)
-    keys = sites.keys() if kwargs.get("dropout") else []
+    hooks = AdapterHooks.of(module)
+    keys = hooks.keys() if kwargs.get("dropout") else []
     if not keys:
         return _attended(module, query, key, value, attention_mask, **kwargs), None
     bias = kwargs.pop("position_bias", None)
-    rows = (sites.split(x.transpose(1, 2)) for x in (query, key, value))
-    parts = zip(keys, *rows, _apart(sites, attention_mask), _apart(sites, bias), strict=True)
+    rows = (hooks.split(x.transpose(1, 2)) for x in (query, key, value))
+    parts = zip(keys, *rows, _apart(hooks, attention_mask), _apart(hooks, bias), strict=True)
     found = []
     # flash attention draws other masks, and a row that comes beside shorter ones cannot have it
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -89,16 +89,16 @@ def _attend(
             _generator(query.device).manual_seed(seed)
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             found.append(_attended(module, q, k, v, mask, position_bias=own_bias, **kwargs))
-    return sites.join(found), None
+    return hooks.join(found), None
 
 
-def _apart(sites: Sites, mask: Tensor | None) -> Sequence[Tensor | None]:
+def _apart(hooks: AdapterHooks, mask: Tensor | None) -> Sequence[Tensor | None]:
     """A mask or a bias (rows or 1, ...) for each share."""
     lengths: tuple[int, ...] | None = getattr(mask, "loralab_lengths", None)
     if lengths is not None:
         waiting = iter(lengths)
-        return [mask_of([next(waiting) for _ in range(share.rows)]) for share in sites.shares]
-    return [mask] * len(sites.shares) if mask is None or mask.shape[0] == 1 else sites.split(mask)
+        return [mask_of([next(waiting) for _ in range(part.rows)]) for part in hooks.slices]
+    return [mask] * len(hooks.slices) if mask is None or mask.shape[0] == 1 else hooks.split(mask)
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from loralab.adapters.sites import Sites
+from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import ConfigError, nearest
 from loralab.forward.dropout import key_dropout
 from loralab.forward.unpadded import NAME as ROWS
@@ -324,7 +324,7 @@ def prepare(spec: Pretrained, model: nn.Module) -> None:
     key_dropout(model)
     if spec.gradient_checkpointing:
         with explained("model.gradient_checkpointing=true is refused"):
-            replayed = Sites.of(model).replayed
+            replayed = AdapterHooks.of(model).replayed
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replayed})  # type: ignore[operator]
 
 

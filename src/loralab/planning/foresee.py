@@ -122,7 +122,7 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
 def _unnumbered(geometry: Geometry) -> str:
     """Without the number of the step, which costs nothing."""
     passes = [(one.fed, one.length) for one in (*geometry.passes, geometry.evaluation) if one is not None]
-    return f"{passes} {len(geometry.passes)} {geometry.cuda} {geometry.ragged} {geometry.way} {geometry.first}"
+    return f"{passes} {len(geometry.passes)} {geometry.cuda} {geometry.ragged} {geometry.mode} {geometry.first}"
 
 
 def free_bytes(device: str) -> float:

@@ -24,7 +24,7 @@ from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError
 from loralab.forward import stacked
 from loralab.forward.prefix import stack
-from loralab.forward.stacked import Way
+from loralab.forward.stacked import ForwardMode
 from loralab.forward.unpadded import prepare
 from loralab.models import pretrained
 from loralab.models.architecture import auto_class
@@ -48,7 +48,7 @@ CUDA_BLOCK = 512  # bytes every block of CUDA's caching allocator is a multiple 
 class Geometry:
     """What a step is fed: its heaviest pass; of several (accumulation) that one and its neighbour, in their order.
 
-    ``ragged``: some rows are padded, which costs attention masks; null: where their lengths differ. ``way``: how the
+    ``ragged``: some rows are padded, which costs attention masks; null: where their lengths differ. ``mode``: how the
     pass is computed, null: as the base's shape allows. ``first``: nothing is there of a step before. ``scored``: a
     validation pass comes too.
     """
@@ -57,7 +57,7 @@ class Geometry:
     cuda: bool
     evaluation: Pass | None = None  # null: as the first of ``passes``
     ragged: bool | None = None
-    way: Way | None = None
+    mode: ForwardMode | None = None
     first: bool = False
     scored: bool = True
 
@@ -93,12 +93,12 @@ def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = N
         try:
             traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)
         except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-            if geometry.way == Way():
+            if geometry.mode == ForwardMode():
                 raise
             # as a first batch falls back; a way that was seen to work is no other's
-            way = Way(headless=True) if geometry.way is None else Way()
-            log.debug("traced %s", way, exc_info=error)
-            return trace(specs, dataclasses.replace(geometry, way=way), layers)
+            mode = ForwardMode(fused_cross_entropy=True) if geometry.mode is None else ForwardMode()
+            log.debug("traced %s", mode, exc_info=error)
+            return trace(specs, dataclasses.replace(geometry, mode=mode), layers)
     assert traced is not None
     return traced
 
@@ -148,7 +148,7 @@ class _Step:
         trials = [self._trial(spec) for spec in specs]
         # only a CPU computes rows without their padding
         self.module = FineTuner(model, trials, unpad=not geometry.cuda and not any(p.length for p in geometry.passes))
-        self._take(geometry.way)
+        self._take(geometry.mode)
         self.plugin.convert_module(self.module)
         tracker.tag((tensor for _, tensor in pretrained.tensors(model)), "base")
         tracker.mark("load", "optimizer")
@@ -160,9 +160,9 @@ class _Step:
         self.shapes = [*geometry.passes, geometry.evaluation or geometry.passes[0]]
         self.passes = [self._pass(one) for one in self.shapes[:-1]]
 
-    def _take(self, way: Way | None) -> None:
-        self.module.forward_pass.way = way
-        if way is not None and way.unpadded:
+    def _take(self, mode: ForwardMode | None) -> None:
+        self.module.forward_pass.mode = mode
+        if mode is not None and mode.unpadded:
             prepare(self.model)
 
     def run(self, whole: bool) -> Traced | None:

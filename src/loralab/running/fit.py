@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from loralab.adapters.attached import attached
-from loralab.adapters.sites import NotPackable
+from loralab.adapters.hooks import NotPackable
 from loralab.errors import LoralabError, OutOfMemory
 from loralab.models import architecture
 from loralab.models.pretrained import Base
@@ -157,11 +157,11 @@ class Fit:
 
     def _geometry(self, profiler: Any) -> Geometry:
         """What was fed while allocations were added up, by the way that the base was computed."""
-        passes, way = profiler.passes, self.module.forward_pass.way
+        passes, mode = profiler.passes, self.module.forward_pass.mode
         heavy = max(range(len(passes)), key=lambda at: passes[at].tokens)
         first = max(0, min(heavy - 1, len(passes) - 2))
         taken = tuple(passes[first : first + 2])
-        return Geometry(taken, profiler.device == "cuda", profiler.evaluated, way=way, first=profiler.single)
+        return Geometry(taken, profiler.device == "cuda", profiler.evaluated, mode=mode, first=profiler.single)
 
     def _divide(self, why: LoralabError) -> list[list[Trial]]:
         """Halves, or single trials where the base mixes rows, each from its trials' last finished steps."""

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from loralab.adapters.hooks import NotPackable
 from loralab.adapters.perturbed import moderate, perturbed
-from loralab.adapters.sites import NotPackable
 from loralab.errors import ConfigError
 from loralab.forward.dropout import base_dropout, why_alone
 from loralab.training.passes import padded_alike

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter
-from loralab.adapters.sites import Share, Sites
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.data.base import Row
 from loralab.data.encoding import IGNORE, Encoder
 from loralab.forward.metrics import rouge_l
@@ -94,10 +94,10 @@ class Writer:
         """A batch of completions, ``room`` tokens each at most, padding behind their end."""
         inputs = self._padded(heads)
         given = {"decoder_input_ids": torch.tensor([self.start] * len(heads), device=self.device)} if self.start else {}
-        shares = (Share(self.adapter, len(heads)),) if self.adapter is not None else ()
+        slices = (BatchSlice(self.adapter, len(heads)),) if self.adapter is not None else ()
         cards = [self.device] if self.device.type == "cuda" else []
         config, own = self._config(room), self.model.generation_config
-        with evaluating(self.model), Sites.of(self.model).batch(*shares), torch.random.fork_rng(cards):
+        with evaluating(self.model), AdapterHooks.of(self.model).batch(*slices), torch.random.fork_rng(cards):
             torch.manual_seed(0)  # sampling, where it is asked for, is the same each time
             self.model.generation_config = config  # generate() takes from it what a config of its own leaves open
             try:

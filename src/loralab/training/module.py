@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from loralab.adapters.sites import Share
+from loralab.adapters.hooks import BatchSlice
 from loralab.data.passes import Fed, Feed, Pass, Weighing, heaviest, heaviest_evaluation
 from loralab.errors import ConfigError
 from loralab.forward.metrics import SplitMetrics
@@ -47,22 +47,22 @@ class FineTuner(LightningModule):
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         inputs, labels = stack_batches(batches, self.trials[0].pad_token_id, self.device)
-        shares = [
-            Share(
+        slices = [
+            BatchSlice(
                 self.trials[i].adapter, batch["rows"], self.trials[i].dropout_key(batch["micro"]) if training else None
             )
             for i, batch in batches.items()
         ]
         if training:
             # what the base draws by itself, dropout that is no layer's or skipped layers, follows a lone trial's key
-            _seed(shares[0].key or 0)
+            _seed(slices[0].key or 0)
         if self.task == "seq2seq_lm":
             inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
-        scores = self.forward_pass(inputs, labels, shares, lambda given: self.prefix.shared(given, batches))
+        scores = self.forward_pass(inputs, labels, slices, lambda given: self.prefix.shared(given, batches))
         return dict(zip(batches, scores, strict=True))
 
-    def _share(self, trial: Trial, batch: Batch, training: bool) -> Share:
-        return Share(trial.adapter, batch["rows"], trial.dropout_key(batch["micro"]) if training else None)
+    def _share(self, trial: Trial, batch: Batch, training: bool) -> BatchSlice:
+        return BatchSlice(trial.adapter, batch["rows"], trial.dropout_key(batch["micro"]) if training else None)
 
     def training_step(self, batches: dict[int, Batch], batch_idx: int) -> Tensor | None:
         """Sum over trials of nll / target tokens of the whole optimizer step."""
@@ -207,8 +207,8 @@ class FineTuner(LightningModule):
         """What makes a pass heavy, as far as it is known."""
         passes: Any = self.trainer.train_dataloader
         spiky = (passes.every, passes.length) if hasattr(passes, "every") else None
-        way = self.forward_pass.way
-        return Weighing(way is not None and way.unpadded, self.task == "seq2seq_lm", spiky)
+        mode = self.forward_pass.mode
+        return Weighing(mode is not None and mode.unpadded, self.task == "seq2seq_lm", spiky)
 
     def fed(self, batches: Mapping[int, Batch]) -> Pass:
         """What a pass of the step under way is fed."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loralab.adapters.base import Adapter
-from loralab.adapters.sites import mix
+from loralab.adapters.hooks import mix
 from loralab.data.encoding import Encoded
 from loralab.errors import DivergedError, LoralabError
 from loralab.optim.optimizers import State

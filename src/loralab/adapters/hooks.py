@@ -1,6 +1,6 @@
 """Where a trial's rows meet its own parameters: one forward hook a layer, shared by every trial on the base.
 
-A batch that passes through the base is a stack of the trials' batches along dim 0. ``Sites.rows`` says whose
+A batch that passes through the base is a stack of the trials' batches along dim 0. ``AdapterHooks.rows`` says whose
 rows are where; each hooked layer hands every trial its own slice of input and output and puts the slices together
 again. One trial alone is the same code with one slice.
 """
@@ -28,7 +28,7 @@ class NotPackable(LoralabError):  # noqa: N818 - it says what a model is, not wh
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSlice:
     """One trial's part of the stacked batch."""
 
     owner: nn.Module  # the trial's adapter
@@ -37,37 +37,37 @@ class Share:
     tokens: int | None = None  # of all its rows, where the batch is flat
 
 
-class Sites:
+class AdapterHooks:
     """The hooks on one base model and the shares of the batch under way."""
 
     def __init__(self) -> None:
-        self._shares: tuple[Share, ...] = ()
+        self._slices: tuple[BatchSlice, ...] = ()
         self._drawn = 0  # masks of the pass under way
         self._calls: dict[int, int] = {}  # {salt of a layer: its calls in the pass under way}
-        self._sites: dict[str, _Site] = {}
+        self._hooks: dict[str, _LayerHook] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Sites":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AdapterHooks":
         return self  # a trial's copy of a layer stays on the base
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Sites":
-        """The one ``Sites`` of ``model``, made at first use."""
-        if "loralab_sites" not in model.__dict__:
-            model.__dict__["loralab_sites"] = cls()
-        return cast(Sites, model.__dict__["loralab_sites"])
+    def of(cls, model: nn.Module) -> "AdapterHooks":
+        """The one ``AdapterHooks`` of ``model``, made at first use."""
+        if "loralab_hooks" not in model.__dict__:
+            model.__dict__["loralab_hooks"] = cls()
+        return cast(AdapterHooks, model.__dict__["loralab_hooks"])
 
     @property
-    def shares(self) -> tuple[Share, ...]:
-        """Whose rows the pass under way holds, in their order. Setting them begins a pass."""
-        return self._shares
+    def slices(self) -> tuple[BatchSlice, ...]:
+        """Whose rows the pass under way holds, in their order."""
+        return self._slices
 
-    @shares.setter
-    def shares(self, shares: tuple[Share, ...]) -> None:
-        self._shares, self._drawn, self._calls = shares, 0, {}
+    def begin_pass(self, slices: tuple[BatchSlice, ...]) -> None:
+        """A new pass, whose rows belong to ``slices`` in their order; empty: to the bare base."""
+        self._slices, self._drawn, self._calls = slices, 0, {}
 
     def keys(self) -> list[int]:
-        """Each share's key for the next mask that the base itself draws in this pass; none while evaluating."""
-        keys = [share.key for share in self._shares if share.key is not None]
+        """The key of each slice for the next mask that the base itself draws in this pass; none while evaluating."""
+        keys = [part.key for part in self._slices if part.key is not None]
         self._drawn += 1
         return [mix(key, self._drawn) for key in keys]
 
@@ -82,42 +82,42 @@ class Sites:
         return before
 
     @contextmanager
-    def only(self, share: Share) -> Iterator[None]:
-        """Within, a part of the pass that holds the rows of ``share`` alone, and masks of its own."""
-        before = self._shares, self._drawn, self._calls
-        self.shares = (share,)
+    def only(self, part: BatchSlice) -> Iterator[None]:
+        """Within, a part of the pass that holds the rows of ``part`` alone, and masks of its own."""
+        before = self._slices, self._drawn, self._calls
+        self.begin_pass((part,))
         try:
             yield
         finally:
-            self._shares, self._drawn, self._calls = before
+            self._slices, self._drawn, self._calls = before
 
     @contextmanager
-    def batch(self, *shares: Share) -> Iterator[None]:
-        """Within, the batch belongs to ``shares`` in this order; afterwards to nobody (the bare base)."""
-        self.shares = shares
+    def batch(self, *slices: BatchSlice) -> Iterator[None]:
+        """Within, the batch belongs to ``slices`` in this order; afterwards to nobody (the bare base)."""
+        self.begin_pass(slices)
         try:
             yield
         finally:
-            self.shares = ()
+            self.begin_pass(())
 
     @property
     def flat(self) -> bool:
         """Whether the batch under way is one row of all trials' tokens, without padding."""
-        return all(share.tokens is not None for share in self.shares)
+        return all(part.tokens is not None for part in self.slices)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Slices of ``x`` (rows of all shares, ...), one a share; rows may be multiplied (beams, flat tokens).
+        """Slices of ``x`` (rows of all slices, ...), one each; rows may be multiplied (beams, flat tokens).
         Of a flat batch (1, tokens, ...) along its tokens."""
-        return (x,) if len(self.shares) == 1 else torch.split(x, self._sizes(x), int(self.flat))
+        return (x,) if len(self.slices) == 1 else torch.split(x, self._sizes(x), int(self.flat))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """What ``split`` took apart."""
         return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), int(self.flat))
 
     def spans(self, x: Tensor) -> list[tuple[int, int]]:
-        """Where each share begins and ends in ``x`` with its leading dimensions flattened."""
+        """Where each slice begins and ends in ``x`` with its leading dimensions flattened."""
         count = x.numel() // x.shape[-1]
-        if len(self.shares) == 1:
+        if len(self.slices) == 1:
             return [(0, count)]
         sizes = self._sizes(x)
         ends = list(accumulate(size * count // sum(sizes) for size in sizes))
@@ -125,109 +125,109 @@ class Sites:
 
     def _sizes(self, x: Tensor) -> list[int]:
         if self.flat and x.shape[0] == 1:
-            sizes = [share.tokens or 0 for share in self.shares]
+            sizes = [part.tokens or 0 for part in self.slices]
             if x.dim() > 1 and x.shape[1] == sum(sizes):
                 return sizes
-        total = sum(share.rows for share in self.shares)
+        total = sum(part.rows for part in self.slices)
         factor, rest = divmod(x.shape[0], total)
         if rest or not factor or self.flat:
             raise NotPackable(f"a layer sees {tuple(x.shape)} where {total} stacked rows were fed")
-        return [share.rows * factor for share in self.shares]
+        return [part.rows * factor for part in self.slices]
 
-    def hold(self, model: nn.Module, name: str, owner: nn.Module, delta: nn.Module) -> None:
+    def attach(self, model: nn.Module, name: str, owner: nn.Module, delta: nn.Module) -> None:
         """From now on ``delta(x, y, key) -> y`` acts on ``owner``'s rows at layer ``name``."""
-        if name not in self._sites:
-            self._sites[name] = _Site(self, model.get_submodule(name), crc32(name.encode()))
-        self._sites[name].deltas.setdefault(owner, []).append(delta)
+        if name not in self._hooks:
+            self._hooks[name] = _LayerHook(self, model.get_submodule(name), crc32(name.encode()))
+        self._hooks[name].deltas.setdefault(owner, []).append(delta)
 
-    def held(self, owner: nn.Module) -> list[str]:
+    def layers_of(self, owner: nn.Module) -> list[str]:
         """Names of the layers that ``owner`` changes."""
-        return [name for name, site in self._sites.items() if owner in site.deltas]
+        return [name for name, hook in self._hooks.items() if owner in hook.deltas]
 
     def never_called(self, owner: nn.Module) -> list[str]:
         """Names of ``owner``'s layers whose hooks have seen none of its rows so far."""
-        return [name for name, site in self._sites.items() if owner in site.deltas and owner not in site.called]
+        return [name for name, hook in self._hooks.items() if owner in hook.deltas and owner not in hook.called]
 
-    def release(self, owner: nn.Module) -> None:
+    def detach(self, owner: nn.Module) -> None:
         """Takes every delta of ``owner`` off; a layer nobody adapts loses its hook."""
-        for name, site in list(self._sites.items()):
-            site.deltas.pop(owner, None)
-            site.called.discard(owner)
-            if not site.deltas:
-                site.handle.remove()
-                del self._sites[name]
+        for name, hook in list(self._hooks.items()):
+            hook.deltas.pop(owner, None)
+            hook.called.discard(owner)
+            if not hook.deltas:
+                hook.handle.remove()
+                del self._hooks[name]
 
 
 class _Replay(AbstractContextManager[None]):
     """Within, masks are numbered from ``drawn`` on; may be entered again."""
 
-    def __init__(self, sites: Sites, drawn: int, calls: dict[int, int]) -> None:
-        self.sites, self.drawn, self.calls = sites, drawn, dict(calls)
+    def __init__(self, hooks: AdapterHooks, drawn: int, calls: dict[int, int]) -> None:
+        self.hooks, self.drawn, self.calls = hooks, drawn, dict(calls)
 
     def __enter__(self) -> None:
-        self.after = self.sites._drawn, self.sites._calls
-        self.sites._drawn, self.sites._calls = self.drawn, dict(self.calls)
+        self.after = self.hooks._drawn, self.hooks._calls
+        self.hooks._drawn, self.hooks._calls = self.drawn, dict(self.calls)
 
     def __exit__(self, *_: object) -> None:
-        self.sites._drawn, self.sites._calls = self.after
+        self.hooks._drawn, self.hooks._calls = self.after
 
 
-class _Site:
+class _LayerHook:
     """Forward hook of one frozen layer."""
 
-    def __init__(self, sites: Sites, layer: nn.Module, salt: int) -> None:
-        self.sites, self.salt = sites, salt
+    def __init__(self, hooks: AdapterHooks, layer: nn.Module, salt: int) -> None:
+        self.hooks, self.salt = hooks, salt
         self.deltas: dict[nn.Module, list[nn.Module]] = {}
         self.called: set[nn.Module] = set()  # owners with rows in a pass that came here
         self.before = 0  # calls of the layer in this pass before the one under way
         self.handle = layer.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
-        shares = self.sites.shares
-        owners = [share.owner for share in shares if share.owner in self.deltas]
+        slices = self.hooks.slices
+        owners = [part.owner for part in slices if part.owner in self.deltas]
         if not owners:
             return y
         self.called.update(owners)
-        self.before = self.sites.call(self.salt)
+        self.before = self.hooks.call(self.salt)
         x = args[0] if args else next(value for value in named.values() if isinstance(value, Tensor))
-        found = [self.deltas.get(share.owner, []) for share in shares]
+        found = [self.deltas.get(part.owner, []) for part in slices]
         kinds = {type(delta) for own in found for delta in own}
-        # a class that inherits ``together`` may compute something else
-        if len(kinds) == 1 and all(len(own) < 2 for own in found) and "together" in vars(kind := kinds.pop()):
+        # a class that inherits ``forward_grouped`` may compute something else
+        if len(kinds) == 1 and all(len(own) < 2 for own in found) and "forward_grouped" in vars(kind := kinds.pop()):
             return self._together(kind, x, y)
         parts = [
-            self._own(share, a, b) for share, a, b in zip(shares, self.sites.split(x), self.sites.split(y), strict=True)
+            self._own(part, a, b) for part, a, b in zip(slices, self.hooks.split(x), self.hooks.split(y), strict=True)
         ]
-        return self.sites.join(parts)
+        return self.hooks.join(parts)
 
     def _together(self, kind: Any, x: Tensor, y: Tensor) -> Tensor:
         """Deltas of a kind that can act on its rows of the whole stack, which saves taking it apart."""
         given = [
-            (*span, delta, self._key(share))
-            for share, span in zip(self.sites.shares, self.sites.spans(x), strict=True)
-            for delta in self.deltas.get(share.owner, ())
+            (*span, delta, self._key(part))
+            for part, span in zip(self.hooks.slices, self.hooks.spans(x), strict=True)
+            for delta in self.deltas.get(part.owner, ())
         ]
-        changed: Tensor = kind.together(x, y, given)
+        changed: Tensor = kind.forward_grouped(x, y, given)
         return changed
 
-    def _own(self, share: Share, x: Tensor, y: Tensor) -> Tensor:
-        key = self._key(share)
-        with self.sites.only(replace(share, key=key)):  # a head trained whole may hold dropout
-            for delta in self.deltas.get(share.owner, ()):
+    def _own(self, part: BatchSlice, x: Tensor, y: Tensor) -> Tensor:
+        key = self._key(part)
+        with self.hooks.only(replace(part, key=key)):  # a head trained whole may hold dropout
+            for delta in self.deltas.get(part.owner, ()):
                 y = delta(x, y, key)
         return y
 
-    def _key(self, share: Share) -> int | None:
-        """Of the share's masks here: others at each call of a layer that a pass calls again."""
+    def _key(self, part: BatchSlice) -> int | None:
+        """Of its masks here: others at each call of a layer that a pass calls again."""
         again = (self.before,) if self.before else ()
-        return None if share.key is None else mix(share.key, self.salt, *again)
+        return None if part.key is None else mix(part.key, self.salt, *again)
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
     """A copy without the hooks of adapters, which would copy the adapters and their base with it."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        others = {number: hook for number, hook in part._forward_hooks.items() if not isinstance(hook, _Site)}
+        others = {number: hook for number, hook in part._forward_hooks.items() if not isinstance(hook, _LayerHook)}
         memo[id(part._forward_hooks)] = OrderedDict(others)
     return copy.deepcopy(module, memo)
 
@@ -235,7 +235,7 @@ def bare_copy(module: nn.Module) -> nn.Module:
 def acts(layer: nn.Module, owners: Collection[nn.Module]) -> bool:
     """Whether a hook changes what ``layer`` gives to the rows of ``owners``; of a hook of another kind nobody knows."""
     return any(
-        not isinstance(hook, _Site) or not hook.deltas.keys().isdisjoint(owners)
+        not isinstance(hook, _LayerHook) or not hook.deltas.keys().isdisjoint(owners)
         for hook in layer._forward_hooks.values()
     )
 

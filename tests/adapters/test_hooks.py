@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from loralab.adapters.sites import NotPackable, Share, Sites, keyed_dropout, mix
+from loralab.adapters.hooks import AdapterHooks, BatchSlice, NotPackable, keyed_dropout, mix
 
 
 class Plus(nn.Module):
@@ -23,14 +23,14 @@ def held(amounts):
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     owners = [Plus(amount) for amount in amounts]
     for owner in owners:
-        Sites.of(model).hold(model, "0", owner, owner)
+        AdapterHooks.of(model).attach(model, "0", owner, owner)
     return model, owners
 
 
 def test_each_trial_changes_its_own_rows_only():
     model, (one, two) = held([1.0, 10.0])
     x = torch.randn(5, 4)
-    with Sites.of(model).batch(Share(one, 2), Share(two, 3)):
+    with AdapterHooks.of(model).batch(BatchSlice(one, 2), BatchSlice(two, 3)):
         change = model(x) - model[0].weight.new_tensor(0) - x @ model[0].weight.T
     torch.testing.assert_close(change, torch.tensor([1.0, 1.0, 10.0, 10.0, 10.0])[:, None].expand(5, 4))
 
@@ -39,20 +39,23 @@ def test_a_batch_without_shares_is_the_bare_base_and_a_released_layer_has_no_hoo
     model, (one,) = held([1.0])
     x = torch.randn(2, 4)
     assert torch.equal(model(x), x @ model[0].weight.T)
-    Sites.of(model).release(one)
+    AdapterHooks.of(model).detach(one)
     assert not model[0]._forward_hooks
 
 
 def test_a_layer_that_folds_the_batch_is_not_packable():
     model, (one, two) = held([1.0, 2.0])
-    with Sites.of(model).batch(Share(one, 2), Share(two, 3)), pytest.raises(NotPackable, match="5 stacked rows"):
+    with (
+        AdapterHooks.of(model).batch(BatchSlice(one, 2), BatchSlice(two, 3)),
+        pytest.raises(NotPackable, match="5 stacked rows"),
+    ):
         model(torch.randn(7, 4))
 
 
 def test_rows_multiplied_by_beams_stay_with_their_trial():
-    sites = Sites()
-    with sites.batch(Share(nn.Identity(), 1), Share(nn.Identity(), 2)):
-        assert [part.tolist() for part in sites.split(torch.arange(6))] == [[0, 1], [2, 3, 4, 5]]
+    hooks = AdapterHooks()
+    with hooks.batch(BatchSlice(nn.Identity(), 1), BatchSlice(nn.Identity(), 2)):
+        assert [part.tolist() for part in hooks.split(torch.arange(6))] == [[0, 1], [2, 3, 4, 5]]
 
 
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4))
@@ -77,7 +80,7 @@ class Together(nn.Module):
         return y + 1
 
     @staticmethod
-    def together(x, y, shares):
+    def forward_grouped(x, y, slices):
         return y + 100
 
 
@@ -90,7 +93,7 @@ class Sure(Heir):
     """Names a kernel again."""
 
     @staticmethod
-    def together(x, y, shares):
+    def forward_grouped(x, y, slices):
         return y + 200
 
 
@@ -109,9 +112,9 @@ def test_a_grouped_kernel_serves_the_class_that_names_it_and_no_heir(kinds, chan
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     owners = [kind() for kind in kinds]
     for owner in owners:
-        Sites.of(model).hold(model, "0", owner, owner)
+        AdapterHooks.of(model).attach(model, "0", owner, owner)
     x = torch.randn(len(kinds), 4)
-    with Sites.of(model).batch(*(Share(owner, 1) for owner in owners)):
+    with AdapterHooks.of(model).batch(*(BatchSlice(owner, 1) for owner in owners)):
         added = model(x) - x @ model[0].weight.T
     torch.testing.assert_close(added, torch.tensor(change).float()[:, None].expand(-1, 4))
 
@@ -123,10 +126,10 @@ def test_a_layer_called_by_keyword_is_changed_as_any_other():
 
     model = nn.Sequential(Block())
     owner = Plus(3.0)
-    Sites.of(model).hold(model, "0", owner, owner)
-    with Sites.of(model).batch(Share(owner, 2)):
+    AdapterHooks.of(model).attach(model, "0", owner, owner)
+    with AdapterHooks.of(model).batch(BatchSlice(owner, 2)):
         assert torch.equal(model[0](scale=2.0, hidden=torch.ones(2, 4)), torch.full((2, 4), 5.0))
-    assert Sites.of(model).never_called(owner) == []
+    assert AdapterHooks.of(model).never_called(owner) == []
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -137,15 +140,15 @@ def test_a_layer_that_a_pass_calls_again_draws_another_mask_and_the_pass_the_sam
 
     model = nn.Sequential(nn.Identity())
     owner = Dropped()
-    Sites.of(model).hold(model, "0", owner, owner)
+    AdapterHooks.of(model).attach(model, "0", owner, owner)
 
     def twice(x):
         return torch.stack([model(x), model(x)])
 
     def once(key):
         x = torch.ones(1, 64, requires_grad=True)
-        with Sites.of(model).batch(Share(owner, 1, key)):
-            context = {"use_reentrant": False, "context_fn": Sites.of(model).replayed}
+        with AdapterHooks.of(model).batch(BatchSlice(owner, 1, key)):
+            context = {"use_reentrant": False, "context_fn": AdapterHooks.of(model).replayed}
             y = torch.utils.checkpoint.checkpoint(twice, x, **context) if checkpointing else twice(x)
             y.square().sum().backward()
         return y, x.grad
