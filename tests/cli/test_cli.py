@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from loralab.cli import main
-from loralab.records import record
+from loralab.records import record, schema
 
 
 def test_flags_may_stand_anywhere():
@@ -51,7 +51,7 @@ def test_a_run_folder_holds_what_the_contract_lists(tiny_arguments, tmp_path, mo
     assert {p.name for p in (folder / "adapter").iterdir()} == files
     stored = record.read(folder)
     assert (stored["status"], stored["time"]["steps"], stored["config"]["adapter"]["r"]) == ("completed", 2, 2)
-    assert all(record.blank("x")[section].keys() <= stored[section].keys() for section in record.SECTIONS)
+    assert all(record.blank("x")[section].keys() <= stored[section].keys() for section in schema.KEYS)
 
 
 def test_preview_shows_rows_and_leaves_nothing_behind(tiny_arguments, tmp_path, monkeypatch, capsys):

@@ -36,7 +36,7 @@ def synthetic_record(scheme: str, r: int, seed: int) -> dict:
     )
     made["base"].update(name="tiny", fingerprint="f" * 64, parameters=4_325_376, quantized_parameters=3_145_728)
     made["base"].update(bytes=int(3_145_728 * bits / 8), bits_per_parameter=bits)
-    made["adapter"].update(method="lora", trainable_parameters=6144 * r, bytes=6144 * r * 4, modules=28)
+    made["adapter"].update(method="lora", trainable_parameters=6144 * r, bytes=6144 * r * 4, modules=["q_proj"] * 28)
     made["memory"].update(device="cpu", predicted_peak_bytes=210_000_000, measured_peak_bytes=212_345_678 + r)
     made["time"].update(startup_s=2.0, train_s=11.5 + noise.random(), wall_s=15.0, steps=60, tokens=61_000)
     made["time"].update(tokens_per_s=5200 + 300 * noise.random())

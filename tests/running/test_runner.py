@@ -13,7 +13,7 @@ from loralab.memory.phases import PhaseMemory
 from loralab.models import pretrained
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
-from loralab.records import record
+from loralab.records import schema
 from loralab.running.runner import Runner
 
 NF4 = FourBit(quant_type="nf4", double_quant=True)
@@ -303,7 +303,7 @@ def test_every_key_of_a_record_is_in_its_sections(make_spec, size):
     specs = [make_spec(f"t{i}", seed=i, quantization=FourBit(), **observed) for i in range(size)]
     for found in Runner().run(specs):
         assert found["status"] == "completed", found["error"]
-        for section, keys in record.SECTIONS.items():
+        for section, keys in schema.KEYS.items():
             assert set(found[section]) <= set(keys), section
         assert found["memory"]["by_phase"]["evaluation"] > 0
         assert found["memory"]["alone_peak_bytes"] > 0

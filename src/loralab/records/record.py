@@ -15,39 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ArtifactError, DiskError, DivergedError, LoralabError, nearest
+from loralab.records.schema import KEYS, unknown_keys, wrong_values
 
 SCHEMA = 2  # raised by a changed default of a spec too: it would give an old id to another trial
 STATUSES = ("running", "completed", "failed", "out_of_memory", "diverged", "interrupted", "pruned")
 RESULT = "result.json"
 SWEEP = "sweep.json"
 
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "base": (
-        *("name", "fingerprint", "parameters", "quantized_parameters", "bytes"),
-        *("bits_per_parameter", "bits_per_parameter_overall", "out_of_reach", "attn_implementation"),
-    ),
-    "adapter": ("method", "trainable_parameters", "bytes", "modules", "never_called"),
-    "optimizer": (
-        *("name", "effective_name", "state_bytes"),
-        *("eight_bit_bytes", "paged_bytes", "paged_fraction", "paging", "note"),
-    ),
-    "memory": (
-        *("device", "alone_peak_bytes", "predicted_peak_bytes", "measured_peak_bytes"),
-        *("by_phase", "spikes", "spike_count", "instrument", "measured_batch", "seconds_by_phase"),
-        *("resident_by_phase", "reserved_by_phase", "host_rss_peak_bytes", "host_available_least_bytes"),
-        *("device_used_peak_bytes", "managed_peak_bytes", "managed_resident_peak_bytes", "other_processes"),
-        *("ballast_bytes", "cap_bytes", "simulated"),
-    ),
-    "time": ("startup_s", "train_s", "wall_s", "steps", "tokens", "tokens_per_s"),
-    "pack": ("size", "index", "why", "halved"),
-    "data": ("name", "fingerprint", "targets", "tokenizer", "source", "max_length", "rows", "truncated"),
-    "environment": ("versions", "git", "python", "cpu", "gpu", "threads"),
-    "code": ("sources",),  # {module: fingerprint of its file} of classes that are not loralab's
-}
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
 _NOT_RUNS = {"adapter", "checkpoints", "report", "wandb"}
-
-_NUMERIC = re.compile(r"(bytes|parameters?|fraction|size|index|steps|tokens|_s|truncated|threads)$")
 
 _SECRET_KEY = re.compile(r"(?i)(^|[_.\-])(api_?key|token|secret|passw(or)?d|credentials?|authorization)$")
 _SPECIAL_TOKEN = re.compile(r"(?i)(^|[_.\-])(pad|eos|bos|unk|sep|cls|mask|prompt|stop|start|end)_token$")
@@ -79,7 +55,7 @@ def blank(
         "seed": seed,
         "metrics": {},
     }
-    record.update({section: dict.fromkeys(keys) for section, keys in SECTIONS.items()})
+    record.update({section: dict.fromkeys(keys) for section, keys in KEYS.items()})
     record["memory"]["by_phase"] = dict.fromkeys(PHASES)
     return record
 
@@ -89,6 +65,8 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     status = record.get("status")
     if status not in STATUSES:
         raise ValueError(f"record.status={status!r}: {nearest(str(status), STATUSES)}")
+    if unknown := unknown_keys(record):
+        raise ValueError(f"no record has {', '.join(unknown)}: records/schema.py says what one has")
     hidden = {key: redact(record[key], key) for key in ("config", "overrides", "error") if key in record}
     replace(folder / RESULT, {**record, **hidden})
 
@@ -206,24 +184,9 @@ def _complete(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
             record[key] = {**default, **(value or {})}
         else:
             record[key] = value
-    _check_values(path, record)
-    return record
-
-
-def _check_values(path: Path, record: Mapping[str, Any]) -> None:
-    """Whoever reads a record may calculate with its numbers and split its overrides."""
-    wrong = [
-        f"{section}.{key}"
-        for section in SECTIONS
-        for key, value in record[section].items()
-        if _NUMERIC.search(key) and not isinstance(value, int | float | None)
-    ]
-    wrong += [key for key, kind in (("trial", str), ("seed", int | None)) if not isinstance(record[key], kind)]
-    overrides = record["overrides"]
-    if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
-        wrong.append("overrides")
-    if wrong:
+    if wrong := wrong_values(record):
         raise ArtifactError(f"{path}: damaged: {', '.join(wrong)} of another kind than loralab writes")
+    return record
 
 
 def _load(path: Path) -> dict[str, Any]:

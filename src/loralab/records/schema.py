@@ -1,0 +1,205 @@
+"""What a record holds: the keys of result.json, section by section, and their types. None: not known, or undefined.
+
+Numbers that are not finite are None. Keys that an earlier version did not have are None in its records.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
+
+Number = int | float | None
+Text = str | None
+
+
+class BaseSection(TypedDict, total=False):
+    """The frozen base model."""
+
+    name: Text
+    fingerprint: Text  # of the weights as they lie on disk
+    parameters: Number
+    quantized_parameters: Number
+    bytes: Number
+    bits_per_parameter: Number  # of the quantized layers
+    bits_per_parameter_overall: Number
+    out_of_reach: dict[str, Any] | None  # {parameters, share, names} that are neither quantized nor adapted
+    attn_implementation: Text
+
+
+class AdapterSection(TypedDict, total=False):
+    """What the trial trains."""
+
+    method: Text
+    trainable_parameters: Number
+    bytes: Number
+    modules: list[str] | None  # names of the layers that it changes
+    never_called: list[str] | None  # of those, layers that no pass has called
+
+
+class OptimizerSection(TypedDict, total=False):
+    """The trial's own optimizer state."""
+
+    name: Text
+    effective_name: Text
+    state_bytes: Number
+    eight_bit_bytes: Number
+    paged_bytes: Number
+    paged_fraction: Number
+    paging: Text
+    note: Text
+
+
+class MemorySection(TypedDict, total=False):
+    """Bytes. Predicted and measured ones are the pack's, ``alone_peak_bytes`` the trial's own; observers may add
+    keys."""
+
+    device: Text
+    alone_peak_bytes: Number
+    predicted_peak_bytes: Number
+    measured_peak_bytes: Number
+    by_phase: dict[str, Any] | None
+    spikes: list[dict[str, Any]] | None
+    spike_count: Number
+    instrument: Text
+    measured_batch: dict[str, Any] | None
+    seconds_by_phase: dict[str, Any] | None
+    resident_by_phase: dict[str, Any] | None
+    reserved_by_phase: dict[str, Any] | None
+    host_rss_peak_bytes: Number
+    host_available_least_bytes: Number
+    device_used_peak_bytes: Number
+    managed_peak_bytes: Number
+    managed_resident_peak_bytes: Number
+    other_processes: Any
+    ballast_bytes: Number
+    cap_bytes: Number
+    simulated: Any
+
+
+class TimeSection(TypedDict, total=False):
+    """Seconds, of the pack; steps and tokens are the trial's own."""
+
+    startup_s: Number
+    train_s: Number
+    wall_s: Number
+    steps: Number
+    tokens: Number  # padding not counted
+    tokens_per_s: Number
+
+
+class PackSection(TypedDict, total=False):
+    """Which trials ran together."""
+
+    size: Number
+    index: Number
+    why: Text  # it ran alone
+    halved: list[int] | None  # sizes that were too much for the memory
+
+
+class DataSection(TypedDict, total=False):
+    """What the trial was fed with and scored on."""
+
+    name: Text
+    fingerprint: Text
+    targets: Text  # fingerprint of the tokens that the losses are over
+    tokenizer: Text  # fingerprint
+    source: Text  # fingerprint of what the rows were read from
+    max_length: Number
+    rows: dict[str, int] | None
+    truncated: Number
+    id2label: dict[Any, str] | None
+    label2id: dict[str, int] | None
+    generation: dict[str, Any] | None
+    rouge: Text
+
+
+class EnvironmentSection(TypedDict, total=False):
+    """Where it ran."""
+
+    versions: dict[str, Any] | None
+    git: Text
+    python: Text
+    cpu: Text
+    gpu: Any
+    threads: Number
+
+
+class CodeSection(TypedDict, total=False):
+    """Fingerprints of the files that define classes which are not loralab's."""
+
+    sources: dict[str, str] | None
+
+
+class Record(TypedDict, total=False):
+    """One trial."""
+
+    schema: int
+    trial: str
+    status: str
+    error: Text
+    exit_code: int | None
+    config: dict[str, Any]
+    overrides: list[str]
+    choices: dict[str, Any]
+    seed: int | None
+    metrics: dict[str, Any]
+    base: BaseSection
+    adapter: AdapterSection
+    optimizer: OptimizerSection
+    memory: MemorySection
+    time: TimeSection
+    pack: PackSection
+    data: DataSection
+    environment: EnvironmentSection
+    code: CodeSection
+    cwd: Text
+    pid: int | None
+    host: Text
+    resumed_from: int | None  # the step
+    stopped_early: dict[str, Any] | None  # {step, metric, best}
+
+
+SECTIONS: dict[str, Any] = {
+    "base": BaseSection,
+    "adapter": AdapterSection,
+    "optimizer": OptimizerSection,
+    "memory": MemorySection,
+    "time": TimeSection,
+    "pack": PackSection,
+    "data": DataSection,
+    "environment": EnvironmentSection,
+    "code": CodeSection,
+}
+KEYS = {name: tuple(kind.__annotations__) for name, kind in SECTIONS.items()}
+EXTENSIBLE = ("memory",)  # by what observers measure
+
+
+def unknown_keys(record: Mapping[str, Any]) -> list[str]:
+    """Dotted keys that no record has."""
+    own = [key for key in record if key not in Record.__annotations__]
+    return own + [
+        f"{section}.{key}"
+        for section, keys in KEYS.items()
+        if section not in EXTENSIBLE
+        for key in record.get(section) or ()
+        if key not in keys
+    ]
+
+
+def wrong_values(record: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose value is of another type; whoever reads a record may calculate with its numbers."""
+    from pydantic import ValidationError
+
+    try:
+        _checker().validate_python(dict(record))
+    except ValidationError as error:
+        return list(dict.fromkeys(".".join(map(str, fault["loc"][:2])) for fault in error.errors()))
+    return []
+
+
+@cache
+def _checker() -> Any:
+    from pydantic import ConfigDict, TypeAdapter, with_config
+
+    return TypeAdapter(with_config(ConfigDict(strict=True, extra="allow"))(Record))
