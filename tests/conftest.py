@@ -13,7 +13,7 @@ import torch
 from loralab.adapters.lora import LoRA
 from loralab.data.files import Files
 from loralab.data.tokenizer import train_tokenizer
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
@@ -111,7 +111,7 @@ def load_base(make_model):
         spec = make_model(family, **changes)
         quantizer = FourBit() if scheme == "nf4" else NoQuantization()
         labels = num_labels or (3 if spec.task == "sequence_classification" else None)
-        return pretrained.load(spec, quantizer, spec.load_tokenizer(), labels)
+        return loading.load(spec, quantizer, spec.load_tokenizer(), labels)
 
     return load
 

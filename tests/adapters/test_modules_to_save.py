@@ -13,7 +13,7 @@ from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.forward.stacked import Forward
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.planning.count import count
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_lacks_more_than_a_pooler_is_refused(masked):
     config.num_hidden_layers = 3
     config.save_pretrained(masked.path)
     with pytest.raises(ConfigError, match=r"the checkpoint lacks bert\.encoder\.layer\.2"):
-        pretrained.load(masked, NoQuantization(), masked.load_tokenizer(), 3)
+        loading.load(masked, NoQuantization(), masked.load_tokenizer(), 3)
 
 
 def test_a_head_tied_to_the_embeddings_is_adapted_with_a_warning_and_merges_after_the_remedy(
@@ -151,7 +151,7 @@ def test_a_head_tied_to_the_embeddings_is_adapted_with_a_warning_and_merges_afte
     )
     record = Runner().run([spec])[0]
     assert "the weight of lm_head is also that of transformer.wte" in caplog.text
-    base = pretrained.load(spec.model, NoQuantization(), spec.model.load_tokenizer()).model
+    base = loading.load(spec.model, NoQuantization(), spec.model.load_tokenizer()).model
     inputs, labels = batch()
     losses = {}
     for name in ("adapted", "merged as it is", "untied and merged"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loralab.cli import main
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.quantization.none import NoQuantization
 from loralab.records import record
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_that_is_already_quantized_is_exit_2(tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(stored))
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(pretrained.ConfigError, match="already quantized \\(gptq\\)"):
-        pretrained.load(pretrained.Pretrained(name_or_path=str(folder)), NoQuantization(), None)
+        loading.load(pretrained.Pretrained(name_or_path=str(folder)), NoQuantization(), None)
 
 
 def test_bitsandbytes_missing_is_exit_2_and_names_a_way_out(refuse, monkeypatch):

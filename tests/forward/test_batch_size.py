@@ -12,7 +12,7 @@ from loralab.adapters.lora import LoRA
 from loralab.data.batches import collate
 from loralab.data.encoding import encode
 from loralab.forward.stacked import Forward
-from loralab.models import pretrained
+from loralab.models import loading
 from loralab.quantization.int8_product import Int8Product
 from loralab.quantization.sequences import Sequences, decoder_input_ids
 from loralab.running.runner import Runner
@@ -81,9 +81,7 @@ def in_double(spec, data, quantizer, size):
     A product is the same for the same sequence, but it jumps where an activation lies at half a code or at the
     threshold. In float32 GEMMs of other batch sizes round otherwise by 1e-7, and of 1e5 activations a few jump, by 1e-4
     to 1e-3 of the loss, on one machine and not on another. In float64 none lies that near."""
-    base = pretrained.load(
-        spec, quantizer, spec.load_tokenizer(), 3 if spec.task == "sequence_classification" else None
-    )
+    base = loading.load(spec, quantizer, spec.load_tokenizer(), 3 if spec.task == "sequence_classification" else None)
     model = base.model.double().eval()
     rows = encode(data.splits(), base.tokenizer, spec.task, spec.length).validation
     adapter, forward = LoRA(r=2).attach(model), Forward(model, spec.task)

@@ -13,7 +13,7 @@ from loralab.adapters.lora import LoRA
 from loralab.forward.dropout import KeyedDropout, base_dropout
 from loralab.forward.stacked import Forward
 from loralab.forward.unpadded import NAME, mask_of
-from loralab.models import pretrained
+from loralab.models import loading
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.running.runner import Runner
@@ -46,7 +46,7 @@ def loaded(with_dropout):
     def load(family, **changes):
         spec = with_dropout(family, **changes)
         labels = 3 if spec.task == "sequence_classification" else None
-        base = pretrained.load(spec, FourBit(), spec.load_tokenizer(), labels)
+        base = loading.load(spec, FourBit(), spec.load_tokenizer(), labels)
         adapters = [LoRA(r=r, lora_dropout=0.1).attach(base.model, seed=r) for r in (2, 4)]
         for adapter in adapters:
             for _, delta in adapter.adapted():

@@ -14,7 +14,7 @@ from loralab.forward import stacked
 from loralab.forward.prefix import Pass, Prefix, States, stack
 from loralab.forward.unpadded import mask_of
 from loralab.memory.limits import MemorySpec
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.optim.optimizers import AdamW
 from loralab.quantization.four_bit import FourBit
 from loralab.records import record
@@ -107,7 +107,7 @@ def test_a_pack_with_a_prefix_trains_like_each_trial_alone_without(
     model = pretrained.Pretrained(
         name_or_path=str(real_data / "weights" / "stories260K-hf"), max_length=64, dtype="float32"
     )
-    count = len(stack(pretrained.skeleton(model)))
+    count = len(stack(loading.skeleton(model)))
     shared = {"data": make_data("ragged", batch_size=4), "max_steps": 110, "model": model, "memory": OFF}
     specs = [
         vary(spec, adapter=vary(spec.adapter, target_modules=rf".*\.layers\.{count - 1}\..*"))
@@ -307,7 +307,7 @@ class Folding(nn.Module):
 
 
 def test_a_model_that_mixes_rows_is_found_out_and_said_once(make_spec, make_data, monkeypatch, caplog, seen):
-    load = pretrained.load
+    load = loading.load
 
     def folding(*args):
         base = load(*args)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loralab.cli import main
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.numerics import blockwise, codebooks
 from loralab.optim import optimizers
 from loralab.optim.optimizers import AdamW
@@ -107,21 +107,21 @@ def test_products_take_the_workspaces_that_a_plan_counts():
 def test_a_random_base_is_packed_on_the_card_and_one_of_a_cpus_numbers_is_the_same_there(drawn_on):
     spec = pretrained.Random(drawn_on=drawn_on)
     there, here = (
-        dict(pretrained.tensors(spec.weights(spec.prepared_config(None), NoQuantization(), "auto", device)))
+        dict(loading.tensors(spec.weights(spec.prepared_config(None), NoQuantization(), "auto", device)))
         for device in ("cuda", "cpu")
     )
     assert {tensor.device.type for tensor in there.values()} == {"cuda"}
     alike = [torch.equal(tensor.cpu(), here[name]) for name, tensor in there.items() if "weight" in name]
     assert all(alike) == (drawn_on == "cpu")
     packed = spec.weights(spec.prepared_config(None), FourBit(), "auto", "cuda")
-    assert {tensor.device.type for _, tensor in pretrained.tensors(packed)} == {"cuda"}
+    assert {tensor.device.type for _, tensor in loading.tensors(packed)} == {"cuda"}
 
 
 def test_the_base_stays_on_the_card_between_fit_validation_and_generation(trained, monkeypatch):
     seen, score = [], generation.score
 
     def noted(model, *rest):
-        seen.extend({tensor.device.type for _, tensor in pretrained.tensors(model)})
+        seen.extend({tensor.device.type for _, tensor in loading.tensors(model)})
         return score(model, *rest)
 
     monkeypatch.setattr(generation, "score", noted)

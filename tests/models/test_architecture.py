@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loralab.errors import ConfigError
-from loralab.models import architecture, pretrained
+from loralab.models import architecture, loading, pretrained
 from loralab.models.architecture import auto_class
 from loralab.quantization.none import NoQuantization
 from loralab.records import record
@@ -48,7 +48,7 @@ def small(tokenizer_folder):
 @pytest.mark.parametrize("kind", SMALL)
 def test_attention_auto_is_what_transformers_takes_by_itself(small, kind):
     spec = small(kind)
-    base = pretrained.load(spec, NoQuantization(), spec.load_tokenizer())
+    base = loading.load(spec, NoQuantization(), spec.load_tokenizer())
     with torch.random.fork_rng():
         torch.manual_seed(spec.draw)
         other = auto_class(spec.task).from_config(spec.prepared_config(None), dtype=torch.float32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loralab.errors import ConfigError
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
 
@@ -32,11 +32,11 @@ def saved(load_base, tmp_path, tokenizer_folder):
 def test_a_saved_model_comes_back_from_its_folder(saved, family, quantizer):
     base, spec, _ = saved(family)
     labels = 3 if spec.task == "sequence_classification" else None
-    again = pretrained.load(spec, quantizer, spec.load_tokenizer(), labels)
+    again = loading.load(spec, quantizer, spec.load_tokenizer(), labels)
     assert again.size.parameters == base.size.parameters
     assert not any(parameter.is_meta for parameter in again.model.parameters())
     if isinstance(quantizer, NoQuantization):
-        before, after = dict(pretrained.tensors(base.model)), dict(pretrained.tensors(again.model))
+        before, after = dict(loading.tensors(base.model)), dict(loading.tensors(again.model))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
     else:
@@ -48,7 +48,7 @@ def test_weights_that_are_not_there_are_named(saved):
     _, spec, folder = saved()
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="holds no weights"):
-        pretrained.load(spec, NoQuantization(), None)
+        loading.load(spec, NoQuantization(), None)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(saved):
@@ -56,7 +56,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(saved):
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**stored, "num_hidden_layers": 3}))
     with pytest.raises(ConfigError, match="the checkpoint lacks"):
-        pretrained.load(spec, NoQuantization(), spec.load_tokenizer())
+        loading.load(spec, NoQuantization(), spec.load_tokenizer())
 
 
 def test_a_truncated_weight_file_is_refused(saved):
@@ -64,7 +64,7 @@ def test_a_truncated_weight_file_is_refused(saved):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=r"cannot be loaded, model\.safetensors: SafetensorError"):
-        pretrained.load(spec, NoQuantization(), spec.load_tokenizer())
+        loading.load(spec, NoQuantization(), spec.load_tokenizer())
 
 
 def test_a_head_the_checkpoint_lacks_is_new_and_drawn_by_the_seed(load_base, tmp_path):
@@ -74,7 +74,7 @@ def test_a_head_the_checkpoint_lacks_is_new_and_drawn_by_the_seed(load_base, tmp
     bare.save_pretrained(tmp_path)
     load_base("distilbert").tokenizer.save_pretrained(tmp_path)
     spec = pretrained.Pretrained(name_or_path=str(tmp_path), task="sequence_classification", max_length=64)
-    base = pretrained.load(spec, NoQuantization(), spec.load_tokenizer(), 3)
+    base = loading.load(spec, NoQuantization(), spec.load_tokenizer(), 3)
     heads = []
     for seed in (1, 1, 2):
         adapter = LoRA(r=2).attach(base.model, seed)
@@ -93,7 +93,7 @@ def test_a_hub_id_out_of_reach_says_that_a_local_folder_would_do(monkeypatch, to
     pretrained.weights._offline.cache_clear()
     spec = pretrained.Pretrained(name_or_path="nobody/nothing", tokenizer=str(tokenizer_folder))
     with pytest.raises(ConfigError, match="no local folder of that name either"):
-        pretrained.load(spec, NoQuantization(), spec.load_tokenizer())
+        loading.load(spec, NoQuantization(), spec.load_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -134,16 +134,16 @@ def test_a_number_of_labels_below_one_is_refused_and_stated(count):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(make_model):
     spec = make_model(config={"vocab_size": 200})
     with pytest.raises(ConfigError, match="258 tokens exceed the 200 embeddings"):
-        pretrained.load(spec, NoQuantization(), spec.load_tokenizer())
+        loading.load(spec, NoQuantization(), spec.load_tokenizer())
 
 
 def test_the_draw_alone_decides_a_random_model(make_model):
     spec = make_model()
     torch.manual_seed(1)
-    one = pretrained.load(spec, NoQuantization(), spec.load_tokenizer()).fingerprint
+    one = loading.load(spec, NoQuantization(), spec.load_tokenizer()).fingerprint
     torch.manual_seed(2)
-    assert pretrained.load(spec, NoQuantization(), spec.load_tokenizer()).fingerprint == one
-    other = pretrained.load(replace(spec, draw=1), NoQuantization(), spec.load_tokenizer())
+    assert loading.load(spec, NoQuantization(), spec.load_tokenizer()).fingerprint == one
+    other = loading.load(replace(spec, draw=1), NoQuantization(), spec.load_tokenizer())
     assert other.fingerprint != one
 
 
@@ -154,7 +154,7 @@ def test_a_real_llama_loads_and_reads_its_language(real_data):
     text = tokenizer("Once upon a time, there was a little girl named Lily.", return_tensors="pt")["input_ids"]
     losses = {}
     for name, quantizer in (("none", NoQuantization()), ("nf4", FourBit())):
-        model = pretrained.load(spec, quantizer, tokenizer).model.eval()
+        model = loading.load(spec, quantizer, tokenizer).model.eval()
         with torch.no_grad():
             losses[name] = float(model(input_ids=text, labels=text).loss)
     assert losses["none"] < 0.3
@@ -165,7 +165,7 @@ def test_a_real_llama_loads_and_reads_its_language(real_data):
 def test_a_checkpoint_of_another_architecture_than_asked_for_is_refused(key, value):
     spec = pretrained.Pretrained("loralab/tiny", config={key: value})
     with pytest.raises(ConfigError, match=rf"model.config.{key}={value!r}: the checkpoint of .*tiny.* says"):
-        pretrained.load(spec, NoQuantization(), spec.load_tokenizer())
+        loading.load(spec, NoQuantization(), spec.load_tokenizer())
 
 
 def test_keys_that_are_the_checkpoints_are_taken():
@@ -185,6 +185,6 @@ def test_a_token_whose_id_has_no_embedding_is_refused_though_there_are_fewer_tok
     tokenizer = spec.load_tokenizer()
     assert len(tokenizer) <= 258
     with pytest.raises(ConfigError, match="its 301 tokens exceed the 258 embeddings"):
-        pretrained.load(spec, NoQuantization(), tokenizer)
+        loading.load(spec, NoQuantization(), tokenizer)
     larger = make_model("llama", tokenizer=str(tmp_path), config={"vocab_size": 320})
-    pretrained.load(larger, NoQuantization(), tokenizer)
+    loading.load(larger, NoQuantization(), tokenizer)

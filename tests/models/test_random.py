@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loralab.errors import ConfigError
-from loralab.models import pretrained
+from loralab.models import loading
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
 
@@ -14,7 +14,7 @@ def built(spec, quantizer, device):
 
 
 def values(model):
-    return [tensor.clone() for _, tensor in pretrained.tensors(model)]
+    return [tensor.clone() for _, tensor in loading.tensors(model)]
 
 
 @pytest.mark.parametrize("drawn_on", ["cpu", "device"])
@@ -23,7 +23,7 @@ def test_layers_are_packed_where_the_run_is_and_the_model_stays_there(make_model
     monkeypatch.setattr(FourBit, "convert", lambda _, layer, name: (seen.append(layer.weight.device.type), layer)[1])
     model = built(make_model(drawn_on=drawn_on), FourBit(), "meta")
     assert set(seen) == {"meta"}
-    assert {tensor.device.type for _, tensor in pretrained.tensors(model)} == {"meta"}
+    assert {tensor.device.type for _, tensor in loading.tensors(model)} == {"meta"}
 
 
 @pytest.mark.parametrize(("drawn_on", "drawn"), [("cpu", "cpu"), ("device", "meta")])

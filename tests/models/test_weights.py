@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils.logging import enable_progress_bar
 
 from loralab.errors import ConfigError
-from loralab.models import pretrained, weights
+from loralab.models import loading, pretrained, weights
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.int8 import Int8Absmax
 from loralab.quantization.none import NoQuantization
@@ -43,7 +43,7 @@ def stored(load_base, tmp_path):
 
 
 def load(spec, quantizer=None, labels=None):
-    return pretrained.load(spec, quantizer or NoQuantization(), None, labels)
+    return loading.load(spec, quantizer or NoQuantization(), None, labels)
 
 
 def refused(spec, match, quantizer=None, labels=None):
@@ -190,7 +190,7 @@ def test_a_config_json_that_cannot_be_is_refused(stored, config, match):
 def test_an_architecture_that_cannot_be_is_refused(make_model, config, match):
     refused(make_model(config=config), match)
     with pytest.raises(ConfigError, match=match):
-        pretrained.skeleton(make_model(config=config))
+        loading.skeleton(make_model(config=config))
 
 
 def test_sizes_are_named_as_the_architecture_names_them(make_model):

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from loralab.adapters.lora import LoRA
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.optim.optimizers import AdamW
 from loralab.quantization.base import dense_weight
 from loralab.quantization.four_bit import FourBit
@@ -79,7 +79,7 @@ class Lab:
         if self.scheme == "dense":
             return {}
         labels = 3 if self.task == "sequence_classification" else None
-        base = pretrained.load(self.model, QUANTIZERS[self.scheme], self.tokenizer, labels).model
+        base = loading.load(self.model, QUANTIZERS[self.scheme], self.tokenizer, labels).model
         packed = {name: layer for name, layer in base.named_modules() if isinstance(layer, FrozenLinear)}
         dense = {name: dense_weight(layer) for name, layer in packed.items()}
         return {f"{name}.weight": w.t() if packed[name].transposed else w for name, w in dense.items()}

@@ -17,7 +17,7 @@ from loralab.data.batches import collate
 from loralab.data.encoding import Example
 from loralab.forward.graph import check_causal
 from loralab.forward.stacked import Forward
-from loralab.models import architecture, pretrained
+from loralab.models import architecture, loading, pretrained
 from loralab.models.batching import check_rows
 from loralab.quantization.base import dense_weight, is_frozen
 from loralab.quantization.four_bit import FourBit
@@ -57,7 +57,7 @@ def pair(kind, task, scheme):
     other = copy.deepcopy(model)
     if scheme == "nf4":
         convert_model(model, FourBit(skip_modules=[]))
-    pretrained.prepare(pretrained.Random(task=task), model)
+    loading.prepare(pretrained.Random(task=task), model)
     packed = {name: layer for name, layer in model.named_modules() if is_frozen(layer)}
     refuse_read(model, packed)
     with torch.no_grad():

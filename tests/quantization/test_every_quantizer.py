@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from loralab.config.compose import build, compose, data_root, plain
-from loralab.models import pretrained
+from loralab.models import loading
 from loralab.quantization.base import dense_weight, is_frozen, measure
 from loralab.quantization.linear import FrozenLinear
 
@@ -80,7 +80,7 @@ def test_a_row_depends_on_its_neighbours_exactly_where_the_scheme_is_not_packabl
 def test_a_base_loaded_twice_has_the_same_bits(spec, make_model):
     model = make_model("llama")
     tokenizer = model.load_tokenizer()
-    one, other = (pretrained.load(model, spec, tokenizer) for _ in range(2))
+    one, other = (loading.load(model, spec, tokenizer) for _ in range(2))
     ids = torch.arange(2, 14)[None]
     with torch.no_grad():
         assert torch.equal(one.model.eval()(ids).logits, other.model.eval()(ids).logits)

@@ -10,7 +10,7 @@ import pytest
 from loralab.data.docstrings import Docstrings
 from loralab.data.files import Files
 from loralab.data.hub import Hub
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
 from loralab.records import fingerprints
@@ -181,7 +181,7 @@ def test_random_weights_are_their_architecture_and_their_seed(folder):
 
 def test_a_loaded_base_has_the_fingerprint_of_its_files_whatever_the_quantizer():
     spec = pretrained.Pretrained()
-    loaded = [pretrained.load(spec, quantizer, None) for quantizer in (NoQuantization(), FourBit())]
+    loaded = [loading.load(spec, quantizer, None) for quantizer in (NoQuantization(), FourBit())]
     assert [base.fingerprint for base in loaded] == [of_pretrained("loralab/tiny")] * 2
     assert loaded[0].record()["fingerprint"] == spec.fingerprint()
 
@@ -201,7 +201,7 @@ def test_weights_that_change_while_they_are_read_are_refused(tmp_path, monkeypat
 
     monkeypatch.setattr(pretrained.Pretrained, "weights", weights)
     with pytest.raises(ConfigError, match="changed while they were read"):
-        pretrained.load(pretrained.Pretrained(name_or_path=str(tmp_path / "copy")), NoQuantization(), None)
+        loading.load(pretrained.Pretrained(name_or_path=str(tmp_path / "copy")), NoQuantization(), None)
 
 
 def test_data_is_known_by_what_it_is_read_from(tmp_path):

@@ -16,7 +16,7 @@ from loralab.adapters.perturbed import moderate, perturbed
 from loralab.forward import stacked
 from loralab.forward.prefix import Pass, Prefix
 from loralab.forward.stacked import Forward, ForwardMode
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.quantization.four_bit import FourBit
 from loralab.running.runner import Runner
 from loralab.training.first_batch import FirstBatch
@@ -272,7 +272,7 @@ def test_every_layer_of_an_ordinary_model_is_called(make_spec, caplog):
 
 
 def test_an_expert_without_a_token_is_named_and_trains_when_one_comes(load_base, caplog, make_spec, monkeypatch):
-    real = pretrained.load
+    real = loading.load
 
     def load(*given):  # a Llama that calls its second block every other time
         base = real(*given)

@@ -10,7 +10,7 @@ from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.memory.budget import PlanSpec
 from loralab.memory.phases import PhaseMemory
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.records import schema
@@ -136,7 +136,7 @@ def test_trials_that_disagree_in_quantization_do_not_share_a_pack(make_spec):
 
 def digest(model):
     whole = hashlib.sha256()
-    for name, tensor in pretrained.tensors(model):
+    for name, tensor in loading.tensors(model):
         whole.update(name.encode() + tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()
 
@@ -148,7 +148,7 @@ def test_training_and_validation_leave_every_byte_of_the_base_alone(make_spec, m
     spec = make_spec(family, family, val_check_interval=1, max_steps=2, **shared)
     tokenizer = spec.model.load_tokenizer()
     labels = 3 if spec.model.task == "sequence_classification" else None
-    untouched = pretrained.load(spec.model, spec.quantization, tokenizer, labels)
+    untouched = loading.load(spec.model, spec.quantization, tokenizer, labels)
     record = runner.run([spec])[0]
     assert record["status"] == "completed", record["error"]
     assert digest(runner.inputs._base.model) == digest(untouched.model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loralab.analysis.evaluation import Evaluation
 from loralab.data.base import DataSpec
 from loralab.errors import ConfigError, DataError, nearest
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.models.feeding import encoded_rows
 from loralab.numerics import outliers
 from loralab.numerics.defined import defined, root
@@ -232,7 +232,7 @@ def study(
         if encoded.splits.kind == "scores":
             raise ConfigError("model.num_labels=1: --evaluate compares predictions of classes or tokens, not scores")
     labels = len(encoded.splits.labels) or None if encoded else None
-    base = pretrained.load(model_spec, NoQuantization(), tokenizer, labels, trainer.device)
+    base = loading.load(model_spec, NoQuantization(), tokenizer, labels, trainer.device)
     model = base.model.to(trainer.device).requires_grad_(False)
     subject = Study(spec, model, quantizable(model, NoQuantization()))
     if not subject.names:

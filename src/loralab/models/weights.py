@@ -199,6 +199,13 @@ def _of_base(model: nn.Module, key: str) -> bool:
     return inner != key or key.partition(".")[0] in dict(base.named_children())
 
 
+def beside_base(model: nn.Module) -> set[str]:
+    """Names of the parameters that a checkpoint of the base alone does not hold: a head's."""
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    inside = {id(parameter) for parameter in base.parameters()}
+    return {name for name, parameter in model.named_parameters() if base is not model and id(parameter) not in inside}
+
+
 def lacks_pooler(model: nn.Module, path: str) -> set[str]:
     """The names of a classifier's pooler where the checkpoint, as far as it is on this machine, holds none."""
     from transformers.modeling_utils import load_state_dict

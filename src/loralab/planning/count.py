@@ -5,7 +5,7 @@ import logging
 from torch import nn
 
 from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.quantization.base import Quantizer, beyond, linear_shape, name_out_of_reach, quantizable
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def count(
     ``adapter_parameters`` leaves out new and saved modules. The total counts the adapter, shared tensors once, and a
     trained bias with the one in whose place it is.
     """
-    base = pretrained.skeleton(model, num_labels)
+    base = loading.skeleton(model, num_labels)
     names = [] if quantization.name == "none" else quantizable(base, quantization)
     quantized = 0
     for name in names:

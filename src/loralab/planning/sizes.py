@@ -9,7 +9,7 @@ from torch import nn
 
 from loralab.adapters.base import Adapter
 from loralab.forward.prefix import stack
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED
 from loralab.quantization.base import beyond, is_linear, linear_shape, name_out_of_reach, quantizable
 from loralab.training.specs import TrialSpec
@@ -113,7 +113,7 @@ def skeleton(spec: pretrained.Pretrained) -> nn.Module:
     key = repr(spec)
     if key not in _skeletons:
         _skeletons.clear()
-        _skeletons[key] = pretrained.skeleton(spec)
+        _skeletons[key] = loading.skeleton(spec)
     return _skeletons[key]
 
 

@@ -26,7 +26,7 @@ from loralab.forward import stacked
 from loralab.forward.prefix import stack
 from loralab.forward.stacked import ForwardMode
 from loralab.forward.unpadded import prepare
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.models.architecture import auto_class
 from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED
 from loralab.planning.faking import faked, quiet
@@ -108,7 +108,7 @@ def _trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None, w
     new: Any = set()
     vocabulary = 0
     if spec.task == "sequence_classification":
-        new = pretrained.skeleton(spec).loralab_new_parameters
+        new = loading.skeleton(spec).loralab_new_parameters
     else:
         vocabulary = int(spec.architecture().get_text_config().vocab_size)
     tracker = Tracker(CUDA_BLOCK if geometry.cuda else 1, not geometry.masked, vocabulary)
@@ -130,8 +130,8 @@ def build(spec: pretrained.Pretrained, layers: int | None) -> nn.Module:
     attention = spec.attention(config)
     model = auto_class(spec.task).from_config(config, dtype=dtype, attn_implementation=attention)
     if spec.config.get("tie_word_embeddings") is False:
-        pretrained._untie(model)
-    pretrained.prepare(spec, model)
+        loading.untie(model)
+    loading.prepare(spec, model)
     return model  # type: ignore[no-any-return]
 
 
@@ -150,7 +150,7 @@ class _Step:
         self.module = FineTuner(model, trials, unpad=not geometry.cuda and not any(p.length for p in geometry.passes))
         self._take(geometry.mode)
         self.plugin.convert_module(self.module)
-        tracker.tag((tensor for _, tensor in pretrained.tensors(model)), "base")
+        tracker.tag((tensor for _, tensor in loading.tensors(model)), "base")
         tracker.mark("load", "optimizer")
         self.optimizer = self._optimizer()
         tracker.tag(self.module.adapters.parameters(), "adapter")  # which may be views of a new buffer by now
@@ -193,7 +193,7 @@ class _Step:
         quantizer = self.spec.quantization
         names = [] if quantizer.name == "none" else quantizable(self.model, quantizer)
         waiting = {id(self.model.get_submodule(name).weight) for name in names}
-        self.tracker.tag((t for _, t in pretrained.tensors(self.model) if id(t) not in waiting), "base")
+        self.tracker.tag((t for _, t in loading.tensors(self.model) if id(t) not in waiting), "base")
         for name in names:
             layer = self.model.get_submodule(name)
             if self.geometry.cuda:  # moved there dense, packed there

@@ -7,7 +7,7 @@ from typing import Any
 
 from loralab.adapters.attached import attached
 from loralab.data.encoding import Encoded
-from loralab.models.pretrained import Base
+from loralab.models.loading import Base
 from loralab.records import record
 from loralab.records.environment import environment
 from loralab.training.specs import TrialSpec

@@ -5,7 +5,7 @@ import time
 from loralab.adapters.export import save
 from loralab.errors import LoralabError
 from loralab.models.feeding import name_classes
-from loralab.models.pretrained import Base
+from loralab.models.loading import Base
 from loralab.running.failures import close_record, explain
 from loralab.training import checkpoint, generation
 from loralab.training.trial import Trial

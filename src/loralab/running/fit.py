@@ -8,7 +8,7 @@ from loralab.adapters.attached import attached
 from loralab.adapters.hooks import NotPackable
 from loralab.errors import LoralabError, OutOfMemory
 from loralab.models import architecture
-from loralab.models.pretrained import Base
+from loralab.models.loading import Base
 from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight
 from loralab.planning.trace import Geometry

@@ -9,7 +9,7 @@ from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded
 from loralab.errors import ConfigError, DataError
 from loralab.forward.graph import check_causal
-from loralab.models import pretrained
+from loralab.models import loading, pretrained
 from loralab.models.feeding import encoded_rows
 from loralab.quantization.base import is_frozen
 from loralab.quantization.linear import resident_bytes
@@ -33,7 +33,7 @@ class TrialData:
 class Inputs:
     """Loads each base, tokenizer and data set once for the packs that share it."""
 
-    _base: pretrained.Base | None = None
+    _base: loading.Base | None = None
     _base_key: tuple[Any, ...] = ()
     _tokenizers: dict[str, tuple[Any, str | None]] = field(default_factory=dict)
     _data: dict[str, tuple[Encoded, str | None]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Inputs:
         """The rows of ``spec`` in token ids."""
         return self.data(spec).encoded
 
-    def base(self, spec: TrialSpec, data: Encoded) -> pretrained.Base:
+    def base(self, spec: TrialSpec, data: Encoded) -> loading.Base:
         """The base of ``spec`` on its device, frozen and quantized. Raises ConfigError."""
         labels, device = len(data.splits.labels) or None, spec.trainer.device
         kinds = (type(spec.model), type(spec.quantization))  # of which two may have one name
@@ -81,7 +81,7 @@ class Inputs:
         if self._base is None or key != self._base_key:
             self.forget_base()
             tokenizer, _ = self.tokenizer(spec.model)
-            self._base = pretrained.load(spec.model, spec.quantization, tokenizer, labels, device)
+            self._base = loading.load(spec.model, spec.quantization, tokenizer, labels, device)
             _prepare(self._base, device)
             self._base_key = key
         return self._base
@@ -91,12 +91,12 @@ def encoded_data(data: DataSpec, model: pretrained.Pretrained, tokenizer: Any, d
     """The rows of ``data`` in token ids; where it draws them from the base, that is loaded, unquantized."""
     if not data.from_base:
         return encoded_rows(data, model, tokenizer)
-    base = pretrained.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
+    base = loading.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
     sampled: Encoded = data.sample(base, tokenizer, model.task, model.length)
     return sampled
 
 
-def _prepare(base: pretrained.Base, device: str) -> None:
+def _prepare(base: loading.Base, device: str) -> None:
     """Puts the base on ``device`` and says what of it takes no part in training. Raises ConfigError for a base that
     reads frozen weights itself, or sees later tokens as a causal language model."""
     model: Any = base.model.to(device)
@@ -110,7 +110,7 @@ def _prepare(base: pretrained.Base, device: str) -> None:
         check_causal(model)
 
 
-def check_labels(base: pretrained.Base, data: list[Encoded]) -> None:
+def check_labels(base: loading.Base, data: list[Encoded]) -> None:
     """Raises ConfigError where a classifier has fewer classes than the data."""
     if base.spec.task != "sequence_classification":
         return

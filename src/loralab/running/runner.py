@@ -11,7 +11,7 @@ import torch
 from loralab.errors import ConfigError, Interrupted, LoralabError
 from loralab.forward.head import frozen_head
 from loralab.models.batching import check_rows
-from loralab.models.pretrained import Base
+from loralab.models.loading import Base
 from loralab.planning.foresee import Foresight
 from loralab.records import record
 from loralab.running.attach import attach_trial, open_record
