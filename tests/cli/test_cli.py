@@ -13,10 +13,12 @@ from loralab.records import record
 
 
 def test_flags_may_stand_anywhere():
-    words = main.Words.parse(["--json", "count", "a=1", "--debug", "--resume=somewhere", "b=2"])
-    assert (words.command, words.rest, words.flags) == ("count", ["a=1", "b=2"], {"json", "debug"})
-    assert words.resume == "somewhere"
-    assert main.Words.parse(["sweep", "--resume", "a b", "--fresh"]).resume == "a b"
+    words = main.parse(["--json", "count", "a=1", "--debug", "b=2"])
+    assert (words.command, words.words) == (main.COMMANDS["count"], ["a=1", "b=2"])
+    assert (words.json, words.debug, words.fresh) == (True, True, False)
+    for given in (["--resume", "a b", "sweep", "--fresh"], ["sweep", "--fresh", "x=1", "--resume=a b"]):
+        words = main.parse(given)
+        assert (words.command.name, words.resume, words.fresh) == ("sweep", "a b", True)
 
 
 def test_help_answers_in_half_a_second_and_imports_nothing_heavy():

@@ -6,7 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from loralab.config.words import Words, quoted
+from loralab.cli.main import parse
+from loralab.config.words import quoted
 from loralab.errors import ConfigError
 
 
@@ -15,16 +16,16 @@ def parsed(word):
 
 
 def test_hydras_flags_may_stand_anywhere_with_their_values():
-    words = Words.parse(["train", "seed=0", "-m", "--cfg", "job", "lr=1", "--package=x"])
-    assert words.rest == ["seed=0", "lr=1"]
+    words = parse(["train", "seed=0", "-m", "--cfg", "job", "lr=1", "--package=x"])
+    assert words.words == ["seed=0", "lr=1"]
     assert words.hydra == ["-m", "--cfg", "job", "--package", "x"]
     assert words.many
 
 
 def test_hydras_flags_have_one_spelling_each_and_info_needs_no_value():
-    assert Words.parse(["train", "-c", "job", "-p=x", "--multirun"]).hydra == ["--cfg", "job", "--package", "x", "-m"]
-    assert Words.parse(["train", "--info", "adapter.r=4"]).hydra == ["--info", "all"]
-    assert Words.parse(["train", "-i", "plugins"]).hydra == ["--info", "plugins"]
+    assert parse(["train", "-c", "job", "-p=x", "--multirun"]).hydra == ["--cfg", "job", "--package", "x", "-m"]
+    assert parse(["train", "--info", "adapter.r=4"]).hydra == ["--info", "all"]
+    assert parse(["train", "-i", "plugins"]).hydra == ["--info", "plugins"]
 
 
 @pytest.mark.parametrize(
@@ -40,16 +41,16 @@ def test_hydras_flags_have_one_spelling_each_and_info_needs_no_value():
 )
 def test_a_flag_that_lacks_its_value_is_refused(words, said):
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
-        Words.parse(words)
+        parse(words)
 
 
 @pytest.mark.parametrize(
     "flag",
-    ["-x", "--cgf", "--fresh=1", "--jsn", "-m=1", "--hydra-help", "-cd", "-cn=x", "--config-path=x", "-sc", "-r"],
+    ["-x", "--cgf", "--fresh=1", "--jsn", "-m=1", "-mx", "--hydra-hlp", "--fres", "--config-path=x", "-cp", "-r"],
 )
 def test_an_unknown_flag_is_refused_with_the_nearest(flag):
     with pytest.raises(ConfigError, match=f"no flag '{flag}'"):
-        Words.parse(["train", flag])
+        parse(["train", flag])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 from loralab.adapters.attached import attached
 from loralab.data.base import DataSpec
 from loralab.data.encoding import Encoded
-from loralab.errors import ConfigError, DataError, Interrupted, LoralabError
+from loralab.errors import ConfigError, DataError, Interrupted, LoralabError, explain
 from loralab.forward.graph import check_causal
 from loralab.forward.head import frozen_head
 from loralab.models import pretrained
@@ -27,7 +27,7 @@ from loralab.quantization.none import NoQuantization
 from loralab.quantization.reads import refuse_read
 from loralab.records import record
 from loralab.records.environment import environment
-from loralab.running.fit import Fit, Part, close_record, explain
+from loralab.running.fit import Fit, Part, close_record
 from loralab.training import checkpoint
 from loralab.training.specs import TrialSpec
 from loralab.training.trainer import quiet
