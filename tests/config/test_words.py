@@ -22,6 +22,17 @@ def test_hydras_flags_may_stand_anywhere_with_their_values():
     assert words.many
 
 
+def test_hydras_flags_are_handed_on_as_they_stand():
+    words = parse(
+        ["-cd", "a b", "train", "-cn=x", "--hydra-help", "--config-dir=c", "lr=1", "--config-name", "y", "-sc"]
+    )
+    assert words.hydra == [
+        *("--config-dir", "a b", "--config-name", "x", "--hydra-help", "--config-dir", "c", "--config-name", "y"),
+        "--shell-completion",
+    ]
+    assert words.words == ["lr=1"]
+
+
 def test_hydras_flags_have_one_spelling_each_and_info_needs_no_value():
     assert parse(["train", "-c", "job", "-p=x", "--multirun"]).hydra == ["--cfg", "job", "--package", "x", "-m"]
     assert parse(["train", "--info", "adapter.r=4"]).hydra == ["--info", "all"]
@@ -37,10 +48,29 @@ def test_hydras_flags_have_one_spelling_each_and_info_needs_no_value():
         (["train", "--package"], "--package needs a value"),
         (["sweep", "--resume", "--fresh"], "--resume needs a value"),
         (["sweep", "--resume="], "--resume needs a value"),
+        (["train", "-cd"], "--config-dir needs a value; valid: --config-dir DIR"),
+        (["bench", "--out", "--json"], "--out needs a value; valid: --out FILE"),
     ],
 )
 def test_a_flag_that_lacks_its_value_is_refused(words, said):
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--resume", "x"], "loralab train has no --resume; valid: loralab sweep"),
+        (["train", "--resume"], "loralab train has no --resume; valid: loralab sweep"),
+        (["sweep", "rank", "--preview"], "loralab sweep has no --preview; valid: loralab train"),
+        (["report", "-m", "x"], "loralab report has no -m; valid: loralab train, loralab sweep"),
+        (["--fresh"], "loralab has no --fresh; valid: loralab train, loralab sweep"),
+        (["count", "--jsn"], "did you mean --json"),
+        (["train", "--multrun"], "did you mean --multirun"),
+    ],
+)
+def test_a_flag_of_another_command_says_whose_it_is_and_a_wrong_one_the_nearest(words, said):
+    with pytest.raises(ConfigError, match=said):
         parse(words)
 
 

@@ -67,16 +67,11 @@ class Command:
     name: str
     summary: str  # one line for ``loralab --help``
     about: str
-    usage: str
+    usage: str  # what stands behind the name, flags left out
     examples: Mapping[str, str]  # {command line: what it is for}
     writes: str
     run: Callable[[Arguments], int]
     own_flags: tuple[Flag, ...] = ()
-
-    @property
-    def arguments(self) -> str:
-        """What ``usage`` says stands behind the name, flags left out."""
-        return self.usage.partition(" [flags]")[0]
 
     @property
     def flags(self) -> tuple[Flag, ...]:
@@ -88,7 +83,7 @@ class Command:
         examples = "\n".join(f"  {line:{width}}  {purpose}" for line, purpose in self.examples.items())
         parser = argparse.ArgumentParser(
             prog=f"loralab {self.name}",
-            usage=f"loralab {self.name} {self.usage}",
+            usage=" ".join(filter(None, ("loralab", self.name, self.usage, "[flags]"))),
             description=self.about,
             epilog=f"examples:\n{examples}\n\nwrites: {self.writes}",
             formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=34),

@@ -1,14 +1,25 @@
 """Tab completion: commands, their flags and the sweeps' names here, settings by Hydra."""
 
 import os
+import re
 from pathlib import Path
+
+from loralab.errors import ConfigError
+
+WANTED = re.compile(r"(install|uninstall|query)=(bash|fish|zsh)")
 
 
 def complete(flags: list[str], overrides: list[str]) -> int:
-    """Answers ``--shell-completion``: install and uninstall by Hydra, a query of the line in COMP_LINE by both."""
+    """Answers ``--shell-completion``: install and uninstall by Hydra, a query of the line in COMP_LINE by both.
+
+    Raises ConfigError where the words say nothing of the kind.
+    """
     from loralab.scheduling.sweep import Jobs
 
-    if any(word.startswith("query=") for word in overrides):
+    wanted = [word for word in overrides if WANTED.fullmatch(word)]
+    if len(wanted) != 1:
+        raise ConfigError("--shell-completion needs one thing to do for one shell; valid: install=bash, or fish or zsh")
+    if wanted[0].startswith("query="):
         answer, line = candidates(os.environ.get("COMP_LINE", ""))
         if line is None:
             print(" ".join(answer))

@@ -25,7 +25,7 @@ COUNT = Command(
     summary="exact parameter counts, without weights",
     about="Counts trainable, adapter, total and quantized parameters from shapes alone: no weights, no network\n"
     "for the named models.",
-    usage="[k=v ...] [flags]",
+    usage="[k=v ...]",
     examples={
         "loralab count model=llama2_7b adapter.r=64": "of a model that does not fit here",
         "loralab count adapter.target_modules=[q_proj,v_proj] --json": "for a script",

@@ -191,7 +191,7 @@ DOCTOR = Command(
     summary="what this machine can do, and the fix for what it cannot",
     about="Checks Python, torch, CUDA, the 4-bit kernels against the reference, paging, the shipped base, W&B,\n"
     "the cache, the disk and git, and says how to mend what is missing.",
-    usage="[flags]",
+    usage="",
     examples={"loralab doctor": "a table", "loralab doctor --json": "for a script"},
     writes="nothing.",
     run=run,

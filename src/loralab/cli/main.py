@@ -93,9 +93,9 @@ def _explain(error: BaseException, words: list[str]) -> int:
 
 def overview(arguments: Arguments) -> int:
     """Lists the commands."""
-    names = [f"loralab {command.name} {command.arguments}" for command in COMMANDS.values()]
-    summaries = [command.summary for command in COMMANDS.values()]
-    lines = [f"  {name:27}  {summary}" for name, summary in zip(names, summaries, strict=True)]
+    usages = [f"loralab {command.name} {command.usage}" for command in COMMANDS.values()]
+    width = max(map(len, usages))
+    lines = [f"  {usage:{width}}  {command.summary}" for usage, command in zip(usages, COMMANDS.values(), strict=True)]
     print(HELP.format(commands="\n".join(lines)))
     return 0
 

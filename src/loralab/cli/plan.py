@@ -58,7 +58,7 @@ PLAN = Command(
     summary="predicted peak memory, without weights or GPU",
     about="Predicts the peak memory of a run by phase and by kind, for CUDA unless plan.device=cpu.\n"
     "plan.budget_gib=24 also finds the largest batch, length and rank that fit.",
-    usage="[k=v ...] [flags]",
+    usage="[k=v ...]",
     examples={
         "loralab plan model=llama2_7b quantization=nf4_double adapter.r=64": "will it fit?",
         "loralab plan plan.device=cpu plan.budget_gib=4": "what would fit in 4 GiB",

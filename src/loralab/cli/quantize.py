@@ -42,7 +42,7 @@ QUANTIZE = Command(
     name="quantize",
     summary="a model's weights under every scheme: bits, bytes, error",
     about="Quantizes a model's weights, or synthetic ones, under every scheme and measures bits, bytes and error.",
-    usage="[k=v ...] [flags]",
+    usage="[k=v ...]",
     examples={
         "loralab quantize": "the shipped base under all schemes",
         "loralab quantize --evaluate model=hf model.name_or_path=./my-llama": "also loss and KL on the data",

@@ -20,7 +20,7 @@ REPORT = Command(
     name="report",
     summary="table, page, CSV and JSON of a sweep or a run",
     about="Reads the records below a folder, finished or not, and writes the report anew. Every sweep ends by it.",
-    usage="DIR [flags]",
+    usage="DIR",
     examples={
         "loralab report runs/rank": "of a sweep",
         "loralab report runs/train/2026-11-26_10-00-00": "of a single run",

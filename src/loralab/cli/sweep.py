@@ -106,10 +106,10 @@ def _key(word: str) -> str:
 
 SWEEP = Command(
     name="sweep",
-    summary="the question in sweeps/NAME.yaml; finished trials are skipped",
+    summary="the question in sweeps/NAME.yaml, or --resume DIR; finished trials are skipped",
     about="Runs every trial of a sweep file that is not finished yet, in packs, and writes the report.\n"
-    "Settings replace the file's axes and values.",
-    usage="NAME [k=v ...] [flags]\n       loralab sweep --resume DIR [flags]",
+    "Settings replace the file's axes and values; with --resume DIR no name is given, and they only say how it runs.",
+    usage="NAME [k=v ...]",
     examples={
         "loralab sweep rank": "the file's own axes",
         "loralab sweep rank adapter.r=4,16 seed=0,1,2,3": "the same question, other axes",

@@ -36,7 +36,7 @@ TRAIN = Command(
     name="train",
     summary="one run; with -m and k=a,b many",
     about="Fine-tunes a frozen base with one adapter. Settings are Hydra's k=v; --cfg job shows every key.",
-    usage="[k=v ...] [flags]",
+    usage="[k=v ...]",
     examples={
         "loralab train quantization=nf4_double adapter.r=16 optimizer.lr=2e-4": "one run",
         "loralab train -m adapter.r=4,16 seed=0,1": "four trials, in packs",

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,20 +21,21 @@ def hold(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock, owner = FileLock(folder / LOCK), folder / OWNER
+    lock, owner = FileLock(folder / LOCK, fallback_to_soft=False), folder / OWNER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()  # a folder that takes no file is no file system without locks
+        (folder / LOCK).touch()  # what fails from here on is the lock
     except OSError as error:
         raise unwritable(f"the run folder {folder}", error) from error
     try:
-        with warnings.catch_warnings(action="ignore"):  # filelock's, of a file system without locks
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise ArtifactError(
             f"{folder} is in use by {_named(owner)}; valid: wait for it, or another hydra.run.dir or hydra.sweep.dir"
         ) from None
-    except (OSError, NotImplementedError):
+    except PermissionError as error:  # the lock file is another account's
+        raise unwritable(f"the run folder {folder}", error) from error
+    except OSError:
         yield
         return
     try:
