@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from hydra_plugins.loralab_packed.composing import Composed
-from loralab.cli.arguments import sweep_arguments
+from loralab.cli.sweep import sweep_arguments
 from loralab.config.compose import data_root, register_resolvers
 
 SWEEPS = sorted(

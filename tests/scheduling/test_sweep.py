@@ -10,7 +10,7 @@ import time
 import pytest
 
 from loralab.cli import main
-from loralab.cli.arguments import resumed
+from loralab.cli.sweep import resumed
 from loralab.config.compose import compose, trial_id
 from loralab.records import record
 from loralab.records.lock import hold

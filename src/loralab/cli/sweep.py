@@ -13,11 +13,11 @@ def run(arguments: Arguments) -> int:
     from loralab.cli import hydra_run
 
     if arguments.resume is not None:
-        overrides = resumed(Path(arguments.resume).expanduser(), arguments.overrides())
+        overrides = begun_in(Path(arguments.resume).expanduser(), arguments.overrides())
     else:
         name = _take_name(arguments)
         hydra_run.check_axes(arguments.overrides())
-        overrides = with_axes(name, arguments.overrides())
+        overrides = sweep_arguments(name, arguments.overrides())
     return hydra_run.run(arguments, overrides, many=True)
 
 
@@ -40,7 +40,7 @@ def sweep_names() -> list[str]:
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
 
 
-def with_axes(name: str, overrides: list[str]) -> list[str]:
+def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
     """Hydra's words for ``sweeps/NAME.yaml``: its axes, each replaced by an override of the same key."""
     from omegaconf import OmegaConf
 
@@ -53,7 +53,7 @@ def with_axes(name: str, overrides: list[str]) -> list[str]:
     return [f"+sweeps={name}", "hydra.sweeper.params=null", *kept, *overrides]
 
 
-def resumed(folder: Path, more: list[str]) -> list[str]:
+def begun_in(folder: Path, more: list[str]) -> list[str]:
     """The words of a begun sweep, in whose working folder this process is from now on: relative paths among them mean
     what they meant."""
     from loralab.records import record
@@ -62,7 +62,7 @@ def resumed(folder: Path, more: list[str]) -> list[str]:
     overrides = [str(word) for word in stored.get("overrides") or []]
     if not overrides:
         raise ArtifactError(f"{folder / 'sweep.json'} does not say how the sweep was called; run it by its name")
-    overrides, cwd, here = merged(overrides, more), Path(str(stored.get("cwd") or Path.cwd())), Path.cwd()
+    overrides, cwd, here = resumed(overrides, more), Path(str(stored.get("cwd") or Path.cwd())), Path.cwd()
     if cwd.is_dir() and not cwd.samefile(here):
         folder = folder.absolute()
         os.chdir(cwd)
@@ -72,7 +72,7 @@ def resumed(folder: Path, more: list[str]) -> list[str]:
     return [*overrides, f"hydra.sweep.dir={folder}"]
 
 
-def merged(overrides: list[str], more: list[str]) -> list[str]:
+def resumed(overrides: list[str], more: list[str]) -> list[str]:
     """The words of a begun sweep with those given beside ``--resume``, which may change how it runs, not what it asks.
 
     Raises ConfigError for a word that would make other trials of its, or move it.
