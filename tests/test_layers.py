@@ -32,6 +32,8 @@ FENCES = {
     "hydra": {"config", "cli", "scheduling", "hydra_plugins"},
     "omegaconf": {"config", "cli", "scheduling", "hydra_plugins"},
     "peft": {"gpu", "bench"},
+    "rich": {"cli", "reporting", "training"},
+    "filelock": {"records"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted([*SRC.rglob("*.py"), *PLUGIN.rglob("*.py")])

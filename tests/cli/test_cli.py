@@ -1,8 +1,11 @@
 """The words of the command line, and what each command gives back."""
 
+import io
 import json
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -13,16 +16,19 @@ from loralab.records import record, schema
 
 
 def test_flags_may_stand_anywhere():
-    words = main.Words.parse(["--json", "count", "a=1", "--debug", "--resume=somewhere", "b=2"])
-    assert (words.command, words.rest, words.flags) == ("count", ["a=1", "b=2"], {"json", "debug"})
-    assert words.resume == "somewhere"
-    assert main.Words.parse(["sweep", "--resume", "a b", "--fresh"]).resume == "a b"
+    words = main.parse(["--json", "count", "a=1", "--debug", "b=2"])
+    assert (words.command, words.words) == (main.COMMANDS["count"], ["a=1", "b=2"])
+    assert (words.json, words.debug, words.fresh) == (True, True, False)
+    for given in (["--resume", "a b", "sweep", "--fresh"], ["sweep", "--fresh", "x=1", "--resume=a b"]):
+        words = main.parse(given)
+        assert (words.command.name, words.resume, words.fresh) == ("sweep", "a b", True)
 
 
-def test_help_answers_in_half_a_second_and_imports_nothing_heavy():
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["doctor", "-h"]])
+def test_help_answers_in_half_a_second_and_imports_nothing_heavy(words):
     code = (
-        "import sys; from loralab.cli import main as cli; cli.run(['--help']); "
-        "print('torch' in sys.modules, 'hydra' in sys.modules)"
+        f"import sys; from loralab.cli import main as cli; cli.run({words}); "
+        "print(*(name in sys.modules for name in ('torch', 'hydra', 'rich', 'filelock')))"
     )
     best, out = 9.0, ""
     for _ in range(3):
@@ -30,8 +36,8 @@ def test_help_answers_in_half_a_second_and_imports_nothing_heavy():
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         after = resource.getrusage(resource.RUSAGE_CHILDREN)  # its own CPU time: others may be busy too
         best = min(best, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    assert out.splitlines()[-1] == "False False"
-    assert "loralab train" in out
+    assert out.splitlines()[-1] == "False False False False"
+    assert f"loralab {words[0] if len(words) > 1 else 'train'}" in out
     assert best < 0.5
 
 
@@ -39,6 +45,110 @@ def test_help_answers_in_half_a_second_and_imports_nothing_heavy():
 def test_help_and_version_are_not_errors(words, code, capsys):
     assert main.run(words) == code
     assert "loralab" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_the_help_of_a_command_speaks_of_it(name, capsys):
+    assert main.run([name, "--help"]) == 0
+    text, command = capsys.readouterr().out, main.COMMANDS[name]
+    assert text.startswith(f"usage: loralab {name}")
+    assert all(flag.names[-1] in text for flag in command.flags)
+    assert "writes: " in text
+    assert 2 <= len(command.examples) <= 3
+    for example in command.examples:
+        parsed = main.parse(shlex.split(example)[1:])
+        assert (example in text, parsed.command) == (True, command)
+
+
+def test_the_list_of_commands_is_whole_and_as_wide_as_a_screen(capsys):
+    assert main.run([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"loralab {command.name}" in text and command.summary in text for command in main.COMMANDS.values())
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A folder of yaml files with an option that loralab's lack, in a folder with a space."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my conf"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "small.yaml").write_text("defaults: [lora]\nr: 3\n")
+    return folder
+
+
+@pytest.mark.parametrize("flags", [["-cd", "my conf"], ["--config-dir=my conf"]])
+def test_a_folder_of_yaml_files_is_searched_by_trials_of_a_pack(tiny_arguments, own_folder, flags):
+    words = [word for word in tiny_arguments if not word.startswith("adapter")]
+    assert main.run(["train", *flags, "-m", *words, "adapter=small", "seed=0,1", "hydra.sweep.dir=s"]) == 0
+    stored = [record.read(path.parent) for path in (own_folder.parent / "s").glob("*/result.json")]
+    assert [one["config"]["adapter"]["r"] for one in stored] == [3, 3]
+
+
+def test_a_folder_of_yaml_files_that_is_not_there_is_exit_2(own_folder, capsys):
+    assert main.run(["train", "-cd", "nowhere"]) == 2
+    assert "nowhere' not found" in capsys.readouterr().err
+
+
+def test_another_primary_configuration_is_shown_by_its_name(capsys):
+    assert main.run(["train", "-cn", "quantize", "--cfg", "job"]) == 0
+    assert "study:" in capsys.readouterr().out
+    assert main.run(["train", "--config-name=quantise", "--cfg", "job"]) == 2
+
+
+def test_hydras_own_help_is_hydras(capsys):
+    assert main.run(["train", "--hydra-help"]) == 0
+    assert "Hydra" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "some", "none"),
+    [
+        ("loralab ", {"train", "doctor"}, {"--json"}),
+        ("loralab tr", {"train"}, set()),
+        ("loralab count --", {"--json", "--debug"}, {"--fresh", "-m"}),
+        ("loralab train adapter=", {"adapter=lora", "adapter=full"}, {"train"}),
+        ("loralab train --fresh -m optimizer.l", {"optimizer.lr="}, set()),
+        ("/usr/bin/loralab plan model=tiny quantization=nf", {"quantization=nf4"}, set()),
+        ("loralab sweep ", {"rank", "paper/qlora_table2"}, set()),
+        ("loralab sweep rank trainer.max", {"trainer.max_steps="}, {"rank"}),
+        ("loralab report ", set(), {"rank", "train"}),
+    ],
+)
+def test_a_shell_completes_commands_flags_sweeps_and_settings(monkeypatch, capsys, line, some, none):
+    monkeypatch.setenv("COMP_LINE", line)
+    assert main.run(["-sc", "query=bash"]) == 0
+    answer = set(capsys.readouterr().out.split())
+    assert (some <= answer, answer & none) == (True, set())
+
+
+def test_the_script_of_the_completion_is_hydras(capsys):
+    assert main.run(["-sc", "install=bash"]) == 0
+    assert "hydra_bash_completion loralab" in capsys.readouterr().out
+    assert main.run(["--shell-completion", "install=tcsh"]) == 2
+    assert "valid: install=bash" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("command", ["doctor", "count", "plan"])
+def test_a_terminal_gets_colours_and_a_pipe_none(monkeypatch, capsys, command):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    words = [command, *([] if command == "doctor" else ["plan.device=cpu", "logger=none"])]
+    assert main.run(words) == 0
+    plain = capsys.readouterr().out
+    assert "\x1b" not in plain
+    assert all(line == line.rstrip() for line in plain.splitlines())
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    assert main.run(words) == 0
+    text = re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue())
+    assert max(map(len, text.splitlines())) <= 60
+    assert ("\x1b" in screen.getvalue()) == (command != "count")
 
 
 def test_a_run_folder_holds_what_the_contract_lists(tiny_arguments, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from loralab.cli.arguments import sweep_arguments
+from loralab.cli.sweep import sweep_arguments
 from loralab.config.compose import data_root, register_resolvers
 from loralab.scheduling.composing import Composed
 

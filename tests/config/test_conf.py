@@ -9,7 +9,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from loralab.cli.arguments import sweep_arguments
+from loralab.cli.sweep import sweep_arguments
 from loralab.config.compose import SPECS, build, compose, data_root, plain, trial_id, trial_spec
 
 CONF = data_root() / "conf"

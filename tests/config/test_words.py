@@ -6,7 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from loralab.config.words import Words, quoted
+from loralab.cli.main import parse
+from loralab.config.words import quoted
 from loralab.errors import ConfigError
 
 
@@ -15,16 +16,27 @@ def parsed(word):
 
 
 def test_hydras_flags_may_stand_anywhere_with_their_values():
-    words = Words.parse(["train", "seed=0", "-m", "--cfg", "job", "lr=1", "--package=x"])
-    assert words.rest == ["seed=0", "lr=1"]
+    words = parse(["train", "seed=0", "-m", "--cfg", "job", "lr=1", "--package=x"])
+    assert words.words == ["seed=0", "lr=1"]
     assert words.hydra == ["-m", "--cfg", "job", "--package", "x"]
     assert words.many
 
 
+def test_hydras_flags_are_handed_on_as_they_stand():
+    words = parse(
+        ["-cd", "a b", "train", "-cn=x", "--hydra-help", "--config-dir=c", "lr=1", "--config-name", "y", "-sc"]
+    )
+    assert words.hydra == [
+        *("--config-dir", "a b", "--config-name", "x", "--hydra-help", "--config-dir", "c", "--config-name", "y"),
+        "--shell-completion",
+    ]
+    assert words.words == ["lr=1"]
+
+
 def test_hydras_flags_have_one_spelling_each_and_info_needs_no_value():
-    assert Words.parse(["train", "-c", "job", "-p=x", "--multirun"]).hydra == ["--cfg", "job", "--package", "x", "-m"]
-    assert Words.parse(["train", "--info", "adapter.r=4"]).hydra == ["--info", "all"]
-    assert Words.parse(["train", "-i", "plugins"]).hydra == ["--info", "plugins"]
+    assert parse(["train", "-c", "job", "-p=x", "--multirun"]).hydra == ["--cfg", "job", "--package", "x", "-m"]
+    assert parse(["train", "--info", "adapter.r=4"]).hydra == ["--info", "all"]
+    assert parse(["train", "-i", "plugins"]).hydra == ["--info", "plugins"]
 
 
 @pytest.mark.parametrize(
@@ -36,20 +48,39 @@ def test_hydras_flags_have_one_spelling_each_and_info_needs_no_value():
         (["train", "--package"], "--package needs a value"),
         (["sweep", "--resume", "--fresh"], "--resume needs a value"),
         (["sweep", "--resume="], "--resume needs a value"),
+        (["train", "-cd"], "--config-dir needs a value; valid: --config-dir DIR"),
+        (["bench", "--out", "--json"], "--out needs a value; valid: --out FILE"),
     ],
 )
 def test_a_flag_that_lacks_its_value_is_refused(words, said):
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
-        Words.parse(words)
+        parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--resume", "x"], "loralab train has no --resume; valid: loralab sweep"),
+        (["train", "--resume"], "loralab train has no --resume; valid: loralab sweep"),
+        (["sweep", "rank", "--preview"], "loralab sweep has no --preview; valid: loralab train"),
+        (["report", "-m", "x"], "loralab report has no -m; valid: loralab train, loralab sweep"),
+        (["--fresh"], "loralab has no --fresh; valid: loralab train, loralab sweep"),
+        (["count", "--jsn"], "did you mean --json"),
+        (["train", "--multrun"], "did you mean --multirun"),
+    ],
+)
+def test_a_flag_of_another_command_says_whose_it_is_and_a_wrong_one_the_nearest(words, said):
+    with pytest.raises(ConfigError, match=said):
+        parse(words)
 
 
 @pytest.mark.parametrize(
     "flag",
-    ["-x", "--cgf", "--fresh=1", "--jsn", "-m=1", "--hydra-help", "-cd", "-cn=x", "--config-path=x", "-sc", "-r"],
+    ["-x", "--cgf", "--fresh=1", "--jsn", "-m=1", "-mx", "--hydra-hlp", "--fres", "--config-path=x", "-cp", "-r"],
 )
 def test_an_unknown_flag_is_refused_with_the_nearest(flag):
     with pytest.raises(ConfigError, match=f"no flag '{flag}'"):
-        Words.parse(["train", flag])
+        parse(["train", flag])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """A folder belongs to one process at a time."""
 
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,12 +21,11 @@ def other(folder):
 
 
 def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path):
-    import os
-
     with hold(tmp_path):
-        refused = other(tmp_path)
-        assert "ArtifactError" in refused.stderr
-        assert f"in use by process {os.getpid()} on " in refused.stderr
+        for _ in range(2):  # the first refusal takes nothing away
+            refused = other(tmp_path)
+            assert "ArtifactError" in refused.stderr
+            assert f"in use by process {os.getpid()} on " in refused.stderr
     assert other(tmp_path).stdout == "mine\n"
 
 
@@ -42,4 +44,34 @@ def test_a_killed_holder_leaves_no_lock(tmp_path):
 def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DiskError, match="cannot be written"), hold(tmp_path / "file" / "run"):
+        pass
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_takes_no_file_is_a_disk_error(tmp_path, monkeypatch, error):
+    def refuse(path, *given, **more):
+        raise OSError(error, os.strerror(error), str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    said = f"the run folder {tmp_path} cannot be written: {os.strerror(error)}"
+    with pytest.raises(DiskError, match=said), hold(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the file system of Windows has locks")
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch, recwarn, error):
+    def refuse(*given):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with hold(tmp_path), hold(tmp_path):
+        pass
+    assert not recwarn
+
+
+def test_an_error_inside_passes_and_frees_the_folder(tmp_path):
+    with pytest.raises(OSError, match="of the run"), hold(tmp_path):
+        raise OSError("of the run")
+    with hold(tmp_path):
         pass

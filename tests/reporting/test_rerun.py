@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from loralab.cli.main import parse
 from loralab.config.compose import compose, plain, trial_id
-from loralab.config.words import Words, quoted
+from loralab.config.words import quoted
 from loralab.records import record
 from loralab.reporting.gather import study
 from loralab.reporting.page import rerun
@@ -33,7 +34,7 @@ def test_the_shown_command_composes_to_the_trial_beside_it(tmp_path, words):
     (trial,) = study(tmp_path).trials
     command, subcommand, *rest = shlex.split(rerun(trial), comments=True)
     assert (command, subcommand) == ("loralab", "train")
-    assert trial_id(compose(Words.parse(["train", *rest]).overrides())) == made["trial"]
+    assert trial_id(compose(parse(["train", *rest]).overrides())) == made["trial"]
 
 
 def test_a_hidden_secret_is_said_to_be_missing(tmp_path):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from loralab.cli import main
-from loralab.cli.arguments import resumed
+from loralab.cli.sweep import resumed
 from loralab.config.compose import compose, trial_id
 from loralab.records import record
 from loralab.records.lock import hold
@@ -284,3 +284,26 @@ def test_the_folder_of_a_run_is_exactly_the_one_named(tiny_arguments, tmp_path):
         *("adapter_config.json", "adapter_model.safetensors", "adapter_spec.json")
     }
     assert json.loads((target / "result.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.usefixtures("_no_output")
+def test_a_resumed_sweep_has_the_launcher_settings_and_the_search_path_it_began_with(
+    tiny_arguments, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "adapter").mkdir(parents=True)
+    text = "_target_: loralab.adapters.lora.LoRA\nr: 3\nlora_alpha: 6\n"
+    (tmp_path / "mine" / "adapter" / "small.yaml").write_text(text)
+    words = ["train", "-m", "--config-dir", "mine", *tiny_arguments, "logger=none", "adapter=small", "seed=0,1"]
+    assert main.run([*words, "hydra.launcher.pack=off", "hydra.sweep.dir=s"]) == 0
+    begun = record.read_sweep(tmp_path / "s")
+    for folder in record.find(tmp_path / "s"):
+        (folder / "result.json").unlink()
+    assert main.run(["sweep", "--resume", "s"]) == 0
+    records = [record.read(folder) for folder in record.find(tmp_path / "s")]
+    assert [stored["pack"]["size"] for stored in records] == [1, 1]
+    assert {stored["config"]["adapter"]["r"] for stored in records} == {3}
+    resumed_once = record.read_sweep(tmp_path / "s")
+    assert [resumed_once[key] for key in ("overrides", "hydra_overrides", "flags")] == [
+        begun[key] for key in ("overrides", "hydra_overrides", "flags")
+    ]

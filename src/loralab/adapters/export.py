@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter, AdapterSpec
 from loralab.adapters.files import weight_bytes
-from loralab.errors import ArtifactError, ConfigError, DiskError
+from loralab.errors import ArtifactError, ConfigError, unwritable
 
 SPEC = "adapter_spec.json"
 
@@ -59,7 +59,7 @@ def save(adapter: Adapter, folder: Path, seed: int = 0) -> int:
         size = weight_bytes(partial)
         _replace(folder, partial)
     except OSError as error:
-        raise DiskError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise unwritable(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if failure is not None:

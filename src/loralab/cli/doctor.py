@@ -1,14 +1,29 @@
-"""What this machine can do, and the fix for what it cannot."""
+"""``loralab doctor``: what this machine can do, and the fix for what it cannot."""
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from loralab.cli.arguments import JSON, Arguments, Command
+from loralab.errors import ConfigError
+
 Finding = dict[str, str]  # name, status (ok, warn, fail), detail, fix
-MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+MARKS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
+STYLES = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
+
+
+def run(arguments: Arguments) -> int:
+    """Every check's finding."""
+    if arguments.words:
+        raise ConfigError(
+            f"loralab doctor takes no settings, got {arguments.words[0]!r}; valid: loralab doctor [--json]"
+        )
+    findings = examine()
+    print(json.dumps({"checks": findings}) if arguments.json else render(findings))
+    return 0
 
 
 def examine() -> list[Finding]:
@@ -28,13 +43,14 @@ def examine() -> list[Finding]:
 
 def render(findings: list[Finding]) -> str:
     """One line a check, its fix below where there is one."""
-    width = max(len(one["name"]) for one in findings)
-    lines = []
-    for one in findings:
-        lines.append(f"{MARKS[one['status']]}  {one['name']:{width}}  {one['detail']}")
-        if one["fix"]:
-            lines.append(f"      {'':{width}}  -> {one['fix']}")
-    return "\n".join(lines)
+    from loralab.cli.terminal import table
+
+    rows = []
+    for check in findings:
+        rows.append((MARKS[check["status"]], check["name"], check["detail"]))
+        if check["fix"]:
+            rows.append(("", "", f"-> {check['fix']}"))
+    return table(rows, styles=STYLES)
 
 
 def finding(name: str, status: str, detail: str, fix: str = "") -> Finding:
@@ -66,14 +82,16 @@ def cuda() -> Finding:
 
 
 def bitsandbytes() -> Finding:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        found = version("bitsandbytes")
+        installed = version("bitsandbytes")
     except PackageNotFoundError:
         return finding("bitsandbytes", "fail", "not installed", "pip install bitsandbytes; or quantization=none")
     from loralab.quantization.kernels import bitsandbytes_ops
 
     bitsandbytes_ops()
-    return finding("bitsandbytes", "ok", found)
+    return finding("bitsandbytes", "ok", installed)
 
 
 def four_bit() -> Finding:
@@ -107,6 +125,8 @@ def paging() -> Finding:
 
 
 def packages() -> Finding:
+    from importlib.metadata import version
+
     names = ("lightning", "transformers", "hydra-core", "wandb", "torchmetrics")
     return finding("packages", "ok", ", ".join(f"{name} {version(name)}" for name in names))
 
@@ -132,7 +152,6 @@ def shipped_base() -> Finding:
 
 
 def wandb_mode() -> Finding:
-    from loralab.errors import ConfigError
     from loralab.records.wandb import Wandb, key_configured
 
     try:
@@ -165,3 +184,16 @@ def git() -> Finding:
     if shutil.which("git"):
         return finding("git", "ok", "records hold the commit of the folder they are made in")
     return finding("git", "warn", "not found: records hold no commit", "install git")
+
+
+DOCTOR = Command(
+    name="doctor",
+    summary="what this machine can do, and the fix for what it cannot",
+    about="Checks Python, torch, CUDA, the 4-bit kernels against the reference, paging, the shipped base, W&B,\n"
+    "the cache, the disk and git, and says how to mend what is missing.",
+    usage="",
+    examples={"loralab doctor": "a table", "loralab doctor --json": "for a script"},
+    writes="nothing.",
+    run=run,
+    own_flags=(JSON,),
+)

@@ -2,32 +2,30 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from loralab.errors import ConfigError, Interrupted, LoralabError, nearest
+from loralab.errors import ConfigError, Interrupted, LoralabError, explain, nearest
 
 
-def translate(error: BaseException) -> LoralabError | Interrupted:
-    """``error`` as one of loralab's own."""
-    if isinstance(error, LoralabError | Interrupted):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted(2)
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return ConfigError(_paragraph(error))
-    if isinstance(error, OSError):
-        return _disk(error)
+def translate(error: BaseException, words: Sequence[str]) -> LoralabError | Interrupted:
+    """``error`` as one of loralab's own; ``words``: the command line, whose groups decide which key is nearest."""
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return ConfigError("a group was set to null or a number; valid: group=OPTION with one of the options of conf/")
     if isinstance(error, ValueError) and "integer string conversion" in str(error):
         return ConfigError(f"a number has too many digits; valid: at most {sys.get_int_max_str_digits()}")
-    return LoralabError(f"{type(error).__name__}: {error}")
+    known = explain(error)
+    if type(known) is not LoralabError or known is error:
+        return known
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return (
+        ConfigError(_paragraph(error, words)) if isinstance(error, HydraException | OmegaConfBaseException) else known
+    )
 
 
-def _paragraph(error: BaseException) -> str:
+def _paragraph(error: BaseException, words: Sequence[str]) -> str:
     from hydra.errors import OverrideParseException
 
     if isinstance(error, OverrideParseException):
@@ -42,7 +40,7 @@ def _paragraph(error: BaseException) -> str:
     key = re.search(r"Could not (?:override|append to config.*?at|delete.*?from config) '([^']+)'", text)
     if key and "not in struct" in text:
         full = key.group(1).rstrip(".")
-        return f"{full} {_neighbours(full)}"
+        return f"{full} {_neighbours(full, words)}"
     inner = re.search(r"Could not override '([^']+)'.*Key '[^']+' not in '([^']+)'", text)
     if inner:
         return f"{inner.group(1)} is not an option of {inner.group(2)}; loralab train --cfg hydra shows what is"
@@ -51,7 +49,7 @@ def _paragraph(error: BaseException) -> str:
         return _missing_option(group.group(1), text)
     missing = re.search(r"Could not override '([^']+)'. No match in the defaults list", text)
     if missing:
-        return f"{missing.group(1)} {_neighbours(missing.group(1))}"
+        return f"{missing.group(1)} {_neighbours(missing.group(1), words)}"
     text = re.sub(r" (?:full_key|object_type|reference_type)[:=].*", "", text)[:600]
     where = str(getattr(error, "full_key", None) or "")
     return f"{where}: {text}" if where and where not in text else text
@@ -78,18 +76,17 @@ PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
 def _missing_option(wanted: str, text: str) -> str:
     group, _, option = wanted.rpartition("/")
     listed = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
-    found = listed.group(1) if listed else ""
-    options = re.findall(r"[\w./-]+", found)
+    options = re.findall(r"[\w./-]+", listed.group(1) if listed else "")
     return f"{group}={option}: there is no such option; {nearest(option, options)}"
 
 
-def _neighbours(full: str) -> str:
+def _neighbours(full: str, words: Sequence[str]) -> str:
     """What may stand beside ``full``, in the configuration with the groups that the command line chose."""
     from omegaconf import DictConfig
 
     from loralab.config.compose import compose, data_root
 
-    chosen = [w for w in sys.argv[1:] if (data_root() / "conf" / w.partition("=")[0]).is_dir() and "," not in w]
+    chosen = [w for w in words if (data_root() / "conf" / w.partition("=")[0]).is_dir() and "," not in w]
     try:
         node: Any = compose([word for word in chosen if "=" in word])
     except Exception:  # the wrong word may be one of those
@@ -110,16 +107,3 @@ def _neighbours(full: str) -> str:
     if isinstance(node, DictConfig) and "_target_" in node:
         return f"is not an option: {str(node._target_).rpartition('.')[2]} has none"
     return f"is not set yet; +{full}=VALUE adds it"
-
-
-def _disk(error: OSError) -> LoralabError:
-    import errno
-
-    from loralab.errors import DiskError
-
-    if isinstance(error, FileNotFoundError) and not error.filename:
-        return ConfigError("the current folder is gone; valid: start loralab in a folder that exists")
-    full = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.ENOENT)
-    if error.errno in (*full, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
-        return DiskError(f"{error.filename or 'the disk'} cannot be written: {error.strerror}")
-    return LoralabError(f"{type(error).__name__}: {error}")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loralab.data.hub import hub_reachable
-from loralab.errors import ConfigError, LoralabError
+from loralab.errors import ConfigError, LoralabError, is_disk_full, is_out_of_memory
 
 # in transformers' order
 WEIGHT_FILES = [f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
@@ -31,7 +31,6 @@ OFFLINE = (
     "the hub cannot be reached, its cache on this machine lacks the model, and there is no local folder of that name"
     " either; a local folder with the model's files works without a network"
 )
-FULL = ("can't allocate memory", "No space left on device", "Disk quota exceeded")  # have exit codes of their own
 
 
 @contextmanager
@@ -43,12 +42,12 @@ def explained(what: str, path: str = "") -> Iterator[None]:
     offline = bool(path) and not Path(path).is_dir() and _offline()
     try:
         yield
-    except (LoralabError, MemoryError, torch.OutOfMemoryError):
+    except LoralabError:
         raise
     except Exception as error:  # they raise dozens of unrelated kinds
-        reason = " ".join(str(error).split())
-        if any(sign in reason for sign in FULL):
+        if is_out_of_memory(error) or is_disk_full(error):  # which have exit codes of their own
             raise
+        reason = " ".join(str(error).split())
         damaged = isinstance(error, EOFError | KeyError) and what.endswith(".bin")
         if damaged or isinstance(error, pickle.UnpicklingError):  # torch's own text says how to run the code in it
             reason = "the weights are no pickle of plain tensors, and code in them is never run; valid: *.safetensors"

@@ -219,17 +219,3 @@ def _need(spec: Any, what: str, value: int, device: str) -> int:
         raise ConfigError(f"plan: adapter={spec.adapter.method} has no r")
     wider = dataclasses.replace(spec.adapter, r=value)
     return predict(dataclasses.replace(spec, adapter=wider), device).device_bytes
-
-
-def render(plan: Plan) -> str:
-    """The plan for a terminal."""
-    lines = [f"{plan.rows} row{'s' * (plan.rows != 1)} of {plan.length} tokens on {plan.device}", ""]
-    lines += [f"{'predicted peak':>16} {plan.predicted_peak_bytes / GIB:9.3f} GiB   allocated by torch"]
-    if plan.device == "cuda":
-        lines.append(f"{'device':>16} {plan.device_bytes / GIB:9.3f} GiB   with context and fragmentation")
-    if plan.paged_bytes:
-        lines.append(f"{'pageable':>16} {plan.paged_bytes / GIB:9.3f} GiB   optimizer state, in none of the above")
-    lines += ["", "by phase", *(f"{name:>16} {size / GIB:9.3f} GiB" for name, size in plan.by_phase.items())]
-    lines += ["", "at the peak", *(f"{name:>16} {size / GIB:9.3f} GiB" for name, size in plan.by_kind.items())]
-    lines += ["", "fits in " + ", ".join(f"{card}: {'yes' if fits else 'no'}" for card, fits in plan.fits.items())]
-    return "\n".join(lines)

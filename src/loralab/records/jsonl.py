@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DiskError
+from loralab.errors import unwritable
 
 
 class MetricsFile:
@@ -26,14 +26,14 @@ class MetricsFile:
                 partial.replace(path)
             self._file = path.open("a" if step else "w", buffering=1, encoding="utf-8")
         except OSError as error:
-            raise DiskError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise unwritable(path, error) from error
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         row = {"step": step, **{key: _plain(value) for key, value in values.items()}}
         try:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
-            raise DiskError(f"{self.path} cannot be written: {error.strerror or error}") from error
+            raise unwritable(self.path, error) from error
 
     def sync(self) -> None:
         """Onto the disk."""

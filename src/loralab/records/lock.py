@@ -3,41 +3,52 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loralab.errors import ArtifactError, DiskError
+from loralab.errors import ArtifactError, unwritable
 
 LOCK = ".lock"
+OWNER = ".lock.owner"  # beside the lock, which Windows lets nobody else read
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and keep others out of it; the lock goes with the process, however that ends.
+    """Makes ``folder`` and keeps others out of it; the lock goes with the process, however that ends.
 
-    Raises ArtifactError where another process holds it, DiskError where it cannot be written. Without file locks
-    (Windows, some network file systems) nothing is held.
+    Raises ArtifactError where another process holds it, DiskError where it cannot be written. Where the file system
+    has no locks (some network file systems) nothing is held.
     """
+    from filelock import FileLock, Timeout
+
+    lock, owner = FileLock(folder / LOCK, fallback_to_soft=False), folder / OWNER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+", encoding="utf-8")
+        (folder / LOCK).touch()  # what fails from here on is the lock
     except OSError as error:
-        raise DiskError(f"the run folder {folder} cannot be written: {error.strerror or error}") from error
-    with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise ArtifactError(
-                f"{folder} is in use by {owner}; valid: wait for it, or another hydra.run.dir or hydra.sweep.dir"
-            ) from None
-        except (OSError, ImportError):
-            yield
-            return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        raise unwritable(f"the run folder {folder}", error) from error
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ArtifactError(
+            f"{folder} is in use by {_named(owner)}; valid: wait for it, or another hydra.run.dir or hydra.sweep.dir"
+        ) from None
+    except PermissionError as error:  # the lock file is another account's
+        raise unwritable(f"the run folder {folder}", error) from error
+    except OSError:
         yield
+        return
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _named(owner: Path) -> str:
+    """Who holds the lock, where that is known."""
+    with suppress(OSError):
+        return owner.read_text("utf-8").strip() or "another process"
+    return "another process"

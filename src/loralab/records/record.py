@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ArtifactError, DiskError, DivergedError, LoralabError, nearest
+from loralab.errors import ArtifactError, DivergedError, nearest, unwritable
 from loralab.records.schema import KEYS, unknown_keys, wrong_values
 
 SCHEMA = 2  # raised by a changed default of a spec too: it would give an old id to another trial
@@ -222,7 +222,7 @@ def replace(path: Path, content: Mapping[str, Any]) -> None:
         partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _disk_error(path, len(text), error) from error
+        raise unwritable(path, error) from error
     finally:
         _forget(partial)
 
@@ -242,10 +242,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _disk_error(path: Path, size: int, error: OSError) -> LoralabError:
-    return DiskError(f"{path}: cannot write {size} bytes: {error.strerror or error}; free or choose another folder")
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,12 @@
 """What a trial leaves behind: its generated text scored, its adapter exported, its record closed."""
 
 import time
+from typing import Any
 
 from loralab.adapters.export import save
-from loralab.errors import LoralabError
+from loralab.errors import Interrupted, LoralabError, explain
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
-from loralab.running.failures import close_record, explain
 from loralab.training import checkpoint, generation
 from loralab.training.trial import Trial
 
@@ -61,3 +61,10 @@ def _export(trial: Trial, base: Base) -> None:
         if not isinstance(failure, LoralabError):
             raise
         trial.fail(failure)
+
+
+def close_record(entry: dict[str, Any], failure: LoralabError | Interrupted | None) -> None:
+    """Writes into ``entry`` how the trial ended; ``failure`` None: well."""
+    entry["status"] = "completed" if failure is None else failure.status
+    entry["error"] = None if failure is None else str(failure)
+    entry["exit_code"] = 0 if failure is None else failure.exit_code

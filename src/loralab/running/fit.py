@@ -6,13 +6,12 @@ from typing import Any
 
 from loralab.adapters.attached import attached
 from loralab.adapters.hooks import NotPackable
-from loralab.errors import LoralabError, OutOfMemory
+from loralab.errors import LoralabError, OutOfMemory, explain
 from loralab.models import architecture
 from loralab.models.loading import Base
 from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight
 from loralab.planning.trace import Geometry
-from loralab.running.failures import explain
 from loralab.running.finish import finish, generate
 from loralab.training import observer
 from loralab.training.first_batch import FirstBatch

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from loralab.errors import ConfigError, Interrupted, LoralabError
+from loralab.errors import ConfigError, Interrupted, LoralabError, explain
 from loralab.forward.head import frozen_head
 from loralab.models.batching import check_rows
 from loralab.models.loading import Base
 from loralab.planning.foresee import Foresight
 from loralab.records import record
 from loralab.running.attach import attach_trial, open_record
-from loralab.running.failures import close_record, explain
+from loralab.running.finish import close_record
 from loralab.running.fit import Fit
 from loralab.running.inputs import Inputs, TrialData, check_labels
 from loralab.training import checkpoint

@@ -29,6 +29,7 @@ class Session:
 
     fresh: bool
     many: bool
+    flags: list[str] = field(default_factory=list)  # of Hydra's own, with which a resumed sweep is called again
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     error: Exception | None = None
@@ -77,7 +78,7 @@ class Session:
     def sweep(self, folder: Path, jobs: list[Job], header: dict[str, Any], options: PackOptions) -> dict[str, Record]:
         """{trial: record} of ``jobs``, each trial once. The caller holds ``folder``."""
         self.folder = folder
-        records = Sweep(folder, jobs, self.fresh, self.runner).run(header, options)
+        records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options)
         self.records += [records[job.trial] for job in jobs]
         return records
 
@@ -90,7 +91,11 @@ class Session:
         self.folder = job.folder.parent
         with hold(self.folder):
             sweep = Sweep(self.folder, [job], self.fresh, self.runner)
-            about = {**header(config, HydraConfig.get(), self.folder), "overrides": self._overrides}
+            about = {
+                **header(config, HydraConfig.get(), self.folder),
+                "overrides": self._overrides,
+                "flags": self.flags,
+            }
             return sweep.run(about, PackOptions(pack=False))[job.trial]
 
     def _run_single(self, job: Job) -> Record:

@@ -1,0 +1,81 @@
+"""What ``train`` and ``sweep`` share: their words go to Hydra, and the report of what was a sweep is shown."""
+
+import sys
+
+from loralab.cli.arguments import Arguments
+from loralab.errors import ConfigError
+
+SHOWING = ("--cfg", "--info", "--hydra-help")  # flags with which Hydra shows something and runs nothing
+
+
+def check_axes(overrides: list[str]) -> None:
+    """Raises ConfigError for an axis that a later word would quietly replace."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    from loralab.config.words import quoted
+
+    parser, axes = OverridesParser.create(), dict[str, str]()
+    for word in quoted(overrides):
+        try:
+            parsed = parser.parse_overrides([word])[0]
+        except OverrideParseException:  # Hydra says what is wrong with it
+            continue
+        key = str(parsed.key_or_group)
+        if key in axes:
+            raise ConfigError(f"{axes[key]} and {word} contradict each other; valid: {key} once, with all its values")
+        if parsed.is_sweep_override():
+            axes[key] = word
+
+
+def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
+    """Hands over to Hydra and returns the exit code; of a sweep the table is printed and the page written."""
+    from loralab.cli.terminal import show_report
+    from loralab.scheduling.session import Session
+
+    _check_flags(arguments.hydra)
+    flags = [word for word in arguments.hydra if word != "-m"]
+    if "--shell-completion" in flags:
+        from loralab.cli.completion import complete
+
+        return complete(flags, overrides)
+    if not set(SHOWING).isdisjoint(flags):
+        return _show(flags, overrides, many)
+    if many and not any(word.startswith("hydra/launcher=") for word in overrides):
+        overrides = [*overrides, "hydra/launcher=packed"]
+    session = Session(fresh=arguments.fresh, many=many, flags=flags)
+    code = session.run([*(["-m"] if many else []), *flags, *overrides])
+    if many and session.folder is not None:
+        show_report(session.folder)
+    return code
+
+
+def _check_flags(flags: list[str]) -> None:
+    for flag, example in (("--package", "--cfg job --package adapter"), ("--resolve", "--cfg job --resolve")):
+        if flag in flags and "--cfg" not in flags:
+            raise ConfigError(f"{flag} says how --cfg shows a configuration, and there is no --cfg; valid: {example}")
+
+
+def _show(flags: list[str], overrides: list[str], many: bool) -> int:
+    """What Hydra shows in place of a run; of many trials, the first."""
+    from loralab.config.compose import shown
+    from loralab.scheduling.session import Session
+
+    try:
+        return Session(fresh=False, many=False).run([*flags, *shown(_first_trial(overrides) if many else overrides)])
+    except SystemExit as error:  # Hydra has shown its help, or said what it cannot show
+        return 2 if error.code else 0
+
+
+def _first_trial(overrides: list[str]) -> list[str]:
+    """The words of a sweep's first trial, for Hydra shows one configuration; stderr says which it is."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from loralab.config.words import quoted
+
+    parsed = OverridesParser.create().parse_overrides(quoted(overrides))
+    swept = [override for override in parsed if override.is_discrete_sweep()]
+    words = [f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}" for override in swept]
+    if swept:
+        print(f"the first trial's: {' '.join(words)}", file=sys.stderr)
+    return [*(str(override.input_line) for override in parsed if not override.is_sweep_override()), *words]

@@ -1,0 +1,69 @@
+"""``loralab plan``: predicted peak memory."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loralab.cli.arguments import JSON, Arguments, Command
+
+if TYPE_CHECKING:
+    from loralab.planning.plan import Plan
+
+
+def run(arguments: Arguments) -> int:
+    """Traces a training step, without weights, data or a GPU."""
+    from loralab.config.compose import compose, trial_spec
+
+    spec = trial_spec(compose(arguments.overrides()), Path())
+    from loralab.planning import plan as planning
+    from loralab.planning.sizes import name_what_stays
+    from loralab.training.trainer import quiet
+
+    quiet()
+    name_what_stays(spec.model)
+    device = "cuda" if spec.plan.device == "auto" else spec.plan.device
+    predicted = planning.predict(spec, device)
+    if arguments.json:
+        print(json.dumps(predicted.as_dict()))
+        return 0
+    print(render(predicted), flush=True)
+    budget = spec.plan.budget_gib or 0.0
+    for what in planning.WHATS if budget else ():  # each a bisection of traces: a minute or so for a large model
+        fits = planning.largest(spec, budget * planning.GIB, what, device)
+        print(f"largest {what} in {budget:g} GiB, the rest as it is: {fits:,}", flush=True)
+    return 0
+
+
+def render(plan: "Plan") -> str:
+    """The plan for a terminal."""
+    from loralab.cli.terminal import table
+    from loralab.planning.plan import GIB
+
+    totals = [("predicted peak", plan.predicted_peak_bytes, "allocated by torch")]
+    if plan.device == "cuda":
+        totals.append(("device", plan.device_bytes, "with context and fragmentation"))
+    if plan.paged_bytes:
+        totals.append(("pageable", plan.paged_bytes, "optimizer state, in none of the above"))
+    rows = [(name, f"{size / GIB:.3f} GiB", note) for name, size, note in totals]
+    for title, sizes in (("by phase", plan.by_phase), ("at the peak", plan.by_kind)):
+        rows += [("", "", ""), (title, "", ""), *((f"  {name}", f"{b / GIB:.3f} GiB", "") for name, b in sizes.items())]
+    fed = f"{plan.rows} row{'s' * (plan.rows != 1)} of {plan.length} tokens on {plan.device}"
+    fits = ", ".join(f"{card}: {'yes' if fits else 'no'}" for card, fits in plan.fits.items())
+    styles = {"by phase": "bold", "at the peak": "bold", "predicted peak": "bold"}
+    return f"{fed}\n\n{table(rows, right=[1], styles=styles)}\n\nfits in {fits}"
+
+
+PLAN = Command(
+    name="plan",
+    summary="predicted peak memory, without weights or GPU",
+    about="Predicts the peak memory of a run by phase and by kind, for CUDA unless plan.device=cpu.\n"
+    "plan.budget_gib=24 also finds the largest batch, length and rank that fit.",
+    usage="[k=v ...]",
+    examples={
+        "loralab plan model=llama2_7b quantization=nf4_double adapter.r=64": "will it fit?",
+        "loralab plan plan.device=cpu plan.budget_gib=4": "what would fit in 4 GiB",
+    },
+    writes="nothing.",
+    run=run,
+    own_flags=(JSON,),
+)

@@ -1,0 +1,43 @@
+"""What the commands print: tables, the report of a sweep, and messages on stderr."""
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+def table(rows: Iterable[Sequence[str]], right: Sequence[int] = (), styles: dict[str, str] | None = None) -> str:
+    """``rows`` in columns: wrapped and coloured for a terminal, plain whole lines for a pipe or a file.
+
+    ``right``: columns set flush right; ``styles``: {first cell of a row: its style}.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = sys.stdout.isatty()
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    rows = list(rows)
+    for column in range(max(map(len, rows), default=0)):
+        grid.add_column(justify="right" if column in right else "left", no_wrap=column == 0)
+    for first, *others in rows:
+        grid.add_row(Text(first, style=(styles or {}).get(first, "")), *map(Text, others))
+    console = Console(force_terminal=terminal, width=None if terminal else 10_000)
+    with console.capture() as captured:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
+
+
+def show_report(folder: Path) -> None:
+    """Writes the report of a sweep or a run and prints its table."""
+    from loralab.reporting.report import report
+
+    written = report(folder)
+    print(written.table)
+    print(f"\nreport: {written.index}")
+
+
+def messages_to_stderr() -> None:
+    """As Hydra's logging of conf/ would have it, for a command that Hydra only composes."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("loralab").setLevel(logging.INFO)
