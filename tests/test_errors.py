@@ -44,13 +44,9 @@ def test_what_is_not_known_keeps_its_cause():
 
 @pytest.mark.parametrize("later", [OSError(errno.ENOSPC, "full"), LoralabError("later"), ValueError("later")])
 def test_what_goes_wrong_while_an_interruption_is_dealt_with_is_that_interruption(later):
-    try:
-        try:
-            raise Interrupted(15)
-        except Interrupted:
-            raise later from None
-    except Exception as error:
-        assert explain(error).exit_code == 143
+    later.__context__ = ValueError("between")
+    later.__context__.__context__ = Interrupted(15)
+    assert explain(later).exit_code == 143
 
 
 def test_a_file_that_cannot_be_written_is_named_with_the_reason(tmp_path):
