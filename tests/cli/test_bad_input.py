@@ -286,7 +286,7 @@ def test_out_of_memory_is_exit_6(refuse, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pretrained, "load", full)
+    monkeypatch.setattr(loading, "load", full)
     code, text = refuse()
     assert code == 6
     assert "data.batch_size" in text

@@ -314,7 +314,7 @@ def test_a_model_that_mixes_rows_is_found_out_and_said_once(make_spec, make_data
         base.model.model.layers[0] = Folding(base.model.model.layers[0])
         return base
 
-    monkeypatch.setattr(pretrained, "load", folding)
+    monkeypatch.setattr(loading, "load", folding)
     monkeypatch.setattr(stacked, "can_unpad", lambda _: False)  # there would be no rows to fold
     with caplog.at_level(logging.INFO, "loralab.forward.prefix"):
         completed(trials(make_spec, data=make_data("pairs")))

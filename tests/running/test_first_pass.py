@@ -286,7 +286,7 @@ def test_an_expert_without_a_token_is_named_and_trains_when_one_comes(load_base,
         block.forward = sometimes
         return base
 
-    monkeypatch.setattr(pretrained, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(stacked, "can_unpad", lambda _: False)
     monkeypatch.setattr(stacked, "frozen_head", lambda *_: None)
     (record,) = Runner().run([make_spec(adapter=LoRA(r=2, target_modules=["up_proj"]), max_steps=6)])

@@ -10,7 +10,7 @@ from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.memory.budget import PlanSpec
 from loralab.memory.phases import PhaseMemory
-from loralab.models import loading, pretrained
+from loralab.models import loading
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.records import schema
@@ -204,7 +204,7 @@ def test_out_of_memory_is_named_in_the_record(make_spec, monkeypatch):
     def full_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(pretrained, "load", full_memory)
+    monkeypatch.setattr(loading, "load", full_memory)
     record = Runner().run([make_spec()])[0]
     assert (record["status"], record["exit_code"]) == ("out_of_memory", 6)
     assert "data.batch_size" in record["error"]
@@ -255,7 +255,7 @@ def test_a_full_disk_is_exit_7_and_keeps_the_finished_steps(make_spec, monkeypat
 
 
 def test_a_fault_of_our_own_is_recorded_with_exit_code_1(make_spec, monkeypatch):
-    monkeypatch.setattr(pretrained, "load", lambda *args: 1 / 0)
+    monkeypatch.setattr(loading, "load", lambda *args: 1 / 0)
     record = Runner().run([make_spec()])[0]
     assert (record["status"], record["exit_code"]) == ("failed", 1)
     assert "ZeroDivisionError" in record["error"]

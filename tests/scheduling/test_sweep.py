@@ -302,7 +302,7 @@ def test_a_resumed_sweep_has_the_launcher_settings_and_the_search_path_it_began_
     assert main.run(["sweep", "--resume", "s"]) == 0
     records = [record.read(folder) for folder in record.find(tmp_path / "s")]
     assert [stored["pack"]["size"] for stored in records] == [1, 1]
-    assert {stored["config"]["adapter"]["r"] for stored in records} == {3}
+    assert {stored["choices"]["adapter"] for stored in records} == {"small"}
     resumed_once = record.read_sweep(tmp_path / "s")
     assert [resumed_once[key] for key in ("overrides", "hydra_overrides", "flags")] == [
         begun[key] for key in ("overrides", "hydra_overrides", "flags")

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -169,16 +169,16 @@ HYDRA = (
 )
 
 
-def parse(words: Sequence[str], commands: Mapping[str, Command], default: Command, hydra: Command) -> Arguments:
+def parse(words: Sequence[str], commands: Mapping[str, Command], default: Command, completing: Command) -> Arguments:
     """``words`` as one of ``commands`` takes them; as ``default`` does where they name none.
 
-    ``hydra``: the command that answers a shell's completion, which names none. Raises ConfigError at an unknown
+    ``completing``: the command that answers a shell's completion, which names none. Raises ConfigError at an unknown
     command, an unknown flag, or a flag that lacks its value.
     """
     words = _with_info(words)
     at = _command_at(words, commands.values())
     completes = not {"-sc", "--shell-completion"}.isdisjoint(words)
-    command, rest = (hydra if completes else default), words
+    command, rest = (completing if completes else default), words
     if at is not None and (words[at] in commands or not completes):
         if words[at] not in commands:
             raise ConfigError(f"loralab has no command {words[at]!r}; {nearest(words[at], commands)}")
@@ -196,7 +196,7 @@ def _with_info(words: Sequence[str]) -> list[str]:
     return [f"{word}={INFO.choices[0]}" if bare else word for word, bare in zip(words, alone, strict=True)]
 
 
-def _command_at(words: Sequence[str], commands: Any) -> int | None:
+def _command_at(words: Sequence[str], commands: Collection[Command]) -> int | None:
     """Where the first word stands that is neither a flag nor the value of one; None without any."""
     before = {name for command in commands for flag in command.flags if flag.value for name in flag.names}
     for index, word in enumerate(words):
@@ -205,7 +205,7 @@ def _command_at(words: Sequence[str], commands: Any) -> int | None:
     return None
 
 
-def _unknown_flag(command: Command, word: str, commands: Any) -> ConfigError:
+def _unknown_flag(command: Command, word: str, commands: Collection[Command]) -> ConfigError:
     """Whose flag it is; else the nearest of this command's."""
     name, program = word.partition("=")[0], f"loralab {command.name}".strip()
     owners = {other.name: flag for other in commands for flag in other.own_flags if name in flag.names}

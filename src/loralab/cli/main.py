@@ -32,6 +32,7 @@ Settings are Hydra's k=v: model=, quantization=, adapter=, data=, optimizer=, sc
   loralab train --cfg job         the whole configuration, composed but not run
 
 loralab COMMAND --help speaks of that command. Flags may stand anywhere; of all commands: --debug, --version, --help
+Tab completion: eval "$(loralab -sc install=bash)" (or fish, or zsh)
 Exit codes: 0 ok, 1 internal, 2 configuration, 3 data, 4 artifact, 5 diverged, 6 out of memory, 7 disk, 130, 143"""
 
 
@@ -55,7 +56,7 @@ def run(words: list[str]) -> int:
 
 def parse(words: Sequence[str]) -> Arguments:
     """Raises ConfigError at an unknown command, an unknown flag, or a flag that lacks its value."""
-    return parse_words(words, COMMANDS, default=OVERVIEW, hydra=TRAIN)
+    return parse_words(words, COMMANDS, default=OVERVIEW, completing=TRAIN)
 
 
 def _dispatch(arguments: Arguments) -> int:
