@@ -32,6 +32,10 @@ FENCES = {
     "hydra": {"config", "cli", "scheduling", "hydra_plugins"},
     "omegaconf": {"config", "cli", "scheduling", "hydra_plugins"},
     "peft": {"gpu", "bench"},
+    "pandas": {"analysis", "reporting"},
+    "scipy": {"analysis"},
+    "jinja2": {"reporting"},
+    "rich": {"reporting", "cli"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted([*SRC.rglob("*.py"), *PLUGIN.rglob("*.py")])

@@ -264,12 +264,12 @@ def quantize(words: Words) -> int:
     spec.chosen("evaluate" in words)
     folder = Path(config.hydra.run.dir).absolute()
     _messages_to_stderr()
-    from loralab.analysis.study import study
+    from loralab.analysis.quantization import compare_schemes
     from loralab.records.environment import environment
     from loralab.reporting import quantization
 
     with hold(folder):  # before the work: whether it can be written
-        result = study(spec, schemes, model, data, trainer, "evaluate" in words)
+        result = compare_schemes(spec, schemes, model, data, trainer, "evaluate" in words)
         machine = environment()
         result.update(machine=machine["gpu"] or machine["cpu"], versions=machine["versions"], config=content)
         print(json.dumps(result) if "json" in words else quantization.terminal(result), flush=True)

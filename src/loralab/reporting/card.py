@@ -1,12 +1,15 @@
 """The page of ``make gpu``: what was measured on one card, from gpu.json alone."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass, field
 from typing import Any
 
-from loralab.reporting import html, svg
+from loralab.reporting import svg
+from loralab.reporting.figures import Figure
+from loralab.reporting.html import Cell, Head, Tile, render
 
-Row = Mapping[str, Any]
+Json = Mapping[str, Any]
+Columns = Sequence[tuple[str, str, str]]  # key, title, unit
 MIB = 2**20
 SIZE, SECONDS, TEXT = "MiB", "s", ""
 PLAN = (
@@ -38,101 +41,96 @@ HALVING = (
 )
 
 
-def page(found: Row) -> str:
+PAGING = (
+    "roomy: the whole card; cap: torch's allocator has half of the optimizer's state beside the paged peak "
+    "(simulated, managed memory lies outside); ballast: a plain allocation takes the rest, so that paged state has "
+    "to leave the card."
+)
+HALTED = ("failed", "timeout")
+STAGES = ("machine", "tests", "speed", "plan", "paged", "resume", "halving", "ballast")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the page shows of one stage; ``tables``: title, heads, rows."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    words: str = ""
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[tuple[str, list[Head], list[list[Cell]]]] = field(default_factory=list)
+
+
+def page(result: Json) -> str:
     """A self-contained page; stages that are not there yet are left out."""
-    stages = found["stages"]
-    device = "the CPU: a rehearsal with tiny shapes" if found["rehearsal"] else "one CUDA card"
+    stages = result["stages"]
     tiles = [
-        html.tile(one["status"], f"{name}, {one['seconds']:.0f} s", one["status"] in ("failed", "timeout"))
-        for name, one in stages.items()
+        Tile(stage["status"], f"{name}, {stage['seconds']:.0f} s", stage["status"] in HALTED)
+        for name, stage in stages.items()
     ]
-    sections = [f"<header><h1>Measured on {device}</h1></header>", f'<div class="tiles">{"".join(tiles)}</div>']
-    makers = {"machine": _machine, "tests": _tests, "speed": _speed, "plan": _plan, "paged": _paged}
-    makers.update(resume=_resume, halving=_halving, ballast=_paged)
-    for name, make in makers.items():
-        if name in stages:
-            notes = {"not ok": stages[name].get("error") or "", "stood in": stages[name].get("stood_in") or ""}
-            told = html.definitions(html.pairs(notes))
-            sections.append(f"<section><h2>{name}</h2>{told}{make(stages[name])}</section>")
-    return html.document("GPU", sections)
+    device = "the CPU: a rehearsal with tiny shapes" if result["rehearsal"] else "one CUDA card"
+    shown = {name: _stage(name, stages[name]) for name in STAGES if name in stages}
+    return render("card.html", title="GPU", device=device, tiles=tiles, stages=shown)
 
 
-def _machine(part: Row) -> str:
-    versions = part.get("environment", {}).get("versions", {})
-    told = {"card, driver, memory, used": part.get("nvidia_smi", ""), "CUDA of torch": part.get("cuda") or ""}
-    told |= {str(name): str(value) for name, value in versions.items() if value}
-    told |= {f"doctor: {one['name']}": f"{one['status']}: {one['detail']}" for one in part.get("doctor", [])}
-    constants = {**part.get("constants", {})}
+def _stage(name: str, stage: Json) -> Stage:
+    facts = {"not ok": stage.get("error") or "", "stood in": stage.get("stood_in") or ""}
+    runs = stage.get("runs", [])
+    if name == "machine":
+        return Stage(facts | _machine(stage))
+    if name == "tests":
+        return Stage(facts | {key: str(stage.get(key, "")) for key in ("summary", "output")})
+    if name == "speed":
+        return Stage(facts, tables=[_table(SPEED, base["sides"], _base(base)) for base in stage.get("bases", [])])
+    if name == "plan":
+        measured = [run for run in runs if run.get("predicted_over_measured")]
+        return Stage(facts, figures=[_ratios(measured)] if measured else [], tables=[_table(PLAN, runs)])
+    if name == "resume":
+        keys = ("loss_difference", "same_bits", "same_paged_bytes")
+        return Stage(facts | {key: str(stage[key]) for key in keys if key in stage}, tables=[_table(RESUME, runs)])
+    if name == "halving":
+        return Stage(facts, tables=[_table(HALVING, runs)])
+    return Stage(facts, PAGING, tables=[_table(PAGED, stage.get("arms", []))])
+
+
+def _machine(stage: Json) -> dict[str, str]:
+    versions = stage.get("environment", {}).get("versions", {})
+    facts = {"card, driver, memory, used": stage.get("nvidia_smi", ""), "CUDA of torch": stage.get("cuda") or ""}
+    facts |= {str(name): str(value) for name, value in versions.items() if value}
+    facts |= {f"doctor: {check['name']}": f"{check['status']}: {check['detail']}" for check in stage.get("doctor", [])}
+    constants = {**stage.get("constants", {})}
     planned = constants.pop("planned", {})
-    told |= {f"measured {name}": str(value) for name, value in constants.items()}
-    told |= {f"planned {name}": str(value) for name, value in planned.items()}
-    return html.definitions(html.pairs(told))
+    facts |= {f"measured {name}": str(value) for name, value in constants.items()}
+    return facts | {f"planned {name}": str(value) for name, value in planned.items()}
 
 
-def _tests(part: Row) -> str:
-    return html.definitions(html.pairs({key: str(part.get(key, "")) for key in ("summary", "output")}))
+def _base(base: Json) -> str:
+    return f"{base['model']}, {base['quantization']}, {base['rows']} x {base['length']} tokens a trial"
 
 
-def _speed(part: Row) -> str:
-    return "".join(
-        f"<h3>{escape(base['model'])}, {base['quantization']}, {base['rows']} x {base['length']} tokens a trial</h3>"
-        f"{_table(SPEED, base['sides'])}"
-        for base in part.get("bases", [])
-    )
-
-
-def _plan(part: Row) -> str:
-    runs = part.get("runs", [])
-    return _ratios([one for one in runs if one.get("predicted_over_measured")]) + _table(PLAN, runs)
-
-
-def _resume(part: Row) -> str:
-    told = {key: str(part[key]) for key in ("loss_difference", "same_bits", "same_paged_bytes") if key in part}
-    return html.definitions(html.pairs(told)) + _table(RESUME, part.get("runs", []))
-
-
-def _halving(part: Row) -> str:
-    return _table(HALVING, part.get("runs", []))
-
-
-def _ratios(runs: Sequence[Row]) -> str:
-    if not runs:
-        return ""
-    ratios = [float(one["predicted_over_measured"]) for one in runs]
-    names = [", ".join(filter(None, (one["model"], one["quantization"], one["case"]))) for one in runs]
+def _ratios(runs: Sequence[Json]) -> Figure:
+    ratios = [float(run["predicted_over_measured"]) for run in runs]
+    names = [", ".join(filter(None, (run["model"], run["quantization"], run["case"]))) for run in runs]
     points: list[svg.Point | None] = [
         svg.Point(float(at), ratio, [ratio], text=f"{name}: {ratio:.4f}")
         for at, (name, ratio) in enumerate(zip(names, ratios, strict=True))
     ]
-    drawn = svg.chart(
+    drawing = svg.chart(
         [svg.Series("predicted / measured", points, 0)],
         svg.places("", names),
         svg.scale("predicted / measured peak", [1.0, *ratios]),
         joined=False,
         description="Predicted over measured peak memory of each run",
     )
-    return html.figure("Peak memory", drawn, "Predicted over measured peak of torch's allocator; 1 is exact.")
+    return Figure("Peak memory", "Predicted over measured peak of torch's allocator; 1 is exact.", drawing)
 
 
-def _paged(part: Row) -> str:
-    words = (
-        "roomy: the whole card; cap: torch's allocator has half of the optimizer's state beside the paged peak "
-        "(simulated, managed memory lies outside); ballast: a plain allocation takes the rest, so that paged state has "
-        "to leave the card"
-    )
-    return f"<p>{words}.</p>{_table(PAGED, part.get('arms', []))}"
+def _table(columns: Columns, rows: Sequence[Json], title: str = "") -> tuple[str, list[Head], list[list[Cell]]]:
+    heads = [Head(f"{name} {unit}".strip()) for _, name, unit in columns]
+    return title, heads, [[_cell(row.get(key), unit) for key, _, unit in columns] for row in rows]
 
 
-def _table(columns: Sequence[tuple[str, str, str]], rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
-    heads = [html.head(f"{name} {unit}".strip()) for _, name, unit in columns]
-    body = ["<tr>" + "".join(_cell(row.get(key), unit) for key, _, unit in columns) + "</tr>" for row in rows]
-    return html.table(heads, body, "sortable")
-
-
-def _cell(value: Any, unit: str) -> str:
+def _cell(value: Any, unit: str) -> Cell:
     if isinstance(value, int | float) and not isinstance(value, bool):
         text = f"{value / MIB:,.1f}" if unit == SIZE else f"{value:.4g}" if isinstance(value, float) else str(value)
-        return html.cell(text, repr(value))
-    return html.cell("" if value is None else str(value), "", "key")
+        return Cell(text, value)
+    return Cell("" if value is None else str(value), kind="key")

@@ -1,6 +1,5 @@
-"""Small SVG charts in plain Python: no dependency, no script, colours from the page's style sheet.
+"""Small SVG charts: no script, colours from the page's style sheet, ``<title>`` gives the tooltips.
 
-A figure is text: deterministic, diffable, readable in a browser of any age; ``<title>`` gives the tooltips.
 Series differ by colour (Okabe and Ito, safe for colour-blind readers) and by the shape of their marks.
 """
 
@@ -9,7 +8,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from html import escape
+from itertools import groupby
+
+from markupsafe import Markup, escape
 
 LEFT, RIGHT, TOP, BOTTOM = 72.0, 16.0, 14.0, 46.0
 COLOURS, SHAPES = 7, 4
@@ -69,6 +70,15 @@ class Axis:
         """0 at ``low``, 1 at ``high``."""
         low, high, at = (math.log2(v) if self.log2 else v for v in (self.low, self.high, value))
         return (at - low) / (high - low) if high > low else 0.5
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend: a small drawing, ``width`` pixels wide and 14 high, and what it stands for."""
+
+    name: str
+    drawing: Markup
+    width: int = 14
 
 
 @dataclass
@@ -161,10 +171,10 @@ class Canvas:
             self.text(x, self.bottom + 18, name, "tick middle")
             self.labelled = x + LETTER * len(name) / 2
 
-    def done(self, description: str) -> str:
+    def done(self, description: str) -> Markup:
         label = f'role="img" aria-label="{escape(description)}"'
         head = f'<svg viewBox="0 0 {self.width:g} {self.tall:g}" {label}>'
-        return "\n".join([head, *self.parts, "</svg>"])
+        return Markup("\n".join([head, *self.parts, "</svg>"]))
 
 
 def scale(title: str, values: Sequence[float], pad: float = 0.08) -> Axis:
@@ -199,7 +209,7 @@ def places(title: str, names: Sequence[str]) -> Axis:
     return Axis(title, -0.6, len(names) - 0.4, [(float(index), name) for index, name in enumerate(names)], named=True)
 
 
-def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, description: str = "") -> str:
+def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, description: str = "") -> Markup:
     """Means with error bars (one standard deviation) over small points for the seeds.
 
     ``joined``: x is a number, so lines join the means and each mark is at its value; else the series stand side by
@@ -207,52 +217,49 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, de
     """
     canvas = Canvas(x, y)
     canvas.frame()
-    for one in series:
-        if joined:
-            for run in _unbroken(one.points):
-                middle = [(canvas.px(point.x), canvas.py(point.mean)) for point in run]
-                canvas.path(middle, f"line c{one.colour % COLOURS}", one.name)
-        for point in one.points:
-            if point is not None:
-                there = [other for other in series if any(each and each.x == point.x for each in other.points)]
-                shift = 0.0 if joined else _shift(there.index(one), len(there), canvas)
-                _draw_point(canvas, point, one.colour, canvas.px(point.x) + shift)
+    for each in series:
+        for run in _unbroken(each.points) if joined else ():
+            middle = [(canvas.px(point.x), canvas.py(point.mean)) for point in run]
+            canvas.path(middle, f"line c{each.colour % COLOURS}", each.name)
+        for point in filter(None, each.points):
+            there = [other for other in series if any(p and p.x == point.x for p in other.points)]
+            shift = 0.0 if joined else _shift(there.index(each), len(there), canvas)
+            _draw_point(canvas, point, each.colour, shift)
     return canvas.done(description)
 
 
-def scatter(series: Sequence[Series], x: Axis, y: Axis, description: str = "") -> str:
+def scatter(series: Sequence[Series], x: Axis, y: Axis, description: str = "") -> Markup:
     """The same points on two continuous axes, each mark at its values."""
     canvas = Canvas(x, y)
     canvas.frame()
-    for one in series:
-        for point in one.points:
-            if point is not None:
-                _draw_point(canvas, point, one.colour, canvas.px(point.x))
+    for each in series:
+        for point in filter(None, each.points):
+            _draw_point(canvas, point, each.colour)
     return canvas.done(description)
 
 
-def line_plot(curves: Sequence[Curve], x: Axis, y: Axis, smooth: float = 0.0, description: str = "") -> str:
+def line_plot(curves: Sequence[Curve], x: Axis, y: Axis, smooth: float = 0.0, description: str = "") -> Markup:
     """Training curves; with ``smooth`` the raw values stay as a faint line behind an exponential mean."""
     canvas = Canvas(x, y)
     canvas.frame()
     budget = max(60, min(MAX_POINTS, 16 * MAX_POINTS // max(1, len(curves))))
-    passes: list[tuple[str, Callable[[Curve], list[tuple[float, float]]]]] = [("line", lambda one: one.rows)]
+    passes: list[tuple[str, Callable[[Curve], list[tuple[float, float]]]]] = [("line", lambda curve: curve.rows)]
     if smooth:
-        passes = [("raw", lambda one: one.rows), ("line", lambda one: _smoothed(one.rows, smooth))]
+        passes = [("raw", lambda curve: curve.rows), ("line", lambda curve: _smoothed(curve.rows, smooth))]
     for kind, rows in passes:
-        for one in curves:
-            kept = downsample(rows(one), budget)
+        for curve in curves:
+            kept = downsample(rows(curve), budget)
             pixels = [(canvas.px(step), canvas.py(min(max(value, y.low), y.high))) for step, value in kept]
-            style = one.style if kind == "line" else ""
-            canvas.path(pixels, f"{kind} thin c{one.colour % COLOURS}", one.name, style)
+            style = curve.style if kind == "line" else ""
+            canvas.path(pixels, f"{kind} thin c{curve.colour % COLOURS}", curve.name, style)
             if len(kept) == 1:
-                canvas.mark(*pixels[0], one.colour, one.name, size=3)
-            if one.broken and kind == "line":
-                canvas.cross(*pixels[-1], one.colour)
+                canvas.mark(*pixels[0], curve.colour, curve.name, size=3)
+            if curve.broken and kind == "line":
+                canvas.cross(*pixels[-1], curve.colour)
     return canvas.done(description)
 
 
-def strip(values: Sequence[float], mean: float, std: float | None, low: float, high: float) -> str:
+def strip(values: Sequence[float], mean: float, std: float | None, low: float, high: float) -> Markup:
     """A table cell's picture: the seeds, their mean and standard deviation on a scale shared by all rows, which holds
     them all."""
     width, middle = 120.0, 9.0
@@ -267,33 +274,25 @@ def strip(values: Sequence[float], mean: float, std: float | None, low: float, h
         parts.append(f'<line class="bar" {ends} y1="{middle}" y2="{middle}"/>')
     parts += [f'<circle class="seed" cx="{at(value):.1f}" cy="{middle}" r="2.4"/>' for value in values]
     parts.append(f'<circle class="mean" cx="{at(mean):.1f}" cy="{middle}" r="4"/>')
-    return f'<svg class="strip" viewBox="0 0 {width:g} 18" aria-hidden="true">{"".join(parts)}</svg>'
+    return Markup(f'<svg class="strip" viewBox="0 0 {width:g} 18" aria-hidden="true">{"".join(parts)}</svg>')
 
 
-def legend(names: Sequence[tuple[str, int]], round_marks: bool = False) -> str:
-    """HTML, so that long names wrap: the mark of each series and its name."""
-    shapes = [(name, colour, 0 if round_marks else colour % SHAPES) for name, colour in names]
-    return _legend(
-        (name, f'<g class="c{colour % COLOURS} mean">{_shape(7, 7, 5, shape)}</g>') for name, colour, shape in shapes
-    )
+def legend(names: Sequence[tuple[str, int]], round_marks: bool = False) -> list[Key]:
+    """The mark of each (name, colour); ``round_marks``: shapes stand for something else."""
+    marks = [(name, colour % COLOURS, _shape(7, 7, 5, 0 if round_marks else colour % SHAPES)) for name, colour in names]
+    return [Key(name, Markup(f'<g class="c{colour} mean">{shape}</g>')) for name, colour, shape in marks]
 
 
-def shape_legend(names: Sequence[str]) -> str:
+def shape_legend(names: Sequence[str]) -> list[Key]:
     """What the marks' shapes stand for."""
-    return _legend((name, f'<g class="plain">{_shape(7, 7, 5, at % SHAPES)}</g>') for at, name in enumerate(names))
+    shapes = [_shape(7, 7, 5, at % SHAPES) for at in range(len(names))]
+    return [Key(name, Markup(f'<g class="plain">{shape}</g>')) for name, shape in zip(names, shapes, strict=True)]
 
 
-def line_legend(names: Sequence[tuple[str, str]]) -> str:
+def line_legend(names: Sequence[tuple[str, str]]) -> list[Key]:
     """(name, style): what the dashes and shades of lines stand for."""
     line = '<line class="axis" stroke-width="2" x1="0" x2="28" y1="7" y2="7" style="{}"/>'
-    return _legend(((name, line.format(style)) for name, style in names), width=28)
-
-
-def _legend(items: Iterable[tuple[str, str]], width: int = 14) -> str:
-    box = f'<svg viewBox="0 0 {width} 14" style="width:{width}px" aria-hidden="true">'
-    return (
-        f'<div class="legend">{"".join(f"<span>{box}{mark}</svg>{escape(name)}</span>" for name, mark in items)}</div>'
-    )
+    return [Key(name, Markup(line.format(style)), width=28) for name, style in names]
 
 
 def downsample(rows: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
@@ -310,8 +309,8 @@ def downsample(rows: Sequence[tuple[float, float]], limit: int) -> list[tuple[fl
     return kept
 
 
-def _draw_point(canvas: Canvas, point: Point, colour: int, x: float) -> None:
-    tone = f"c{colour % COLOURS}"
+def _draw_point(canvas: Canvas, point: Point, colour: int, shift: float = 0.0) -> None:
+    tone, x = f"c{colour % COLOURS}", canvas.px(point.x) + shift
     if point.std is not None:
         low, high = canvas.py(point.mean - point.std), canvas.py(point.mean + point.std)
         canvas.line(x, low, x, high, f"bar {tone}")
@@ -331,13 +330,8 @@ def _shift(index: int, total: int, canvas: Canvas) -> float:
 
 
 def _unbroken(points: Sequence[Point | None]) -> list[list[Point]]:
-    runs: list[list[Point]] = [[]]
-    for point in points:
-        if point is None:
-            runs.append([])
-        else:
-            runs[-1].append(point)
-    return [run for run in runs if len(run) > 1]
+    runs = [list(run) for there, run in groupby(points, key=lambda point: point is not None) if there]
+    return [[point for point in run if point] for run in runs if len(run) > 1]
 
 
 def _smoothed(rows: Sequence[tuple[float, float]], keep: float) -> list[tuple[float, float]]:

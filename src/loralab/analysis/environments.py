@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from loralab.reporting.axes import Record, lookup
+from loralab.analysis.values import Json, lookup
 
 AXIS = "environment"
 # Versions that compute: a loss, a quantized weight, an update or a score. Python, Hydra, W&B and git move no number.
@@ -15,7 +15,7 @@ COMPARED = f"compared are the versions of {', '.join(_VERSIONS)}, the device and
 Environment = dict[str, Any]
 
 
-def environment(record: Record) -> Environment:
+def environment(record: Json) -> Environment:
     """What moves numbers; None where the record does not say.
 
     An older record has no thread count: there the number of cores, by which torch chooses it, stays in the CPU's name.
@@ -30,7 +30,7 @@ def environment(record: Record) -> Environment:
     return found
 
 
-def labels(found: Sequence[tuple[Record, bool]]) -> list[str]:
+def labels(found: Sequence[tuple[Json, bool]]) -> list[str]:
     """What sets each record's environment apart from the others', such as ``torch 2.12.0``; empty where there is one.
 
     ``found``: records, and whether each has a result; one without joins the environment most like its own.

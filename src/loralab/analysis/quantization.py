@@ -147,7 +147,7 @@ class Errors:
         }
 
 
-class Study:
+class SchemeComparison:
     """Weights, held dense, and what each scheme makes of them."""
 
     def __init__(self, spec: StudySpec, model: nn.Module, names: list[str], sigma: float | None = None) -> None:
@@ -210,7 +210,7 @@ class Study:
         watch_if_asked(self.model)
 
 
-def study(
+def compare_schemes(
     spec: StudySpec,
     quantizers: Mapping[str, Quantizer],
     model_spec: pretrained.Pretrained,
@@ -218,12 +218,12 @@ def study(
     trainer: TrainerSpec,
     evaluate: bool,
 ) -> dict[str, Any]:
-    """The whole study as plain data. Raises ConfigError where no scheme fits."""
+    """The whole comparison as plain data. Raises ConfigError where no scheme fits."""
     quiet()
     chosen = spec.chosen(evaluate)
     about: dict[str, Any] = {"inputs": {"kind": chosen, "of": INPUTS[chosen].format(rows=spec.rows)}}
     if spec.weights != "model":
-        return _rows(_synthetic(spec), {"weights": spec.weights, "shape": list(spec.shape), **about}, quantizers)
+        return _result(_synthetic(spec), {"weights": spec.weights, "shape": list(spec.shape), **about}, quantizers)
     model_spec.check()
     tokenizer = model_spec.load_tokenizer() if evaluate else None
     encoded = None
@@ -234,7 +234,7 @@ def study(
     labels = len(encoded.splits.labels) or None if encoded else None
     base = pretrained.load(model_spec, NoQuantization(), tokenizer, labels, trainer.device)
     model = base.model.to(trainer.device).requires_grad_(False)
-    subject = Study(spec, model, quantizable(model, NoQuantization()))
+    subject = SchemeComparison(spec, model, quantizable(model, NoQuantization()))
     if not subject.names:
         raise ConfigError(
             f"model: {type(model).__name__} has no linear layer inside its base model, and schemes are compared on"
@@ -242,7 +242,7 @@ def study(
         )
     about = {"weights": base.spec.name_or_path or "random", "fingerprint": base.fingerprint, **about}
     if not evaluate:
-        return _rows(subject, about, quantizers)
+        return _result(subject, about, quantizers)
     encoded = encoded or data.sample(model, tokenizer, model_spec.task, model_spec.length)
     if not len(encoded.validation):
         raise DataError(f"data: the validation split of {encoded.splits.name} is empty, and --evaluate scores it")
@@ -257,11 +257,14 @@ def study(
         "targets": len(evaluation.dense_loss),
     }
     about["outlier_features"] = evaluation.outlier_features()
-    return _rows(subject, about, quantizers, evaluation)
+    return _result(subject, about, quantizers, evaluation)
 
 
-def _rows(
-    subject: Study, about: dict[str, Any], quantizers: Mapping[str, Quantizer], evaluation: Evaluation | None = None
+def _result(
+    subject: SchemeComparison,
+    about: dict[str, Any],
+    quantizers: Mapping[str, Quantizer],
+    evaluation: Evaluation | None = None,
 ) -> dict[str, Any]:
     schemes: dict[str, Any] = {}
     refused: ConfigError | None = None
@@ -282,12 +285,12 @@ def _rows(
     return {**about, "schemes": schemes, "layers": layers}
 
 
-def _synthetic(spec: StudySpec) -> Study:
+def _synthetic(spec: StudySpec) -> SchemeComparison:
     out_features, in_features = spec.shape
     layer = nn.Linear(in_features, out_features, bias=False)
     random = torch.Generator().manual_seed(spec.seed)
     layer.weight = nn.Parameter(outliers.SYNTHETIC[spec.weights]((out_features, in_features), random), False)
-    return Study(spec, nn.ModuleDict({spec.weights: layer}), [spec.weights], sigma=outliers.SIGMA)
+    return SchemeComparison(spec, nn.ModuleDict({spec.weights: layer}), [spec.weights], sigma=outliers.SIGMA)
 
 
 def _squares(values: Tensor) -> float:
