@@ -1,16 +1,14 @@
 """Which trials compare at all: those whose scores are taken over the same targets, by one metric, on a known base."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from loralab.analysis.results import SweepResults, assemble
 from loralab.analysis.trials import TrialResult
 from loralab.analysis.values import Json, axis_value, canonical, label, lookup
-
-Basis = dict[str, str]  # what a score is a score of
 
 
 def comparable(whole: SweepResults) -> list[SweepResults]:
@@ -19,13 +17,14 @@ def comparable(whole: SweepResults) -> list[SweepResults]:
     A loss compares over equal target tokens, whatever the prompts; trials of one configuration whose data or base
     have changed between them are of different sets.
     """
-    bases = _bases([trial for trial in whole.trials if trial.ok])
-    firsts = {json.dumps(bases[trial.folder]): trial for trial in reversed(whole.trials) if trial.ok}
-    keys = [key for key in dict.fromkeys(map(json.dumps, bases.values())) if key in firsts]
-    if len(keys) < 2:
+    done = [trial for trial in whole.trials if trial.ok]
+    numbers = _sets(_bases(done)) if done else []
+    if len(set(numbers)) < 2:
         return [whole]
-    sets = [json.dumps(bases[trial.folder]) if trial.ok else _likely(whole, trial, firsts) for trial in whole.trials]
-    return [_subset(whole, [t for t, own in zip(whole.trials, sets, strict=True) if own == key]) for key in keys]
+    own = {trial.folder: number for trial, number in zip(done, numbers, strict=True)}
+    firsts = {number: trial for trial, number in reversed(list(zip(done, numbers, strict=True)))}
+    placed = [(trial, own[trial.folder] if trial.ok else _likely(whole, trial, firsts)) for trial in whole.trials]
+    return [_subset(whole, [trial for trial, at in placed if at == number]) for number in sorted(firsts)]
 
 
 def subject(results: SweepResults) -> str:
@@ -45,9 +44,9 @@ def apart(sets: Sequence[SweepResults]) -> str:
     if len(sets) < 2:
         return ""
     firsts = [next(trial for trial in results.trials if trial.ok) for results in sets]
-    bases = _bases([trial for results in sets for trial in results.trials if trial.ok])
-    differ = [key for key in _REASONS if len({bases[trial.folder].get(key) for trial in firsts}) > 1]
-    reasons = "; ".join(_REASONS[key](firsts) for key in differ)
+    done = [trial for results in sets for trial in results.trials if trial.ok]
+    bases = _bases(done).iloc[[done.index(trial) for trial in firsts]]
+    reasons = "; ".join(_REASONS[key](firsts) for key in _REASONS if bases[key].nunique(dropna=False) > 1)
     return f"{len(sets)} tables, whose numbers cannot be compared: {reasons}."
 
 
@@ -128,18 +127,25 @@ def _along(trials: Sequence[TrialResult], axis: str, labels: Sequence[str]) -> l
     return [axis_value(t.record, axis) for t in sorted(known, key=lambda t: labels.index(t.values[axis]))]
 
 
-def _bases(trials: Sequence[TrialResult]) -> dict[Path, Basis]:
-    """What each completed trial's score is a score of, by folder."""
+def _bases(trials: Sequence[TrialResult]) -> pd.DataFrame:
+    """What each completed trial's score is a score of: a row a trial, a column for each key of ``_REASONS``."""
     known = {_rows(trial.record): targets for trial in trials if (targets := trial.get("data.targets"))}
-    bases = {trial.folder: _basis(trial, known) for trial in trials}
+    bases = pd.DataFrame([_basis(trial, known) for trial in trials])
     for key, mark, node, _ in _REWRITTEN:
-        for changed in list(_changed(trials, bases, node, mark)):
-            for trial in changed:
-                bases[trial.folder][key] = str(trial.get(mark))
+        marks = pd.Series([trial.get(mark) or None for trial in trials], dtype=object)
+        settings = [canonical(node(trial.record)) for trial in trials]
+        sets = _sets(bases)
+        several = marks.groupby([sets, settings]).transform("nunique") > 1  # of the same settings: it was rewritten
+        bases[key] = marks.astype(str).where(several.groupby(sets).transform("any"))
     return bases
 
 
-def _basis(trial: TrialResult, known: Mapping[str, str]) -> Basis:
+def _sets(bases: pd.DataFrame) -> list[int]:
+    """Equal numbers for equal rows, counted in their order."""
+    return list(bases.groupby(list(bases.columns), dropna=False, sort=False).ngroup())
+
+
+def _basis(trial: TrialResult, known: Mapping[str, str]) -> Json:
     record, rows = trial.record, _rows(trial.record)
     targets = record["data"].get("targets") or known.get(rows, rows)
     if trial.metric.endswith("rouge_l"):  # of whole texts: no token of theirs is cut
@@ -162,23 +168,7 @@ def _cut(record: Json) -> Any:
     return record["data"].get("max_length") or lookup(record["config"], "model.max_length")
 
 
-def _changed(
-    trials: Sequence[TrialResult], bases: Mapping[Path, Basis], node: Callable[[Json], Any], mark: str
-) -> Iterator[list[TrialResult]]:
-    """The sets within which the same settings stand for several fingerprints: something was rewritten between."""
-    sets: dict[str, list[TrialResult]] = {}
-    for trial in trials:
-        sets.setdefault(json.dumps(bases[trial.folder]), []).append(trial)
-    for inside in sets.values():
-        marks: dict[str, set[str]] = {}
-        for trial in inside:
-            if value := trial.get(mark):
-                marks.setdefault(canonical(node(trial.record)), set()).add(value)
-        if any(len(values) > 1 for values in marks.values()):
-            yield inside
-
-
-def _likely(whole: SweepResults, trial: TrialResult, firsts: Mapping[str, TrialResult]) -> str:
+def _likely(whole: SweepResults, trial: TrialResult, firsts: Mapping[int, TrialResult]) -> int:
     """The set a trial without a result would have joined: the one whose data settings are most like its own."""
     keys = [axis for axis in whole.axes if axis.split(".")[0] in ("data", "model")]
     return max(firsts, key=lambda key: sum(firsts[key].values[axis] == trial.values[axis] for axis in keys))

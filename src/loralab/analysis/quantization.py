@@ -75,76 +75,67 @@ class StudySpec:
         return ("captured" if evaluate else "outlier_features") if self.inputs == "auto" else self.inputs
 
 
-@dataclass
-class Errors:
-    """Sums over layers, all in float64 on the host."""
+def layer_errors(weight: Tensor, frozen: nn.Module, inputs: Sequence[Tensor], sigma: float | None) -> dict[str, float]:
+    """Sums over one layer, in float64 on the host.
 
-    weights: int = 0
-    packed: int = 0  # bytes
-    error: float = 0.0  # sum of (w' - w)^2
-    norm: float = 0.0  # sum of w^2
-    bulk_error: float = 0.0
-    bulk_norm: float = 0.0
-    product_error: float = 0.0
-    product_norm: float = 0.0
-    zeroed: int = 0
-    largest: float = 0.0
-    layers: dict[str, float | None] = field(default_factory=dict)  # name -> relative RMSE
+    weight (out, in) float32; inputs: sequences (s, in); sigma of the bulk, None where all weights are 0.
+    """
+    dense = frozen.dense(torch.float32) if isinstance(frozen, FrozenLinear) else weight
+    off, bulk = dense - weight, weight.abs() < BULK * (sigma or 0.0)
+    sums = {
+        "weights": weight.numel(),
+        "bytes": packed_bytes(frozen),
+        "error": _squares(off),
+        "norm": _squares(weight),
+        "bulk_error": _squares(off[bulk]),
+        "bulk_norm": _squares(weight[bulk]),
+        "zeroed": int(((dense == 0) & (weight != 0)).sum()),
+        "largest": float(off.abs().max()),
+        "product_error": 0.0,
+        "product_norm": 0.0,
+    }
+    for x in inputs:
+        exact = x @ weight.t()
+        sums["product_norm"] += _squares(exact)
+        if isinstance(frozen, FrozenLinear):
+            sums["product_error"] += _squares(frozen.product(x, None) - exact)
+    return sums
 
-    def add(self, name: str, weight: Tensor, frozen: nn.Module, inputs: Sequence[Tensor], sigma: float | None) -> None:
-        """weight (out, in) float32; inputs: sequences (s, in); sigma of the bulk, None where all weights are 0."""
-        found = frozen.dense(torch.float32) if isinstance(frozen, FrozenLinear) else weight
-        off = found - weight
-        bulk = weight.abs() < BULK * (sigma or 0.0)
-        error, norm = _squares(off), _squares(weight)
-        self.weights += weight.numel()
-        self.packed += packed_bytes(frozen)
-        self.error, self.norm = self.error + error, self.norm + norm
-        self.bulk_error += _squares(off[bulk])
-        self.bulk_norm += _squares(weight[bulk])
-        self.zeroed += int(((found == 0) & (weight != 0)).sum())
-        self.largest = max(self.largest, float(off.abs().max()))
-        self.layers[name] = root(error, norm) if math.isfinite(error) else None
-        for x in inputs:
-            exact = x @ weight.t()
-            self.product_norm += _squares(exact)
-            if isinstance(frozen, FrozenLinear):
-                self.product_error += _squares(frozen.product(x, None) - exact)
 
-    def summary(self) -> dict[str, Any]:
-        """What JSON, page and terminal show; ratios without a unit, None where ``undefined`` says why."""
-        relative = root(self.error, self.norm)
-        known = [(name, value) for name, value in self.layers.items() if value is not None]
-        worst = sorted(known, key=lambda pair: -pair[1])[:3]
-        found = {
-            "bits_per_parameter": 8 * self.packed / self.weights,
-            "bytes": self.packed,
-            "weights": self.weights,
-            "relative_rmse": relative,
-            "snr_db": -20 * math.log10(relative) if relative else None,
-            "bulk_relative_rmse": root(self.bulk_error, self.bulk_norm),
-            "matmul_relative_error": root(self.product_error, self.product_norm),
-            "zeroed_share": self.zeroed / self.weights,
-            "largest_error": self.largest,
-            "worst_layers": [{"layer": name, "relative_rmse": value} for name, value in worst],
-            "layers": self.layers,
-        }
-        result = defined(found, self._why())
-        unknown = [name for name, value in self.layers.items() if value is None]
-        if unknown:
-            words = "every weight is 0, or not finite when dequantized: " + ", ".join(unknown)
-            result["undefined"] = {**result.get("undefined", {}), "layers": words}
-        return result
-
-    def _why(self) -> dict[str, str]:
-        """Words for what comes out undefined."""
-        overflow = not math.isfinite(self.product_norm + self.product_error)
-        return {
-            "relative_rmse": "every weight is 0",
-            "snr_db": "infinite: the error is 0" if self.norm else "every weight is 0",
-            "bulk_relative_rmse": "no weight other than 0 is within 3 sigma",
-            "matmul_relative_error": "x W^T overflows float32" if overflow else "x W^T is 0, or no input is known",
-        }
+def summary(errors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What JSON, page and terminal show of all layers; ratios without a unit, None where ``undefined`` says why."""
+    total = {key: sum(sums[key] for sums in errors.values()) for key in next(iter(errors.values()))}
+    relative = root(total["error"], total["norm"])
+    layers = {
+        name: root(sums["error"], sums["norm"]) if math.isfinite(sums["error"]) else None
+        for name, sums in errors.items()
+    }
+    worst = sorted(((name, value) for name, value in layers.items() if value is not None), key=lambda pair: -pair[1])
+    values = {
+        "bits_per_parameter": 8 * total["bytes"] / total["weights"],
+        "bytes": total["bytes"],
+        "weights": total["weights"],
+        "relative_rmse": relative,
+        "snr_db": -20 * math.log10(relative) if relative else None,
+        "bulk_relative_rmse": root(total["bulk_error"], total["bulk_norm"]),
+        "matmul_relative_error": root(total["product_error"], total["product_norm"]),
+        "zeroed_share": total["zeroed"] / total["weights"],
+        "largest_error": max([0.0, *(sums["largest"] for sums in errors.values())]),
+        "worst_layers": [{"layer": name, "relative_rmse": value} for name, value in worst[:3]],
+        "layers": layers,
+    }
+    overflow = not math.isfinite(total["product_norm"] + total["product_error"])
+    why = {
+        "relative_rmse": "every weight is 0",
+        "snr_db": "infinite: the error is 0" if total["norm"] else "every weight is 0",
+        "bulk_relative_rmse": "no weight other than 0 is within 3 sigma",
+        "matmul_relative_error": "x W^T overflows float32" if overflow else "x W^T is 0, or no input is known",
+    }
+    result = defined(values, why)
+    if unknown := [name for name, value in layers.items() if value is None]:
+        words = "every weight is 0, or not finite when dequantized: " + ", ".join(unknown)
+        result["undefined"] = {**result.get("undefined", {}), "layers": words}
+    return result
 
 
 class SchemeComparison:
@@ -159,19 +150,19 @@ class SchemeComparison:
     def scheme(self, quantizer: Quantizer, score: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
         """Convert every layer, compare, and with ``score`` evaluate the converted model. Raises ConfigError where
         the scheme does not fit a layer."""
-        errors, dense, frozen = Errors(), {}, {}
+        errors, dense, frozen = {}, {}, {}
         for name in self.covered(quantizer):
             layer = self.model.get_submodule(name)
             weight = dense_weight(layer).float()
             converted = quantizer.convert(layer, name)
-            errors.add(name, weight, converted, self._inputs(name, weight), self._sigma(name, weight))
+            errors[name] = layer_errors(weight, converted, self._inputs(name, weight), self._sigma(name, weight))
             if score is not None:
                 dense[name], frozen[name] = layer, converted
-        if not errors.weights:
+        if not errors:
             raise ConfigError(
                 f"quantization.skip_modules={quantizer.skip_modules} leaves no layer to quantize; valid: fewer of them"
             )
-        result = errors.summary()
+        result = summary(errors)
         if score is None:
             return result
         self._swap(dense, frozen)
