@@ -94,7 +94,7 @@ class Arm:
         """Of each completed trial that has it, for example ``adapter.bytes``; ``failed``: of the others too."""
         frame = self.frame if failed else self.frame[self.frame["status"] == "completed"]
         column = frame[key] if key in frame else pd.Series(dtype=object)
-        return column[column.map(is_number).astype(bool)].astype(float)
+        return column[column.map(is_number).astype(bool)].astype(float).dropna()
 
     def average(self, key: str) -> float | None:
         """Over the completed seeds; None where none has it."""

@@ -76,7 +76,7 @@ class SweepResults:
         configuration and its metrics. A value that a record lacks is missing."""
         import pandas as pd
 
-        return pd.DataFrame([_columns(trial) for trial in self.trials], dtype=object)
+        return pd.DataFrame([_columns(trial) for trial in self.trials], dtype=object).infer_objects()
 
     def moving(self) -> list[str]:
         """The axes with more than one value, the environment aside."""
@@ -132,7 +132,8 @@ def _columns(trial: TrialResult) -> Json:
     record = trial.record
     measured = flatten({section: record.get(section) or {} for section in records.SECTIONS})
     first = {"trial": record["trial"], "folder": trial.name, "status": trial.status, "seed": record["seed"]}
-    return {**first, **measured, **record["choices"], **flatten(record["config"]), **record["metrics"], **first}
+    settings = {**record["choices"], **flatten(record["config"])}
+    return {**first, **measured, **settings, **record["metrics"], **first}  # a setting's name is its own
 
 
 def _rates(trials: Sequence[TrialResult]) -> dict[Pack, float]:

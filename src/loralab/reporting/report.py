@@ -69,14 +69,17 @@ def _csv(results: SweepResults) -> str:
     """One line per trial, whatever became of it."""
     import pandas as pd
 
-    metrics = list(dict.fromkeys(name for trial in results.trials for name in trial.record["metrics"]))
-    frame = results.frame.reindex(columns=["trial", "folder", "seed", "status", *metrics, *_MEASURED])
-    labels = pd.DataFrame([trial.values for trial in results.trials], columns=[*results.axes, "seed"])
-    frame["seed"] = labels.pop("seed")
-    frame["ended"] = [trial.ended for trial in results.trials]
-    frame["error"] = ["" if trial.ok else trial.reason for trial in results.trials]
-    placed = pd.concat([frame.iloc[:, :2], labels, frame.iloc[:, 2:]], axis="columns")
-    return str(placed.to_csv(index=False, lineterminator="\n"))
+    metrics = dict.fromkeys(name for trial in results.trials for name in trial.record["metrics"])
+    columns = ["trial", "folder", *results.axes, "seed", "status", *metrics, *_MEASURED, "ended", "error"]
+    lines = [
+        {
+            **{"trial": trial.record["trial"], "folder": trial.name, **trial.values, "status": trial.status},
+            **{**trial.record["metrics"], **{key: trial.get(key) for key in _MEASURED}},
+            **{"ended": trial.ended, "error": "" if trial.ok else trial.reason},
+        }
+        for trial in results.trials
+    ]
+    return str(pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, Any]:
