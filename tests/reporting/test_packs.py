@@ -3,7 +3,7 @@
 import json
 from html import unescape
 
-from loralab.analysis.arms import Arm, arms, comparisons
+from loralab.analysis.arms import arms, comparisons
 from loralab.analysis.results import read_results
 from loralab.reporting.report import report
 from loralab.reporting.table import columns
@@ -61,7 +61,7 @@ def test_a_row_of_packed_and_single_trials_has_no_average(tmp_path, make_trial):
     assert mixed.pack_size is None
     assert mixed.speed is None
     assert mixed.measured("time.train_s") is None
-    assert mixed.measured("memory.measured_peak_bytes", Arm.largest) is None
+    assert mixed.measured("memory.measured_peak_bytes", largest=True) is None
     assert packed.speed == 661.0
     assert texts(results, "tokens/s")[0] == ("-", None)
 

@@ -1,6 +1,7 @@
 """Trials to arms: one per configuration, averaged over its seeds and nothing else; and who is compared with whom."""
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,12 +17,14 @@ from loralab.analysis.values import UNKNOWN, identity, is_number
 
 @dataclass(frozen=True)
 class Arm:
-    """One configuration in one environment. ``frame``: of ``trials``, a row each; ``best``: separated from every other
-    arm by its paired intervals; ``difference``: to the baseline arm of the same environment."""
+    """One configuration in one environment. ``means`` and ``largest``: over the completed seeds, of every number that
+    records have; ``best``: separated from every other arm by its paired intervals; ``difference``: to the baseline arm
+    of the same environment."""
 
     results: SweepResults
     trials: list[TrialResult]
-    frame: pd.DataFrame
+    means: dict[str, float]
+    largest: dict[str, float]
     best: bool = False
     baseline: bool = False
     difference: Difference | None = None
@@ -65,14 +68,14 @@ class Arm:
         """Independent scores: 1 where no seed changes the score."""
         return replicates(self.by_seed)
 
-    @property
+    @cached_property
     def mean(self) -> float | None:
-        return float(pd.Series(self.scores).mean()) if self.n > 1 else next(iter(self.scores), None)
+        return statistics.fmean(self.scores) if self.n > 1 else next(iter(self.scores), None)
 
-    @property
+    @cached_property
     def std(self) -> float | None:
         """Sample standard deviation over seeds (n - 1); None for fewer than two."""
-        return float(pd.Series(self.scores).std()) if self.n > 1 else None
+        return statistics.stdev(self.scores) if self.n > 1 else None
 
     @property
     def extent(self) -> list[float]:
@@ -80,31 +83,15 @@ class Arm:
         mean, std = self.mean or 0.0, self.std or 0.0
         return [*self.scores, mean - std, mean + std] if self.scores else []
 
-    @property
+    @cached_property
     def steps(self) -> list[int]:
         """Optimizer steps made, of each completed seed, in order."""
-        return sorted(int(step) for step in self.numbers("time.steps"))
+        return sorted(int(steps) for trial in self.ok if is_number(steps := trial.get("time.steps")))
 
     @property
     def stopped(self) -> int:
         """Completed seeds that early stopping ended."""
         return sum(bool(trial.get("stopped_early")) for trial in self.ok)
-
-    def numbers(self, key: str, failed: bool = False) -> pd.Series:
-        """Of each completed trial that has it, for example ``adapter.bytes``; ``failed``: of the others too."""
-        frame = self.frame if failed else self.frame[self.frame["status"] == "completed"]
-        column = frame[key] if key in frame else pd.Series(dtype=object)
-        return column[column.map(is_number).astype(bool)].astype(float).dropna()
-
-    def average(self, key: str) -> float | None:
-        """Over the completed seeds; None where none has it."""
-        values = self.numbers(key)
-        return None if values.empty else float(values.mean())
-
-    def largest(self, key: str, failed: bool = False) -> float | None:
-        """The largest over the seeds: what a machine must have for all of them."""
-        values = self.numbers(key, failed)
-        return None if values.empty else float(values.max())
 
     @cached_property
     def packs(self) -> set[Pack | None]:
@@ -119,12 +106,12 @@ class Arm:
         (pack,) = self.packs
         return int(pack[0]) if pack else 1
 
-    def measured(self, key: str, combine: Callable[["Arm", str], float | None] | None = None) -> float | None:
+    def measured(self, key: str, largest: bool = False) -> float | None:
         """A figure of the process that ran the arm: over seeds that ran alone, or of the one pack that ran all of them;
         None where seeds ran in different packs, whose figures do not compare."""
         if len(self.packs) > 1 or (key.startswith("time.") and not any(self.steps)):
             return None
-        return (combine or Arm.average)(self, key)
+        return (self.largest if largest else self.means).get(key)
 
     @property
     def speed(self) -> float | None:
@@ -142,8 +129,8 @@ class Arm:
         """
         alone = [trial for trial in self.ok if trial.pack is None]
         old = [trial.get("memory.predicted_peak_bytes") for trial in alone if not trial.get("memory.alone_peak_bytes")]
-        known = [*self.numbers("memory.alone_peak_bytes"), *(float(value) for value in old if is_number(value))]
-        return max(known, default=None)
+        own = self.largest.get("memory.alone_peak_bytes", 0.0)
+        return max([own, *(float(value) for value in old if is_number(value))]) or None
 
 
 @dataclass(frozen=True)
@@ -185,11 +172,22 @@ def comparisons(results: SweepResults) -> list[Comparison]:
 
 def arms(results: SweepResults) -> list[Arm]:
     """One arm per configuration in the order of the axes; the first value of every axis is the baseline."""
-    keys = [_configuration(results, trial) for trial in results.trials]
-    groups = results.frame.groupby(keys, sort=False)
-    found = [Arm(results, [results.trials[at] for at in frame.index], frame) for _, frame in groups]
+    keys = pd.Series([_configuration(results, trial) for trial in results.trials])
+    numbers = results.frame[[trial.ok for trial in results.trials]]
+    numbers = numbers.map(lambda value: value if is_number(value) else None).astype(float)
+    by_arm = numbers.groupby(keys)
+    means, largest = by_arm.mean(), by_arm.max()
+    found = [
+        Arm(results, [results.trials[at] for at in places], _known(means, key), _known(largest, key))
+        for key, places in keys.groupby(keys, sort=False).groups.items()
+    ]
     found.sort(key=lambda arm: [_position(labels, arm.values[axis]) for axis, labels in results.axes.items()])
     return _mark_best(_compared(found), results.mode)
+
+
+def _known(frame: pd.DataFrame, key: str) -> dict[str, float]:
+    """A row without what is missing; empty where there is no such row."""
+    return dict(frame.loc[key].dropna()) if key in frame.index else {}
 
 
 def _configuration(results: SweepResults, trial: TrialResult) -> str:

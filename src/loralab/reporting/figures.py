@@ -88,8 +88,8 @@ def _metric_panel(results: SweepResults, arms: list[Arm], x: str, by: list[str],
 def _against_bits(comparison: Comparison) -> Iterator[Figure]:
     results = comparison.results
     by = [axis for axis in results.axes if axis.split(".")[0] == "quantization"][:1]
-    scored = [arm for arm in comparison.contenders if arm.average(BITS)]
-    if not by or len({arm.average(BITS) for arm in scored}) < 2:
+    scored = [arm for arm in comparison.contenders if arm.means.get(BITS)]
+    if not by or len({arm.means.get(BITS) for arm in scored}) < 2:
         return
     labels = sorted({_bits(arm) for arm in scored}, key=float)
     others = [axis for axis, texts in results.axes.items() if axis != by[0] and 1 < len(texts) <= svg.SHAPES]
@@ -109,7 +109,7 @@ def _against_bits(comparison: Comparison) -> Iterator[Figure]:
 
 
 def _bits(arm: Arm) -> str:
-    return f"{arm.average(BITS):.4g}"
+    return f"{arm.means.get(BITS):.4g}"
 
 
 def _curves(comparison: Comparison) -> Iterator[Figure]:

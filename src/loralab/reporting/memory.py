@@ -45,13 +45,13 @@ def _cells(arm: Arm) -> Iterator[Cell]:
     yield Cell(name, name, "key")
     states = sorted({_paging(trial) for trial in arm.trials} - {""})
     yield Cell(", ".join(states) or "-", kind="key trouble" if "nothing" in states else "key")
-    state, eight = arm.largest("optimizer.state_bytes"), arm.largest("optimizer.eight_bit_bytes")
+    state, eight = arm.largest.get("optimizer.state_bytes"), arm.largest.get("optimizer.eight_bit_bytes")
     yield _number(state, 1 / MIB, "{:.2f}")
     yield _number(eight / state if state and eight is not None else None, 100, "{:.0f}%")
-    yield _number(arm.average("optimizer.paged_fraction"), 100, "{:.0f}%")
+    yield _number(arm.means.get("optimizer.paged_fraction"), 100, "{:.0f}%")
     for phase in PHASES:
         yield _number(_largest(arm, f"memory.by_phase.{phase}"), 1 / MIB, "{:.1f}")
-    seconds, steps = arm.measured("memory.seconds_by_phase.optimizer"), arm.average("time.steps")
+    seconds, steps = arm.measured("memory.seconds_by_phase.optimizer"), arm.means.get("time.steps")
     yield _number(seconds / steps if seconds is not None and steps else None, 1000, "{:.2f}")
     yield _number(_largest(arm, "memory.spike_count"), 1, "{:.0f}")
     ends = [trial.status.replace("_", " ") for trial in arm.trials]
@@ -64,7 +64,8 @@ def _largest(arm: Arm, key: str) -> float | None:
 
     None where seeds ran in different packs, whose memory is not one thing.
     """
-    return None if len(arm.packs) > 1 else arm.largest(key, failed=True)
+    values = [trial.get(key) for trial in arm.trials]
+    return None if len(arm.packs) > 1 else max((float(value) for value in values if is_number(value)), default=None)
 
 
 def _number(value: float | None, factor: float, form: str) -> Cell:

@@ -14,7 +14,7 @@ from loralab.reporting.html import Cell, Head, Tile, render
 from loralab.reporting.provenance import brief
 from loralab.reporting.report import write_text
 from loralab.reporting.table import DECOMPOSED, memory
-from loralab.reporting.text import aligned, terminal_width, wrapped
+from loralab.reporting.text import aligned, natural_width, terminal_width, wrapped
 
 FAMILIES = ("int8 weight-only", "int8 weights and activations", "int4", "fp4", "nf4")
 Measures = dict[str, dict[str, Any]]  # of each scheme, or of each layer
@@ -61,11 +61,13 @@ def terminal(result: Mapping[str, Any], width: int | None = None) -> str:
     evaluated = any("kl" in row for row in schemes.values())
     hidden = ("bulk_relative_rmse", *(("bytes", "snr_db", "zeroed_share", "same_prediction") if evaluated else ()))
     shown = [column for column in _shown(schemes) if column[0] not in hidden]
-    lines = _aligned(schemes, shown)
-    for key in EXPENDABLE:
-        if max(map(len, lines)) > width:
-            shown = [column for column in shown if column[0] != key]
-            lines = _aligned(schemes, shown)
+    for key in ("", *EXPENDABLE):
+        shown = [column for column in shown if column[0] != key]
+        titles = ["scheme", *(column[1] for column in shown)]
+        rows = [[name, *(_text(column, row) for column in shown)] for name, row in schemes.items()]
+        if natural_width(titles, rows) <= width:
+            break
+    lines = aligned(titles, rows, range(1, len(titles)))
     notes = [f"matmul: error of x W^T, x: {result['inputs']['of']}"] if "inputs" in result else []
     notes += [f"{name}: {row['error']}" for name, row in result["schemes"].items() if "error" in row]
     notes += [f"- {words}" for words in undefined({**schemes, **_dense(result)})]
@@ -73,11 +75,6 @@ def terminal(result: Mapping[str, Any], width: int | None = None) -> str:
     said = [line for note in notes for line in wrapped(note, width, "  ")]
     lines = [subject(result), "", *lines, *([""] if said else []), *said]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _aligned(schemes: Measures, shown: Sequence[Column]) -> list[str]:
-    rows = [[name, *(_text(column, row) for column in shown)] for name, row in schemes.items()]
-    return aligned(["scheme", *(column[1] for column in shown)], rows, range(1, len(shown) + 1))
 
 
 def undefined(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

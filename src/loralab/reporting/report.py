@@ -91,7 +91,12 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
         "metric_mode": results.mode,
         "held_fixed": held_fixed(results),
         "notes": [*general(results, compared), *(note for comparison in compared for note in notes(comparison))],
-        "arms": [as_plain(arm) for comparison in compared for arm in comparison.arms],
+        "arms": [
+            {"set": about, **as_plain(arm)}
+            for comparison in compared
+            for about in [subject(comparison.results)]
+            for arm in comparison.arms
+        ],
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],
         "trials": [_trial(trial) for trial in results.trials],
     }

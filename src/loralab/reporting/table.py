@@ -6,7 +6,6 @@ from typing import Any
 
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.claims import published, published_text
-from loralab.analysis.comparable import subject
 from loralab.analysis.trials import UNSCORED
 from loralab.analysis.values import is_number
 
@@ -43,13 +42,13 @@ def columns(comparison: Comparison) -> list[Column]:
         Column(VERSUS, _difference_text, lambda arm: arm.difference.mean if arm.difference else None),
         Column("published", lambda arm: published_text(arm) or "-", lambda arm: None),
         *(_average(name, name, "{:.4f}".format) for name in others),
-        *([Column(STEPS, steps_text, lambda arm: arm.average("time.steps"))] if _uneven(arms) else []),
+        *([Column(STEPS, steps_text, lambda arm: arm.means.get("time.steps"))] if _uneven(arms) else []),
         _average("bits/param", "base.bits_per_parameter", "{:.3f}".format),
         *([_average("bits overall", "base.bits_per_parameter_overall", "{:.3f}".format)] * _partly_quantized(arms)),
         _average("base size", "base.bytes", memory),
         _average("trainable", "adapter.trainable_parameters", "{:,.0f}".format),
         _column("peak alone", lambda arm: arm.alone_peak, memory),
-        _measured("peak memory", lambda arm: arm.measured("memory.measured_peak_bytes", Arm.largest), memory),
+        _measured("peak memory", lambda arm: arm.measured("memory.measured_peak_bytes", largest=True), memory),
         _measured("train s", lambda arm: arm.measured("time.train_s"), "{:.1f}".format),
         _measured("tokens/s", lambda arm: arm.speed, "{:,.0f}".format),
     ]
@@ -85,7 +84,6 @@ def memory(size: float) -> str:
 def as_plain(arm: Arm) -> dict[str, Any]:
     """An arm for results.json. ``n``: independent scores; ``pack_size``: None where seeds ran in different packs."""
     return {
-        "set": subject(arm.results),
         "name": arm.name,
         "values": arm.values,
         "metric": arm.results.metric,
@@ -100,13 +98,13 @@ def as_plain(arm: Arm) -> dict[str, Any]:
         "published": published(arm),
         "steps": arm.steps,
         "stopped_early": arm.stopped,
-        "bits_per_parameter": arm.average("base.bits_per_parameter"),
-        "bits_per_parameter_overall": arm.average("base.bits_per_parameter_overall"),
-        "base_bytes": arm.average("base.bytes"),
-        "trainable_parameters": arm.average("adapter.trainable_parameters"),
+        "bits_per_parameter": arm.means.get("base.bits_per_parameter"),
+        "bits_per_parameter_overall": arm.means.get("base.bits_per_parameter_overall"),
+        "base_bytes": arm.means.get("base.bytes"),
+        "trainable_parameters": arm.means.get("adapter.trainable_parameters"),
         "alone_peak_bytes": arm.alone_peak,
         "pack_size": arm.pack_size,
-        "measured_peak_bytes": arm.measured("memory.measured_peak_bytes", Arm.largest),
+        "measured_peak_bytes": arm.measured("memory.measured_peak_bytes", largest=True),
         "train_s": arm.measured("time.train_s"),
         "tokens_per_s": arm.speed,
         "seeds": [trial.seed for trial in arm.trials],
@@ -135,7 +133,7 @@ def _column(title: str, number: Number, show: Format) -> Column:
 
 
 def _average(title: str, key: str, show: Format) -> Column:
-    return _column(title, lambda arm: arm.average(key), show)
+    return _column(title, lambda arm: arm.means.get(key), show)
 
 
 def _measured(title: str, number: Number, show: Format) -> Column:
@@ -151,7 +149,9 @@ def _measured(title: str, number: Number, show: Format) -> Column:
 
 
 def _partly_quantized(arms: Sequence[Arm]) -> bool:
-    bits = [(arm.average("base.bits_per_parameter"), arm.average("base.bits_per_parameter_overall")) for arm in arms]
+    bits = [
+        (arm.means.get("base.bits_per_parameter"), arm.means.get("base.bits_per_parameter_overall")) for arm in arms
+    ]
     return any(own and whole and abs(whole - own) > NOTICEABLE * own for own, whole in bits)
 
 

@@ -62,6 +62,11 @@ def wrapped(text: str, width: int, indent: str = "") -> list[str]:
     return wrap(_printable(text), width, subsequent_indent=indent)
 
 
+def natural_width(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Of the lines that ``aligned`` gives."""
+    return sum(max(map(len, cells)) + 2 for cells in zip(titles, *rows, strict=True)) - 2
+
+
 def aligned(titles: Sequence[str], rows: Iterable[Sequence[str]], right: range = range(0)) -> list[str]:
     """Lines of equal columns below a ruled head, without escape codes; the columns ``right`` are set to the right."""
     from rich import box
@@ -114,12 +119,11 @@ def _narrowed(
     comparison: Comparison, axes: list[str], keys: list[list[str]], width: int, expendable: Sequence[str]
 ) -> list[str]:
     """The table behind the columns ``axes``, without as many of the expendable columns as it takes to fit."""
-    shown, lines = columns(comparison), [""]
+    shown = columns(comparison)
     for title in ("", *expendable):
         shown = [column for column in shown if column.title != title]
         titles = _titles(comparison, axes, shown)
         rows = [[*key, *_cells(arm, shown)] for key, arm in zip(keys, comparison.arms, strict=True)]
-        lines = aligned(titles, rows, range(len(axes) + 1, len(titles) - 1))
-        if max(map(len, lines)) <= width:
+        if natural_width(titles, rows) <= width:
             break
-    return lines
+    return aligned(titles, rows, range(len(axes) + 1, len(titles) - 1))
