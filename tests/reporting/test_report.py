@@ -92,6 +92,14 @@ def test_every_figure_says_over_how_many_seeds_or_runs(reported):
     assert all(re.search(r"n = \d|\d+ of \d+ runs", caption) for caption in captions)
 
 
+def test_a_column_of_numbers_is_sorted_by_all_their_digits(reported):
+    cells = re.findall(r'<td class="breaks" data-sort="(.*?)">(.*?)</td>', reported.index.read_text())
+    numbers = [(sort, text) for sort, text in cells if re.match(r"[\d+-]", text) and text != "-"]
+    assert len(numbers) > 30
+    assert all(isinstance(float(sort), float) for sort, _ in numbers)
+    assert ("4.127", "4.127") in numbers
+
+
 def test_texts_from_records_are_escaped(reported):
     text = reported.index.read_text()
     assert "&lt;on cpu&gt;" in text

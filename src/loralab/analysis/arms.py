@@ -187,7 +187,7 @@ def arms(results: SweepResults) -> list[Arm]:
 
 def _known(frame: pd.DataFrame, key: str) -> dict[str, float]:
     """A row without what is missing; empty where there is no such row."""
-    return dict(frame.loc[key].dropna()) if key in frame.index else {}
+    return frame.loc[key].dropna().to_dict() if key in frame.index else {}
 
 
 def _configuration(results: SweepResults, trial: TrialResult) -> str:
