@@ -20,42 +20,42 @@ def environment(record: Json) -> Environment:
 
     An older record has no thread count: there the number of cores, by which torch chooses it, stays in the CPU's name.
     """
-    found = {name: lookup(record, f"environment.versions.{name}") for name in _VERSIONS}
+    known = {name: lookup(record, f"environment.versions.{name}") for name in _VERSIONS}
     gpu, cpu, threads = (lookup(record, f"environment.{key}") for key in ("gpu", "cpu", "threads"))
     device = lookup(record, "memory.device") or ("cpu" if record["choices"].get("trainer") == "cpu" else None)
-    found |= {"device": device, "gpu": None if device == "cpu" else gpu, "record schema": record["schema"]}
+    known |= {"device": device, "gpu": None if device == "cpu" else gpu, "record schema": record["schema"]}
     if device is None or device == "cpu":
-        known = isinstance(cpu, str) and threads is not None
-        found |= {"cpu": re.sub(r" x \d+$", "", cpu) if known else cpu, "threads": threads}
-    return found
+        name = re.sub(r" x \d+$", "", cpu) if isinstance(cpu, str) and threads is not None else cpu
+        known |= {"cpu": name, "threads": threads}
+    return known
 
 
-def labels(found: Sequence[tuple[Json, bool]]) -> list[str]:
+def labels(records: Sequence[tuple[Json, bool]]) -> list[str]:
     """What sets each record's environment apart from the others', such as ``torch 2.12.0``; empty where there is one.
 
-    ``found``: records, and whether each has a result; one without joins the environment most like its own.
+    ``records``: each with whether it has a result; one without joins the environment most like its own.
     """
-    made = [environment(record) for record, _ in found]
-    known = [one for one, (_, ok) in zip(made, found, strict=True) if ok]
-    distinct = [one for index, one in enumerate(known) if one not in known[:index]]
+    each = [environment(record) for record, _ in records]
+    with_result = [own for own, (_, ok) in zip(each, records, strict=True) if ok]
+    distinct = [own for index, own in enumerate(with_result) if own not in with_result[:index]]
     if len(distinct) < 2:
         return []
-    usual = Counter(known.index(one) for one in known)
-    distinct.sort(key=lambda one: -usual[known.index(one)])  # the likely one first, where several are alike
-    return [_label(max(distinct, key=lambda other: _alike(one, other)), distinct) for one in made]
+    usual = Counter(map(with_result.index, with_result))
+    distinct.sort(key=lambda own: -usual[with_result.index(own)])  # the likely one first, where several are alike
+    return [_label(max(distinct, key=lambda other: _in_common(own, other)), distinct) for own in each]
 
 
-def _alike(one: Environment, other: Environment) -> int:
-    return sum(key in other and other[key] == value for key, value in one.items())
+def _in_common(own: Environment, other: Environment) -> int:
+    return sum(key in other and other[key] == value for key, value in own.items())
 
 
-def _label(one: Environment, distinct: Sequence[Environment]) -> str:
+def _label(own: Environment, distinct: Sequence[Environment]) -> str:
     keys = dict.fromkeys(key for other in distinct for key in other)
-    apart = [key for key in keys if any(other.get(key) != one.get(key) for other in distinct)]
-    return ", ".join(_said(key, one.get(key)) for key in apart)
+    apart = [key for key in keys if any(other.get(key) != own.get(key) for other in distinct)]
+    return ", ".join(_text(key, own.get(key)) for key in apart)
 
 
-def _said(key: str, value: Any) -> str:
+def _text(key: str, value: Any) -> str:
     if value is None:
         return f"no {key}" if key in ("gpu", "bitsandbytes") else f"{key} not recorded"
     return str(value) if key in ("device", "gpu", "cpu") else f"{key} {value}"

@@ -1,14 +1,14 @@
 """The page of ``make gpu``: what was measured on one card, from gpu.json alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from loralab.analysis.values import Json
 from loralab.reporting import svg
 from loralab.reporting.figures import Figure
 from loralab.reporting.html import Cell, Head, Tile, render
 from loralab.reporting.table import MIB
 
-Json = Mapping[str, Any]
 SPEED = "name trials step_s tokens_per_s over_alone over_peft peak_bytes loss_difference error"
 # Of each stage: where its rows are, and which of their keys are shown.
 _PAGING = (

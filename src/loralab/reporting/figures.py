@@ -24,7 +24,7 @@ class Figure:
     title: str
     caption: str
     drawing: Markup
-    legends: list[list[svg.Key]] = field(default_factory=list)
+    legends: list[list[svg.LegendEntry]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _curves(comparison: Comparison) -> Iterator[Figure]:
 
 
 def _curve_figure(
-    results: SweepResults, curves: list[svg.Curve], metric: str, smooth: float, legends: list[list[svg.Key]]
+    results: SweepResults, curves: list[svg.Curve], metric: str, smooth: float, legends: list[list[svg.LegendEntry]]
 ) -> Figure:
     values = [value for curve in curves for _, value in curve.rows]
     y = svg.scale(metric, _without_spikes(values))
@@ -212,7 +212,7 @@ def _mark(arm: Arm, x: float, axis: str | None = None) -> svg.Point:
     return svg.Point(x, mean, arm.scores if arm.n > 1 else [mean], arm.std, tip, shape)
 
 
-def _legend(groups: Sequence[Group]) -> list[svg.Key]:
+def _legend(groups: Sequence[Group]) -> list[svg.LegendEntry]:
     return svg.legend([(group.name, group.colour) for group in groups]) if len(groups) > 1 else []
 
 

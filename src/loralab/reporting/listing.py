@@ -11,7 +11,7 @@ from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import DAMAGED, MISSING, STALE, UNSCORED, TrialResult
 from loralab.errors import ArtifactError, LoralabError
 from loralab.records.record import RESULT, SWEEP
-from loralab.reporting.text import aligned, terminal_width, wrapped
+from loralab.reporting.layout import aligned, terminal_width, wrapped
 
 _FAILED = ("failed", "out_of_memory", "diverged", "interrupted", "pruned", DAMAGED, UNSCORED)
 _SKIP = {"adapter", "checkpoints", "report", "wandb"}

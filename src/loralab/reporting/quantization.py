@@ -11,17 +11,17 @@ from loralab.numerics import codebooks
 from loralab.reporting import svg
 from loralab.reporting.figures import Figure
 from loralab.reporting.html import Cell, Head, Tile, render
+from loralab.reporting.layout import aligned, natural_width, terminal_width, wrapped
 from loralab.reporting.provenance import brief
 from loralab.reporting.report import write_text
 from loralab.reporting.table import DECOMPOSED, memory
-from loralab.reporting.text import aligned, natural_width, terminal_width, wrapped
 
 FAMILIES = ("int8 weight-only", "int8 weights and activations", "int4", "fp4", "nf4")
 Measures = dict[str, dict[str, Any]]  # of each scheme, or of each layer
-Column = tuple[str, str, str, Callable[[float], str]]  # key, title, hint, text
+Quantity = tuple[str, str, str, Callable[[float], str]]  # key, title, hint, format
 
 HELD = "packed weights and statistics; decomposed products hold the weights in 16 bits too, for columns of outliers"
-COLUMNS: list[Column] = [
+QUANTITIES: list[Quantity] = [
     ("bits_per_parameter", "bits/param", HELD, "{:.4f}".format),
     ("bytes", "bytes", HELD, memory),
     ("relative_rmse", "rel. RMSE", "||W' - W|| / ||W||, W' in float32", "{:.2%}".format),
@@ -60,11 +60,11 @@ def terminal(result: Mapping[str, Any], width: int | None = None) -> str:
     schemes, width = fitting(result), width or terminal_width(WIDTH)
     evaluated = any("kl" in row for row in schemes.values())
     hidden = ("bulk_relative_rmse", *(("bytes", "snr_db", "zeroed_share", "same_prediction") if evaluated else ()))
-    shown = [column for column in _shown(schemes) if column[0] not in hidden]
+    shown = [quantity for quantity in _shown(schemes) if quantity[0] not in hidden]
     for key in ("", *EXPENDABLE):
-        shown = [column for column in shown if column[0] != key]
-        titles = ["scheme", *(column[1] for column in shown)]
-        rows = [[name, *(_text(column, row) for column in shown)] for name, row in schemes.items()]
+        shown = [quantity for quantity in shown if quantity[0] != key]
+        titles = ["scheme", *(quantity[1] for quantity in shown)]
+        rows = [[name, *(_text(quantity, row) for quantity in shown)] for name, row in schemes.items()]
         if natural_width(titles, rows) <= width:
             break
     lines = aligned(titles, rows, range(1, len(titles)))
@@ -79,7 +79,7 @@ def terminal(result: Mapping[str, Any], width: int | None = None) -> str:
 
 def undefined(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Which figures are missing, why and whose: a text for each; what is exact (no error, no SNR) has none."""
-    titles = {column[0]: column[1] for column in COLUMNS} | {"layers": "some layers"}
+    titles = {quantity[0]: quantity[1] for quantity in QUANTITIES} | {"layers": "some layers"}
     whose: dict[str, list[str]] = {}
     for name, row in rows.items():
         for key, words in row.get("undefined", {}).items():
@@ -102,7 +102,7 @@ def subject(result: Mapping[str, Any]) -> str:
 def wandb_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """(columns, rows), every measure of every scheme."""
     rows = fitting(result)
-    keys = [column[0] for column in _shown(rows)]
+    keys = [quantity[0] for quantity in _shown(rows)]
     return ["scheme", *keys], [[name, *(row.get(key) for key in keys)] for name, row in rows.items()]
 
 
@@ -144,7 +144,7 @@ def _scheme_table(schemes: Measures) -> tuple[list[Head], list[list[Cell]]]:
     for name, row in schemes.items():
         worst: dict[str, Any] = next(iter(row["worst_layers"]), {"layer": "", "relative_rmse": None})
         text = f"{worst['layer']} {_number(worst['relative_rmse'], '.2%')}".strip()
-        cells = [Cell(name, name, "key"), *(Cell(_text(column, row), row.get(column[0])) for column in shown)]
+        cells = [Cell(name, name, "key"), *(Cell(_text(quantity, row), row.get(quantity[0])) for quantity in shown)]
         rows.append([*cells, Cell(text, worst["relative_rmse"], "key")])
     return heads, rows
 
@@ -239,16 +239,16 @@ def _by_layer(rows: Measures, chosen: Sequence[str], order: Sequence[str]) -> Fi
     return Figure("Error by layer", "Layers in the order of the table below.", svg.line_plot(curves, x, y), [legend])
 
 
-def _shown(rows: Measures) -> list[Column]:
-    return [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows.values())]
+def _shown(rows: Measures) -> list[Quantity]:
+    return [quantity for quantity in QUANTITIES if any(row.get(quantity[0]) is not None for row in rows.values())]
 
 
-def _text(column: Column, row: Mapping[str, Any]) -> str:
-    value = row.get(column[0])
+def _text(quantity: Quantity, row: Mapping[str, Any]) -> str:
+    value = row.get(quantity[0])
     if value is None:
         return "-"
-    error = f" +- {row['loss_change_se']:.4f}" if column[0] == "loss_change" and row.get("loss_change_se") else ""
-    return column[3](value) + error
+    error = f" +- {row['loss_change_se']:.4f}" if quantity[0] == "loss_change" and row.get("loss_change_se") else ""
+    return quantity[3](value) + error
 
 
 def _number(value: float | None, form: str) -> str:

@@ -13,11 +13,12 @@ from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
+from loralab.reporting.layout import terminal_width
 from loralab.reporting.notes import general, notes
 from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
 from loralab.reporting.table import as_plain
-from loralab.reporting.text import markdown, measure, terminal, terminal_width
+from loralab.reporting.text import markdown, measure, terminal
 
 # As the record has them: in a pack, memory and time are the pack's, and tokens_per_s is the trial's share.
 _MEASURED = (

@@ -73,7 +73,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Key:
+class LegendEntry:
     """An entry of a legend: a small drawing, ``width`` pixels wide and 14 high, and what it stands for."""
 
     name: str
@@ -264,21 +264,24 @@ def strip(values: Sequence[float], mean: float, std: float | None, low: float, h
     return Markup(f'<svg class="strip" viewBox="0 0 120 18" aria-hidden="true">{"".join(parts)}</svg>')
 
 
-def legend(names: Sequence[tuple[str, int]], round_marks: bool = False) -> list[Key]:
+def legend(names: Sequence[tuple[str, int]], round_marks: bool = False) -> list[LegendEntry]:
     """The mark of each (name, colour); ``round_marks``: shapes stand for something else."""
     marks = [(name, colour % COLOURS, _shape(7, 7, 5, 0 if round_marks else colour % SHAPES)) for name, colour in names]
-    return [Key(name, Markup(f'<g class="c{colour} mean">{shape}</g>')) for name, colour, shape in marks]
+    return [LegendEntry(name, Markup(f'<g class="c{colour} mean">{shape}</g>')) for name, colour, shape in marks]
 
 
-def shape_legend(names: Sequence[str]) -> list[Key]:
+def shape_legend(names: Sequence[str]) -> list[LegendEntry]:
     """What the marks' shapes stand for."""
-    return [Key(name, Markup(f'<g class="plain">{_shape(7, 7, 5, at % SHAPES)}</g>')) for at, name in enumerate(names)]
+    return [
+        LegendEntry(name, Markup(f'<g class="plain">{_shape(7, 7, 5, at % SHAPES)}</g>'))
+        for at, name in enumerate(names)
+    ]
 
 
-def line_legend(names: Sequence[tuple[str, str]]) -> list[Key]:
+def line_legend(names: Sequence[tuple[str, str]]) -> list[LegendEntry]:
     """(name, style): what the dashes and shades of lines stand for."""
     line = '<line class="axis" stroke-width="2" x1="0" x2="28" y1="7" y2="7" style="{}"/>'
-    return [Key(name, Markup(line.format(style)), width=28) for name, style in names]
+    return [LegendEntry(name, Markup(line.format(style)), width=28) for name, style in names]
 
 
 def downsample(rows: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:

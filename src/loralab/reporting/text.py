@@ -1,29 +1,21 @@
 """The results as plain text: for a terminal, and in Markdown."""
 
-import shutil
 from collections.abc import Iterable, Sequence
-from textwrap import wrap
 
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
+from loralab.reporting.layout import WIDTH, aligned, natural_width, wrapped
 from loralab.reporting.notes import general, notes
 from loralab.reporting.provenance import question
 from loralab.reporting.table import VERSUS, Column, columns, score_text, seeds_text
 
-WIDTH = 100
-UNBOUNDED = 10_000
 # Columns that go first when the terminal is narrow.
 _EXPENDABLE = (
     *("tokens/s", "base size", "peak memory", "train s", "trainable", "bits overall", "peak alone", "bits/param"),
     "published",
 )
-
-
-def terminal_width(most: int = WIDTH) -> int:
-    """The terminal's columns, at most ``most``; that where there is no terminal."""
-    return min(most, shutil.get_terminal_size((most, 24)).columns)
 
 
 def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: int = WIDTH) -> str:
@@ -55,38 +47,6 @@ def measure(comparison: Comparison) -> str:
     spread = ": mean +- standard deviation over seeds" if comparison.deviates else ""
     marked = ", * marks the best row by its intervals" if comparison.best else ""
     return f"{comparison.results.metric}{spread}, {comparison.results.better} is better{marked}"
-
-
-def wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """Printable lines no longer than ``width``, all but the first after ``indent``."""
-    return wrap(_printable(text), width, subsequent_indent=indent)
-
-
-def natural_width(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Of the lines that ``aligned`` gives."""
-    return sum(max(map(len, cells)) + 2 for cells in zip(titles, *rows, strict=True)) - 2
-
-
-def aligned(titles: Sequence[str], rows: Iterable[Sequence[str]], right: range = range(0)) -> list[str]:
-    """Lines of equal columns below a ruled head, without escape codes; the columns ``right`` are set to the right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    rule = box.Box("    \n    \n -- \n" + "    \n" * 5, ascii=True)
-    table = Table(box=rule, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for at, title in enumerate(titles):
-        table.add_column(title, justify="right" if at in right else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(_printable, row))
-    console = Console(width=UNBOUNDED, color_system=None, markup=False, emoji=False, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get().splitlines()
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _paragraphs(texts: Iterable[str], width: int) -> list[str]:
