@@ -47,12 +47,13 @@ def page(result: Json) -> str:
         Tile(stage["status"], f"{name}, {stage['seconds']:.0f} s", stage["status"] in ("failed", "timeout"))
         for name, stage in result["stages"].items()
     ]
-    stages = [
-        {"name": name, "facts": dict(_facts(stage)), "figures": list(_ratios(stage)), "tables": _tables(name, stage)}
-        for name in STAGES
-        if (stage := result["stages"].get(name))
-    ]
+    stages = [_stage(name, stage) for name in STAGES if (stage := result["stages"].get(name))]
     return render("card.html", title="GPU", rehearsal=result["rehearsal"], tiles=tiles, stages=stages)
+
+
+def _stage(name: str, stage: Json) -> Json:
+    figures = list(_ratios(stage["runs"])) if name == "plan" and "runs" in stage else []
+    return {"name": name, "facts": dict(_facts(stage)), "figures": figures, "tables": _tables(name, stage)}
 
 
 def _facts(stage: Json) -> Iterator[tuple[str, str]]:
@@ -95,9 +96,9 @@ def _cell(key: str, value: Any) -> Cell:
     return Cell("" if value is None else str(value), kind="key")
 
 
-def _ratios(stage: Json) -> Iterator[Figure]:
+def _ratios(runs: Sequence[Json]) -> Iterator[Figure]:
     """Predicted over measured peak of each run that has both."""
-    runs = [run for run in stage.get("runs", []) if run.get("predicted_over_measured")]
+    runs = [run for run in runs if run.get("predicted_over_measured")]
     if not runs:
         return
     ratios = [float(run["predicted_over_measured"]) for run in runs]
