@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is there, as the command line has it
+os.environ["COLUMNS"] = "100"  # of terminal tables; a test process is told other widths
 import torch
 
 from loralab.adapters.lora import LoRA

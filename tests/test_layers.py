@@ -34,6 +34,9 @@ FENCES = {
     "peft": {"gpu", "bench"},
     "rich": {"cli", "reporting", "training"},
     "filelock": {"records"},
+    "pandas": {"analysis", "reporting"},
+    "scipy": {"analysis"},
+    "jinja2": {"reporting"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted([*SRC.rglob("*.py"), *PLUGIN.rglob("*.py")])

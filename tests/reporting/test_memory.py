@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from loralab.analysis.arms import comparisons
+from loralab.analysis.results import read_results
 from loralab.records import record
-from loralab.reporting import gather, memory
+from loralab.reporting import memory
 from loralab.reporting.page import page
-from loralab.reporting.rows import tables
 
 NOTE = "optimizer=paged_adamw paged nothing: the largest tensor has 8,192 elements"
 
@@ -45,14 +46,14 @@ def paged_sweep(tmp_path, make_trial):
                 trials.append({"trial": made["trial"], "folder": made["trial"], "status": made["status"]})
         axes = {"optimizer": ["adamw_32bit", "paged_adamw"], "memory.spiky_every": [None, 8], "seed": [0]}
         record.write_sweep(root, {"name": "paged", "question": "?", "axes": axes, "trials": trials})
-        return gather.study(root)
+        return read_results(root)
 
     return build
 
 
 def test_the_arms_are_on_one_axis_with_what_was_paged_and_who_died(paged_sweep):
-    study = paged_sweep("on")
-    found = memory.section(study, tables(study)[0][1])
+    results = paged_sweep("on")
+    found = memory.section(comparisons(results)[0])
     assert found.count("<svg viewBox") >= 1
     assert found.count('class="line thin') == 4
     assert "100%" in found
@@ -63,17 +64,17 @@ def test_the_arms_are_on_one_axis_with_what_was_paged_and_who_died(paged_sweep):
 
 
 def test_a_run_that_paged_nothing_is_named_with_the_reason(paged_sweep):
-    study = paged_sweep("nothing")
-    whole = page(study, tables(study))
+    results = paged_sweep("nothing")
+    whole = page(results, comparisons(results))
     assert NOTE in whole
-    assert "trouble" in memory.section(study, tables(study)[0][1])
+    assert "trouble" in memory.section(comparisons(results)[0])
 
 
 def test_where_nothing_can_page_the_panel_says_not_applicable(paged_sweep):
-    study = paged_sweep("not applicable")
-    assert "Paging is not applicable on this machine" in memory.section(study, tables(study)[0][1])
+    results = paged_sweep("not applicable")
+    assert "Paging is not applicable on this machine" in memory.section(comparisons(results)[0])
 
 
 def test_a_study_without_paging_has_no_such_section(synthetic_sweep):
-    study = gather.study(synthetic_sweep)
-    assert memory.section(study, tables(study)[0][1]) == ""
+    results = read_results(synthetic_sweep)
+    assert memory.section(comparisons(results)[0]) == ""

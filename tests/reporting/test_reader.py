@@ -4,19 +4,20 @@ import json
 import math
 import re
 import shutil
+from html import unescape
 from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 
+from loralab.analysis.arms import comparisons
+from loralab.analysis.results import read_results
 from loralab.cli import main
 from loralab.records import record
 from loralab.reporting import svg
-from loralab.reporting.gather import study
 from loralab.reporting.listing import listing, render
 from loralab.reporting.provenance import held_fixed, question
 from loralab.reporting.report import report
-from loralab.reporting.rows import tables
 from loralab.reporting.text import terminal
 
 FIXED = "lora_alpha / r = 2, so the update's scale stays put when r moves; one learning rate for every r"
@@ -46,7 +47,7 @@ def runs(tmp_path, make_trial):
 
 
 def flat(text):
-    return " ".join(re.sub(r"<[^>]*>", "", text).split())
+    return unescape(" ".join(re.sub(r"<[^>]*>", "", text).split()))
 
 
 def forms(done):
@@ -62,9 +63,7 @@ def test_rows_that_differ_from_the_baseline_are_counted_and_marked_where_no_row_
     done = report(runs(WORSE | TWINS))
     for text in forms(done):
         assert "the leading rows are not told apart by their intervals" in text
-        assert "against the baseline, 3 of 3 rows' 95% intervals exclude 0: 2 better, 1 worse" in text.replace(
-            "&#x27;", "'"
-        )
+        assert "against the baseline, 3 of 3 rows' 95% intervals exclude 0: 2 better, 1 worse" in text
         assert "! marks an interval that excludes 0" in text
     assert sum("] !" in line for line in done.table.splitlines()) == 3
     arms = json.loads(done.files["results.json"].read_text())["arms"]
@@ -90,9 +89,9 @@ OF_RANK = {"question": "Does r matter?", "fixed": FIXED, "overrides": ["+sweeps=
 
 def test_what_the_sweep_file_holds_fixed_is_not_said_of_an_axis_of_this_run(runs):
     losses = {(r, lr, 0): r * lr for r in (2, 8) for lr in (0.1, 0.2)}
-    gathered = study(runs(losses, axes=AXES, **OF_RANK))
-    assert held_fixed(gathered)[0] == "lora_alpha / r = 2, so the update's scale stays put when r moves"
-    assert question(gathered) == "Does r matter? (Varied here too: optimizer.lr.)"
+    results = read_results(runs(losses, axes=AXES, **OF_RANK))
+    assert held_fixed(results)[0] == "lora_alpha / r = 2, so the update's scale stays put when r moves"
+    assert question(results) == "Does r matter? (Varied here too: optimizer.lr.)"
 
 
 def test_a_question_about_an_axis_that_does_not_move_is_not_asked(runs):
@@ -105,9 +104,9 @@ def test_a_question_about_an_axis_that_does_not_move_is_not_asked(runs):
 
 
 def test_the_question_stays_where_its_axis_moves(runs):
-    gathered = study(runs({(r, 0.1, 0): r for r in (2, 8)}, axes={**AXES, "optimizer.lr": ["0.1"]}, **OF_RANK))
-    assert question(gathered) == "Does r matter?"
-    assert held_fixed(gathered)[0] == FIXED
+    results = read_results(runs({(r, 0.1, 0): r for r in (2, 8)}, axes={**AXES, "optimizer.lr": ["0.1"]}, **OF_RANK))
+    assert question(results) == "Does r matter?"
+    assert held_fixed(results)[0] == FIXED
 
 
 def damage(folder, keys, value):
@@ -235,9 +234,9 @@ def test_pack_sizes_are_explained_only_where_they_are_shown(runs):
         stored["pack"]["size"], stored["time"]["train_s"] = 6, 9.0
         record.write(folder, stored)
     done = report(root)
-    gathered = study(root)
+    results = read_results(root)
     for width, shown in ((200, True), (70, False)):
-        table = terminal(gathered, tables(gathered), width)
+        table = terminal(results, comparisons(results), width)
         assert ("(pack of 6)" in table) == ("(pack of N)" in table) == shown
     assert "(pack of 6)" in flat(done.index.read_text())
     assert "(pack of N)" in flat(done.index.read_text())

@@ -7,16 +7,15 @@ import re
 import shutil
 import socket
 import statistics
-from html import escape
+from html import unescape
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import pytest
 
+from loralab.analysis.results import read_results
 from loralab.errors import ArtifactError, DiskError
 from loralab.records import record
-from loralab.reporting.gather import study
-from loralab.reporting.page import rerun
 from loralab.reporting.report import report
 
 
@@ -93,6 +92,14 @@ def test_every_figure_says_over_how_many_seeds_or_runs(reported):
     assert all(re.search(r"n = \d|\d+ of \d+ runs", caption) for caption in captions)
 
 
+def test_a_column_of_numbers_is_sorted_by_all_their_digits(reported):
+    cells = re.findall(r'<td class="breaks" data-sort="(.*?)">(.*?)</td>', reported.index.read_text())
+    numbers = [(sort, text) for sort, text in cells if re.match(r"[\d+-]", text) and text != "-"]
+    assert len(numbers) > 30
+    assert all(isinstance(float(sort), float) for sort, _ in numbers)
+    assert ("4.127", "4.127") in numbers
+
+
 def test_texts_from_records_are_escaped(reported):
     text = reported.index.read_text()
     assert "&lt;on cpu&gt;" in text
@@ -144,7 +151,7 @@ def test_a_moved_sweep_is_still_readable(synthetic_sweep, tmp_path):
     for trial in sweep["trials"]:
         trial["folder"] = f"/nowhere/any/more/{trial['folder']}"
     record.write_sweep(tmp_path / "moved", sweep)
-    assert study(tmp_path / "moved").count("completed") == 11
+    assert read_results(tmp_path / "moved").count("completed") == 11
 
 
 def test_a_single_run_can_be_reported(synthetic_sweep, tmp_path):
@@ -212,16 +219,16 @@ def test_the_page_names_the_baseline_the_method_and_what_was_cut(tmp_path, make_
             made["memory"]["measured_peak_bytes"] = None
             made["config"]["data"]["prompt"] = "{a}\n"
             write(tmp_path / f"{r}-{seed}", made)
-    text = report(tmp_path).index.read_text()
+    text = unescape(report(tmp_path).index.read_text())
     for wanted in (
         "vs baseline (r = 2)",
-        "Student&#x27;s t",
+        "Student's t",
         "50 of 4,300 rows were cut",
         "not a benchmark",
         "lora_alpha = 16",
     ):
         assert wanted in text, wanted
-    assert escape('data.prompt = "{a}\\n"') in text
+    assert 'data.prompt = "{a}\\n"' in text
     assert "Peak memory" not in text
 
 
@@ -279,7 +286,7 @@ def test_a_running_record_whose_process_is_gone_is_interrupted(tmp_path, make_tr
     write(tmp_path / "here", {**synthetic("none", 2, 1), **gone, "pid": os.getpid()})
     write(tmp_path / "huge", {**synthetic("none", 2, 3), **gone, "pid": 10**30})
     write(tmp_path / "away", {**synthetic("none", 2, 2), **gone, "host": "another-machine"})
-    statuses = {trial.name: trial.status for trial in study(tmp_path).trials}
+    statuses = {trial.name: trial.status for trial in read_results(tmp_path).trials}
     assert statuses == {"gone": "interrupted", "huge": "interrupted", "here": "running", "away": "running"}
 
 
@@ -287,8 +294,8 @@ def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, make_trial):
     synthetic, write = make_trial
     made = {**synthetic("none", 2, 7), "overrides": ["data.prompt={a} {b}\\n"]}
     write(tmp_path / "a", made)
-    (trial,) = study(tmp_path).trials
-    assert rerun(trial) == "loralab train 'data.prompt={a} {b}\\n' seed=7"
+    (trial,) = read_results(tmp_path).trials
+    assert trial.rerun == "loralab train 'data.prompt={a} {b}\\n' seed=7"
 
 
 def test_the_strip_shows_the_whole_deviation_and_every_seed_at_its_value(tmp_path, make_trial):

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from loralab.analysis.results import read_results
 from loralab.cli.main import parse
 from loralab.config.compose import compose, plain, trial_id
 from loralab.config.words import quoted
 from loralab.records import record
-from loralab.reporting.gather import study
-from loralab.reporting.page import rerun
 
 SWEPT = [
     ["+sweeps=quickstart", "quantization=nf4_double", "adapter.r=8", "seed=1"],
@@ -31,8 +30,8 @@ def test_the_shown_command_composes_to_the_trial_beside_it(tmp_path, words):
         trial_id(config), config=plain(config), overrides=given, seed=config.seed, choices={"quantization": "x"}
     )
     record.write(tmp_path, {**made, "status": "completed", "metrics": {config.metric: 1.0}})
-    (trial,) = study(tmp_path).trials
-    command, subcommand, *rest = shlex.split(rerun(trial), comments=True)
+    (trial,) = read_results(tmp_path).trials
+    command, subcommand, *rest = shlex.split(trial.rerun, comments=True)
     assert (command, subcommand) == ("loralab", "train")
     assert trial_id(compose(parse(["train", *rest]).overrides())) == made["trial"]
 
@@ -40,5 +39,5 @@ def test_the_shown_command_composes_to_the_trial_beside_it(tmp_path, words):
 def test_a_hidden_secret_is_said_to_be_missing(tmp_path):
     made = record.blank("a", config={"seed": 0}, overrides=["logger.api_key=abc"], seed=0)
     record.write(Path(tmp_path), {**made, "status": "failed"})
-    (trial,) = study(tmp_path).trials
-    assert rerun(trial) == "loralab train 'logger.api_key=***' seed=0  # *** hides a secret"
+    (trial,) = read_results(tmp_path).trials
+    assert trial.rerun == "loralab train 'logger.api_key=***' seed=0  # *** hides a secret"

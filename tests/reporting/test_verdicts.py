@@ -5,12 +5,12 @@ from html import unescape
 
 import pytest
 
+from loralab.analysis.arms import comparisons
+from loralab.analysis.claims import verdicts
 from loralab.analysis.paired import paired, t_quantile
+from loralab.analysis.results import read_results
 from loralab.records import record
-from loralab.reporting.gather import study
 from loralab.reporting.report import report
-from loralab.reporting.rows import tables
-from loralab.reporting.verdicts import verdicts
 
 PAPER = {
     "table": "table 2 of a paper",
@@ -57,8 +57,8 @@ LOSSES = {"none": [1.0, 2.0, 3.0], "int8_absmax": [1.5, 2.51, 3.49], "nf4_double
     ],
 )
 def test_the_paired_interval_decides(paper, claim, verdict):
-    gathered = study(paper(LOSSES, [claim]))
-    (found,) = verdicts(gathered, tables(gathered))
+    results = read_results(paper(LOSSES, [claim]))
+    (found,) = verdicts(results, comparisons(results))
     assert (found.claim, found.verdict) == (claim, verdict)
 
 
@@ -116,8 +116,8 @@ def test_arms_over_other_targets_or_in_other_environments_are_not_comparable(pap
         made["environment"]["versions"]["torch"] = "2.12" if made["choices"]["quantization"] == "none" else "2.13"
 
     for change in (other_targets, other_torch):
-        gathered = study(paper(LOSSES, ["none <= nf4_double"], change))
-        (found,) = verdicts(gathered, tables(gathered))
+        results = read_results(paper(LOSSES, ["none <= nf4_double"], change))
+        (found,) = verdicts(results, comparisons(results))
         assert found.verdict == "not comparable"
         assert found.estimate is None
 
@@ -132,8 +132,8 @@ def test_a_second_axis_gives_a_verdict_for_each_of_its_values(tmp_path, make_tri
     axes = {"quantization": ["none", "nf4_double"], "adapter.r": [2, 8]}
     trials = [{"trial": path.name, "folder": path.name} for path in record.find(tmp_path)]
     record.write_sweep(tmp_path, {"name": "p", "axes": axes, "trials": trials, "claims": ["none <= nf4_double"]})
-    gathered = study(tmp_path)
-    assert [one.claim for one in verdicts(gathered, tables(gathered))] == [
+    results = read_results(tmp_path)
+    assert [one.claim for one in verdicts(results, comparisons(results))] == [
         "none <= nf4_double (2)",
         "none <= nf4_double (8)",
     ]

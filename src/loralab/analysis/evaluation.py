@@ -54,14 +54,14 @@ class Evaluation:
         loss = torch.cat(losses).double()
         change = loss - self.dense_loss
         n = change.numel()
-        found = {
+        scores = {
             "loss": float(loss.mean()),
             "loss_change": float(change.mean()),
             "loss_change_se": float(change.std() / math.sqrt(n)) if n > 1 else None,
             "kl": divergence / n,
             "same_prediction": agreed / n,
         }
-        return defined(found, {"loss_change_se": "one target"} if n == 1 else None)
+        return defined(scores, {"loss_change_se": "one target"} if n == 1 else None)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(logits (n, V) float32, targets (n,)) of the targets of each batch."""

@@ -54,33 +54,21 @@ def paired(scores: Mapping[str, float], baseline: Mapping[str, float], level: fl
     n = max(replicates({seed: side[seed] for seed in seeds}) for side in (scores, baseline))
     if n < 2:
         return Difference(seeds, n, gaps[0], None)
-    error = statistics.stdev(gaps) / math.sqrt(n)
-    mean = statistics.fmean(gaps)
-    return Difference(seeds, n, mean, t_quantile(n - 1, level) * error, _p(mean, error, n - 1))
+    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(n)
+    return Difference(seeds, n, mean, t_quantile(n - 1, level) * error, _p_value(mean, error, n - 1))
 
 
 def t_quantile(freedom: int, level: float = LEVEL) -> float:
     """t with P(-t < T < t) = level for Student's T with ``freedom`` degrees of freedom."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
+    from scipy.special import stdtrit  # what scipy.stats.t calls, without the second that scipy.stats takes to import
+
+    return float(stdtrit(freedom, (1 + level) / 2))
 
 
-def _p(mean: float, error: float, freedom: int) -> float:
+def _p_value(mean: float, error: float, freedom: int) -> float:
     """P(|T| >= |mean / error|)."""
+    from scipy.special import stdtr
+
     if mean == 0:
         return 1.0
-    return max(0.0, 1 - _within(math.atan2(abs(mean), error * math.sqrt(freedom)), freedom))
-
-
-def _within(angle: float, freedom: int) -> float:
-    """P(-t < T < t) for t = sqrt(freedom) tan(angle), exact (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    odd, cosine = freedom % 2, math.cos(angle)
-    term, total = cosine**odd, 0.0
-    for power in range(odd, freedom - 1, 2):
-        total += term
-        term *= (power + 1) / (power + 2) * cosine**2
-    total *= math.sin(angle)
-    return (angle + total) * 2 / math.pi if odd else total
+    return float(2 * stdtr(freedom, -abs(mean) / error)) if error else 0.0

@@ -20,12 +20,12 @@ def run(arguments: Arguments) -> int:
     from loralab.cli.terminal import messages_to_stderr
 
     messages_to_stderr()
-    from loralab.analysis.study import study
+    from loralab.analysis.quantization import compare_schemes
     from loralab.records.environment import environment
     from loralab.reporting import quantization
 
     with hold(folder):  # before the work: whether it can be written
-        result = study(spec, schemes, model, data, trainer, arguments.evaluate)
+        result = compare_schemes(spec, schemes, model, data, trainer, arguments.evaluate)
         machine = environment()
         result.update(machine=machine["gpu"] or machine["cpu"], versions=machine["versions"], config=content)
         print(json.dumps(result) if arguments.json else quantization.terminal(result), flush=True)

@@ -1,135 +1,166 @@
-"""Which charts a study gets, and the words under them."""
+"""Which figures a comparison gets, and the words under them."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from markupsafe import Markup
+
+from loralab.analysis.arms import Arm, Comparison
+from loralab.analysis.results import SweepResults
+from loralab.analysis.trials import TrialResult
+from loralab.analysis.values import Json, as_number, is_number
 from loralab.reporting import svg
-from loralab.reporting.axes import as_number, is_number, short_names
-from loralab.reporting.gather import Study, Trial, curves
-from loralab.reporting.rows import Row
-from loralab.reporting.table import deviates, score_text, trial_text, where
+from loralab.reporting.table import score_text
 
 SMOOTH = 0.8
+BITS = "base.bits_per_parameter"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """``body``: HTML of the legend and the drawing."""
+    """A drawing, its legends, and the words above and below it."""
 
     title: str
     caption: str
-    body: str
+    drawing: Markup
+    legends: list[list[svg.LegendEntry]] = field(default_factory=list)
 
 
-def figures(study: Study, found: Sequence[Row]) -> list[Figure]:
+@dataclass(frozen=True)
+class Group:
+    """The arms that have one value on an axis; they keep their colour in every figure of the page."""
+
+    name: str
+    colour: int
+    arms: list[Arm]
+
+
+def figures(comparison: Comparison) -> list[Figure]:
     """Metric against the axes, quality against bits where quantization varies, curves."""
-    return [*_metric(study, found), *_against_bits(study, found), *_curves(study, found)]
+    return [*_metric(comparison), *_against_bits(comparison), *_curves(comparison)]
 
 
-def axis_roles(study: Study) -> tuple[str | None, list[str]]:
+def axis_roles(results: SweepResults) -> tuple[str | None, list[str]]:
     """The x axis, numeric if any is, and the other axes that vary, which become series and then panels."""
-    moving = [axis for axis, labels in study.axes.items() if len(labels) > 1]
-    numeric = [axis for axis in moving if all(as_number(text) is not None for text in study.axes[axis])]
+    moving = [axis for axis, labels in results.axes.items() if len(labels) > 1]
+    numeric = [axis for axis in moving if all(as_number(text) is not None for text in results.axes[axis])]
     x = next(iter([*numeric, *moving]), None)
     return x, [axis for axis in moving if axis != x]
 
 
-def _metric(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
-    x, others = axis_roles(study)
-    scored = [row for row in found if row.mean is not None]
+def _metric(comparison: Comparison) -> Iterator[Figure]:
+    results, scored = comparison.results, comparison.contenders
+    x, others = axis_roles(results)
     if x is None or not scored:
         return
-    y = svg.scale(study.metric, _extent(scored))
-    short = short_names(list(study.axes))
-    panels = list(dict.fromkeys(_key(row, others[1:]) for row in scored))
+    y = svg.scale(results.metric, [value for arm in scored for value in arm.extent])
+    panels = list(dict.fromkeys(tuple(arm.values[axis] for axis in others[1:]) for arm in scored))
     for panel in panels:
-        inside = [row for row in found if _key(row, others[1:]) == panel]
-        if len(panels) > 1 and sum(row in scored for row in inside) < 2:
+        inside = [arm for arm in comparison.arms if tuple(arm.values[axis] for axis in others[1:]) == panel]
+        if len(panels) > 1 and sum(bool(arm.scores) for arm in inside) < 2:
             continue  # one mark alone compares nothing
-        place = ", ".join(f"{short[axis]} = {text}" for axis, text in zip(others[1:], panel, strict=True))
-        yield _metric_panel(study, inside, x, others[:1], y, place)
+        place = ", ".join(f"{results.short[axis]} = {text}" for axis, text in zip(others[1:], panel, strict=True))
+        yield _metric_panel(results, inside, x, others[:1], y, place)
 
 
-def _metric_panel(study: Study, found: Sequence[Row], x: str, by: list[str], y: svg.Axis, place: str) -> Figure:
-    labels = study.axes[x]
-    numbers = [as_number(text) for text in labels]
-    numeric = all(number is not None for number in numbers)
-    across = [float(number or 0) for number in numbers] if numeric else [float(i) for i in range(len(labels))]
-    name = short_names(list(study.axes))[x]
-    axis = _x_axis(name, labels, across, numeric)
+def _metric_panel(results: SweepResults, arms: list[Arm], x: str, by: list[str], y: svg.Axis, place: str) -> Figure:
+    labels, name = results.axes[x], results.short[x]
+    numbers = [number for text in labels if (number := as_number(text)) is not None]
+    numeric = len(numbers) == len(labels)
+    across = numbers if numeric else [float(at) for at in range(len(labels))]
+    places = list(zip(labels, across, strict=True))
+    groups = _groups(results, arms, by)
     series = [
-        svg.Series(key, [_point(study, rows_at, at) for rows_at, at in _along(inside, x, labels, across)], hue)
-        for key, hue, inside in _series(study, found, by)
+        svg.Series(group.name, [_point(group.arms, x, text, at) for text, at in places], group.colour)
+        for group in groups
     ]
-    title = f"{study.metric} against {name}" + (f" ({place})" if place else "")
-    drawn = svg.chart(series, axis, y, joined=numeric, description=title)
-    spread = "Large: mean over seeds; small: each seed; bars: one standard deviation; " * deviates(found)
-    caption = f"{spread}{_seeds(found)}."
-    missing = _missing(found)
-    caption += f" {missing}." if missing else ""
-    return Figure(title, caption, _legend(series) + drawn)
+    title = f"{results.metric} against {name}" + (f" ({place})" if place else "")
+    drawing = svg.chart(series, _x_axis(name, labels, across, numeric), y, joined=numeric, description=title)
+    spread = "Large: mean over seeds; small: each seed; bars: one standard deviation; "
+    caption = f"{spread if any(arm.std is not None for arm in arms) else ''}{_seeds(arms)}."
+    missing = sum(arm.mean is None for arm in arms)
+    if missing:
+        caption += f" {missing} of {len(arms)} rows {'has' if missing == 1 else 'have'} no completed trial."
+    return Figure(title, caption, drawing, [_legend(groups)])
 
 
-def _against_bits(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
-    by = [axis for axis in study.axes if axis.split(".")[0] == "quantization"][:1]
-    scored = [(row, bits) for row in found if (bits := row.average("base.bits_per_parameter")) and row.scores]
-    if not by or len({bits for _, bits in scored}) < 2:
+def _against_bits(comparison: Comparison) -> Iterator[Figure]:
+    results = comparison.results
+    by = [axis for axis in results.axes if axis.split(".")[0] == "quantization"][:1]
+    scored = [arm for arm in comparison.contenders if arm.means.get(BITS)]
+    if not by or len({arm.means.get(BITS) for arm in scored}) < 2:
         return
-    labels = list(dict.fromkeys(f"{bits:.4g}" for bits in sorted(bits for _, bits in scored)))
-    axis = svg.places("bits per parameter of the quantized layers (in order, not to scale)", labels)
-    second = next(
-        (axis for axis, labels in study.axes.items() if axis != by[0] and 1 < len(labels) <= svg.SHAPES), None
-    )
+    labels = sorted({_bits(arm) for arm in scored}, key=float)
+    others = [axis for axis, texts in results.axes.items() if axis != by[0] and 1 < len(texts) <= svg.SHAPES]
+    second = next(iter(others), None)
+    groups = _groups(results, scored, by)
     series = [
-        svg.Series(
-            key,
-            [_shaped(study, row, labels.index(f"{bits:.4g}"), second) for row, bits in scored if row in inside],
-            hue,
-        )
-        for key, hue, inside in _series(study, found, by)
+        svg.Series(group.name, [_mark(arm, labels.index(_bits(arm)), second) for arm in group.arms], group.colour)
+        for group in groups
     ]
-    y = svg.scale(study.metric, _extent([row for row, _ in scored]))
-    better = "lower" if study.mode == "min" else "higher"
+    x = svg.places("bits per parameter of the quantized layers (in order, not to scale)", labels)
+    y = svg.scale(results.metric, [value for arm in scored for value in arm.extent])
     title = "Quality against bits per parameter"
-    caption = f"One mark per row; left and {better} is better; {_seeds(found)}."
-    legend = svg.legend([(one.name, one.colour) for one in series], round_marks=second is not None)
-    legend += svg.shape_legend(_values(study, second)) if second else ""
-    yield Figure(title, caption, legend + svg.chart(series, axis, y, joined=False, description=title))
+    caption = f"One mark per row; left and {results.better} is better; {_seeds(scored)}."
+    legends = [svg.legend([(group.name, group.colour) for group in groups], round_marks=second is not None)]
+    legends += [svg.shape_legend(_named(results, second))] if second else []
+    yield Figure(title, caption, svg.chart(series, x, y, joined=False, description=title), legends)
 
 
-def _shaped(study: Study, row: Row, bits: float, axis: str | None) -> svg.Point | None:
-    point = _point(study, [row], bits)
-    labels = study.axes[axis] if axis else []
-    shape = labels.index(row.values[axis]) if axis and row.values[axis] in labels else None
-    return replace(point, shape=shape) if point else None
+def _bits(arm: Arm) -> str:
+    return f"{arm.means.get(BITS):.4g}"
 
 
-def _values(study: Study, axis: str) -> list[str]:
-    return [f"{short_names(list(study.axes))[axis]} = {text}" for text in study.axes[axis]]
-
-
-def _curves(study: Study, found: Sequence[Row]) -> Iterator[Figure]:
+def _curves(comparison: Comparison) -> Iterator[Figure]:
     """Training loss (raw and smoothed) and the validation metric, one line per run."""
-    x, others = axis_roles(study)
-    by = others[:1] or ([x] if x else [])
+    results = comparison.results
+    x, others = axis_roles(results)
     second = x if others else None
-    styles = dict(zip(study.axes[second], _styles(len(study.axes[second])), strict=True)) if second else {}
+    styles = dict(zip(results.axes[second], _styles(len(results.axes[second])), strict=True)) if second else {}
+    groups = _groups(results, comparison.arms, others[:1] or ([x] if x else []))
     runs = [
-        (trial, hue, styles.get(row.values.get(second or "", ""), ""), curves(trial.folder))
-        for _, hue, inside in _series(study, found, by)
-        for row in inside
-        for trial in row.trials
+        (trial, group.colour, styles.get(arm.values.get(second or "", ""), ""), trial.curves())
+        for group in groups
+        for arm in group.arms
+        for trial in arm.trials
     ]
-    logged = {hue for _, hue, _, rows in runs if rows}
-    names = [(name, hue) for name, hue, _ in _series(study, found, by) if hue in logged]
-    legend = svg.legend(names) if len(names) > 1 else ""
-    legend += svg.line_legend(list(zip(_values(study, second), styles.values(), strict=True))) if second else ""
-    for metric, smooth in (("train/loss", SMOOTH), (study.metric, 0.0)):
-        drawn = [_curve(study, trial, hue, style, rows, metric) for trial, hue, style, rows in runs]
-        drawn = [curve for curve in drawn if curve.rows]
-        if drawn and (smooth or any(len(curve.rows) > 1 for curve in drawn)):
-            yield _curve_figure(study, drawn, metric, smooth, legend)
+    logged = {colour for _, colour, _, rows in runs if rows}
+    legends = [_legend([group for group in groups if group.colour in logged])]
+    legends += [svg.line_legend(list(zip(_named(results, second), styles.values(), strict=True)))] if second else []
+    for metric, smooth in (("train/loss", SMOOTH), (results.metric, 0.0)):
+        curves = [_curve(results, trial, hue, style, rows, metric) for trial, hue, style, rows in runs]
+        curves = [curve for curve in curves if curve.rows]
+        if curves and (smooth or any(len(curve.rows) > 1 for curve in curves)):
+            yield _curve_figure(results, curves, metric, smooth, legends)
+
+
+def _curve_figure(
+    results: SweepResults, curves: list[svg.Curve], metric: str, smooth: float, legends: list[list[svg.LegendEntry]]
+) -> Figure:
+    values = [value for curve in curves for _, value in curve.rows]
+    y = svg.scale(metric, _without_spikes(values))
+    how = f"faint: as logged; line: exponential mean ({smooth:g})" if smooth else "as logged"
+    caption = f"One line per run, {len(curves)} of {len(results.trials)} runs; {how}"
+    caption += "; cross: not completed" if any(curve.broken for curve in curves) else ""
+    outside = sum(not y.low <= value <= y.high for value in values)
+    beyond = "1 value beyond the axis touches" if outside == 1 else f"{outside} values beyond the axis touch"
+    caption += f"; {beyond} its edge." if outside else "."
+    x = svg.steps("optimizer step", [step for curve in curves for step, _ in curve.rows])
+    title = f"{metric} by step"
+    return Figure(title, caption, svg.line_plot(curves, x, y, smooth, title), legends)
+
+
+def _curve(
+    results: SweepResults, trial: TrialResult, colour: int, style: str, rows: list[Json], metric: str
+) -> svg.Curve:
+    pairs = [
+        (float(row["step"]), float(value))
+        for row in rows
+        if is_number(value := row.get(metric)) and math.isfinite(value)
+    ]
+    name = results.describe(trial) + ("" if trial.ok else f" ({trial.status})")
+    return svg.Curve(name, pairs, colour, not trial.ok, style)
 
 
 def _styles(count: int) -> list[str]:
@@ -139,52 +170,22 @@ def _styles(count: int) -> list[str]:
     return [f"stroke-opacity:{0.25 + 0.75 * index / (count - 1):.2f}" for index in range(count)]
 
 
-def _curve_figure(study: Study, drawn: list[svg.Curve], metric: str, smooth: float, legend: str) -> Figure:
-    steps = [step for curve in drawn for step, _ in curve.rows]
-    values = [value for curve in drawn for _, value in curve.rows]
-    y = svg.scale(metric, _without_spikes(values))
-    how = f"faint: as logged; line: exponential mean ({smooth:g})" if smooth else "as logged"
-    caption = f"One line per run, {len(drawn)} of {len(study.trials)} runs; {how}"
-    caption += "; cross: not completed" if any(curve.broken for curve in drawn) else ""
-    outside = sum(not y.low <= value <= y.high for value in values)
-    caption += f"; {_beyond(outside)} its edge." if outside else "."
-    body = svg.line_plot(drawn, svg.steps("optimizer step", steps), y, smooth, f"{metric} by step")
-    return Figure(f"{metric} by step", caption, legend + body)
-
-
-def _beyond(count: int) -> str:
-    return "1 value beyond the axis touches" if count == 1 else f"{count} values beyond the axis touch"
-
-
-def _curve(study: Study, trial: Trial, hue: int, style: str, rows: list[dict[str, object]], metric: str) -> svg.Curve:
-    pairs = [
-        (float(step), float(value))
-        for row in rows
-        if is_number(step := row["step"]) and is_number(value := row.get(metric)) and math.isfinite(value)
-    ]
-    name = trial_text(study, trial) + ("" if trial.ok else f" ({trial.status})")
-    return svg.Curve(name, pairs, hue, not trial.ok, style)
-
-
 def _x_axis(name: str, labels: list[str], across: list[float], numeric: bool) -> svg.Axis:
     if not numeric:
         return svg.places(name, labels)
-    spread = min(across) > 0 and max(across) / min(across) >= 4
-    if spread:
+    if min(across) > 0 and max(across) / min(across) >= 4:
         return svg.powers(name, across)
-    axis = svg.scale(name, across)
-    return svg.Axis(name, axis.low, axis.high, [(at, f"{at:g}") for at in sorted(set(across))])
+    return replace(svg.scale(name, across), ticks=[(at, f"{at:g}") for at in sorted(set(across))])
 
 
-def _series(study: Study, found: Sequence[Row], by: list[str]) -> list[tuple[str, int, list[Row]]]:
-    """(name, colour, rows); an option keeps its colour in every figure of the page."""
+def _groups(results: SweepResults, arms: Sequence[Arm], by: list[str]) -> list[Group]:
+    """The arms by their value on an axis; all in one where ``by`` is empty."""
     if not by:
-        return [(study.metric, 0, list(found))]
-    labels = [*study.axes[by[0]], "?"]
-    named = [f"{short_names(list(study.axes))[by[0]]} = {text}" if _bare(text) else text for text in labels]
-    inside = [[row for row in found if row.values[by[0]] == text] for text in labels]
-    split = [(name, hue, rows) for hue, (name, rows) in enumerate(zip(named, inside, strict=True))]
-    return [one for one in split if one[2]]
+        return [Group(results.metric, 0, list(arms))]
+    labels = [*results.axes[by[0]], "?"]
+    inside = [[arm for arm in arms if arm.values[by[0]] == text] for text in labels]
+    named = [f"{results.short[by[0]]} = {text}" if _bare(text) else text for text in labels]
+    return [Group(named[at], at, found) for at, found in enumerate(inside) if found]
 
 
 def _bare(text: str) -> bool:
@@ -192,40 +193,27 @@ def _bare(text: str) -> bool:
     return as_number(text) is not None or text in ("true", "false", "null")
 
 
-def _along(inside: Sequence[Row], x: str, labels: list[str], across: list[float]) -> list[tuple[list[Row], float]]:
-    return [([row for row in inside if row.values[x] == text], at) for text, at in zip(labels, across, strict=True)]
+def _named(results: SweepResults, axis: str) -> list[str]:
+    return [f"{results.short[axis]} = {text}" for text in results.axes[axis]]
 
 
-def _point(study: Study, at_place: Sequence[Row], x: float) -> svg.Point | None:
-    """The completed row at a place; None where there is none, or more than one without an axis between."""
-    scored = [row for row in at_place if row.mean is not None]
-    if len(scored) != 1 or scored[0].mean is None:
-        return None
-    row = scored[0]
-    text = f"{where(study, row)}: {score_text(row)}, n = {row.n}"
-    return svg.Point(x, scored[0].mean, row.scores if row.n > 1 else [scored[0].mean], row.std, text)
+def _point(arms: Sequence[Arm], x: str, text: str, at: float) -> svg.Point | None:
+    """The completed arm at a place; None where there is none, or more than one without an axis between."""
+    scored = [arm for arm in arms if arm.values[x] == text and arm.scores]
+    return _mark(scored[0], at) if len(scored) == 1 else None
 
 
-def _missing(found: Sequence[Row]) -> str:
-    """How many of the rows that were asked for have no result; no line is drawn across one."""
-    missing = sum(row.mean is None for row in found)
-    if not missing:
-        return ""
-    return f"{missing} of {len(found)} rows {'has' if missing == 1 else 'have'} no completed trial"
+def _mark(arm: Arm, x: float, axis: str | None = None) -> svg.Point:
+    """The mark of an arm with a score; on ``axis`` its place gives the shape."""
+    labels = arm.results.axes[axis] if axis else []
+    shape = labels.index(arm.values[axis]) if axis and arm.values[axis] in labels else None
+    mean = arm.mean or 0.0
+    tip = f"{arm.name}: {score_text(arm)}, n = {arm.n}"
+    return svg.Point(x, mean, arm.scores if arm.n > 1 else [mean], arm.std, tip, shape)
 
 
-def _legend(series: Sequence[svg.Series]) -> str:
-    return svg.legend([(one.name, one.colour) for one in series]) if len(series) > 1 else ""
-
-
-def _key(row: Row, axes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(row.values[axis] for axis in axes)
-
-
-def _extent(scored: Sequence[Row]) -> list[float]:
-    """Every value that the y axis must hold, error bars included."""
-    ends = [(row.mean or 0.0) + side * (row.std or 0.0) for row in scored for side in (-1, 1)]
-    return [*ends, *(value for row in scored for value in row.scores)]
+def _legend(groups: Sequence[Group]) -> list[svg.LegendEntry]:
+    return svg.legend([(group.name, group.colour) for group in groups]) if len(groups) > 1 else []
 
 
 def _without_spikes(values: Sequence[float]) -> list[float]:
@@ -235,8 +223,8 @@ def _without_spikes(values: Sequence[float]) -> list[float]:
     return ordered[cut : len(ordered) - cut]
 
 
-def _seeds(found: Sequence[Row]) -> str:
-    counts = sorted({row.n for row in found if row.scores})
+def _seeds(arms: Sequence[Arm]) -> str:
+    counts = sorted({arm.n for arm in arms if arm.scores})
     if not counts:
         return "no completed seed"
     if counts == [1]:

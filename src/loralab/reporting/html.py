@@ -1,86 +1,85 @@
-"""Pieces of a self-contained HTML page: no link leaves it, nothing is fetched, every text is escaped."""
+"""Pages from templates: self-contained, nothing is fetched, every text is escaped where it is put in."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
-from importlib.resources import files
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 from urllib.parse import quote
 
-from loralab.reporting.axes import as_number
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from loralab.analysis.values import as_number
 
 
-def document(title: str, sections: Sequence[str]) -> str:
-    """A whole page."""
-    style, script = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
-    body = "\n".join(sections)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} - loralab</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n"
-        "<footer>Written by loralab from the runs' records; nothing on this page is fetched.</footer>\n"
-        f"<script>\n{script}</script>\n</body>\n</html>\n"
-    )
-
-
-def figure(title: str, body: str, caption: str) -> str:
-    """A drawing with its words."""
-    return f"<figure>\n<h3>{escape(title)}</h3>\n{body}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
-
-
-def tile(value: str, words: str, bad: bool = False) -> str:
-    """A figure worth seeing first, and its words."""
-    return f'<div class="tile{" bad" if bad else ""}"><b>{escape(value)}</b><span>{escape(words)}</span></div>'
-
-
-def definitions(rows: Iterable[tuple[str, str]]) -> str:
-    """(term, HTML) pairs as a list."""
-    return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{text}</dd>' for term, text in rows)}</dl>"
-
-
-def merged(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Several texts under one term become one cell."""
-    texts: dict[str, list[str]] = {}
-    for term, text in rows:
-        texts.setdefault(term, []).append(escape(text))
-    return [(term, "<br>".join(found)) for term, found in texts.items()]
-
-
-def pairs(values: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Terms and texts, escaped; empty ones left out."""
-    return [(term, escape(text)) for term, text in values.items() if text]
-
-
-def table(heads: Sequence[str], body: Sequence[str], kind: str) -> str:
-    """Heads and rows made by ``head`` and ``cell``; ``kind`` sortable: a click on a head sorts."""
-    top = f"<thead><tr>{''.join(heads)}</tr></thead>"
-    rows = "\n".join(body)
-    return f'<div class="scroll"><table class="{kind}">{top}\n<tbody>\n{rows}\n</tbody></table></div>'
-
-
-def head(text: str, hint: str = "", key: bool = False) -> str:
+@dataclass(frozen=True)
+class Head:
     """A column's head; ``key``: a column of names."""
-    title = f' title="{escape(hint)}"' if hint and hint != text else ""
-    shown = escape(text).replace(" ", "&nbsp;" if len(text) < 8 else " ")
-    return f'<th{" class=key" if key else ""}{title}><button type="button">{shown}</button></th>'
+
+    text: str
+    hint: str = ""
+    key: bool = False
 
 
-def cell(text: str, sort: str, kind: str = "") -> str:
-    """``sort``: what sorting compares; the texts of ``kind`` key may be broken after commas."""
-    css = f' class="{kind}"' if kind else ""
-    shown = escape(text).replace(",", ",<wbr>") if kind == "key" else escape(text)
-    if kind == "breaks":  # before a bracket only: an interval, or "(pack of 4)"
-        shown = re.sub(r" (?=\[|\(pack)", " <wbr>", shown)
-    return f'<td{css} data-sort="{escape(sort)}">{shown}</td>'
+@dataclass(frozen=True)
+class Cell:
+    """``sort``: what sorting compares, a number with every digit; ``kind``: its CSS class, ``key`` for a name."""
+
+    text: str
+    sort: float | str | None = None
+    kind: str = ""
 
 
-def link(path: str, text: str) -> str:
-    """To a file beside the page; quoted, so that no path can name another scheme."""
-    return f'<a href="{escape(quote(path))}">{escape(text)}</a>'
+@dataclass(frozen=True)
+class Tile:
+    """A figure worth seeing first, and its words."""
+
+    value: str
+    words: str
+    bad: bool = False
 
 
-def sort_key(value: float | None) -> str:
-    """Of a number, every digit."""
+def render(template: str, **values: Any) -> Markup:
+    """A template of ``templates/`` with its values."""
+    return Markup(_environment().get_template(template).render(**values))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("loralab.reporting"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters.update(
+        sort_key=sort_key, breakable=breakable, unbroken=unbroken, sentence=sentence, duration=duration, quoted=quote
+    )
+    return environment
+
+
+def sort_key(value: float | str | None) -> str:
+    """Of a number every digit, of a text itself; empty for what is no finite number."""
+    if isinstance(value, str):
+        return value
     return "" if value is None or as_number(repr(value)) is None else repr(value)
+
+
+def breakable(text: str, kind: str) -> Markup:
+    """Where a cell may be broken: a name after commas, a figure before an interval or ``(pack of 4)``."""
+    if kind.startswith("key"):
+        return escape(text).replace(",", Markup(",<wbr>"))
+    return Markup(re.sub(r" (?=\[|\(pack)", " <wbr>", escape(text)))
+
+
+def unbroken(title: str) -> Markup:
+    """A short title stays on one line."""
+    return escape(title).replace(" ", Markup("&nbsp;") if len(title) < 8 else " ")
+
+
+def sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
 
 
 def duration(seconds: float) -> str:

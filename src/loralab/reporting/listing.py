@@ -7,12 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from loralab.analysis.results import SweepResults, read_results
+from loralab.analysis.trials import DAMAGED, MISSING, STALE, UNSCORED, TrialResult
 from loralab.errors import ArtifactError, LoralabError
 from loralab.records.record import RESULT, SWEEP
-from loralab.reporting.axes import lookup
-from loralab.reporting.gather import DAMAGED, MISSING, STALE, UNSCORED, Study, Trial, score, study
-from loralab.reporting.table import trial_text
-from loralab.reporting.text import WIDTH, wrapped
+from loralab.reporting.layout import aligned, terminal_width, wrapped
 
 _FAILED = ("failed", "out_of_memory", "diverged", "interrupted", "pruned", DAMAGED, UNSCORED)
 _SKIP = {"adapter", "checkpoints", "report", "wandb"}
@@ -37,39 +36,39 @@ def listing(root: Path) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: (entry["when"], entry["folder"]))
 
 
-def render(entries: Sequence[dict[str, Any]], width: int = WIDTH) -> str:
-    """The listing as plain text, at most ``width`` columns wide; what is long goes on below."""
+def render(entries: Sequence[dict[str, Any]], width: int | None = None) -> str:
+    """The listing as plain text, at most ``width`` columns wide (None: the terminal's); what is long goes on below."""
     if not entries:
         return "no sweep and no run here\n"
-    lines: list[tuple[str, ...]] = [("when", "state", "metric", "model", "data", "folder")]
-    lines += [(_clock(e["when"]), _state(e), _value(e), *_brief(e), _what(e)) for e in entries]
+    titles, rows = ["when", "state", "metric", "model", "data"], [_cells(entry) for entry in entries]
     if all(entry["kind"] == "trial" for entry in entries):  # of one sweep: its axes tell what differs
-        lines = [(*line[:3], line[5]) for line in lines]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
-    texts = ["  ".join(cell.ljust(size) for cell, size in zip(line, [*widths, 0], strict=True)) for line in lines]
-    return "".join("\n".join(wrapped(text, width, " " * 18)) + "\n" for text in texts)
+        titles, rows = titles[:3], [row[:3] for row in rows]
+    head, _, *lines = aligned(titles, rows)
+    lines = [f"{head}  folder", *(f"{line}  {_what(entry)}" for line, entry in zip(lines, entries, strict=True))]
+    return "".join("\n".join(wrapped(line, width or terminal_width(), " " * 18)) + "\n" for line in lines)
 
 
 def _entries(folder: Path, name: str, inside: bool) -> list[dict[str, Any]]:
     try:
-        gathered = study(folder)
+        results = read_results(folder)
     except LoralabError as error:
         return [_entry(folder, "sweep" if name == SWEEP else "run", [], name=folder.name, error=str(error))]
-    if name == RESULT:
-        (trial,) = gathered.trials
-        return [_entry(folder, "run", [trial], name=folder.name, **_scored(gathered, trial))]
-    if not inside:
-        more = {"name": gathered.name, "question": gathered.question, "metric": gathered.metric}
-        more |= {"damaged": gathered.about["damaged"]} if "damaged" in gathered.about else {}
-        return [_entry(folder, "sweep", gathered.trials, **more)]
-    trials = gathered.trials
-    return [_entry(t.folder, "trial", [t], name=trial_text(gathered, t), **_scored(gathered, t)) for t in trials]
+    if name == SWEEP and not inside:
+        more = {"name": results.name, "question": results.question, "metric": results.metric}
+        more |= {"damaged": results.about["damaged"]} if "damaged" in results.about else {}
+        return [_entry(folder, "sweep", results.trials, **more)]
+    return [_trial_entry(results, trial, "run" if name == RESULT else "trial") for trial in results.trials]
 
 
-def _entry(folder: Path, kind: str, trials: Sequence[Trial], **more: Any) -> dict[str, Any]:
+def _trial_entry(results: SweepResults, trial: TrialResult, kind: str) -> dict[str, Any]:
+    name = trial.folder.name if kind == "run" else results.describe(trial)
+    scored = {"metric": results.metric, "value": trial.score(results.metric)}
+    return _entry(trial.folder, kind, [trial], name=name, **scored)
+
+
+def _entry(folder: Path, kind: str, trials: Sequence[TrialResult], **more: Any) -> dict[str, Any]:
     statuses = Counter(trial.status for trial in trials)
     files = [folder / SWEEP, folder / RESULT, *(trial.folder / RESULT for trial in trials)]
-    records = [trial.record for trial in trials]
     return {
         "folder": str(folder),
         "kind": kind,
@@ -81,20 +80,16 @@ def _entry(folder: Path, kind: str, trials: Sequence[Trial], **more: Any) -> dic
         "running": statuses["running"],
         "missing": statuses[MISSING],
         "stale": statuses[STALE],
-        "changed": _distinct(record.get("stale") for record in records),
+        "changed": _distinct(trial.get("stale") for trial in trials),
         "statuses": dict(statuses),
         "when": _iso(max((path.stat().st_mtime for path in files if path.exists()), default=0.0)),
         "metric": None,
         "value": None,
-        "models": _distinct(lookup(r["config"], "model.name_or_path") or r["choices"].get("model") for r in records),
-        "data": _distinct(lookup(r["config"], "data.train") or r["choices"].get("data") for r in records),
-        "overrides": records[0]["overrides"] if len(records) == 1 else [],
+        "models": _distinct(t.setting("model.name_or_path") or t.record["choices"].get("model") for t in trials),
+        "data": _distinct(t.setting("data.train") or t.record["choices"].get("data") for t in trials),
+        "overrides": trials[0].record["overrides"] if len(trials) == 1 else [],
         **more,
     }
-
-
-def _scored(gathered: Study, trial: Trial) -> dict[str, Any]:
-    return {"metric": gathered.metric, "value": score(trial.record, gathered.metric) if trial.ok else None}
 
 
 def _distinct(values: Iterable[Any]) -> list[str]:
@@ -110,17 +105,16 @@ def _state(entry: dict[str, Any]) -> str:
     return ", ".join(f"{statuses[name]} " * counted + name.replace("_", " ") for name in order) or "empty"
 
 
-def _value(entry: dict[str, Any]) -> str:
-    return "-" if entry["value"] is None else f"{entry['metric']} {entry['value']:.4f}"
+def _cells(entry: dict[str, Any]) -> list[str]:
+    """When, state, score, model and data; paths by their last part."""
+    value = "-" if entry["value"] is None else f"{entry['metric']} {entry['value']:.4f}"
+    when = datetime.fromisoformat(entry["when"]).strftime("%Y-%m-%d %H:%M")
+    return [when, _state(entry), value, *(_last_parts(entry[key]) for key in ("models", "data"))]
 
 
-def _brief(entry: dict[str, Any]) -> tuple[str, str]:
-    """Model and data, paths by their last part."""
-    model, data = (
-        ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
-        for names in (_distinct(text.rpartition("/")[2] for text in entry[key]) for key in ("models", "data"))
-    )
-    return model, data
+def _last_parts(paths: list[str]) -> str:
+    names = _distinct(path.rpartition("/")[2] for path in paths)
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
 def _what(entry: dict[str, Any]) -> str:
@@ -137,7 +131,3 @@ def _what(entry: dict[str, Any]) -> str:
 
 def _iso(stamp: float) -> str:
     return datetime.fromtimestamp(stamp).astimezone().isoformat(timespec="seconds")
-
-
-def _clock(iso: str) -> str:
-    return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M")

@@ -2,88 +2,85 @@
 
 from collections.abc import Iterator, Sequence
 
+from loralab.analysis import environments
+from loralab.analysis.arms import Comparison
+from loralab.analysis.claims import source
+from loralab.analysis.comparable import apart
 from loralab.analysis.paired import LEVEL
-from loralab.reporting import environments, published
-from loralab.reporting.axes import lookup
-from loralab.reporting.gather import Study, Trial
-from loralab.reporting.rows import Row, Table, contenders, level
-from loralab.reporting.sets import apart
-from loralab.reporting.table import STEPS, TOLD, VERSUS, differs_in_seeds, ended, trial_text, where
+from loralab.analysis.results import SweepResults
+from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS
 
 NONE_BEST = "no single best row: the leading rows are not told apart by their intervals"
 ONE_SEED = "no intervals: with one seed a row, no difference can be told from chance"
 
 
-def notes(study: Study, found: Sequence[Row], packs_shown: bool = True) -> Iterator[str]:
+def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     """Of one table; ``packs_shown``: whether any of its cells says that it is a pack's."""
-    yield from _environments(study)
-    yield from separation(study, found)
-    yield from _versus(study, found)
-    if differs_in_seeds(found):
+    yield from _environments(comparison)
+    yield from _separation(comparison)
+    yield from _versus(comparison)
+    if comparison.differs_in_seeds:
         yield (
             "The rows are over different seeds, so their means do not compare; the paired differences, over shared "
             "seeds, do"
         )
-    yield from _constant(study, found)
-    yield from _lengths(study, found)
-    yield from _packs(found, packs_shown)
-    if source := published.source(study.about):
-        yield source.rstrip(".")
+    yield from _constant(comparison)
+    yield from _lengths(comparison)
+    yield from _packs(comparison, packs_shown)
+    if words := source(comparison.results):
+        yield words
 
 
-def general(study: Study, tables: Sequence[Table]) -> Iterator[str]:
+def general(results: SweepResults, comparisons: Sequence[Comparison]) -> Iterator[str]:
     """Of all tables together."""
-    if study.about.get("damaged"):
-        yield f"sweep.json cannot be read, so this is what the records say: {study.about['damaged']}"
-    if why := apart([part for part, _ in tables]):
+    if results.about.get("damaged"):
+        yield f"sweep.json cannot be read, so this is what the records say: {results.about['damaged']}"
+    if why := apart([comparison.results for comparison in comparisons]):
         yield why.rstrip(".")
-    if study.repeats:
-        yield f"{study.repeats} repeated: the same trial counts once"
-    yield from study.conflicts
+    if results.repeats:
+        yield f"{results.repeats} repeated: the same trial counts once"
+    yield from results.conflicts
 
 
-def separation(study: Study, found: Sequence[Row]) -> Iterator[str]:
-    """Which row is the best by its intervals, or that none is; and how many differ from the baseline."""
-    among = contenders(found)
-    if len(among) < 2:
-        return
-    best = next((row for row in among if row.best), None)
-    if best is None:
-        yield "; ".join(filter(None, [_capital(undecided(found)), differing(study, found)]))
-        return
-    others = len(among) - 1
-    each = f"at {level(found):.1%} each, {LEVEL:.0%} for all {others} together (Bonferroni)" if others > 1 else ""
-    yield (
-        f"Best: {where(study, best)}: its paired interval against every other row excludes 0"
-        f"{', ' if each else ''}{each or f' at {LEVEL:.0%}'}"
-    )
-    if words := differing(study, found):
-        yield _capital(words)
-
-
-def undecided(found: Sequence[Row]) -> str:
+def undecided(comparison: Comparison) -> str:
     """Why no row is marked as the best."""
-    return ONE_SEED if all(row.n < 2 for row in contenders(found)) else NONE_BEST
+    return ONE_SEED if all(arm.n < 2 for arm in comparison.contenders) else NONE_BEST
 
 
-def differing(study: Study, found: Sequence[Row]) -> str:
+def differing(comparison: Comparison) -> str:
     """``against the baseline, 2 of 5 rows' 95% intervals exclude 0: 1 better, 1 worse``; empty without intervals."""
-    told = [row.difference.verdict(study.mode) for row in found if row.difference and row.difference.interval]
-    ways = [f"{told.count(way)} {way}" for way in ("better", "worse") if way in told]
-    if not told:
+    differences = [arm.difference for arm in comparison.arms if arm.difference and arm.difference.interval]
+    said = [difference.verdict(comparison.results.mode) for difference in differences]
+    ways = [f"{said.count(way)} {way}" for way in ("better", "worse") if way in said]
+    if not said:
         return ""
     if not ways:
         return f"no row differs from the baseline by its {LEVEL:.0%} interval"
-    count = f"{len(told) - told.count('')} of {len(told)}"
+    count = f"{len(said) - said.count('')} of {len(said)}"
     return f"against the baseline, {count} rows' {LEVEL:.0%} intervals exclude 0: {', '.join(ways)}"
+
+
+def _separation(comparison: Comparison) -> Iterator[str]:
+    """Which row is the best by its intervals, or that none is; and how many differ from the baseline."""
+    others = len(comparison.contenders) - 1
+    if others < 1:
+        return
+    if comparison.best is None:
+        yield "; ".join(filter(None, [_capital(undecided(comparison)), differing(comparison)]))
+        return
+    together = f", at {comparison.level:.1%} each, {LEVEL:.0%} for all {others} together (Bonferroni)"
+    level = together if others > 1 else f" at {LEVEL:.0%}"
+    yield f"Best: {comparison.best.name}: its paired interval against every other row excludes 0{level}"
+    if words := differing(comparison):
+        yield _capital(words)
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _environments(study: Study) -> Iterator[str]:
-    labels = study.axes.get(environments.AXIS, [])
+def _environments(comparison: Comparison) -> Iterator[str]:
+    labels = comparison.results.axes.get(environments.AXIS, [])
     if len(labels) > 1:
         yield (
             f"Trials were made in {len(labels)} environments ({' | '.join(labels)}): each has rows and a baseline of "
@@ -91,51 +88,46 @@ def _environments(study: Study) -> Iterator[str]:
         )
 
 
-def _versus(study: Study, found: Sequence[Row]) -> Iterator[str]:
+def _versus(comparison: Comparison) -> Iterator[str]:
     """How to read the differences, where there are any."""
-    differences = [row.difference for row in found if row.difference]
-    if not differences:
-        return
-    baselines = "; ".join(where(study, row) for row in found if row.baseline)
-    if any(one.reach is not None for one in differences):
+    differences = [arm.difference for arm in comparison.arms if arm.difference]
+    baselines = "; ".join(arm.name for arm in comparison.arms if arm.baseline)
+    if any(difference.reach is not None for difference in differences):
         yield (
             f"{VERSUS} ({baselines}): mean paired difference over shared seeds [its 95% interval: Student's t, n - 1 "
-            f"degrees of freedom, not corrected for the number of rows]; {TOLD} marks an interval that excludes 0; one "
-            "that holds 0 is no finding"
+            f"degrees of freedom, not corrected for the number of rows]; {SIGNIFICANT} marks an interval that excludes "
+            "0; one that holds 0 is no finding"
         )
-    if any(one.reach is None for one in differences):
+    if any(difference.reach is None for difference in differences):
         yield f"{VERSUS}: a difference without an interval, of one seed or of one value, is no finding"
 
 
-def _constant(study: Study, found: Sequence[Row]) -> Iterator[str]:
-    same = [row for row in found if row.n < len(row.scores)]
+def _constant(comparison: Comparison) -> Iterator[str]:
+    same = [arm for arm in comparison.arms if arm.n < len(arm.scores)]
     if same:
-        untrained = " (nothing was trained)" if all(not any(row.steps) for row in same) else ""
+        untrained = " (nothing was trained)" if all(not any(arm.steps) for arm in same) else ""
         yield (
-            f"In {len(same)} of {len(found)} rows every seed gives the very same {study.metric}{untrained}: that is "
-            "one measurement, n = 1, without deviation or interval; loralab quantize --evaluate has intervals over rows"
+            f"In {len(same)} of {len(comparison.arms)} rows every seed gives the very same {comparison.results.metric}"
+            f"{untrained}: that is one measurement, n = 1, without deviation or interval; loralab quantize --evaluate "
+            "has intervals over rows"
         )
 
 
-def _lengths(study: Study, found: Sequence[Row]) -> Iterator[str]:
-    stopped = [trial for row in found for trial in row.ok if trial.record.get("stopped_early")]
-    total = sum(len(row.ok) for row in found)
+def _lengths(comparison: Comparison) -> Iterator[str]:
+    stopped = [trial for arm in comparison.arms for trial in arm.ok if trial.get("stopped_early")]
+    total = sum(len(arm.ok) for arm in comparison.arms)
     if stopped:
-        patience = " | ".join(dict.fromkeys(str(lookup(t.record["config"], "trainer.patience")) for t in stopped))
-        ends = _ends(study, stopped)
+        patience = " | ".join(dict.fromkeys(str(trial.setting("trainer.patience")) for trial in stopped))
+        ends = "; ".join(f"{comparison.results.describe(trial)} {trial.ended}" for trial in stopped[:3])
+        ends += f"; and {len(stopped) - 3} more, each in results.csv" if len(stopped) > 3 else ""
         yield f"{len(stopped)} of {total} trials stopped early by trainer.patience = {patience}; {ends}"
-    uneven = sum(len(set(row.steps)) > 1 for row in found)
+    uneven = sum(len(set(arm.steps)) > 1 for arm in comparison.arms)
     if uneven:
         yield f"{uneven} rows average trials of different numbers of steps; see {STEPS}"
 
 
-def _ends(study: Study, stopped: Sequence[Trial]) -> str:
-    told = [f"{trial_text(study, trial)} {ended(trial)}" for trial in stopped[:3]]
-    return "; ".join(told) + (f"; and {len(stopped) - 3} more, each in results.csv" if len(stopped) > 3 else "")
-
-
-def _packs(found: Sequence[Row], shown: bool) -> Iterator[str]:
-    packs = {pack for row in found for pack in row.packs}
+def _packs(comparison: Comparison, shown: bool) -> Iterator[str]:
+    packs = {pack for arm in comparison.arms for pack in arm.packs}
     if packs <= {None}:
         return
     if shown:
@@ -144,7 +136,7 @@ def _packs(found: Sequence[Row], shown: bool) -> Iterator[str]:
             "so they compare with no other row's; a row whose seeds ran in different packs has none; peak alone is the "
             "predicted peak of a trial by itself"
         )
-    threads = {lookup(trial.record, "environment.threads") for row in found for trial in row.ok}
-    cpu = any(lookup(trial.record, "memory.device") == "cpu" for row in found for trial in row.ok)
-    if cpu and threads != {1}:
+    done = [trial for arm in comparison.arms for trial in arm.ok]
+    cpu = any(trial.get("memory.device") == "cpu" for trial in done)
+    if cpu and {trial.get("environment.threads") for trial in done} != {1}:
         yield "Run again alone, a packed trial may differ by float rounding: the same bits with one thread only"

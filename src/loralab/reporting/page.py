@@ -2,37 +2,24 @@
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.records.record import MASK
+from markupsafe import Markup
+
+from loralab.analysis.arms import Arm, Comparison
+from loralab.analysis.claims import verdicts
+from loralab.analysis.comparable import subject
+from loralab.analysis.results import SweepResults
+from loralab.analysis.trials import MISSING, STALE, TrialResult
+from loralab.analysis.values import canonical, flatten, label
 from loralab.reporting import memory, svg
-from loralab.reporting.axes import canonical, flatten, label, lookup, short_names
 from loralab.reporting.figures import figures
-from loralab.reporting.gather import MISSING, STALE, Study, Trial, reason, score
-from loralab.reporting.html import (
-    cell,
-    definitions,
-    document,
-    duration,
-    figure,
-    head,
-    link,
-    merged,
-    pairs,
-    sort_key,
-    table,
-    tile,
-)
+from loralab.reporting.html import Tile, duration, render
 from loralab.reporting.notes import differing, general, notes, undecided
-from loralab.reporting.provenance import Facts, facts, held_fixed
-from loralab.reporting.provenance import question as question_of
-from loralab.reporting.rows import Row, Table, contenders
-from loralab.reporting.sets import subject
-from loralab.reporting.table import DECOMPOSED, Column, columns, deviates, ended, seeds_text, trial_text, where
-from loralab.reporting.verdicts import verdicts
+from loralab.reporting.provenance import Facts, facts, held_fixed, question
+from loralab.reporting.table import DECOMPOSED, Column, columns, seeds_text
 
 EXPLAINED = {
     "bits/param": "Bits per parameter: packed weights and their statistics over the quantized layers' parameters.",
@@ -49,243 +36,119 @@ EXPLAINED = {
 }
 
 
-def page(study: Study, tables: Sequence[Table]) -> str:
+def page(results: SweepResults, comparisons: Sequence[Comparison]) -> str:
     """The whole document; where trials cannot be compared, results and figures by set."""
-    known = facts(study)
-    sections = [_header(study, tables, known), _general(study, tables)]
-    for part, found in tables:
-        sections += [_results(part, found, len(tables) > 1), memory.section(part, found), _figures(part, found)]
-    sections += [_failures(study), _provenance(study, known)]
-    return document(study.name, [section for section in sections if section])
-
-
-def rerun(trial: Trial) -> str:
-    """The command that runs one trial again, in the folder where it was started."""
-    words = list(trial.record["overrides"])
-    seeded = any(word.lstrip("+").startswith("seed=") for word in words)
-    seed = trial.record["seed"]
-    words += [] if seeded or seed is None else [f"seed={seed}"]
-    command = shlex.join(["loralab", "train", *words])
-    return f"{command}  # {MASK} hides a secret" if any(MASK in word for word in words) else command
-
-
-def _header(study: Study, tables: Sequence[Table], known: Facts) -> str:
-    asked = question_of(study)
-    question = f'<p class="question">{escape(asked)}</p>' if asked else ""
-    fixed = [("settings" if study.single else "held fixed", text) for text in held_fixed(study)]
-    rows = [*merged(fixed), *pairs(known.header)]
-    command = study.about.get("command")
-    rows += [("command", f"<code>{escape(_command(command))}</code>")] if command else []
-    kind = "run" if study.single else "study"
-    return (
-        f'<header>\n<div class="kicker">loralab {kind}</div>\n<h1>{escape(study.name)}</h1>\n{question}\n'
-        f'<div class="tiles">{"".join(_tiles(study, tables, known))}</div>\n{definitions(rows)}\n</header>'
+    known, command = facts(results), results.about.get("command")
+    said = [*general(results, comparisons), *(verdict.text for verdict in verdicts(results, comparisons))]
+    return render(
+        "sweep.html",
+        title=results.name,
+        results=results,
+        question=question(results),
+        tiles=list(_tiles(results, comparisons, known)),
+        held_fixed=held_fixed(results),
+        facts=known,
+        command=shlex.join(map(str, command)) if isinstance(command, list) else command,
+        notes=said,
+        sections=[_section(comparison, len(comparisons) > 1) for comparison in comparisons],
+        explained=EXPLAINED,
+        seeds_text=seeds_text,
+        files=lambda trial: _files(results.folder, trial),
+        settings=_shared_settings(results),
+        troubled=[trial for trial in results.trials if not trial.ok],
+        stale=results.count(STALE) > 0,
     )
 
 
-def _command(command: Any) -> str:
-    return shlex.join(map(str, command)) if isinstance(command, list) else str(command)
+def _section(comparison: Comparison, one_of_several: bool) -> dict[str, Any]:
+    """What the template shows of one table."""
+    shown = columns(comparison)
+    words = [f"Held fixed: {text}" for text in held_fixed(comparison.results) if one_of_several]
+    return {
+        "comparison": comparison,
+        "subject": subject(comparison.results) if one_of_several else "",
+        "columns": shown,
+        "strips": _strips(comparison.arms),
+        "notes": [*words, *_reading(comparison, shown), *notes(comparison)],
+        "memory": memory.section(comparison),
+        "figures": figures(comparison),
+    }
 
 
-def _tiles(study: Study, tables: Sequence[Table], known: Facts) -> Iterator[str]:
-    done, total = study.count("completed"), len(study.trials)
-    waiting = study.count("running", MISSING)
-    stale = study.count(STALE)
+def _tiles(results: SweepResults, comparisons: Sequence[Comparison], known: Facts) -> Iterator[Tile]:
+    done, total, stale = results.count("completed"), len(results.trials), results.count(STALE)
+    waiting = results.count("running", MISSING)
     failed = total - done - waiting - stale
-    parts = [f"{failed} failed, listed below"] if failed else []
-    parts += [f"{waiting} running or not started"] if waiting else []
-    parts += [f"{stale} stale: base or data have changed since, listed below"] if stale else []
-    yield tile(f"{done} of {total}", ", ".join(["trials completed", *parts]), bad=bool(failed or stale))
-    if len(tables) > 1:
-        yield tile(f"{len(tables)} sets", "whose numbers do not compare with each other, for the reason below")
+    texts = [f"{failed} failed, listed below"] if failed else []
+    texts += [f"{waiting} running or not started"] if waiting else []
+    texts += [f"{stale} stale: base or data have changed since, listed below"] if stale else []
+    yield Tile(f"{done} of {total}", ", ".join(["trials completed", *texts]), bad=bool(failed or stale))
+    if len(comparisons) > 1:
+        yield Tile(f"{len(comparisons)} sets", "whose numbers do not compare with each other, for the reason below")
     else:
-        yield from _headline(*tables[0])
+        yield from _headline(comparisons[0])
     if known.seconds:
-        yield tile(duration(known.seconds), "of running time, all trials together")
+        yield Tile(duration(known.seconds), "of running time, all trials together")
 
 
-def _headline(study: Study, found: Sequence[Row]) -> Iterator[str]:
-    if study.single and found[0].mean is not None:
-        yield tile(f"{found[0].mean:.4f}", study.metric)
-    best = next((row for row in found if row.best), None)
+def _headline(comparison: Comparison) -> Iterator[Tile]:
+    results, best, first = comparison.results, comparison.best, comparison.arms[0]
+    if results.single and first.mean is not None:
+        yield Tile(f"{first.mean:.4f}", results.metric)
     if best is not None:
-        yield tile(f"{best.mean:.4f}", f"{study.metric} of the best row, by its intervals: {where(study, best)}")
-    elif len(contenders(found)) > 1:
-        title, _, why = undecided(found).partition(": ")
-        yield tile(title, "; ".join(filter(None, [why, differing(study, found)])))
+        yield Tile(f"{best.mean:.4f}", f"{results.metric} of the best row, by its intervals: {best.name}")
+    elif len(comparison.contenders) > 1:
+        title, _, why = undecided(comparison).partition(": ")
+        yield Tile(title, "; ".join(filter(None, [why, differing(comparison)])))
 
 
-def _general(study: Study, tables: Sequence[Table]) -> str:
-    """What is said of all tables together, and of the paper's claims."""
-    words = [*general(study, tables), *(verdict.text for verdict in verdicts(study, tables))]
-    return f"<section>\n{_words(words)}</section>" if words else ""
+def _strips(arms: Sequence[Arm]) -> list[Markup]:
+    """Each arm's seeds and deviation on one scale that holds them all."""
+    ends = [end for arm in arms for end in arm.extent]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    return [Markup() if arm.mean is None else svg.strip(arm.scores, arm.mean, arm.std, low, high) for arm in arms]
 
 
-def _words(texts: Iterable[str]) -> str:
-    return "".join(f'<p class="note">{escape(_sentence(text))}</p>\n' for text in texts if text)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."
-
-
-def _results(study: Study, found: Sequence[Row], one_of_several: bool) -> str:
-    short = short_names(list(study.axes))
-    shown = columns(study, found)
-    heads = [head(short[axis], axis, key=True) for axis in study.axes]
-    heads += [
-        head(study.metric, "mean and standard deviation over seeds" if deviates(found) else ""),
-        '<th aria-label="spread"></th>',
-    ]
-    heads += [*(head(column.title, EXPLAINED.get(column.title, "")) for column in shown), head("seeds")]
-    ends = [value for row in found for value in _ends(row)]
-    scale = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    body = []
-    for row in found:
-        cells = [cell(text, text, "key") for text in row.values.values()]
-        cells += [_score_cell(row), _strip_cell(row, *scale)]
-        cells += [cell(column.text(row), sort_key(column.number(row)), "breaks") for column in shown]
-        cells.append(_seeds_cell(row))
-        kind = ' class="best"' if row.best else ""
-        body.append(f"<tr{kind}>{''.join(cells)}</tr>")
-    words = [f"Held fixed: {text}" for text in held_fixed(study) if one_of_several]
-    words += [*_notes(study, found, shown), *notes(study, found)]
-    title = f"Results: {subject(study)}" if one_of_several else "Results"
-    return f"<section>\n<h2>{escape(title)}</h2>\n{table(heads, body, 'sortable')}\n{_words(words)}</section>"
-
-
-def _notes(study: Study, found: Sequence[Row], shown: Sequence[Column]) -> Iterator[str]:
-    better = "lower" if study.mode == "min" else "higher"
-    counts = sorted({row.n for row in found})
+def _reading(comparison: Comparison, shown: Sequence[Column]) -> Iterator[str]:
+    """How to read the columns."""
+    results, counts = comparison.results, sorted({arm.n for arm in comparison.arms})
     n = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-    titles = {column.title for column in shown}
-    if deviates(found):
+    if comparison.deviates:
         yield (
-            f"{study.metric}: mean and sample standard deviation over n = {n} seeds; {better} is better. "
+            f"{results.metric}: mean and sample standard deviation over n = {n} seeds; {results.better} is better. "
             "The strip shows each seed, the mean and one standard deviation, on one scale for all rows."
         )
     else:
-        yield f"{study.metric}: {better} is better" + ("." if study.single else f"; n = {n}.")
+        yield f"{results.metric}: {results.better} is better" + ("." if results.single else f"; n = {n}.")
+    titles = {column.title for column in shown}
     yield " ".join(text for title, text in EXPLAINED.items() if title in titles)
-    if any(_keeps_both(row) for row in found):
+    if any("decomposed" in str(t.record["choices"].get("quantization")) for arm in comparison.arms for t in arm.ok):
         yield DECOMPOSED
-    yield from _cut(study)
+    yield from _cut(results)
 
 
-def _keeps_both(row: Row) -> bool:
-    return any("decomposed" in str(trial.record["choices"].get("quantization")) for trial in row.ok)
-
-
-def _cut(study: Study) -> Iterator[str]:
+def _cut(results: SweepResults) -> Iterator[str]:
     """``50 of 384 rows were cut to model.max_length = 192``, once for each combination of numbers."""
     counts = []
-    for trial in study.trials:
+    for trial in results.trials:
         data = trial.record["data"]
         rows = data["rows"] if isinstance(data["rows"], Mapping) else {}
         total = sum(count for count in rows.values() if isinstance(count, int))
-        longest = data.get("max_length") or lookup(trial.record["config"], "model.max_length")
+        longest = data.get("max_length") or trial.setting("model.max_length")
         counts += [(data["truncated"], total, longest)] if data["truncated"] else []
     for cut, total, longest in dict.fromkeys(counts):
         at = "model.max_length" if longest is None else f"model.max_length = {longest}"
         yield f"{cut:,} of {total:,} rows were cut to {at}."
 
 
-def _score_cell(row: Row) -> str:
-    if row.mean is None:
-        return cell("-", "")
-    spread = f' <span class="spread">&plusmn; {row.std:.4f}</span>' if row.std is not None else ""
-    best = '<span class="pill">best</span>' if row.best else ""
-    return f'<td data-sort="{row.mean!r}">{row.mean:.4f}{spread}{best}</td>'
+def _files(folder: Path, trial: TrialResult) -> list[str]:
+    """The trial's files as seen from the page in ``folder/report``."""
+    paths = [trial.folder / name for name in ("result.json", "train.log", "metrics.jsonl")]
+    return [Path(os.path.relpath(path, folder / "report")).as_posix() for path in paths if path.exists()]
 
 
-def _ends(row: Row) -> list[float]:
-    """What the row's strip must hold: every seed, and one deviation to either side of the mean."""
-    mean, std = row.mean or 0.0, row.std or 0.0
-    return [*row.scores, mean - std, mean + std] if row.scores else []
-
-
-def _strip_cell(row: Row, low: float, high: float) -> str:
-    drawn = svg.strip(row.scores, row.mean, row.std, low, high) if row.mean is not None else ""
-    return f"<td>{drawn}</td>"
-
-
-def _seeds_cell(row: Row) -> str:
-    kind = "trouble" if len(row.ok) < len(row.trials) else ""
-    return cell(seeds_text(row), str(len(row.ok)), kind)
-
-
-def _figures(study: Study, found: Sequence[Row]) -> str:
-    drawn = [figure(one.title, one.body, one.caption) for one in figures(study, found)]
-    body = "\n".join(drawn)
-    return f'<section>\n<h2>Figures</h2>\n<div class="figures">\n{body}\n</div>\n</section>' if drawn else ""
-
-
-def _failures(study: Study) -> str:
-    """Every trial without a result, why, and the command that runs it again."""
-    troubled = [trial for trial in study.trials if not trial.ok]
-    if not troubled:
-        return ""
-    blocks = []
-    for trial in troubled:
-        waiting = " waiting" if trial.status in ("running", MISSING) else ""
-        again = f"<pre>{escape(rerun(trial))}</pre>" if trial.record["overrides"] else ""
-        blocks.append(
-            f'<div class="failure{waiting}"><b>{escape(trial_text(study, trial))}</b> '
-            f'<span class="trouble">{escape(trial.status.replace("_", " "))}</span>'
-            f"<p>{escape(reason(trial))}</p>{again}</div>"
-        )
-    heading = f"Not completed{' or stale' * (study.count(STALE) > 0)}" if study.broken else "Still running"
-    return f"<section>\n<h2>{heading}</h2>\n" + "\n".join(blocks) + "\n</section>"
-
-
-def _provenance(study: Study, known: Facts) -> str:
-    return (
-        "<section>\n<h2>Provenance</h2>\n"
-        f"{definitions(pairs(known.provenance))}\n{_trials(study)}\n{_config(study)}\n</section>"
-    )
-
-
-def _trials(study: Study) -> str:
-    """Every trial on its own row, with its files and the command that runs it again."""
-    short = short_names(list(study.axes))
-    keys = [*((short[axis], axis) for axis in study.axes), ("seed", "seed"), ("status", ""), ("trial", "")]
-    heads = [head(text, hint, key=True) for text, hint in keys]
-    heads += [head(study.metric), head("steps"), head("ended", key=True)]
-    heads += [head("files", key=True), head("run it again", key=True)]
-    body = []
-    for trial in study.trials:
-        value, steps = score(trial.record, study.metric) if trial.ok else None, trial.record["time"]["steps"]
-        name = str(trial.record["trial"])
-        names = name if trial.name in (name, "") else f"{name} in {trial.name}"
-        texts = [*(trial.values[axis] for axis in study.axes), trial.seed, trial.status, names]
-        cells = [*(cell(text, text, "key") for text in texts)]
-        cells.append(cell("-" if value is None else f"{value:.4f}", sort_key(value)))
-        cells += [cell("-" if steps is None else str(steps), sort_key(steps)), cell(ended(trial), "", "key")]
-        cells += [
-            f'<td class="key">{_files(study, trial)}</td>',
-            f'<td class="key"><code>{escape(rerun(trial))}</code>',
-        ]
-        body.append(f"<tr>{''.join(cells)}</td></tr>")
-    summary = f"<summary>{'The trial' if study.single else f'All {len(study.trials)} trials'}</summary>"
-    return f"<details>{summary}{table(heads, body, 'sortable')}</details>"
-
-
-def _files(study: Study, trial: Trial) -> str:
-    there = [name for name in ("result.json", "train.log", "metrics.jsonl") if (trial.folder / name).exists()]
-    return " ".join(link(_beside(study.folder, trial.folder / name), name) for name in there)
-
-
-def _beside(root: Path, path: Path) -> str:
-    """The path as seen from the page in ``root/report``."""
-    return Path(os.path.relpath(path, root / "report")).as_posix()
-
-
-def _config(study: Study) -> str:
+def _shared_settings(results: SweepResults) -> list[str]:
     """What all trials share; of a single run, everything."""
-    flat = [flatten(trial.record["config"]) for trial in study.trials if trial.record["config"]]
-    if not flat:
-        return ""
-    shared = [key for key in flat[0] if len({canonical(config.get(key)) for config in flat}) == 1]
-    lines = escape("\n".join(f"{key}={label(flat[0][key])}" for key in shared))
-    title = "Configuration" if study.single else "Configuration shared by all trials"
-    return f"<details><summary>{title}</summary><pre>{lines}</pre></details>"
+    flat = [flatten(trial.record["config"]) for trial in results.trials if trial.record["config"]]
+    shared = [key for key in (flat or [{}])[0] if len({canonical(config.get(key)) for config in flat}) == 1]
+    return [f"{key}={label(flat[0][key])}" for key in shared]

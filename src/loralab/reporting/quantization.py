@@ -2,23 +2,26 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from loralab.numerics import codebooks
 from loralab.reporting import svg
-from loralab.reporting.html import cell, definitions, document, figure, head, pairs, sort_key, table, tile
+from loralab.reporting.figures import Figure
+from loralab.reporting.html import Cell, Head, Tile, render
+from loralab.reporting.layout import aligned, natural_width, terminal_width, wrapped
 from loralab.reporting.provenance import brief
 from loralab.reporting.report import write_text
-from loralab.reporting.table import DECOMPOSED, align, memory
+from loralab.reporting.table import DECOMPOSED, memory
 
 FAMILIES = ("int8 weight-only", "int8 weights and activations", "int4", "fp4", "nf4")
-Rows = dict[str, dict[str, Any]]
-Column = tuple[str, str, str, Callable[[float], str]]  # key, title, hint, text
+Measures = dict[str, dict[str, Any]]  # of each scheme, or of each layer
+Quantity = tuple[str, str, str, Callable[[float], str]]  # key, title, hint, format
 
 HELD = "packed weights and statistics; decomposed products hold the weights in 16 bits too, for columns of outliers"
-COLUMNS: list[Column] = [
+QUANTITIES: list[Quantity] = [
     ("bits_per_parameter", "bits/param", HELD, "{:.4f}".format),
     ("bytes", "bytes", HELD, memory),
     ("relative_rmse", "rel. RMSE", "||W' - W|| / ||W||, W' in float32", "{:.2%}".format),
@@ -37,6 +40,9 @@ COLUMNS: list[Column] = [
     ("same_prediction", "same choice", "targets with the dense model's most likely token", "{:.1%}".format),
 ]
 
+WIDTH = 120
+EXPENDABLE = ("bytes", "snr_db", "zeroed_share", "loss", "kl", "matmul_relative_error")  # when the terminal is narrow
+
 
 def write(folder: Path, result: Mapping[str, Any]) -> Path:
     """quantize.json and report/index.html in ``folder``; the page's path."""
@@ -44,31 +50,36 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
     return write_text(folder / "report" / "index.html", page(result))
 
 
-def fitting(result: Mapping[str, Any]) -> Rows:
+def fitting(result: Mapping[str, Any]) -> Measures:
     """The schemes that were measured."""
     return {name: row for name, row in result["schemes"].items() if "error" not in row}
 
 
-def terminal(result: Mapping[str, Any]) -> str:
-    """The table as plain text; schemes that do not fit say why below it."""
-    rows = fitting(result)
-    evaluated = any("kl" in row for row in rows.values())
+def terminal(result: Mapping[str, Any], width: int | None = None) -> str:
+    """The table as plain text, ``width`` columns wide (None: the terminal's); schemes that do not fit say why below."""
+    schemes, width = fitting(result), width or terminal_width(WIDTH)
+    evaluated = any("kl" in row for row in schemes.values())
     hidden = ("bulk_relative_rmse", *(("bytes", "snr_db", "zeroed_share", "same_prediction") if evaluated else ()))
-    shown = [column for column in _shown(rows) if column[0] not in hidden]
-    titles = ["scheme", *(title for _, title, _, _ in shown), ""]
-    body = [[name, *(_text(column, row) for column in shown), ""] for name, row in rows.items()]
-    lines = [f"{subject(result)}", "", *align(titles, body, numeric_from=0)]
-    notes = [f"{name}: {row['error']}" for name, row in result["schemes"].items() if "error" in row]
-    notes += [f"- {words}" for words in undefined({**rows, **_dense(result)})]
-    notes += [DECOMPOSED] if any(name.endswith("_decomposed") for name in rows) else []
-    if "inputs" in result:
-        notes.insert(0, f"matmul: error of x W^T, x: {result['inputs']['of']}")
-    return "\n".join(line.rstrip() for line in [*lines, *([""] if notes else []), *notes])
+    shown = [quantity for quantity in _shown(schemes) if quantity[0] not in hidden]
+    for key in ("", *EXPENDABLE):
+        shown = [quantity for quantity in shown if quantity[0] != key]
+        titles = ["scheme", *(quantity[1] for quantity in shown)]
+        rows = [[name, *(_text(quantity, row) for quantity in shown)] for name, row in schemes.items()]
+        if natural_width(titles, rows) <= width:
+            break
+    lines = aligned(titles, rows, range(1, len(titles)))
+    notes = [f"matmul: error of x W^T, x: {result['inputs']['of']}"] if "inputs" in result else []
+    notes += [f"{name}: {row['error']}" for name, row in result["schemes"].items() if "error" in row]
+    notes += [f"- {words}" for words in undefined({**schemes, **_dense(result)})]
+    notes += [DECOMPOSED] if any(name.endswith("_decomposed") for name in schemes) else []
+    said = [line for note in notes for line in wrapped(note, width, "  ")]
+    lines = [subject(result), "", *lines, *([""] if said else []), *said]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def undefined(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Which figures are missing, why and whose: a text for each; what is exact (no error, no SNR) has none."""
-    titles = {column[0]: column[1] for column in COLUMNS} | {"layers": "some layers"}
+    titles = {quantity[0]: quantity[1] for quantity in QUANTITIES} | {"layers": "some layers"}
     whose: dict[str, list[str]] = {}
     for name, row in rows.items():
         for key, words in row.get("undefined", {}).items():
@@ -91,139 +102,119 @@ def subject(result: Mapping[str, Any]) -> str:
 def wandb_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """(columns, rows), every measure of every scheme."""
     rows = fitting(result)
-    keys = [column[0] for column in _shown(rows)]
+    keys = [quantity[0] for quantity in _shown(rows)]
     return ["scheme", *keys], [[name, *(row.get(key) for key in keys)] for name, row in rows.items()]
 
 
 def page(result: Mapping[str, Any]) -> str:
     """The whole document."""
-    figures = "\n".join(figure(*one) for one in _figures(result))
-    sections = [
-        _header(result),
-        f"<section>\n<h2>Schemes</h2>\n{_schemes(result)}\n</section>",
-        f'<section>\n<h2>Figures</h2>\n<div class="figures">\n{figures}\n</div>\n</section>',
-        f"<section>\n<h2>Layers</h2>\n{_layers(result)}\n</section>",
-    ]
-    return document("quantize", sections)
-
-
-def _header(result: Mapping[str, Any]) -> str:
-    rows, data = fitting(result), result.get("data") or {}
-    parameters = next(iter(rows.values()))["weights"]
-    tiles = [tile(str(len(rows)), "schemes on the same weights"), tile(f"{parameters:,}", "weights quantized")]
-    if "dense" in result:
-        tiles.append(tile(_number(result["dense"]["loss"], ".4f"), "loss of the dense model"))
-    found = result.get("outlier_features")
+    schemes, data, dense = fitting(result), result.get("data") or {}, result.get("dense")
+    parameters = next(iter(schemes.values()))["weights"]
+    tiles = [Tile(str(len(schemes)), "schemes on the same weights"), Tile(f"{parameters:,}", "weights quantized")]
+    tiles += [Tile(_number(dense["loss"], ".4f"), "loss of the dense model")] if dense else []
+    outliers = result.get("outlier_features")
     facts = {
         "base fingerprint": result.get("fingerprint", ""),
         "data": f"{data['name']} {data['fingerprint']}, {data['rows']} rows" if data else "",
-        "outlier features": "" if found is None else f"{len(found)} of the hidden size {found[:12] or ''}",
+        "outlier features": "" if outliers is None else f"{len(outliers)} of the hidden size {outliers[:12] or ''}",
         "x of the matmul error": result.get("inputs", {}).get("of", ""),
         "machine": result.get("machine", ""),
         "versions": brief(result.get("versions")),
     }
-    return (
-        '<header>\n<div class="kicker">loralab quantize</div>\n'
-        f"<h1>{escape(str(result['weights']))}</h1>\n"
-        f'<p class="question">What does each scheme cost, in bits and in error? {escape(subject(result))}</p>\n'
-        f'<div class="tiles">{"".join(tiles)}</div>\n{definitions(pairs(facts))}\n</header>'
+    return render(
+        "quantization.html",
+        title="quantize",
+        weights=str(result["weights"]),
+        subject=subject(result),
+        tiles=tiles,
+        facts=facts,
+        schemes=_scheme_table(schemes),
+        notes=list(_notes(result, schemes)),
+        figures=list(_figures(result)),
+        layers=_layer_table(result["layers"]),
+        undefined_layers="; ".join(undefined(result["layers"])),
     )
 
 
-def _schemes(result: Mapping[str, Any]) -> str:
-    rows = fitting(result)
-    shown = _shown(rows)
-    heads = [head("scheme", key=True), *(head(title, hint) for _, title, hint, _ in shown)]
-    heads.append(head("worst layer", "the largest relative RMSE", key=True))
-    body = []
-    for name, row in rows.items():
-        cells = [cell(name, name, "key"), *(cell(_text(one, row), sort_key(row.get(one[0]))) for one in shown)]
+def _scheme_table(schemes: Measures) -> tuple[list[Head], list[list[Cell]]]:
+    shown = _shown(schemes)
+    heads = [Head("scheme", key=True), *(Head(title, hint) for _, title, hint, _ in shown)]
+    heads.append(Head("worst layer", "the largest relative RMSE", key=True))
+    rows = []
+    for name, row in schemes.items():
         worst: dict[str, Any] = next(iter(row["worst_layers"]), {"layer": "", "relative_rmse": None})
         text = f"{worst['layer']} {_number(worst['relative_rmse'], '.2%')}".strip()
-        cells.append(cell(text, sort_key(worst["relative_rmse"]), "key"))
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    refused = [(name, row["error"]) for name, row in result["schemes"].items() if "error" in row]
-    left_out = "".join(f'<p class="note">{escape(name)} is left out: {escape(why)}</p>' for name, why in refused)
-    if any(name.endswith("_decomposed") for name in rows):
-        left_out = f'<p class="note">{DECOMPOSED}.</p>{left_out}'
-    return table(heads, body, "sortable") + left_out + _undefined({**rows, **_dense(result)})
+        cells = [Cell(name, name, "key"), *(Cell(_text(quantity, row), row.get(quantity[0])) for quantity in shown)]
+        rows.append([*cells, Cell(text, worst["relative_rmse"], "key")])
+    return heads, rows
 
 
-def _dense(result: Mapping[str, Any]) -> Rows:
+def _notes(result: Mapping[str, Any], schemes: Measures) -> Iterator[str]:
+    if any(name.endswith("_decomposed") for name in schemes):
+        yield DECOMPOSED
+    for name, row in result["schemes"].items():
+        if "error" in row:
+            yield f"{name} is left out: {row['error']}"
+    if why := "; ".join(undefined({**schemes, **_dense(result)})):
+        yield f"- is undefined. {why}"
+
+
+def _dense(result: Mapping[str, Any]) -> Measures:
     return {"dense model": result["dense"]} if "dense" in result else {}
 
 
-def _undefined(rows: Rows) -> str:
-    why = "; ".join(undefined(rows))
-    return f'<p class="note">- is undefined. {escape(why)}.</p>' if why else ""
+def _layer_table(layers: Measures) -> tuple[list[Head], list[list[Cell]]]:
+    keys = list(dict.fromkeys(key for row in layers.values() for key in row if key not in ("shape", "undefined")))
+    heads = [Head("layer", key=True), Head("shape"), *(Head(key.replace("_", " ")) for key in keys)]
+    rows = []
+    for name, row in layers.items():
+        shape = " x ".join(map(str, row["shape"]))
+        numbers = [Cell(_number(row.get(key), ".4g"), row.get(key)) for key in keys]
+        rows.append([Cell(name, name, "key"), Cell(shape, shape), *numbers])
+    return heads, rows
 
 
-def _layers(result: Mapping[str, Any]) -> str:
-    layers: Rows = result["layers"]
-    keys = list(dict.fromkeys(key for found in layers.values() for key in found if key not in ("shape", "undefined")))
-    heads = [head("layer", key=True), head("shape"), *(head(key.replace("_", " ")) for key in keys)]
-    body = []
-    for name, found in layers.items():
-        shape = " x ".join(map(str, found["shape"]))
-        cells = [cell(name, name, "key"), cell(shape, shape)]
-        cells += [cell(_number(found.get(key), ".4g"), sort_key(found.get(key))) for key in keys]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    note = (
-        "sigma: standard deviation without outliers (median |w| / 0.6745 over weights other than 0); kurtosis: about 0,"
-        " of a normal distribution 3; loudest column: its RMS over the median column's. Activations count where"
-        " |x| >= 6 (LLM.int8(), section 4), padding left out."
-    )
-    return table(heads, body, "sortable") + f'<p class="note">{note}</p>' + _undefined(layers)
-
-
-def _figures(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _figures(result: Mapping[str, Any]) -> Iterator[Figure]:
     rows = {name: row for name, row in fitting(result).items() if row["relative_rmse"]}
     if rows:
         caption = "One mark per scheme; up and left is better. 6 dB is half the error."
-        yield ("Precision against bits", *_scatter(rows, "snr_db", "SNR of the weights, dB", caption))
+        yield _scatter("Precision against bits", rows, "snr_db", "SNR of the weights, dB", caption)
     evaluated = {name: row for name, row in rows.items() if row.get("loss_change") is not None}
     if evaluated:
         caption = "One mark per scheme; down and left is better; bars: one standard error over targets, paired."
-        yield ("Loss change against bits", *_scatter(evaluated, "loss_change", "change in loss, nats", caption))
-    yield "Code books", _code_books(), "The values that codes stand for, in units of a block's absmax."
+        yield _scatter("Loss change against bits", evaluated, "loss_change", "change in loss, nats", caption)
+    yield Figure("Code books", "The values that codes stand for, in units of a block's absmax.", _code_books())
     usual = ("int8_absmax", "int4_absmax", "fp4", "fp4_e2m1", "nf4", "nf4_double")
     chosen: list[str] = [name for name in usual if name in rows]
     chosen = chosen or list(rows)[:6]
     if len(result["layers"]) > 1 and chosen:
-        yield ("Error by layer", *_by_layer(rows, chosen, list(result["layers"])))
+        yield _by_layer(rows, chosen, list(result["layers"]))
 
 
-def _scatter(rows: Rows, key: str, title: str, caption: str) -> tuple[str, str]:
+def _scatter(title: str, rows: Measures, key: str, name: str, caption: str) -> Figure:
     bits = [row["bits_per_parameter"] for row in rows.values()]
     spread = [row[key] + side * (row.get("loss_change_se") or 0.0) for row in rows.values() for side in (-1, 1)]
     ticks = [(at, f"{at:g}") for at in (4, 4.25, 4.5, 5, 6, 8, 16, 24)]
     low, high = min([4.0, *bits]) / 1.04, max([8.0, *bits]) * 1.04
-    series = []
-    for hue, family in enumerate(FAMILIES):
-        inside = [(name, row) for name, row in rows.items() if _family(name) == family]
-        points: list[svg.Point | None] = [
-            svg.Point(
-                row["bits_per_parameter"],
-                row[key],
-                [row[key]],
-                row["loss_change_se"] if key == "loss_change" else None,
-                f"{name}: {row['bits_per_parameter']:.4f} bits, {row[key]:.4g}",
-            )
-            for name, row in inside
-        ]
-        series += [svg.Series(family, points, hue)] if points else []
+    families: dict[str, list[svg.Point | None]] = {family: [] for family in FAMILIES}
+    for scheme, row in rows.items():
+        bits, value = row["bits_per_parameter"], row[key]
+        error = row["loss_change_se"] if key == "loss_change" else None
+        tip = f"{scheme}: {bits:.4f} bits, {value:.4g}"
+        families[_family(scheme)].append(svg.Point(bits, value, [value], error, tip))
+    series = [svg.Series(family, points, hue) for hue, (family, points) in enumerate(families.items()) if points]
     x = svg.Axis("bits per parameter", low, high, [tick for tick in ticks if low <= tick[0] <= high], log2=True)
-    legend = svg.legend([(one.name, one.colour) for one in series])
-    return legend + svg.scatter(series, x, svg.scale(title, spread), title), caption
+    legend = svg.legend([(each.name, each.colour) for each in series])
+    return Figure(title, caption, svg.scatter(series, x, svg.scale(name, spread), name), [legend])
 
 
 def _family(name: str) -> str:
     if name.startswith(("int8_product", "llm_int8")):
         return FAMILIES[1]
-    return next((one for one in ("int4", "fp4", "nf4") if name.startswith(one)), FAMILIES[0])
+    return next((family for family in ("int4", "fp4", "nf4") if name.startswith(family)), FAMILIES[0])
 
 
-def _code_books() -> str:
+def _code_books() -> Markup:
     names = [*codebooks.FOUR_BIT, "dynamic"]
     axis = svg.scale("value / absmax", [-1.0, 1.0], pad=0.03)
     canvas = svg.Canvas(axis, svg.places("", list(reversed(names))))
@@ -236,7 +227,7 @@ def _code_books() -> str:
     return canvas.done("The values of each code book")
 
 
-def _by_layer(rows: Rows, chosen: Sequence[str], order: Sequence[str]) -> tuple[str, str]:
+def _by_layer(rows: Measures, chosen: Sequence[str], order: Sequence[str]) -> Figure:
     curves = []
     for hue, name in enumerate(chosen):
         known = rows[name]["layers"]
@@ -244,20 +235,20 @@ def _by_layer(rows: Rows, chosen: Sequence[str], order: Sequence[str]) -> tuple[
         curves.append(svg.Curve(name, points, hue))
     y = svg.scale("relative RMSE", [value for curve in curves for _, value in curve.rows])
     x = svg.steps("layer, in the model's order", [at for curve in curves for at, _ in curve.rows])
-    drawn = svg.legend([(curve.name, curve.colour) for curve in curves]) + svg.line_plot(curves, x, y)
-    return drawn, "Layers in the order of the table below."
+    legend = svg.legend([(curve.name, curve.colour) for curve in curves])
+    return Figure("Error by layer", "Layers in the order of the table below.", svg.line_plot(curves, x, y), [legend])
 
 
-def _shown(rows: Rows) -> list[Column]:
-    return [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows.values())]
+def _shown(rows: Measures) -> list[Quantity]:
+    return [quantity for quantity in QUANTITIES if any(row.get(quantity[0]) is not None for row in rows.values())]
 
 
-def _text(column: Column, row: Mapping[str, Any]) -> str:
-    value = row.get(column[0])
+def _text(quantity: Quantity, row: Mapping[str, Any]) -> str:
+    value = row.get(quantity[0])
     if value is None:
         return "-"
-    error = f" +- {row['loss_change_se']:.4f}" if column[0] == "loss_change" and row.get("loss_change_se") else ""
-    return column[3](value) + error
+    error = f" +- {row['loss_change_se']:.4f}" if quantity[0] == "loss_change" and row.get("loss_change_se") else ""
+    return quantity[3](value) + error
 
 
 def _number(value: float | None, form: str) -> str:

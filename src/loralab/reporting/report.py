@@ -1,24 +1,24 @@
 """``loralab report DIR``: reads the records in DIR, writes DIR/report/, returns the terminal's table."""
 
-import csv
-import io
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loralab.analysis.arms import Comparison, comparisons
+from loralab.analysis.claims import verdicts
+from loralab.analysis.comparable import subject
+from loralab.analysis.results import SweepResults, read_results
+from loralab.analysis.trials import STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
-from loralab.reporting.axes import lookup
-from loralab.reporting.gather import STALE, Study, Trial, reason, study
+from loralab.reporting.layout import terminal_width
 from loralab.reporting.notes import general, notes
-from loralab.reporting.page import page, rerun
+from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
-from loralab.reporting.rows import Table, tables
-from loralab.reporting.sets import subject
-from loralab.reporting.table import as_plain, ended, trial_text
+from loralab.reporting.table import as_plain
 from loralab.reporting.text import markdown, measure, terminal
-from loralab.reporting.verdicts import verdicts
 
 # As the record has them: in a pack, memory and time are the pack's, and tokens_per_s is the trial's share.
 _MEASURED = (
@@ -42,16 +42,16 @@ def report(folder: Path) -> Report:
     """Write index.html, results.csv, results.json and report.md into ``folder/report``."""
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; expected the folder of a sweep or of a run")
-    gathered = study(folder)
-    found = tables(gathered)
+    results = read_results(folder)
+    compared = comparisons(results)
     texts = {
-        "index.html": page(gathered, found),
-        "results.csv": _csv(gathered),
-        "results.json": json.dumps(_json(gathered, found), indent=1, allow_nan=False) + "\n",
-        "report.md": _markdown(gathered, found),
+        "index.html": page(results, compared),
+        "results.csv": _csv(results),
+        "results.json": json.dumps(_json(results, compared), indent=1, allow_nan=False) + "\n",
+        "report.md": _markdown(results, compared),
     }
     written = {name: write_text(folder / "report" / name, text) for name, text in texts.items()}
-    return Report(terminal(gathered, found), written["index.html"], written)
+    return Report(terminal(results, compared, terminal_width()), written["index.html"], written)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -66,39 +66,44 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def _csv(gathered: Study) -> str:
+def _csv(results: SweepResults) -> str:
     """One line per trial, whatever became of it."""
-    metrics = list(dict.fromkeys(name for trial in gathered.trials for name in trial.record["metrics"]))
-    head = ["trial", "folder", *gathered.axes, "seed", "status", *metrics, *_MEASURED, "ended", "error"]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    for trial in gathered.trials:
-        record = trial.record
-        line: list[Any] = [record["trial"], trial.name, *(trial.values[axis] for axis in gathered.axes)]
-        line += [trial.seed, trial.status, *(record["metrics"].get(name) for name in metrics)]
-        line += [*(lookup(record, key) for key in _MEASURED)]
-        line += [ended(trial), "" if trial.ok else reason(trial)]
-        writer.writerow(line)
-    return out.getvalue()
+    import pandas as pd
+
+    metrics = dict.fromkeys(name for trial in results.trials for name in trial.record["metrics"])
+    columns = ["trial", "folder", *results.axes, "seed", "status", *metrics, *_MEASURED, "ended", "error"]
+    lines = [
+        {
+            **{"trial": trial.record["trial"], "folder": trial.name, **trial.values, "status": trial.status},
+            **{**trial.record["metrics"], **{key: trial.get(key) for key in _MEASURED}},
+            **{"ended": trial.ended, "error": "" if trial.ok else trial.reason},
+        }
+        for trial in results.trials
+    ]
+    return str(pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
-def _json(gathered: Study, found: list[Table]) -> dict[str, Any]:
+def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, Any]:
     return {
-        "name": gathered.name,
-        "question": gathered.question,
-        "axes": gathered.axes,
-        "metric": gathered.metric,
-        "metric_mode": gathered.mode,
-        "held_fixed": held_fixed(gathered),
-        "notes": [*general(gathered, found), *(note for part, rows in found for note in notes(part, rows))],
-        "arms": [as_plain(part, row) for part, rows in found for row in rows],
-        "claims": [verdict.plain() for verdict in verdicts(gathered, found)],
-        "trials": [_trial(trial) for trial in gathered.trials],
+        "name": results.name,
+        "question": results.question,
+        "axes": results.axes,
+        "metric": results.metric,
+        "metric_mode": results.mode,
+        "held_fixed": held_fixed(results),
+        "notes": [*general(results, compared), *(note for comparison in compared for note in notes(comparison))],
+        "arms": [
+            {"set": about, **as_plain(arm)}
+            for comparison in compared
+            for about in [subject(comparison.results)]
+            for arm in comparison.arms
+        ],
+        "claims": [verdict.plain() for verdict in verdicts(results, compared)],
+        "trials": [_trial(trial) for trial in results.trials],
     }
 
 
-def _trial(trial: Trial) -> dict[str, Any]:
+def _trial(trial: TrialResult) -> dict[str, Any]:
     record = trial.record
     return {
         "trial": record["trial"],
@@ -106,30 +111,31 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "values": trial.values,
         "seed": record["seed"],
         "status": trial.status,
-        "error": None if trial.ok else reason(trial),
+        "error": None if trial.ok else trial.reason,
         "metrics": record["metrics"],
-        **{key: lookup(record, key) for key in _MEASURED},
+        **{key: trial.get(key) for key in _MEASURED},
         "stopped_early": record.get("stopped_early"),
-        "ended": ended(trial),
+        "ended": trial.ended,
         "environment": record["environment"],
         "overrides": record["overrides"],
     }
 
 
-def _markdown(gathered: Study, found: list[Table]) -> str:
-    known = facts(gathered)
-    asked = question(gathered)
-    lines = [f"# {gathered.name}", "", *([asked, ""] if asked else [])]
-    for part, rows in found:
-        lines += [f"## {subject(part)}", ""] if len(found) > 1 else []
-        lines += [f"{measure(part, rows)}.", "", markdown(part, rows), *(f"- {note}" for note in notes(part, rows)), ""]
-    lines += [f"- {note}" for note in general(gathered, found)]
-    lines += [f"- {verdict.text}" for verdict in verdicts(gathered, found)]
-    lines += [f"- held fixed: {text}" for text in held_fixed(gathered)]
-    lines += [f"- {term}: {text}" for term, text in {**known.header, **known.provenance}.items() if text]
-    troubled = [trial for trial in gathered.trials if not trial.ok]
-    lines += ["", f"## Not completed{' or stale' * (gathered.count(STALE) > 0)}", ""] if troubled else []
+def _markdown(results: SweepResults, compared: Sequence[Comparison]) -> str:
+    known = facts(results)
+    asked = question(results)
+    lines = [f"# {results.name}", "", *([asked, ""] if asked else [])]
+    for comparison in compared:
+        lines += [f"## {subject(comparison.results)}", ""] if len(compared) > 1 else []
+        lines += [f"{measure(comparison)}.", "", markdown(comparison)]
+        lines += [*(f"- {note}" for note in notes(comparison)), ""]
+    said = [*general(results, compared), *(verdict.text for verdict in verdicts(results, compared))]
+    said += [f"held fixed: {text}" for text in held_fixed(results)]
+    said += [f"{term}: {text}" for term, text in {**known.header, **known.provenance}.items() if text]
+    lines += [f"- {text}" for text in said]
+    troubled = [trial for trial in results.trials if not trial.ok]
+    lines += ["", f"## Not completed{' or stale' * (results.count(STALE) > 0)}", ""] if troubled else []
     for trial in troubled:
-        again = f" (`{rerun(trial)}`)" if trial.record["overrides"] else ""
-        lines.append(f"- {trial_text(gathered, trial)}: {trial.status}: {reason(trial)}{again}")
+        again = f" (`{trial.rerun}`)" if trial.record["overrides"] else ""
+        lines.append(f"- {results.describe(trial)}: {trial.status}: {trial.reason}{again}")
     return "\n".join(lines) + "\n"

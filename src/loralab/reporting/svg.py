@@ -1,17 +1,18 @@
-"""Small SVG charts in plain Python: no dependency, no script, colours from the page's style sheet.
+"""Small SVG charts: no script, colours from the page's style sheet, ``<title>`` gives the tooltips.
 
-A figure is text: deterministic, diffable, readable in a browser of any age; ``<title>`` gives the tooltips.
 Series differ by colour (Okabe and Ito, safe for colour-blind readers) and by the shape of their marks.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from html import escape
+from itertools import groupby
+
+from markupsafe import Markup, escape
 
 LEFT, RIGHT, TOP, BOTTOM = 72.0, 16.0, 14.0, 46.0
+WIDTH, HEIGHT = 540.0, 310.0
 COLOURS, SHAPES = 7, 4
 DASHES = ("", "stroke-dasharray:7 3", "stroke-dasharray:2 3", "stroke-dasharray:10 3 2 3")
 MAX_POINTS = 2000
@@ -71,44 +72,39 @@ class Axis:
         return (at - low) / (high - low) if high > low else 0.5
 
 
+@dataclass(frozen=True)
+class LegendEntry:
+    """An entry of a legend: a small drawing, ``width`` pixels wide and 14 high, and what it stands for."""
+
+    name: str
+    drawing: Markup
+    width: int = 14
+
+
 @dataclass
 class Canvas:
-    """An SVG being drawn: a plot area inside margins."""
+    """An SVG being drawn: a plot area inside margins.
+
+    Names below the x axis stand upright in up to three lines, and the plot ends above them at ``bottom``; where one
+    is longer, all are set aslant and hang below the drawing, which is ``tall`` pixels high.
+    """
 
     x: Axis
     y: Axis
-    width: float = 540
-    height: float = 310
     parts: list[str] = field(default_factory=list)
-    labelled: float = -math.inf  # where the last label of the x axis ends
 
-    @property
-    def bottom(self) -> float:
-        """Where the plot area ends; the names below it may need several lines."""
-        named = self.x.named and not self.slanted
-        most = max((len(_wrapped(name, self.room)) for _, name in self.x.ticks), default=1) if named else 1
-        return self.height - BOTTOM - 15 * (most - 1)
-
-    @property
-    def tall(self) -> float:
-        """The height of the whole drawing: names that are set aslant hang below it."""
-        longest = max((min(len(name), LONGEST) for _, name in self.x.ticks), default=0)
-        return self.height + (LETTER * longest * math.sin(math.radians(SLANT)) if self.slanted else 0)
-
-    @cached_property
-    def slanted(self) -> bool:
-        """Whether a name is too long to stand upright under its tick, even in several lines."""
-        pieces = [piece for _, name in self.x.ticks for piece in _pieces(name)]
-        lines = [len(_wrapped(name, self.room)) for _, name in self.x.ticks]
-        return self.x.named and (max(map(len, pieces), default=0) > self.room or max(lines, default=0) > 3)
-
-    @property
-    def room(self) -> int:
-        """Letters that fit under one tick of the x axis."""
-        return max(5, int((self.width - LEFT - RIGHT) / max(1, len(self.x.ticks)) / 7.4))
+    def __post_init__(self) -> None:
+        names = [name for _, name in self.x.ticks] if self.x.named else []
+        self.room = max(5, int((WIDTH - LEFT - RIGHT) / max(1, len(names)) / 7.4))  # letters under one name's tick
+        lines = max((len(_wrapped(name, self.room)) for name in names), default=1)
+        word = max((len(piece) for name in names for piece in _pieces(name)), default=0)
+        self.slanted = word > self.room or lines > 3
+        longest = max(min(len(name), LONGEST) for name in names) if self.slanted else 0
+        self.tall = HEIGHT + LETTER * longest * math.sin(math.radians(SLANT))
+        self.bottom = HEIGHT - BOTTOM - (0 if self.slanted else 15 * (lines - 1))
 
     def px(self, value: float) -> float:
-        return LEFT + self.x.share(value) * (self.width - LEFT - RIGHT)
+        return LEFT + self.x.share(value) * (WIDTH - LEFT - RIGHT)
 
     def py(self, value: float) -> float:
         return self.bottom - self.y.share(value) * (self.bottom - TOP)
@@ -116,8 +112,9 @@ class Canvas:
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
         self.parts.append(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
 
-    def text(self, x: float, y: float, content: str, kind: str = "tick", extra: str = "") -> None:
-        self.parts.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{extra}>{escape(content)}</text>')
+    def text(self, x: float, y: float, content: str, kind: str = "tick middle", turned: int = 0) -> None:
+        turn = f' transform="rotate({turned} {x:.1f} {y:.1f})"' if turned else ""
+        self.parts.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{turn}>{escape(content)}</text>')
 
     def path(self, places: Iterable[tuple[float, float]], kind: str, title: str = "", style: str = "") -> None:
         """A polyline in pixels."""
@@ -130,41 +127,47 @@ class Canvas:
         drawn = _shape(x, y, size, (colour if shape is None else shape) % SHAPES)
         self.parts.append(f'<g class="c{colour % COLOURS} mean">{_title(title)}{drawn}</g>')
 
+    def point(self, point: Point, colour: int, shift: float = 0.0) -> None:
+        """A mark at the mean, its error bar, and a small circle for each of several seeds; ``shift``: pixels aside."""
+        tone, x = f"c{colour % COLOURS}", self.px(point.x) + shift
+        if point.std is not None:
+            low, high = self.py(point.mean - point.std), self.py(point.mean + point.std)
+            self.line(x, low, x, high, f"bar {tone}")
+            for end in (low, high):
+                self.line(x - 4, end, x + 4, end, f"bar {tone}")
+        for value in point.values if len(point.values) > 1 else ():
+            self.parts.append(f'<circle class="seed {tone}" cx="{x:.1f}" cy="{self.py(value):.1f}" r="2.6"/>')
+        self.mark(x, self.py(point.mean), colour, point.text, shape=point.shape)
+
     def cross(self, x: float, y: float, colour: int) -> None:
         """Where a run ended too early."""
         for up in (-4, 4):
             self.line(x - 4, y - up, x + 4, y + up, f"bar c{colour % COLOURS}")
 
     def frame(self) -> None:
-        """Grid, ticks and titles of both axes."""
-        bottom = self.bottom
+        """Grid, ticks and titles of both axes; a number without room beside the last one's label gets none."""
         for at, name in self.y.ticks:
-            self.line(LEFT, self.py(at), self.width - RIGHT, self.py(at), "grid")
+            self.line(LEFT, self.py(at), WIDTH - RIGHT, self.py(at), "grid")
             self.text(LEFT - 8, self.py(at) + 4, name, "tick end")
+        free = -math.inf
         for at, name in self.x.ticks:
-            self.line(self.px(at), bottom, self.px(at), bottom + 4, "axis")
-            self._label(self.px(at), name)
-        self.line(LEFT, bottom, self.width - RIGHT, bottom, "axis")
-        self.text((LEFT + self.width - RIGHT) / 2, self.tall - 8, self.x.title, "name middle")
-        middle = (TOP + bottom) / 2
-        self.text(14, middle, self.y.title, "name middle", f' transform="rotate(-90 14 {middle:.1f})"')
+            x, half = self.px(at), LETTER * len(name) / 2
+            self.line(x, self.bottom, x, self.bottom + 4, "axis")
+            if self.slanted:
+                short = name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+                self.text(x + 4, self.bottom + 16, short, "tick end", -SLANT)
+            elif self.x.named or x - half > free:
+                for row, words in enumerate(_wrapped(name, self.room) if self.x.named else [name]):
+                    self.text(x, self.bottom + 18 + 15 * row, words)
+                free = x + half + 4
+        self.line(LEFT, self.bottom, WIDTH - RIGHT, self.bottom, "axis")
+        self.text((LEFT + WIDTH - RIGHT) / 2, self.tall - 8, self.x.title, "name middle")
+        self.text(14, (TOP + self.bottom) / 2, self.y.title, "name middle", -90)
 
-    def _label(self, x: float, name: str) -> None:
-        """Under its tick; a number for which there is no room beside the last one is left out."""
-        if self.slanted:
-            y, short = self.bottom + 16, name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
-            self.text(x + 4, y, short, "tick end", f' transform="rotate(-{SLANT} {x + 4:.1f} {y:.1f})"')
-        elif self.x.named:
-            for row, words in enumerate(_wrapped(name, self.room)):
-                self.text(x, self.bottom + 18 + 15 * row, words, "tick middle")
-        elif x - LETTER * len(name) / 2 > self.labelled + 4:
-            self.text(x, self.bottom + 18, name, "tick middle")
-            self.labelled = x + LETTER * len(name) / 2
-
-    def done(self, description: str) -> str:
+    def done(self, description: str) -> Markup:
         label = f'role="img" aria-label="{escape(description)}"'
-        head = f'<svg viewBox="0 0 {self.width:g} {self.tall:g}" {label}>'
-        return "\n".join([head, *self.parts, "</svg>"])
+        head = f'<svg viewBox="0 0 {WIDTH:g} {self.tall:g}" {label}>'
+        return Markup("\n".join([head, *self.parts, "</svg>"]))
 
 
 def scale(title: str, values: Sequence[float], pad: float = 0.08) -> Axis:
@@ -174,9 +177,9 @@ def scale(title: str, values: Sequence[float], pad: float = 0.08) -> Axis:
     margin = (high - low) * pad if high - low > 1e-6 * size + 1e-9 else 0.02 * size + 1e-6
     low, high = low - margin, high + margin
     step = _round_step((high - low) / 6)
-    first = math.ceil(low / step)
-    places = [index * step for index in range(first, math.floor(high / step) + 1)]
-    return Axis(title, low, high, [(at, _tick(at, step)) for at in places])
+    places = [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    decimals = next((n for n in range(15) if math.isclose(step, round(step, n), rel_tol=1e-6)), 15)
+    return Axis(title, low, high, [(at, f"{at:.{decimals}f}") for at in places])
 
 
 def steps(title: str, values: Sequence[float]) -> Axis:
@@ -189,9 +192,8 @@ def steps(title: str, values: Sequence[float]) -> Axis:
 
 def powers(title: str, values: Sequence[float]) -> Axis:
     """A log2 axis with a tick at each value that was run; all must be positive."""
-    low, high = min(values), max(values)
     ticks = [(value, f"{value:g}") for value in sorted(set(values))]
-    return Axis(title, low / 2**0.5, high * 2**0.5, ticks, log2=True)
+    return Axis(title, min(values) / 2**0.5, max(values) * 2**0.5, ticks, log2=True)
 
 
 def places(title: str, names: Sequence[str]) -> Axis:
@@ -199,7 +201,7 @@ def places(title: str, names: Sequence[str]) -> Axis:
     return Axis(title, -0.6, len(names) - 0.4, [(float(index), name) for index, name in enumerate(names)], named=True)
 
 
-def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, description: str = "") -> str:
+def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, description: str = "") -> Markup:
     """Means with error bars (one standard deviation) over small points for the seeds.
 
     ``joined``: x is a number, so lines join the means and each mark is at its value; else the series stand side by
@@ -207,137 +209,96 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, de
     """
     canvas = Canvas(x, y)
     canvas.frame()
-    for one in series:
-        if joined:
-            for run in _unbroken(one.points):
-                middle = [(canvas.px(point.x), canvas.py(point.mean)) for point in run]
-                canvas.path(middle, f"line c{one.colour % COLOURS}", one.name)
-        for point in one.points:
-            if point is not None:
-                there = [other for other in series if any(each and each.x == point.x for each in other.points)]
-                shift = 0.0 if joined else _shift(there.index(one), len(there), canvas)
-                _draw_point(canvas, point, one.colour, canvas.px(point.x) + shift)
+    for each in series:
+        for run in _unbroken(each.points) if joined else ():
+            middle = [(canvas.px(point.x), canvas.py(point.mean)) for point in run]
+            canvas.path(middle, f"line c{each.colour % COLOURS}", each.name)
+        for point in filter(None, each.points):
+            there = [other for other in series if any(p and p.x == point.x for p in other.points)]
+            spread = min(26.0, (WIDTH - LEFT - RIGHT) / max(1, len(x.ticks)) * 0.8 / len(there))
+            canvas.point(point, each.colour, 0.0 if joined else (there.index(each) - (len(there) - 1) / 2) * spread)
     return canvas.done(description)
 
 
-def scatter(series: Sequence[Series], x: Axis, y: Axis, description: str = "") -> str:
+def scatter(series: Sequence[Series], x: Axis, y: Axis, description: str = "") -> Markup:
     """The same points on two continuous axes, each mark at its values."""
     canvas = Canvas(x, y)
     canvas.frame()
-    for one in series:
-        for point in one.points:
-            if point is not None:
-                _draw_point(canvas, point, one.colour, canvas.px(point.x))
+    for each in series:
+        for point in filter(None, each.points):
+            canvas.point(point, each.colour)
     return canvas.done(description)
 
 
-def line_plot(curves: Sequence[Curve], x: Axis, y: Axis, smooth: float = 0.0, description: str = "") -> str:
+def line_plot(curves: Sequence[Curve], x: Axis, y: Axis, smooth: float = 0.0, description: str = "") -> Markup:
     """Training curves; with ``smooth`` the raw values stay as a faint line behind an exponential mean."""
     canvas = Canvas(x, y)
     canvas.frame()
     budget = max(60, min(MAX_POINTS, 16 * MAX_POINTS // max(1, len(curves))))
-    passes: list[tuple[str, Callable[[Curve], list[tuple[float, float]]]]] = [("line", lambda one: one.rows)]
-    if smooth:
-        passes = [("raw", lambda one: one.rows), ("line", lambda one: _smoothed(one.rows, smooth))]
-    for kind, rows in passes:
-        for one in curves:
-            kept = downsample(rows(one), budget)
+    passes = [("raw", 0.0), ("line", smooth)] if smooth else [("line", 0.0)]
+    for kind, keep in passes:
+        for curve in curves:
+            kept = downsample(_smoothed(curve.rows, keep) if keep else curve.rows, budget)
             pixels = [(canvas.px(step), canvas.py(min(max(value, y.low), y.high))) for step, value in kept]
-            style = one.style if kind == "line" else ""
-            canvas.path(pixels, f"{kind} thin c{one.colour % COLOURS}", one.name, style)
+            tone = f"{kind} thin c{curve.colour % COLOURS}"
+            canvas.path(pixels, tone, curve.name, curve.style if kind == "line" else "")
             if len(kept) == 1:
-                canvas.mark(*pixels[0], one.colour, one.name, size=3)
-            if one.broken and kind == "line":
-                canvas.cross(*pixels[-1], one.colour)
+                canvas.mark(*pixels[0], curve.colour, curve.name, size=3)
+            if curve.broken and kind == "line":
+                canvas.cross(*pixels[-1], curve.colour)
     return canvas.done(description)
 
 
-def strip(values: Sequence[float], mean: float, std: float | None, low: float, high: float) -> str:
+def strip(values: Sequence[float], mean: float, std: float | None, low: float, high: float) -> Markup:
     """A table cell's picture: the seeds, their mean and standard deviation on a scale shared by all rows, which holds
     them all."""
-    width, middle = 120.0, 9.0
-    spread = (high - low) or 1.0
 
-    def at(value: float) -> float:
-        return 6 + (value - low) / spread * (width - 12)
+    def at(value: float) -> str:
+        return f"{6 + (value - low) / ((high - low) or 1.0) * 108:.1f}"
 
-    parts = [f'<line class="grid" x1="2" x2="{width - 2:g}" y1="{middle}" y2="{middle}"/>']
+    parts = ['<line class="grid" x1="2" x2="118" y1="9.0" y2="9.0"/>']
     if std is not None:
-        ends = f'x1="{at(mean - std):.1f}" x2="{at(mean + std):.1f}"'
-        parts.append(f'<line class="bar" {ends} y1="{middle}" y2="{middle}"/>')
-    parts += [f'<circle class="seed" cx="{at(value):.1f}" cy="{middle}" r="2.4"/>' for value in values]
-    parts.append(f'<circle class="mean" cx="{at(mean):.1f}" cy="{middle}" r="4"/>')
-    return f'<svg class="strip" viewBox="0 0 {width:g} 18" aria-hidden="true">{"".join(parts)}</svg>'
+        parts.append(f'<line class="bar" x1="{at(mean - std)}" x2="{at(mean + std)}" y1="9.0" y2="9.0"/>')
+    parts += [f'<circle class="seed" cx="{at(value)}" cy="9.0" r="2.4"/>' for value in values]
+    parts.append(f'<circle class="mean" cx="{at(mean)}" cy="9.0" r="4"/>')
+    return Markup(f'<svg class="strip" viewBox="0 0 120 18" aria-hidden="true">{"".join(parts)}</svg>')
 
 
-def legend(names: Sequence[tuple[str, int]], round_marks: bool = False) -> str:
-    """HTML, so that long names wrap: the mark of each series and its name."""
-    shapes = [(name, colour, 0 if round_marks else colour % SHAPES) for name, colour in names]
-    return _legend(
-        (name, f'<g class="c{colour % COLOURS} mean">{_shape(7, 7, 5, shape)}</g>') for name, colour, shape in shapes
-    )
+def legend(names: Sequence[tuple[str, int]], round_marks: bool = False) -> list[LegendEntry]:
+    """The mark of each (name, colour); ``round_marks``: shapes stand for something else."""
+    marks = [(name, colour % COLOURS, _shape(7, 7, 5, 0 if round_marks else colour % SHAPES)) for name, colour in names]
+    return [LegendEntry(name, Markup(f'<g class="c{colour} mean">{shape}</g>')) for name, colour, shape in marks]
 
 
-def shape_legend(names: Sequence[str]) -> str:
+def shape_legend(names: Sequence[str]) -> list[LegendEntry]:
     """What the marks' shapes stand for."""
-    return _legend((name, f'<g class="plain">{_shape(7, 7, 5, at % SHAPES)}</g>') for at, name in enumerate(names))
+    return [
+        LegendEntry(name, Markup(f'<g class="plain">{_shape(7, 7, 5, at % SHAPES)}</g>'))
+        for at, name in enumerate(names)
+    ]
 
 
-def line_legend(names: Sequence[tuple[str, str]]) -> str:
+def line_legend(names: Sequence[tuple[str, str]]) -> list[LegendEntry]:
     """(name, style): what the dashes and shades of lines stand for."""
     line = '<line class="axis" stroke-width="2" x1="0" x2="28" y1="7" y2="7" style="{}"/>'
-    return _legend(((name, line.format(style)) for name, style in names), width=28)
-
-
-def _legend(items: Iterable[tuple[str, str]], width: int = 14) -> str:
-    box = f'<svg viewBox="0 0 {width} 14" style="width:{width}px" aria-hidden="true">'
-    return (
-        f'<div class="legend">{"".join(f"<span>{box}{mark}</svg>{escape(name)}</span>" for name, mark in items)}</div>'
-    )
+    return [LegendEntry(name, Markup(line.format(style)), width=28) for name, style in names]
 
 
 def downsample(rows: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
     """At most ``limit`` rows: the least and the greatest of each bucket, in order, so that spikes survive."""
     if len(rows) <= limit:
         return list(rows)
-    buckets = max(1, limit // 2)
-    kept = []
+    buckets, kept = max(1, limit // 2), []
     for index in range(buckets):
-        start, stop = len(rows) * index // buckets, len(rows) * (index + 1) // buckets
-        bucket = range(start, stop)
-        ends = {min(bucket, key=lambda at: rows[at][1]), max(bucket, key=lambda at: rows[at][1])}
+        bucket = range(len(rows) * index // buckets, len(rows) * (index + 1) // buckets)
+        ends = {pick(bucket, key=lambda at: rows[at][1]) for pick in (min, max)}
         kept += [rows[at] for at in sorted(ends)]
     return kept
 
 
-def _draw_point(canvas: Canvas, point: Point, colour: int, x: float) -> None:
-    tone = f"c{colour % COLOURS}"
-    if point.std is not None:
-        low, high = canvas.py(point.mean - point.std), canvas.py(point.mean + point.std)
-        canvas.line(x, low, x, high, f"bar {tone}")
-        for end in (low, high):
-            canvas.line(x - 4, end, x + 4, end, f"bar {tone}")
-    for value in point.values if len(point.values) > 1 else ():
-        where = f'cx="{x:.1f}" cy="{canvas.py(value):.1f}"'
-        canvas.parts.append(f'<circle class="seed {tone}" {where} r="2.6"/>')
-    canvas.mark(x, canvas.py(point.mean), colour, point.text, shape=point.shape)
-
-
-def _shift(index: int, total: int, canvas: Canvas) -> float:
-    """Pixels to the side of a name, so that error bars of several series do not cover each other."""
-    room = (canvas.width - LEFT - RIGHT) / max(1, len(canvas.x.ticks))
-    spread = min(26.0, room * 0.8 / max(1, total))
-    return (index - (total - 1) / 2) * spread
-
-
 def _unbroken(points: Sequence[Point | None]) -> list[list[Point]]:
-    runs: list[list[Point]] = [[]]
-    for point in points:
-        if point is None:
-            runs.append([])
-        else:
-            runs[-1].append(point)
-    return [run for run in runs if len(run) > 1]
+    runs = [list(run) for there, run in groupby(points, key=lambda point: point is not None) if there]
+    return [[point for point in run if point] for run in runs if len(run) > 1]
 
 
 def _smoothed(rows: Sequence[tuple[float, float]], keep: float) -> list[tuple[float, float]]:
@@ -356,11 +317,8 @@ def _shape(x: float, y: float, size: float, kind: int) -> str:
         side = size * 1.7
         return f'<rect x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" height="{side:.1f}"/>'
     reach = size * 1.3
-    corners = {
-        2: [(0, -reach), (reach, 0), (0, reach), (-reach, 0)],
-        3: [(0, -reach), (reach, reach * 0.8), (-reach, reach * 0.8)],
-    }[kind]
-    return f'<polygon points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)}"/>'
+    low = [(reach, 0.0), (0.0, reach), (-reach, 0.0)] if kind == 2 else [(reach, reach * 0.8), (-reach, reach * 0.8)]
+    return f'<polygon points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in [(0, -reach), *low])}"/>'
 
 
 def _wrapped(text: str, room: int) -> list[str]:
@@ -386,9 +344,3 @@ def _round_step(rough: float) -> float:
     """1, 2, 2.5 or 5 times a power of ten, at least ``rough``."""
     power: float = 10.0 ** math.floor(math.log10(rough))
     return next((nice * power for nice in (1, 2, 2.5, 5) if nice * power >= rough), 10 * power)
-
-
-def _tick(value: float, step: float) -> str:
-    """As many decimals as the step has."""
-    decimals = next((n for n in range(15) if math.isclose(step, round(step, n), rel_tol=1e-6)), 15)
-    return f"{value:.{decimals}f}"

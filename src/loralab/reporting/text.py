@@ -1,28 +1,16 @@
 """The results as plain text: for a terminal, and in Markdown."""
 
 from collections.abc import Iterable, Sequence
-from textwrap import wrap
 
-from loralab.reporting.axes import short_names
-from loralab.reporting.gather import Study, reason
+from loralab.analysis.arms import Arm, Comparison
+from loralab.analysis.claims import verdicts
+from loralab.analysis.comparable import subject
+from loralab.analysis.results import SweepResults
+from loralab.reporting.layout import WIDTH, aligned, natural_width, wrapped
 from loralab.reporting.notes import general, notes
 from loralab.reporting.provenance import question
-from loralab.reporting.rows import Row, Table
-from loralab.reporting.sets import subject
-from loralab.reporting.table import (
-    VERSUS,
-    Column,
-    align,
-    columns,
-    deviates,
-    score_text,
-    seeds_text,
-    trial_text,
-    where,
-)
-from loralab.reporting.verdicts import verdicts
+from loralab.reporting.table import VERSUS, Column, columns, score_text, seeds_text
 
-WIDTH = 100
 # Columns that go first when the terminal is narrow.
 _EXPENDABLE = (
     *("tokens/s", "base size", "peak memory", "train s", "trainable", "bits overall", "peak alone", "bits/param"),
@@ -30,75 +18,72 @@ _EXPENDABLE = (
 )
 
 
-def terminal(study: Study, tables: Sequence[Table], width: int = WIDTH) -> str:
+def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: int = WIDTH) -> str:
     """The results, at most ``width`` columns wide."""
-    lines = wrapped(": ".join(filter(None, [study.name, question(study)])), width)
-    for part, found in tables:
-        if len(tables) > 1:
-            lines += ["", *wrapped(subject(part), width)]
-        fitted = _fit(part, found, width)
-        lines += [*wrapped(measure(part, found), width), "", *fitted]
-        lines += _said(notes(part, found, any("(pack of" in line for line in fitted)), width)
-    said = [*general(study, tables), *(verdict.text for verdict in verdicts(study, tables))]
-    said += [f"{trial.status}: {trial_text(study, trial)}: {reason(trial)}" for trial in study.broken]
-    lines += _said(said, width)
+    lines = wrapped(": ".join(filter(None, [results.name, question(results)])), width)
+    for comparison in comparisons:
+        if len(comparisons) > 1:
+            lines += ["", *wrapped(subject(comparison.results), width)]
+        fitted = _fit(comparison, width)
+        lines += [*wrapped(measure(comparison), width), "", *fitted]
+        lines += _paragraphs(notes(comparison, any("(pack of" in line for line in fitted)), width)
+    said = [*general(results, comparisons), *(verdict.text for verdict in verdicts(results, comparisons))]
+    said += [f"{trial.status}: {results.describe(trial)}: {trial.reason}" for trial in results.broken]
+    lines += _paragraphs(said, width)
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def _said(texts: Iterable[str], width: int) -> list[str]:
+def markdown(comparison: Comparison) -> str:
+    """The same table for a README or an issue."""
+    shown = columns(comparison)
+    titles = _titles(comparison, list(comparison.results.short.values()), shown)
+    lines = [titles, ["---"] * len(titles)]
+    lines += [[*arm.values.values(), *_cells(arm, shown)] for arm in comparison.arms]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def measure(comparison: Comparison) -> str:
+    """What the metric's column holds."""
+    spread = ": mean +- standard deviation over seeds" if comparison.deviates else ""
+    marked = ", * marks the best row by its intervals" if comparison.best else ""
+    return f"{comparison.results.metric}{spread}, {comparison.results.better} is better{marked}"
+
+
+def _paragraphs(texts: Iterable[str], width: int) -> list[str]:
     lines = [line for text in texts for line in wrapped(text, width, "  ")]
     return ["", *lines] if lines else []
 
 
-def markdown(study: Study, found: Sequence[Row]) -> str:
-    """The same table for a README or an issue."""
-    shown = columns(study, found)
-    titles = [*short_names(list(study.axes)).values(), study.metric, *(c.title for c in shown), "seeds"]
-    body = [[*row.values.values(), *_measured(row, shown)] for row in found]
-    lines = [titles, ["---"] * len(titles), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+def _titles(comparison: Comparison, axes: list[str], shown: Sequence[Column]) -> list[str]:
+    return [*axes, comparison.results.metric, *(column.title for column in shown), "seeds"]
 
 
-def measure(study: Study, found: Sequence[Row]) -> str:
-    """What the metric's column holds."""
-    better = "lower" if study.mode == "min" else "higher"
-    spread = ": mean +- standard deviation over seeds" if deviates(found) else ""
-    marked = ", * marks the best row by its intervals" if any(row.best for row in found) else ""
-    return f"{study.metric}{spread}, {better} is better{marked}"
-
-
-def wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """Printable lines no longer than ``width``, all but the first after ``indent``."""
-    flat = "".join(letter if letter.isprintable() else " " for letter in text)
-    return wrap(flat, width, subsequent_indent=indent)
-
-
-def _measured(row: Row, shown: Sequence[Column]) -> list[str]:
+def _cells(arm: Arm, shown: Sequence[Column]) -> list[str]:
     """The cells behind the axes."""
-    return [score_text(row) + (" *" if row.best else ""), *(column.text(row) for column in shown), seeds_text(row)]
+    return [score_text(arm) + (" *" if arm.best else ""), *(column.text(arm) for column in shown), seeds_text(arm)]
 
 
-def _fit(study: Study, found: Sequence[Row], width: int) -> list[str]:
+def _fit(comparison: Comparison, width: int) -> list[str]:
     """Leave out the expendable columns one by one; else number the rows and spell them out below."""
-    axes = list(short_names(list(study.axes)).values())
-    lines = _narrowed(axes, [[*row.values.values()] for row in found], study, found, width, _EXPENDABLE)
+    axes = list(comparison.results.short.values())
+    lines = _narrowed(comparison, axes, [[*arm.values.values()] for arm in comparison.arms], width, _EXPENDABLE)
     if max(map(len, lines)) <= width:
         return lines
-    numbers = [[str(number)] for number, _ in enumerate(found, 1)]
-    lines = _narrowed(["row"], numbers, study, found, width, (*_EXPENDABLE, VERSUS))
-    legend = [wrapped(f"{number}: {where(study, row)}", width, "   ") for number, row in enumerate(found, 1)]
+    numbers = [[str(number)] for number, _ in enumerate(comparison.arms, 1)]
+    lines = _narrowed(comparison, ["row"], numbers, width, (*_EXPENDABLE, VERSUS))
+    legend = [wrapped(f"{number}: {arm.name}", width, "   ") for number, arm in enumerate(comparison.arms, 1)]
     return [*(line[:width] for line in lines), "", *(line for item in legend for line in item)]
 
 
 def _narrowed(
-    heads: list[str], keys: list[list[str]], study: Study, found: Sequence[Row], width: int, expendable: Sequence[str]
+    comparison: Comparison, axes: list[str], keys: list[list[str]], width: int, expendable: Sequence[str]
 ) -> list[str]:
-    """The table behind the columns ``keys``, without as many of the expendable columns as it takes to fit."""
-    shown, lines = columns(study, found), [""]
+    """The table behind the columns ``axes``, without as many of the expendable columns as it takes to fit."""
+    shown = columns(comparison)
     for title in ("", *expendable):
         shown = [column for column in shown if column.title != title]
-        body = [[*key, *_measured(row, shown)] for key, row in zip(keys, found, strict=True)]
-        lines = align([*heads, study.metric, *(c.title for c in shown), "seeds"], body, numeric_from=len(heads))
-        if max(map(len, lines)) <= width:
+        titles = _titles(comparison, axes, shown)
+        rows = [[*key, *_cells(arm, shown)] for key, arm in zip(keys, comparison.arms, strict=True)]
+        if natural_width(titles, rows) <= width:
             break
-    return lines
+    return aligned(titles, rows, range(len(axes) + 1, len(titles) - 1))

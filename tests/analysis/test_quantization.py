@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loralab.analysis.evaluation import Activations, Evaluation
-from loralab.analysis.study import Study, StudySpec, study
+from loralab.analysis.quantization import SchemeComparison, StudySpec, compare_schemes
 from loralab.cli import main
 from loralab.config.compose import compose, quantizers
 from loralab.errors import ConfigError, DiskError
@@ -27,7 +27,7 @@ SPEC = StudySpec(schemes={"nf4": {}}, rows=32, shape=[64, 128], inputs="normal")
 @pytest.fixture
 def subject(load_base):
     model = load_base("llama").model
-    return Study(SPEC, model, quantizable(model, NoQuantization()))
+    return SchemeComparison(SPEC, model, quantizable(model, NoQuantization()))
 
 
 def test_errors_are_those_of_the_layers_dense_weights(subject):
@@ -105,7 +105,7 @@ def test_evaluation_compares_a_model_with_its_dense_self(evaluation):
     same = evaluation()
     assert same["loss"] == pytest.approx(dense["loss"])
     assert (same["loss_change"], same["kl"], same["same_prediction"]) == (0.0, 0.0, 1.0)
-    row = Study(SPEC, model, names).scheme(FourBit(quant_type="int4", granularity="tensor"), evaluation)
+    row = SchemeComparison(SPEC, model, names).scheme(FourBit(quant_type="int4", granularity="tensor"), evaluation)
     assert row["kl"] > 1e-4
     assert row["loss"] == pytest.approx(dense["loss"] + row["loss_change"])
     assert row["loss_change_se"] > 0
@@ -134,11 +134,11 @@ def test_activations_count_positions_by_feature():
 def test_a_scheme_that_does_not_fit_says_why_and_stops_no_other(make_model, make_data):
     schemes = {"nf4": FourBit(), "too large": FourBit(block_size=4096), "int8": Int8Absmax()}
     rest = (make_model(config={"hidden_size": 32}), make_data(), TrainerSpec("cpu"), False)
-    found = study(SPEC, schemes, *rest)
+    found = compare_schemes(SPEC, schemes, *rest)
     assert "block_size = 4096 is larger than model.layers.0.self_attn.q_proj" in found["schemes"]["too large"]["error"]
     assert found["schemes"]["nf4"]["bits_per_parameter"] == 4.5
     with pytest.raises(ConfigError, match="block_size = 4096"):
-        study(SPEC, {"too large": schemes["too large"]}, *rest)
+        compare_schemes(SPEC, {"too large": schemes["too large"]}, *rest)
 
 
 def test_a_scheme_that_skips_every_layer_says_so(subject):
@@ -149,7 +149,7 @@ def test_a_scheme_that_skips_every_layer_says_so(subject):
 @pytest.mark.parametrize("kind", outliers.SYNTHETIC)
 def test_synthetic_weights_need_no_model(kind, make_data):
     spec = StudySpec(schemes={"nf4": {}}, weights=kind, rows=16, shape=[64, 128], inputs="normal")
-    found = study(spec, {"nf4": FourBit()}, None, make_data(), TrainerSpec("cpu"), False)
+    found = compare_schemes(spec, {"nf4": FourBit()}, None, make_data(), TrainerSpec("cpu"), False)
     row = found["schemes"]["nf4"]
     # x is independent of the weights: the error of the product is that of the weights
     assert row["matmul_relative_error"] == pytest.approx(row["relative_rmse"], rel=0.35)
@@ -213,7 +213,9 @@ def test_the_command_prints_one_json_object_and_writes_a_page(tiny_arguments, tm
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").write_text("a file")
-    monkeypatch.setattr("loralab.analysis.study.study", lambda *given: pytest.fail("the study has begun"))
+    monkeypatch.setattr(
+        "loralab.analysis.quantization.compare_schemes", lambda *given: pytest.fail("the study has begun")
+    )
     assert main.run(["quantize", "study.weights=gauss", f"hydra.run.dir={tmp_path / 'taken' / 'q'}"]) == 7
     assert "taken/q cannot be written" in capsys.readouterr().err
 

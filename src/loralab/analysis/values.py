@@ -1,4 +1,4 @@
-"""What a record has on an axis, which axes there are, when two values are one, and how each is written."""
+"""What a record holds on an axis, which axes there are, when two values are equal, and how each is written."""
 
 import json
 import math
@@ -7,21 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-Record = dict[str, Any]
+Json = dict[str, Any]
 UNKNOWN = "?"  # the label of a value that nothing tells
 # No part of what a trial is: trials that differ only here (and by seed) are seeds of one configuration.
 _ASIDE = {
-    "seed",
-    "sweep",
-    "sweeps",
-    "hydra",
-    "logger",
-    "callbacks",
-    "metric",
-    "metric_mode",
-    "output",
-    "run_dir",
-    "plan",
+    *("seed", "sweep", "sweeps", "hydra", "logger", "callbacks"),
+    *("metric", "metric_mode", "output", "run_dir", "plan"),
 }
 _ASIDE_KEYS = {"trainer.test"}
 
@@ -105,7 +96,7 @@ def lookup(config: Any, dotted: str) -> Any:
     return config
 
 
-def axis_value(record: Record, axis: str) -> Any:
+def axis_value(record: Json, axis: str) -> Any:
     """What the trial has on an axis: the chosen group option, else the config's value, else its override."""
     if axis in record["choices"]:
         return record["choices"][axis]
@@ -118,13 +109,13 @@ def axis_value(record: Record, axis: str) -> Any:
     return spelled(overrides[axis]) if axis in overrides else None if _has(record["config"], axis) else UNSAID
 
 
-def varying(found: Sequence[Record], axes: list[str]) -> list[str]:
+def varying(configured: Sequence[Json], axes: list[str]) -> list[str]:
     """Config keys and group choices that vary and do not follow from ``axes`` (``lora_alpha`` follows from
     ``r`` where every r has one lora_alpha); so trials that are told apart by nothing else still are."""
-    choices = list(dict.fromkeys(group for record in found for group in record["choices"]))
-    keys = list(dict.fromkeys(key for record in found for key in flatten(record["config"])))
-    flat = [{**flatten(record["config"]), **record["choices"]} for record in found]
-    places = [tuple(canonical(axis_value(record, axis)) for axis in axes if axis != "seed") for record in found]
+    choices = list(dict.fromkeys(group for record in configured for group in record["choices"]))
+    keys = list(dict.fromkeys(key for record in configured for key in flatten(record["config"])))
+    flat = [{**flatten(record["config"]), **record["choices"]} for record in configured]
+    places = [tuple(canonical(axis_value(record, axis)) for axis in axes if axis != "seed") for record in configured]
     chosen: list[str] = []
     for key in [*choices, *keys]:
         if aside(key) or key in axes or key in chosen:
@@ -147,7 +138,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def identity(record: Record) -> str:
+def identity(record: Json) -> str:
     """Equal for trials that differ only by seed: the whole config and the choices, without what is aside."""
     config = {key: _kept(key, value) for key, value in record["config"].items() if not aside(key)}
     choices = {key: value for key, value in record["choices"].items() if not aside(key)}
@@ -170,9 +161,8 @@ def _settled(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
-        return (
-            int(value) if value.is_integer() and abs(value) < 1e15 else value if math.isfinite(value) else repr(value)
-        )
+        whole = value.is_integer() and abs(value) < 1e15
+        return int(value) if whole else value if math.isfinite(value) else repr(value)
     if isinstance(value, Mapping):
         return {str(key): _settled(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

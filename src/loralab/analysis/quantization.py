@@ -75,79 +75,70 @@ class StudySpec:
         return ("captured" if evaluate else "outlier_features") if self.inputs == "auto" else self.inputs
 
 
-@dataclass
-class Errors:
-    """Sums over layers, all in float64 on the host."""
+def layer_errors(weight: Tensor, frozen: nn.Module, inputs: Sequence[Tensor], sigma: float | None) -> dict[str, float]:
+    """Sums over one layer, in float64 on the host.
 
-    weights: int = 0
-    packed: int = 0  # bytes
-    error: float = 0.0  # sum of (w' - w)^2
-    norm: float = 0.0  # sum of w^2
-    bulk_error: float = 0.0
-    bulk_norm: float = 0.0
-    product_error: float = 0.0
-    product_norm: float = 0.0
-    zeroed: int = 0
-    largest: float = 0.0
-    layers: dict[str, float | None] = field(default_factory=dict)  # name -> relative RMSE
-
-    def add(self, name: str, weight: Tensor, frozen: nn.Module, inputs: Sequence[Tensor], sigma: float | None) -> None:
-        """weight (out, in) float32; inputs: sequences (s, in); sigma of the bulk, None where all weights are 0."""
-        found = frozen.dense(torch.float32) if isinstance(frozen, FrozenLinear) else weight
-        off = found - weight
-        bulk = weight.abs() < BULK * (sigma or 0.0)
-        error, norm = _squares(off), _squares(weight)
-        self.weights += weight.numel()
-        self.packed += packed_bytes(frozen)
-        self.error, self.norm = self.error + error, self.norm + norm
-        self.bulk_error += _squares(off[bulk])
-        self.bulk_norm += _squares(weight[bulk])
-        self.zeroed += int(((found == 0) & (weight != 0)).sum())
-        self.largest = max(self.largest, float(off.abs().max()))
-        self.layers[name] = root(error, norm) if math.isfinite(error) else None
-        for x in inputs:
-            exact = x @ weight.t()
-            self.product_norm += _squares(exact)
-            if isinstance(frozen, FrozenLinear):
-                self.product_error += _squares(frozen.product(x, None) - exact)
-
-    def summary(self) -> dict[str, Any]:
-        """What JSON, page and terminal show; ratios without a unit, None where ``undefined`` says why."""
-        relative = root(self.error, self.norm)
-        known = [(name, value) for name, value in self.layers.items() if value is not None]
-        worst = sorted(known, key=lambda pair: -pair[1])[:3]
-        found = {
-            "bits_per_parameter": 8 * self.packed / self.weights,
-            "bytes": self.packed,
-            "weights": self.weights,
-            "relative_rmse": relative,
-            "snr_db": -20 * math.log10(relative) if relative else None,
-            "bulk_relative_rmse": root(self.bulk_error, self.bulk_norm),
-            "matmul_relative_error": root(self.product_error, self.product_norm),
-            "zeroed_share": self.zeroed / self.weights,
-            "largest_error": self.largest,
-            "worst_layers": [{"layer": name, "relative_rmse": value} for name, value in worst],
-            "layers": self.layers,
-        }
-        result = defined(found, self._why())
-        unknown = [name for name, value in self.layers.items() if value is None]
-        if unknown:
-            words = "every weight is 0, or not finite when dequantized: " + ", ".join(unknown)
-            result["undefined"] = {**result.get("undefined", {}), "layers": words}
-        return result
-
-    def _why(self) -> dict[str, str]:
-        """Words for what comes out undefined."""
-        overflow = not math.isfinite(self.product_norm + self.product_error)
-        return {
-            "relative_rmse": "every weight is 0",
-            "snr_db": "infinite: the error is 0" if self.norm else "every weight is 0",
-            "bulk_relative_rmse": "no weight other than 0 is within 3 sigma",
-            "matmul_relative_error": "x W^T overflows float32" if overflow else "x W^T is 0, or no input is known",
-        }
+    weight (out, in) float32; inputs: sequences (s, in); sigma of the bulk, None where all weights are 0.
+    """
+    dense = frozen.dense(torch.float32) if isinstance(frozen, FrozenLinear) else weight
+    off, bulk = dense - weight, weight.abs() < BULK * (sigma or 0.0)
+    sums = {
+        "weights": weight.numel(),
+        "bytes": packed_bytes(frozen),
+        "error": _squares(off),
+        "norm": _squares(weight),
+        "bulk_error": _squares(off[bulk]),
+        "bulk_norm": _squares(weight[bulk]),
+        "zeroed": int(((dense == 0) & (weight != 0)).sum()),
+        "largest": float(off.abs().max()),
+        "product_error": 0.0,
+        "product_norm": 0.0,
+    }
+    for x in inputs:
+        exact = x @ weight.t()
+        sums["product_norm"] += _squares(exact)
+        if isinstance(frozen, FrozenLinear):
+            sums["product_error"] += _squares(frozen.product(x, None) - exact)
+    return sums
 
 
-class Study:
+def summary(errors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What JSON, page and terminal show of all layers; ratios without a unit, None where ``undefined`` says why."""
+    total = {key: sum(sums[key] for sums in errors.values()) for key in next(iter(errors.values()))}
+    relative = root(total["error"], total["norm"])
+    layers = {
+        name: root(sums["error"], sums["norm"]) if math.isfinite(sums["error"]) else None
+        for name, sums in errors.items()
+    }
+    worst = sorted(((name, value) for name, value in layers.items() if value is not None), key=lambda pair: -pair[1])
+    values = {
+        "bits_per_parameter": 8 * total["bytes"] / total["weights"],
+        "bytes": total["bytes"],
+        "weights": total["weights"],
+        "relative_rmse": relative,
+        "snr_db": -20 * math.log10(relative) if relative else None,
+        "bulk_relative_rmse": root(total["bulk_error"], total["bulk_norm"]),
+        "matmul_relative_error": root(total["product_error"], total["product_norm"]),
+        "zeroed_share": total["zeroed"] / total["weights"],
+        "largest_error": max([0.0, *(sums["largest"] for sums in errors.values())]),
+        "worst_layers": [{"layer": name, "relative_rmse": value} for name, value in worst[:3]],
+        "layers": layers,
+    }
+    overflow = not math.isfinite(total["product_norm"] + total["product_error"])
+    why = {
+        "relative_rmse": "every weight is 0",
+        "snr_db": "infinite: the error is 0" if total["norm"] else "every weight is 0",
+        "bulk_relative_rmse": "no weight other than 0 is within 3 sigma",
+        "matmul_relative_error": "x W^T overflows float32" if overflow else "x W^T is 0, or no input is known",
+    }
+    result = defined(values, why)
+    if unknown := [name for name, value in layers.items() if value is None]:
+        words = "every weight is 0, or not finite when dequantized: " + ", ".join(unknown)
+        result["undefined"] = {**result.get("undefined", {}), "layers": words}
+    return result
+
+
+class SchemeComparison:
     """Weights, held dense, and what each scheme makes of them."""
 
     def __init__(self, spec: StudySpec, model: nn.Module, names: list[str], sigma: float | None = None) -> None:
@@ -159,19 +150,19 @@ class Study:
     def scheme(self, quantizer: Quantizer, score: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
         """Convert every layer, compare, and with ``score`` evaluate the converted model. Raises ConfigError where
         the scheme does not fit a layer."""
-        errors, dense, frozen = Errors(), {}, {}
+        errors, dense, frozen = {}, {}, {}
         for name in self.covered(quantizer):
             layer = self.model.get_submodule(name)
             weight = dense_weight(layer).float()
             converted = quantizer.convert(layer, name)
-            errors.add(name, weight, converted, self._inputs(name, weight), self._sigma(name, weight))
+            errors[name] = layer_errors(weight, converted, self._inputs(name, weight), self._sigma(name, weight))
             if score is not None:
                 dense[name], frozen[name] = layer, converted
-        if not errors.weights:
+        if not errors:
             raise ConfigError(
                 f"quantization.skip_modules={quantizer.skip_modules} leaves no layer to quantize; valid: fewer of them"
             )
-        result = errors.summary()
+        result = summary(errors)
         if score is None:
             return result
         self._swap(dense, frozen)
@@ -210,7 +201,7 @@ class Study:
         watch_if_asked(self.model)
 
 
-def study(
+def compare_schemes(
     spec: StudySpec,
     quantizers: Mapping[str, Quantizer],
     model_spec: pretrained.Pretrained,
@@ -218,12 +209,12 @@ def study(
     trainer: TrainerSpec,
     evaluate: bool,
 ) -> dict[str, Any]:
-    """The whole study as plain data. Raises ConfigError where no scheme fits."""
+    """The whole comparison as plain data. Raises ConfigError where no scheme fits."""
     quiet()
     chosen = spec.chosen(evaluate)
     about: dict[str, Any] = {"inputs": {"kind": chosen, "of": INPUTS[chosen].format(rows=spec.rows)}}
     if spec.weights != "model":
-        return _rows(_synthetic(spec), {"weights": spec.weights, "shape": list(spec.shape), **about}, quantizers)
+        return _result(_synthetic(spec), {"weights": spec.weights, "shape": list(spec.shape), **about}, quantizers)
     model_spec.check()
     tokenizer = model_spec.load_tokenizer() if evaluate else None
     encoded = None
@@ -234,7 +225,7 @@ def study(
     labels = len(encoded.splits.labels) or None if encoded else None
     base = loading.load(model_spec, NoQuantization(), tokenizer, labels, trainer.device)
     model = base.model.to(trainer.device).requires_grad_(False)
-    subject = Study(spec, model, quantizable(model, NoQuantization()))
+    subject = SchemeComparison(spec, model, quantizable(model, NoQuantization()))
     if not subject.names:
         raise ConfigError(
             f"model: {type(model).__name__} has no linear layer inside its base model, and schemes are compared on"
@@ -242,7 +233,7 @@ def study(
         )
     about = {"weights": base.spec.name_or_path or "random", "fingerprint": base.fingerprint, **about}
     if not evaluate:
-        return _rows(subject, about, quantizers)
+        return _result(subject, about, quantizers)
     encoded = encoded or data.sample(model, tokenizer, model_spec.task, model_spec.length)
     if not len(encoded.validation):
         raise DataError(f"data: the validation split of {encoded.splits.name} is empty, and --evaluate scores it")
@@ -257,11 +248,14 @@ def study(
         "targets": len(evaluation.dense_loss),
     }
     about["outlier_features"] = evaluation.outlier_features()
-    return _rows(subject, about, quantizers, evaluation)
+    return _result(subject, about, quantizers, evaluation)
 
 
-def _rows(
-    subject: Study, about: dict[str, Any], quantizers: Mapping[str, Quantizer], evaluation: Evaluation | None = None
+def _result(
+    subject: SchemeComparison,
+    about: dict[str, Any],
+    quantizers: Mapping[str, Quantizer],
+    evaluation: Evaluation | None = None,
 ) -> dict[str, Any]:
     schemes: dict[str, Any] = {}
     refused: ConfigError | None = None
@@ -282,12 +276,12 @@ def _rows(
     return {**about, "schemes": schemes, "layers": layers}
 
 
-def _synthetic(spec: StudySpec) -> Study:
+def _synthetic(spec: StudySpec) -> SchemeComparison:
     out_features, in_features = spec.shape
     layer = nn.Linear(in_features, out_features, bias=False)
     random = torch.Generator().manual_seed(spec.seed)
     layer.weight = nn.Parameter(outliers.SYNTHETIC[spec.weights]((out_features, in_features), random), False)
-    return Study(spec, nn.ModuleDict({spec.weights: layer}), [spec.weights], sigma=outliers.SIGMA)
+    return SchemeComparison(spec, nn.ModuleDict({spec.weights: layer}), [spec.weights], sigma=outliers.SIGMA)
 
 
 def _squares(values: Tensor) -> float:

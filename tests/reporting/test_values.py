@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loralab.analysis.arms import arms
+from loralab.analysis.results import read_results
+from loralab.analysis.values import UNSAID, canonical, label, names, spelled
 from loralab.records import record
-from loralab.reporting.axes import UNSAID, canonical, label, names, spelled
-from loralab.reporting.gather import study
-from loralab.reporting.rows import rows
 from loralab.reporting.table import as_plain
 
 
@@ -72,9 +72,9 @@ def test_seeds_of_13_digits_are_three_seeds(tmp_path, make_trial):
         for index, loss in enumerate(values):
             made = {**synthetic("none", r, base + index), "metrics": {"val/loss": loss}}
             write(tmp_path / f"{r}-{index}", made)
-    gathered = study(tmp_path)
-    assert gathered.repeats == 0
-    first, second = (as_plain(gathered, row) for row in rows(gathered))
+    results = read_results(tmp_path)
+    assert results.repeats == 0
+    first, second = (as_plain(row) for row in arms(results))
     assert (first["n"], first["seeds"]) == (3, [str(base + index) for index in range(3)])
     assert second["difference"]["n"] == 3
     assert second["difference"]["mean"] == pytest.approx(0.011 / 3)
@@ -89,9 +89,9 @@ def test_two_templates_that_differ_by_a_blank_are_two_named_arms(tmp_path, make_
         write(tmp_path / str(index), made)
     listed = [{"trial": str(i), "folder": str(i)} for i in range(2)]
     record.write_sweep(tmp_path, {"name": "t", "axes": {"data.prompt": ["'{a}'", "'{a} '"]}, "trials": listed})
-    gathered = study(tmp_path)
-    assert gathered.axes == {"data.prompt": ["{a}", '"{a} "']}
-    assert [row.values["data.prompt"] for row in rows(gathered)] == ["{a}", '"{a} "']
+    results = read_results(tmp_path)
+    assert results.axes == {"data.prompt": ["{a}", '"{a} "']}
+    assert [row.values["data.prompt"] for row in arms(results)] == ["{a}", '"{a} "']
 
 
 def test_one_number_written_in_two_ways_is_one_row(tmp_path, make_trial):
@@ -100,5 +100,5 @@ def test_one_number_written_in_two_ways_is_one_row(tmp_path, make_trial):
         made = synthetic("none", 2, seed)
         made["config"]["adapter"]["lora_alpha"] = alpha
         write(tmp_path / str(seed), made)
-    (row,) = rows(study(tmp_path))
+    (row,) = arms(read_results(tmp_path))
     assert row.n == 2

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loralab.analysis.evaluation import Evaluation
-from loralab.analysis.study import INPUTS, Study, StudySpec
+from loralab.analysis.quantization import INPUTS, SchemeComparison, StudySpec
 from loralab.cli import main
 from loralab.data.encoding import encode
 from loralab.errors import ConfigError
@@ -54,7 +54,7 @@ def study_of(*weights, dtype=torch.float32, conv=False, rows=16):
         layer = Conv1D(*weight.shape) if conv else nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         layer.weight = nn.Parameter((weight.t().contiguous() if conv else weight.clone()).to(dtype), False)
         layers[f"l{number}"] = layer
-    return Study(StudySpec(schemes={"nf4": {}}, rows=rows), nn.ModuleDict(layers), list(layers))
+    return SchemeComparison(StudySpec(schemes={"nf4": {}}, rows=rows), nn.ModuleDict(layers), list(layers))
 
 
 def shown(study, schemes):
@@ -246,7 +246,7 @@ def test_the_loss_of_an_int8_product_is_the_same_at_every_batch_size(ragged):
         names = quantizable(evaluation.model, NoQuantization())
         evaluation.reference(names)
         losses.append(
-            Study(StudySpec(schemes={"x": {}}), evaluation.model, names).scheme(
+            SchemeComparison(StudySpec(schemes={"x": {}}), evaluation.model, names).scheme(
                 Int8Product(granularity="tensor"), evaluation
             )["loss"]
         )
@@ -266,7 +266,7 @@ def test_captured_inputs_and_losses_of_every_task_do_not_depend_on_the_batch_siz
         evaluation = ragged(batch_size, family)
         names = quantizable(evaluation.model, NoQuantization())
         evaluation.reference(names, keep=30)
-        subject = Study(StudySpec(schemes={"x": {}}), evaluation.model, names)
+        subject = SchemeComparison(StudySpec(schemes={"x": {}}), evaluation.model, names)
         subject.captured = evaluation.inputs
         rows.append(subject.scheme(LLMInt8(threshold=1.0), evaluation))
         assert set(evaluation.inputs) == set(names)
@@ -310,7 +310,7 @@ def test_the_standard_error_is_numpys(ragged):
     evaluation = ragged(2)
     names = quantizable(evaluation.model, NoQuantization())
     evaluation.reference(names)
-    row = Study(StudySpec(schemes={"x": {}}), evaluation.model, names).scheme(FourBit(), evaluation)
+    row = SchemeComparison(StudySpec(schemes={"x": {}}), evaluation.model, names).scheme(FourBit(), evaluation)
     changed = ragged(2)
     for name in names:
         layer = changed.model.get_submodule(name)
@@ -324,13 +324,13 @@ def test_the_standard_error_is_numpys(ragged):
 
 def test_the_command_names_its_inputs_and_survives_a_layer_of_zeros(tiny_arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    load = Study.__init__
+    load = SchemeComparison.__init__
 
     def with_zeros(self, spec, model, names, **more):
         model.get_submodule(names[0]).weight.data.zero_()
         load(self, spec, model, names, **more)
 
-    monkeypatch.setattr(Study, "__init__", with_zeros)
+    monkeypatch.setattr(SchemeComparison, "__init__", with_zeros)
     left = ("adapter.", "callbacks", "trainer.max_steps", "plan.")
     words = [word for word in tiny_arguments if not word.startswith(left)]
     words += ["quantization=nf4", "study.rows=8", "hydra.run.dir=q"]
@@ -344,11 +344,11 @@ def test_the_command_names_its_inputs_and_survives_a_layer_of_zeros(tiny_argumen
 
 
 def test_a_model_without_linear_layers_is_refused(make_model, make_data, monkeypatch):
-    from loralab.analysis import study as module
+    from loralab.analysis import quantization as module
     from loralab.training.trainer import TrainerSpec
 
     monkeypatch.setattr(module, "quantizable", lambda *_: [])
     with pytest.raises(ConfigError, match="has no linear layer inside its base model"):
-        module.study(
+        module.compare_schemes(
             StudySpec(schemes={"nf4": {}}), {"nf4": FourBit()}, make_model(), make_data(), TrainerSpec("cpu"), False
         )

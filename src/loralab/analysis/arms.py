@@ -1,0 +1,246 @@
+"""Trials to arms: one per configuration, averaged over its seeds and nothing else; and who is compared with whom."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pandas as pd
+
+from loralab.analysis import environments
+from loralab.analysis.comparable import comparable
+from loralab.analysis.paired import LEVEL, Difference, paired, replicates
+from loralab.analysis.results import SweepResults
+from loralab.analysis.trials import Pack, TrialResult
+from loralab.analysis.values import UNKNOWN, identity, is_number
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration in one environment. ``means`` and ``largest``: over the completed seeds, of every number that
+    records have; ``best``: separated from every other arm by its paired intervals; ``difference``: to the baseline arm
+    of the same environment."""
+
+    results: SweepResults
+    trials: list[TrialResult]
+    means: dict[str, float]
+    largest: dict[str, float]
+    best: bool = False
+    baseline: bool = False
+    difference: Difference | None = None
+
+    @cached_property
+    def ok(self) -> list[TrialResult]:
+        return [trial for trial in self.trials if trial.ok]
+
+    @cached_property
+    def values(self) -> dict[str, str]:
+        """Its label on each axis."""
+        return {axis: (self.ok or self.trials)[0].values[axis] for axis in self.results.axes}
+
+    @property
+    def label(self) -> str:
+        """Its value on the first axis, by which a paper's arms are named."""
+        return next(iter(self.values.values()), "")
+
+    @property
+    def name(self) -> str:
+        """``quantization = nf4, r = 8``."""
+        known = [f"{self.results.short[axis]} = {text}" for axis, text in self.values.items() if text != UNKNOWN]
+        return ", ".join(known) or "the only row"
+
+    @property
+    def environment(self) -> str:
+        return self.values.get(environments.AXIS, "")
+
+    @cached_property
+    def by_seed(self) -> dict[str, float]:
+        """The metric of each completed seed."""
+        metric = self.results.metric
+        return {trial.seed: value for trial in self.ok if (value := trial.score(metric)) is not None}
+
+    @property
+    def scores(self) -> list[float]:
+        return list(self.by_seed.values())
+
+    @property
+    def n(self) -> int:
+        """Independent scores: 1 where no seed changes the score."""
+        return replicates(self.by_seed)
+
+    @cached_property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.scores) if self.n > 1 else next(iter(self.scores), None)
+
+    @cached_property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds (n - 1); None for fewer than two."""
+        return statistics.stdev(self.scores) if self.n > 1 else None
+
+    @property
+    def extent(self) -> list[float]:
+        """What a drawing of its score must hold: every seed, and one deviation to either side of the mean."""
+        mean, std = self.mean or 0.0, self.std or 0.0
+        return [*self.scores, mean - std, mean + std] if self.scores else []
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """Optimizer steps made, of each completed seed, in order."""
+        return sorted(int(steps) for trial in self.ok if is_number(steps := trial.get("time.steps")))
+
+    @property
+    def stopped(self) -> int:
+        """Completed seeds that early stopping ended."""
+        return sum(bool(trial.get("stopped_early")) for trial in self.ok)
+
+    @cached_property
+    def packs(self) -> set[Pack | None]:
+        """Of the completed seeds; None stands for those that ran alone."""
+        return {trial.pack for trial in self.ok}
+
+    @property
+    def pack_size(self) -> int | None:
+        """1 for an arm that ran alone; None where its seeds ran in different packs."""
+        if len(self.packs) != 1:
+            return None
+        (pack,) = self.packs
+        return int(pack[0]) if pack else 1
+
+    def measured(self, key: str, largest: bool = False) -> float | None:
+        """A figure of the process that ran the arm: over seeds that ran alone, or of the one pack that ran all of them;
+        None where seeds ran in different packs, whose figures do not compare."""
+        if len(self.packs) > 1 or (key.startswith("time.") and not any(self.steps)):
+            return None
+        return (self.largest if largest else self.means).get(key)
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens per second: of a trial alone, or of all trials of the arm's pack together."""
+        if self.pack_size == 1:
+            return self.measured("time.tokens_per_s")
+        pack = next(iter(self.packs)) if len(self.packs) == 1 else None
+        return self.results.packs.get(pack) if pack and any(self.steps) else None
+
+    @property
+    def alone_peak(self) -> float | None:
+        """The predicted peak of the largest of its trials by itself, the same however it ran.
+
+        Records of older versions have it of trials that ran alone.
+        """
+        alone = [trial for trial in self.ok if trial.pack is None]
+        old = [trial.get("memory.predicted_peak_bytes") for trial in alone if not trial.get("memory.alone_peak_bytes")]
+        own = self.largest.get("memory.alone_peak_bytes", 0.0)
+        return max([own, *(float(value) for value in old if is_number(value))]) or None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Trials whose scores may be compared, and their arms in the order of the axes: the baseline comes first."""
+
+    results: SweepResults
+    arms: list[Arm]
+
+    @property
+    def contenders(self) -> list[Arm]:
+        """The arms among which one could be the best."""
+        return [arm for arm in self.arms if arm.scores]
+
+    @property
+    def best(self) -> Arm | None:
+        return next((arm for arm in self.arms if arm.best), None)
+
+    @property
+    def level(self) -> float:
+        """Of each interval by which an arm is told from the others, so that all of them hold together with 95%."""
+        return _level(self.contenders)
+
+    @property
+    def deviates(self) -> bool:
+        """Whether there is a standard deviation to speak of."""
+        return any(arm.std is not None for arm in self.arms)
+
+    @property
+    def differs_in_seeds(self) -> bool:
+        """Whether the means are over different seeds, so that they do not compare."""
+        return len({frozenset(arm.by_seed) for arm in self.contenders}) > 1
+
+
+def comparisons(results: SweepResults) -> list[Comparison]:
+    """One for each set of trials that may be compared."""
+    return [Comparison(inside, arms(inside)) for inside in comparable(results)]
+
+
+def arms(results: SweepResults) -> list[Arm]:
+    """One arm per configuration in the order of the axes; the first value of every axis is the baseline."""
+    keys = pd.Series([_configuration(results, trial) for trial in results.trials])
+    numbers = results.frame[[trial.ok for trial in results.trials]]
+    numbers = numbers.map(lambda value: value if is_number(value) else None).astype(float)
+    by_arm = numbers.groupby(keys)
+    means, largest = by_arm.mean(), by_arm.max()
+    found = [
+        Arm(results, [results.trials[at] for at in places], _known(means, key), _known(largest, key))
+        for key, places in keys.groupby(keys, sort=False).groups.items()
+    ]
+    found.sort(key=lambda arm: [_position(labels, arm.values[axis]) for axis, labels in results.axes.items()])
+    return _mark_best(_compared(found), results.mode)
+
+
+def _known(frame: pd.DataFrame, key: str) -> dict[str, float]:
+    """A row without what is missing; empty where there is no such row."""
+    return frame.loc[key].dropna().to_dict() if key in frame.index else {}
+
+
+def _configuration(results: SweepResults, trial: TrialResult) -> str:
+    """Equal for the seeds of one configuration; a trial without a record joins the one that it would have had."""
+    if trial.record["config"]:
+        return trial.values.get(environments.AXIS, "") + identity(trial.record)
+    axes = [axis for axis in results.axes if axis != environments.AXIS]  # where it would have run is not known
+    for other in results.trials:
+        alike = all(trial.values[axis] == other.values[axis] for axis in axes)
+        if other.record["config"] and alike and UNKNOWN not in trial.values.values():
+            return _configuration(results, other)
+    return repr([trial.values[axis] for axis in results.axes])
+
+
+def _position(labels: list[str], value: str) -> int:
+    return labels.index(value) if value in labels else len(labels)
+
+
+def _level(contenders: Sequence[Arm]) -> float:
+    return 1 - (1 - LEVEL) / max(1, len(contenders) - 1)
+
+
+def _compared(found: list[Arm]) -> list[Arm]:
+    """Every arm less the first of its environment that has a result, seed by seed."""
+    first: dict[str, Arm] = {}
+    for arm in found:
+        if arm.scores:
+            first.setdefault(arm.environment, arm)
+    return [_against(arm, first.get(arm.environment), len(found) > 1) for arm in found]
+
+
+def _against(arm: Arm, base: Arm | None, several: bool) -> Arm:
+    if arm is base:
+        return replace(arm, baseline=several)
+    return replace(arm, difference=paired(arm.by_seed, base.by_seed)) if base else arm
+
+
+def _mark_best(found: list[Arm], mode: str) -> list[Arm]:
+    """The arm whose paired interval against every other arm excludes 0 on the better side, if there is one.
+
+    The intervals are Bonferroni's: an arm that is no better than the true best must win against that one by chance,
+    and any of the others might. What ran in another environment cannot be told apart, so then there is none.
+    """
+    among = [arm for arm in found if arm.scores]
+    if len(among) < 2 or len({arm.environment for arm in among}) > 1:
+        return found
+    level = _level(among)
+
+    def beats(arm: Arm, other: Arm) -> bool:
+        gap = paired(arm.by_seed, other.by_seed, level)
+        return gap is not None and gap.verdict(mode) == "better"
+
+    return [
+        replace(arm, best=bool(arm.scores) and all(beats(arm, other) for other in among if other is not arm))
+        for arm in found
+    ]

@@ -1,0 +1,180 @@
+"""Which trials compare at all: those whose scores are taken over the same targets, by one metric, on a known base."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from loralab.analysis.results import SweepResults, assemble
+from loralab.analysis.trials import TrialResult
+from loralab.analysis.values import Json, axis_value, canonical, label, lookup
+
+
+def comparable(whole: SweepResults) -> list[SweepResults]:
+    """The results of each set of trials whose scores mean the same: only within one do means compare.
+
+    A loss compares over equal target tokens, whatever the prompts; trials of one configuration whose data or base
+    have changed between them are of different sets.
+    """
+    done = [trial for trial in whole.trials if trial.ok]
+    numbers = _sets(_bases(done)) if done else []
+    if len(set(numbers)) < 2:
+        return [whole]
+    own = {trial.folder: number for trial, number in zip(done, numbers, strict=True)}
+    firsts = {number: trial for trial, number in reversed(list(zip(done, numbers, strict=True)))}
+    placed = [(trial, own[trial.folder] if trial.ok else _likely(whole, trial, firsts)) for trial in whole.trials]
+    return [_subset(whole, [trial for trial, at in placed if at == number]) for number in sorted(firsts)]
+
+
+def subject(results: SweepResults) -> str:
+    """What a set is about: ``docstrings f967626fe70ef416, targets 8c0e.., base 91ab.., causal_lm: val/loss``."""
+    done = [trial for trial in results.trials if trial.ok]
+    name, data, targets, base = (
+        _shared(done, key) for key in ("data.name", "data.fingerprint", "data.targets", "base.fingerprint")
+    )
+    about = [" ".join(filter(None, (name, data))) or "data not known"]
+    about += [f"{what} {text}" for what, text in (("targets", targets), ("base", base)) if text]
+    about += [str(task) for task in [(done or results.trials)[0].setting("model.task")] if task]
+    return f"{', '.join(about)}: {results.metric}"
+
+
+def apart(sets: Sequence[SweepResults]) -> str:
+    """Why there is more than one set; empty where there is one."""
+    if len(sets) < 2:
+        return ""
+    firsts = [next(trial for trial in results.trials if trial.ok) for results in sets]
+    done = [trial for results in sets for trial in results.trials if trial.ok]
+    bases = _bases(done).iloc[[done.index(trial) for trial in firsts]]
+    reasons = "; ".join(_REASONS[key](firsts) for key in _REASONS if bases[key].nunique(dropna=False) > 1)
+    return f"{len(sets)} tables, whose numbers cannot be compared: {reasons}."
+
+
+def _setting(words: str, key: str) -> Callable[[Sequence[TrialResult]], str]:
+    return lambda firsts: f"{words} {_listed(label(trial.setting(key)) for trial in firsts)}"
+
+
+def _changed_words(what: str, mark: str, node: Callable[[Json], Any]) -> Callable[[Sequence[TrialResult]], str]:
+    def words(firsts: Sequence[TrialResult]) -> str:
+        same = len({canonical(node(trial.record)) for trial in firsts}) == 1
+        how = "changed between the runs, though the settings are the same" if same else "differ"
+        return f"{what} {how} (fingerprints {_listed(str(trial.get(mark)) for trial in firsts)})"
+
+    return words
+
+
+def _other_targets(firsts: Sequence[TrialResult]) -> str:
+    """Other data, or the same data in other tokens."""
+    if len({trial.get("data.fingerprint") for trial in firsts}) > 1:
+        return _REASONS["data"](firsts)
+    lengths = _listed(str(_cut(trial.record)) for trial in firsts)
+    tokenizers = _listed(label(trial.setting("model.name_or_path")) for trial in firsts)
+    where = f"cut at model.max_length = {lengths}" if "|" in lengths else f"of the tokenizers of {tokenizers}"
+    return f"the scores are over other target tokens, {where}: a loss over other tokens is another measure"
+
+
+def _listed(texts: Iterator[str]) -> str:
+    return " | ".join(dict.fromkeys(texts))
+
+
+def _data(record: Json) -> Any:
+    """The settings from which the fingerprint of the rows follows."""
+    scoring = ("batch_size", "generate_rows", "generation", "rouge")
+    kept = {key: value for key, value in (record["config"].get("data") or {}).items() if key not in scoring}
+    return [kept, record["choices"].get("data"), lookup(record["config"], "model.task")]
+
+
+def _files(record: Json) -> Any:
+    return [lookup(record["config"], f"data.{split}") for split in ("train", "validation", "test")]
+
+
+def _base(record: Json) -> Any:
+    """The settings from which the base's fingerprint follows; schema 1 took it of the weights as they were loaded."""
+    config = record["config"]
+    model = config.get("model") or {}
+    if record["schema"] > 1:
+        return [model.get(key) for key in ("name_or_path", "revision", "config", "draw")]
+    loaded = [config.get("quantization"), config.get("trainer"), record["memory"]["device"]]
+    kept = {key: value for key, value in model.items() if key != "max_length"}
+    return [1, kept, record["choices"].get("model"), loaded, record["data"]["fingerprint"]]
+
+
+# What may be rewritten under the same settings: part of the basis, its fingerprint, the settings.
+_REWRITTEN = (
+    ("data", "data.fingerprint", _data, "the data"),
+    ("files", "data.source", _files, "the data files"),
+    ("base", "base.fingerprint", _base, "the base's weights"),
+)
+# Each part of a basis, in the order in which a difference is told.
+_REASONS: dict[str, Callable[[Sequence[TrialResult]], str]] = {
+    "task": _setting("the task is", "model.task"),
+    "metric": _setting("the metric is", "metric"),
+    "direction": _setting("better is", "metric_mode"),
+    "targets": _other_targets,
+    **{key: _changed_words(what, mark, node) for key, mark, node, what in _REWRITTEN},
+}
+
+
+def _subset(whole: SweepResults, trials: Sequence[TrialResult]) -> SweepResults:
+    """With every axis of the whole, so that an arm has its name though no other stands beside it."""
+    axes = {axis: values for axis in whole.moving() if (values := _along(trials, axis, whole.axes[axis]))}
+    return replace(assemble(whole.folder, {**whole.about, "axes": axes}, trials), packs=whole.packs)
+
+
+def _along(trials: Sequence[TrialResult], axis: str, labels: Sequence[str]) -> list[Any]:
+    """The values that trials have on an axis, in its order."""
+    known = [trial for trial in trials if trial.values[axis] in labels]
+    return [axis_value(t.record, axis) for t in sorted(known, key=lambda t: labels.index(t.values[axis]))]
+
+
+def _bases(trials: Sequence[TrialResult]) -> pd.DataFrame:
+    """What each completed trial's score is a score of: a row a trial, a column for each key of ``_REASONS``."""
+    known = {_rows(trial.record): targets for trial in trials if (targets := trial.get("data.targets"))}
+    bases = pd.DataFrame([_basis(trial, known) for trial in trials])
+    for key, mark, node, _ in _REWRITTEN:
+        marks = pd.Series([trial.get(mark) or None for trial in trials], dtype=object)
+        settings = [canonical(node(trial.record)) for trial in trials]
+        sets = _sets(bases)
+        several = marks.groupby([sets, settings]).transform("nunique") > 1  # of the same settings: it was rewritten
+        bases[key] = marks.astype(str).where(several.groupby(sets).transform("any"))
+    return bases
+
+
+def _sets(bases: pd.DataFrame) -> list[int]:
+    """Equal numbers for equal rows, counted in their order."""
+    return list(bases.groupby(list(bases.columns), dropna=False, sort=False).ngroup())
+
+
+def _basis(trial: TrialResult, known: Mapping[str, str]) -> Json:
+    record, rows = trial.record, _rows(trial.record)
+    targets = record["data"].get("targets") or known.get(rows, rows)
+    if trial.metric.endswith("rouge_l"):  # of whole texts: no token of theirs is cut
+        targets = f"{record['data']['fingerprint']} {record['data'].get('rouge') or 'published'}"
+    task = str(trial.setting("model.task"))
+    return {"task": task, "metric": trial.metric, "direction": trial.mode, "targets": targets}
+
+
+def _rows(record: Json) -> str:
+    """What stands for the targets where their fingerprint was not recorded: rows, tokenizer and where they were cut."""
+    config, data = record["config"], record["data"]
+    task = lookup(config, "model.task")
+    cut = _cut(record) if data["truncated"] else "whole"
+    tokens = [lookup(config, "model.tokenizer") or lookup(config, "model.name_or_path"), cut]
+    return canonical([data["fingerprint"], task, *(tokens if task != "sequence_classification" else [])])
+
+
+def _cut(record: Json) -> Any:
+    """Tokens at which rows were cut: as recorded, else as configured."""
+    return record["data"].get("max_length") or lookup(record["config"], "model.max_length")
+
+
+def _likely(whole: SweepResults, trial: TrialResult, firsts: Mapping[int, TrialResult]) -> int:
+    """The set a trial without a result would have joined: the one whose data settings are most like its own."""
+    keys = [axis for axis in whole.axes if axis.split(".")[0] in ("data", "model")]
+    return max(firsts, key=lambda key: sum(firsts[key].values[axis] == trial.values[axis] for axis in keys))
+
+
+def _shared(trials: Sequence[TrialResult], key: str) -> str:
+    """The value that all of the trials have; empty where there is none."""
+    values = {trial.get(key) for trial in trials}
+    return str(values.pop()) if len(values) == 1 and None not in values else ""

@@ -1,0 +1,61 @@
+"""On what trials ran, as far as it moves their numbers: trials of one environment compare, of two they do not."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from loralab.analysis.values import Json, lookup
+
+AXIS = "environment"
+# Versions that compute: a loss, a quantized weight, an update or a score. Python, Hydra, W&B and git move no number.
+_VERSIONS = ("loralab", "torch", "transformers", "lightning", "bitsandbytes", "torchmetrics")
+COMPARED = f"compared are the versions of {', '.join(_VERSIONS)}, the device and, on a CPU, the number of threads"
+
+Environment = dict[str, Any]
+
+
+def environment(record: Json) -> Environment:
+    """What moves numbers; None where the record does not say.
+
+    An older record has no thread count: there the number of cores, by which torch chooses it, stays in the CPU's name.
+    """
+    known = {name: lookup(record, f"environment.versions.{name}") for name in _VERSIONS}
+    gpu, cpu, threads = (lookup(record, f"environment.{key}") for key in ("gpu", "cpu", "threads"))
+    device = lookup(record, "memory.device") or ("cpu" if record["choices"].get("trainer") == "cpu" else None)
+    known |= {"device": device, "gpu": None if device == "cpu" else gpu, "record schema": record["schema"]}
+    if device is None or device == "cpu":
+        name = re.sub(r" x \d+$", "", cpu) if isinstance(cpu, str) and threads is not None else cpu
+        known |= {"cpu": name, "threads": threads}
+    return known
+
+
+def labels(records: Sequence[tuple[Json, bool]]) -> list[str]:
+    """What sets each record's environment apart from the others', such as ``torch 2.12.0``; empty where there is one.
+
+    ``records``: each with whether it has a result; one without joins the environment most like its own.
+    """
+    each = [environment(record) for record, _ in records]
+    with_result = [own for own, (_, ok) in zip(each, records, strict=True) if ok]
+    distinct = [own for index, own in enumerate(with_result) if own not in with_result[:index]]
+    if len(distinct) < 2:
+        return []
+    usual = Counter(map(with_result.index, with_result))
+    distinct.sort(key=lambda own: -usual[with_result.index(own)])  # the likely one first, where several are alike
+    return [_label(max(distinct, key=lambda other: _in_common(own, other)), distinct) for own in each]
+
+
+def _in_common(own: Environment, other: Environment) -> int:
+    return sum(key in other and other[key] == value for key, value in own.items())
+
+
+def _label(own: Environment, distinct: Sequence[Environment]) -> str:
+    keys = dict.fromkeys(key for other in distinct for key in other)
+    apart = [key for key in keys if any(other.get(key) != own.get(key) for other in distinct)]
+    return ", ".join(_text(key, own.get(key)) for key in apart)
+
+
+def _text(key: str, value: Any) -> str:
+    if value is None:
+        return f"no {key}" if key in ("gpu", "bitsandbytes") else f"{key} not recorded"
+    return str(value) if key in ("device", "gpu", "cpu") else f"{key} {value}"

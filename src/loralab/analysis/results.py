@@ -1,0 +1,219 @@
+"""A folder of records read as one: its trials, what varies between them, what each value is called."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loralab.analysis import environments
+from loralab.analysis.trials import DAMAGED, Pack, TrialResult, dated, listed_trial, read_trial
+from loralab.analysis.values import (
+    UNKNOWN,
+    Json,
+    aside,
+    axis_value,
+    canonical,
+    flatten,
+    identity,
+    names,
+    short_names,
+    sort_key,
+    spelled,
+    varying,
+)
+from loralab.config import staleness
+from loralab.errors import ArtifactError
+from loralab.records import record as records
+from loralab.records import schema
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """``axes``: name -> labels in order, without the seed; ``about``: what else sweep.json says.
+
+    ``repeats``: how often a trial was found again; each counts once. ``conflicts``: where a repetition's score is
+    another. ``packs``: of each pack whose members are all here, the tokens/s of all of them together.
+    """
+
+    folder: Path
+    name: str
+    question: str
+    axes: dict[str, list[str]]
+    trials: list[TrialResult]
+    metric: str
+    mode: str
+    about: Json
+    repeats: int = 0
+    conflicts: tuple[str, ...] = ()
+    packs: Mapping[Pack, float] = field(default_factory=dict)
+
+    @property
+    def single(self) -> bool:
+        """Whether this is the folder of one run."""
+        return [trial.folder for trial in self.trials] == [self.folder]
+
+    @property
+    def better(self) -> str:
+        return "lower" if self.mode == "min" else "higher"
+
+    @property
+    def broken(self) -> list[TrialResult]:
+        """Trials that ended without a result, or were never started."""
+        return [trial for trial in self.trials if not trial.ok and trial.status != "running"]
+
+    @cached_property
+    def short(self) -> dict[str, str]:
+        """The axes' names without their groups, where they are still distinct."""
+        return short_names(list(self.axes))
+
+    @cached_property
+    def frame(self) -> "pd.DataFrame":
+        """A row a trial: trial, folder, status, seed, then under dotted names what its record says, its choices, its
+        configuration and its metrics. A value that a record lacks is missing."""
+        import pandas as pd
+
+        return pd.DataFrame([_columns(trial) for trial in self.trials], dtype=object).infer_objects()
+
+    def moving(self) -> list[str]:
+        """The axes with more than one value, the environment aside."""
+        return [axis for axis, labels in self.axes.items() if len(labels) > 1 and axis != environments.AXIS]
+
+    def count(self, *statuses: str) -> int:
+        return sum(trial.status in statuses for trial in self.trials)
+
+    def describe(self, trial: TrialResult) -> str:
+        """``quantization=nf4 r=8 seed=1``."""
+        return " ".join([*(f"{self.short[axis]}={trial.values[axis]}" for axis in self.axes), f"seed={trial.seed}"])
+
+
+def read_results(folder: Path) -> SweepResults:
+    """Read the sweep, the run, or the folder of runs at ``folder``. Raises ArtifactError where nothing can be read."""
+    sweep = _sweep(folder)
+    listed = [listed_trial(folder, entry) for entry in sweep["trials"]]
+    listed = listed or [read_trial(path) for path in records.find(folder)]
+    looked_up: staleness.Known = {}
+    trials, conflicts = _once([dated(trial, looked_up) for trial in listed])
+    if not trials:
+        raise ArtifactError(
+            f"{folder}: nothing to report; looked for {records.SWEEP} there, {records.RESULT} there and below"
+        )
+    if [(trial.folder, trial.status) for trial in trials] == [(folder, DAMAGED)]:
+        raise ArtifactError(trials[0].record["error"])
+    axes = {axis: values for axis, values in sweep["axes"].items() if len(trials) + len(values) > 2}
+    whole = assemble(folder, {**sweep, "axes": axes}, trials)
+    return replace(whole, repeats=len(listed) - len(trials), conflicts=tuple(conflicts), packs=_rates(trials))
+
+
+def assemble(folder: Path, sweep: Json, trials: Sequence[TrialResult]) -> SweepResults:
+    """The results of ``trials``: the axes of ``sweep``, with its values first, then others that vary."""
+    configured = [trial.record for trial in trials if trial.record["config"]]
+    declared: dict[str, list[Any]] = {axis: values for axis, values in sweep["axes"].items() if not aside(axis)}
+    keys = [*declared, *varying(configured, list(declared))]
+    columns = {key: [axis_value(trial.record, key) for trial in trials] for key in [*keys, "seed"]}
+    labels = {key: names([*declared.get(key, []), *values]) for key, values in columns.items()}
+    axes = {key: _ordered(declared.get(key, []), columns[key], labels[key]) for key in keys}
+    texts = {key: [labels[key][canonical(value)] for value in values] for key, values in columns.items()}
+    if places := environments.labels([(trial.record, trial.ok) for trial in trials]):
+        texts[environments.AXIS], axes[environments.AXIS] = places, list(dict.fromkeys(places))
+    labelled = [
+        replace(trial, values={key: values[index] for key, values in texts.items()})
+        for index, trial in enumerate(trials)
+    ]
+    metric = _most_common((trial.metric for trial in trials if trial.record["config"]), "val/loss")
+    mode = _most_common((trial.mode for trial in trials if trial.record["config"]), "min")
+    return SweepResults(folder, sweep["name"], sweep["question"], axes, labelled, metric, mode, sweep)
+
+
+def _columns(trial: TrialResult) -> Json:
+    record = trial.record
+    measured = flatten({section: record.get(section) or {} for section in schema.SECTIONS})
+    first = {"trial": record["trial"], "folder": trial.name, "status": trial.status, "seed": record["seed"]}
+    settings = {**record["choices"], **flatten(record["config"])}
+    return {**first, **measured, **settings, **record["metrics"], **first}  # a setting's name is its own
+
+
+def _rates(trials: Sequence[TrialResult]) -> dict[Pack, float]:
+    """A record has its own tokens over the pack's seconds: together they are the pack's."""
+    members: dict[Pack, list[Any]] = {}
+    for trial in trials:
+        if trial.pack is not None:
+            members.setdefault(trial.pack, []).append(trial.get("time.tokens_per_s"))
+    return {pack: sum(rates) for pack, rates in members.items() if len(rates) == pack[0] and None not in rates}
+
+
+def _sweep(folder: Path) -> Json:
+    """sweep.json; where it cannot be read, ``damaged`` says why and the records below speak for themselves."""
+    blank: Json = {"name": folder.resolve().name, "question": "", "axes": {}, "trials": []}
+    if not (folder / records.SWEEP).exists():
+        return blank
+    try:
+        sweep = records.read_sweep(folder)
+    except ArtifactError as error:
+        if not records.find(folder):
+            raise
+        return {**blank, "damaged": str(error)}
+    return {**sweep, "axes": {str(axis): _values(texts) for axis, texts in sweep["axes"].items()}}
+
+
+def _values(texts: Any) -> list[Any]:
+    """An axis of sweep.json, which has its values as the overrides spell them."""
+    listed = texts if isinstance(texts, list) else [texts]
+    return [spelled(text) if isinstance(text, str) else text for text in listed]
+
+
+def _once(listed: Sequence[TrialResult]) -> tuple[list[TrialResult], list[str]]:
+    """Each trial once, as its last completed record has it, and where another of its records has another score.
+
+    ``seed=0,0`` is one seed, a repetition no second one; on other data, another base or elsewhere it is another trial.
+    """
+    kept: dict[str, TrialResult] = {}
+    conflicts = []
+    for trial in listed:
+        key = _key(trial)
+        before = kept.get(key)
+        if before is None or trial.ok:
+            kept[key] = trial
+        if before is not None and before.ok and trial.ok:
+            conflicts += _conflict(before, trial)
+    done = {_bare_key(trial) for trial in kept.values() if trial.ok} - {None}
+    return [trial for trial in kept.values() if trial.ok or _bare_key(trial) not in done], conflicts
+
+
+def _key(trial: TrialResult) -> str:
+    bare = _bare_key(trial)
+    if bare is None:
+        return str(trial.folder)
+    marks = [trial.get(f"{part}.fingerprint") for part in ("data", "base")]
+    return canonical([bare, trial.record["schema"], *marks, environments.environment(trial.record)])
+
+
+def _bare_key(trial: TrialResult) -> str | None:
+    """The trial that a record is of, wherever it ran; None where it does not say."""
+    if not trial.record["config"]:
+        return None
+    return canonical([identity(trial.record), trial.record["seed"], trial.metric, trial.setting("metric_mode")])
+
+
+def _conflict(before: TrialResult, after: TrialResult) -> list[str]:
+    metric = after.metric
+    old, new = before.score(metric), after.score(metric)
+    if old == new:
+        return []
+    return [f"{before.name} and {after.name} are one trial, yet {metric} is {old} and {new}; the latter counts"]
+
+
+def _ordered(declared: Sequence[Any], seen: Sequence[Any], labels: Mapping[str, str]) -> list[str]:
+    """The labels of an axis: as declared, then what else was seen, numbers first."""
+    first = dict.fromkeys(canonical(value) for value in declared)
+    rest = {canonical(value) for value in seen} - set(first) - {UNKNOWN}
+    return [labels[key] for key in [*first, *sorted(rest, key=sort_key)]]
+
+
+def _most_common(texts: Iterable[str], default: str) -> str:
+    counted = Counter(texts).most_common(1)
+    return counted[0][0] if counted else default

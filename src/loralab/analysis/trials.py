@@ -1,0 +1,213 @@
+"""What a trial left behind: its record, its state today, and why it has no result where it has none."""
+
+import json
+import math
+import os
+import shlex
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loralab.analysis.values import UNKNOWN, Json, is_number, label, lookup
+from loralab.config import staleness
+from loralab.errors import ArtifactError
+from loralab.records import record as records
+
+MISSING = "missing"  # listed by the sweep, but has left no record yet
+DAMAGED = "damaged"  # has a record that cannot be read
+STALE = "stale"  # completed, on a base, tokenizer or data files that have changed since
+UNSCORED = "without_result"  # completed, but its metric is no finite number
+
+# Of a record: what must be an object, what must be one value and not a list of several.
+_KINDS = {"config": Mapping, "metrics": Mapping, "choices": Mapping, "cwd": str | None, "host": str | None}
+_GROUPS = ("model", "data", "adapter", "optimizer", "trainer", "quantization", "schedule")
+_SETTINGS = (
+    *("metric", "metric_mode", "model.name_or_path", "model.tokenizer", "model.task", "model.max_length"),
+    *("adapter.r", "adapter.lora_alpha", "optimizer.lr", "trainer.max_steps", "trainer.patience"),
+)
+_TEXTS = (
+    *("base.fingerprint", "data.name", "data.fingerprint", "data.targets", "data.source", "data.max_length"),
+    *("memory.device", "environment.threads", "environment.gpu", "environment.cpu"),
+)
+
+Pack = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One trial: ``values`` are its axes' labels, each of one value; ``record`` is blank where none was written."""
+
+    folder: Path
+    record: Json
+    status: str
+    values: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "completed"
+
+    @property
+    def seed(self) -> str:
+        return self.values.get("seed", UNKNOWN)
+
+    @property
+    def metric(self) -> str:
+        """What it is ranked by."""
+        return str(self.record["config"].get("metric") or "val/loss")
+
+    @property
+    def mode(self) -> str:
+        return str(self.record["config"].get("metric_mode") or "min")
+
+    def get(self, dotted: str) -> Any:
+        """A value of the record, such as ``base.bytes``; None where there is none."""
+        return lookup(self.record, dotted)
+
+    def setting(self, dotted: str) -> Any:
+        """A value of its configuration; None where there is none."""
+        return lookup(self.record["config"], dotted)
+
+    def score(self, metric: str) -> float | None:
+        """The finite number that a completed trial has for a metric."""
+        return _score(self.record, metric) if self.ok else None
+
+    @property
+    def pack(self) -> Pack | None:
+        """Equal for trials that were trained in one pass; None for one that ran alone."""
+        if (self.get("pack.size") or 1) < 2:
+            return None
+        time = self.record["time"]
+        return (self.get("pack.size"), self.get("host"), self.get("pid"), time["startup_s"], time["train_s"])
+
+    @property
+    def rerun(self) -> str:
+        """The command that runs it again, in the folder where it was started."""
+        words, seed = list(self.record["overrides"]), self.record["seed"]
+        seeded = seed is None or any(word.lstrip("+").startswith("seed=") for word in words)
+        command = shlex.join(["loralab", "train", *words, *([] if seeded else [f"seed={seed}"])])
+        hidden = any(records.MASK in word for word in words)
+        return f"{command}  # {records.MASK} hides a secret" if hidden else command
+
+    @property
+    def ended(self) -> str:
+        """Why it made no more steps; empty for one without a result."""
+        if not self.ok:
+            return ""
+        early, steps, most = self.get("stopped_early"), self.get("time.steps"), self.setting("trainer.max_steps")
+        if isinstance(early, dict):
+            best = early.get("best")
+            value = f"{best:.4f}" if is_number(best) else "its best"
+            at = f"stopped early at step {early.get('step')} of {most}"
+            return f"{at}: {early.get('metric')} was not better than {value}"
+        return "max_steps" if steps == most or steps is None else f"ended at step {steps} of {most}"
+
+    @property
+    def reason(self) -> str:
+        """Why it has no result, on one line."""
+        error = self.record["error"]
+        if isinstance(error, Mapping):
+            error = error.get("message") or label(error)
+        if error:
+            return " ".join(str(error).split())
+        gone = self.status == "interrupted" and self.record["status"] == "running"
+        return {
+            MISSING: "no record: not started yet, or killed before its first write",
+            "pruned": "stopped early by the sweep",
+            "running": "still running",
+            STALE: f"{self.get('stale')}: no result of what is there now; running it again replaces it",
+            UNSCORED: f"completed, but {self.metric} is no finite number: that is no result",
+        }.get(self.status, "its process is gone" if gone else "no reason recorded")
+
+    def curves(self) -> list[Json]:
+        """Rows of ``metrics.jsonl``; a line torn by a kill is left out."""
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return []
+        rows = [row for line in lines if isinstance(row := _json(line), dict)]
+        return [row for row in rows if is_number(row.get("step")) and abs(row["step"]) < 1e15]
+
+
+def read_trial(path: Path, entry: Mapping[str, Any] | None = None) -> TrialResult:
+    """The trial there, or what ``entry`` of sweep.json says of it where its record is damaged."""
+    try:
+        record = _checked(path, records.read(path))
+    except ArtifactError as error:
+        return TrialResult(path, {**_blank(entry or {"trial": path.name}), "error": str(error)}, DAMAGED)
+    return TrialResult(path, record, _status(path, record))
+
+
+def listed_trial(sweep: Path, entry: Json) -> TrialResult:
+    """The sweep may have been moved, and its entries may be relative to it or to where it was started."""
+    written = Path(entry["folder"])
+    places = [sweep / written, written, sweep / written.name]
+    path = next((place for place in places if (place / records.RESULT).exists()), None)
+    return TrialResult(places[0], _blank(entry), MISSING) if path is None else read_trial(path, entry)
+
+
+def dated(trial: TrialResult, looked_up: staleness.Known) -> TrialResult:
+    """A completed trial on what has changed since is stale, and ``stale`` in its record says why."""
+    why = staleness.of_record(trial.record, looked_up) if trial.ok else ""
+    return replace(trial, record={**trial.record, "stale": why}, status=STALE) if why else trial
+
+
+def _score(record: Json, metric: str) -> float | None:
+    value = record["metrics"].get(metric)
+    return float(value) if is_number(value) and math.isfinite(value) else None
+
+
+def _status(path: Path, record: Json) -> str:
+    """The record's; a run whose process is gone from this machine was interrupted, and one that completed without its
+    metric has no result."""
+    if record["status"] == "completed":
+        metric = TrialResult(path, record, "").metric
+        expected = "metric" in record["config"] or metric in record["metrics"]
+        return UNSCORED if expected and _score(record, metric) is None else "completed"
+    gone = record["status"] == "running" and record.get("host") == socket.gethostname() and not _alive(record)
+    return "interrupted" if gone else str(record["status"])
+
+
+def _alive(record: Json) -> bool:
+    pid = record.get("pid")
+    if os.name != "posix" or not isinstance(pid, int):
+        return True  # nothing says otherwise
+    try:
+        os.kill(max(pid, 0) or 2**31, 0)  # 0 and below would mean groups of processes
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _checked(path: Path, record: Json) -> Json:
+    """Raises ArtifactError where a part of the record is of another kind than loralab writes."""
+    wrong = [key for key, kind in {**_KINDS, "pid": int | None}.items() if not isinstance(record.get(key), kind)]
+    if not wrong:
+        config, choices = record["config"], record["choices"]
+        keys = [key for key in _GROUPS if not isinstance(config.get(key), Mapping | None)]
+        keys += [key for key in _SETTINGS if isinstance(lookup(config, key), list | Mapping)]
+        wrong = [f"config.{key}" for key in keys]
+        wrong += [f"choices.{key}" for key, value in choices.items() if not isinstance(value, str | None)]
+        wrong += [key for key in _TEXTS if isinstance(lookup(record, key), list | Mapping)]
+    if wrong:
+        raise ArtifactError(f"{path / records.RESULT}: damaged: {', '.join(wrong)} of another kind than loralab writes")
+    return record
+
+
+def _blank(entry: Mapping[str, Any]) -> Json:
+    overrides, choices = entry.get("overrides") or (), entry.get("choices") or {}
+    return records.blank(str(entry.get("trial") or ""), overrides=overrides, choices=choices)
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,42 @@
+"""The frame of a sweep: a row a trial, every setting and every number under its dotted name."""
+
+import shutil
+
+import pytest
+
+from loralab.analysis.results import read_results
+from loralab.records import record
+
+
+def test_the_frame_has_a_row_a_trial_with_settings_and_metrics_under_dotted_names(synthetic_sweep):
+    frame = read_results(synthetic_sweep).frame
+    assert list(frame.columns[:4]) == ["trial", "folder", "status", "seed"]
+    assert len(frame) == 12
+    assert frame["status"].value_counts().to_dict() == {"completed": 11, "out_of_memory": 1}
+    first = frame.iloc[0]
+    stored = record.read(synthetic_sweep / first["folder"])
+    wanted = {
+        "trial": stored["trial"],
+        "adapter.r": 2,
+        "quantization": "none",
+        "val/loss": stored["metrics"]["val/loss"],
+        "time.steps": 60,
+        "environment.versions.torch": "2.13.0",
+    }
+    assert {key: first[key] for key in wanted} == wanted
+
+
+def test_means_over_seeds_are_one_groupby_away(synthetic_sweep):
+    results = read_results(synthetic_sweep)
+    means = results.frame.groupby(["quantization", "adapter.r"])["val/loss"].mean()
+    losses = [trial.score("val/loss") for trial in results.trials if trial.values["quantization"] == "nf4_double"]
+    assert means["nf4_double", 2] == pytest.approx(sum(losses[:2]) / 2)
+
+
+def test_a_trial_without_a_record_has_a_row_without_numbers(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / "none,r=2,seed=0")
+    frame = read_results(tmp_path / "s").frame
+    (missing,) = frame[frame["status"] == "missing"].to_dict("records")
+    assert missing["val/loss"] != missing["val/loss"]
+    assert len(frame) == 12
