@@ -181,7 +181,8 @@ def arms(results: SweepResults) -> list[Arm]:
         Arm(results, [results.trials[at] for at in places], _known(means, key), _known(largest, key))
         for key, places in keys.groupby(keys, sort=False).groups.items()
     ]
-    found.sort(key=lambda arm: [_position(labels, arm.values[axis]) for axis, labels in results.axes.items()])
+    order = {(axis, text): at for axis, labels in results.axes.items() for at, text in enumerate(labels)}
+    found.sort(key=lambda arm: [order.get(value, len(order)) for value in arm.values.items()])
     return _mark_best(_compared(found), results.mode)
 
 
@@ -202,27 +203,19 @@ def _configuration(results: SweepResults, trial: TrialResult) -> str:
     return repr([trial.values[axis] for axis in results.axes])
 
 
-def _position(labels: list[str], value: str) -> int:
-    return labels.index(value) if value in labels else len(labels)
-
-
 def _level(contenders: Sequence[Arm]) -> float:
     return 1 - (1 - LEVEL) / max(1, len(contenders) - 1)
 
 
 def _compared(found: list[Arm]) -> list[Arm]:
     """Every arm less the first of its environment that has a result, seed by seed."""
-    first: dict[str, Arm] = {}
+    first = {arm.environment: arm for arm in reversed(found) if arm.scores}
+    compared = []
     for arm in found:
-        if arm.scores:
-            first.setdefault(arm.environment, arm)
-    return [_against(arm, first.get(arm.environment), len(found) > 1) for arm in found]
-
-
-def _against(arm: Arm, base: Arm | None, several: bool) -> Arm:
-    if arm is base:
-        return replace(arm, baseline=several)
-    return replace(arm, difference=paired(arm.by_seed, base.by_seed)) if base else arm
+        base = first.get(arm.environment)
+        difference = paired(arm.by_seed, base.by_seed) if base and arm is not base else None
+        compared.append(replace(arm, baseline=arm is base and len(found) > 1, difference=difference))
+    return compared
 
 
 def _mark_best(found: list[Arm], mode: str) -> list[Arm]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loralab.analysis import environments
 from loralab.analysis.arms import Arm, Comparison
-from loralab.analysis.paired import Difference, paired
+from loralab.analysis.paired import paired
 from loralab.analysis.results import SweepResults
 from loralab.analysis.values import canonical, is_number, names, spelled
 
@@ -87,27 +87,17 @@ def _judged(claim: str, sign: str, arm: Arm, other: Arm) -> Verdict:
     if difference is None:
         return Verdict(claim, "cannot tell", f"{means}; the two share no seed")
     below = sign.strip().startswith("<")
-    means = f"{means}, {_order(difference.mean, below)}"
-    seeds = tuple(difference.seeds)
+    order = "in the published order" if (difference.mean < 0) == below else "the other way round than published"
+    means, seeds = f"{means}, {order if difference.mean else 'equal'}", tuple(difference.seeds)
     if difference.interval is None:
-        why = f"{means}, but {_single(difference)}: there is no interval"
+        scored = "of one seed" if len(seeds) == 1 else f"{len(seeds)} seeds give one score"
+        why = f"{means}, but {scored}: there is no interval"
         return Verdict(claim, "cannot tell", why, difference.mean, seeds=seeds)
     low, high = difference.interval if below else (-difference.interval[1], -difference.interval[0])
     verdict = "holds" if high <= 0 else "does not hold" if low > 0 else "cannot tell"
     why = f"{means}; paired difference {difference.text}, n = {difference.n}"
     why += ", an interval that holds 0" if verdict == "cannot tell" else ""
     return Verdict(claim, verdict, why, difference.mean, list(difference.interval), difference.p, seeds)
-
-
-def _order(mean: float, below: bool) -> str:
-    if mean == 0:
-        return "equal"
-    return "in the published order" if (mean < 0) == below else "the other way round than published"
-
-
-def _single(difference: Difference) -> str:
-    count = len(difference.seeds)
-    return "of one seed" if count == 1 else f"{count} seeds give one score"
 
 
 def _pairs(arms: Sequence[Arm], left: str, right: str) -> Iterator[tuple[Arm, Arm]]:

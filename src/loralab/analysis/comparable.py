@@ -117,14 +117,11 @@ _REASONS: dict[str, Callable[[Sequence[TrialResult]], str]] = {
 
 def _subset(whole: SweepResults, trials: Sequence[TrialResult]) -> SweepResults:
     """With every axis of the whole, so that an arm has its name though no other stands beside it."""
-    axes = {axis: values for axis in whole.moving() if (values := _along(trials, axis, whole.axes[axis]))}
+    axes: dict[str, list[Any]] = {}
+    for axis in whole.moving():
+        known = [trial for label in whole.axes[axis] for trial in trials if trial.values[axis] == label]
+        axes |= {axis: [axis_value(trial.record, axis) for trial in known]} if known else {}
     return replace(assemble(whole.folder, {**whole.about, "axes": axes}, trials), packs=whole.packs)
-
-
-def _along(trials: Sequence[TrialResult], axis: str, labels: Sequence[str]) -> list[Any]:
-    """The values that trials have on an axis, in its order."""
-    known = [trial for trial in trials if trial.values[axis] in labels]
-    return [axis_value(t.record, axis) for t in sorted(known, key=lambda t: labels.index(t.values[axis]))]
 
 
 def _bases(trials: Sequence[TrialResult]) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from loralab.analysis.values import Json, lookup
@@ -42,7 +43,7 @@ def labels(records: Sequence[tuple[Json, bool]]) -> list[str]:
         return []
     usual = Counter(map(with_result.index, with_result))
     distinct.sort(key=lambda own: -usual[with_result.index(own)])  # the likely one first, where several are alike
-    return [_label(max(distinct, key=lambda other: _in_common(own, other)), distinct) for own in each]
+    return [_label(max(distinct, key=partial(_in_common, own)), distinct) for own in each]
 
 
 def _in_common(own: Environment, other: Environment) -> int:

@@ -157,13 +157,11 @@ def _sweep(folder: Path) -> Json:
         if not records.find(folder):
             raise
         return {**blank, "damaged": str(error)}
-    return {**sweep, "axes": {str(axis): _values(texts) for axis, texts in sweep["axes"].items()}}
-
-
-def _values(texts: Any) -> list[Any]:
-    """An axis of sweep.json, which has its values as the overrides spell them."""
-    listed = texts if isinstance(texts, list) else [texts]
-    return [spelled(text) if isinstance(text, str) else text for text in listed]
+    listed = {str(axis): texts if isinstance(texts, list) else [texts] for axis, texts in sweep["axes"].items()}
+    axes = {
+        axis: [spelled(text) if isinstance(text, str) else text for text in texts] for axis, texts in listed.items()
+    }
+    return {**sweep, "axes": axes}
 
 
 def _once(listed: Sequence[TrialResult]) -> tuple[list[TrialResult], list[str]]:
@@ -179,7 +177,9 @@ def _once(listed: Sequence[TrialResult]) -> tuple[list[TrialResult], list[str]]:
         if before is None or trial.ok:
             kept[key] = trial
         if before is not None and before.ok and trial.ok:
-            conflicts += _conflict(before, trial)
+            old, new = before.score(trial.metric), trial.score(trial.metric)
+            words = f"{before.name} and {trial.name} are one trial, yet {trial.metric} is {old} and {new}"
+            conflicts += [f"{words}; the latter counts"] if old != new else []
     done = {_bare_key(trial) for trial in kept.values() if trial.ok} - {None}
     return [trial for trial in kept.values() if trial.ok or _bare_key(trial) not in done], conflicts
 
@@ -197,14 +197,6 @@ def _bare_key(trial: TrialResult) -> str | None:
     if not trial.record["config"]:
         return None
     return canonical([identity(trial.record), trial.record["seed"], trial.metric, trial.setting("metric_mode")])
-
-
-def _conflict(before: TrialResult, after: TrialResult) -> list[str]:
-    metric = after.metric
-    old, new = before.score(metric), after.score(metric)
-    if old == new:
-        return []
-    return [f"{before.name} and {after.name} are one trial, yet {metric} is {old} and {new}; the latter counts"]
 
 
 def _ordered(declared: Sequence[Any], seen: Sequence[Any], labels: Mapping[str, str]) -> list[str]:

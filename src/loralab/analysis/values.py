@@ -106,7 +106,11 @@ def axis_value(record: Json, axis: str) -> Any:
     if value is not None and not isinstance(value, Mapping):
         return value
     overrides = dict(item.lstrip("+~").partition("=")[::2] for item in record["overrides"])
-    return spelled(overrides[axis]) if axis in overrides else None if _has(record["config"], axis) else UNSAID
+    if axis in overrides:
+        return spelled(overrides[axis])
+    group, _, key = axis.rpartition(".")
+    holder = lookup(record["config"], group) if group else record["config"]
+    return None if isinstance(holder, Mapping) and key in holder else UNSAID
 
 
 def varying(configured: Sequence[Json], axes: list[str]) -> list[str]:
@@ -121,7 +125,7 @@ def varying(configured: Sequence[Json], axes: list[str]) -> list[str]:
         if aside(key) or key in axes or key in chosen:
             continue
         values = [canonical(config.get(key)) for config in flat]
-        if not _follows(places, values):
+        if len(set(zip(places, values, strict=True))) > len(set(places)):
             chosen.append(key)
             places = [(*place, value) for place, value in zip(places, values, strict=True)]
     return chosen
@@ -140,7 +144,10 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def identity(record: Json) -> str:
     """Equal for trials that differ only by seed: the whole config and the choices, without what is aside."""
-    config = {key: _kept(key, value) for key, value in record["config"].items() if not aside(key)}
+    config = {key: value for key, value in record["config"].items() if not aside(key)}
+    for group, _, key in (dotted.partition(".") for dotted in _ASIDE_KEYS):
+        if isinstance(config.get(group), Mapping):
+            config[group] = {name: value for name, value in config[group].items() if name != key}
     choices = {key: value for key, value in record["choices"].items() if not aside(key)}
     return canonical([config, choices])
 
@@ -173,21 +180,3 @@ def _settled(value: Any) -> Any:
     if len(text) < 300 and _REAL.fullmatch(text):
         return _settled(float(text))
     return _WORDS.get(text.lower(), text)
-
-
-def _follows(places: Sequence[tuple[str, ...]], values: Sequence[str]) -> bool:
-    """Whether the place decides the value in every trial."""
-    seen: dict[tuple[str, ...], str] = {}
-    return all(seen.setdefault(place, value) == value for place, value in zip(places, values, strict=True))
-
-
-def _has(config: Any, dotted: str) -> bool:
-    group, _, key = dotted.rpartition(".")
-    holder = lookup(config, group) if group else config
-    return isinstance(holder, Mapping) and key in holder
-
-
-def _kept(group: str, value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    return {key: item for key, item in value.items() if f"{group}.{key}" not in _ASIDE_KEYS}

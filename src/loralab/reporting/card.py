@@ -81,12 +81,8 @@ def _tables(name: str, stage: Json) -> list[tuple[str, list[Head], list[list[Cel
 
 
 def _table(keys: str, rows: Sequence[Json]) -> tuple[list[Head], list[list[Cell]]]:
-    return [_head(key) for key in keys.split()], [[_cell(key, row.get(key)) for key in keys.split()] for row in rows]
-
-
-def _head(key: str) -> Head:
-    """``measured_peak_bytes`` is shown in MiB."""
-    return Head(TITLES.get(key) or key.replace("_bytes", "_MiB").replace("_", " "))
+    titles = [TITLES.get(key) or key.replace("_bytes", "_MiB").replace("_", " ") for key in keys.split()]
+    return [Head(title) for title in titles], [[_cell(key, row.get(key)) for key in keys.split()] for row in rows]
 
 
 def _cell(key: str, value: Any) -> Cell:

@@ -184,13 +184,11 @@ def _groups(results: SweepResults, arms: Sequence[Arm], by: list[str]) -> list[G
         return [Group(results.metric, 0, list(arms))]
     labels = [*results.axes[by[0]], "?"]
     inside = [[arm for arm in arms if arm.values[by[0]] == text] for text in labels]
-    named = [f"{results.short[by[0]]} = {text}" if _bare(text) else text for text in labels]
+    bare = [
+        as_number(text) is not None or text in ("true", "false", "null") for text in labels
+    ]  # without its axis' name
+    named = [f"{results.short[by[0]]} = {text}" if alone else text for text, alone in zip(labels, bare, strict=True)]
     return [Group(named[at], at, found) for at, found in enumerate(inside) if found]
-
-
-def _bare(text: str) -> bool:
-    """Whether a value says nothing without the name of its axis."""
-    return as_number(text) is not None or text in ("true", "false", "null")
 
 
 def _named(results: SweepResults, axis: str) -> list[str]:

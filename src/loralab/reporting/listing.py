@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from loralab.analysis.results import SweepResults, read_results
+from loralab.analysis.results import read_results
 from loralab.analysis.trials import DAMAGED, MISSING, STALE, UNSCORED, TrialResult
 from loralab.errors import ArtifactError, LoralabError
 from loralab.records.record import RESULT, SWEEP
@@ -57,18 +57,18 @@ def _entries(folder: Path, name: str, inside: bool) -> list[dict[str, Any]]:
         more = {"name": results.name, "question": results.question, "metric": results.metric}
         more |= {"damaged": results.about["damaged"]} if "damaged" in results.about else {}
         return [_entry(folder, "sweep", results.trials, **more)]
-    return [_trial_entry(results, trial, "run" if name == RESULT else "trial") for trial in results.trials]
-
-
-def _trial_entry(results: SweepResults, trial: TrialResult, kind: str) -> dict[str, Any]:
-    name = trial.folder.name if kind == "run" else results.describe(trial)
-    scored = {"metric": results.metric, "value": trial.score(results.metric)}
-    return _entry(trial.folder, kind, [trial], name=name, **scored)
+    entries = []
+    for trial in results.trials:
+        scored = {"metric": results.metric, "value": trial.score(results.metric)}
+        kind, own = ("run", trial.name) if name == RESULT else ("trial", results.describe(trial))
+        entries.append(_entry(trial.folder, kind, [trial], name=own, **scored))
+    return entries
 
 
 def _entry(folder: Path, kind: str, trials: Sequence[TrialResult], **more: Any) -> dict[str, Any]:
     statuses = Counter(trial.status for trial in trials)
     files = [folder / SWEEP, folder / RESULT, *(trial.folder / RESULT for trial in trials)]
+    written = datetime.fromtimestamp(max((path.stat().st_mtime for path in files if path.exists()), default=0.0))
     return {
         "folder": str(folder),
         "kind": kind,
@@ -82,7 +82,7 @@ def _entry(folder: Path, kind: str, trials: Sequence[TrialResult], **more: Any) 
         "stale": statuses[STALE],
         "changed": _distinct(trial.get("stale") for trial in trials),
         "statuses": dict(statuses),
-        "when": _iso(max((path.stat().st_mtime for path in files if path.exists()), default=0.0)),
+        "when": written.astimezone().isoformat(timespec="seconds"),
         "metric": None,
         "value": None,
         "models": _distinct(t.setting("model.name_or_path") or t.record["choices"].get("model") for t in trials),
@@ -127,7 +127,3 @@ def _what(entry: dict[str, Any]) -> str:
     why = f"  stale: {'; '.join(entry['changed'])}" if entry["changed"] else ""
     why += f"  {entry['damaged']}" if entry.get("damaged") else ""
     return f"{entry['folder']}  {more.get(entry['kind'], settings)}".rstrip() + why
-
-
-def _iso(stamp: float) -> str:
-    return datetime.fromtimestamp(stamp).astimezone().isoformat(timespec="seconds")

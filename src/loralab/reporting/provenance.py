@@ -71,7 +71,8 @@ def facts(results: SweepResults) -> Facts:
     known["optimizer"] = known["optimizer"] or _distinct(trials, "optimizer.name")
     seeds = ", ".join(sorted({trial.seed for trial in results.trials}, key=sort_key))
     known = {"seeds": seeds, **known, "peak memory, predicted over measured": _reconciled(trials)}
-    return Facts(header, known, _seconds(trials))
+    walls = ((trial.get("time.wall_s"), trial.get("pack.size")) for trial in trials)  # a pack has one clock
+    return Facts(header, known, sum(wall / (size or 1) for wall, size in walls if is_number(wall)))
 
 
 def held_fixed(results: SweepResults) -> list[str]:
@@ -169,12 +170,6 @@ def _reconciled(trials: Iterable[TrialResult]) -> str:
     peaks = [(trial.get("memory.predicted_peak_bytes"), trial.get("memory.measured_peak_bytes")) for trial in trials]
     ratios = [predicted / measured for predicted, measured in peaks if predicted and measured]
     return f"{min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} trials" if ratios else ""
-
-
-def _seconds(trials: Iterable[TrialResult]) -> float:
-    """Sum of wall_s; the trials of a pack share one wall clock, so each counts its part."""
-    walls = ((trial.get("time.wall_s"), trial.get("pack.size")) for trial in trials)
-    return sum(wall / (size or 1) for wall, size in walls if is_number(wall))
 
 
 def _when(results: SweepResults) -> str:

@@ -38,11 +38,12 @@ def columns(comparison: Comparison) -> list[Column]:
     arms, results = comparison.arms, comparison.results
     metrics = results.trials[0].record["metrics"] if results.single else {}  # a sweep's are in its CSV
     others = [name for name, value in metrics.items() if name != results.metric and is_number(value)]
+    uneven = any(arm.stopped for arm in arms) or len({step for arm in arms for step in arm.steps}) > 1
     shown = [
         Column(VERSUS, _difference_text, lambda arm: arm.difference.mean if arm.difference else None),
         Column("published", lambda arm: published_text(arm) or "-", lambda arm: None),
         *(_average(name, name, "{:.4f}".format) for name in others),
-        *([Column(STEPS, steps_text, lambda arm: arm.means.get("time.steps"))] if _uneven(arms) else []),
+        *([Column(STEPS, steps_text, lambda arm: arm.means.get("time.steps"))] if uneven else []),
         _average("bits/param", "base.bits_per_parameter", "{:.3f}".format),
         *([_average("bits overall", "base.bits_per_parameter_overall", "{:.3f}".format)] * _partly_quantized(arms)),
         _average("base size", "base.bytes", memory),
@@ -153,8 +154,3 @@ def _partly_quantized(arms: Sequence[Arm]) -> bool:
         (arm.means.get("base.bits_per_parameter"), arm.means.get("base.bits_per_parameter_overall")) for arm in arms
     ]
     return any(own and whole and abs(whole - own) > NOTICEABLE * own for own, whole in bits)
-
-
-def _uneven(arms: Sequence[Arm]) -> bool:
-    """Whether trials differ in how far they trained."""
-    return any(arm.stopped for arm in arms) or len({step for arm in arms for step in arm.steps}) > 1
