@@ -81,8 +81,12 @@ def _tables(name: str, stage: Json) -> list[tuple[str, list[Head], list[list[Cel
 
 
 def _table(keys: str, rows: Sequence[Json]) -> tuple[list[Head], list[list[Cell]]]:
-    titles = [TITLES.get(key) or key.replace("_bytes", "_MiB").replace("_", " ") for key in keys.split()]
-    return [Head(title) for title in titles], [[_cell(key, row.get(key)) for key in keys.split()] for row in rows]
+    """The columns that any row can fill."""
+    shown = [key for key in keys.split() if any(row.get(key) is not None for row in rows)]
+    titles = [TITLES.get(key) or key.replace("_bytes", "_MiB").replace("_", " ") for key in shown]
+    names = [any(isinstance(row.get(key), str) for row in rows) for key in shown]
+    heads = [Head(title, key=name) for title, name in zip(titles, names, strict=True)]
+    return heads, [[_cell(key, row.get(key)) for key in shown] for row in rows]
 
 
 def _cell(key: str, value: Any) -> Cell:

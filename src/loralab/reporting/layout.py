@@ -37,7 +37,9 @@ def aligned(titles: Sequence[str], rows: Iterable[Sequence[str]], right: range =
         table.add_column(title, justify="right" if at in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(_printable, row))
-    console = Console(width=UNBOUNDED, color_system=None, markup=False, emoji=False, highlight=False)
+    console = Console(
+        width=UNBOUNDED, color_system=None, force_jupyter=False, markup=False, emoji=False, highlight=False
+    )
     with console.capture() as captured:
         console.print(table)
     return captured.get().splitlines()

@@ -1,0 +1,34 @@
+"""Tables in plain text: equal columns, no escape codes, whatever the terminal says of itself."""
+
+import pytest
+
+from loralab.reporting.layout import aligned, natural_width, terminal_width, wrapped
+
+ROWS = [["a", "1.5", "[b] :smile:"], ["long name", "-10.25", "x"]]
+
+
+@pytest.mark.parametrize("force", ["", "1"])
+def test_columns_are_aligned_and_hold_no_markup_and_no_escape_codes(monkeypatch, force):
+    monkeypatch.setenv("FORCE_COLOR", force)
+    head, rule, *lines = aligned(["name", "value", "note"], ROWS, right=range(1, 2))
+    assert head.split() == ["name", "value", "note"]
+    assert set(rule) == {"-"}
+    assert [line.rstrip() for line in lines] == ["a             1.5  [b] :smile:", "long name  -10.25  x"]
+    assert max(map(len, (head, rule, *lines))) == natural_width(["name", "value", "note"], ROWS) == len(rule)
+
+
+def test_a_cell_with_a_line_break_stays_on_its_line():
+    assert len(aligned(["a"], [["one\ntwo\x1b[31m"]])) == 3
+
+
+def test_the_width_is_the_terminals_up_to_a_bound(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert terminal_width() == 80
+    monkeypatch.setenv("COLUMNS", "300")
+    assert (terminal_width(), terminal_width(120)) == (100, 120)
+
+
+def test_long_text_is_wrapped_below_an_indent():
+    lines = wrapped("word " * 30, 40, "  ")
+    assert all(len(line) <= 40 for line in lines)
+    assert all(line.startswith("  word") for line in lines[1:])
