@@ -11,6 +11,7 @@ SRC = Path(loralab.__file__).parent
 PLUGIN = SRC.parent / "hydra_plugins"
 FLOORS = [
     {"errors"},
+    {"spec"},
     {"records", "numerics", "memory"},
     {"quantization", "data"},
     {"adapters", "optim"},
@@ -32,6 +33,7 @@ FENCES = {
     "hydra": {"config", "cli", "scheduling", "hydra_plugins"},
     "omegaconf": {"config", "cli", "scheduling", "hydra_plugins"},
     "peft": {"gpu", "bench"},
+    "pydantic": {"spec", "adapters", "data"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted([*SRC.rglob("*.py"), *PLUGIN.rglob("*.py")])

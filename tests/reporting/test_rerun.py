@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loralab.config.compose import compose, plain, trial_id
+from loralab.config.build import trial_id
+from loralab.config.compose import compose, plain
 from loralab.config.words import Words, quoted
 from loralab.records import record
 from loralab.reporting.gather import study

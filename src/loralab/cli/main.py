@@ -101,7 +101,8 @@ def _check_axes(overrides: list[str]) -> None:
 
 def preview(overrides: list[str]) -> int:
     """The first rows as the model would see them; nothing is trained."""
-    from loralab.config.compose import compose, trial_spec
+    from loralab.config.build import trial_spec
+    from loralab.config.compose import compose
 
     _messages_to_stderr()
     spec = trial_spec(compose(overrides), Path())
@@ -213,7 +214,8 @@ def report(words: Words) -> int:
 
 def count(words: Words) -> int:
     """Exact parameter counts on the meta device."""
-    from loralab.config.compose import compose, trial_spec
+    from loralab.config.build import trial_spec
+    from loralab.config.compose import compose
 
     spec = trial_spec(compose(words.overrides()), Path())
     from loralab.planning.count import count as count_parameters
@@ -230,7 +232,8 @@ def count(words: Words) -> int:
 
 def plan(words: Words) -> int:
     """Predicted peak memory, without weights, data or a GPU."""
-    from loralab.config.compose import compose, trial_spec
+    from loralab.config.build import trial_spec
+    from loralab.config.compose import compose
 
     spec = trial_spec(compose(words.overrides()), Path())
     from loralab.planning import plan as planning
@@ -254,7 +257,8 @@ def plan(words: Words) -> int:
 
 def quantize(words: Words) -> int:
     """A quantization study: JSON and a page in its run folder, a table here, also where the folder takes no more."""
-    from loralab.config.compose import build, compose, plain, quantizers
+    from loralab.config.build import build, quantizers
+    from loralab.config.compose import compose, plain
     from loralab.records.lock import hold
 
     config = compose(words.overrides(), "quantize")

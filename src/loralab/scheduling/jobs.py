@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import staleness
-from loralab.config.compose import plain, trial_id, trial_spec
+from loralab.config.build import trial_id, trial_spec
+from loralab.config.compose import plain
 from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.records import record
 from loralab.records.lock import hold
@@ -121,8 +122,11 @@ class Job:
         budget = min(self.memory_budget, spec.plan.budget_gib or self.memory_budget)
         return replace(spec, plan=replace(spec.plan, budget_gib=budget))
 
-    def execute(self, runner: Any) -> dict[str, Any]:
-        """Runs the trial alone. In a sweep a failure is in the record; a single run raises what is wrong with it."""
+    def execute(self, make_runner: Callable[[], Any]) -> dict[str, Any]:
+        """Runs the trial alone. In a sweep a failure is in the record; a single run raises what is wrong with it.
+
+        Settings that are refused do not wait for the import of the runner.
+        """
         started = time.monotonic()
         try:
             spec = self.spec()
@@ -130,6 +134,7 @@ class Job:
             if not self.many:
                 raise
             return self.refuse(error)
+        runner = make_runner()
         if not self.many:
             _check_rows(spec, runner)
         with ExitStack() as stack:

@@ -109,7 +109,7 @@ class Jobs:
         if stored is None and job.trial in self.too_large:
             return job.refuse(self.too_large[job.trial])
         if stored is None:
-            return job.execute(self.runner)
+            return job.execute(lambda: self.runner)
         job.say(stored, skipped=True)
         return stored
 
