@@ -11,6 +11,7 @@ SRC = Path(loralab.__file__).parent
 PLUGIN = SRC.parent / "hydra_plugins"
 FLOORS = [
     {"errors"},
+    {"spec"},
     {"records", "numerics", "memory"},
     {"quantization", "data"},
     {"adapters", "optim"},
@@ -37,6 +38,7 @@ FENCES = {
     "pandas": {"analysis", "reporting"},
     "scipy": {"analysis"},
     "jinja2": {"reporting"},
+    "pydantic": {"spec", "adapters", "data", "records"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted([*SRC.rglob("*.py"), *PLUGIN.rglob("*.py")])

@@ -141,11 +141,11 @@ def test_one_module_to_save_needs_no_list(load_base):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"modules_to_save": 3}, "adapter.modules_to_save must be a list of module names or null, got a value of int"),
+        ({"modules_to_save": 3}, "adapter.modules_to_save must be a list of module names or null, got 3"),
         ({"r": 0}, "adapter.r must be at least 1, got 0"),
         ({"lora_alpha": -1.0}, "adapter.lora_alpha must be a positive number, got -1"),
         ({"lora_alpha": math.nan}, "adapter.lora_alpha must be a positive number, got nan"),
-        ({"lora_dropout": 1.5}, r"adapter.lora_dropout must lie in \[0, 1\), got 1.5"),
+        ({"lora_dropout": 1.5}, r"adapter.lora_dropout must be a number in \[0, 1\), got 1.5"),
         ({"lora_dropout": math.nan}, "adapter.lora_dropout"),
         ({"init_lora_weights": "gausian"}, "did you mean gaussian"),
         ({"bias": "lora"}, "adapter.bias='lora'"),

@@ -10,7 +10,8 @@ from torch import nn
 from loralab.analysis.evaluation import Activations, Evaluation
 from loralab.analysis.quantization import SchemeComparison, StudySpec, compare_schemes
 from loralab.cli import main
-from loralab.config.compose import compose, quantizers
+from loralab.config.build import quantizers
+from loralab.config.compose import compose
 from loralab.errors import ConfigError, DiskError
 from loralab.numerics import outliers
 from loralab.quantization.base import dense_weight, quantizable
@@ -171,8 +172,9 @@ def test_quantization_on_the_command_line_is_studied_alone():
     ("words", "says"),
     [
         (["study.weights=cauchy"], "study.weights='cauchy' is unknown"),
-        (["study.shape=[4]"], "study.shape=[4] must be two numbers"),
-        (["study.rows=0"], "study.rows=0 must be at least 1"),
+        (["study.shape=[64]"], "study.shape must be two numbers of at least 8: (out, in), got [64]"),
+        (["study.shape=[4,64]"], "study.shape.0 must be at least 8, got 4"),
+        (["study.rows=0"], "study.rows must be at least 1, got 0"),
         (["study.inputs=uniform"], "study.inputs='uniform' is unknown"),
         (["study.inputs=captured"], "study.inputs=captured needs --evaluate"),
         (["+study.schemes.nf5={}"], "study.schemes.nf5.option='nf5' is unknown; did you mean nf4?"),

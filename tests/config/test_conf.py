@@ -10,7 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from loralab.cli.sweep import sweep_arguments
-from loralab.config.compose import SPECS, build, compose, data_root, plain, trial_id, trial_spec
+from loralab.config.build import SPECS, build, trial_id, trial_spec
+from loralab.config.compose import compose, data_root, plain
 
 CONF = data_root() / "conf"
 OPTIONS = sorted(

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from loralab.adapters.lora import LoRA
 from loralab.config import identity
-from loralab.config.compose import compose, data_root, plain, trial_id, trial_spec
+from loralab.config.build import trial_id, trial_spec
+from loralab.config.compose import compose, data_root, plain
 from loralab.config.identity import difference, settings_key
 from loralab.records import record
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from loralab.cli import main
-from loralab.config.compose import compose, plain, trial_spec
+from loralab.config.build import trial_spec
+from loralab.config.compose import compose, plain
 from loralab.config.words import forced
 from loralab.errors import ConfigError
 from loralab.records import record
@@ -57,7 +58,7 @@ class Bare(AdapterSpec):
 
 @dataclass(frozen=True)
 class Odd(IA3):
-    thing: object = None
+    thing: nn.Module = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,13 @@ def test_the_yamls_keys_that_the_class_lacks_are_left_out_and_its_own_are_taken(
     [
         ("IA3", "adapter.r=4", "adapter.r is not an option of IA3; valid: gain, target_modules"),
         ("IA3", "adapter.gian=4", "adapter.gian is not an option of IA3; did you mean gain?"),
-        ("IA3", "adapter.gain=x", "adapter.gain: Value 'x'"),
+        ("IA3", "adapter.gain=x", "adapter.gain must be a number, got 'x'"),
         ("IA3", "adapter.gain=0", "adapter: IA3 refuses its options: gain cannot be 0"),
         ("Bare", "adapter.gain=4", "adapter.gain is not an option of Bare; it has none"),
         (
             "Odd",
             "adapter.gain=4",
-            "adapter.thing: Odd says it is of type object, which no setting is checked by; valid: Any",
+            "adapter.thing: Odd says it is of type Module, which no setting is checked by; valid: Any",
         ),
         ("IA4", "adapter.gain=4", "cannot be found"),
     ],

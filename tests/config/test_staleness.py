@@ -14,7 +14,8 @@ import pytest
 
 from loralab.cli import main
 from loralab.config import staleness
-from loralab.config.compose import build, compose, plain
+from loralab.config.build import build
+from loralab.config.compose import compose, plain
 from loralab.errors import Interrupted
 from loralab.models import pretrained
 from loralab.records import record

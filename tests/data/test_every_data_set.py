@@ -10,7 +10,8 @@ import types
 
 import pytest
 
-from loralab.config.compose import build, compose, data_root, plain
+from loralab.config.build import build
+from loralab.config.compose import compose, data_root, plain
 from loralab.data import hub, mining
 from loralab.data.base import SPLITS
 

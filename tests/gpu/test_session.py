@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from loralab.config import compose
+from loralab.config.build import trial_spec
 from loralab.gpu import __main__ as command
 from loralab.gpu import lab, paging, session, shapes, stages
 from loralab.gpu.callbacks import KILL_AFTER, Kill
@@ -318,7 +319,7 @@ def test_every_run_that_a_card_would_make_is_a_valid_configuration(open_session,
     assert len(words) == 9 + 6 + 3 + 1 + 2
     for one in words:
         given = [word.split(",")[0] if word.startswith("seed=") else word for word in one if word != "-m"]
-        spec = compose.trial_spec(compose.compose([w for w in given if not w.startswith("hydra.")]), Path("nowhere"))
+        spec = trial_spec(compose.compose([w for w in given if not w.startswith("hydra.")]), Path("nowhere"))
         assert (spec.trainer.accelerator, spec.trainer.precision) == ("gpu", "bf16-mixed")
         assert (spec.model.drawn_on, spec.model.dtype) == ("device", "bfloat16")
     caps = [word for one in words for word in one if word.startswith("memory.cap=")]

@@ -17,10 +17,10 @@ SPIKE = Spike(8, "backward", 2, 1, 1, 1, 1.0, "other", 0)
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"ballast": "much"}, "memory.ballast='much' must be null, auto or a positive number"),
-        ({"ballast": -1}, "memory.ballast=-1"),
-        ({"ballast": True}, "memory.ballast=True"),
-        ({"cap": 0.0}, "memory.cap=0.0"),
+        ({"ballast": "much"}, "memory.ballast must be null, auto or a positive number of GiB, got 'much'"),
+        ({"ballast": -1}, "memory.ballast must be .*, got -1"),
+        ({"ballast": True}, "memory.ballast must be .*, got True"),
+        ({"cap": 0.0}, "memory.cap must be a positive number of GiB or null, got 0.0"),
         ({"spiky_every": 0}, "memory.spiky_every"),
         ({"spiky_length": 0}, "memory.spiky_length"),
     ],

@@ -10,7 +10,8 @@ import torch
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-from loralab.config.compose import build, compose, data_root, plain
+from loralab.config.build import build
+from loralab.config.compose import compose, data_root, plain
 from loralab.optim.optimizers import cannot_page, describe, restore, states
 
 OPTIMIZERS, SCHEDULES = (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.optim import optimizers
-from loralab.optim.optimizers import PAGED_FROM, SCHEDULES, AdamW, Schedule, describe, repage
+from loralab.optim.optimizers import PAGED_FROM, AdamW, Schedule, describe, repage
 from loralab.running.runner import Runner
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.module import FineTuner
@@ -267,7 +267,7 @@ def test_cosine_passes_its_middle_and_ends_at_zero():
     assert [factor(step) for step in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
 
 
-@given(st.sampled_from(SCHEDULES), st.integers(0, 30), st.integers(1, 60))
+@given(st.sampled_from(["constant", "linear", "cosine"]), st.integers(0, 30), st.integers(1, 60))
 def test_a_factor_lies_in_0_to_1_rises_through_the_warm_up_and_never_again(kind, warmup, steps):
     factor = Schedule(kind=kind, warmup_steps=warmup).factor(steps)
     values = [factor(step) for step in range(steps)]

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from loralab.adapters.full import Full
 from loralab.adapters.lora import LoRA
-from loralab.config.compose import build, compose, plain
+from loralab.config.build import build
+from loralab.config.compose import compose, plain
 from loralab.models import pretrained
 from loralab.planning.count import count
 from loralab.quantization.four_bit import FourBit

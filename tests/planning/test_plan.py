@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from loralab.adapters.full import Full
 from loralab.adapters.lora import LoRA
 from loralab.config import compose
+from loralab.config.build import build, trial_spec
 from loralab.errors import ConfigError
 from loralab.memory.budget import PlanSpec
 from loralab.models import pretrained
@@ -60,7 +61,7 @@ def make(make_spec, make_model, long_rows):
 
 
 def named(model, *words):
-    return compose.trial_spec(compose.compose([f"model={model}", *words]), Path("nowhere"))
+    return trial_spec(compose.compose([f"model={model}", *words]), Path("nowhere"))
 
 
 def error(spec, allocated, ragged=False):
@@ -270,7 +271,7 @@ def test_every_key_is_in_the_yaml():
     from omegaconf import OmegaConf
 
     node = OmegaConf.load(compose.data_root() / "conf" / "plan" / "default.yaml")
-    assert compose.build(node, "plan") == PlanSpec()
+    assert build(node, "plan") == PlanSpec()
     assert set(node) == {"_target_", *PlanSpec.__dataclass_fields__}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from loralab.config import compose
+from loralab.config.build import trial_spec
 from loralab.planning import plan as planning
 from loralab.planning.plan import GIB, predict
 
@@ -14,7 +15,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4,
 
 def llama(layers, *words, **keys):
     words = ("model=llama2_7b", "data.batch_size=1", *words)
-    spec = compose.trial_spec(compose.compose(list(words)), Path("nowhere"))
+    spec = trial_spec(compose.compose(list(words)), Path("nowhere"))
     changed = {**spec.model.config, **keys, "num_hidden_layers": layers}
     return replace(spec, model=replace(spec.model, config=changed))
 

@@ -21,11 +21,13 @@ from transformers import (
 
 from loralab.errors import ConfigError
 from loralab.quantization.base import Quantizer, matching, measure, quantizable
-from loralab.quantization.four_bit import BLOCK_SIZES, FourBit
+from loralab.quantization.four_bit import FourBit
 from loralab.quantization.int8 import Int8Absmax
+from loralab.quantization.kernels import KERNEL_BLOCKS
 from loralab.quantization.llm_int8 import LLMInt8
 from loralab.quantization.loading import convert_model
 from loralab.quantization.none import NoQuantization
+from loralab.spec import make
 
 CONF = Path(__file__).parents[2] / "conf" / "quantization"
 
@@ -58,7 +60,7 @@ def test_each_yaml_builds_its_spec_and_lists_every_key(path):
     module, _, name = node.pop("_target_").rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     assert set(node) == {f.name for f in dataclasses.fields(cls)}
-    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))
+    spec = make(cls, OmegaConf.to_container(node), "quantization")
     assert isinstance(spec, Quantizer)
     assert spec.name == path.stem or path.parent.name == "int8_product"
 
@@ -66,17 +68,17 @@ def test_each_yaml_builds_its_spec_and_lists_every_key(path):
 @pytest.mark.parametrize(
     ("cls", "keys", "says"),
     [
-        (FourBit, {"block_size": 100}, "quantization.block_size = 100"),
+        (FourBit, {"block_size": 100}, "quantization.block_size=100"),
         (FourBit, {"block_size": True}, "quantization.block_size"),
         (FourBit, {"quant_type": "nf5"}, "did you mean nf4"),
-        (FourBit, {"double_quant": "maybe"}, "quantization.double_quant = 'maybe'"),
+        (FourBit, {"double_quant": "maybe"}, "quantization.double_quant must be true or false, got 'maybe'"),
         (FourBit, {"compute_dtype": "float15"}, "did you mean float16"),
         (FourBit, {"dequantize": "peruse"}, "did you mean per_use"),
         (FourBit, {"skip_modules": ["("]}, "regular expression"),
         (Int8Absmax, {"granularity": "rows"}, "did you mean row"),
-        (Int8Absmax, {"block_size": 0}, "quantization.block_size = 0"),
-        (LLMInt8, {"threshold": -1.0}, "quantization.threshold = -1.0"),
-        (LLMInt8, {"threshold": float("nan")}, "quantization.threshold = nan"),
+        (Int8Absmax, {"block_size": 0}, "quantization.block_size must be at least 8, got 0"),
+        (LLMInt8, {"threshold": -1.0}, "quantization.threshold must be a number of at least 0, got -1.0"),
+        (LLMInt8, {"threshold": float("nan")}, "quantization.threshold must be a number of at least 0, got nan"),
         (NoQuantization, {"compute_dtype": "float16"}, "quantization.compute_dtype"),
     ],
 )
@@ -139,7 +141,7 @@ def test_skip_modules_that_match_nothing_are_refused_with_the_nearest():
 
 
 def specs_of_all_sizes():
-    four = [FourBit(block_size=b, double_quant=d) for b in BLOCK_SIZES for d in (False, True)]
+    four = [FourBit(block_size=b, double_quant=d) for b in KERNEL_BLOCKS for d in (False, True)]
     return [*four, *(Int8Absmax(granularity=g) for g in ("tensor", "row", "block")), LLMInt8()]
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from loralab.config.compose import build, compose, data_root, plain
+from loralab.config.build import build
+from loralab.config.compose import compose, data_root, plain
 from loralab.models import loading
 from loralab.quantization.base import dense_weight, is_frozen, measure
 from loralab.quantization.linear import FrozenLinear

@@ -8,7 +8,8 @@ from torch import nn
 
 from loralab.numerics import blockwise, codebooks
 from loralab.quantization import kernels
-from loralab.quantization.four_bit import BLOCK_SIZES, FourBit
+from loralab.quantization.four_bit import FourBit
+from loralab.quantization.kernels import KERNEL_BLOCKS
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -26,7 +27,7 @@ def reference(weight, spec, layer=None):
 @given(
     out_features=st.integers(1, 40),
     in_features=st.sampled_from([2, 16, 48, 63, 64, 96, 160, 192, 256]),
-    block_size=st.sampled_from(BLOCK_SIZES),
+    block_size=st.sampled_from(KERNEL_BLOCKS),
     quant_type=st.sampled_from(["nf4", "fp4"]),
     double_quant=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

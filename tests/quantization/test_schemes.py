@@ -11,7 +11,7 @@ from loralab.numerics import blockwise, codebooks
 from loralab.quantization.base import measure
 from loralab.quantization.four_bit import STORAGE, FourBit
 from loralab.quantization.int8 import Int8Absmax, Int8ZeroPoint
-from loralab.quantization.int8_blockwise import BLOCK_SIZES, Int8Blockwise
+from loralab.quantization.int8_blockwise import Int8Blockwise
 from loralab.quantization.int8_product import Int8Product
 
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -70,7 +70,7 @@ def test_every_4_bit_scheme_unpacks_to_the_formula(
 @given(
     rows=st.integers(1, 24),
     columns=st.integers(1, 300),
-    block_size=st.sampled_from(BLOCK_SIZES),
+    block_size=st.sampled_from((64, 128, 256, 512, 1024, 2048, 4096)),
     filling=st.sampled_from([name for name in FILLINGS if name != "a zero block"]),
     seed=st.integers(0, 2**31),
 )
@@ -178,12 +178,12 @@ def test_values_that_are_not_finite_are_refused_by_the_name_of_the_layer(spec, v
     ("cls", "keys", "says"),
     [
         (FourBit, {"quant_type": "e2m"}, "did you mean e2m1"),
-        (FourBit, {"granularity": "column"}, "quantization.granularity = 'column'"),
+        (FourBit, {"granularity": "column"}, "quantization.granularity='column'"),
         (FourBit, {"granularity": "tensor", "double_quant": True}, "double_quant = True needs many absmax"),
         (FourBit, {"quant_storage": "int8"}, "did you mean uint8"),
-        (Int8Blockwise, {"block_size": 100}, "quantization.block_size = 100"),
-        (Int8Product, {"granularity": "block"}, "quantization.granularity = 'block'"),
-        (Int8Product, {"threshold": float("nan")}, "quantization.threshold = nan"),
+        (Int8Blockwise, {"block_size": 100}, "quantization.block_size=100"),
+        (Int8Product, {"granularity": "block"}, "quantization.granularity='block'"),
+        (Int8Product, {"threshold": float("nan")}, "quantization.threshold must be a number of at least 0, got nan"),
     ],
 )
 def test_keys_out_of_range_are_refused(cls, keys, says):

@@ -7,7 +7,8 @@ import pytest
 
 from loralab.analysis.results import read_results
 from loralab.cli.main import parse
-from loralab.config.compose import compose, plain, trial_id
+from loralab.config.build import trial_id
+from loralab.config.compose import compose, plain
 from loralab.config.words import quoted
 from loralab.records import record
 

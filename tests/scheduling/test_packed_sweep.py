@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from loralab.cli import main
-from loralab.config.compose import trial_spec
+from loralab.config.build import trial_spec
 from loralab.planning.plan import estimate
 from loralab.records import record
 from loralab.training.module import FineTuner

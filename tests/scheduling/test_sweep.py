@@ -11,7 +11,8 @@ import pytest
 
 from loralab.cli import main
 from loralab.cli.sweep import resumed
-from loralab.config.compose import compose, trial_id
+from loralab.config.build import trial_id
+from loralab.config.compose import compose
 from loralab.records import record
 from loralab.records.lock import hold
 

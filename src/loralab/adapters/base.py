@@ -4,7 +4,6 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,11 +15,12 @@ from loralab.adapters.hooks import AdapterHooks, bare_copy, mix
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear, matching
+from loralab.spec import spec
 
 STATED = ("packable", "tokenwise", "layerwise")  # each class for itself: what it does not say is false
 
 
-@dataclass(frozen=True)
+@spec("adapter")
 class AdapterSpec(ABC):
     """A method and its hyper-parameters.
 

@@ -1,6 +1,5 @@
 """Full fine-tuning: every parameter of the base trains. The yardstick every adapter is held against."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,9 +8,10 @@ from torch import nn
 from loralab.adapters.base import Adapter, AdapterSpec
 from loralab.errors import ConfigError
 from loralab.quantization.base import is_frozen
+from loralab.spec import spec
 
 
-@dataclass(frozen=True)
+@spec("adapter")
 class Full(AdapterSpec):
     """Trains the base itself, so it runs alone and the base serves no other trial afterwards."""
 

@@ -5,11 +5,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Le, MinLen
+from pydantic import BeforeValidator, Strict
 from torch import Tensor, nn
 
 from loralab.adapters import peft
@@ -29,14 +31,20 @@ from loralab.adapters.fused import Part, lora_update
 from loralab.adapters.hooks import length_of
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.quantization.base import linear_shape
+from loralab.spec import Positive, Share, Whole, spec
 
 log = logging.getLogger(__name__)
 
-INITS = ("kaiming", "gaussian")
-BIASES = ("none", "all", "lora_only")
+Rank = Annotated[Whole, Ge(1), Le(2**31 - 1)]
+Names = Annotated[list[str], MinLen(1)]
+NamePattern = Annotated[str, Strict(), MinLen(1)]
 
 
-@dataclass(frozen=True)
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+@spec("adapter")
 class LoRA(AdapterSpec):
     """Low-rank adaptation. ``rank_pattern`` and ``alpha_pattern`` map a name's ending or regex to an r, an alpha.
 
@@ -47,43 +55,16 @@ class LoRA(AdapterSpec):
     tokenwise: ClassVar[bool] = True
     layerwise: ClassVar[bool] = True
 
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    target_modules: Any = "all-linear"
+    r: Rank = 8
+    lora_alpha: Positive = 16.0
+    lora_dropout: Share = 0.0
+    target_modules: Annotated[Names | NamePattern, "all-linear, a list of names or a regular expression"] = "all-linear"
     use_rslora: bool = False  # lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv:2312.03732)
-    init_lora_weights: str = "kaiming"  # loralib's and PEFT's draw of A; gaussian is the paper's (section 4.1)
-    bias: str = "none"
-    modules_to_save: Any = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.modules_to_save, str):
-            object.__setattr__(self, "modules_to_save", [self.modules_to_save])
-        for name, rank in {"r": self.r, **_dotted("rank_pattern", self.rank_pattern)}.items():
-            if rank < 1:
-                raise ConfigError(f"adapter.{name} must be at least 1, got {rank}")
-            if rank >= 2**31:
-                raise ConfigError(f"adapter.{name}={rank} is beyond the width of any layer; valid: 1 to {2**31 - 1}")
-        for name, alpha in {"lora_alpha": self.lora_alpha, **_dotted("alpha_pattern", self.alpha_pattern)}.items():
-            if not (math.isfinite(alpha) and alpha > 0):
-                raise ConfigError(f"adapter.{name} must be a positive number, got {alpha}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"adapter.lora_dropout must lie in [0, 1), got {self.lora_dropout}")
-        if self.init_lora_weights not in INITS:
-            hint = nearest(self.init_lora_weights, INITS)
-            raise ConfigError(f"adapter.init_lora_weights={self.init_lora_weights!r} is unknown; {hint}")
-        if self.bias not in BIASES:
-            raise ConfigError(f"adapter.bias={self.bias!r} is unknown; {nearest(self.bias, BIASES)}")
-        if not isinstance(self.target_modules, str | list | tuple) or not self.target_modules:
-            raise ConfigError(
-                f"adapter.target_modules must be all-linear, a list of names or a regular expression, "
-                f"got {self.target_modules!r}"
-            )
-        if self.modules_to_save is not None and not isinstance(self.modules_to_save, list | tuple):
-            kind = type(self.modules_to_save).__name__
-            raise ConfigError(f"adapter.modules_to_save must be a list of module names or null, got a value of {kind}")
+    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"  # loralib's and PEFT's draw of A; the paper's (4.1)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: Annotated[list[str] | None, BeforeValidator(_listed), "a list of module names or null"] = None
+    rank_pattern: dict[str, Rank] = field(default_factory=dict)
+    alpha_pattern: dict[str, Positive] = field(default_factory=dict)
 
     def rank(self, name: str) -> int:
         """The rank of layer ``name``."""
@@ -278,10 +259,6 @@ def _warn_of_misread(model: nn.Module, names: list[str]) -> None:
             "for the experts of %s, whatever their name says; the files hold it, and loralab loads it",
             *(len(others), len(names), others[0], type(model).__name__),
         )
-
-
-def _dotted(key: str, pattern: dict[str, Any]) -> dict[str, Any]:
-    return {f"{key}.{name}": value for name, value in pattern.items()}
 
 
 def _answers(name: str, key: str) -> bool:

@@ -7,15 +7,16 @@ evaluate, put in place of the dense layers for one pass over the data.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, field
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Len, MinLen
 from torch import Tensor, nn
 
 from loralab.analysis.evaluation import Evaluation
 from loralab.data.base import DataSpec
-from loralab.errors import ConfigError, DataError, nearest
+from loralab.errors import ConfigError, DataError
 from loralab.models import loading, pretrained
 from loralab.models.feeding import encoded_rows
 from loralab.numerics import outliers
@@ -25,6 +26,7 @@ from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.loading import replace
 from loralab.quantization.none import NoQuantization
 from loralab.quantization.sequences import watch_if_asked
+from loralab.spec import Count, Natural, Whole, spec
 from loralab.training.trainer import TrainerSpec, quiet
 
 log = logging.getLogger(__name__)
@@ -38,29 +40,22 @@ INPUTS = {
 }
 
 
-@dataclass(frozen=True)
+@spec("study")
 class StudySpec:
     """What is quantized, by which schemes. ``weights``: model, or the name of a synthetic distribution."""
 
-    weights: str = "model"
-    shape: list[int] = field(default_factory=lambda: [2048, 2048])  # of a synthetic weight (out, in)
-    rows: int = 512  # of x, for the matmul error
-    inputs: str = "auto"  # x: outlier_features, normal, captured; auto: captured where a model is evaluated
-    seed: int = 0  # of x and of synthetic weights
-    schemes: dict[str, Any] = field(default_factory=dict)  # name -> {option of conf/quantization, other keys}
-
-    def __post_init__(self) -> None:
-        valid = ["model", *outliers.SYNTHETIC]
-        if self.weights not in valid:
-            raise ConfigError(f"study.weights={self.weights!r} is unknown; {nearest(self.weights, valid)}")
-        if len(self.shape) != 2 or min(self.shape) < 8:
-            raise ConfigError(f"study.shape={self.shape} must be two numbers of at least 8: (out, in)")
-        if self.inputs not in ("auto", *INPUTS):
-            raise ConfigError(f"study.inputs={self.inputs!r} is unknown; {nearest(self.inputs, ['auto', *INPUTS])}")
-        if self.rows < 1 or self.seed < 0:
-            raise ConfigError(f"study.rows={self.rows} must be at least 1, and study.seed={self.seed} at least 0")
-        if not self.schemes:
-            raise ConfigError("study.schemes is empty; valid: at least one, for example {nf4: {}}")
+    weights: Literal["model", "gauss", "one_outlier", "sparse_outliers", "outlier_columns", "student_t4"] = "model"
+    # of a synthetic weight (out, in)
+    shape: Annotated[list[Annotated[Whole, Ge(8)]], Len(2, 2), "two numbers of at least 8: (out, in)"] = field(
+        default_factory=lambda: [2048, 2048]
+    )
+    rows: Count = 512  # of x, for the matmul error
+    inputs: Literal["auto", "outlier_features", "normal", "captured"] = "auto"  # x; auto: captured to evaluate a model
+    seed: Natural = 0  # of x and of synthetic weights
+    # name -> {option of conf/quantization, other keys}
+    schemes: Annotated[dict[str, Any], MinLen(1), "a mapping with at least one scheme, such as {nf4: {}}"] = field(
+        default_factory=dict
+    )
 
     def chosen(self, evaluate: bool) -> str:
         """Which inputs the matmul error is measured with. Raises ConfigError where there is nothing to capture

@@ -4,7 +4,7 @@ import itertools
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback
 
@@ -34,7 +34,7 @@ class Watch(Callback):
 class Loralab:
     """A runner, which keeps the base."""
 
-    dequantize = "per_use"
+    dequantize: Literal["per_use", "resident"] = "per_use"
 
     def __init__(self, job: Row) -> None:
         self.job, self.runner, self.numbers = job, Runner(), itertools.count()

@@ -8,7 +8,8 @@ from loralab.cli.arguments import JSON, Arguments, Command
 
 def run(arguments: Arguments) -> int:
     """Counts on the meta device."""
-    from loralab.config.compose import compose, trial_spec
+    from loralab.config.build import trial_spec
+    from loralab.config.compose import compose
 
     spec = trial_spec(compose(arguments.overrides()), Path())
     from loralab.cli.terminal import table

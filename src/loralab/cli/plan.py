@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 def run(arguments: Arguments) -> int:
     """Traces a training step, without weights, data or a GPU."""
-    from loralab.config.compose import compose, trial_spec
+    from loralab.config.build import trial_spec
+    from loralab.config.compose import compose
 
     spec = trial_spec(compose(arguments.overrides()), Path())
     from loralab.planning import plan as planning

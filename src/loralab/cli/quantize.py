@@ -8,7 +8,8 @@ from loralab.cli.arguments import JSON, Arguments, Command, Flag
 
 def run(arguments: Arguments) -> int:
     """A quantization study: JSON and a page in its run folder, a table here, also where the folder takes no more."""
-    from loralab.config.compose import build, compose, plain, quantizers
+    from loralab.config.build import build, quantizers
+    from loralab.config.compose import compose, plain
     from loralab.records.lock import hold
 
     config = compose(arguments.overrides(), "quantize")

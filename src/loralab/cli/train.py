@@ -19,7 +19,8 @@ def run(arguments: Arguments) -> int:
 def preview(overrides: list[str]) -> int:
     """Prints the first rows as the model would see them; nothing is trained."""
     from loralab.cli.terminal import messages_to_stderr
-    from loralab.config.compose import compose, trial_spec
+    from loralab.config.build import trial_spec
+    from loralab.config.compose import compose
 
     messages_to_stderr()
     spec = trial_spec(compose(overrides), Path())

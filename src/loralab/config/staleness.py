@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from loralab.config.compose import build
+from loralab.config.build import build
 from loralab.records import fingerprints, sources
 from loralab.records.record import RESULT
 

@@ -4,15 +4,16 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from annotated_types import Le
 
 from loralab.errors import ConfigError, nearest
 from loralab.records import fingerprints
+from loralab.spec import Count, Natural, spec
 
 KINDS = ("pairs", "text", "labels", "scores")
 SPLITS = ("train", "validation", "test")
-LARGEST_BATCH = 2**20  # rows
-WORDS = ("unicode", "published")
 DECODING = (  # of transformers' GenerationConfig; what frames a text is training's
     *("bad_words_ids", "begin_suppress_tokens", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
     *("encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty"),
@@ -55,7 +56,7 @@ class Splits:
         return rows
 
 
-@dataclass(frozen=True, kw_only=True)
+@spec("data", kw_only=True)
 class DataSpec:
     """What every data set is configured by. ``splits()`` reads it; nothing is read before.
 
@@ -64,23 +65,13 @@ class DataSpec:
 
     from_base: ClassVar[bool] = False
 
-    batch_size: int = 8
-    limit: int | None = None  # the first N rows of each split
-    generate_rows: int = 0  # rows of the held-out split that are also scored by generation
+    batch_size: Annotated[Count, Le(2**20)] = 8  # no machine holds more
+    limit: Count | None = None  # the first N rows of each split
+    generate_rows: Natural = 0  # rows of the held-out split that are also scored by generation
     generation: dict[str, Any] = field(default_factory=dict)  # of transformers' GenerationConfig; empty: greedy
-    rouge: str = "unicode"  # words that ROUGE counts: of every script, or the published scorer's, a-z and 0-9
+    rouge: Literal["unicode", "published"] = "unicode"  # words that ROUGE counts: of every script, or a-z and 0-9
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"data.batch_size must be at least 1, got {self.batch_size}")
-        if self.batch_size > LARGEST_BATCH:
-            raise ConfigError(f"data.batch_size={self.batch_size} fits no machine; valid: 1 to {LARGEST_BATCH}")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"data.limit must be at least 1 row (null: all rows), got {self.limit}")
-        if self.generate_rows < 0:
-            raise ConfigError(f"data.generate_rows must be 0 or more, got {self.generate_rows}")
-        if self.rouge not in WORDS:
-            raise ConfigError(f"data.rouge={self.rouge!r} is unknown; {nearest(self.rouge, WORDS)}")
         if self.generation:
             _check_generation(self.generation)
 

@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import zlib
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from loralab.data import mining
 from loralab.data.base import SPLITS, DataSpec, Row, Splits, fingerprint, hash_order, make_splits
 from loralab.errors import DataError
 from loralab.records.fingerprints import cache_folder
+from loralab.spec import spec
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ NOT_A_SUMMARY = ("See ", "test ", "Test ")
 Mined = dict[str, list[Row]]
 
 
-@dataclass(frozen=True)
+@spec("data")
 class Docstrings(DataSpec):
     """Some 5,000 training pairs and 500 held-out ones; split by file, so no function leaks."""
 

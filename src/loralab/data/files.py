@@ -7,7 +7,6 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from loralab.data.fields import Number
 from loralab.data.rows import VALIDATION_SHARE, Record, RowSpec
 from loralab.errors import ConfigError, DataError, nearest
 from loralab.records import fingerprints
+from loralab.spec import spec
 
 FORMATS = (".jsonl", ".csv", ".txt")
 LISTED = 12  # files named in a message
@@ -24,7 +24,7 @@ UNCLOSED = "unexpected end of data"  # csv's word for a quote that is
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-@dataclass(frozen=True)
+@spec("data")
 class Files(RowSpec):
     """Paths are relative to the folder the command was started in."""
 

@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,11 +12,12 @@ from loralab.data.base import SPLITS, Splits
 from loralab.data.rows import Record, RowSpec
 from loralab.errors import ConfigError, DataError
 from loralab.records import fingerprints
+from loralab.spec import spec
 
 CONNECT_SECONDS = 3.0
 
 
-@dataclass(frozen=True)
+@spec("data")
 class Hub(RowSpec):
     """``name`` is a hub id or a local folder; ``train``, ``validation`` and ``test`` name its splits.
 

@@ -5,16 +5,19 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from annotated_types import Len
+from pydantic import AfterValidator
 
 from loralab.data.base import DataSpec, Row, Splits, hash_order, make_splits
 from loralab.data.fields import BadRow, Template
 from loralab.data.labels import Classes, key_of, label_of, score_of, warn_of_singles
-from loralab.errors import ConfigError, DataError, nearest
+from loralab.errors import ConfigError, DataError
+from loralab.spec import Text, spec
 
 log = logging.getLogger(__name__)
 
-ON_BAD_ROW = ("error", "skip")
 KEYS = {"pair": "text[1]"}  # of templates whose name is not their key's
 SHOWN = 5  # bad rows in a message
 VALIDATION_SHARE = 10  # one row in so many, where no validation file is given
@@ -29,7 +32,13 @@ class Record:
     problem: str = ""
 
 
-@dataclass(frozen=True)
+def _without_braces(name: str) -> str:
+    """The column that a label written as a template, ``{label}``, means."""
+    braces = re.fullmatch(r"\{([^{}]+)\}", name)
+    return braces[1] if braces else name
+
+
+@spec("data")
 class RowSpec(DataSpec):
     """Data sets made of records: ``prompt`` and ``target``, or ``text`` and ``label``, or ``text`` alone."""
 
@@ -37,20 +46,23 @@ class RowSpec(DataSpec):
 
     prompt: str | None = None  # template such as '{mr}\n', or the name of a column
     target: str | None = None
-    text: Any = None  # a template, or a list of two: a pair such as ['{premise}', '{hypothesis}']
-    label: str | None = None  # column name
-    labels: list[str] = field(default_factory=list)  # ordered names; empty: those of the training rows, sorted
-    on_bad_row: str = "error"
+    text: Annotated[
+        str | Annotated[list[str], Len(2, 2)] | None,
+        "a template such as '{review}', or two such as ['{premise}', '{hypothesis}']",
+    ] = None
+    label: Annotated[str, AfterValidator(_without_braces)] | None = None  # column name
+    labels: list[Text] = field(default_factory=list)  # ordered names; empty: those of the training rows, sorted
+    on_bad_row: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label is not None and (braces := re.fullmatch(r"\{([^{}]+)\}", self.label)):
-            object.__setattr__(self, "label", braces[1])
-        if self.on_bad_row not in ON_BAD_ROW:
-            raise ConfigError(f"data.on_bad_row={self.on_bad_row!r} is unknown; {nearest(self.on_bad_row, ON_BAD_ROW)}")
         if self.text is not None and (self.prompt is not None or self.target is not None):
             raise ConfigError("data.text and data.prompt/data.target exclude each other: give one form")
-        self._check_text()
+        if isinstance(self.text, list) and ("" in self.text or self.label is None):
+            raise ConfigError(
+                f"data.text={self.text!r}: a list is a pair of texts, classified by data.label; valid: two templates "
+                "such as ['{premise}', '{hypothesis}'] and the name of a column in data.label"
+            )
         if self.target == "" or self.text == "":
             raise ConfigError("data.target and data.text cannot be empty: there would be nothing to learn")
         if self.prompt is not None and self.target is None:
@@ -62,16 +74,6 @@ class RowSpec(DataSpec):
         if len({key_of(name) for name in self.labels}) < len(self.labels):
             raise ConfigError(f"data.labels names a class twice: {self.labels}")
         self.templates()  # each is parsed
-
-    def _check_text(self) -> None:
-        texts = self.text if isinstance(self.text, list) else [self.text]
-        if not all(isinstance(one, str | None) for one in texts) or (None in texts and len(texts) > 1):
-            raise ConfigError(f"data.text={self.text!r} is no template; valid: a text such as '{{review}}', or two")
-        if isinstance(self.text, list) and (len(texts) != 2 or "" in texts or self.label is None):
-            raise ConfigError(
-                f"data.text={self.text!r}: a list is a pair of texts, classified by data.label; valid: two templates "
-                "such as ['{premise}', '{hypothesis}'] and the name of a column in data.label"
-            )
 
     @property
     def given(self) -> dict[str, str]:

@@ -4,7 +4,6 @@ The mean negative log-likelihood of its own samples is an estimate of the base's
 plus the Kullback-Leibler divergence from the base to it, so the change is never below 0 but for sampling noise.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,29 +12,22 @@ from torch import nn
 from loralab.data.base import DataSpec, Row, make_splits
 from loralab.data.encoding import IGNORE, Encoded, Example, statistics
 from loralab.errors import ConfigError, DataError
+from loralab.spec import Count, Natural, Positive, spec
 
 AT_ONCE = 32  # rows sampled together; part of what the seed decides
 
 
-@dataclass(frozen=True, kw_only=True)
+@spec("data", kw_only=True)
 class Samples(DataSpec):
     """``rows`` documents of ``tokens`` tokens by ancestral sampling, each after the beginning-of-text token."""
 
     from_base: ClassVar[bool] = True
 
-    rows: int = 24  # held out, for validation
-    train_rows: int = 0
-    tokens: int = 200
-    temperature: float = 1.0
-    draw: int = 0  # seed of the sampling
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, least in (("rows", 1), ("train_rows", 0), ("tokens", 1), ("draw", 0)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"data.{key} must be at least {least}, got {getattr(self, key)}")
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"data.temperature must be a positive number, got {self.temperature}")
+    rows: Count = 24  # held out, for validation
+    train_rows: Natural = 0
+    tokens: Count = 200
+    temperature: Positive = 1.0
+    draw: Natural = 0  # seed of the sampling
 
     def source(self) -> str | None:
         """Nothing but the base, which has a fingerprint of its own."""

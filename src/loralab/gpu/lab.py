@@ -69,7 +69,8 @@ def limited(room: Row | None) -> Iterator[None]:
 
 def _between(room: Row) -> float:
     """Bytes, on a card."""
-    from loralab.config.compose import compose, trial_spec
+    from loralab.config.build import trial_spec
+    from loralab.config.compose import compose
     from loralab.planning.plan import FRAGMENTATION, predict
 
     spec = trial_spec(compose(room["words"]), Path())

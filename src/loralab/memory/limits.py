@@ -1,12 +1,10 @@
 """Memory taken away on purpose, and snapshots of it: a small card asked for on a larger one, spikes made on demand."""
 
 import logging
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,7 @@ from loralab.errors import ConfigError
 from loralab.memory.ledgers import GIB, managed_bytes
 from loralab.memory.phases import SPLIT, PhaseMemory
 from loralab.memory.spikes import MIB, Spike
+from loralab.spec import Count, Gib, NotNegative, Positive, spec
 
 log = logging.getLogger(__name__)
 
@@ -27,30 +26,17 @@ DUMPS = 3
 EVENTS = 100_000  # allocations that a snapshot's history goes back
 
 
-@dataclass(frozen=True)
+@spec("memory")
 class MemorySpec:
     """Ballast, cap and snapshots need a CUDA device; lengthened batches go anywhere."""
 
-    ballast: Any = None  # null, auto or GiB
-    cap: float | None = None  # GiB
+    ballast: Annotated[Literal["auto"] | Positive | None, "null, auto or a positive number of GiB"] = None
+    cap: Gib | None = None
     snapshot: str | None = None
-    spiky_every: int | None = None
-    spiky_length: int | None = None
+    spiky_every: Count | None = None  # null: no batch is lengthened
+    spiky_length: Count | None = None
     solo: bool = False
-    prefix_cache: float = 1.0  # GiB of host memory
-
-    def __post_init__(self) -> None:
-        sized = isinstance(self.ballast, int | float) and not isinstance(self.ballast, bool)
-        if self.ballast not in (None, "auto") and not (sized and 0 < self.ballast < math.inf):
-            raise ConfigError(f"memory.ballast={self.ballast!r} must be null, auto or a positive number of GiB")
-        if self.cap is not None and not 0 < self.cap < math.inf:
-            raise ConfigError(f"memory.cap={self.cap} must be null or a positive number of GiB")
-        if not 0 <= self.prefix_cache < math.inf:
-            raise ConfigError(f"memory.prefix_cache={self.prefix_cache} must be a number of GiB, 0: nothing is kept")
-        for key in ("spiky_every", "spiky_length"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"memory.{key} must be at least 1 (null: no batch is lengthened), got {value}")
+    prefix_cache: Annotated[NotNegative, "a number of GiB, 0: nothing is kept"] = 1.0  # of host memory
 
     @property
     def alone(self) -> str:

@@ -1,17 +1,17 @@
 """Load or build a base model, quantized as its weights stream in."""
 
 import logging
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Le
 from torch import nn
 
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ConfigError
 from loralab.models import architecture, weights
 from loralab.models.architecture import auto_class
 from loralab.models.tokenizer import load_tokenizer
@@ -19,43 +19,33 @@ from loralab.models.weights import explained
 from loralab.quantization.base import Quantizer
 from loralab.quantization.loading import convert_model, quantization_config
 from loralab.records import fingerprints
+from loralab.spec import Count, Natural, Share, Whole, spec
 
 log = logging.getLogger(__name__)
 
-TASKS = ("causal_lm", "seq2seq_lm", "sequence_classification")
 SHIPPED, SHIPPED_FOLDER = fingerprints.SHIPPED, fingerprints.SHIPPED_FOLDER
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
-@dataclass(frozen=True)
+@spec("model")
 class Pretrained:
     """A checkpoint: a hub id, a local folder, or loralab/tiny, the code model that ships with this package."""
 
     LONGEST: ClassVar[int] = 512  # tokens of a row, where max_length is null and the base allows more
 
     name_or_path: str = SHIPPED
-    task: str = "causal_lm"
-    max_length: int | None = None  # tokens of prompt and target together; null: what the base has, at most LONGEST
-    dtype: str = "auto"  # of the weights that are not quantized; auto: the checkpoint's
+    task: Literal["causal_lm", "seq2seq_lm", "sequence_classification"] = "causal_lm"
+    # tokens of prompt and target together; null: what the base has, at most LONGEST
+    max_length: Annotated[Whole, Ge(2)] | None = None
+    # of the weights that are not quantized; auto: the checkpoint's
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
-    attn_implementation: str = "auto"  # sdpa where the architecture has it, else eager
-    dropout: Any = "keep"  # the base's own dropout: keep, or one number for all of it
+    attn_implementation: architecture.Attention = "auto"  # sdpa where the architecture has it, else eager
+    dropout: Literal["keep"] | Share = "keep"  # the base's own dropout: keep, or one number for all of it
     tokenizer: str | None = None  # null: beside the weights
-    num_labels: int | None = None  # null: from the data
+    num_labels: Annotated[Count, Le(2**31 - 1)] | None = None  # null: from the data
     trust_remote_code: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # the architecture, so that counting needs no weights
-
-    def __post_init__(self) -> None:
-        _one_of("model.task", self.task, TASKS)
-        _one_of("model.dtype", self.dtype, DTYPES)
-        _one_of("model.attn_implementation", self.attn_implementation, architecture.ATTENTIONS)
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"model.max_length must be at least 2 tokens, or null, got {self.max_length}")
-        if self.dropout != "keep" and not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
-            raise ConfigError(f"model.dropout must be keep or a number in [0, 1), got {self.dropout!r}")
-        if self.num_labels is not None and not 1 <= self.num_labels < 2**31:
-            raise ConfigError(f"model.num_labels must be at least 1, or null (from the data), got {self.num_labels}")
 
     @property
     def path(self) -> str:
@@ -185,7 +175,7 @@ class Pretrained:
         return load_tokenizer(key, name, _path(name), self.trust_remote_code)
 
 
-@dataclass(frozen=True)
+@spec("model")
 class Random(Pretrained):
     """Random weights for an architecture: ``name_or_path`` a folder with a config.json, or ``config`` keys of one."""
 
@@ -193,14 +183,9 @@ class Random(Pretrained):
 
     name_or_path: str = ""
     tokenizer: str | None = SHIPPED
-    draw: int = 0  # seed of the weights; trials of different seeds share the base
-    drawn_on: str = "cpu"  # cpu: the same weights on every machine; device: where the run is, other values there
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of("model.drawn_on", self.drawn_on, ("cpu", "device"))
-        if not 0 <= self.draw < 2**63:
-            raise ConfigError(f"model.draw must be a whole number from 0 to {2**63 - 1}, got {self.draw}")
+    draw: Annotated[Natural, Le(2**63 - 1)] = 0  # seed of the weights; trials of different seeds share the base
+    # cpu: the same weights on every machine; device: where the run is, other values there
+    drawn_on: Literal["cpu", "device"] = "cpu"
 
     def check(self) -> None:
         if self.name_or_path and not (Path(self.path) / "config.json").is_file():
@@ -242,11 +227,6 @@ class Random(Pretrained):
         model.loralab_new_parameters = weights.beside_base(model)
         convert_model(model, quantizer, device)
         return model.to(device)  # type: ignore[no-any-return]
-
-
-def _one_of(key: str, value: str, valid: Iterable[str]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{key}={value!r} is unknown; {nearest(value, valid)}")
 
 
 def _path(name: str) -> str:

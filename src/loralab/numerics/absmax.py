@@ -9,10 +9,13 @@ Per row, codes and absmax equal bitsandbytes' ``int8_vectorwise_quant`` at thres
 CPU); groups of zeros, where that kernel divides by zero, get the code 0 here.
 """
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-GRANULARITIES = ("tensor", "row", "block")
+Granularity = Literal["tensor", "row", "block"]
+GRANULARITIES = get_args(Granularity)
 TINY = 1e-36  # below this, 127 / absmax is no longer a finite float32
 
 

@@ -17,8 +17,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from loralab.numerics import absmax, affine
+from loralab.numerics.absmax import Granularity
 
-GRANULARITIES = {"tensor": ("tensor", "tensor"), "row": ("row", "tensor"), "vector": ("row", "row")}
+GRANULARITIES: dict[str, tuple[Granularity, Granularity]] = {
+    "tensor": ("tensor", "tensor"),
+    "row": ("row", "tensor"),
+    "vector": ("row", "row"),
+}
 
 
 def through_int8(matrix: Tensor, granularity: str, zero_point: bool) -> Tensor:

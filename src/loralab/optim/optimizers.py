@@ -4,55 +4,44 @@ import ctypes
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Le, Len
 from torch import Tensor, nn
 
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ConfigError
 from loralab.quantization.kernels import import_bitsandbytes
+from loralab.spec import Natural, NotNegative, Positive, Share, spec
 
 log = logging.getLogger(__name__)
 
-TORCH = "adamw"
+Name = Literal["adamw", "adamw_32bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+TORCH: Name = "adamw"
 BITSANDBYTES = {
     "adamw_32bit": "AdamW32bit",
     "adamw_8bit": "AdamW8bit",
     "paged_adamw": "PagedAdamW32bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
-UNPAGED = {"paged_adamw": "adamw_32bit", "paged_adamw_8bit": "adamw_8bit"}
+UNPAGED: dict[str, Name] = {"paged_adamw": "adamw_32bit", "paged_adamw_8bit": "adamw_8bit"}
 PAGED_FROM = 100_000  # elements; bitsandbytes pages no smaller state tensor (Optimizer8bit.get_state_buffer)
 MEMBERS = "loralab_members"  # attribute of a flat buffer: the parameters that are views of it
-MAX_LR = 1e30  # beyond, a step size overflows float32 inside torch, which would end the whole pack
-SCHEDULES = ("constant", "linear", "cosine")
 
 
-@dataclass(frozen=True)
+@spec("optimizer")
 class AdamW:
     """Decoupled weight decay Adam (arXiv:1711.05101): torch's, or one of bitsandbytes' by ``name``."""
 
-    name: str = TORCH
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
+    name: Name = TORCH
+    # beyond the bound, a step size overflows float32 inside torch, which would end the whole pack
+    lr: Annotated[Positive, Le(1e30), "a positive number of at most 1e30"] = 1e-3
+    weight_decay: NotNegative = 0.0
+    betas: Annotated[list[Share], Len(2, 2), "two numbers in [0, 1)"] = field(default_factory=lambda: [0.9, 0.999])
+    eps: Positive = 1e-8
     flat: bool = False  # one state buffer for all parameters of a dtype, so that small ranks page and take 8 bits
-
-    def __post_init__(self) -> None:
-        names = (TORCH, *BITSANDBYTES)
-        if self.name not in names:
-            raise ConfigError(f"optimizer.name={self.name!r} is unknown; {nearest(self.name, names)}")
-        if not 0 < self.lr <= MAX_LR:
-            raise ConfigError(f"optimizer.lr must be a positive number of at most {MAX_LR:g}, got {self.lr}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer.betas must be two numbers in [0, 1), got {list(self.betas)}")
-        if not 0 < self.eps < math.inf:
-            raise ConfigError(f"optimizer.eps must be a positive number, got {self.eps}")
 
     @property
     def effective_name(self) -> str:
@@ -138,21 +127,15 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).reshape(-1)
 
 
-@dataclass(frozen=True)
+@spec("schedule")
 class Schedule:
     """Learning rate over optimizer steps: linear warm-up, then constant, linear or cosine decay to zero."""
 
-    kind: str = "constant"
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.0
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Natural = 0
+    warmup_ratio: Share = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in SCHEDULES:
-            raise ConfigError(f"schedule.kind={self.kind!r} is unknown; {nearest(self.kind, SCHEDULES)}")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"schedule.warmup_steps must be at least 0, got {self.warmup_steps}")
-        if not 0.0 <= self.warmup_ratio < 1.0:
-            raise ConfigError(f"schedule.warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError("schedule.warmup_steps and schedule.warmup_ratio exclude each other: set one")
 

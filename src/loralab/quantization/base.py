@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import regex  # type: ignore[import-untyped]
 import torch
@@ -15,20 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from loralab.errors import ConfigError, nearest
-from loralab.quantization.linear import COMPUTE_DTYPES, DEQUANTIZE, FrozenLinear
+from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.reads import read_weights
+from loralab.spec import spec
 
 log = logging.getLogger(__name__)
 
 WORTH_NAMING = 0.01  # share of a base's parameters
 LONGEST_MATCH = 1.0  # seconds that an expression may take over one name
-
-
-def choose(key: str, value: object, valid: Iterable[object]) -> None:
-    """Refuse a value of ``quantization.<key>`` that is not among the valid ones."""
-    options = list(valid)
-    if value not in options or isinstance(value, bool):
-        raise ConfigError(f"quantization.{key} = {value!r} is not known; {nearest(str(value), map(str, options))}")
 
 
 def check_block(name: str, block_size: int, out_features: int, in_features: int) -> None:
@@ -40,17 +34,16 @@ def check_block(name: str, block_size: int, out_features: int, in_features: int)
         )
 
 
-@dataclass(frozen=True)
+@spec("quantization")
 class Quantizer(ABC):
     """One verb, ``convert``: a dense layer in, a frozen one out. The fields are the keys of the yamls."""
 
     skip_modules: list[str] = field(default_factory=list)  # stay dense: exact name, last part of it, or regex
-    compute_dtype: str = "auto"  # auto: the dtype of the layer's input
-    dequantize: str = "per_use"  # per_use: the dense weight dies after each use; resident: it is kept
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the dtype of the layer's input
+    # per_use: the dense weight dies after each use; resident: it is kept
+    dequantize: Literal["per_use", "resident"] = "per_use"
 
     def __post_init__(self) -> None:
-        choose("compute_dtype", self.compute_dtype, ("auto", *COMPUTE_DTYPES))
-        choose("dequantize", self.dequantize, DEQUANTIZE)
         for pattern in self.skip_modules:
             try:
                 re.compile(pattern)

@@ -1,18 +1,18 @@
 """4-bit code books in blocks, statistics in float32 or quantized again (QLoRA, arXiv 2305.14314, section 3)."""
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from loralab.errors import ConfigError
 from loralab.numerics import blockwise, codebooks
-from loralab.numerics.absmax import GRANULARITIES
+from loralab.numerics.absmax import Granularity
 from loralab.quantization import kernels
-from loralab.quantization.base import Quantizer, check_block, choose
+from loralab.quantization.base import Quantizer, check_block
 from loralab.quantization.linear import FrozenLinear
+from loralab.spec import spec
 
-BLOCK_SIZES = kernels.KERNEL_BLOCKS
 STORAGE = {
     "uint8": torch.uint8,
     "bfloat16": torch.bfloat16,
@@ -21,7 +21,7 @@ STORAGE = {
 }
 
 
-@dataclass(frozen=True)
+@spec("quantization")
 class FourBit(Quantizer):
     """Bits per weight: 4 + 32 / block_size; with double_quant 4 + 8 / block_size + 32 / (256 block_size).
 
@@ -29,23 +29,16 @@ class FourBit(Quantizer):
     not; int4 is absmax on an even grid.
     """
 
-    quant_type: str = "nf4"
-    granularity: str = "block"
-    block_size: int = 64  # read where granularity is block
+    quant_type: Literal["nf4", "fp4", "e2m1", "e3m0", "int4"] = "nf4"
+    granularity: Granularity = "block"
+    block_size: kernels.KernelBlock = 64  # read where granularity is block
     double_quant: bool = False  # the absmax values in 8 bits, 256 to a second absmax
-    quant_storage: str = "uint8"  # dtype that the packed bytes are stored as, for sharding that flattens one dtype
+    # dtype that the packed bytes are stored as, for sharding that flattens one dtype
+    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     packable = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("quant_type", self.quant_type, codebooks.FOUR_BIT)
-        choose("granularity", self.granularity, GRANULARITIES)
-        choose("block_size", self.block_size, BLOCK_SIZES)
-        choose("quant_storage", self.quant_storage, STORAGE)
-        if not isinstance(self.double_quant, bool):
-            raise ConfigError(
-                f"quantization.double_quant = {self.double_quant!r} is no truth value; valid: true, false"
-            )
         if self.double_quant and self.granularity == "tensor":
             raise ConfigError(
                 "quantization.double_quant = True needs many absmax values, and granularity=tensor has one; valid:"

@@ -1,29 +1,24 @@
 """Weight-only int8, the same arithmetic in training and evaluation: by absmax, or by range and zero point."""
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from loralab.errors import ConfigError
 from loralab.numerics import absmax, affine
-from loralab.quantization.base import Quantizer, check_block, choose
+from loralab.quantization.base import Quantizer, check_block
 from loralab.quantization.linear import FrozenLinear
+from loralab.spec import Whole, spec
 
 
-@dataclass(frozen=True)
+@spec("quantization")
 class Int8Absmax(Quantizer):
     """W = codes * absmax / 127: one absmax per tensor, row (output feature) or block of consecutive weights."""
 
-    granularity: str = "row"
-    block_size: int = 64  # read where granularity is block
+    granularity: absmax.Granularity = "row"
+    block_size: Annotated[Whole, Ge(8), Le(65536)] = 64  # read where granularity is block
     packable = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choose("granularity", self.granularity, absmax.GRANULARITIES)
-        if isinstance(self.block_size, bool) or not 8 <= self.block_size <= 65536:
-            raise ConfigError(f"quantization.block_size = {self.block_size!r} is out of range; valid: 8 to 65536")
 
     @property
     def name(self) -> str:
@@ -51,7 +46,7 @@ class Int8Absmax(Quantizer):
         return Int8Linear(weight, bias, self)
 
 
-@dataclass(frozen=True)
+@spec("quantization")
 class Int8ZeroPoint(Int8Absmax):
     """W = (codes - zero) * scale: the whole range of a group on all 255 codes, for a zero point of 8 bits more."""
 

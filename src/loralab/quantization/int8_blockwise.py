@@ -1,29 +1,24 @@
 """bitsandbytes' block-wise int8: codes of the signed dynamic map, one absmax a block (Dettmers et al. 2022, "8-bit
 Optimizers via Block-wise Quantization", arXiv 2110.02861, section 2); here for weights."""
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from loralab.numerics import codebooks
 from loralab.quantization import kernels
-from loralab.quantization.base import Quantizer, check_block, choose
+from loralab.quantization.base import Quantizer, check_block
 from loralab.quantization.linear import FrozenLinear
+from loralab.spec import spec
 
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
-
-@dataclass(frozen=True)
+@spec("quantization")
 class Int8Blockwise(Quantizer):
     """Bits per weight: 8 + 32 / block_size."""
 
-    block_size: int = 256
+    block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = 256
     packable = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choose("block_size", self.block_size, BLOCK_SIZES)
 
     @property
     def name(self) -> str:

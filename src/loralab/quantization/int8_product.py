@@ -6,35 +6,26 @@ bits, and which columns these are only the input says: so they hold all of W in 
 count (the paper, which counts the columns in use, adds 0.1%).
 """
 
-import math
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from loralab.errors import ConfigError
 from loralab.numerics import int8_product
-from loralab.quantization.base import Quantizer, choose
+from loralab.quantization.base import Quantizer
 from loralab.quantization.int8 import Int8Absmax, Int8Linear, Int8ZeroPoint
 from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.sequences import SequenceLinear
+from loralab.spec import NotNegative, spec
 
 
-@dataclass(frozen=True)
+@spec("quantization")
 class Int8Product(Quantizer):
     """For studies: clear, not fast. threshold 0: no decomposition. The gradient is straight through, dx = dy W."""
 
-    granularity: str = "vector"  # tensor, row, vector: see numerics/int8_product.py
+    granularity: Literal["tensor", "row", "vector"] = "vector"  # see numerics/int8_product.py
     zero_point: bool = False
-    threshold: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choose("granularity", self.granularity, int8_product.GRANULARITIES)
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ConfigError(
-                f"quantization.threshold = {self.threshold!r} is out of range; valid: 0 (no outliers) or more"
-            )
+    threshold: NotNegative = 0.0
 
     @property
     def name(self) -> str:

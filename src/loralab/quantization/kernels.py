@@ -2,7 +2,7 @@
 
 import logging
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from loralab.numerics import blockwise, codebooks
 
 log = logging.getLogger(__name__)
 KERNEL_TYPES = ("nf4", "fp4")
-KERNEL_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+KernelBlock = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+KERNEL_BLOCKS = get_args(KernelBlock)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -19,7 +19,6 @@ from loralab.quantization import gemm
 from loralab.quantization.reads import OWNER
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEQUANTIZE = ("per_use", "resident")
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -10,32 +10,22 @@ a time the two are equal. Training and evaluation compute this alike (bitsandbyt
 weight-only and has no threshold while training). The gradient is straight through: dx = dy W.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from loralab.errors import ConfigError
 from loralab.numerics import absmax
 from loralab.quantization import kernels
 from loralab.quantization.base import Quantizer
 from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.sequences import SequenceLinear
+from loralab.spec import NotNegative, spec
 
 
-@dataclass(frozen=True)
+@spec("quantization")
 class LLMInt8(Quantizer):
     """threshold 0 quantizes every column; 6.0 is the paper's."""
 
-    threshold: float = 6.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ConfigError(
-                f"quantization.threshold = {self.threshold!r} is out of range; valid: 0 (no outliers) or more"
-            )
+    threshold: NotNegative = 6.0
 
     @property
     def name(self) -> str:

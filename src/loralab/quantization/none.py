@@ -1,15 +1,14 @@
 """No quantization: the layers stay as they are loaded."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
 from loralab.errors import ConfigError
 from loralab.quantization.base import Quantizer
 from loralab.quantization.linear import FrozenLinear
+from loralab.spec import spec
 
 
-@dataclass(frozen=True)
+@spec("quantization")
 class NoQuantization(Quantizer):
     """``convert`` freezes the layer and hands it back."""
 

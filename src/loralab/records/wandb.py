@@ -5,16 +5,16 @@ import netrc
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loralab.errors import ConfigError, nearest
 from loralab.records.record import SWEEP
+from loralab.spec import Text, spec
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "online", "offline", "disabled")
 SYNONYMS = {"run": "online", "dryrun": "offline"}  # W&B's older words
 ENVIRONMENT = ("online", "offline", "shared", "disabled", *SYNONYMS)  # of WANDB_MODE
 HOST = "api.wandb.ai"
@@ -25,7 +25,7 @@ FORBIDDEN = "/\\#?%:"  # in a project
 LEAN = {"console": "off", "silent": True, "x_disable_stats": True, "disable_git": True, "init_timeout": 20}
 
 
-@dataclass(frozen=True)
+@spec("logger")
 class Wandb:
     """What is null or auto here is what W&B's environment variables say, and loralab's own choice where they are unset.
 
@@ -33,15 +33,14 @@ class Wandb:
     WANDB_NAME is a single run's name, and stands before those of a sweep's trials.
     """
 
-    mode: str = "auto"  # auto: WANDB_MODE, else online where a key is configured, else offline
+    # auto: WANDB_MODE, else online where a key is configured, else offline
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str | None = None  # null: WANDB_PROJECT, else loralab
     entity: str | None = None  # null: WANDB_ENTITY, else the account's own
     group: str | None = None  # null: WANDB_RUN_GROUP, else the sweep's name
-    tags: list[str] = field(default_factory=list)  # empty: WANDB_TAGS
+    tags: list[Text] = field(default_factory=list)  # empty: WANDB_TAGS
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"logger.mode={self.mode!r} is unknown; {nearest(self.mode, MODES)}")
         if self.effective_mode == "disabled":
             return
         key, name = self._project

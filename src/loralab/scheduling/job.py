@@ -11,7 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import staleness
-from loralab.config.compose import plain, trial_id, trial_spec
+from loralab.config.build import trial_id, trial_spec
+from loralab.config.compose import plain
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
 from loralab.records.lock import hold

@@ -1,55 +1,35 @@
 """The spec around Lightning's Trainer: what a run may set, checked before anything is loaded."""
 
 import logging
-import math
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from loralab.errors import ConfigError, nearest
+from annotated_types import Le
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
-ACCELERATORS = ("auto", "cpu", "gpu")
+from loralab.errors import ConfigError
+from loralab.spec import Count, Natural, Positive, spec
+
+MOST = 2**31 - 1  # of anything that is counted
 
 
-@dataclass(frozen=True)
+@spec("trainer")
 class TrainerSpec:
     """How long and on what. Steps are optimizer steps; ``val_check_interval`` counts them too (null: only the end)."""
 
-    accelerator: str = "auto"
-    max_steps: int = 200
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: float | None = 1.0
-    precision: str = "auto"  # auto: 32-true
-    val_check_interval: int | None = None
-    patience: int | None = None  # validations without a better metric after which a trial ends (null: never)
-    log_every_n_steps: int = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    max_steps: Annotated[Natural, Le(MOST)] = 200  # 0: the base is scored as it is
+    accumulate_grad_batches: Annotated[Count, Le(MOST)] = 1
+    gradient_clip_val: Positive | None = 1.0
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "auto"  # auto: 32-true
+    val_check_interval: Annotated[Count, Le(MOST)] | None = None
+    # validations without a better metric after which a trial ends (null: never)
+    patience: Annotated[Count, Le(MOST)] | None = None
+    log_every_n_steps: Annotated[Count, Le(MOST)] = 1
     test: bool = False  # score the test split too, once, at the end
 
     def __post_init__(self) -> None:
-        if self.accelerator not in ACCELERATORS:
-            raise ConfigError(
-                f"trainer.accelerator={self.accelerator!r} is unknown; {nearest(self.accelerator, ACCELERATORS)}"
-            )
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision={self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}")
-        if self.max_steps < 0:
-            raise ConfigError(
-                f"trainer.max_steps must be at least 0 (0: score the base as it is), got {self.max_steps}"
-            )
-        for key in ("max_steps", "accumulate_grad_batches", "val_check_interval", "patience", "log_every_n_steps"):
-            value = getattr(self, key)
-            if value is not None and value >= 2**31:
-                raise ConfigError(f"trainer.{key}={value} is beyond any run; valid: below {2**31}")
-            if key == "max_steps":
-                continue
-            if value is not None and value < 1:
-                raise ConfigError(f"trainer.{key} must be at least 1, got {value}")
         if self.patience is not None and self.val_check_interval is None:
             raise ConfigError("trainer.patience counts validations: it needs trainer.val_check_interval, which is null")
-        clip = self.gradient_clip_val
-        if clip is not None and not (math.isfinite(clip) and clip > 0):
-            raise ConfigError(f"trainer.gradient_clip_val must be a positive number or null, got {clip}")
 
     @property
     def device(self) -> str:

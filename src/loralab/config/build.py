@@ -1,0 +1,198 @@
+"""From a composed configuration to checked specs: unknown keys and wrong types fail before anything loads."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from loralab.config import identity
+from loralab.config.classes import target
+from loralab.config.compose import data_root, plain
+from loralab.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from loralab.training.specs import TrialSpec
+
+SPECS = (
+    *("trainer", "plan", "logger", "data"),  # without torch, so that what is wrong in them is said in a second
+    *("adapter", "quantization", "optimizer", "schedule", "model", "memory"),
+)
+OTHERS = ("callbacks", "seed", "metric", "metric_mode", "sweep")
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes of a file's name, characters of a path
+MOST_BUILT = 4096
+
+_built: dict[tuple[Any, str, str], Any] = {}  # specs are frozen: the trials of a sweep share those that are equal
+
+
+def build(node: Mapping[str, Any], key: str) -> Any:
+    """The spec that ``node`` names in ``_target_``, its fields checked by name and type. Raises ConfigError.
+
+    ``key``: where ``node`` stands in the configuration. Equal settings give one object.
+    """
+    _check_paths(node, key)
+    cls = target(node, key)
+    known = (cls, key, json.dumps(node, default=repr))
+    if known not in _built:
+        if len(_built) >= MOST_BUILT:
+            _built.clear()
+        _built[known] = _build(cls, node, key)
+    return _built[known]
+
+
+def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
+    from loralab.spec import make  # pydantic, which a configuration that is only shown does not need
+
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise ConfigError(
+            f"{key}._target_={node['_target_']!r} is not a loralab spec; valid: a dataclass derived from one"
+        )
+    try:
+        return make(cls, {str(name): value for name, value in node.items() if name != "_target_"}, key)
+    except (TypeError, ValueError) as error:  # of a class of the user's own
+        raise ConfigError(f"{key}: {cls.__name__} refuses its options: {error}") from error
+
+
+def _check_paths(node: Any, key: str) -> None:
+    """Raises ConfigError, DataError for a name that is too long for a file, and for the hub too."""
+    for name in identity.PATHS.get(key, ()) if isinstance(node, Mapping) else ():
+        value = str(node.get(name) or "")
+        longest = max(len(part.encode(errors="replace")) for part in value.split("/"))
+        if longest > LONGEST_NAME or len(value) > LONGEST_PATH:
+            text = f"{key}.{name}={value[:40]}... has {len(value)} characters, and no file has such a name"
+            raise (DataError if key == "data" else ConfigError)(f"{text}; valid: an existing path")
+
+
+def trial_id(config: DictConfig | Mapping[str, Any]) -> str:
+    """10 hex digits over all that decides a trial's result: the same packed, alone, in any folder.
+
+    ``config``: composed, or plain and resolved.
+    """
+    content = _content(config)
+    try:
+        _check_keys(content)
+        return identity.trial_id({key: build(content[key], key) for key in identity.USUAL}, content)
+    except Exception:  # settings of no trial; whoever builds its specs is told what is wrong
+        return identity.unbuilt_id(content)
+
+
+def trial_spec(
+    config: DictConfig | Mapping[str, Any],
+    folder: Path,
+    overrides: list[str] | None = None,
+    choices: Mapping[str, str] | None = None,
+) -> "TrialSpec":
+    """Every part of ``config`` built and checked. Raises ConfigError with the dotted key that is wrong."""
+    content = _content(config)
+    _check_keys(content)
+    _check_scalars(content)
+    specs = {key: build(content[key], key) for key in SPECS}
+    callbacks = dict(_callbacks(content.get("callbacks") or {}))
+    _check_metric(content["metric"], content["metric_mode"], specs)
+    from loralab.training.specs import TrialSpec  # torch, Lightning and the rest: once the settings are sound
+
+    return TrialSpec(
+        id=identity.trial_id(specs, content),
+        folder=folder,
+        seed=content["seed"],
+        metric=content["metric"],
+        metric_mode=content["metric_mode"],
+        **specs,
+        callbacks=callbacks,
+        config=content,
+        overrides=list(overrides or []),
+        choices=dict(choices or {}),
+        sweep=(content.get("sweep") or {}).get("name"),
+    )
+
+
+def _content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    return plain(config) if isinstance(config, DictConfig) else cast(dict[str, Any], config)
+
+
+def _check_keys(content: Mapping[str, Any]) -> None:
+    valid = (*SPECS, *OTHERS)
+    for key in valid:
+        if key not in content:
+            raise ConfigError(f"{key} is missing: ~{key} took it away; valid: all of {', '.join(valid)}")
+    for key in content:
+        if key not in valid:
+            raise ConfigError(f"{key} is not an option; {nearest(key, valid)}")
+    for key in ("sweep", "callbacks"):
+        if not isinstance(content[key], Mapping | None):
+            raise ConfigError(f"{key}={content[key]!r} is no group of settings; valid: a mapping, or null")
+
+
+def _check_scalars(content: Mapping[str, Any]) -> None:
+    if content["metric_mode"] not in ("min", "max"):
+        raise ConfigError(f"metric_mode must be min or max, got {content['metric_mode']!r}")
+    if type(content["seed"]) is not int or content["seed"] < 0:
+        raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
+
+
+def _check_metric(metric: str, mode: str, specs: Mapping[str, Any]) -> None:
+    from loralab.forward.metrics import HIGHER, names
+
+    model, data, trainer = specs["model"], specs["data"], specs["trainer"]
+    if data.generate_rows and model.task == "sequence_classification":
+        raise ConfigError(f"data.generate_rows={data.generate_rows}: a classifier generates no text; valid: 0")
+    scores = model.task == "sequence_classification" and model.num_labels == 1
+    task = "regression" if scores else model.task
+    watchable = names(task, False, False)
+    if trainer.patience is not None and metric not in watchable:
+        raise ConfigError(
+            f"trainer.patience watches metric={metric!r}, which no validation on the way measures;"
+            f" valid: {', '.join(watchable)}"
+        )
+    valid = names(task, data.generate_rows > 0, trainer.test)
+    if metric not in valid:
+        raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
+    best = "max" if metric.rpartition("/")[2] in HIGHER else "min"
+    if mode != best:
+        which = "higher" if best == "max" else "lower"
+        raise ConfigError(f"metric_mode={mode} would rank a worse {metric} first: {which} is better; valid: {best}")
+
+
+def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, how to make it): callbacks are made anew for each fit. Their keys are checked now."""
+    for name, node in nodes.items():
+        if node is None:
+            continue
+        cls = target(node, f"callbacks.{name}")
+        from lightning.pytorch import Callback
+
+        if not (isinstance(cls, type) and issubclass(cls, Callback)):
+            raise ConfigError(f"callbacks.{name}._target_={node['_target_']!r} is not a Lightning callback")
+        make = partial(cls, **{str(key): value for key, value in node.items() if key != "_target_"})
+        try:
+            make()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"callbacks.{name}: {error}") from error
+        yield name, make
+
+
+def quantizers(config: DictConfig) -> dict[str, Any]:
+    """The schemes of a quantization study by name: ``study.schemes``, or the one that ``quantization=`` chooses.
+
+    A scheme is {option: a file of conf/quantization, any of its keys}; an option of the scheme's own name may be left
+    out. Each spec is built, so that a wrong key is told before a weight is read.
+    """
+    content = plain(config)
+    chosen = build(content["quantization"], "quantization")
+    if chosen.name != "none":
+        return {chosen.name: chosen}
+    schemes = {str(name): dict(keys or {}) for name, keys in content["study"]["schemes"].items()}
+    return {name: _scheme(name, keys) for name, keys in schemes.items()}
+
+
+def _scheme(name: str, keys: dict[str, Any]) -> Any:
+    folder = data_root() / "conf" / "quantization"
+    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    option = str(keys.pop("option", name))
+    if option not in known:
+        raise ConfigError(f"study.schemes.{name}.option={option!r} is unknown; {nearest(option, known)}")
+    node = OmegaConf.merge(OmegaConf.load(folder / f"{option}.yaml"), keys)
+    return build(cast(Any, OmegaConf.to_container(node)), f"study.schemes.{name}")

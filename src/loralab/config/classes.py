@@ -1,0 +1,36 @@
+"""The classes that ``_target_`` names: where they are found, and what a yaml says beside a class of the user's own."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from importlib import import_module
+from typing import Any
+
+from loralab.config.words import own_classes
+from loralab.errors import ConfigError
+from loralab.records import sources
+
+
+def target(node: Any, key: str) -> Any:
+    """What ``node`` names in ``_target_``; the current folder is searched too. Raises ConfigError."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(f"{key} must be one of the options of conf/{key}/, got {node!r}")
+    module, _, name = str(node["_target_"]).rpartition(".")
+    if module.partition(".")[0] != "loralab":
+        sources.importable()
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}._target_={node['_target_']!r} cannot be found: {error}") from error
+
+
+def foreign_keys(config: Mapping[Any, Any], words: Iterable[str]) -> list[tuple[str, str]]:
+    """(group, key) of what a yaml holds and the class that ``words`` name in its place does not have."""
+    keys: list[tuple[str, str]] = []
+    for group, given in own_classes(words).items():
+        node = config.get(group)
+        try:
+            known = {"_target_", *(field.name for field in fields(target(node, group))), *given}
+        except (ConfigError, TypeError):  # whoever builds it is told
+            continue
+        keys += [(group, str(key)) for key in node or () if key not in known]
+    return keys
