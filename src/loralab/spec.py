@@ -6,11 +6,12 @@ A text in a field's ``Annotated`` says in words what is valid there; pydantic pa
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, wraps
+from inspect import isfunction, signature
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError, validate_call
 from pydantic.dataclasses import dataclass
 from pydantic.errors import PydanticUserError
 from pydantic_core import ArgsKwargs
@@ -57,7 +58,7 @@ Share = Annotated[Number, Ge(0), Lt(1), AllowInfNan(False), "a number in [0, 1)"
 def spec(section: str, *, kw_only: bool = False) -> Callable[[type[Spec]], type[Spec]]:
     """Makes a class a spec of ``section``: a frozen pydantic dataclass that raises ConfigError.
 
-    ``__post_init__`` is for relations between fields. A plain dataclass derived from a spec is checked likewise.
+    ``__post_init__`` is for relations between fields. What a plain dataclass inherits from a spec is checked likewise.
     """
 
     def decorate(cls: type[Any]) -> type[Spec]:
@@ -71,24 +72,34 @@ def spec(section: str, *, kw_only: bool = False) -> Callable[[type[Spec]], type[
     return decorate
 
 
-def _explaining(init: Callable[..., None], section: str) -> Callable[..., None]:
+def arguments(section: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes an ``__init__`` check its arguments as a spec's fields are; errors begin with ``section``."""
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        return _explaining(wraps(init)(validate_call(config=CONFIG)(init)), section, init)
+
+    return decorate
+
+
+def _explaining(init: Callable[..., None], section: str, owner: Any = None) -> Callable[..., None]:
     @wraps(init)
     def explained(self: Any, *args: Any, **values: Any) -> None:
         try:
             init(self, *args, **values)
         except ValidationError as error:
-            raise refusal(error, type(self), section) from None
+            raise refusal(error, owner or type(self), section) from None
 
     return explained
 
 
 def _checking(post_init: Callable[[Any], None] | None) -> Callable[[Any], None]:
-    """``post_init`` after a check of the fields, where the class is a plain dataclass derived from a spec."""
+    """``post_init`` after a check of the inherited fields, where the class is a plain dataclass derived from a spec."""
 
     def checked(self: Any) -> None:
-        if SECTION not in vars(type(self)):
-            values = {name: getattr(self, name) for name in _names(type(self))}
-            for name, value in check(type(self), values, getattr(self, SECTION)).items():
+        parent = next(kind for kind in type(self).__mro__ if SECTION in vars(kind))
+        if parent is not type(self):
+            values = {name: getattr(self, name) for name in _names(parent)}
+            for name, value in check(parent, values, getattr(self, SECTION)).items():
                 object.__setattr__(self, name, value)
         if post_init is not None:
             post_init(self)
@@ -125,8 +136,11 @@ def check(cls: Any, values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return checked
 
 
-def _names(cls: Any) -> list[str]:
-    return [one.name for one in dataclasses.fields(cls) if one.init]
+def _names(owner: Any) -> list[str]:
+    """The fields of a dataclass, the arguments of an ``__init__``."""
+    if isfunction(owner):
+        return list(signature(owner).parameters)[1:]
+    return [field.name for field in dataclasses.fields(owner) if field.init]
 
 
 @cache
@@ -167,7 +181,8 @@ def refusal(error: ValidationError, cls: type[Any], key: str) -> ConfigError:
         path, owner = _inside(cls, place[:-1])
         names = _names(owner)
         valid = nearest(str(place[-1]), names) if names else "it has none"
-        return ConfigError(f"{'.'.join([key, *path, str(place[-1])])} is not an option of {owner.__name__}; {valid}")
+        name = owner.__qualname__.partition(".")[0] if isfunction(owner) else owner.__name__
+        return ConfigError(f"{'.'.join([key, *path, str(place[-1])])} is not an option of {name}; {valid}")
     path, hint = _inside(cls, place)
     where, value = ".".join([key, *path]), value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
     if fault["type"].startswith("missing"):
@@ -184,8 +199,9 @@ def _inside(hint: Any, place: Sequence[int | str]) -> tuple[list[str], Any]:
     path: list[str] = []
     for part in place:
         bare = _bare(hint)
-        if dataclasses.is_dataclass(bare):
-            hint = get_type_hints(bare, include_extras=True).get(str(part), Any)
+        if dataclasses.is_dataclass(bare) or isfunction(bare):
+            part = _names(bare)[part] if isinstance(part, int) else part  # of a value given by its place
+            hint = get_type_hints(bare, include_extras=True).get(part, Any)
         elif get_origin(bare) in (list, dict):
             hint = get_args(bare)[-1]
         else:  # the rest names a member of a union
@@ -241,7 +257,8 @@ def _words(hint: Any) -> str:
         return _words(args[0])
     if _is_union(hint) or origin is Literal:
         *options, last = [_words(one) if _is_union(hint) else _shown(one) for one in args]
-        return f"{', '.join(options)} or {last}" if all([*options, last]) else ""
+        before = f"{', '.join(options)} or " if options else ""
+        return before + last if all([*options, last]) else ""
     if origin is list:
         return "a list of texts" if _bare(args[0]) is str else f"a list, each {_words(args[0])}"
     return WORDS.get(origin or hint, "")

@@ -74,7 +74,7 @@ CONFIGURATION = {
     "sweep is a word": (["sweep=abc"], "sweep='abc' is no group of settings"),
     "callback key": (
         ["callbacks=default", "callbacks.progress.seconds=abc"],
-        "seconds must be a number of at least 0, got 'abc'",
+        "callbacks.progress.seconds must be a number of at least 0, got 'abc'",
     ),
     "callback class": (["+callbacks.foo._target_=os.getcwd"], "is not a Lightning callback"),
     "half precision": (["trainer.precision=16-mixed"], "trainer.precision=16-mixed needs a GPU"),
@@ -111,7 +111,10 @@ CONFIGURATION = {
         "data.batch_size must be a whole number from 1 to 1048576, got 9999999",
     ),
     "epsilon": (["optimizer.eps=1e400"], "optimizer.eps must be a positive number, got inf"),
-    "spikes": (["callbacks=default", "callbacks.memory.spike_floor_mib=1e400"], "the floor a number from 0 on"),
+    "spikes": (
+        ["callbacks=default", "callbacks.memory.spike_floor_mib=1e400"],
+        "spike_floor_mib must be a number of MiB from 0 to 1e12, got inf",
+    ),
     "no target": (["data.target="], "data.target and data.text cannot be empty"),
     "attention": (["model.attn_implementation=spda"], "did you mean sdpa?"),
     "tag": (["logger=wandb", f"logger.tags=[{'a' * 65}]"], "logger.tags: the tag 'aaaa"),

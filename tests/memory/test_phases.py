@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.autograd.profiler import profile, record_function
 
+from loralab.errors import ConfigError
 from loralab.memory import ledgers, phases, profiled
 from loralab.memory.ledgers import Host, Reading
 from loralab.memory.phases import HEAVIEST, PhaseMemory
@@ -296,10 +297,10 @@ def test_clock(seconds, text):
         ({"spike_window": 0}, "spike_window must be at least 1"),
         ({"profiled_step": 1}, "no optimizer state"),
         ({"profiled_step": "heavy"}, "must be heaviest, null or a number"),
-        ({"spike_factor": 0.5}, "spike_factor"),
-        ({"spike_floor_mib": -1}, "floor"),
+        ({"spike_factor": 0.5}, "spike_factor must be a number of at least 1"),
+        ({"spike_floor_mib": -1}, "spike_floor_mib must be a number of MiB from 0"),
     ],
 )
 def test_nonsense_is_refused(changes, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ConfigError, match=says):
         PhaseMemory(**changes)

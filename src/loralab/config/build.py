@@ -74,7 +74,7 @@ def trial_id(config: DictConfig | Mapping[str, Any]) -> str:
     content = _content(config)
     try:
         _check_keys(content)
-        return identity.trial_id({key: build(content[key], key) for key in identity.USUAL}, content)
+        return identity.trial_id({key: build(content[key], key) for key in SPECS if key in identity.USUAL}, content)
     except Exception:  # settings of no trial; whoever builds its specs is told what is wrong
         return identity.unbuilt_id(content)
 

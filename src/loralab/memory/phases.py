@@ -10,17 +10,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Le
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from loralab.memory import ledgers, spikes
 from loralab.memory.ledgers import GIB, Reading
 from loralab.memory.profiled import ProfiledStep, batch_tensors
 from loralab.memory.spikes import MIB, Spike, Spikes
+from loralab.spec import Count, NotNegative, Number, Whole, arguments
 
 SPLIT = ("forward", "backward", "optimizer")
-HEAVIEST = "heaviest"
+HEAVIEST: Literal["heaviest"] = "heaviest"
+ProfiledStepNumber = Annotated[
+    Literal["heaviest"] | Annotated[Whole, Ge(2)] | None,
+    "heaviest, null or a number of at least 2 (step 1 has no optimizer state)",
+]
 
 
 @dataclass
@@ -50,26 +56,15 @@ class PhaseMemory(Callback):
 
     pack_aware = True
 
+    @arguments("callbacks.memory")
     def __init__(
         self,
-        every_n_steps: int = 10,
-        profiled_step: int | str | None = HEAVIEST,
-        spike_factor: float = 1.25,
-        spike_floor_mib: float = 256.0,
-        spike_window: int = 50,
+        every_n_steps: Annotated[Count, Le(2**31 - 1)] = 10,
+        profiled_step: ProfiledStepNumber = HEAVIEST,
+        spike_factor: Annotated[Number, Ge(1), "a number of at least 1"] = 1.25,
+        spike_floor_mib: Annotated[NotNegative, Le(1e12), "a number of MiB from 0 to 1e12"] = 256.0,
+        spike_window: Annotated[Count, Le(2**31 - 1)] = 50,
     ) -> None:
-        for name, value in {"every_n_steps": every_n_steps, "spike_window": spike_window}.items():
-            if not isinstance(value, int) or not 1 <= value < 2**31:
-                raise ValueError(f"{name} must be at least 1, and below {2**31}, got {value}")
-        if profiled_step not in (None, HEAVIEST) and (not isinstance(profiled_step, int) or profiled_step < 2):
-            raise ValueError(
-                "profiled_step must be heaviest, null or a number of at least 2 (step 1 has no optimizer state), got"
-                f" {profiled_step!r}"
-            )
-        if not spike_factor >= 1 or not 0 <= spike_floor_mib < 2**40:
-            raise ValueError(
-                f"spike_factor must be at least 1, the floor a number from 0 on: got {spike_factor}, {spike_floor_mib}"
-            )
         self.every_n_steps, self.profiled_step = every_n_steps, profiled_step
         self.spikes = Spikes(spike_factor, int(spike_floor_mib * MIB), spike_window)
         self.on_spike: list[Callable[[Spike], None]] = []

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from loralab.errors import ConfigError, Interrupted
+from loralab.errors import Interrupted
 from loralab.optim.optimizers import State, state_of
+from loralab.spec import Count, Positive, arguments
 
 if TYPE_CHECKING:
     from loralab.training.trial import Trial
@@ -34,13 +35,8 @@ class Checkpoint(Callback):
 
     pack_aware = True
 
-    def __init__(self, minutes: float | None = 10.0, every_n_steps: int | None = None) -> None:
-        if minutes is not None and not (_number(minutes, int | float) and minutes > 0):
-            raise ConfigError(f"callbacks.checkpoint.minutes must be a positive number or null, got {minutes!r}")
-        if every_n_steps is not None and not (_number(every_n_steps, int) and every_n_steps >= 1):
-            raise ConfigError(
-                f"callbacks.checkpoint.every_n_steps must be a whole number >= 1 or null, got {every_n_steps!r}"
-            )
+    @arguments("callbacks.checkpoint")
+    def __init__(self, minutes: Positive | None = 10.0, every_n_steps: Count | None = None) -> None:
         self.minutes, self.every_n_steps = minutes, every_n_steps
         self.excluded_s = 0.0  # of writing, which is no training
         self._written: dict[str, int] = {}  # {trial: step}
@@ -90,10 +86,6 @@ class Checkpoint(Callback):
                 log.warning("%s has no checkpoint at step %d: %s", name, trial.step, " ".join(str(error).split())[:200])
         self._since = time.monotonic()
         self.excluded_s += self._since - begun
-
-
-def _number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def path(folder: Path) -> Path:

@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from loralab.spec import NotNegative, arguments
+
 log = logging.getLogger(__name__)
 
 PACK_SECONDS = 30.0  # between plain lines of a pack, of which a sweep has many
@@ -19,9 +21,8 @@ class ProgressLines(Callback):
 
     pack_aware = True
 
-    def __init__(self, seconds: float = 10.0) -> None:
-        if not (isinstance(seconds, int | float) and seconds >= 0):
-            raise ValueError(f"seconds must be a number of at least 0, got {seconds!r}")
+    @arguments("callbacks.progress")
+    def __init__(self, seconds: NotNegative = 10.0) -> None:
         self.seconds = seconds
         self._last = self._start = 0.0
         self._steps, self._tokens = 0, 0.0
