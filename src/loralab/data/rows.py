@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Len
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Strict
 
 from loralab.data.base import DataSpec, Row, Splits, hash_order, make_splits
 from loralab.data.fields import BadRow, Template
@@ -18,6 +18,7 @@ from loralab.spec import Text, spec
 
 log = logging.getLogger(__name__)
 
+Plain = Annotated[str, Strict()]
 KEYS = {"pair": "text[1]"}  # of templates whose name is not their key's
 SHOWN = 5  # bad rows in a message
 VALIDATION_SHARE = 10  # one row in so many, where no validation file is given
@@ -47,7 +48,7 @@ class RowSpec(DataSpec):
     prompt: str | None = None  # template such as '{mr}\n', or the name of a column
     target: str | None = None
     text: Annotated[
-        str | Annotated[list[str], Len(2, 2)] | None,
+        Plain | Annotated[list[Plain], Len(2, 2)] | None,  # a number is no template
         "a template such as '{review}', or two such as ['{premise}', '{hypothesis}']",
     ] = None
     label: Annotated[str, AfterValidator(_without_braces)] | None = None  # column name
