@@ -137,9 +137,9 @@ def check(cls: Any, values: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _names(owner: Any) -> list[str]:
-    """The fields of a dataclass, the arguments of an ``__init__``."""
+    """The fields of a dataclass, the arguments of an ``__init__`` with self."""
     if isfunction(owner):
-        return list(signature(owner).parameters)[1:]
+        return list(signature(owner).parameters)
     return [field.name for field in dataclasses.fields(owner) if field.init]
 
 
@@ -172,41 +172,49 @@ def _unknown_type(cls: Any) -> tuple[str, Any]:
     return "", cls
 
 
-def refusal(error: ValidationError, cls: type[Any], key: str) -> ConfigError:
-    """What pydantic found wrong with the fields of ``cls``, as a paragraph on the first of them."""
+def refusal(error: ValidationError, owner: Any, key: str) -> ConfigError:
+    """What pydantic found wrong with the fields of ``owner``, as a paragraph on one of them: an unknown one first.
+
+    ``owner``: a dataclass, or the ``__init__`` whose arguments they are.
+    """
     faults = error.errors(include_url=False)
     fault = next((one for one in faults if one["type"] in UNKNOWN), faults[0])
     place, value = fault["loc"], repr(fault["input"])
     if fault["type"] in UNKNOWN:
-        path, owner = _inside(cls, place[:-1])
-        names = _names(owner)
-        valid = nearest(str(place[-1]), names) if names else "it has none"
-        name = owner.__qualname__.partition(".")[0] if isfunction(owner) else owner.__name__
-        return ConfigError(f"{'.'.join([key, *path, str(place[-1])])} is not an option of {name}; {valid}")
-    path, hint = _inside(cls, place)
+        return _unknown(owner, place, key)
+    path, hint = _inside(owner, place)
     where, value = ".".join([key, *path]), value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
     if fault["type"].startswith("missing"):
-        return ConfigError(f"{where} is missing, and {cls.__name__} needs it; valid: {_words(hint)}")
+        return ConfigError(f"{where} is missing; valid: {_words(hint) or 'a value'}")
     if get_origin(_bare(hint)) is Literal:
-        choices = [_shown(one) for one in (*get_args(_bare(hint)), *([None] if _nullable(hint) else []))]
+        choices = [*map(str, get_args(_bare(hint))), *(["null"] if _nullable(hint) else [])]
         return ConfigError(f"{where}={value} is unknown; {nearest(str(fault['input']), choices)}")
     wanted = _bound(fault, hint) or _words(hint)
     return ConfigError(f"{where} must be {wanted}, got {value}" if wanted else f"{where}={value}: {fault['msg']}")
+
+
+def _unknown(owner: Any, place: Sequence[int | str], key: str) -> ConfigError:
+    path, inner = _inside(owner, place[:-1])
+    names = [name for name in _names(inner) if name != "self"]
+    title = inner.__qualname__.partition(".")[0] if isfunction(inner) else inner.__name__
+    valid = nearest(str(place[-1]), names) if names else "it has none"
+    return ConfigError(f"{'.'.join([key, *path, str(place[-1])])} is not an option of {title}; {valid}")
 
 
 def _inside(hint: Any, place: Sequence[int | str]) -> tuple[list[str], Any]:
     """(keys, type there) of what pydantic's ``place`` names below ``hint``, as far as it follows keys of the user's."""
     path: list[str] = []
     for part in place:
-        bare = _bare(hint)
+        bare, name = _bare(hint), str(part)
         if dataclasses.is_dataclass(bare) or isfunction(bare):
-            part = _names(bare)[part] if isinstance(part, int) else part  # of a value given by its place
-            hint = get_type_hints(bare, include_extras=True).get(part, Any)
+            if isinstance(part, int):  # a value given by its place
+                name = dict(enumerate(_names(bare))).get(part, name)
+            hint = get_type_hints(bare, include_extras=True).get(name, Any)
         elif get_origin(bare) in (list, dict):
             hint = get_args(bare)[-1]
         else:  # the rest names a member of a union
             break
-        path.append(str(part))
+        path.append(name)
     return path, hint
 
 
@@ -233,12 +241,8 @@ def _bound(fault: Any, hint: Any) -> str:
     null = ", or null" if _nullable(hint) else ""
     if "ge" in fault["ctx"]:
         return f"at least {fault['ctx']['ge']}{null}"
-    least = next((one.ge for one in _annotations(hint) if isinstance(one, Ge)), None)
-    return (
-        f"at most {fault['ctx']['le']}{null}"
-        if least is None
-        else f"a whole number from {least} to {fault['ctx']['le']}{null}"
-    )
+    least = [str(one.ge) for one in _annotations(hint) if isinstance(one, Ge)]
+    return (f"a whole number from {least[0]} to" if least else "at most") + f" {fault['ctx']['le']}{null}"
 
 
 def _annotations(hint: Any) -> Iterator[Any]:
@@ -256,13 +260,9 @@ def _words(hint: Any) -> str:
     if origin is Annotated:
         return _words(args[0])
     if _is_union(hint) or origin is Literal:
-        *options, last = [_words(one) if _is_union(hint) else _shown(one) for one in args]
+        *options, last = map(_words, args) if _is_union(hint) else map(str, args)
         before = f"{', '.join(options)} or " if options else ""
         return before + last if all([*options, last]) else ""
     if origin is list:
         return "a list of texts" if _bare(args[0]) is str else f"a list, each {_words(args[0])}"
     return WORDS.get(origin or hint, "")
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
