@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Len
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Strict
 
 from loralab.data.base import DataSpec, Row, Splits, hash_order, make_splits
 from loralab.data.fields import BadRow, Template
@@ -47,7 +47,7 @@ class RowSpec(DataSpec):
     prompt: str | None = None  # template such as '{mr}\n', or the name of a column
     target: str | None = None
     text: Annotated[
-        str | Annotated[list[str], Len(2, 2)] | None,
+        Annotated[str, Strict()] | Annotated[list[str], Len(2, 2)] | None,
         "a template such as '{review}', or two such as ['{premise}', '{hypothesis}']",
     ] = None
     label: Annotated[str, AfterValidator(_without_braces)] | None = None  # column name
