@@ -206,7 +206,7 @@ def test_odd_tensors_go_through_a_file(tmp_path):
         (lambda f: (f / export.SPEC).write_text("{"), "adapter_spec.json cannot be used"),
         (lambda f: change(f, **{"class": "nowhere.Gone"}), "No module named 'nowhere'"),
         (lambda f: change(f, **{"class": "pathlib.Path"}), "is not an adapter's spec"),
-        (lambda f: change(f, fields={"rank": 3}), "adapter.rank is not an option of LoRA"),
+        (lambda f: change(f, fields={"rank": 3}), "adapter.rank is not an option of LoRA; did you mean rank_pattern"),
         (lambda f: change(f, fields={"r": 0}), "adapter.r must be at least 1"),
         (lambda f: change(f, fields={"r": 5}), "do not agree in base_model.model"),
         (lambda f: change(f, fields={"r": 2, "target_modules": ["q_proj"]}), "do not agree in base_model.model"),

@@ -51,14 +51,13 @@ def unbuilt_id(content: Mapping[str, Any]) -> str:
 def difference(spec: Any, section: str) -> list[Any] | None:
     """[class, {field: value that is not its default}]; None for the usual class with nothing but defaults."""
     cls = type(spec)
-    own = cls.__module__.partition(".")[0] == "loralab"  # wherever in the package it comes to lie
-    name = cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
-    names = [one.name for one in fields(spec) if one.name not in ASIDE.get(section, ())]
-    usual = _defaults(cast(Any, cls))
-    found = {key: _settled(getattr(spec, key), key, section) for key in names}
-    differing = {
-        key: value for key, value in found.items() if key not in usual or value != _settled(usual[key], key, section)
-    }
+    ours = cls.__module__.partition(".")[0] == "loralab"  # wherever in the package it comes to lie
+    name = cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
+    defaults = _defaults(cast(Any, cls))
+    keys = [field.name for field in fields(spec) if field.name not in ASIDE.get(section, ())]
+    values = {key: _settled(getattr(spec, key), key, section) for key in keys}
+    usual = {key: _settled(defaults[key], key, section) for key in keys if key in defaults}
+    differing = {key: value for key, value in values.items() if key not in usual or value != usual[key]}
     return [name, differing] if differing or name != USUAL[section] else None
 
 
@@ -66,11 +65,12 @@ def difference(spec: Any, section: str) -> list[Any] | None:
 def _defaults(cls: Any) -> dict[str, Any]:
     """A class's defaults as an instance has them; without one, as the fields say."""
     try:
-        made = cls()
+        spec = cls()
     except Exception:  # a field without a default, or defaults that do not go together
-        given = {one.name: one.default for one in fields(cls) if one.default is not MISSING}
-        return given | {one.name: one.default_factory() for one in fields(cls) if one.default_factory is not MISSING}
-    return {one.name: getattr(made, one.name) for one in fields(cls)}
+        values = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+        factories = {field.name: field.default_factory for field in fields(cls)}
+        return values | {name: make() for name, make in factories.items() if make is not MISSING}
+    return {field.name: getattr(spec, field.name) for field in fields(cls)}
 
 
 def _settled(value: Any, key: str, section: str) -> Any:

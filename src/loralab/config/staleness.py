@@ -1,8 +1,6 @@
-"""Whether a completed record still says what its trial would give now: on the same base, tokenizer and data, by the
-same classes.
+"""Whether a completed record is still what its trial would give now: same base, tokenizer, data and classes.
 
-Nothing is loaded for it: all is compared by the bytes on disk. What is not on this machine cannot be said to have
-changed.
+Nothing is loaded for it: all is compared by the bytes on disk. What is not on this machine counts as unchanged.
 """
 
 import json
@@ -65,16 +63,16 @@ def _below(cwd: Path, value: Any) -> Any:
 
 def _changed(stored: Mapping[str, Any], content: Mapping[str, Any], known: Known) -> str:
     """``the data files have changed since``; ``known``: see ``of_record``."""
-    found = []
+    changes = []
     for what, before, fingerprint, node in _compared(stored, content):
         if not before:
             continue
         key = (fingerprint.__name__, json.dumps(node, sort_keys=True, default=repr))
         if key not in known:
             known[key] = _present(fingerprint, node)
-        found += [what] if known[key] not in (None, before) else []
-    found += [f"{file} has changed" for file in sources.changed(stored["code"].get("sources") or {})]
-    return f"{' and '.join(found)} since" if found else ""
+        changes += [what] if known[key] not in (None, before) else []
+    changes += [f"{file} has changed" for file in sources.changed(stored["code"].get("sources") or {})]
+    return f"{' and '.join(changes)} since" if changes else ""
 
 
 def _compared(stored: Mapping[str, Any], content: Mapping[str, Any]) -> list[Compared]:
@@ -90,10 +88,10 @@ def _compared(stored: Mapping[str, Any], content: Mapping[str, Any]) -> list[Com
 
 def _present(fingerprint: Any, node: Mapping[str, Any]) -> str | None:
     try:
-        found: str | None = fingerprint(node)
+        present: str | None = fingerprint(node)
     except Exception:  # a class or files of the user's own; whoever runs the trial is told
         return None
-    return found
+    return present
 
 
 def _base(node: Mapping[str, Any]) -> str | None:
@@ -104,8 +102,8 @@ def _base(node: Mapping[str, Any]) -> str | None:
         return fingerprints.of_random(node)
     if str(node.get("_target_")).startswith("loralab."):  # of another version; to look for it would import torch
         return None
-    found: str | None = build(node, "model").fingerprint()
-    return found
+    fingerprint: str | None = build(node, "model").fingerprint()
+    return fingerprint
 
 
 def _tokenizer(node: Mapping[str, Any]) -> str | None:
@@ -113,8 +111,8 @@ def _tokenizer(node: Mapping[str, Any]) -> str | None:
 
 
 def _data(node: Mapping[str, Any]) -> str | None:
-    found: str | None = build(node, "data").source()
-    return found
+    source: str | None = build(node, "data").source()
+    return source
 
 
 def set_aside(folder: Path) -> None:
@@ -135,8 +133,8 @@ def set_aside(folder: Path) -> None:
 def _rename(folder: Path, names: Mapping[str, str]) -> None:
     for name, wanted in names.items():
         if (folder / name).exists():
-            free = (_numbered(wanted, n) if n else wanted for n in count())
-            (folder / name).rename(next(folder / one for one in free if not (folder / one).exists()))
+            free = (folder / (_numbered(wanted, n) if n else wanted) for n in count())
+            (folder / name).rename(next(path for path in free if not path.exists()))
 
 
 def _numbered(name: str, number: int) -> str:
