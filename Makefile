@@ -51,7 +51,7 @@ bench: $(VENV)/.setup ## speed beside other libraries, measured in one run
 	$(BIN)/python -m pytest -q -m bench tests/bench
 
 gpu: ## everything that needs CUDA, within 9 minutes; writes $OUT or runs/gpu (REHEARSE=1: tiny, on a CPU)
-	@PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m loralab.gpu $(GPU_FLAGS) $(ARGS)
+	@PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m loralab.bench.card $(GPU_FLAGS) $(ARGS)
 
 readme-figures: $(VENV)/.setup ## README.md's figures measured anew (ARGS="quickstart quantize": those)
 	$(BIN)/python .github/readme_figures.py $(ARGS)

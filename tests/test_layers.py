@@ -25,14 +25,13 @@ FLOORS = [
     {"reporting", "hydra_plugins"},
     {"bench"},
     {"cli"},
-    {"gpu"},
 ]
 FENCES = {
     "bitsandbytes": {"quantization", "optim", "bench"},
     "wandb": {"records", "reporting"},
     "hydra": {"config", "cli", "scheduling", "hydra_plugins"},
     "omegaconf": {"config", "cli", "scheduling", "hydra_plugins"},
-    "peft": {"gpu", "bench"},
+    "peft": {"bench"},
     "rich": {"cli", "reporting", "training"},
     "filelock": {"records"},
     "pandas": {"analysis", "reporting"},

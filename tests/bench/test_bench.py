@@ -7,47 +7,60 @@ import torch
 
 pytest.importorskip("peft")
 
-from loralab.bench import ours, parts, peers, run
-from loralab.bench.ground import Failed, Ground, prepare
+from loralab.bench import ours, peers, run
+from loralab.bench import setup as setups
 from loralab.bench.layer import PEER, _step, interleaved, layers
-from loralab.bench.parts import ALONE, KEPT, LIGHTNING, MEDIUM, OURS, TRAINER, Extent, Sweep, one_trial
-from loralab.bench.table import Table, quartiles, render
+from loralab.bench.measurements import Table, in_turn, render, summary
+from loralab.bench.parts import ALONE, KEPT, LIGHTNING, MEDIUM, OURS, TRAINER, BenchmarkSize, SweepSize, one_trial
+from loralab.bench.processes import ProcessError
+from loralab.bench.setup import BenchmarkSetup, physical_cores, prepare
 from loralab.cli import main
 from loralab.errors import Interrupted
 
-TINY = Extent(
-    1, 2, 4, (1, 2), (Sweep(2, 2, 1, 1), Sweep(3, 1, 0, 1, share=2)), Sweep(2, 1, None, 1), (2, 4), (1e-3, 2e-3)
+TINY = BenchmarkSize(
+    *(1, 2, 4, (1, 2), (SweepSize(2, 2, 1, 1), SweepSize(3, 1, 0, 1, share=2)), SweepSize(2, 1, None, 1)),
+    ranks=(2, 4),
+    rates=(1e-3, 2e-3),
 )
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("ground"), "cpu", 1)
+def setup(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("setup"), "cpu", 1)
 
 
 class StandIn:
-    """A side whose trials take as long as they have steps, and a second to start."""
+    """A worker whose trials take as long as they have steps, and a second to start."""
 
     startup_s = 1.0
     broken: tuple = ()
     answers = 10**6
 
-    def __init__(self, ground, engine, medium=False):
+    def __init__(self, engine, **options):
         self.engine = engine
 
-    def trial(self, trial):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def wait_until_ready(self):
+        pass
+
+    def finish(self):
+        pass
+
+    def ask(self, trial):
         if self.engine in StandIn.broken:
-            raise Failed("gone")
+            raise ProcessError(self.engine, 1, "gone")
         StandIn.answers -= 1
         if StandIn.answers < 0:
             raise Interrupted(15)
         steps = trial["steps"]
-        pace = 0.002 if self.engine == "loralab" else 0.003
-        losses = [1.0 + (self.engine == "lightning") / 8] * steps
+        pace = 0.002 if self.engine == "loralab.bench.ours.Loralab" else 0.003
+        losses = [1.0 + (self.engine == "loralab.bench.peers.WithLightning") / 8] * steps
         return {"seconds": steps, "steps": [pace] * (steps - 1), "losses": losses, "trainable_parameters": 5}
-
-    def close(self, kill=False):
-        pass
 
 
 @pytest.fixture
@@ -56,10 +69,10 @@ def measured(tmp_path, monkeypatch):
 
     def measure(*names, broken=(), answers=10**6):
         StandIn.broken, StandIn.answers = broken, answers
-        stand_in = Ground(tmp_path, 1, "cpu", {"model": "m", "files": {}}, [10] * 100, 3)
+        stand_in = BenchmarkSetup(tmp_path, 1, "cpu", {"words": []}, [10] * 100, 3)
         monkeypatch.setattr(run, "prepare", lambda *_: stand_in)
-        monkeypatch.setattr(parts, "Side", StandIn)
-        monkeypatch.setattr(Ground, "sweep", lambda self, words: 2.0)
+        monkeypatch.setattr(BenchmarkSetup, "start", StandIn)
+        monkeypatch.setattr(BenchmarkSetup, "sweep", lambda self, words: 2.0)
         run.measure(names, TINY, tmp_path / "bench.json", tmp_path, "cpu", 1)
         return json.loads((tmp_path / "bench.json").read_text())
 
@@ -83,7 +96,7 @@ def test_work_is_done_in_turn_and_warmed_up():
     times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", rounds=3)
     assert order == ["a", "b", "b", "a"] * 2 + ["a", "b"]
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
-    assert parts.turned(["a", "b", "c"], 0) == parts.turned(["c", "b", "a"], 1) == ["a", "b", "c"]
+    assert in_turn(["a", "b", "c"], 0) == in_turn(["c", "b", "a"], 1) == ["a", "b", "c"]
 
 
 def test_a_step_reaches_the_input():
@@ -101,14 +114,13 @@ def test_a_ratio_is_a_median_over_loralabs_at_the_same_task():
     assert [row["ratio"] for row in table.rows] == [3.0, 1.0, 1.0]
     table.add(table.row(OURS, "x", "s"), [4.0])
     assert [row["ratio"] for row in table.rows] == [2.0, 1.0, 1.0]
-    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 4.0]
-    assert quartiles([7.0]) == [7.0, 7.0]
+    assert summary([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "measurements": 5}
+    assert summary([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "measurements": 1}
 
 
-def test_five_steps_of_every_library_have_the_same_losses(ground):
-    job = {**ground.job, "dense": False, "medium": False}
+def test_five_steps_of_every_library_have_the_same_losses(setup):
     trial = {**one_trial(5, 2), "same_start": True}
-    done = [made(job).trial(trial) for made in (ours.Loralab, peers.WithTrainer, peers.WithLightning)]
+    done = [engine(setup.worker).answer(trial) for engine in (ours.Loralab, peers.WithTrainer, peers.WithLightning)]
     mine = done[0]["losses"]
     assert len(set(mine)) == 5
     for one in done:
@@ -119,10 +131,10 @@ def test_five_steps_of_every_library_have_the_same_losses(ground):
         assert max(apart) < 1e-3
 
 
-def test_a_trial_leaves_the_peers_base_as_it_found_it(ground):
-    peer = peers.WithTrainer({**ground.job, "dense": False, "medium": False})
+def test_a_trial_leaves_the_peers_base_as_it_was(setup):
+    peer = peers.WithTrainer(setup.worker)
     trial = {**one_trial(2, 1), "same_start": True}
-    assert peer.trial(trial)["losses"] == peer.trial(trial)["losses"]
+    assert peer.answer(trial)["losses"] == peer.answer(trial)["losses"]
 
 
 def test_the_step_part_leaves_warm_up_out_and_compares_losses(measured):
@@ -176,10 +188,12 @@ def test_an_interruption_keeps_what_was_measured(measured, tmp_path):
     assert [row["name"] for row in found["parts"]["step"]["rows"] if row["median"]] == [TRAINER, MEDIUM]
 
 
-def test_a_library_that_fails_is_told_and_the_others_go_on(measured):
-    part = measured("step", broken=("lightning",))["parts"]["step"]
+def test_a_library_that_fails_says_so_and_the_others_go_on(measured):
+    part = measured("step", broken=("loralab.bench.peers.WithLightning",))["parts"]["step"]
     assert (part["status"], part["error"]) == ("failed", f"start, {LIGHTNING}")
-    assert [row["error"] for row in part["rows"] if "error" in row] == ["gone"]
+    assert [row["error"] for row in part["rows"] if "error" in row] == [
+        "loralab.bench.peers.WithLightning ended with exit code 1: gone"
+    ]
     assert set(by_name(part, "one step, batch 2")) == {TRAINER, MEDIUM, OURS, KEPT}
 
 
@@ -190,14 +204,14 @@ def test_an_unknown_part_is_refused_with_the_nearest(capsys):
 
 
 def test_physical_cores_are_at_least_one_and_at_most_the_logical(monkeypatch):
-    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert run.physical_cores() == 1
+    monkeypatch.setattr(setups.os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert physical_cores() == 1
 
 
 @pytest.mark.slow
 def test_every_part_runs_in_processes_of_its_own(tmp_path):
-    extent = Extent(1, 1, 2, (1,), (Sweep(2, 1, 1, 1),), Sweep(2, 1, None, 1), (2, 4), (1e-3,))
-    found = run.measure(("step", "sweep", "prefix"), extent, tmp_path / "b.json", tmp_path, "cpu", 1)
+    size = BenchmarkSize(1, 1, 2, (1,), (SweepSize(2, 1, 1, 1),), SweepSize(2, 1, None, 1), (2, 4), (1e-3,))
+    found = run.measure(("step", "sweep", "prefix"), size, tmp_path / "b.json", tmp_path, "cpu", 1)
     for name, part in found["parts"].items():
         assert (part["status"], part["error"]) == ("completed", None), name
         assert all(row["median"] and row["ratio"] for row in part["rows"]), part["rows"]

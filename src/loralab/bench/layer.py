@@ -1,12 +1,11 @@
 """One NF4 layer beside bitsandbytes' own, in this process."""
 
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from loralab.bench.table import OURS, Table
+from loralab.bench.measurements import OURS, Clock, Table, in_turn
 from loralab.quantization.four_bit import FourBit
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))  # (out, in): attention and feed-forward of a 1B Llama
@@ -31,20 +30,20 @@ def layers(
             difference = float((ours(x) - peer(x)).norm() / peer(x).norm())
             for name, seconds in times.items():
                 row = table.row(name, f"{in_features} -> {out_features}, {n} rows", "ms", tokens=n)
-                table.add(row, [1000 * one for one in seconds], output_difference=difference)
+                table.add(row, [1000 * each for each in seconds], output_difference=difference)
 
 
 def interleaved(work: Mapping[str, Callable[[], None]], device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, one after the other in turn, after two rounds to warm up."""
+    """Seconds of each round, in turn, after two rounds to warm up."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 2):
-        for name in sorted(work, reverse=bool(number % 2)):
-            begun = time.perf_counter()
+        for name in in_turn(list(work), number):
+            clock = Clock(device)
+            clock()
             work[name]()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            clock()
             if number >= 2:
-                times[name].append(time.perf_counter() - begun)
+                times[name] += clock.steps()
     return times
 
 
@@ -52,24 +51,17 @@ def linear4bit(dense: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """bitsandbytes' layer with a copy of ``dense``'s weight, which it packs in NF4 when it is moved; no bias."""
     import bitsandbytes as bnb
 
-    layer = bnb.nn.Linear4bit(
-        dense.in_features,
-        dense.out_features,
-        bias=False,
-        compute_dtype=dtype,
-        quant_type="nf4",
-        compress_statistics=True,
+    quantization = {"quant_type": "nf4", "compress_statistics": True}
+    layer: nn.Module = bnb.nn.Linear4bit(
+        dense.in_features, dense.out_features, bias=False, compute_dtype=dtype, **quantization
     )
-    layer.weight = bnb.nn.Params4bit(
-        dense.weight.data.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
-    )
-    made: nn.Module = layer
-    return made
+    weight = dense.weight.data.clone()
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **quantization)
+    return layer
 
 
 def _step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     def step() -> None:
-        given = x.detach().requires_grad_(True)
-        layer(given).sum().backward()
+        layer(x.detach().requires_grad_(True)).sum().backward()
 
     return step

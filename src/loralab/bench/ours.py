@@ -1,92 +1,130 @@
-"""The same trials in loralab, one after the other on one base: what a single run is made of."""
+"""loralab's side: trials alone or several in one pass, composed from words as the command line's are."""
 
+import gc
 import itertools
 import json
-import tempfile
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+from unittest.mock import patch
 
-from lightning.pytorch import Callback
+import torch
+from lightning.pytorch import Callback, Trainer
 
-from loralab.adapters.lora import LoRA
-from loralab.bench.worker import Clock, Row
-from loralab.data.files import Files
-from loralab.models.pretrained import Pretrained
-from loralab.optim.optimizers import AdamW, Schedule
-from loralab.quantization.four_bit import FourBit
-from loralab.quantization.none import NoQuantization
-from loralab.records.wandb import Wandb
+from loralab.bench.measurements import Clock
+from loralab.bench.processes import Row
+from loralab.bench.setup import trial_words
+from loralab.config.build import trial_spec
+from loralab.config.compose import compose, plain
+from loralab.planning import plan
 from loralab.running.runner import Runner
+from loralab.training.module import FineTuner
 from loralab.training.specs import TrialSpec
-from loralab.training.trainer import TrainerSpec
 
 
-class Watch(Callback):
-    """Reads the clock after each step."""
+class StepTimes(Callback):
+    """Reads the clock after each step, of however many trials, and ends this process by SIGKILL after ``kill_after``
+    steps; None: never."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    pack_aware = True
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def __init__(self, clock: Clock, kill_after: int | None = None) -> None:
+        self.clock, self.kill_after = clock, kill_after
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.clock()
+        if self.kill_after is not None and trainer.global_step >= self.kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Loralab:
-    """A runner, which keeps the base."""
+    """A runner, which keeps the base. ``setup``: device, folder, words common to all trials, more_words of this side
+    alone; ``anew``: each answer has a runner of its own, and gives back the memory it held."""
 
-    dequantize: Literal["per_use", "resident"] = "per_use"
+    def __init__(self, setup: Row) -> None:
+        self.setup, self.cuda = setup, setup["device"] == "cuda"
+        self.runner, self.numbers = Runner(), itertools.count()
 
-    def __init__(self, job: Row) -> None:
-        self.job, self.runner, self.numbers = job, Runner(), itertools.count()
-        self.folder = Path(tempfile.mkdtemp(dir=job["folder"]))
+    def answer(self, request: Row) -> Row:
+        """Runs ``trials`` (1) in one pass, which differ in their seeds, with the request's ``words`` or, where it has
+        none, its settings; their folders are in ``name``. ``fit``: see ``limited``; ``kill_after``: see StepTimes.
 
-    def trial(self, trial: Row) -> Row:
-        """{steps: seconds of each but the first, losses, trainable_parameters}."""
-        clock = Clock(self.job["device"])
-        spec = self.spec(trial, clock)
-        (done,) = self.runner.run([spec])
-        if done["status"] != "completed":
-            raise RuntimeError(done["error"])
-        rows = map(json.loads, (spec.folder / "metrics.jsonl").read_text("utf-8").splitlines())
+        {steps: seconds of each but the first, losses and trainable_parameters of the first trial, pack_sizes,
+        peak_bytes, left_bytes: what a run anew leaves to the next}, or an error.
+        """
+        clock = Clock(self.setup["device"])
+        gc.collect()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        specs = self.specs(request, StepTimes(clock, request.get("kill_after")))
+        with limited(specs, request.get("fit")):
+            records = self.runner.run(specs)
+        peak = torch.cuda.max_memory_allocated() if self.cuda else None
+        left = self._begin_anew() if self.setup.get("anew") else None
+        for stored in records:
+            if stored["status"] != "completed":
+                return {"error": stored["error"]}
+        rows = map(json.loads, (specs[0].folder / "metrics.jsonl").read_text("utf-8").splitlines())
         return {
-            "steps": clock.steps(),
-            "losses": [row["train/loss"] for row in rows if "train/loss" in row],
-            "trainable_parameters": done["adapter"]["trainable_parameters"],
+            **{"steps": clock.steps(), "losses": [row["train/loss"] for row in rows if "train/loss" in row]},
+            "trainable_parameters": records[0]["adapter"]["trainable_parameters"],
+            "pack_sizes": sorted({stored["pack"]["size"] for stored in records}),
+            **{"peak_bytes": peak, "left_bytes": left},
         }
 
-    def spec(self, trial: Row, clock: Clock) -> TrialSpec:
-        cuda = self.job["device"] == "cuda"
-        name = f"trial{next(self.numbers)}"
-        return TrialSpec(
-            id=name,
-            folder=self.folder / name,
-            seed=0,
-            metric="val/loss",
-            metric_mode="min",
-            model=Pretrained(
-                name_or_path=self.job["model"],
-                dtype="bfloat16" if cuda else "float32",
-                max_length=self.job["max_length"],
-            ),
-            quantization=NoQuantization() if self.job["dense"] else self._nf4(),
-            adapter=LoRA(r=trial["r"], lora_alpha=trial["lora_alpha"], target_modules=trial["target_modules"]),
-            data=Files(batch_size=trial["batch"], **self.job["files"]),
-            optimizer=AdamW(lr=trial["lr"]),
-            schedule=Schedule(),
-            trainer=TrainerSpec(
-                accelerator="gpu" if cuda else "cpu",
-                max_steps=trial["steps"],
-                precision="bf16-mixed" if cuda else "auto",
-            ),
-            logger=Wandb(mode="disabled"),
-            callbacks={"watch": lambda: Watch(clock)},
-        )
+    def specs(self, request: Row, step_times: StepTimes) -> list[TrialSpec]:
+        words = [*self.setup["words"], *self.setup.get("more_words", ())]
+        words += request.get("words") or trial_words([request])
+        content = plain(compose(words))
+        folder = Path(self.setup["folder"]) / request.get("name", f"trial{next(self.numbers)}")
+        specs = [
+            trial_spec({**content, "seed": seed}, folder / str(seed), words) for seed in range(request.get("trials", 1))
+        ]
+        return [replace(spec, callbacks={**spec.callbacks, "step_times": lambda: step_times}) for spec in specs]
 
-    def _nf4(self) -> FourBit:
-        return FourBit(double_quant=True, dequantize=self.dequantize)
+    def _begin_anew(self) -> int | None:
+        """What torch still holds then, which the next run's peak would include; None on a CPU."""
+        self.runner = Runner()
+        gc.collect()
+        if not self.cuda:
+            return None
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
 
 
-class Resident(Loralab):
-    """The dense weights kept: the same numbers for more memory."""
+@contextmanager
+def limited(specs: Sequence[TrialSpec], fit: int | None) -> Iterator[None]:
+    """Within, torch may allocate half-way between what ``fit`` of the trials are predicted to need and what all are,
+    and runs out of memory above that; None: no limit. A CPU has none either: there a pass of more trials is refused."""
+    if fit is None:
+        yield
+    elif specs[0].trainer.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room(specs, fit) / torch.cuda.mem_get_info()[1]))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    else:
+        with patch.object(FineTuner, "training_step", _refusing(FineTuner.training_step, fit)):
+            yield
 
-    dequantize = "resident"
+
+def room(specs: Sequence[TrialSpec], fit: int) -> float:
+    """Bytes, on a card."""
+    few, many = (plan.predict(list(part), "cuda").predicted_peak_bytes for part in (specs[:fit], specs))
+    return plan.FRAGMENTATION * (few + many) / 2
+
+
+def _refusing(real: Any, fit: int) -> Any:
+    """A training step that has no memory for more than ``fit`` trials, from the second step on."""
+
+    def step(self: Any, batches: Any, index: int) -> Any:
+        if index and len(batches) > fit:
+            raise torch.OutOfMemoryError(f"raised by the rehearsal for more than {fit} trials")
+        return real(self, batches, index)
+
+    return step

@@ -11,68 +11,66 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
-from loralab.bench.worker import Clock, Row
+from loralab.bench.layer import linear4bit
+from loralab.bench.measurements import Clock
+from loralab.bench.processes import Row
 from loralab.data.batches import collate
 from loralab.data.encoding import Example
+from loralab.models.architecture import auto_class
+from loralab.models.pretrained import Random
 
 Rows = list[Example]
+SILENT: Row = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+QUIET: Row = {
+    **{"prediction_loss_only": True, "remove_unused_columns": False, "dataloader_num_workers": 0},
+    **{"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True},
+}
 
 
 class Peft:
-    """A quantized base and the rows in token ids, in the order in which they are trained on."""
+    """A quantized base and the rows in token ids, in the order in which they are trained on. ``setup``: device, pad,
+    rows (a file), model (a folder) or config (of a random base); ``dense``, ``medium``: torch's matmul precision."""
 
-    def __init__(self, job: Row) -> None:
-        if job["medium"]:
+    def __init__(self, setup: Row) -> None:
+        if setup.get("medium"):
             torch.set_float32_matmul_precision("medium")
-        self.device, self.pad = job["device"], job["pad"]
+        self.device, self.pad = setup["device"], setup["pad"]
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        self.base = AutoModelForCausalLM.from_pretrained(
-            job["model"],
-            quantization_config=None if job["dense"] else quantization,
-            dtype=dtype,
-            device_map={"": self.device},
-        )
+        self.base: Any = _random(setup["config"], self.device, dtype) if "config" in setup else _loaded(setup, dtype)
         for module in self.base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes 0.50: on such a CPU the first validation repacks the weight for a kernel without
                 # autograd, and every later trial would train on wrong gradients
                 module.support_avx512bf16_for_cpu = False
-        stored = json.loads(Path(job["rows"]).read_text("utf-8"))
+        stored = json.loads(Path(setup["rows"]).read_text("utf-8"))
         self.train, self.validation = (
             [Example(ids, labels, 0) for ids, labels in stored[split]] for split in ("train", "validation")
         )
 
-    def trial(self, trial: Row) -> Row:
-        """{steps: seconds of each but the first, losses, trainable_parameters}."""
+    def answer(self, request: Row) -> Row:
+        """{steps: seconds of each but the first, losses, trainable_parameters, peak_bytes}."""
         torch.manual_seed(0)
-        config = LoraConfig(
-            r=trial["r"],
-            lora_alpha=trial["lora_alpha"],
-            target_modules=trial["target_modules"],
-            task_type="CAUSAL_LM",
-        )
-        model: Any = get_peft_model(self.base, config)
-        if trial.get("same_start"):
+        given = {key: request[key] for key in ("r", "lora_alpha", "target_modules")}
+        model: Any = get_peft_model(self.base, LoraConfig(**given, task_type="CAUSAL_LM"))
+        if request.get("same_start"):
             start_as_loralab(model)
         clock, losses = Clock(self.device), list[Tensor]()
-        watch = model.register_forward_hook(lambda _, __, out: losses.append(out.loss.detach()))
-        self.fit(model, trial, self.train[: trial["steps"] * trial["batch"]], clock)
-        watch.remove()
-        counted = sum(one.numel() for one in model.parameters() if one.requires_grad)
+        hook = model.register_forward_hook(lambda _, __, out: losses.append(out.loss.detach()))
+        self.fit(model, request, self.train[: request["steps"] * request["batch"]], clock)
+        hook.remove()
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.base = model.unload()
-        seen = torch.stack(losses[: trial["steps"]]).tolist()  # then those of the validation
-        return {"steps": clock.steps(), "losses": seen, "trainable_parameters": counted}
+        return {
+            "steps": clock.steps(),
+            "losses": torch.stack(losses[: request["steps"]]).tolist(),  # then those of the validation
+            "trainable_parameters": trainable,
+            "peak_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else None,
+        }
 
-    def fit(self, model: Any, trial: Row, rows: Rows, clock: Clock) -> None:
+    def fit(self, model: Any, request: Row, rows: Rows, clock: Clock) -> None:
         """AdamW at a constant rate, clipping at 1; then the loss over the validation rows."""
         raise NotImplementedError
 
@@ -81,42 +79,56 @@ class Peft:
         return collate(rows, "causal_lm", self.pad)
 
 
+def _loaded(setup: Row, dtype: torch.dtype) -> Any:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        setup["model"],
+        quantization_config=None if setup.get("dense") else quantization,
+        dtype=dtype,
+        device_map={"": setup["device"]},
+    )
+
+
+def _random(config: Row, device: str, dtype: torch.dtype) -> Any:
+    """A model drawn on the device, every linear layer but its output packed there in NF4, double quantization."""
+    with torch.device(device):
+        prepared = Random(config=config, dropout=0.0).prepared_config(None)
+        model = auto_class("causal_lm").from_config(prepared, dtype=dtype)
+    output = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and layer is not output:
+            model.set_submodule(name, linear4bit(layer, dtype).to(device))
+    model.is_loaded_in_4bit = True  # by which PEFT tells these layers from dense ones
+    return model
+
+
 class WithTrainer(Peft):
     """Hugging Face's Trainer with its default AdamW (torch's fused one)."""
 
-    def fit(self, model: Any, trial: Row, rows: Rows, clock: Clock) -> None:
-        class Watch(TrainerCallback):  # type: ignore[misc]
+    def fit(self, model: Any, request: Row, rows: Rows, clock: Clock) -> None:
+        class StepTimes(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 clock()
 
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder,
-                max_steps=trial["steps"],
-                per_device_train_batch_size=trial["batch"],
-                per_device_eval_batch_size=trial["batch"],
-                learning_rate=trial["lr"],
+                max_steps=request["steps"],
+                per_device_train_batch_size=request["batch"],
+                per_device_eval_batch_size=request["batch"],
+                learning_rate=request["lr"],
                 lr_scheduler_type="constant",
                 max_grad_norm=1.0,
                 train_sampling_strategy="sequential",  # the rows are in their order already
-                prediction_loss_only=True,
-                remove_unused_columns=False,
-                dataloader_num_workers=0,
-                dataloader_pin_memory=self.device == "cuda",
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
                 use_cpu=self.device == "cpu",
                 bf16=self.device == "cuda",
+                dataloader_pin_memory=self.device == "cuda",
+                **QUIET,
             )
             trainer = Trainer(
-                model=model,
-                args=arguments,
-                train_dataset=rows,
-                eval_dataset=self.validation,
-                data_collator=self.collate,
-                callbacks=[Watch()],
+                model, arguments, self.collate, rows, eval_dataset=self.validation, callbacks=[StepTimes()]
             )
             trainer.train()
             trainer.evaluate()
@@ -125,7 +137,7 @@ class WithTrainer(Peft):
 class WithLightning(Peft):
     """A plain LightningModule around the PEFT model, with torch's default AdamW."""
 
-    def fit(self, model: Any, trial: Row, rows: Rows, clock: Clock) -> None:
+    def fit(self, model: Any, request: Row, rows: Rows, clock: Clock) -> None:
         from lightning.pytorch import LightningModule, Trainer
         from torch.utils.data import DataLoader
 
@@ -145,27 +157,25 @@ class WithLightning(Peft):
                 clock()
 
             def configure_optimizers(self) -> torch.optim.Optimizer:
-                trained = [one for one in self.parameters() if one.requires_grad]
-                return torch.optim.AdamW(trained, lr=trial["lr"], weight_decay=0.0)
+                trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+                return torch.optim.AdamW(trained, lr=request["lr"], weight_decay=0.0)
 
         model.train()
+        on_card = self.device == "cuda"
         trainer = Trainer(
-            accelerator="gpu" if self.device == "cuda" else "cpu",
+            accelerator="gpu" if on_card else "cpu",
             devices=1,
-            precision="bf16-mixed" if self.device == "cuda" else "32-true",
-            max_steps=trial["steps"],
+            precision="bf16-mixed" if on_card else "32-true",
+            max_steps=request["steps"],
             gradient_clip_val=1.0,
             limit_val_batches=0,
             num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **SILENT,
         )
         module = Module()
-        trainer.fit(module, DataLoader(rows, trial["batch"], collate_fn=self.collate))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader(rows, request["batch"], collate_fn=self.collate))  # type: ignore[arg-type]
         trainer.limit_val_batches = 1.0
-        validation: Any = DataLoader(self.validation, trial["batch"], collate_fn=self.collate)  # type: ignore[arg-type]
+        validation: Any = DataLoader(self.validation, request["batch"], collate_fn=self.collate)  # type: ignore[arg-type]
         trainer.validate(module, validation, verbose=False)
 
 

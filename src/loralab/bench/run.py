@@ -1,27 +1,23 @@
 """``loralab bench``: its parts one after the other, what is measured on disk at once."""
 
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from loralab.bench import parts
-from loralab.bench.ground import Ground, prepare
 from loralab.bench.layer import layers
-from loralab.bench.parts import FULL, QUICK, Extent
-from loralab.bench.table import Table
-from loralab.bench.worker import Row
+from loralab.bench.measurements import Table
+from loralab.bench.parts import FULL, QUICK, BenchmarkSize
+from loralab.bench.processes import Row
+from loralab.bench.setup import BenchmarkSetup, describe_machine, physical_cores, prepare
 from loralab.errors import ConfigError, Interrupted
 from loralab.records import record
-from loralab.records.environment import environment
 
 log = logging.getLogger(__name__)
 
@@ -57,44 +53,49 @@ def bench(names: Sequence[str] = (), quick: bool = False, out: Path = Path("runs
     minutes = sum(MINUTES[name][int(quick)] for name in chosen)
     log.info("about %.0f min on two CPU cores; what is measured is in %s at once", max(1, minutes), out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    extent = QUICK if quick else FULL
+    size = QUICK if quick else FULL
     if device == "cuda":  # where a pass has room for more trials
-        sweeps = tuple(one._replace(share=1) for one in extent.sweeps)
-        extent = replace(extent, rates=(*extent.rates, 5e-4, 7e-4, 1.5e-3, 2.5e-3), sweeps=sweeps)
+        sweeps = tuple(one_sweep._replace(share=1) for one_sweep in size.sweeps)
+        size = replace(size, rates=(*size.rates, 5e-4, 7e-4, 1.5e-3, 2.5e-3), sweeps=sweeps)
     with tempfile.TemporaryDirectory() as folder:
-        return measure(chosen, extent, out, Path(folder).resolve(), device, physical_cores())
+        return measure(chosen, size, out, Path(folder).resolve(), device, physical_cores())
 
 
-def measure(names: Sequence[str], extent: Extent, out: Path, folder: Path, device: str, threads: int) -> Row:
-    """All parts on ``threads`` threads; one that fails is told, and the next goes on."""
-    found = _head(device, threads, extent)
+def measure(names: Sequence[str], size: BenchmarkSize, out: Path, folder: Path, device: str, threads: int) -> Row:
+    """All parts on ``threads`` threads; one that fails says so, and the next goes on."""
+    machine = describe_machine()
+    result = {
+        **{"schema": 1, "cpu": machine["cpu"], "gpu": machine["gpu"], "threads": threads},
+        **{"versions": machine["versions"], "git": machine["git"]},
+        **{"dtype": "bfloat16" if device == "cuda" else "float32", "extent": repr(size), "parts": {}},
+    }
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ground = prepare(folder, device, threads) if set(names) & set(WITH_PEFT) else None
+        setup = prepare(folder, device, threads) if set(names) & set(WITH_PEFT) else None
         for name in names:
-            _part(name, found, extent, out, ground)
+            _measure_part(name, result, size, out, setup)
     finally:
         torch.set_num_threads(before)
-    return found
+    return result
 
 
-def _part(name: str, found: Row, extent: Extent, out: Path, ground: Ground | None) -> None:
+def _measure_part(name: str, result: Row, size: BenchmarkSize, out: Path, setup: BenchmarkSetup | None) -> None:
     part: Row = {"about": ABOUT[name], "status": "running", "error": None, "seconds": None}
     begun = time.monotonic()
 
     def save() -> None:
         part["seconds"] = round(time.monotonic() - begun, 1)
-        record.replace(out, found)
+        record.replace(out, result)
 
     table = Table(save)
     part["rows"] = table.rows
-    found["parts"][name] = part
+    result["parts"][name] = part
     try:
-        if ground is None or name == "layer":
-            layers(table, extent.layer_rounds)
+        if setup is None or name == "layer":
+            layers(table, size.layer_rounds)
         else:
-            WITH_PEFT[name](table, ground, extent)
+            WITH_PEFT[name](table, setup, size)
         failed = [f"{row['what']}, {row['name']}" for row in table.rows if "error" in row]
         part.update(status="failed" if failed else "completed", error="; ".join(failed) or None)
     except (KeyboardInterrupt, Interrupted):
@@ -105,37 +106,3 @@ def _part(name: str, found: Row, extent: Extent, out: Path, ground: Ground | Non
         part.update(status="failed", error=f"{type(error).__name__}: {error}")
     finally:
         save()
-
-
-def _head(device: str, threads: int, extent: Extent) -> Row:
-    machine = environment()
-    return {
-        "schema": 1,
-        "cpu": machine["cpu"],
-        "gpu": machine["gpu"],
-        "threads": threads,
-        "versions": {**machine["versions"], "peft": _version("peft"), "accelerate": _version("accelerate")},
-        "git": machine["git"],
-        "dtype": "bfloat16" if device == "cuda" else "float32",
-        "extent": repr(extent),
-        "parts": {},
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once (Linux; elsewhere the logical ones)."""
-    usable: Any = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    info = Path("/proc/cpuinfo")
-    cores = set()
-    for block in info.read_text().split("\n\n") if info.is_file() else ():
-        keys = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
-        if int(keys.get("processor", -1)) in usable:
-            cores.add((keys.get("physical id"), keys.get("core id", keys.get("processor"))))
-    return len(cores) or len(usable)

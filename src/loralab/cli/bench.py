@@ -12,8 +12,8 @@ def run(arguments: Arguments) -> int:
     from loralab.cli.terminal import messages_to_stderr
 
     messages_to_stderr()
+    from loralab.bench.measurements import render
     from loralab.bench.run import ABOUT, bench
-    from loralab.bench.table import render
 
     for word in arguments.words:
         if word not in ABOUT:

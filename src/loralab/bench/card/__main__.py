@@ -1,4 +1,4 @@
-"""``python -m loralab.gpu``: the stages one after the other, in at most nine minutes; see ``make gpu``."""
+"""``python -m loralab.bench.card``: the stages one after the other, in at most nine minutes; see ``make gpu``."""
 
 import argparse
 import logging
@@ -13,13 +13,7 @@ from pathlib import Path
 NEEDED = ("torch", "lightning", "transformers", "safetensors", "torchmetrics", "hydra", "omegaconf", "bitsandbytes")
 # seconds; what a stage leaves is passed on to the next. The ballast is last, and its arms ask for 20 s each
 BUDGETS = {
-    "machine": 35,
-    "tests": 60,
-    "speed": 160,
-    "plan": 90,
-    "paged": 95,
-    "resume": 40,
-    "halving": 30,
+    **{"machine": 35, "tests": 60, "speed": 160, "plan": 90, "paged": 95, "resume": 40, "halving": 30},
     "ballast": 20,
 }
 MOST_S = {False: 530.0, True: 580.0}  # of all stages; the rest is this program's own start
@@ -32,7 +26,7 @@ NO_CUDA = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 where every stage is ok, 1 where one is not, 2 where there is nothing to run on."""
-    parser = argparse.ArgumentParser(prog="python -m loralab.gpu", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m loralab.bench.card", description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU, to see that the stages work")
     parser.add_argument("--ballast", action="store_true", help="also page beside an allocation that fills the card")
     chosen = parser.parse_args(arguments)
@@ -55,28 +49,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(out: Path, rehearsal: bool, ballast: bool) -> int:
     """Runs the stages and leaves gpu.json, index.html and records.jsonl in ``out``."""
-    from loralab.gpu.session import Session
-    from loralab.gpu.shapes import write_rows
+    from loralab.bench.card.session import CardSession
 
     out.mkdir(parents=True, exist_ok=True)
     work = stages(ballast)
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(out, rehearsal, Path(folder), budgets(list(work), MOST_S[rehearsal]))
-        write_rows(session.work)
+        session = CardSession(out, rehearsal, Path(folder), budgets(list(work), MOST_S[rehearsal]))
         for name, stage in work.items():
             session.stage(name, stage)
     logging.getLogger(__name__).info("%s", out / "gpu.json")
-    return int(any(told["status"] != "ok" for told in session.found["stages"].values()))
+    return int(any(stage["status"] != "ok" for stage in session.result["stages"].values()))
 
 
 def stages(ballast: bool) -> dict[str, Callable[..., None]]:
     """In the order of what is wanted most; what may hang a card comes last, and only where it is asked for."""
-    from loralab.gpu import paging
-    from loralab.gpu.stages import halving, machine, plan, resume, speed, tests
+    from loralab.bench.card import paging, stages
 
-    work: dict[str, Callable[..., None]] = {"machine": machine, "tests": tests, "speed": speed, "plan": plan}
-    work.update(paged=paging.paged, resume=resume, halving=halving)
-    return {**work, "ballast": paging.ballast} if ballast else work
+    names = (stages.machine, stages.tests, stages.speed, stages.plan, paging.paged, stages.resume, stages.halving)
+    return {stage.__name__: stage for stage in (*names, *([paging.ballast] if ballast else []))}
 
 
 def budgets(names: list[str], most: float) -> dict[str, float]:

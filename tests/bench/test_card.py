@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loralab.bench import ours, processes
+from loralab.bench.card import __main__ as command
+from loralab.bench.card import paging, session, shapes, stages
+from loralab.bench.card.session import CardSession, Case, Skipped
+from loralab.bench.measurements import Clock
+from loralab.bench.processes import Late, ProcessError
 from loralab.config import compose
 from loralab.config.build import trial_spec
-from loralab.gpu import __main__ as command
-from loralab.gpu import lab, paging, session, shapes, stages
-from loralab.gpu.callbacks import KILL_AFTER, Kill
-from loralab.gpu.session import Late, ProcessError, Session, Skipped
 from loralab.planning import plan
 
 NAMES = ["machine", "tests", "speed", "plan", "paged", "resume", "halving"]
@@ -31,8 +33,7 @@ def open_session(tmp_path):
         work = tmp_path / "work"
         work.mkdir(exist_ok=True)
         (tmp_path / "out").mkdir(exist_ok=True)
-        shapes.write_rows(work)
-        return Session(tmp_path / "out", rehearsal, work, dict.fromkeys([*NAMES, "ballast"], seconds))
+        return CardSession(tmp_path / "out", rehearsal, work, dict.fromkeys([*NAMES, "ballast"], seconds))
 
     return make
 
@@ -43,22 +44,54 @@ def read(tmp_path):
 
 
 @pytest.fixture
-def program(open_session, monkeypatch):
-    """A session whose processes are programs of a few lines, in place of ``python -m MODULE JOB ANSWERS``."""
+def open_short(open_session, monkeypatch, tmp_path):
+    """A session whose processes may find the engines below, and end early."""
     monkeypatch.setattr(session, "FEWEST_S", 0.0)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "engines.py").write_text(ENGINES)
 
-    def make(text, seconds=60.0):
+    def make(seconds=60.0):
         made = open_session(seconds=seconds)
         made.deadline = time.monotonic() + seconds
-        real = made.python
-        monkeypatch.setattr(made, "python", lambda *words, **k: real("-c", text, *words[2:], **k))
         return made
 
     return make
 
 
-def answers(line="x"):
-    return f"import sys\nwith open(sys.argv[2], 'a') as file:\n    file.write('{{\"{line}\": 1}}\\n')\n"
+ENGINES = """
+import os, subprocess, sys, time
+from pathlib import Path
+
+class Dies:
+    answered = 0
+
+    def __init__(self, setup):
+        print("what is printed is no answer")
+
+    def answer(self, request):
+        self.answered += 1
+        return {"x": self.answered} if self.answered == 1 else sys.exit("so it is")
+
+class Sleeps(Dies):
+    def answer(self, request):
+        if self.answered:
+            child = subprocess.Popen(["sleep", "60"])
+            Path("pids.writing").write_text(f"{os.getpid()} {child.pid}")
+            Path("pids.writing").replace("pids")
+            time.sleep(60)
+        self.answered += 1
+        return {"x": self.answered}
+
+class Refuses(Dies):
+    def answer(self, request):
+        self.answered += 1
+        return {"error": "not I"} if self.answered == 1 else {"x": self.answered}
+"""
+
+
+def runs(pid):
+    state = Path(f"/proc/{pid}/stat")
+    return state.is_file() and state.read_text().split()[2] != "Z"
 
 
 def names(folder):
@@ -96,11 +129,11 @@ def test_an_interpreter_without_the_libraries_is_told_which(monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("words", "flags"),
     [
-        ([], "loralab.gpu"),
-        (["REHEARSE=1"], "loralab.gpu --rehearse"),
-        (["REHEARSE=0"], "loralab.gpu"),
-        (["BALLAST=1"], "loralab.gpu --ballast"),
-        (["ARGS=--ballast"], "loralab.gpu --ballast"),
+        ([], "loralab.bench.card"),
+        (["REHEARSE=1"], "loralab.bench.card --rehearse"),
+        (["REHEARSE=0"], "loralab.bench.card"),
+        (["BALLAST=1"], "loralab.bench.card --ballast"),
+        (["ARGS=--ballast"], "loralab.bench.card --ballast"),
     ],
 )
 def test_make_passes_on_what_is_asked(words, flags):
@@ -120,7 +153,7 @@ def test_all_stages_end_within_nine_minutes_and_a_rehearsal_within_ten():
     for rehearsal, minutes in ((False, 9), (True, 10)):
         for ballast in (False, True):
             shares = command.budgets(list(command.stages(ballast)), command.MOST_S[rehearsal])
-            assert sum(shares.values()) + session.KILLED_S <= 60 * minutes
+            assert sum(shares.values()) + processes.KILLED_S <= 60 * minutes
             assert min(shares.values()) > session.FEWEST_S
 
 
@@ -162,54 +195,67 @@ def test_a_stage_that_is_under_way_is_not_ok_on_disk(open_session, read):
     assert (told["status"], told["seen"]) == ("ok", "failed")
 
 
-def test_lines_come_as_they_are_written_and_a_failure_after_them(program):
-    made = program(answers() + "sys.exit('so it is')")
-    found = []
-    with pytest.raises(ProcessError, match="exit code 1: so it is") as raised:
-        found.extend(made.lines("m", {}))
-    assert found == [{"x": 1}]
-    assert raised.value.code == 1
+def test_an_answer_comes_when_it_is_asked_for_and_a_death_is_told_to_every_later_request(open_short):
+    with open_short().worker("engines.Dies") as worker:
+        worker.wait_until_ready()
+        assert worker.ask({"n": 1})["x"] == 1
+        for _ in range(2):
+            with pytest.raises(ProcessError, match="exit code 1: what is printed is no answer\nso it is") as raised:
+                worker.ask({"n": 2})
+            assert raised.value.code == 1
 
 
-def test_at_the_deadline_what_was_found_is_kept_and_nothing_runs_on(program, tmp_path):
-    mark = tmp_path / "child"
-    spawn = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\n"
-    spawn += f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
-    made = program(spawn + answers() + "import time\ntime.sleep(60)", seconds=1.5)
-    found, begun = [], time.monotonic()
-    with pytest.raises(Late, match="stopped in m"):
-        found.extend(made.lines("m", {}))
+def test_an_error_that_is_answered_ends_no_process(open_short):
+    with open_short().worker("engines.Refuses") as worker:
+        with pytest.raises(ProcessError, match="not I") as raised:
+            worker.ask({"n": 1})
+        assert raised.value.code is None
+        assert worker.ask({"n": 2})["x"] == 2
+        worker.finish()
+
+
+def test_at_the_deadline_nothing_runs_on(open_short):
+    made = open_short(seconds=1.5)
+    begun = time.monotonic()
+    with made.worker("engines.Sleeps") as worker:
+        assert worker.ask({"n": 1})["x"] == 1
+        with pytest.raises(Late, match="stopped in engines.Sleeps"):
+            worker.ask({"n": 2})
     assert time.monotonic() - begun < 10
-    assert found == [{"x": 1}]
     time.sleep(0.2)
-    state = Path(f"/proc/{mark.read_text()}/stat")
-    assert not state.is_file() or state.read_text().split()[2] == "Z"  # the child of the killed process too
+    assert not any(map(runs, (made.work / "pids").read_text().split()))  # the child of the killed process too
 
 
 def test_a_process_that_would_have_too_little_time_is_not_started(open_session):
     made = open_session()
     made.deadline = time.monotonic() + session.FEWEST_S - 1
     with pytest.raises(Late, match="s were left"):
-        made.python("-c", "pass")
+        made.worker("engines.Dies")
 
 
-def test_a_late_stage_keeps_its_figures_and_the_next_one_starts(program, read):
-    made = program(answers("name") + "import time\ntime.sleep(60)", seconds=1.0)
-    made.stage("plan", lambda s, told: told.update(runs=[]) or told["runs"].extend(s.lines("m", {})))
+def test_a_late_stage_keeps_its_figures_and_the_next_one_starts(open_short, read):
+    def plan(made, told):
+        told["runs"] = []
+        with made.worker("engines.Sleeps") as worker:
+            told["runs"].append({"name": worker.ask({"n": 1})["x"]})
+            worker.ask({"n": 2})
+
+    made = open_short(seconds=1.0)
+    made.stage("plan", plan)
     made.stage("paged", lambda s, told: None)
     told = valid(read())
     assert (told["plan"]["status"], told["plan"]["runs"], told["paged"]["status"]) == ("timeout", [{"name": 1}], "ok")
 
 
 def test_a_terminated_session_leaves_no_process_and_says_how_far_it_came(tmp_path):
-    out, mark = tmp_path / "out", tmp_path / "pid"
+    out, mark = tmp_path / "out", tmp_path / "pids"
     text = f"""
-import pathlib, sys
-from loralab.gpu import __main__ as command
+import sys
+from loralab.bench.card import __main__ as command
 def stage(session, told):
-    waits = "import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    with session.python("-c", waits) as process:
-        process.ended(60)
+    waits = "import os, time; open({str(mark)!r}, 'w').write(f'{{os.getppid()}} {{os.getpid()}}'); time.sleep(60)"
+    with session.worker("loralab.bench.worker.Python") as worker:
+        worker.ask({{"words": ["-c", waits], "folder": {str(tmp_path)!r}}})
 command.stages = lambda ballast: {{"machine": stage}}
 sys.exit(command.main(["--rehearse"]))
 """
@@ -221,24 +267,22 @@ sys.exit(command.main(["--rehearse"]))
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     assert valid(json.loads((out / "gpu.json").read_text()))["machine"]["status"] == "failed"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(mark.read_text()), 0)
+    assert not any(map(runs, mark.read_text().split()))
 
 
-def test_a_process_that_dies_takes_its_waiting_runs_along_and_says_why(program, tmp_path, make_spec):
+def test_a_process_that_dies_takes_its_waiting_runs_along_and_says_why(open_short, monkeypatch, make_spec):
     from loralab.records import record
     from loralab.running.runner import Runner
 
-    done = "import sys\nopen(sys.argv[2], 'w').write('{\"name\": \"plan0\", \"exit_code\": 0}\\n')\nsys.exit('gone')"
-    made = program(done)
+    made = open_short()
+    monkeypatch.setattr(session, "trainer", lambda made: made.worker("engines.Dies"))
     for number, status in ((0, "completed"), (1, "running")):
         (entry,) = Runner().run([make_spec(f"work/plan{number}", max_steps=1)])
         record.write(made.work / f"plan{number}", {**entry, "status": status})
-    runs = [
-        {**about, **found} for about, found in stages.trained(made, "plan", [({"run": str(i)}, []) for i in range(3)])
-    ]
-    assert [(one["run"], one["status"]) for one in runs] == [("0", "completed"), ("1", "failed"), ("2", "failed")]
-    assert all("exit code 1: gone" in one["error"] for one in runs[1:])
+    told = []
+    session.run_all(made, "plan", told, [Case({"run": str(i)}, []) for i in range(3)])
+    assert [(one["run"], one["status"]) for one in told] == [("0", "completed"), ("1", "failed"), ("2", "failed")]
+    assert all("exit code 1: what is printed is no answer\nso it is" in one["error"] for one in told[1:])
 
 
 def test_at_most_three_files_are_left_and_none_of_an_earlier_session(open_session, tmp_path, make_spec):
@@ -253,7 +297,7 @@ def test_at_most_three_files_are_left_and_none_of_an_earlier_session(open_sessio
     made.stage("machine", lambda s, told: None)
     out = tmp_path / "out"
     assert names(out) == ["gpu.json", "index.html", "records.jsonl"]
-    kept = session.read_lines(out / "records.jsonl")
+    kept = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     assert [(one["stage"], one["name"], one["record"]["status"]) for one in kept] == [
         ("plan", "one", "completed"),
         ("plan", "two", "completed"),
@@ -282,10 +326,10 @@ def test_no_process_pages_twice_and_no_arm_has_a_ballast_unasked():
 @pytest.mark.parametrize(("free_mib", "runs"), [(8192, True), (4000, False)])
 def test_a_ballast_needs_a_card_with_room_for_the_managed_memory(open_session, monkeypatch, free_mib, runs):
     made, asked = open_session(rehearsal=False), []
-    monkeypatch.setattr(paging, "_arms", lambda *a: asked.append(a))
+    monkeypatch.setattr(paging, "_arms", lambda *a, **k: asked.append(a))
     with pytest.raises(LookupError):
         paging.ballast(made, {})
-    made.found["stages"] = {
+    made.result["stages"] = {
         "machine": {"nvidia_smi": f"NVIDIA H100 80GB HBM3, 580.1, {free_mib + 3} MiB, 3 MiB"},
         "paged": {"arms": [{"paged_bytes": 0}, {"paged_bytes": 2**30}]},
     }
@@ -303,23 +347,33 @@ def test_every_run_that_a_card_would_make_is_a_valid_configuration(open_session,
     pilot = {"status": "completed", "error": None, "paged_bytes": 2**30, "state_bytes": 2**30}
     pilot.update(measured_peak_bytes=2**32, losses=[1.0], resumed_from=4, halved=[[8]], predicted_over_measured=1.0)
     monkeypatch.setattr(paging, "cannot_page", lambda: "")
-    monkeypatch.setattr(stages, "outcome", lambda *_: dict(pilot))
-    monkeypatch.setattr(stages, "_kill", lambda session, job: words.append(job["words"]))
+    monkeypatch.setattr(session, "outcome", lambda *_: dict(pilot))
 
-    def lines(module, jobs, environment=None):
-        words.extend(job["words"] for job in jobs)
-        return ({"name": job["name"], "exit_code": 0} for job in jobs)
+    class Noting:
+        def __init__(self, *_, **__):
+            pass
 
-    monkeypatch.setattr(made, "lines", lines)
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, request):
+            words.append(request["words"])
+            if "kill_after" in request:
+                raise ProcessError("it", -signal.SIGKILL, "")
+            return {"seconds": 1.0}
+
+    monkeypatch.setattr(made, "worker", Noting)
     card = "NVIDIA H100 80GB HBM3, 580.1, 81559 MiB, 3 MiB"
     made.stage("machine", lambda session, told: told.update(nvidia_smi=card))
     for name in ("plan", "paged", "resume", "halving", "ballast"):
         made.stage(name, command.stages(ballast=True)[name])
-        assert made.found["stages"][name]["status"] == "ok", made.found["stages"][name]["error"]
+        assert made.result["stages"][name]["status"] == "ok", made.result["stages"][name]["error"]
     assert len(words) == 9 + 6 + 3 + 1 + 2
     for one in words:
-        given = [word.split(",")[0] if word.startswith("seed=") else word for word in one if word != "-m"]
-        spec = trial_spec(compose.compose([w for w in given if not w.startswith("hydra.")]), Path("nowhere"))
+        spec = trial_spec(compose.compose(one), Path("nowhere"))
         assert (spec.trainer.accelerator, spec.trainer.precision) == ("gpu", "bf16-mixed")
         assert (spec.model.drawn_on, spec.model.dtype) == ("device", "bfloat16")
     caps = [word for one in words for word in one if word.startswith("memory.cap=")]
@@ -334,17 +388,18 @@ def test_a_card_is_left_room_for_some_trials_of_a_pack_and_not_for_all(monkeypat
         return SimpleNamespace(predicted_peak_bytes=1000 * len(specs))
 
     monkeypatch.setattr(plan, "predict", predict)
-    words = [*shapes.CPU.large.words(), *shapes.common(True), "quantization=nf4_double"]
-    room = lab._between({"words": words, "trials": 8, "fit": 4})
+    words = [*shapes.CPU.large.words("cpu"), "quantization=nf4_double"]
+    engine = ours.Loralab({"device": "cpu", "folder": "nowhere", "words": words})
+    specs = engine.specs({"trials": 8, "words": ["seed=0"]}, ours.StepTimes(None))
+    assert ours.room(specs, 4) == plan.FRAGMENTATION * 6000
     assert asked == [(4, "cuda", 64), (8, "cuda", 64)]
-    assert room == plan.FRAGMENTATION * 6000
 
 
 def test_running_out_of_memory_is_a_result_only_where_it_is_asked():
     runs = [{"room": "cap", "optimizer": "adamw_32bit", "status": "out_of_memory", "error": "no room"}]
-    stages.complain(runs, paging.ENDS)
+    session.check_ends(runs, paging.ENDS)
     with pytest.raises(RuntimeError, match="adamw_32bit: out_of_memory: no room"):
-        stages.complain(runs)
+        session.check_ends(runs)
 
 
 def test_speeds_are_compared_with_one_trial_a_pass_and_with_the_peer():
@@ -368,26 +423,23 @@ def test_a_resumed_run_is_compared_step_by_step():
         return {"losses": losses, "paged_bytes": 8, "resumed_from": None, **more}
 
     whole, told = run([2.0, 1.0]), {}
-    stages._alike(told, run([2.0, 1.0], resumed_from=1), whole)
+    stages.compare_resumed(told, run([2.0, 1.0], resumed_from=1), whole)
     assert (told["same_bits"], told["loss_difference"], told["resumed_from"]) == (True, 0.0, 1)
-    stages._alike(told, run([2.0, 1.1], resumed_from=1), whole)
+    stages.compare_resumed(told, run([2.0, 1.1], resumed_from=1), whole)
     assert (told["same_bits"], told["loss_difference"]) == (False, pytest.approx(0.1))
     for wrong, says in ((run([2.0, 1.0]), "began anew"), (run([2.0, 1.0], resumed_from=1, paged_bytes=0), "8 bytes")):
         with pytest.raises(RuntimeError, match=says):
-            stages._alike({}, wrong, whole)
+            stages.compare_resumed({}, wrong, whole)
 
 
-def test_a_run_is_killed_only_where_the_environment_says_so(monkeypatch):
+def test_a_run_is_killed_only_where_it_is_asked_for(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "kill", lambda *a: ended.append(a))
-    trainer = type("Trainer", (), {"global_step": 5})()
-    Kill().on_train_batch_end(trainer, None)
+    trainer = SimpleNamespace(global_step=5)
+    for kill_after in (None, 6):
+        ours.StepTimes(Clock("cpu"), kill_after).on_train_batch_end(trainer)
     assert ended == []
-    monkeypatch.setenv(KILL_AFTER, "6")
-    Kill().on_train_batch_end(trainer, None)
-    assert ended == []
-    monkeypatch.setenv(KILL_AFTER, "5")
-    Kill().on_train_batch_end(trainer, None)
+    ours.StepTimes(Clock("cpu"), 5).on_train_batch_end(trainer)
     assert ended == [(os.getpid(), signal.SIGKILL)]
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.bench.ground import LLAMA_1B
+from loralab.bench.setup import LLAMA_1B, device_words
 
-MODEL_1B = {**LLAMA_1B, "vocab_size": 32000}
-MODEL_7B = {
+LLAMA_7B = {
     **{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
     **{"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 2048, "vocab_size": 32000},
 }
@@ -28,11 +27,12 @@ class Shape:
     length: int
     rows: int
 
-    def words(self) -> list[str]:
-        """For the command line."""
+    def words(self, device: str, rows: str = "rows") -> list[str]:
+        """For the command line: base, batch, device and the data of ``write_rows``."""
         keys = [f"+model.config.{key}={value}" for key, value in self.config.items()]
-        sizes = [f"model.max_length={self.length}", f"data.batch_size={self.rows}"]
-        return ["model=random", "model.drawn_on=device", "model.dropout=0", *sizes, *keys]
+        batch = [f"model.max_length={self.length}", f"data.batch_size={self.rows}"]
+        data = ["data=files", "data.text='{text}'", f"data.train={rows}.jsonl", "data.validation=held_out.jsonl"]
+        return ["model=random", "model.drawn_on=device", "model.dropout=0", *keys, *batch, *data, *device_words(device)]
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ CARD = Sizes(
     plan=(
         Shape("tiny llama", {"model_type": "llama"}, 256, 8),
         Shape("gpt2", {"model_type": "gpt2"}, 512, 8),
-        Shape("llama 1B", MODEL_1B, 512, 4),
+        Shape("llama 1B", LLAMA_1B, 512, 4),
     ),
-    large=Shape("llama 1B", MODEL_1B, 192, 2),
-    speed=((Shape("llama 1B", MODEL_1B, 128, 1), (1, 4, 16)), (Shape("llama 7B", MODEL_7B, 512, 1), (1, 4))),
+    large=Shape("llama 1B", LLAMA_1B, 192, 2),
+    speed=((Shape("llama 1B", LLAMA_1B, 128, 1), (1, 4, 16)), (Shape("llama 7B", LLAMA_7B, 512, 1), (1, 4))),
     steps=15,
     spiky_length=1024,
 )
@@ -64,18 +64,6 @@ CPU = Sizes(
     steps=3,
     spiky_length=128,
 )
-
-
-def sizes(rehearsal: bool) -> Sizes:
-    """Those of a card, or of a rehearsal."""
-    return CPU if rehearsal else CARD
-
-
-def common(rehearsal: bool, rows: str = "rows") -> list[str]:
-    """Device, data and logger of every run."""
-    on_card = ["trainer=gpu", "trainer.precision=bf16-mixed", "model.dtype=bfloat16"]
-    data = ["data=files", "data.text='{text}'", f"data.train={rows}.jsonl", "data.validation=held_out.jsonl"]
-    return [*data, *(["trainer=cpu"] if rehearsal else on_card), "logger=none"]
 
 
 def write_rows(folder: Path, words: int = 700) -> None:

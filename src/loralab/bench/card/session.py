@@ -1,0 +1,178 @@
+"""The stages' results so far, on disk as they come, and the processes that make them, each with a deadline."""
+
+import json
+import logging
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from loralab.bench.card.shapes import CARD, CPU, write_rows
+from loralab.bench.processes import Late, ProcessError, Row, WorkerProcess
+from loralab.records import record
+from loralab.reporting import card
+
+log = logging.getLogger(__name__)
+
+RECORDS = "records.jsonl"
+NO_RECORD = "it left no record"
+FEWEST_S = 8.0  # a process with less time than this is not started
+
+
+class Skipped(Exception):  # noqa: N818 - as Late
+    """What the stage needs is not installed."""
+
+
+class CardSession:
+    """One ``make gpu``. ``rehearsal``: tiny shapes on the CPU. Below ``out`` there are at most three files:
+    gpu.json, index.html, and the runs' records, a line each."""
+
+    def __init__(self, out: Path, rehearsal: bool, work: Path, budgets: Mapping[str, float]) -> None:
+        self.out, self.rehearsal, self.work, self.budgets = out, rehearsal, work, budgets
+        self.sizes, self.device = (CPU, "cpu") if rehearsal else (CARD, "cuda")
+        self.deadline = self.begun = time.monotonic()
+        self.result: Row = {
+            **{"schema": 2, "rehearsal": rehearsal, "device": self.device},
+            **{"date": datetime.now(UTC).isoformat("T", "seconds"), "seconds": 0.0, "stages": {}},
+        }
+        write_rows(work)
+        for name in ("gpu.json", "index.html", RECORDS):
+            (out / name).unlink(missing_ok=True)
+
+    def save(self) -> None:
+        """gpu.json and the page, as they stand."""
+        self.result["seconds"] = round(time.monotonic() - self.begun, 1)
+        record.replace(self.out / "gpu.json", self.result)
+        (self.out / "index.html").write_text(card.page(self.result), "utf-8")
+
+    def stage(self, name: str, work: Callable[["CardSession", Row], None]) -> None:
+        """Runs ``work`` until its time, with all that earlier stages left, is spent. What it measured by then is kept,
+        and its end is in ``status``: ok, failed, timeout or skipped (and ``error`` says why)."""
+        names = list(self.budgets)
+        self.deadline = self.begun + sum(self.budgets[earlier] for earlier in names[: names.index(name) + 1])
+        # failed until it is known to be otherwise: a reader of gpu.json may come at any time
+        stage: Row = {"status": "failed", "seconds": 0.0, "error": "it had not ended when this was written"}
+        started, self.result["stages"][name] = time.monotonic(), stage
+        log.info("%s, at most %.0f s", name, self.deadline - started)
+        try:
+            self.save()
+            work(self, stage)
+            stage.update(status="ok", error=None)
+        except Late as late:
+            stage.update(status="timeout", error=str(late))
+        except Skipped as why:
+            stage.update(status="skipped", error=str(why))
+        except Exception as error:
+            stage.update(error=f"{type(error).__name__}: {' '.join(str(error).split())[-2000:]}")
+        finally:
+            stage["seconds"] = round(time.monotonic() - started, 1)
+            self.save()
+        log.info("%s: %s after %.0f s%s", name, stage["status"], stage["seconds"], f": {stage['error'] or ''}")
+
+    def worker(self, engine: str, setup: Row | None = None, **environment: str) -> WorkerProcess:
+        """A process until the stage's deadline. Raises Late where too little time is left to start it."""
+        left = self.deadline - time.monotonic()
+        if left < FEWEST_S:
+            raise Late(f"{max(0.0, left):.0f} s were left for {engine}")
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # of the cards that this process may use
+        around = {"PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
+        around |= {"CUDA_VISIBLE_DEVICES": "" if self.rehearsal else first, **environment}
+        return WorkerProcess(engine, {"device": self.device, **(setup or {})}, self.work, around, self.deadline)
+
+    def keep(self, folder: Path, stage: str, name: str) -> tuple[Row, list[Row]]:
+        """A run's record and metrics, which then are a line of the records' file and no longer a folder."""
+        metrics = folder / "metrics.jsonl"
+        stored = record.read(folder)
+        rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.is_file() else []
+        with (self.out / RECORDS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "name": name, "record": stored, "metrics": rows}) + "\n")
+        shutil.rmtree(folder)
+        return stored, rows
+
+
+class Case(NamedTuple):
+    """``about``: what its row says beside its record; ``trials``: seeds that share a pass."""
+
+    about: Row
+    words: list[str]
+    trials: int = 1
+
+
+def trainer(session: CardSession, **environment: str) -> WorkerProcess:
+    """A process that pays once for its imports and for CUDA's context."""
+    setup = {"words": [], "folder": str(session.work), "anew": True}
+    return session.worker("loralab.bench.ours.Loralab", setup, **environment)
+
+
+def run_all(
+    session: CardSession, stage: str, rows: list[Row], cases: list[Case], fit: int | None = None, **environment: str
+) -> None:
+    """Appends a row for each case to ``rows``, in one process; one that left no record has an error. ``fit``: how many
+    trials there is memory for.
+
+    A process that ends before all of them are done takes the rest with it: they are told as failed.
+    """
+    with trainer(session, **environment) as worker:
+        for number, case in enumerate(cases):
+            name, answer, failure = f"{stage}{number}", dict[str, object](), ""
+            try:
+                answer = worker.ask({"name": name, "words": case.words, "trials": case.trials, "fit": fit})
+            except ProcessError as error:
+                failure = str(error)
+            row = outcome(session, stage, name)
+            if failure and (row["status"] == "running" or row["error"] == NO_RECORD):
+                row.update(status="failed", error=failure)
+            row.update({key: answer[key] for key in ("seconds", "left_bytes") if key in answer})
+            rows.append({**case.about, **row})
+            session.save()
+
+
+def outcome(session: CardSession, stage: str, name: str) -> Row:
+    """What the records below the folder ``name`` say; of several, those of one pass, the first and all outcomes."""
+    folders = record.find(session.work / name)
+    kept = [session.keep(folder, stage, f"{name}/{folder.name}") for folder in folders]
+    if not kept:
+        return {"status": "failed", "error": NO_RECORD}
+    row = summary(*kept[0])
+    if len(kept) > 1:
+        row["statuses"] = sorted({stored["status"] for stored, _ in kept})
+        row["pack_sizes"] = sorted(stored["pack"]["size"] for stored, _ in kept)
+        row["halved"] = [stored["pack"].get("halved") for stored, _ in kept]
+        row["status"] = next((status for status in row["statuses"] if status != "completed"), "completed")
+    return row
+
+
+def summary(stored: Row, rows: list[Row]) -> Row:
+    """The numbers of a record that are about memory and time."""
+    memory, spent, optimizer = stored["memory"], stored["time"], stored["optimizer"]
+    predicted, measured = memory["predicted_peak_bytes"], memory["measured_peak_bytes"]
+    steps = [row for row in rows if "time/optimizer_s" in row and row["step"] > 2]  # the first two warm up
+    whole = [sum(row.get(f"time/{phase}_s", 0.0) for phase in ("forward", "backward", "optimizer")) for row in steps]
+    kept = ("reserved_by_phase", "by_phase", "ballast_bytes", "cap_bytes", "simulated", "spike_count")
+    return {
+        **{key: stored.get(key) for key in ("status", "error", "exit_code", "resumed_from")},
+        **{"predicted_peak_bytes": predicted, "measured_peak_bytes": measured},
+        "predicted_over_measured": predicted / measured if predicted and measured else None,
+        "parameters": stored["base"].get("parameters"),
+        "trainable_parameters": stored["adapter"].get("trainable_parameters"),
+        **{key: optimizer.get(key) for key in ("effective_name", "state_bytes", "paged_bytes", "paging", "note")},
+        **{key: memory[key] for key in kept if key in memory},
+        **{key: value for key, value in memory.items() if key.startswith(("managed", "device_used", "host_"))},
+        **{key: spent[key] for key in ("steps", "startup_s", "train_s", "wall_s", "tokens", "tokens_per_s")},
+        "step_s": statistics.median(whole) if whole else None,
+        "optimizer_step_s": statistics.median(row["time/optimizer_s"] for row in steps) if steps else None,
+        "slowest_optimizer_step_s": max((row["time/optimizer_s"] for row in steps), default=None),
+        "losses": [row["train/loss"] for row in rows if "train/loss" in row],
+    }
+
+
+def check_ends(rows: Iterable[Row], allowed: tuple[str, ...] = ("completed",)) -> None:
+    """Raises RuntimeError for the first that ended otherwise."""
+    for row in rows:
+        if row["status"] not in allowed:
+            name = next(row[key] for key in ("case", "optimizer", "model", "run") if row.get(key))
+            raise RuntimeError(f"{name}: {row['status']}: {row['error']}")

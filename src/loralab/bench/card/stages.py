@@ -1,0 +1,188 @@
+"""What is measured, stage by stage: machine, tests, speed, plan, resume, halving (paging has a file of its own)."""
+
+import json
+import signal
+import subprocess
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from loralab.bench.card.session import CardSession, Case, Skipped, check_ends, run_all, trainer
+from loralab.bench.card.shapes import Shape
+from loralab.bench.measurements import OURS, WARM_UP, counted, summary
+from loralab.bench.parts import TRAINER, one_trial
+from loralab.bench.processes import SOURCE, ProcessError, Row
+
+TRIALS = 8  # of a pack that has to be divided
+STEPS, KILLED_AT, CHECKPOINT_EVERY = 10, 5, 2  # the step after the last checkpoint is made twice
+NF4 = "quantization=nf4_double"
+
+
+def machine(session: CardSession, stage: Row) -> None:
+    """The card, the driver, the versions, what the doctor says, and what the libraries take before any model."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader"]
+        stage["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        stage["nvidia_smi"] = f"not available ({error})"
+    stage["cuda"] = torch.version.cuda
+    if session.rehearsal:
+        stage["stood_in"] = "bytes that this process grows by, for those that a card's context and libraries take"
+    sizes = card_bytes(stage["nvidia_smi"])
+    with session.worker("loralab.bench.card.constants.Constants") as worker:
+        answer = worker.ask({"used_before": sizes[1] if sizes else None})
+        stage.update({key: answer[key] for key in ("constants", "environment", "doctor")})
+
+
+def card_bytes(nvidia_smi: str) -> tuple[int, int] | None:
+    """(all, used) of the first card; None where nvidia-smi did not answer."""
+    words = (nvidia_smi.splitlines() or [""])[0].split(",")[-2:]
+    sizes = [word.strip().removesuffix(" MiB") for word in words]
+    return (int(sizes[0]) << 20, int(sizes[1]) << 20) if all(size.isdigit() for size in sizes) else None
+
+
+def tests(session: CardSession, stage: Row) -> None:
+    """The tests that need a card. Raises Skipped where they or pytest are not there."""
+    root = SOURCE.parent
+    if find_spec("pytest") is None:
+        raise Skipped("pytest is not installed")
+    if not (root / "tests" / "gpu").is_dir():
+        raise Skipped("the tests are not part of this installation")
+    if session.rehearsal:
+        stage["stood_in"] = "without a card each of these tests skips itself: what is shown is that they are found"
+    words = ["-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider"]
+    with session.worker("loralab.bench.worker.Python") as worker:
+        answer, output = worker.ask({"words": words, "folder": str(root)}), worker.tail(6000)
+    stage.update(exit_code=answer["exit_code"], summary=output.splitlines()[-1] if output else "", output=output)
+    if answer["exit_code"]:
+        raise RuntimeError(stage["summary"])
+
+
+def speed(session: CardSession, stage: Row) -> None:
+    """K trials in one pass, for several K, and one trial of PEFT; each base has a process a side."""
+    stage["bases"] = []
+    for number, (shape, trials) in enumerate(session.sizes.speed):
+        base: Row = {"model": shape.name, "length": shape.length, "rows": shape.rows, "quantization": "nf4_double"}
+        stage["bases"].append({**base, "sides": []})
+        base = stage["bases"][-1]
+        steps, ids = WARM_UP + session.sizes.steps, session.work / f"ids{number}.json"
+        rows = torch.randint(1, 2048, (steps * shape.rows, shape.length), generator=torch.Generator().manual_seed(0))
+        pairs = [(row, row) for row in rows.tolist()]
+        ids.write_text(json.dumps({"train": pairs, "validation": pairs[: shape.rows]}))
+        words = [*shape.words(session.device), NF4, "callbacks=none", "plan.record=false"]
+        setup = {"config": shape.config, "rows": str(ids), "pad": 0, "words": words}
+        setup["folder"] = str(session.work / f"speed{number}")
+        _measure(session, base, OURS, "loralab.bench.ours.Loralab", setup, trials)
+        if find_spec("peft") is None:
+            base["note"] = "peft is not installed"
+        else:
+            _measure(session, base, TRAINER, "loralab.bench.peers.WithTrainer", setup, (1,))
+        compare(base)
+    errors = [
+        f"{base['model']}, {side['name']}, {side['trials']} trials: {side['error']}"
+        for base in stage["bases"]
+        for side in base["sides"]
+        if "error" in side
+    ]
+    if errors:
+        raise RuntimeError("; ".join(errors))
+
+
+def _measure(session: CardSession, base: Row, name: str, engine: str, setup: Row, trials: tuple[int, ...]) -> None:
+    """Adds a side for each number of ``trials`` in one pass; tokens/s are all of theirs."""
+    first: list[float] = []
+    with session.worker(engine, setup) as worker:
+        for count in trials:
+            side: Row = {"name": name, "trials": count}
+            base["sides"].append(side)
+            try:
+                answer = worker.ask({**one_trial(WARM_UP + session.sizes.steps, base["rows"]), "trials": count})
+            except ProcessError as error:
+                side["error"] = str(error)
+                continue
+            losses, time = answer["losses"], summary(counted(answer))
+            first = first or losses
+            side["loss_difference"] = max(abs(a - b) / abs(b) for a, b in zip(losses, first, strict=True))
+            side.update(step_s=time["median"], quartiles_s=time["quartiles"], steps=time["measurements"])
+            side.update(tokens_per_s=count * base["rows"] * base["length"] / time["median"], whole_s=answer["seconds"])
+            side.update({key: answer.get(key) for key in ("peak_bytes", "pack_sizes", "trainable_parameters")})
+            session.save()
+
+
+def compare(base: Row) -> None:
+    """Tokens a second of each side over those of loralab with one trial a pass, and over PEFT's."""
+    rates = {(side["name"], side["trials"]): side["tokens_per_s"] for side in base["sides"] if "tokens_per_s" in side}
+    alone, peft = rates.get((OURS, 1)), rates.get((TRAINER, 1))
+    for side in base["sides"]:
+        if "tokens_per_s" in side:
+            side["over_alone"] = side["tokens_per_s"] / alone if alone else None
+            side["over_peft"] = side["tokens_per_s"] / peft if peft else None
+
+
+def plan(session: CardSession, stage: Row) -> None:
+    """Predicted beside measured peaks of real trainings, all in one process."""
+
+    def case(shape: Shape, scheme: str, name: str = "", *words: str, trials: int = 1, rows: str = "rows") -> Case:
+        about = {"model": shape.name, "quantization": scheme, "case": name, "length": shape.length, "rows": shape.rows}
+        words = (f"quantization={scheme}", "trainer.max_steps=4", "plan.record=true", *words)
+        return Case(about, [*shape.words(session.device, rows), *words], trials)
+
+    last = session.sizes.plan[-1]
+    cases = [case(shape, scheme) for shape in session.sizes.plan for scheme in ("none", "nf4_double")]
+    cases.append(case(last, "nf4_double", "ragged", rows="ragged"))
+    cases.append(case(last, "nf4_double", "checkpointed", "model.gradient_checkpointing=true"))
+    cases.append(case(last, "nf4_double", "4 trials in a pass", trials=4))
+    stage["runs"] = []
+    run_all(session, "plan", stage["runs"], cases)
+    ratios = [run["predicted_over_measured"] for run in stage["runs"] if run.get("predicted_over_measured")]
+    stage["worst_ratio"] = max(ratios, key=lambda ratio: abs(ratio - 1), default=None)
+    stage["within_5_percent"] = sum(abs(ratio - 1) <= 0.05 for ratio in ratios)
+    check_ends(stage["runs"])
+
+
+def resume(session: CardSession, stage: Row) -> None:
+    """A run with a paged optimizer that is killed and taken up by another process, beside one that is not."""
+    words = [*session.sizes.large.words(session.device), NF4, "optimizer=paged_adamw", "optimizer.flat=true"]
+    words += [f"trainer.max_steps={STEPS}", f"callbacks.checkpoint.every_n_steps={CHECKPOINT_EVERY}"]
+    words += ["plan.record=false", "adapter.r=64"]
+    cases = [Case({"run": name}, words) for name in ("resumed", "undisturbed")]
+    with trainer(session) as worker:
+        try:
+            worker.ask({"name": "resume0", "words": words, "kill_after": KILLED_AT})
+            raise LookupError(f"the run was to be killed after {KILLED_AT} steps, and ended")
+        except ProcessError as end:
+            if end.code != -signal.SIGKILL:
+                raise
+    stage["runs"] = []
+    run_all(session, "resume", stage["runs"], cases)
+    check_ends(stage["runs"])
+    compare_resumed(stage, *stage["runs"])
+
+
+def compare_resumed(stage: Row, resumed: Row, whole: Row) -> None:
+    """Losses are those of metrics.jsonl, where steps made twice are written once. Raises RuntimeError for a run that
+    began anew, or pages other bytes."""
+    pairs: list[tuple[Any, Any]] = list(zip(whole["losses"], resumed["losses"], strict=True))
+    stage["loss_difference"] = max(abs(a - b) / abs(a) for a, b in pairs)
+    stage["same_bits"] = all(a == b for a, b in pairs)
+    stage["same_paged_bytes"] = whole["paged_bytes"] == resumed["paged_bytes"]
+    stage["resumed_from"] = resumed["resumed_from"]
+    if not resumed["resumed_from"]:
+        raise RuntimeError("the second process began anew")
+    if not stage["same_paged_bytes"]:
+        raise RuntimeError(f"{whole['paged_bytes']} bytes were paged, {resumed['paged_bytes']} after the resume")
+
+
+def halving(session: CardSession, stage: Row) -> None:
+    """A pack for which there is too little memory: it has to be divided, and every trial has to end well."""
+    fit = TRIALS // 2
+    if session.rehearsal:
+        stage["stood_in"] = f"from the second step on the refusal of memory for more than {fit} trials is raised"
+    words = [*session.sizes.large.words(session.device), NF4, "trainer.max_steps=4", "plan.record=false"]
+    case = Case({"case": f"{TRIALS} trials"}, [*words, "callbacks.memory.profiled_step=null"], TRIALS)
+    stage["runs"] = []
+    run_all(session, "halving", stage["runs"], [case], fit)
+    check_ends(stage["runs"])
+    if not all(stage["runs"][0]["halved"]):
+        raise RuntimeError(f"the pack was not divided: there was room for {TRIALS} trials")

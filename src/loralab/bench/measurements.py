@@ -1,0 +1,103 @@
+"""How time is taken, in turn and with the device idle; and the rows of measurements, as JSON and as Markdown tables."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from loralab.bench.processes import Row
+
+OURS = "loralab"
+WARM_UP = 3  # steps at the head of a measurement that are not counted
+
+
+class Clock:
+    """When each step ended, everything queued on the device included."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.ends: list[float] = []
+
+    def __call__(self) -> None:
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def steps(self) -> list[float]:
+        """Seconds of each step but the first, which has no beginning."""
+        return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def in_turn(items: Sequence[Any], number: int) -> list[Any]:
+    """Every second round the other way round, so that none always comes after the same neighbour."""
+    return list(items[::-1] if number % 2 else items)
+
+
+def summary(values: Sequence[float]) -> Row:
+    """{median, quartiles, measurements}; of one value the quartiles are that value."""
+    several = list(values) * 2 if len(values) == 1 else values
+    low, middle, high = statistics.quantiles(several, n=4, method="inclusive")
+    return {"median": middle, "quartiles": [low, high], "measurements": len(values)}
+
+
+def counted(answer: Row) -> Any:
+    """Seconds of a worker's steps after those that warm up."""
+    return answer["steps"][WARM_UP - 1 :]
+
+
+class Table:
+    """The rows of one part. A row is a library at a task (``what``); its ratio is to loralab at the same task."""
+
+    def __init__(self, save: Callable[[], None]) -> None:
+        self.rows: list[Row] = []
+        self._save = save
+        self._values: dict[tuple[str, str], list[float]] = {}
+
+    def row(self, name: str, what: str, unit: str, **about: Any) -> Row:
+        """The row of that name and task, added at first use."""
+        for row in self.rows:
+            if (row["name"], row["what"]) == (name, what):
+                return row
+        row = {"name": name, "what": what, "unit": unit, "median": None, "quartiles": None, "ratio": None}
+        self.rows.append({**row, "measurements": 0, **about})
+        return self.rows[-1]
+
+    def add(self, row: Row, values: Iterable[float], **about: Any) -> None:
+        """Further measurements of a row, and what else is known of it."""
+        measured = self._values.setdefault((row["name"], row["what"]), [])
+        measured += values
+        row.update(about, **summary(measured))
+        same_task = [other for other in self.rows if other["what"] == row["what"]]
+        ours = next((other["median"] for other in same_task if other["name"] == OURS), None)
+        for other in same_task:
+            other["ratio"] = other["median"] / ours if ours and other["median"] else None
+        self._save()
+
+    def fail(self, row: Row, error: Exception) -> None:
+        """The row says why it was not measured."""
+        row["error"] = str(error)
+        self._save()
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Markdown."""
+    where = f"{result['gpu'] or result['cpu']}, {result['threads']} threads, {result['dtype']}"
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    lines = [f"{where}; {versions}"]
+    for name, part in result["parts"].items():
+        lines += ["", f"**{name}**: {part['about']}", ""]
+        lines += ["| | | median | quartiles | times loralab |", "|---|---|---:|---:|---:|"]
+        lines += [_line(row) for row in part["rows"]]
+        if part["status"] != "completed":
+            lines += ["", f"{part['status']}: {part['error']}" if part.get("error") else part["status"]]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    if row["median"] is None:
+        return f"| {row['what']} | {row['name']} | {'failed: see the JSON' if 'error' in row else 'not measured'} | | |"
+    (low, high), unit = row["quartiles"], row["unit"]
+    times = f"{row['ratio']:.2f}" if row["ratio"] else ""
+    return f"| {row['what']} | {row['name']} | {row['median']:.4g} {unit} | {low:.4g} to {high:.4g} {unit} | {times} |"
