@@ -1,6 +1,7 @@
 """Small random bases, a tokenizer of single bytes and small files, so that tests need no network and no weights."""
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,16 @@ MORE = {
     "phi": {"max_position_embeddings": 128},
 }
 TASKS = {"t5": "seq2seq_lm", "distilbert": "sequence_classification", "roberta": "sequence_classification"}
+
+
+@pytest.fixture(autouse=True)
+def _no_handlers_left():
+    """Hydra gives the root logger handlers on streams that end with the test."""
+    before = list(logging.getLogger().handlers)
+    yield
+    for handler in list(logging.getLogger().handlers):
+        if handler not in before and type(handler) in (logging.StreamHandler, logging.FileHandler):
+            logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
