@@ -80,7 +80,9 @@ class CardSession:
             raise Late(f"{max(0.0, left):.0f} s were left for {engine}")
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # of the cards that this process may use
         around = {"PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
-        around |= {"CUDA_VISIBLE_DEVICES": "" if self.rehearsal else first, **environment}
+        around |= {"CUDA_VISIBLE_DEVICES": first, **environment}
+        if self.rehearsal:  # threads that wait for each other in tiny shapes cost most where others compute too
+            around |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         return WorkerProcess(engine, {"device": self.device, **(setup or {})}, self.work, around, self.deadline)
 
     def keep(self, folder: Path, stage: str, name: str) -> tuple[Row, list[Row]]:
