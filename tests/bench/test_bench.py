@@ -9,8 +9,8 @@ pytest.importorskip("peft")
 
 from loralab.bench import ours, peers, run
 from loralab.bench import setup as setups
-from loralab.bench.layer import PEER, _step, interleaved, layers
-from loralab.bench.measurements import Table, in_turn, render, summary
+from loralab.bench.layer import PEER, _step, layers, timed
+from loralab.bench.measurements import Table, interleaved, render, summary
 from loralab.bench.parts import ALONE, KEPT, LIGHTNING, MEDIUM, OURS, TRAINER, BenchmarkSize, SweepSize, one_trial
 from loralab.bench.processes import ProcessError
 from loralab.bench.setup import BenchmarkSetup, physical_cores, prepare
@@ -93,10 +93,10 @@ def test_both_layers_hold_the_same_weights_and_every_round_is_timed():
 
 def test_work_is_done_in_turn_and_warmed_up():
     order = []
-    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", rounds=3)
+    times = timed({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", rounds=3)
     assert order == ["a", "b", "b", "a"] * 2 + ["a", "b"]
     assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
-    assert in_turn(["a", "b", "c"], 0) == in_turn(["c", "b", "a"], 1) == ["a", "b", "c"]
+    assert list(interleaved("abc", 2)) == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a")]
 
 
 def test_a_step_reaches_the_input():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from loralab.bench.measurements import OURS, Clock, Table, in_turn
+from loralab.bench.measurements import OURS, Clock, Table, interleaved
 from loralab.quantization.four_bit import FourBit
 
 SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))  # (out, in): attention and feed-forward of a 1B Llama
@@ -26,24 +26,22 @@ def layers(
         ours = FourBit(double_quant=True).convert(dense).to(device)
         for n in rows:
             x = torch.randn(n, in_features, device=device, dtype=dtype)
-            times = interleaved({PEER: _step(peer, x), OURS: _step(ours, x)}, device, rounds)
+            times = timed({PEER: _step(peer, x), OURS: _step(ours, x)}, device, rounds)
             difference = float((ours(x) - peer(x)).norm() / peer(x).norm())
             for name, seconds in times.items():
                 row = table.row(name, f"{in_features} -> {out_features}, {n} rows", "ms", tokens=n)
                 table.add(row, [1000 * each for each in seconds], output_difference=difference)
 
 
-def interleaved(work: Mapping[str, Callable[[], None]], device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round, in turn, after two rounds to warm up."""
+def timed(work: Mapping[str, Callable[[], None]], device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round, after two rounds to warm up."""
     times: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(rounds + 2):
-        for name in in_turn(list(work), number):
-            clock = Clock(device)
-            clock()
-            work[name]()
-            clock()
-            if number >= 2:
-                times[name] += clock.steps()
+    for number, name in interleaved(work, rounds + 2):
+        clock = Clock(device)
+        clock()
+        work[name]()
+        clock()
+        times[name] += clock.steps() if number >= 2 else []
     return times
 
 

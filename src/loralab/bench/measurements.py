@@ -2,11 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from loralab.bench.processes import Row
 
+T = TypeVar("T")
 OURS = "loralab"
 WARM_UP = 3  # steps at the head of a measurement that are not counted
 
@@ -30,9 +31,11 @@ class Clock:
         return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
 
 
-def in_turn(items: Sequence[Any], number: int) -> list[Any]:
-    """Every second round the other way round, so that none always comes after the same neighbour."""
-    return list(items[::-1] if number % 2 else items)
+def interleaved(items: Iterable[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """(round, item); every second round is in reverse, so that none always comes after the same neighbour."""
+    forward = list(items)
+    for number in range(rounds):
+        yield from ((number, item) for item in (forward[::-1] if number % 2 else forward))
 
 
 def summary(values: Sequence[float]) -> Row:

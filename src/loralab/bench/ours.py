@@ -100,6 +100,13 @@ class Loralab:
 def limited(specs: Sequence[TrialSpec], fit: int | None) -> Iterator[None]:
     """Within, torch may allocate half-way between what ``fit`` of the trials are predicted to need and what all are,
     and runs out of memory above that; None: no limit. A CPU has none either: there a pass of more trials is refused."""
+    training_step = FineTuner.training_step
+
+    def refuse(self: Any, batches: Any, index: int) -> Any:
+        if index and fit is not None and len(batches) > fit:
+            raise torch.OutOfMemoryError(f"raised by the rehearsal for more than {fit} trials")
+        return training_step(self, batches, index)
+
     if fit is None:
         yield
     elif specs[0].trainer.device == "cuda":
@@ -109,7 +116,7 @@ def limited(specs: Sequence[TrialSpec], fit: int | None) -> Iterator[None]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
     else:
-        with patch.object(FineTuner, "training_step", _refusing(FineTuner.training_step, fit)):
+        with patch.object(FineTuner, "training_step", refuse):
             yield
 
 
@@ -117,14 +124,3 @@ def room(specs: Sequence[TrialSpec], fit: int) -> float:
     """Bytes, on a card."""
     few, many = (plan.predict(list(part), "cuda").predicted_peak_bytes for part in (specs[:fit], specs))
     return plan.FRAGMENTATION * (few + many) / 2
-
-
-def _refusing(real: Any, fit: int) -> Any:
-    """A training step that has no memory for more than ``fit`` trials, from the second step on."""
-
-    def step(self: Any, batches: Any, index: int) -> Any:
-        if index and len(batches) > fit:
-            raise torch.OutOfMemoryError(f"raised by the rehearsal for more than {fit} trials")
-        return real(self, batches, index)
-
-    return step

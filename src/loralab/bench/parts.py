@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loralab.bench.measurements import OURS, WARM_UP, Table, counted, in_turn
+from loralab.bench.measurements import OURS, WARM_UP, Table, counted, interleaved
 from loralab.bench.processes import ProcessError, Row, WorkerProcess
 from loralab.bench.setup import BenchmarkSetup, trial_words
 from loralab.records import record
@@ -69,16 +69,15 @@ def step(table: Table, setup: BenchmarkSetup, size: BenchmarkSize) -> None:
             steps, what = size.steps + WARM_UP, f"one step, batch {batch}"
             trial = {**one_trial(steps, batch), "same_start": True}
             about = {"trials": 1, "steps": size.steps, "batch": batch, "tokens": setup.tokens(steps, batch) / steps}
-            for number in range(size.rounds):
-                for name in in_turn(list(workers), number):
-                    row = table.row(name, what, "ms", **about)
-                    with _failing_alone(table, row):
-                        answer = workers[name].ask(trial)
-                        losses[name] = answer["losses"]
-                        trainable = answer["trainable_parameters"]
-                        table.add(row, [1000 * each for each in counted(answer)], trainable_parameters=trainable)
-                        log.info("%s, %s: %.1f ms", what, name, row["median"])
-                _compare_losses(table, what, losses)
+            for _, name in interleaved(workers, size.rounds):
+                row = table.row(name, what, "ms", **about)
+                with _failing_alone(table, row):
+                    answer = workers[name].ask(trial)
+                    losses[name] = answer["losses"]
+                    trainable = answer["trainable_parameters"]
+                    table.add(row, [1000 * each for each in counted(answer)], trainable_parameters=trainable)
+                    log.info("%s, %s: %.1f ms", what, name, row["median"])
+                    _compare_losses(table, what, losses)
 
 
 def _compare_losses(table: Table, what: str, losses: dict[str, list[float]]) -> None:
@@ -145,12 +144,10 @@ def compare_sweeps(
     work += [(f"{name}, one process", name, size.peers, one_process) for name in workers]
     work += [(f"{name}, {ALONE}", name, size.alone or 0, process_per_trial) for name in each]
     work += [(OURS, OURS, size.ours, ours)]
-    for number in range(size.peers):
-        trial = trials[(2 * number + 1) * n // (2 * size.peers)]
-        for row, name, times, measure in in_turn(work, number):
-            if number < times:
-                with _failing_alone(table, rows[row]):
-                    measure(name, trial)
+    for number, (row, name, times, measure) in interleaved(work, size.peers):
+        if number < times:
+            with _failing_alone(table, rows[row]):
+                measure(name, trials[(2 * number + 1) * n // (2 * size.peers)])
 
 
 @contextmanager

@@ -168,15 +168,12 @@ class WithLightning(Peft):
             precision="bf16-mixed" if on_card else "32-true",
             max_steps=request["steps"],
             gradient_clip_val=1.0,
-            limit_val_batches=0,
             num_sanity_val_steps=0,
             **SILENT,
         )
-        module = Module()
-        trainer.fit(module, DataLoader(rows, request["batch"], collate_fn=self.collate))  # type: ignore[arg-type]
-        trainer.limit_val_batches = 1.0
-        validation: Any = DataLoader(self.validation, request["batch"], collate_fn=self.collate)  # type: ignore[arg-type]
-        trainer.validate(module, validation, verbose=False)
+        splits: tuple[Any, Any] = rows, self.validation  # the former is one epoch, at whose end the latter's turn is
+        train, validation = (DataLoader(split, request["batch"], collate_fn=self.collate) for split in splits)
+        trainer.fit(Module(), train, validation)
 
 
 def start_as_loralab(model: Any, seed: int = 0) -> None:

@@ -59,6 +59,7 @@ class WorkerProcess:
                 text=True,
                 process_group=0,
             )
+        self._input: Any = self._process.stdin
         self._answers = queue.SimpleQueue[str]()
         threading.Thread(target=self._read, daemon=True).start()
         self._send(setup)
@@ -110,10 +111,6 @@ class WorkerProcess:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         return self._process.returncode
-
-    @property
-    def _input(self) -> Any:
-        return self._process.stdin
 
     def _send(self, row: Row) -> None:
         with suppress(OSError):  # of a process that has ended: told when its answer is read

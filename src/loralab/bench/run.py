@@ -36,12 +36,8 @@ ABOUT = {
     f"(CUDA: eight). {OWN}, the table and the page of the sweep. A peer's time is scaled from measured_trials",
     "prefix": f"a whole sweep of 8 trials, start-up included; {FIT} the last block only. {OWN} and the sweep's page",
 }
-MINUTES = {
-    "layer": (0.5, 0.3),
-    "step": (4, 0.8),
-    "sweep": (19, 1.3),
-    "prefix": (2.5, 0.6),
-}  # whole, --quick; on 2 cores
+# whole, --quick; on 2 cores
+MINUTES = {"layer": (0.5, 0.3), "step": (4, 0.8), "sweep": (19, 1.3), "prefix": (2.5, 0.6)}
 WITH_PEFT = {"step": parts.step, "sweep": parts.sweep, "prefix": parts.prefix}
 
 

@@ -79,10 +79,8 @@ def prepare(folder: Path, device: str, threads: int) -> BenchmarkSetup:
         **{"model": str(model), "device": device, "words": words, "folder": str(folder)},
         **{"rows": str(folder / "rows.json"), "pad": tokenizer.pad_token_id},
     }
-    ids = {
-        name: [(row.input_ids, row.labels) for row in rows]
-        for name, rows in (("train", train), ("validation", encoded.validation))
-    }
+    splits = {"train": train, "validation": encoded.validation}
+    ids = {name: [(row.input_ids, row.labels) for row in rows] for name, rows in splits.items()}
     Path(worker["rows"]).write_text(json.dumps(ids), "utf-8")
     layers = json.loads((model / "config.json").read_text("utf-8"))["num_hidden_layers"]
     return BenchmarkSetup(folder, threads, device, worker, [len(row.input_ids) for row in train], layers - 1)
@@ -116,13 +114,8 @@ def describe_machine() -> Row:
 def physical_cores() -> int:
     """Cores this process may use, hyper-threads counted once (Linux; elsewhere the logical ones)."""
     usable: Any = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    info = Path("/proc/cpuinfo")
-    cores = set()
-    for block in info.read_text().split("\n\n") if info.is_file() else ():
-        keys = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
-        if int(keys.get("processor", -1)) in usable:
-            cores.add((keys.get("physical id"), keys.get("core id", keys.get("processor"))))
-    return len(cores) or len(usable)
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in usable]
+    return len({path.read_text() for path in siblings if path.is_file()}) or len(usable)
 
 
 def _write_llama(folder: Path) -> Path:

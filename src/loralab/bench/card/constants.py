@@ -18,6 +18,8 @@ from loralab.planning.plan import CONTEXT
 from loralab.planning.workspace import THREADS, held_workspaces
 from loralab.quantization.four_bit import FourBit
 
+DOCTOR = [sys.executable, "-m", "loralab.cli.main", "doctor", "--json"]
+
 
 class Constants:
     """An engine with one answer."""
@@ -27,15 +29,10 @@ class Constants:
 
     def answer(self, request: Row) -> Row:
         """``used_before``: bytes in use on the card before this process came, None where nobody knows."""
-        planned = {"context_bytes": CONTEXT, "workspaces_bytes": held_workspaces(), "workspaces": THREADS}
         measured = on_card(request["used_before"]) if torch.cuda.is_available() else on_cpu()
-        doctor = subprocess.run(
-            [sys.executable, "-m", "loralab.cli.main", "doctor", "--json"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-        findings = json.loads(doctor.stdout)["checks"]
+        planned = {"context_bytes": CONTEXT, "workspaces_bytes": held_workspaces(), "workspaces": THREADS}
+        doctor = subprocess.check_output(DOCTOR, stdin=subprocess.DEVNULL)
+        findings = json.loads(doctor)["checks"]
         return {"constants": {**measured, "planned": planned}, "environment": describe_machine(), "doctor": findings}
 
 

@@ -80,7 +80,9 @@ class CardSession:
             raise Late(f"{max(0.0, left):.0f} s were left for {engine}")
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # of the cards that this process may use
         around = {"PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
-        around |= {"CUDA_VISIBLE_DEVICES": "" if self.rehearsal else first, **environment}
+        around |= {"CUDA_VISIBLE_DEVICES": first, **environment}
+        if self.rehearsal:  # threads that wait for each other in tiny shapes cost most where others compute too
+            around |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         return WorkerProcess(engine, {"device": self.device, **(setup or {})}, self.work, around, self.deadline)
 
     def keep(self, folder: Path, stage: str, name: str) -> tuple[Row, list[Row]]:
@@ -111,22 +113,19 @@ def trainer(session: CardSession, **environment: str) -> WorkerProcess:
 def run_all(
     session: CardSession, stage: str, rows: list[Row], cases: list[Case], fit: int | None = None, **environment: str
 ) -> None:
-    """Appends a row for each case to ``rows``, in one process; one that left no record has an error. ``fit``: how many
-    trials there is memory for.
-
-    A process that ends before all of them are done takes the rest with it: they are told as failed.
-    """
+    """Appends a row for each case to ``rows``, in one process; one that left no record has an error, and so have those
+    that wait when the process ends. ``fit``: how many trials there is memory for."""
     with trainer(session, **environment) as worker:
         for number, case in enumerate(cases):
-            name, answer, failure = f"{stage}{number}", dict[str, object](), ""
+            name = f"{stage}{number}"
             try:
                 answer = worker.ask({"name": name, "words": case.words, "trials": case.trials, "fit": fit})
             except ProcessError as error:
-                failure = str(error)
+                answer = {"failure": str(error)}
             row = outcome(session, stage, name)
-            if failure and (row["status"] == "running" or row["error"] == NO_RECORD):
-                row.update(status="failed", error=failure)
-            row.update({key: answer[key] for key in ("seconds", "left_bytes") if key in answer})
+            if "failure" in answer and (row["status"] == "running" or row["error"] == NO_RECORD):
+                row.update(status="failed", error=answer["failure"])
+            row.update({key: answer.get(key) for key in ("seconds", "left_bytes")})
             rows.append({**case.about, **row})
             session.save()
 
@@ -148,21 +147,16 @@ def outcome(session: CardSession, stage: str, name: str) -> Row:
 
 def summary(stored: Row, rows: list[Row]) -> Row:
     """The numbers of a record that are about memory and time."""
-    memory, spent, optimizer = stored["memory"], stored["time"], stored["optimizer"]
+    memory = stored["memory"]
     predicted, measured = memory["predicted_peak_bytes"], memory["measured_peak_bytes"]
     steps = [row for row in rows if "time/optimizer_s" in row and row["step"] > 2]  # the first two warm up
     whole = [sum(row.get(f"time/{phase}_s", 0.0) for phase in ("forward", "backward", "optimizer")) for row in steps]
-    kept = ("reserved_by_phase", "by_phase", "ballast_bytes", "cap_bytes", "simulated", "spike_count")
     return {
         **{key: stored.get(key) for key in ("status", "error", "exit_code", "resumed_from")},
-        **{"predicted_peak_bytes": predicted, "measured_peak_bytes": measured},
+        **{**stored["optimizer"], **memory, **stored["time"]},
         "predicted_over_measured": predicted / measured if predicted and measured else None,
         "parameters": stored["base"].get("parameters"),
         "trainable_parameters": stored["adapter"].get("trainable_parameters"),
-        **{key: optimizer.get(key) for key in ("effective_name", "state_bytes", "paged_bytes", "paging", "note")},
-        **{key: memory[key] for key in kept if key in memory},
-        **{key: value for key, value in memory.items() if key.startswith(("managed", "device_used", "host_"))},
-        **{key: spent[key] for key in ("steps", "startup_s", "train_s", "wall_s", "tokens", "tokens_per_s")},
         "step_s": statistics.median(whole) if whole else None,
         "optimizer_step_s": statistics.median(row["time/optimizer_s"] for row in steps) if steps else None,
         "slowest_optimizer_step_s": max((row["time/optimizer_s"] for row in steps), default=None),

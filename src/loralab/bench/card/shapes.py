@@ -67,9 +67,9 @@ CPU = Sizes(
 
 
 def write_rows(folder: Path, words: int = 700) -> None:
-    """rows.jsonl and held_out.jsonl: documents longer than any window here, so that every row is cut to the same
-    length. ragged.jsonl: one such among shorter ones."""
-    for name, first, count in (("rows", 0, 8), ("ragged", 500, 8), ("held_out", 1000, 4)):
+    """rows.jsonl and held_out.jsonl: documents longer than any window here, so that rows are of the same length.
+    ragged.jsonl: one such among shorter ones."""
+    for name, first, count in (("rows", 0, 8), ("ragged", 500, 8), ("held_out", 1000, 1)):
         lengths = [words if name != "ragged" or not i else 4 + 3 * i for i in range(count)]
         lines = [json.dumps({"text": f"row {first + i} holds word {i} " * n}) for i, n in enumerate(lengths)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")

@@ -61,11 +61,11 @@ def tests(session: CardSession, stage: Row) -> None:
 
 def speed(session: CardSession, stage: Row) -> None:
     """K trials in one pass, for several K, and one trial of PEFT; each base has a process a side."""
-    stage["bases"] = []
+    stage["bases"], errors = [], list[str]()
     for number, (shape, trials) in enumerate(session.sizes.speed):
         base: Row = {"model": shape.name, "length": shape.length, "rows": shape.rows, "quantization": "nf4_double"}
-        stage["bases"].append({**base, "sides": []})
-        base = stage["bases"][-1]
+        base["sides"] = []
+        stage["bases"].append(base)
         steps, ids = WARM_UP + session.sizes.steps, session.work / f"ids{number}.json"
         rows = torch.randint(1, 2048, (steps * shape.rows, shape.length), generator=torch.Generator().manual_seed(0))
         pairs = [(row, row) for row in rows.tolist()]
@@ -79,12 +79,9 @@ def speed(session: CardSession, stage: Row) -> None:
         else:
             _measure(session, base, TRAINER, "loralab.bench.peers.WithTrainer", setup, (1,))
         compare(base)
-    errors = [
-        f"{base['model']}, {side['name']}, {side['trials']} trials: {side['error']}"
-        for base in stage["bases"]
-        for side in base["sides"]
-        if "error" in side
-    ]
+        errors += [
+            f"{shape.name}, {side['trials']} trials: {side['error']}" for side in base["sides"] if "error" in side
+        ]
     if errors:
         raise RuntimeError("; ".join(errors))
 
