@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from loralab.adapters.hooks import AdapterHooks
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.memory.budget import PlanSpec
@@ -308,3 +309,11 @@ def test_every_key_of_a_record_is_in_its_sections(make_spec, size):
         assert found["memory"]["by_phase"]["evaluation"] > 0
         assert found["memory"]["alone_peak_bytes"] > 0
         assert found["adapter"]["never_called"] == []
+
+
+def test_a_pack_that_is_refused_leaves_no_adapter_on_the_base(make_spec):
+    runner = Runner()
+    specs = [make_spec("sound", max_steps=1), make_spec("nowhere", max_steps=1, adapter=LoRA(target_modules=["nope"]))]
+    assert [stored["exit_code"] for stored in runner.run(specs)] == [2, 2]
+    assert not AdapterHooks.of(runner.inputs._base.model)._hooks
+    assert not any(module._forward_hooks for module in runner.inputs._base.model.modules())

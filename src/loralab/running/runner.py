@@ -67,8 +67,10 @@ class Runner:
             entry["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
         base = self.inputs.base(specs[0], rows[0])
         check_labels(base, rows)
-        trials = [attach_trial(base, *parts) for parts in zip(specs, rows, records, strict=True)]
+        trials: list[Trial] = []
         try:
+            # one by one: those before a refused one are detached too
+            trials.extend(attach_trial(base, *parts) for parts in zip(specs, rows, records, strict=True))
             check_batches(base, trials)
             for trial in trials:
                 _resume(trial)
