@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loralab.adapters.base import Adapter
@@ -205,10 +205,12 @@ class Trial:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises an error, and changes nothing but the adapter, where something is missing."""
+        """Raises an error, and changes nothing, where something is missing."""
         step, tokens, optimizer = int(state["step"]), int(state["tokens"]), dict(state["optimizer"])
-        self.adapter.load_state_dict(state["adapter"], strict=True)
-        self.early_stopping.load_state_dict(state["early_stopping"])
+        stopping = replace(self.early_stopping)
+        stopping.load_state_dict(state["early_stopping"])
+        self.adapter.load_state_dict(state["adapter"], strict=True)  # last, for it is changed in place
+        self.early_stopping = stopping
         self.step, self.tokens, self.optimizer_state = step, tokens, optimizer
         self.untimed_tokens = self.tokens  # the seconds they took are another process's
         self._reset_cursor()
