@@ -20,16 +20,11 @@ DAMAGED = "damaged"  # has a record that cannot be read
 STALE = "stale"  # completed, on a base, tokenizer or data files that have changed since
 UNSCORED = "without_result"  # completed, but its metric is no finite number
 
-# Of a record: what must be an object, what must be one value and not a list of several.
-_KINDS = {"config": Mapping, "metrics": Mapping, "choices": Mapping, "cwd": str | None, "host": str | None}
+# Of a record's configuration: what must be an object, what must be one value and not a list of several.
 _GROUPS = ("model", "data", "adapter", "optimizer", "trainer", "quantization", "schedule")
 _SETTINGS = (
     *("metric", "metric_mode", "model.name_or_path", "model.tokenizer", "model.task", "model.max_length"),
     *("adapter.r", "adapter.lora_alpha", "optimizer.lr", "trainer.max_steps", "trainer.patience"),
-)
-_TEXTS = (
-    *("base.fingerprint", "data.name", "data.fingerprint", "data.targets", "data.source", "data.max_length"),
-    *("memory.device", "environment.threads", "environment.gpu", "environment.cpu"),
 )
 
 Pack = tuple[Any, ...]
@@ -187,17 +182,14 @@ def _alive(record: Json) -> bool:
 
 
 def _checked(path: Path, record: Json) -> Json:
-    """Raises ArtifactError where a part of the record is of another kind than loralab writes."""
-    wrong = [key for key, kind in {**_KINDS, "pid": int | None}.items() if not isinstance(record.get(key), kind)]
-    if not wrong:
-        config, choices = record["config"], record["choices"]
-        keys = [key for key in _GROUPS if not isinstance(config.get(key), Mapping | None)]
-        keys += [key for key in _SETTINGS if isinstance(lookup(config, key), list | Mapping)]
-        wrong = [f"config.{key}" for key in keys]
-        wrong += [f"choices.{key}" for key, value in choices.items() if not isinstance(value, str | None)]
-        wrong += [key for key in _TEXTS if isinstance(lookup(record, key), list | Mapping)]
+    """Raises ArtifactError where a part of the configuration is of another kind than loralab writes; the rest of the
+    record has been read by its schema."""
+    config = record["config"]
+    wrong = [key for key in _GROUPS if not isinstance(config.get(key), Mapping | None)]
+    wrong += [key for key in _SETTINGS if isinstance(lookup(config, key), list | Mapping)]
     if wrong:
-        raise ArtifactError(f"{path / records.RESULT}: damaged: {', '.join(wrong)} of another kind than loralab writes")
+        keys = ", ".join(f"config.{key}" for key in wrong)
+        raise ArtifactError(f"{path / records.RESULT}: damaged: {keys} of another kind than loralab writes")
     return record
 
 

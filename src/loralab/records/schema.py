@@ -121,7 +121,7 @@ class EnvironmentSection(TypedDict, total=False):
     git: Text
     python: Text
     cpu: Text
-    gpu: Any
+    gpu: Text
     threads: Number
 
 
@@ -141,7 +141,7 @@ class Record(TypedDict, total=False):
     exit_code: int | None
     config: dict[str, Any]
     overrides: list[str]
-    choices: dict[str, Any]
+    choices: dict[str, Text]
     seed: int | None
     metrics: dict[str, Any]
     base: BaseSection

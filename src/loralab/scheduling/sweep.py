@@ -58,7 +58,8 @@ class Sweep:
                 self._run(pack)
         finally:  # a sweep that is stopped leaves no trial in doubt
             for job in waiting:
-                self.sweep_file.set(job.trial, status_of(job.folder))
+                if job.trial not in self.records:
+                    self.sweep_file.set(job.trial, status_of(job.folder))
             self.sweep_file.flush()
         return self.records
 

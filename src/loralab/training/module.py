@@ -47,12 +47,7 @@ class FineTuner(LightningModule):
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         inputs, labels = stack_batches(batches, self.trials[0].pad_token_id, self.device)
-        slices = [
-            BatchSlice(
-                self.trials[i].adapter, batch["rows"], self.trials[i].dropout_key(batch["micro"]) if training else None
-            )
-            for i, batch in batches.items()
-        ]
+        slices = [_slice(self.trials[index], batch, training) for index, batch in batches.items()]
         if training:
             # what the base draws by itself, dropout that is no layer's or skipped layers, follows a lone trial's key
             _seed(slices[0].key or 0)
@@ -60,9 +55,6 @@ class FineTuner(LightningModule):
             inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
         scores = self.forward_pass(inputs, labels, slices, lambda given: self.prefix.shared(given, batches))
         return dict(zip(batches, scores, strict=True))
-
-    def _share(self, trial: Trial, batch: Batch, training: bool) -> BatchSlice:
-        return BatchSlice(trial.adapter, batch["rows"], trial.dropout_key(batch["micro"]) if training else None)
 
     def training_step(self, batches: dict[int, Batch], batch_idx: int) -> Tensor | None:
         """Sum over trials of nll / target tokens of the whole optimizer step."""
@@ -227,6 +219,10 @@ class FineTuner(LightningModule):
             "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "tokens": sum(trial.tokens for trial in self.trials),
         }
+
+
+def _slice(trial: Trial, batch: Batch, training: bool) -> BatchSlice:
+    return BatchSlice(trial.adapter, batch["rows"], trial.dropout_key(batch["micro"]) if training else None)
 
 
 def _seed(key: int) -> None:
