@@ -130,7 +130,11 @@ READ_PADDING = {  # classifiers whose rows depend on the padding behind them
         **{"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 96},
     },
 }
-TABLE = {"causal_lm": CAUSAL, "seq2seq_lm": SEQ2SEQ, "sequence_classification": {**CLASSIFICATION, **READ_PADDING}}
+TABLE = {
+    **{"causal_lm": CAUSAL, "seq2seq_lm": SEQ2SEQ, "sequence_classification": {**CLASSIFICATION, **READ_PADDING}},
+    **{"pairs": CLASSIFICATION, "regression": CLASSIFICATION},
+}
+LABELS = {"sequence_classification": 3, "pairs": 3, "regression": 1}
 TARGETS = {"mamba": ["in_proj", "x_proj"]}  # PEFT refuses the others there
 NARROW = {"mobilebert"}  # nothing in it is normalized, and 24 products in a row would saturate
 SPECIAL = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 1}  # the tokenizer's
@@ -140,7 +144,7 @@ def config_of(family, task, **changes):
     """The config, without dropout."""
     keys = {"vocab_size": VOCABULARY, **SPECIAL, **TABLE[task].get(family, REFUSED.get(family)), **changes}
     keys.update({"forced_eos_token_id": None} if task == "seq2seq_lm" else {})
-    keys.update({"num_labels": 3} if task == "sequence_classification" else {})
+    keys.update({"num_labels": LABELS[task]} if task in LABELS else {})
     config = transformers.AutoConfig.for_model(family, **keys)
     for key, value in list(vars(config).items()):
         if ("dropout" in key or key == "router_jitter_noise" or key.endswith(("_pdrop", "layerdrop"))) and isinstance(

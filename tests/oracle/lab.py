@@ -1,12 +1,16 @@
 """One case of the oracle: a checkpoint, its runs, and what transformers and PEFT alone make of it."""
 
+import json
 import math
 
 import families
 import plain
 import pytest
 import torch
+import transformers
 from lightning.pytorch import Callback
+from scipy import stats
+from tokenizers.processors import TemplateProcessing
 
 from loralab.adapters.lora import LoRA
 from loralab.models import loading, pretrained
@@ -54,21 +58,31 @@ class Lab:
         self.task, self.scheme, self.folder, self.make_spec = task, scheme, folder, make_spec
         self.make_data, self.tokenizer_folder = make_data, tokenizer_folder
         families.save(plain.AUTO[task], family, task, folder / "base", **changes)
-        self.kind = "labels" if task == "sequence_classification" else "ragged"
+        self.kind = "labels" if task in families.LABELS else "ragged"
         self.losses, self.texts = spied
-        self.tokenizer = self.model.load_tokenizer()
         paths = {split: rows[self.kind, split] for split in ("train", "validation")}
-        found = self.make_data(self.kind).splits().labels
-        self.rows = {split: plain.rows(self.tokenizer, path, task, found) for split, path in paths.items()}
+        if task == "pairs":
+            self.tokenizer_folder = framing_pairs(tokenizer_folder, folder / "tokenizer")
+        if task in ("pairs", "regression"):
+            paths = {split: more_columns(path, folder / path.name, task) for split, path in paths.items()}
+        self.paths = {split: str(path) for split, path in paths.items()}
+        self.tokenizer = self.model.load_tokenizer()
+        names = self.data().as_scores().splits().labels if task == "regression" else self.data().splits().labels
+        self.rows = {split: plain.rows(self.tokenizer, path, task, names) for split, path in paths.items()}
+
+    def data(self, **changes):
+        given = {**self.paths, **({"text": ["{t}", "{u}"]} if self.task == "pairs" else {}), **changes}
+        return self.make_data(self.kind, **given)
 
     @property
     def model(self):
-        words = {"task": self.task, "max_length": 64, "dtype": "float32", "tokenizer": str(self.tokenizer_folder)}
+        task = "sequence_classification" if self.task in families.LABELS else self.task
+        more = {"num_labels": 1} if self.task == "regression" else {}
+        words = {**more, "task": task, "max_length": 64, "dtype": "float32", "tokenizer": str(self.tokenizer_folder)}
         return pretrained.Pretrained(str(self.folder / "base"), **words)
 
     def spec(self, name, steps, batch, seed=0, **changes):
-        generated = 0 if self.task == "sequence_classification" else 3
-        data = self.make_data(self.kind, batch_size=batch, generate_rows=generated)
+        data = self.data(batch_size=batch, generate_rows=0 if self.task in families.LABELS else 3)
         given = {"model": self.model, "data": data, "max_steps": steps, "gradient_clip_val": None, "seed": seed}
         given.update(quantization=QUANTIZERS[self.scheme], optimizer=AdamW(lr=RATE))
         given.update(adapter=LoRA(r=4, lora_alpha=8, target_modules=families.TARGETS.get(self.family, "all-linear")))
@@ -78,7 +92,7 @@ class Lab:
         """{name: value} of the weights that the packed layers stand for."""
         if self.scheme == "dense":
             return {}
-        labels = 3 if self.task == "sequence_classification" else None
+        labels = families.LABELS.get(self.task)
         base = loading.load(self.model, QUANTIZERS[self.scheme], self.tokenizer, labels).model
         packed = {name: layer for name, layer in base.named_modules() if isinstance(layer, FrozenLinear)}
         dense = {name: dense_weight(layer) for name, layer in packed.items()}
@@ -95,8 +109,43 @@ def run(*specs):
     return records
 
 
-def same_scores(record, scores):
+def framing_pairs(source, folder):
+    """The tokenizer, with an end behind each text of a pair and token_type_ids."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A", pair=f"$A {end} $B:1 {end}:1", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def more_columns(path, target, task):
+    """The rows with a second text ``u``, or with a real-valued ``y``."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row.update({"u": row["t"][::-1][: 3 + place % 5]} if task == "pairs" else {"y": len(row["t"]) / 4 - place / 8})
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return target
+
+
+def same_regression(record, scores, labels):
+    """The mean squared error and both correlations are those of the rows."""
+    errors, predictions, _ = zip(*scores, strict=True)
+    metrics = record["metrics"]
+    assert metrics["val/loss"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert metrics["val/pearson"] == pytest.approx(stats.pearsonr(predictions, labels)[0], abs=1e-4)
+    assert metrics["val/spearman"] == pytest.approx(stats.spearmanr(predictions, labels)[0], abs=1e-4)
+
+
+def same_scores(record, scores, rows=()):
     """val/loss and accuracy are those of the rows."""
+    if "val/pearson" in record["metrics"]:
+        same_regression(record, scores, [row[1][0] for row in rows])
+        return
     nll, right, targets = (sum(column) for column in zip(*scores, strict=True))
     key = "val/accuracy" if "val/accuracy" in record["metrics"] else "val/token_accuracy"
     assert record["metrics"]["val/loss"] == pytest.approx(nll / targets, rel=1e-4)
