@@ -1,6 +1,8 @@
 """Memory is observed phase by phase, on a CPU too, without a change to training."""
 
+import io
 import json
+import logging
 import os
 import time
 
@@ -16,6 +18,7 @@ from loralab.memory.phases import HEAVIEST, PhaseMemory
 from loralab.quantization.four_bit import FourBit
 from loralab.records.wandb import Mirror
 from loralab.running.runner import Runner
+from loralab.training.module import FineTuner
 from loralab.training.progress import ProgressLines, clock
 
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
@@ -304,3 +307,30 @@ def test_clock(seconds, text):
 def test_nonsense_is_refused(changes, says):
     with pytest.raises(ConfigError, match=says):
         PhaseMemory(**changes)
+
+
+@pytest.mark.parametrize("ends", ["well", "by an error"])
+def test_the_live_line_of_a_terminal_is_taken_off_however_a_fit_ends(make_spec, monkeypatch, ends):
+    made, streams = [], [handler.stream for handler in logging.getLogger().handlers if hasattr(handler, "stream")]
+
+    def callback():
+        made.append(ProgressLines(0.0))
+        return made[-1]
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def step(self, batches, index):
+        assert made[-1]._live is not None
+        if ends == "well":
+            return real(self, batches, index)
+        raise torch.OutOfMemoryError("no memory")
+
+    real = FineTuner.training_step
+    monkeypatch.setattr(FineTuner, "training_step", step)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    (stored,) = Runner().run([make_spec(callbacks={"progress": callback})])
+    assert stored["exit_code"] == (0 if ends == "well" else 6)
+    assert made[-1]._live is None
+    assert [h.stream for h in logging.getLogger().handlers if hasattr(h, "stream")] == streams

@@ -65,7 +65,13 @@ class ProgressLines(Callback):
                 extra={"trial": trial, "terminal": not several and self._live is None},
             )
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._live is not None:
             self._live.close()
             self._live = None
