@@ -193,7 +193,7 @@ def test_no_more_is_kept_than_the_budget(make_spec, make_data, seen, states):
     memory = MemorySpec(prefix_cache=(states * size + 1) / 2**30)
     runner = Runner()
     completed(trials(make_spec, data=make_data("pairs", batch_size=4), max_steps=5, memory=memory), runner)
-    kept = States.of(runner.inputs._base.model)
+    kept = runner.inputs._base.prefix_states
     assert kept.bytes == sum(one.nbytes for one in kept._kept.values()) == states * size
 
 

@@ -191,9 +191,9 @@ def modules_to_save(model: nn.Module, names: Iterable[str] | None) -> list[str]:
 
 
 def new_heads(model: nn.Module) -> list[str]:
-    """Direct children outside the base model that hold newly drawn parameters (``model.loralab_new_parameters``), and
+    """Direct children outside the base model that hold newly drawn parameters (``AdapterHooks.new_parameters``), and
     inside it those that the checkpoint did not hold at all: the pooler over a masked language model."""
-    fresh: set[str] = getattr(model, "loralab_new_parameters", set())
+    fresh = AdapterHooks.of(model).new_parameters
     base: nn.Module = getattr(model, "base_model", model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if base is model:
@@ -204,7 +204,7 @@ def new_heads(model: nn.Module) -> list[str]:
     return parts + [name for name in outside if any(key.startswith(f"{name}.") for key in fresh)]
 
 
-def _new(module: nn.Module, name: str, fresh: set[str]) -> bool:
+def _new(module: nn.Module, name: str, fresh: frozenset[str]) -> bool:
     keys = [f"{name}.{inside}" for inside, _ in module.named_parameters()]
     return bool(keys) and all(key in fresh for key in keys)
 

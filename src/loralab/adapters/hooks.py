@@ -38,9 +38,13 @@ class BatchSlice:
 
 
 class AdapterHooks:
-    """The hooks on one base model and the shares of the batch under way."""
+    """The hooks on one base model and the slices of the batch under way.
+
+    ``new_parameters``: names of the base's parameters that no checkpoint held.
+    """
 
     def __init__(self) -> None:
+        self.new_parameters: frozenset[str] = frozenset()
         self._slices: tuple[BatchSlice, ...] = ()
         self._drawn = 0  # masks of the pass under way
         self._calls: dict[int, int] = {}  # {salt of a layer: its calls in the pass under way}
@@ -51,7 +55,10 @@ class AdapterHooks:
 
     @classmethod
     def of(cls, model: nn.Module) -> "AdapterHooks":
-        """The one ``AdapterHooks`` of ``model``, made at first use."""
+        """The one ``AdapterHooks`` of ``model``, made at first use; a ``models.loading.Base`` has it as ``hooks``.
+
+        It is an attribute of the model, since a table of models would keep each of them alive: adapters refer to them.
+        """
         if "loralab_hooks" not in model.__dict__:
             model.__dict__["loralab_hooks"] = cls()
         return cast(AdapterHooks, model.__dict__["loralab_hooks"])

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,6 @@ class States:
         self.budget = self.bytes = 0
         self._kept: dict[Key, Tensor] = {}
         self._sources: list[object] = []  # held, so that no other data gets their identity
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "States":
-        """The one ``States`` of ``model``: the next pack on it finds what this one leaves."""
-        return cast(States, model.__dict__.setdefault("loralab_states", cls()))
 
     def open(self, sources: Iterable[object], budget: int) -> None:
         """For trials on these data; states of other data are dropped."""
@@ -129,10 +124,16 @@ class Prefix:
     """What the trials on one base have in common below the lowest layer that any of them adapts."""
 
     def __init__(
-        self, model: nn.Module, adapters: Sequence[Adapter], sources: Iterable[object] = (), budget: int = 0
+        self,
+        model: nn.Module,
+        adapters: Sequence[Adapter],
+        sources: Iterable[object] = (),
+        budget: int = 0,
+        states: States | None = None,
     ) -> None:
+        """``states``: of the packs before on this model; None: there are none. ``budget``: bytes it may hold."""
         self.model = model
-        self.states = States.of(model)
+        self.states = states or States()
         self.states.open(sources, budget)
         layers = stack(model)
         self.blocks = [] if layers is None or len(set(layers)) < len(layers) else list(layers)

@@ -1,7 +1,7 @@
 """A base model from its spec: loaded or drawn, quantized, frozen; or its shapes alone."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import ConfigError
 from loralab.forward.dropout import key_dropout
+from loralab.forward.prefix import States
 from loralab.forward.unpadded import NAME as ROWS
 from loralab.models import architecture, weights
 from loralab.models.architecture import auto_class
@@ -31,6 +32,12 @@ class Base:
     tokenizer: Any
     size: BaseSize
     fingerprint: str | None  # of the spec; None where it could not be taken
+    prefix_states: States = field(default_factory=States)  # what one pack leaves for the next
+
+    @property
+    def hooks(self) -> AdapterHooks:
+        """The hooks of the adapters attached to the model."""
+        return AdapterHooks.of(self.model)
 
     def record(self) -> dict[str, Any]:
         """The ``base`` part of a run record."""
@@ -108,9 +115,8 @@ def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:
         model = auto_class(spec.task).from_config(config)
     if spec.config.get("tie_word_embeddings") is False:
         untie(model)
-    model.loralab_new_parameters = weights.beside_base(model)
-    if not isinstance(spec, Random):
-        model.loralab_new_parameters |= weights.lacks_pooler(model, spec.path)
+    lacking = set() if isinstance(spec, Random) else weights.lacks_pooler(model, spec.path)
+    AdapterHooks.of(model).new_parameters = weights.beside_base(model) | lacking
     return model  # type: ignore[no-any-return]
 
 

@@ -11,6 +11,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import nn
 
+from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import ConfigError
 from loralab.models import architecture, weights
 from loralab.models.architecture import auto_class
@@ -164,7 +165,7 @@ class Pretrained:
         new = weights.refuse_differences(self._named, model, info, self.task)
         if new:
             log.info("%s has no %s: drawn by the seed", self._named, ", ".join(sorted(new)))
-        model.loralab_new_parameters = new
+        AdapterHooks.of(model).new_parameters = frozenset(new)
         return model  # type: ignore[no-any-return]
 
     def load_tokenizer(self) -> Any:
@@ -224,7 +225,7 @@ class Random(Pretrained):
             torch.manual_seed(self.draw)
             attention = self.attention(config)
             model = auto_class(self.task).from_config(config, dtype=wanted, attn_implementation=attention)
-        model.loralab_new_parameters = weights.beside_base(model)
+        AdapterHooks.of(model).new_parameters = weights.beside_base(model)
         convert_model(model, quantizer, device)
         return model.to(device)  # type: ignore[no-any-return]
 

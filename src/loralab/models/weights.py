@@ -198,11 +198,12 @@ def _of_base(model: nn.Module, key: str) -> bool:
     return inner != key or key.partition(".")[0] in dict(base.named_children())
 
 
-def beside_base(model: nn.Module) -> set[str]:
+def beside_base(model: nn.Module) -> frozenset[str]:
     """Names of the parameters that a checkpoint of the base alone does not hold: a head's."""
     base: nn.Module = model.base_model  # type: ignore[assignment]
     inside = {id(parameter) for parameter in base.parameters()}
-    return {name for name, parameter in model.named_parameters() if base is not model and id(parameter) not in inside}
+    outside = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    return frozenset(outside if base is not model else ())
 
 
 def lacks_pooler(model: nn.Module, path: str) -> set[str]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from loralab.adapters.hooks import AdapterHooks
 from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError
 from loralab.forward import stacked
@@ -105,16 +106,16 @@ def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = N
 
 def _trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None, whole: bool) -> Traced | None:
     spec = specs[0].model
-    new: Any = set()
+    new: frozenset[str] = frozenset()
     vocabulary = 0
     if spec.task == "sequence_classification":
-        new = loading.skeleton(spec).loralab_new_parameters
+        new = AdapterHooks.of(loading.skeleton(spec)).new_parameters
     else:
         vocabulary = int(spec.architecture().get_text_config().vocab_size)
     tracker = Tracker(CUDA_BLOCK if geometry.cuda else 1, not geometry.masked, vocabulary)
     with faked(geometry.cuda), FakeTensorMode(allow_non_fake_inputs=True):
         model = build(spec, layers)
-        model.loralab_new_parameters = new
+        AdapterHooks.of(model).new_parameters = new
         with tracker:
             return _Step(tracker, model, specs, geometry).run(whole)
 

@@ -34,7 +34,7 @@ class Fit:
         # such layers look at whole sequences, which a prefix would show them in parts
         prefix_bytes = self.spec.memory.prefix_bytes if self.spec.quantization.packable else 0
         lengthened = self.spec.memory.spiky_every is not None  # by padding, which shall cost what it costs
-        self.module = FineTuner(base.model, trials, prefix_bytes, unpad=not lengthened)
+        self.module = FineTuner(base.model, trials, prefix_bytes, base.prefix_states, unpad=not lengthened)
         self.optimizer_records: list[dict[str, Any]] = [{} for _ in trials]
         self.states: list[optimizers.State | None] = [trial.optimizer_state for trial in trials]
 

@@ -16,7 +16,7 @@ from loralab.adapters.hooks import BatchSlice
 from loralab.data.passes import Fed, Feed, Pass, Weighing, heaviest, heaviest_evaluation
 from loralab.errors import ConfigError
 from loralab.forward.metrics import SplitMetrics
-from loralab.forward.prefix import Prefix
+from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
 from loralab.optim.optimizers import restore
 from loralab.quantization.sequences import decoder_input_ids
@@ -30,12 +30,19 @@ SPLITS = {"val": "validation", "test": "test"}  # by the prefix of their metrics
 class FineTuner(LightningModule):
     """Trains the adapters of ``trials`` on ``model``; their batches are stacked along dim 0."""
 
-    def __init__(self, model: nn.Module, trials: list[Trial], prefix_bytes: int = 0, unpad: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trials: list[Trial],
+        prefix_bytes: int = 0,
+        prefix_states: States | None = None,
+        unpad: bool = True,
+    ) -> None:
         super().__init__()
         self.model = model
         self.trials = trials
         self.adapters = nn.ModuleList([trial.adapter for trial in trials])
-        self.prefix = Prefix(model, [t.adapter for t in trials], [t.data for t in trials], prefix_bytes)
+        self.prefix = Prefix(model, [t.adapter for t in trials], [t.data for t in trials], prefix_bytes, prefix_states)
         self.task = trials[0].task
         self.forward_pass = Forward(model, self.task, unpad and all(t.adapter.spec.tokenwise for t in trials))
         self.split = "val"
