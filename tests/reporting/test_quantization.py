@@ -77,6 +77,7 @@ def test_the_wandb_table_has_a_row_for_every_measured_scheme(result):
         ("llm_int8", "int8 weights and activations"),
         ("int8_product_absmax", "int8 weights and activations"),
         ("fp4_e2m1", "fp4"),
+        ("nvfp4", "fp4"),
         ("nf4_32_double", "nf4"),
         ("int4_absmax_row", "int4"),
     ],

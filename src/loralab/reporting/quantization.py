@@ -211,7 +211,7 @@ def _scatter(title: str, rows: Measures, key: str, name: str, caption: str) -> F
 def _family(name: str) -> str:
     if name.startswith(("int8_product", "llm_int8")):
         return FAMILIES[1]
-    return next((family for family in ("int4", "fp4", "nf4") if name.startswith(family)), FAMILIES[0])
+    return next((family for family in ("int4", "fp4", "nf4") if family in name), FAMILIES[0])
 
 
 def _code_books() -> Markup:
