@@ -106,7 +106,7 @@ def test_hydras_own_help_is_hydras(capsys):
     [
         ("loralab ", {"train", "doctor"}, {"--json"}),
         ("loralab tr", {"train"}, set()),
-        ("loralab count --", {"--json", "--debug"}, {"--fresh", "-m"}),
+        ("loralab count --", {"--json", "--debug", "--budget"}, {"--fresh", "-m"}),
         ("loralab train adapter=", {"adapter=lora", "adapter=full"}, {"train"}),
         ("loralab train --fresh -m optimizer.l", {"optimizer.lr="}, set()),
         ("/usr/bin/loralab plan model=tiny quantization=nf", {"quantization=nf4"}, set()),
@@ -172,6 +172,20 @@ def test_preview_shows_rows_and_leaves_nothing_behind(tiny_arguments, tmp_path, 
     assert "prompt" in out
     assert "target" in out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("word", ["5x", "0", "-3", "1e5", ""])
+def test_a_budget_that_is_no_number_is_refused(word, capsys):
+    assert main.run(["count", f"--budget={word}"]) == 2
+    assert "--budget" in capsys.readouterr().err
+
+
+def test_count_finds_the_rank_of_a_budget(tiny_arguments, capsys):
+    words = [word for word in tiny_arguments if not word.startswith(("hydra", "logger", "adapter.r="))]
+    assert main.run(["count", *words, "adapter.r=5", "--json"]) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    assert main.run(["count", *words, "--json", "--budget", str(wanted["adapter_parameters"])]) == 0
+    assert json.loads(capsys.readouterr().out) == {"adapter.r": 5, **wanted}
 
 
 def test_count_gives_one_json_object_that_agrees_with_a_run(tiny_arguments, tmp_path, monkeypatch, capsys):

@@ -31,6 +31,7 @@ class AdapterSpec(ABC):
     packable: ClassVar[bool] = False  # several trials of it may share one pass through the base
     tokenwise: ClassVar[bool] = False  # what it adds at a token depends on nothing but that token
     layerwise: ClassVar[bool] = False  # it acts by ``add`` and ``save_module`` alone: the base below is the bare base
+    size_field: ClassVar[str] = ""  # the whole number that its parameters grow with, such as r; empty: there is none
     changes_base: ClassVar[bool] = False  # the base cannot serve another trial afterwards
     start_differs: ClassVar[str] = ""  # why training does not begin at the base model; empty: it does
     makes: ClassVar[type["Adapter"]]  # what ``attach`` returns, whose ``export`` writes the files; Adapter

@@ -45,6 +45,7 @@ class Intrinsic(AdapterSpec):
     packable: ClassVar[bool] = True
     tokenwise: ClassVar[bool] = True
     layerwise: ClassVar[bool] = True
+    size_field: ClassVar[str] = "dimension"
 
     dimension: Count = 1000
     variant: Literal["did", "said"] = "did"

@@ -54,6 +54,7 @@ class LoRA(AdapterSpec):
     packable: ClassVar[bool] = True
     tokenwise: ClassVar[bool] = True
     layerwise: ClassVar[bool] = True
+    size_field: ClassVar[str] = "r"
 
     r: Rank = 8
     lora_alpha: Positive = 16.0

@@ -44,6 +44,7 @@ class Arguments(argparse.Namespace):
     help = version = debug = json = fresh = preview = evaluate = quick = False
     resume: str | None = None
     out: str | None = None
+    budget: str | None = None
 
     @property
     def many(self) -> bool:

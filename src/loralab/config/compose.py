@@ -19,16 +19,24 @@ def data_root() -> Path:
 
 
 def register_resolvers() -> None:
-    """``loralab.root``, ``loralab.mul`` (alpha tied to r), ``loralab.trial_id`` (a trial's folder in a sweep)."""
+    """``loralab.root``, ``loralab.mul`` (alpha tied to r), ``loralab.trial_id`` (a trial's folder in a sweep) and
+    ``loralab.rank_for`` (the rank, or what else sets an adapter's size, with that many parameters)."""
     OmegaConf.register_new_resolver("loralab.root", lambda: str(data_root()), replace=True)
     OmegaConf.register_new_resolver("loralab.mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("loralab.trial_id", _trial_id, replace=True)
+    OmegaConf.register_new_resolver("loralab.rank_for", _rank_for, replace=True)
 
 
 def _trial_id(*, _root_: DictConfig) -> str:
     from loralab.config.build import trial_id  # which needs this module
 
     return trial_id(_root_)
+
+
+def _rank_for(budget: int, *, _root_: DictConfig) -> int:
+    from loralab.config.budget import rank_for
+
+    return rank_for(budget, _root_)
 
 
 def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, Any]:
@@ -44,11 +52,20 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
         resolved = OmegaConf.to_container(copied, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
+        if (cause := _refusal(error)) is not None:
+            raise ConfigError(f"{key}: {cause}") from error
         raise ConfigError(f"{key} cannot be resolved: {str(error).strip().splitlines()[0]}") from error
     assert isinstance(resolved, dict)
     for group, key in foreign_keys(resolved, words):
         del resolved[group][key]
     return {str(key): value for key, value in resolved.items()}
+
+
+def _refusal(error: BaseException | None) -> ConfigError | None:
+    """What a resolver of ours raised, which OmegaConf wraps; None: the error is OmegaConf's own."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def compose(overrides: list[str], name: str = "train") -> DictConfig:

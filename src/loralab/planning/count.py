@@ -31,16 +31,20 @@ def count(
     total = sum(parameter.numel() for parameter in base.parameters())
     attached = adapter.attach(base)
     trainable = attached.trainable_parameters()
-    saved = sum(_size(module) for _, module in attached.saved_modules())
     added = trainable - sum(_size(delta) for _, delta in attached.adapted() if isinstance(delta, BiasDelta))
     name_out_of_reach(beyond(base), total)
     _name_unlike_peft(attached)
     return {
         "trainable_parameters": trainable,
-        "adapter_parameters": trainable - saved,
+        "adapter_parameters": adapter_parameters(attached),
         "total_parameters": total if adapter.changes_base else total + added,
         "quantized_parameters": quantized,
     }
+
+
+def adapter_parameters(adapter: Adapter) -> int:
+    """Numbers that ``adapter`` trains, new and saved modules left out."""
+    return adapter.trainable_parameters() - sum(_size(module) for _, module in adapter.saved_modules())
 
 
 def _name_unlike_peft(adapter: Adapter) -> None:
