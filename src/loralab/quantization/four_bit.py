@@ -107,6 +107,11 @@ class FourBitLinear(FrozenLinear):
         names = [self.quant_type, "dynamic"] if self.double_quant else [self.quant_type]
         return [codebooks.table(name, self.codes.device) for name in names]
 
+    def levels(self) -> tuple[Tensor, int]:
+        table = codebooks.table(self.quant_type, self.codes.device)
+        codes = blockwise.unpack_4bit(self.codes.view(-1).view(torch.uint8), self.out_features * self.in_features)
+        return table.argsort(stable=True).argsort()[codes.long()], len(table)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         absmax = self.absmax
         if self.double_quant:

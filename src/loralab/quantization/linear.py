@@ -91,6 +91,12 @@ class FrozenLinear(nn.Module, ABC):
         """Constants shared by all layers of the process."""
         return []
 
+    def levels(self) -> tuple[Tensor, int] | None:
+        """Each weight's code (out in,) int64, numbered from the lowest value that a code stands for, and how many codes
+        there are; None where weights have no codes."""
+        codes = getattr(self, "codes", None)
+        return None if codes is None else (codes.reshape(-1).long() - torch.iinfo(codes.dtype).min, 256)
+
     def packed(self) -> list[Tensor]:
         """Codes and statistics: what counts as this layer's weight."""
         return [getattr(self, name) for name in self.packed_names]

@@ -56,6 +56,11 @@ class MicroscaledLinear(FrozenLinear):
         codes = microscaling.scaled_codes(blocks, self._scales()).flatten(1)[:, : self.in_features]
         self.keep(codes=blockwise.pack_4bit(codes.flatten()))
 
+    def levels(self) -> tuple[Tensor, int]:
+        values = microscaling.e2m1_values(torch.arange(16, device=self.codes.device))
+        codes = blockwise.unpack_4bit(self.codes, self.out_features * self.in_features)
+        return values.argsort(stable=True).argsort()[codes.long()], 16
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         codes = blockwise.unpack_4bit(self.codes, self.out_features * self.in_features)
         blocks = microscaling.in_blocks(

@@ -1,0 +1,83 @@
+"""What a scheme makes of the codes it has: how many are used and how evenly, which weights it can no longer tell apart,
+and what the largest weight costs those that share its scale."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.quantization.base import Quantizer, dense_weight
+from loralab.quantization.linear import FrozenLinear
+
+COMPARED = 2**20  # weights of each layer, from its first, that are looked through for distinct values
+
+
+class CodeUse:
+    """Counts over all layers of one scheme."""
+
+    def __init__(self) -> None:
+        self.histogram: list[int] = []  # weights on each code, from the lowest value to the highest
+        self.distinct = self.distinct_after = 0
+
+    def add(self, weight: Tensor, frozen: nn.Module) -> None:
+        """Counts one layer: weight (out, in) float32, and what it was converted to."""
+        levels = frozen.levels() if isinstance(frozen, FrozenLinear) else None
+        if levels is None:
+            return
+        places, count = levels
+        counts = torch.bincount(places, minlength=count).tolist()
+        self.histogram = [a + b for a, b in zip(self.histogram or [0] * count, counts, strict=True)]
+        self.distinct += _distinct(weight)
+        self.distinct_after += _distinct(frozen.dense(torch.float32))  # type: ignore[operator]
+
+    def summary(self) -> dict[str, Any]:
+        """``codes``, ``codes_used``, ``code_entropy_bits`` (Shannon's, of the codes of all weights), ``merged_share``
+        (of distinct weights of a layer, how many fewer there are afterwards) and ``code_histogram``; nothing for a
+        scheme without codes."""
+        if not self.histogram:
+            return {}
+        share = torch.tensor(self.histogram, dtype=torch.float64) / sum(self.histogram)
+        return {
+            "codes": len(self.histogram),
+            "codes_used": sum(count > 0 for count in self.histogram),
+            "code_entropy_bits": float(torch.special.entr(share).sum() / torch.log(torch.tensor(2.0).double())),
+            "merged_share": 1 - self.distinct_after / self.distinct,
+            "code_histogram": self.histogram,
+        }
+
+
+def outlier_damage(quantizer: Quantizer, name: str, layer: nn.Module) -> dict[str, Any] | None:
+    """What the largest weight of ``layer`` does to the others in its block, row or tensor.
+
+    The layer is quantized as it is and with that weight set to 0; the weights whose value then differs are those that
+    share its scale. Returns ``layer``, ``value``, ``weights`` (how many they are), and their ``relative_rmse`` and
+    ``relative_rmse_without`` it; None where no other weight depends on it, or all that do are 0.
+    """
+    weight = dense_weight(layer).detach().float()
+    largest = int(weight.abs().argmax())
+    without = weight.clone()
+    without.view(-1)[largest] = 0.0
+    before, after = (_requantized(quantizer, name, values) for values in (weight, without))
+    affected = (before != after).view(-1)
+    affected[largest] = False
+    exact = weight.reshape(-1)[affected].double()
+    if not exact.any():
+        return None
+    errors = [float((dense.view(-1)[affected].double() - exact).norm() / exact.norm()) for dense in (before, after)]
+    return {
+        "layer": name,
+        "value": float(weight.view(-1)[largest]),
+        "weights": int(affected.sum()),
+        "relative_rmse": errors[0],
+        "relative_rmse_without": errors[1],
+    }
+
+
+def _requantized(quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    return dense_weight(quantizer.convert(dense, name)).detach().float()
+
+
+def _distinct(values: Tensor) -> int:
+    return int(torch.unique(values.detach().reshape(-1)[:COMPARED]).numel())
