@@ -8,16 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "loralab",
-    "torch",
-    "lightning",
-    "transformers",
-    "bitsandbytes",
-    "hydra-core",
-    "wandb",
-    "torchmetrics",
-)
+PACKAGES = ("loralab", "torch", "lightning", "transformers", "bitsandbytes", "hydra-core", "wandb", "torchmetrics")
 
 
 def environment() -> dict[str, Any]:

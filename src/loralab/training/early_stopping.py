@@ -49,11 +49,7 @@ class EarlyStopping:
         self.best, self.bad_validations, self.last_scored_step = None, 0, -1
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "best": self.best,
-            "bad_validations": self.bad_validations,
-            "last_scored_step": self.last_scored_step,
-        }
+        return {"best": self.best, "bad_validations": self.bad_validations, "last_scored_step": self.last_scored_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         best, bad, last = state["best"], int(state["bad_validations"]), int(state["last_scored_step"])

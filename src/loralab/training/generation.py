@@ -140,13 +140,7 @@ class Writer:
 
 
 def complete(
-    model: nn.Module,
-    tokenizer: Any,
-    adapter: Adapter | None,
-    prompts: list[str],
-    task: str,
-    room: int,
-    length: int,
+    model: nn.Module, tokenizer: Any, adapter: Adapter | None, prompts: list[str], task: str, room: int, length: int
 ) -> list[str]:
     """Greedy completions of ``prompts``: at most ``room`` new tokens, prompts cut from the left to fit ``length``."""
     writer = Writer(model, tokenizer, adapter, task, length)
@@ -156,12 +150,7 @@ def complete(
     return [writer.text(ids) for ids in writer.complete(heads, [room] * len(heads))]
 
 
-def score(
-    writer: Writer,
-    rows: list[Row],
-    words: str = "unicode",
-    batch_size: int = 16,
-) -> float:
+def score(writer: Writer, rows: list[Row], words: str = "unicode", batch_size: int = 16) -> float:
     """ROUGE-L of completions against the rows' targets, both from their token ids; a prompt is the one of training."""
     examples, encoder = writer.encoder.examples(rows), writer.encoder
     targets = encoder.targets(rows)

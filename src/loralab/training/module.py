@@ -99,11 +99,7 @@ class FineTuner(LightningModule):
                     parameter.grad = None
 
     def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """One step of every trial that took part in this window."""
         self._norms = {}
