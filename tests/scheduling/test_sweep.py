@@ -253,7 +253,9 @@ def test_after_kill_9_the_same_command_finishes_the_rest(start, sweep, folder):
     assert all(times(folder)[name] == before[name] for name in done)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_sweep_with_its_code_and_keeps_what_is_done(start, folder, number, code):
     running = start("trainer.max_steps=2,100000", *FAST)
     until(lambda: running_one(folder))
