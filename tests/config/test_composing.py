@@ -32,7 +32,7 @@ def loaders():
 def assert_same(loaders, words):
     hydras, quick, master = loaders
     expected = hydras.load_sweep_config(master, words)
-    found = quick._copy_with_values(master, [*map(str, master.hydra.overrides.hydra), *words])  # what falls back would raise here
+    found = quick._copy_with_values(master, [*map(str, master.hydra.overrides.hydra), *words])
     assert OmegaConf.to_container(found, resolve=False) == OmegaConf.to_container(expected, resolve=False)
     for node, other in ((found, expected), (found.hydra, expected.hydra), (found.model, expected.model)):
         assert OmegaConf.is_struct(node) == OmegaConf.is_struct(other)

@@ -128,7 +128,7 @@ def set_aside(folder: Path) -> None:
     record = KEPT[RESULT]
     number = next(n for n in count(1) if not (folder / _numbered(record, n)).exists())
     if (folder / record).exists():
-        _rename(folder, {kept: _numbered(kept, number) for kept in reversed(KEPT.values())})
+        _rename(folder, {name: _numbered(name, number) for name in reversed(KEPT.values())})
     _rename(folder, {name: KEPT[name] for name in reversed(KEPT)})
 
 

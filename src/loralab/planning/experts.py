@@ -21,9 +21,9 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, _, *kept = ctx.saved_tensors
+        weight, _, *inputs = ctx.saved_tensors
         dx = dy.new_empty(dy.shape[0], weight.shape[1]) if ctx.needs_input_grad[0] else None
-        return dx, torch.empty_like(weight) if kept else None, None
+        return dx, torch.empty_like(weight) if inputs else None, None
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: Tensor, *, offs: Tensor, **_: Any) -> Tensor:

@@ -154,5 +154,5 @@ def _kind(block: Block, phase: str, over: int) -> str:
     outlives = block.died is None or block.died > over
     if phase == "load":
         return "constants" if block.died is None else "transient"
-    kept = block.graph if phase == "backward" else outlives and phase == "forward"
-    return "activations" if kept else "transient"
+    activation = block.graph if phase == "backward" else outlives and phase == "forward"
+    return "activations" if activation else "transient"

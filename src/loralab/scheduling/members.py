@@ -39,8 +39,8 @@ class Members:
         if key not in self._costs:
             device = spec.trainer.device
             try:
-                one, two = (estimate([spec] * count, device, length=length) for count in (1, 2))
-                self._costs[key] = (2 * one - two, two - one)
+                single, pair = (estimate([spec] * count, device, length=length) for count in (1, 2))
+                self._costs[key] = (2 * single - pair, pair - single)
             except Exception as error:  # the trial itself will report a wrong setting
                 log.debug("the memory of trial %s could not be estimated", spec.id, exc_info=error)
                 self._costs[key] = (0, 0)
