@@ -92,7 +92,7 @@ def test_a_folder_that_is_a_file_is_a_disk_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ('{"schema": 1, "trial": "a", "sta', "damaged"),
         ("[]", "holds a list"),
@@ -112,11 +112,11 @@ def test_a_folder_that_is_a_file_is_a_disk_error(tmp_path):
         ("\x80", "damaged"),
     ],
 )
-def test_a_damaged_record_is_an_artifact_error_that_names_the_file(tmp_path, text, says):
+def test_a_damaged_record_is_an_artifact_error_that_names_the_file(tmp_path, text, message):
     (tmp_path / "result.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ArtifactError, match=r"result\.json") as caught:
         record.read(tmp_path)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_missing_record_says_what_was_expected(tmp_path):

@@ -32,7 +32,7 @@ def sweep(tiny_arguments, tmp_path, monkeypatch):
 
 
 def seen(folder):
-    """{what CUDA_VISIBLE_DEVICES was: process} as the processes themselves said."""
+    """CUDA_VISIBLE_DEVICES of each process, from its own log."""
     logs = [path.read_text() for path in sorted(folder.glob("device-*.log"))]
     return [re.search(r"CUDA_VISIBLE_DEVICES=(\S+)", text)[1] for text in logs]
 
@@ -40,13 +40,13 @@ def seen(folder):
 def test_two_devices_give_what_one_process_gives(sweep, weights, tmp_path, capsys):
     code, apart = sweep("apart", "seed=0,1", "adapter.r=2,3", names="5,3")
     assert code == 0
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert seen(tmp_path / "apart") == ["3", "5"]
     pids = {one["pid"] for one in apart.values()}
     assert len(pids) == 2
     assert os.getpid() not in pids
     assert sorted(one["pack"]["size"] for one in apart.values()) == [2] * 4
-    assert len(re.findall(r"^\[\d/4\] .*val/loss", said, re.MULTILINE)) == 4
+    assert len(re.findall(r"^\[\d/4\] .*val/loss", message, re.MULTILINE)) == 4
     assert [one["status"] for one in record.read_sweep(tmp_path / "apart")["trials"]] == ["completed"] * 4
     _, together = sweep("together", "seed=0,1", "adapter.r=2,3")
     assert apart.keys() == together.keys()
@@ -97,11 +97,11 @@ def test_a_signal_reaches_every_process_and_leaves_records(tiny_arguments, tmp_p
         while time.monotonic() < end and len(list(tmp_path.glob("s/*/metrics.jsonl"))) < 4:
             time.sleep(0.1)
         running.send_signal(number)
-        _, said = running.communicate(timeout=60)
+        _, message = running.communicate(timeout=60)
     finally:
         running.kill()
     assert running.returncode == code
-    assert "4 trials are left: loralab sweep --resume s" in said
+    assert "4 trials are left: loralab sweep --resume s" in message
     records = [record.read(folder) for folder in record.find(tmp_path / "s")]
     assert [one["status"] for one in records] == ["interrupted"] * 4
     for pid in {one["pid"] for one in records}:
