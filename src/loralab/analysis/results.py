@@ -132,7 +132,7 @@ def assemble(folder: Path, sweep: Json, trials: Sequence[TrialResult]) -> SweepR
 def _columns(trial: TrialResult) -> Json:
     """A row of the frame; where a setting and a measurement have one name, the setting counts."""
     record = trial.record
-    measured = flatten({section: record.get(section) or {} for section in schema.SECTIONS})
+    measured = flatten({section: record.get(section) or {} for section in schema.KEYS})
     first = {"trial": record["trial"], "folder": trial.name, "status": trial.status, "seed": record["seed"]}
     settings = {**record["choices"], **flatten(record["config"])}
     return {**first, **measured, **settings, **record["metrics"], **first}

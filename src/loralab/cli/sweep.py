@@ -93,7 +93,7 @@ def _check_beside_resume(word: str, overrides: list[str]) -> None:
     before = next((begun for begun in overrides if _key(begun) == _key(word)), None)
     if _key(word).startswith("hydra.sweep"):
         raise ConfigError(f"--resume names the sweep and its folder, and {word} another; valid: without {_key(word)}")
-    if group.partition("/")[0] in identity.VOLATILE or name in identity.ASIDE.get(group, ()) or word == before:
+    if group.partition("/")[0] in identity.VOLATILE or name in identity.VOLATILE_KEYS.get(group, ()) or word == before:
         return
     if before is not None:
         raise ConfigError(f"{before} and {word} contradict each other: --resume finishes the trials it began")
