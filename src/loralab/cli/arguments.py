@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from loralab.config.words import TEXTS
@@ -48,6 +49,12 @@ class Arguments(argparse.Namespace):
     @property
     def many(self) -> bool:
         return "-m" in self.hydra
+
+    @property
+    def config_dir(self) -> str | None:
+        """The folder that ``--config-dir`` names last; None without the flag."""
+        folders = [value for flag, value in pairwise(self.hydra) if flag == "--config-dir"]
+        return folders[-1] if folders else None
 
     def overrides(self) -> list[str]:
         """The words, which must all be settings. Raises ConfigError at anything else."""
@@ -150,6 +157,9 @@ INFO = Flag(
     choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
     hydra=True,
 )
+CONFIG_DIR = Flag(
+    ("-cd", "--config-dir"), "a folder of your own yaml files, searched before loralab's", "DIR", hydra=True
+)
 HYDRA = (
     Flag(("--multirun", "-m"), "a trial for each combination of values, as in seed=0,1", hydra=True),
     Flag(
@@ -162,7 +172,7 @@ HYDRA = (
     Flag(("--resolve",), "with --cfg: interpolations replaced by their values", hydra=True),
     Flag(("-p", "--package"), "with --cfg: this part alone, as in --package adapter", "PACKAGE", hydra=True),
     INFO,
-    Flag(("-cd", "--config-dir"), "a folder of your own yaml files, searched before loralab's", "DIR", hydra=True),
+    CONFIG_DIR,
     Flag(("-cn", "--config-name"), "another primary configuration than train", "NAME", hydra=True),
     Flag(("--hydra-help",), "Hydra's own help", hydra=True),
     Flag(("-sc", "--shell-completion"), "with install=bash: the script for tab completion, for eval", hydra=True),

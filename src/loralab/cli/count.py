@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from loralab.cli.arguments import JSON, Arguments, Command
+from loralab.cli.arguments import CONFIG_DIR, JSON, Arguments, Command
 
 
 def run(arguments: Arguments) -> int:
@@ -11,7 +11,7 @@ def run(arguments: Arguments) -> int:
     from loralab.config.build import trial_spec
     from loralab.config.compose import compose
 
-    spec = trial_spec(compose(arguments.overrides()), Path())
+    spec = trial_spec(compose(arguments.overrides(), config_dir=arguments.config_dir), Path())
     from loralab.cli.terminal import table
     from loralab.planning.count import count as count_parameters
 
@@ -33,5 +33,5 @@ COUNT = Command(
     },
     writes="nothing.",
     run=run,
-    own_flags=(JSON,),
+    own_flags=(JSON, CONFIG_DIR),
 )
