@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import socket
 import statistics
 from html import unescape
 from html.parser import HTMLParser
@@ -13,7 +11,6 @@ from urllib.parse import unquote
 
 import pytest
 
-from loralab.analysis.results import read_results
 from loralab.errors import ArtifactError, DiskError
 from loralab.records import record
 from loralab.reporting.report import report
@@ -145,15 +142,6 @@ def test_reporting_twice_gives_the_same_files(reported):
     assert {name: path.read_bytes() for name, path in again.files.items()} == before
 
 
-def test_a_moved_sweep_is_still_readable(synthetic_sweep, tmp_path):
-    shutil.copytree(synthetic_sweep, tmp_path / "moved")
-    sweep = record.read_sweep(tmp_path / "moved")
-    for trial in sweep["trials"]:
-        trial["folder"] = f"/nowhere/any/more/{trial['folder']}"
-    record.write_sweep(tmp_path / "moved", sweep)
-    assert read_results(tmp_path / "moved").count("completed") == 11
-
-
 def test_a_single_run_can_be_reported(synthetic_sweep, tmp_path):
     shutil.copytree(synthetic_sweep / "none,r=2,seed=0", tmp_path / "run")
     done = report(tmp_path / "run")
@@ -277,25 +265,6 @@ def test_a_report_that_cannot_be_written_is_a_disk_error(synthetic_sweep, tmp_pa
     (tmp_path / "s" / "report").write_text("in the way")
     with pytest.raises(DiskError, match="report"):
         report(tmp_path / "s")
-
-
-def test_a_running_record_whose_process_is_gone_is_interrupted(tmp_path, make_trial):
-    synthetic, write = make_trial
-    gone = {"status": "running", "host": socket.gethostname(), "pid": 2**22 + 1}
-    write(tmp_path / "gone", {**synthetic("none", 2, 0), **gone})
-    write(tmp_path / "here", {**synthetic("none", 2, 1), **gone, "pid": os.getpid()})
-    write(tmp_path / "huge", {**synthetic("none", 2, 3), **gone, "pid": 10**30})
-    write(tmp_path / "away", {**synthetic("none", 2, 2), **gone, "host": "another-machine"})
-    statuses = {trial.name: trial.status for trial in read_results(tmp_path).trials}
-    assert statuses == {"gone": "interrupted", "huge": "interrupted", "here": "running", "away": "running"}
-
-
-def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, make_trial):
-    synthetic, write = make_trial
-    made = {**synthetic("none", 2, 7), "overrides": ["data.prompt={a} {b}\\n"]}
-    write(tmp_path / "a", made)
-    (trial,) = read_results(tmp_path).trials
-    assert trial.rerun == "loralab train 'data.prompt={a} {b}\\n' seed=7"
 
 
 def test_the_strip_shows_the_whole_deviation_and_every_seed_at_its_value(tmp_path, make_trial):

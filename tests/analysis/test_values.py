@@ -8,7 +8,6 @@ from loralab.analysis.arms import arms
 from loralab.analysis.results import read_results
 from loralab.analysis.values import UNSAID, canonical, label, names, spelled
 from loralab.records import record
-from loralab.reporting.table import as_plain
 
 
 @pytest.mark.parametrize(
@@ -74,10 +73,9 @@ def test_seeds_of_13_digits_are_three_seeds(tmp_path, make_trial):
             write(tmp_path / f"{r}-{index}", made)
     results = read_results(tmp_path)
     assert results.repeats == 0
-    first, second = (as_plain(row) for row in arms(results))
-    assert (first["n"], first["seeds"]) == (3, [str(base + index) for index in range(3)])
-    assert second["difference"]["n"] == 3
-    assert second["difference"]["mean"] == pytest.approx(0.011 / 3)
+    first, second = arms(results)
+    assert (first.n, [trial.seed for trial in first.trials]) == (3, [str(base + index) for index in range(3)])
+    assert (second.difference.n, second.difference.mean) == (3, pytest.approx(0.011 / 3))
 
 
 def test_two_templates_that_differ_by_a_blank_are_two_named_arms(tmp_path, make_trial):
