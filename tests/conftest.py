@@ -293,9 +293,15 @@ def synthetic_sweep(tmp_path_factory):
 
 
 @pytest.fixture
-def make_trial():
-    """The functions above, for tests that build their own folders: (record, write)."""
-    return synthetic_record, write_trial
+def synthetic():
+    """The function that makes a record, for tests that build their own folders."""
+    return synthetic_record
+
+
+@pytest.fixture
+def write():
+    """The function that writes a record into a folder, with a curve."""
+    return write_trial
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ def test_rows_follow_the_order_of_the_axes(synthetic_sweep):
     assert keys == [(q, r) for q in ("none", "int8_absmax", "nf4_double") for r in ("2", "8")]
 
 
-def test_one_seed_has_no_deviation(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_one_seed_has_no_deviation(tmp_path, synthetic, write):
     write(tmp_path / "a", synthetic("none", 2, 0))
     (row,) = arms(read_results(tmp_path))
     assert row.std is None
@@ -28,8 +27,7 @@ def test_one_seed_has_no_deviation(tmp_path, make_trial):
 
 
 @pytest.mark.parametrize("key", ["lora_alpha", "a_key_of_a_later_version"])
-def test_different_configurations_are_never_averaged_even_if_no_axis_says_so(tmp_path, make_trial, key):
-    synthetic, write = make_trial
+def test_different_configurations_are_never_averaged_even_if_no_axis_says_so(tmp_path, synthetic, write, key):
     for seed, value in enumerate([8, 32]):
         made = synthetic("none", 2, seed)
         made["config"]["adapter"][key] = value
@@ -44,8 +42,7 @@ def test_the_declared_order_of_an_axis_decides_the_baseline(synthetic_sweep):
     assert baseline.values == {"quantization": "none", "adapter.r": "2"}
 
 
-def test_the_name_of_the_sweep_is_no_axis_and_one_trial_has_none(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_the_name_of_the_sweep_is_no_axis_and_one_trial_has_none(tmp_path, synthetic, write):
     for r, name in ((2, "rank"), (8, "alpha")):
         made = synthetic("none", r, 0)
         made["choices"].update(sweeps=name, logger=name)
@@ -60,8 +57,7 @@ def test_logger_settings_do_not_make_a_configuration(synthetic_sweep):
     assert not any("logger" in axis for axis in read_results(synthetic_sweep).axes)
 
 
-def test_the_best_row_follows_the_metric_and_its_direction(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_the_best_row_follows_the_metric_and_its_direction(tmp_path, synthetic, write):
     for r, seed, value in ((2, 0, 0.7), (2, 1, 0.71), (8, 0, 0.9), (8, 1, 0.91)):
         made = synthetic("none", r, seed)
         made["config"].update(metric="val/accuracy", metric_mode="max")
@@ -72,16 +68,14 @@ def test_the_best_row_follows_the_metric_and_its_direction(tmp_path, make_trial)
     assert best == ["8"]
 
 
-def test_axes_come_from_the_configurations_where_there_is_no_sweep_file(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_axes_come_from_the_configurations_where_there_is_no_sweep_file(tmp_path, synthetic, write):
     for scheme in ("none", "nf4_double"):
         for r in (2, 8):
             write(tmp_path / f"{scheme}{r}", synthetic(scheme, r, 0))
     assert read_results(tmp_path).axes == {"quantization": ["nf4_double", "none"], "adapter.r": ["2", "8"]}
 
 
-def test_a_list_axis_is_matched_however_it_is_spelled(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_a_list_axis_is_matched_however_it_is_spelled(tmp_path, synthetic, write):
     made = synthetic("none", 2, 0)
     made["config"]["adapter"]["target_modules"] = ["q_proj", "v_proj"]
     write(tmp_path / "a", made)

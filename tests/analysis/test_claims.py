@@ -16,9 +16,8 @@ PAPER = {
 
 
 @pytest.fixture
-def paper(tmp_path, make_trial):
+def paper(tmp_path, synthetic, write):
     """A sweep over quantization with ``losses`` {scheme: by seed} and ``claims``."""
-    synthetic, write = make_trial
 
     def build(losses, claims, change=lambda made: None):
         trials = []
@@ -71,8 +70,7 @@ def test_arms_over_other_targets_or_in_other_environments_are_not_comparable(pap
         assert found.estimate is None
 
 
-def test_a_second_axis_gives_a_verdict_for_each_of_its_values(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_a_second_axis_gives_a_verdict_for_each_of_its_values(tmp_path, synthetic, write):
     for scheme in ("none", "nf4_double"):
         for r in (2, 8):
             for seed in (0, 1, 2):

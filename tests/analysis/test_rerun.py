@@ -44,8 +44,7 @@ def test_a_hidden_secret_is_said_to_be_missing(tmp_path):
     assert trial.rerun == "loralab train 'logger.api_key=***' seed=0  # *** hides a secret"
 
 
-def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, synthetic, write):
     made = {**synthetic("none", 2, 7), "overrides": ["data.prompt={a} {b}\\n"]}
     write(tmp_path / "a", made)
     (trial,) = read_results(tmp_path).trials

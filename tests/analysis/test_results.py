@@ -53,8 +53,7 @@ def test_a_moved_sweep_is_still_readable(synthetic_sweep, tmp_path):
     assert read_results(tmp_path / "moved").count("completed") == 11
 
 
-def test_a_running_record_whose_process_is_gone_is_interrupted(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_a_running_record_whose_process_is_gone_is_interrupted(tmp_path, synthetic, write):
     gone = {"status": "running", "host": socket.gethostname(), "pid": 2**22 + 1}
     write(tmp_path / "gone", {**synthetic("none", 2, 0), **gone})
     write(tmp_path / "here", {**synthetic("none", 2, 1), **gone, "pid": os.getpid()})

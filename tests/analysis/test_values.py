@@ -63,8 +63,7 @@ def test_blanks_that_would_not_be_seen_are_shown_in_quotes():
     assert [label(text) for text in ("a b", "a  b", "a\n")] == ["a b", '"a  b"', '"a\\n"']
 
 
-def test_seeds_of_13_digits_are_three_seeds(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_seeds_of_13_digits_are_three_seeds(tmp_path, synthetic, write):
     base = 1700000000000
     losses = {2: [1.0, 1.1, 1.3], 8: [1.01, 1.1, 1.301]}
     for r, values in losses.items():
@@ -78,8 +77,7 @@ def test_seeds_of_13_digits_are_three_seeds(tmp_path, make_trial):
     assert (second.difference.n, second.difference.mean) == (3, pytest.approx(0.011 / 3))
 
 
-def test_two_templates_that_differ_by_a_blank_are_two_named_arms(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_two_templates_that_differ_by_a_blank_are_two_named_arms(tmp_path, synthetic, write):
     prompts = ["{a}", "{a} "]
     for index, prompt in enumerate(prompts):
         made = synthetic("none", 2, 0)
@@ -92,8 +90,7 @@ def test_two_templates_that_differ_by_a_blank_are_two_named_arms(tmp_path, make_
     assert [row.values["data.prompt"] for row in arms(results)] == ["{a}", '"{a} "']
 
 
-def test_one_number_written_in_two_ways_is_one_row(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_one_number_written_in_two_ways_is_one_row(tmp_path, synthetic, write):
     for seed, alpha in ((0, 16), (1, 16.0)):
         made = synthetic("none", 2, seed)
         made["config"]["adapter"]["lora_alpha"] = alpha

@@ -200,7 +200,7 @@ def test_a_repetition_with_another_score_is_named(write_runs):
     assert all("are one trial, yet val/loss is" in text for text in said(done).values())
 
 
-def test_a_stale_record_is_no_result(write_runs, make_trial):
+def test_a_stale_record_is_no_result(write_runs, synthetic, write):
     root = write_runs(GRID)
     stale = root / "runs" / "2-0" / "result.stale.json"
     stale.write_text((root / "runs" / "2-0" / "result.json").read_text().replace('"val/loss": 1.0', '"val/loss": 77.0'))

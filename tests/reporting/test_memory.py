@@ -14,11 +14,10 @@ NOTE = "optimizer=paged_adamw paged nothing: the largest tensor has 8,192 elemen
 
 
 @pytest.fixture
-def paged_sweep(tmp_path, make_trial):
+def paged_sweep(tmp_path, synthetic, write):
     """Four runs, two of them paged; the unpaged one of the spiky arm ran out of memory."""
 
     def build(paging: str):
-        synthetic, write = make_trial
         root, trials = tmp_path / "paged", []
         for name in ("adamw_32bit", "paged_adamw"):
             for every in (None, 8):

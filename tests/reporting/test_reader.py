@@ -21,9 +21,8 @@ FIXED = "lora_alpha / r = 2, so the update's scale stays put when r moves; one l
 
 
 @pytest.fixture
-def runs(tmp_path, make_trial):
+def runs(tmp_path, synthetic, write):
     """Writes a trial of each (r, lr, seed) with the loss given; returns the folder."""
-    synthetic, write = make_trial
 
     def make(losses, **sweep):
         trials = []

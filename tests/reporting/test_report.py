@@ -103,8 +103,7 @@ def test_texts_from_records_are_escaped(reported):
     assert "<on cpu>" not in text
 
 
-def test_a_hostile_record_cannot_put_markup_on_the_page(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_a_hostile_record_cannot_put_markup_on_the_page(tmp_path, synthetic, write):
     evil = '"><script>alert(1)</script>'
     made = synthetic("none", 2, 0)
     made["config"]["adapter"]["target_modules"] = evil
@@ -198,8 +197,7 @@ def test_every_trial_has_its_command_and_links_to_its_files(reported):
     assert details.count("result.json</a>") == 12
 
 
-def test_the_page_names_the_baseline_the_method_and_what_was_cut(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_the_page_names_the_baseline_the_method_and_what_was_cut(tmp_path, synthetic, write):
     for r in (2, 8):
         for seed in (0, 1):
             made = synthetic("none", r, seed)
@@ -230,8 +228,7 @@ def test_a_single_runs_page_is_its_own_and_shows_every_metric(synthetic_sweep, t
         assert unwanted not in text.partition("<body>")[2].partition("<footer>")[0], unwanted
 
 
-def test_trials_of_other_data_or_metrics_stand_in_tables_of_their_own(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_trials_of_other_data_or_metrics_stand_in_tables_of_their_own(tmp_path, synthetic, write):
     for index, (fingerprint, metric) in enumerate([("a", "val/loss"), ("b", "val/loss"), ("a", "val/perplexity")]):
         for r in (2, 8):
             for seed in (0, 1):
@@ -267,9 +264,8 @@ def test_a_report_that_cannot_be_written_is_a_disk_error(synthetic_sweep, tmp_pa
         report(tmp_path / "s")
 
 
-def test_the_strip_shows_the_whole_deviation_and_every_seed_at_its_value(tmp_path, make_trial):
+def test_the_strip_shows_the_whole_deviation_and_every_seed_at_its_value(tmp_path, synthetic, write):
     """The least and the greatest seed have the longest bars, which no edge may cut."""
-    synthetic, write = make_trial
     losses = {2: [1.0, 3.0], 8: [1.5, 4.0]}
     for r, values in losses.items():
         for seed, loss in enumerate(values):

@@ -16,9 +16,8 @@ from loralab.reporting.report import report
 
 
 @pytest.fixture
-def lab(tmp_path, make_trial, monkeypatch):
+def lab(tmp_path, synthetic, write, monkeypatch):
     """Writes n finished trials on a base and data files of their own, named relative to the folder; returns it."""
-    synthetic, write = make_trial
     monkeypatch.setenv("LORALAB_CACHE", str(tmp_path / "cache"))
     base, data = tmp_path / "base", tmp_path / "train.jsonl"
     base.mkdir()

@@ -13,8 +13,7 @@ from loralab.reporting.table import as_plain, columns, seeds_text
 from loralab.reporting.text import terminal
 
 
-def test_mean_and_sample_deviation_are_over_the_completed_seeds(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_mean_and_sample_deviation_are_over_the_completed_seeds(tmp_path, synthetic, write):
     for seed, loss in enumerate([1.0, 2.0, 4.0]):
         write(tmp_path / str(seed), {**synthetic("none", 2, seed), "metrics": {"val/loss": loss}})
     failed = {**synthetic("none", 2, 3), "status": "failed", "metrics": {"val/loss": 100.0}, "error": "x"}
@@ -25,8 +24,7 @@ def test_mean_and_sample_deviation_are_over_the_completed_seeds(tmp_path, make_t
     assert seeds_text(row) == "3 ok, 1 failed"
 
 
-def test_the_first_value_of_every_axis_is_the_baseline_and_differences_are_paired_by_seed(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_the_first_value_of_every_axis_is_the_baseline_and_differences_are_paired_by_seed(tmp_path, synthetic, write):
     losses = {(2, 0): 1.0, (2, 1): 5.0, (2, 2): 9.0, (8, 0): 0.9, (8, 1): 4.8, (16, 2): 9.5}
     for (r, seed), loss in losses.items():
         write(tmp_path / f"{r}-{seed}", {**synthetic("none", r, seed), "metrics": {"val/loss": loss}})
@@ -43,8 +41,7 @@ def test_the_first_value_of_every_axis_is_the_baseline_and_differences_are_paire
     assert "-0.1500 [-0.7853, +0.4853]" in terminal(results, comparisons(results))
 
 
-def test_the_best_of_single_seeds_is_not_marked(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_the_best_of_single_seeds_is_not_marked(tmp_path, synthetic, write):
     for r in (2, 8):
         write(tmp_path / str(r), synthetic("none", r, 0))
     results = read_results(tmp_path)
@@ -56,8 +53,7 @@ def test_the_best_of_single_seeds_is_not_marked(tmp_path, make_trial):
     assert "No intervals: with one seed a row, no difference can be told from chance" in " ".join(text.split())
 
 
-def test_a_trial_listed_or_found_twice_counts_once(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_a_trial_listed_or_found_twice_counts_once(tmp_path, synthetic, write):
     made = synthetic("none", 2, 0)
     write(tmp_path / "a", made)
     write(tmp_path / "b", made)
@@ -68,8 +64,7 @@ def test_a_trial_listed_or_found_twice_counts_once(tmp_path, make_trial):
         assert (len(row.scores), row.std, seeds_text(row), results.repeats) == (1, None, "1 ok", 1)
 
 
-def test_labels_too_long_for_the_terminal_are_spelled_out_below_numbered_rows(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_labels_too_long_for_the_terminal_are_spelled_out_below_numbered_rows(tmp_path, synthetic, write):
     for index, prompt in enumerate(["{question} " * 9, "{context} " * 9]):
         made = synthetic("none", 2, 0)
         made["config"]["data"]["prompt"] = prompt
@@ -81,8 +76,7 @@ def test_labels_too_long_for_the_terminal_are_spelled_out_below_numbered_rows(tm
     assert "\nrow  val/loss" in text
 
 
-def test_a_long_error_is_wrapped_not_cut(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_a_long_error_is_wrapped_not_cut(tmp_path, synthetic, write):
     failed = {**synthetic("none", 2, 0), "status": "failed", "metrics": {}, "error": "word " * 60 + "end"}
     write(tmp_path / "a", failed)
     results = read_results(tmp_path)
@@ -92,8 +86,7 @@ def test_a_long_error_is_wrapped_not_cut(tmp_path, make_trial):
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_a_trial_without_a_record_is_missing_and_joins_its_configuration(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_a_trial_without_a_record_is_missing_and_joins_its_configuration(tmp_path, synthetic, write):
     write(tmp_path / "a", synthetic("none", 2, 0))
     listed = [
         {"trial": "a", "folder": "a", "status": "completed"},
@@ -114,8 +107,9 @@ def test_a_trial_without_a_record_is_missing_and_joins_its_configuration(tmp_pat
         ({}, "1 without a result", "without_result", "completed, but val/loss is no finite number"),
     ],
 )
-def test_a_completed_trial_whose_metric_is_no_number_is_no_result(tmp_path, make_trial, metrics, counted, status, why):
-    synthetic, write = make_trial
+def test_a_completed_trial_whose_metric_is_no_number_is_no_result(
+    tmp_path, synthetic, write, metrics, counted, status, why
+):
     write(tmp_path / "a", {**synthetic("none", 2, 0), "metrics": metrics})
     write(tmp_path / "b", synthetic("none", 2, 1))
     done = report(tmp_path)
@@ -140,8 +134,7 @@ def test_the_terminal_table_fits_and_names_every_failure(synthetic_sweep):
 
 
 @pytest.mark.parametrize("width", [30, 50, 72, 100, 200])
-def test_a_table_with_long_labels_still_fits(tmp_path, make_trial, width):
-    synthetic, write = make_trial
+def test_a_table_with_long_labels_still_fits(tmp_path, synthetic, write, width):
     for index, modules in enumerate((["a_very_long_name"] * 9, ["x"])):
         made = synthetic("none", 2, 0)
         made["config"]["adapter"]["target_modules"] = modules
@@ -151,8 +144,7 @@ def test_a_table_with_long_labels_still_fits(tmp_path, make_trial, width):
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_columns_that_nothing_can_fill_are_left_out(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_columns_that_nothing_can_fill_are_left_out(tmp_path, synthetic, write):
     made = synthetic("none", 2, 0)
     made["memory"].update(predicted_peak_bytes=None, measured_peak_bytes=None)
     write(tmp_path / "a", made)

@@ -17,9 +17,8 @@ PAPER = {
 
 
 @pytest.fixture
-def paper(tmp_path, make_trial):
+def paper(tmp_path, synthetic, write):
     """A sweep over quantization with ``losses`` {scheme: by seed} and ``claims``."""
-    synthetic, write = make_trial
 
     def build(losses, claims, change=lambda made: None):
         trials = []

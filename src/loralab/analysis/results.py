@@ -194,7 +194,7 @@ def _key(trial: TrialResult) -> str:
 
 
 def _bare_key(trial: TrialResult) -> str | None:
-    """A key of the trial's configuration, seed and metric, whatever environment it ran in; None without a configuration."""
+    """A key of the configuration, seed and metric, whatever environment it ran in; None without a configuration."""
     if not trial.record["config"]:
         return None
     return canonical([identity(trial.record), trial.record["seed"], trial.metric, trial.setting("metric_mode")])
