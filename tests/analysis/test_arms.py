@@ -29,9 +29,9 @@ def test_one_seed_has_no_deviation(tmp_path, synthetic, write):
 @pytest.mark.parametrize("key", ["lora_alpha", "a_key_of_a_later_version"])
 def test_different_configurations_are_never_averaged_even_if_no_axis_says_so(tmp_path, synthetic, write, key):
     for seed, value in enumerate([8, 32]):
-        made = synthetic("none", 2, seed)
-        made["config"]["adapter"][key] = value
-        write(tmp_path / str(seed), made)
+        stored_trial = synthetic("none", 2, seed)
+        stored_trial["config"]["adapter"][key] = value
+        write(tmp_path / str(seed), stored_trial)
     results = read_results(tmp_path)
     assert len(arms(results)) == 2
     assert results.axes[f"adapter.{key}"] == ["8", "32"]
@@ -44,9 +44,9 @@ def test_the_declared_order_of_an_axis_decides_the_baseline(synthetic_sweep):
 
 def test_the_name_of_the_sweep_is_no_axis_and_one_trial_has_none(tmp_path, synthetic, write):
     for r, name in ((2, "rank"), (8, "alpha")):
-        made = synthetic("none", r, 0)
-        made["choices"].update(sweeps=name, logger=name)
-        write(tmp_path / name, made)
+        stored_trial = synthetic("none", r, 0)
+        stored_trial["choices"].update(sweeps=name, logger=name)
+        write(tmp_path / name, stored_trial)
     assert list(read_results(tmp_path).axes) == ["adapter.r"]
     axes = {"sweeps": ["rank"], "logger": ["none"], "adapter.r": ["2"]}
     record.write_sweep(tmp_path, {"name": "t", "axes": axes, "trials": [{"trial": "a", "folder": "rank"}]})
@@ -59,9 +59,9 @@ def test_logger_settings_do_not_make_a_configuration(synthetic_sweep):
 
 def test_the_best_row_follows_the_metric_and_its_direction(tmp_path, synthetic, write):
     for r, seed, value in ((2, 0, 0.7), (2, 1, 0.71), (8, 0, 0.9), (8, 1, 0.91)):
-        made = synthetic("none", r, seed)
-        made["config"].update(metric="val/accuracy", metric_mode="max")
-        write(tmp_path / f"{r}-{seed}", {**made, "metrics": {"val/accuracy": value, "val/loss": value}})
+        stored_trial = synthetic("none", r, seed)
+        stored_trial["config"].update(metric="val/accuracy", metric_mode="max")
+        write(tmp_path / f"{r}-{seed}", {**stored_trial, "metrics": {"val/accuracy": value, "val/loss": value}})
     results = read_results(tmp_path)
     best = [row.values["adapter.r"] for row in arms(results) if row.best]
     assert results.metric == "val/accuracy"
@@ -76,9 +76,9 @@ def test_axes_come_from_the_configurations_where_there_is_no_sweep_file(tmp_path
 
 
 def test_a_list_axis_is_matched_however_it_is_spelled(tmp_path, synthetic, write):
-    made = synthetic("none", 2, 0)
-    made["config"]["adapter"]["target_modules"] = ["q_proj", "v_proj"]
-    write(tmp_path / "a", made)
+    stored_trial = synthetic("none", 2, 0)
+    stored_trial["config"]["adapter"]["target_modules"] = ["q_proj", "v_proj"]
+    write(tmp_path / "a", stored_trial)
     axes = {"adapter.target_modules": ["[q_proj, v_proj]", "all-linear"]}
     record.write_sweep(tmp_path, {"name": "t", "axes": axes, "trials": [{"trial": "a", "folder": "a"}]})
     assert read_results(tmp_path).axes["adapter.target_modules"] == ["q_proj,v_proj", "all-linear"]

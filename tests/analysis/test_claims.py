@@ -19,14 +19,14 @@ PAPER = {
 def paper(tmp_path, synthetic, write):
     """A sweep over quantization with ``losses`` {scheme: by seed} and ``claims``."""
 
-    def build(losses, claims, change=lambda made: None):
+    def build(losses, claims, change=lambda stored_trial: None):
         trials = []
         for scheme, values in losses.items():
             for seed, loss in enumerate(values):
-                made = {**synthetic(scheme, 2, seed), "metrics": {"val/loss": loss}}
-                change(made)
-                write(tmp_path / made["trial"], made)
-                trials.append({"trial": made["trial"], "folder": made["trial"]})
+                stored_trial = {**synthetic(scheme, 2, seed), "metrics": {"val/loss": loss}}
+                change(stored_trial)
+                write(tmp_path / stored_trial["trial"], stored_trial)
+                trials.append({"trial": stored_trial["trial"], "folder": stored_trial["trial"]})
         axes = {"quantization": list(losses), "seed": [0, 1, 2]}
         record.write_sweep(
             tmp_path, {"name": "p", "axes": axes, "trials": trials, "paper": {**PAPER, "claims": claims}}
@@ -57,11 +57,13 @@ def test_the_paired_interval_decides(paper, claim, verdict):
 
 
 def test_arms_over_other_targets_or_in_other_environments_are_not_comparable(paper):
-    def other_targets(made):
-        made["data"]["targets"] = ("a" if made["choices"]["quantization"] == "none" else "b") * 16
+    def other_targets(stored_trial):
+        stored_trial["data"]["targets"] = ("a" if stored_trial["choices"]["quantization"] == "none" else "b") * 16
 
-    def other_torch(made):
-        made["environment"]["versions"]["torch"] = "2.12" if made["choices"]["quantization"] == "none" else "2.13"
+    def other_torch(stored_trial):
+        stored_trial["environment"]["versions"]["torch"] = (
+            "2.12" if stored_trial["choices"]["quantization"] == "none" else "2.13"
+        )
 
     for change in (other_targets, other_torch):
         results = read_results(paper(LOSSES, ["none <= nf4_double"], change))
@@ -74,8 +76,8 @@ def test_a_second_axis_gives_a_verdict_for_each_of_its_values(tmp_path, syntheti
     for scheme in ("none", "nf4_double"):
         for r in (2, 8):
             for seed in (0, 1, 2):
-                made = synthetic(scheme, r, seed)
-                write(tmp_path / made["trial"], made)
+                stored_trial = synthetic(scheme, r, seed)
+                write(tmp_path / stored_trial["trial"], stored_trial)
     axes = {"quantization": ["none", "nf4_double"], "adapter.r": [2, 8]}
     trials = [{"trial": path.name, "folder": path.name} for path in record.find(tmp_path)]
     record.write_sweep(tmp_path, {"name": "p", "axes": axes, "trials": trials, "claims": ["none <= nf4_double"]})

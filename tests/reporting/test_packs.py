@@ -11,21 +11,21 @@ from loralab.reporting.table import columns
 MIB = 2**20
 
 
-def in_pack(made, size, index, pid=7, seconds=10.0):
-    made["pack"].update(size=size, index=index)
-    made.update(pid=pid, host="synthetic")
-    made["time"].update(startup_s=2.0, train_s=seconds, tokens_per_s=330.0 + index)
-    made["memory"].update(measured_peak_bytes=71 * MIB, predicted_peak_bytes=80 * MIB, alone_peak_bytes=None)
+def in_pack(stored_trial, size, index, pid=7, seconds=10.0):
+    stored_trial["pack"].update(size=size, index=index)
+    stored_trial.update(pid=pid, host="synthetic")
+    stored_trial["time"].update(startup_s=2.0, train_s=seconds, tokens_per_s=330.0 + index)
+    stored_trial["memory"].update(measured_peak_bytes=71 * MIB, predicted_peak_bytes=80 * MIB, alone_peak_bytes=None)
 
 
 def written(tmp_path, synthetic, write, trials):
     """(r, seed, size or 1, pid) each."""
     for index, (r, seed, size, pid) in enumerate(trials):
-        made = synthetic("none", r, seed)
+        stored_trial = synthetic("none", r, seed)
         if size > 1:
-            in_pack(made, size, index, pid)
-        made["memory"]["alone_peak_bytes"] = (10 + r) * MIB
-        write(tmp_path / f"{r}-{seed}-{pid}", made)
+            in_pack(stored_trial, size, index, pid)
+        stored_trial["memory"]["alone_peak_bytes"] = (10 + r) * MIB
+        write(tmp_path / f"{r}-{seed}-{pid}", stored_trial)
     return read_results(tmp_path)
 
 
@@ -95,21 +95,21 @@ def test_an_old_record_of_a_pack_has_no_peak_of_its_own(tmp_path, synthetic, wri
 
 def test_bits_over_all_weights_stand_beside_the_quantized_ones_where_they_differ(tmp_path, synthetic, write):
     for scheme, overall in (("none", 32.0), ("nf4_double", 31.0)):
-        made = synthetic(scheme, 2, 0)
-        made["base"]["bits_per_parameter_overall"] = overall
-        write(tmp_path / scheme, made)
+        stored_trial = synthetic(scheme, 2, 0)
+        stored_trial["base"]["bits_per_parameter_overall"] = overall
+        write(tmp_path / scheme, stored_trial)
     results = read_results(tmp_path)
     assert sorted(text for text, _ in texts(results, "bits overall")) == ["31.000", "32.000"]
-    made["base"]["bits_per_parameter_overall"] = 4.13
-    write(tmp_path / scheme, made)
+    stored_trial["base"]["bits_per_parameter_overall"] = 4.13
+    write(tmp_path / scheme, stored_trial)
     assert texts(read_results(tmp_path), "bits overall") is None
 
 
 def test_with_several_threads_a_packed_trials_command_does_not_promise_its_bits(tmp_path, synthetic, write):
     for threads, expected in ((2, True), (1, False)):
         for index, r in enumerate((2, 8)):
-            made = synthetic("none", r, 0)
-            in_pack(made, 2, index)
-            made["environment"]["threads"] = threads
-            write(tmp_path / str(r), made)
+            stored_trial = synthetic("none", r, 0)
+            in_pack(stored_trial, 2, index)
+            stored_trial["environment"]["threads"] = threads
+            write(tmp_path / str(r), stored_trial)
         assert ("the same bits with one thread only" in report(tmp_path).table) == expected

@@ -27,14 +27,14 @@ def runs(tmp_path, synthetic, write):
     def make(losses, **sweep):
         trials = []
         for (r, lr, seed), loss in losses.items():
-            made = synthetic("none", r, seed)
-            made["config"]["optimizer"]["lr"] = lr
-            made["overrides"] += [f"optimizer.lr={lr}"]
-            made["metrics"] = {"val/loss": loss}
-            made["status"] = "failed" if math.isnan(loss) else "completed"
+            stored_trial = synthetic("none", r, seed)
+            stored_trial["config"]["optimizer"]["lr"] = lr
+            stored_trial["overrides"] += [f"optimizer.lr={lr}"]
+            stored_trial["metrics"] = {"val/loss": loss}
+            stored_trial["status"] = "failed" if math.isnan(loss) else "completed"
             name = f"{r}-{lr}-{seed}"
-            write(tmp_path / "s" / name, made)
-            trials.append({"trial": made["trial"], "folder": name})
+            write(tmp_path / "s" / name, stored_trial)
+            trials.append({"trial": stored_trial["trial"], "folder": name})
         if sweep:
             record.write_sweep(tmp_path / "s", {"name": "s", "trials": trials, **sweep})
         return tmp_path / "s"

@@ -105,12 +105,12 @@ def test_texts_from_records_are_escaped(reported):
 
 def test_a_hostile_record_cannot_put_markup_on_the_page(tmp_path, synthetic, write):
     evil = '"><script>alert(1)</script>'
-    made = synthetic("none", 2, 0)
-    made["config"]["adapter"]["target_modules"] = evil
-    made["config"]["metric"] = evil
-    made.update(status="failed", error=evil, overrides=[f"x={evil}"], choices={"quantization": evil})
-    made["environment"]["cpu"] = evil
-    write(tmp_path / "a", made)
+    stored_trial = synthetic("none", 2, 0)
+    stored_trial["config"]["adapter"]["target_modules"] = evil
+    stored_trial["config"]["metric"] = evil
+    stored_trial.update(status="failed", error=evil, overrides=[f"x={evil}"], choices={"quantization": evil})
+    stored_trial["environment"]["cpu"] = evil
+    write(tmp_path / "a", stored_trial)
     sweep = {"name": evil, "question": evil, "fixed": [evil], "command": evil, "axes": {evil: [evil]}}
     record.write_sweep(tmp_path, {**sweep, "trials": [{"trial": "a", "folder": "a"}]})
     assert "<script>alert" not in report(tmp_path).index.read_text()
@@ -200,11 +200,11 @@ def test_every_trial_has_its_command_and_links_to_its_files(reported):
 def test_the_page_names_the_baseline_the_method_and_what_was_cut(tmp_path, synthetic, write):
     for r in (2, 8):
         for seed in (0, 1):
-            made = synthetic("none", r, seed)
-            made["data"]["truncated"] = 50
-            made["memory"]["measured_peak_bytes"] = None
-            made["config"]["data"]["prompt"] = "{a}\n"
-            write(tmp_path / f"{r}-{seed}", made)
+            stored_trial = synthetic("none", r, seed)
+            stored_trial["data"]["truncated"] = 50
+            stored_trial["memory"]["measured_peak_bytes"] = None
+            stored_trial["config"]["data"]["prompt"] = "{a}\n"
+            write(tmp_path / f"{r}-{seed}", stored_trial)
     text = unescape(report(tmp_path).index.read_text())
     for wanted in (
         "vs baseline (r = 2)",
@@ -232,11 +232,11 @@ def test_trials_of_other_data_or_metrics_stand_in_tables_of_their_own(tmp_path, 
     for index, (fingerprint, metric) in enumerate([("a", "val/loss"), ("b", "val/loss"), ("a", "val/perplexity")]):
         for r in (2, 8):
             for seed in (0, 1):
-                made = synthetic("none", r, seed)
-                made["trial"] += str(index)
-                made["data"]["fingerprint"] = fingerprint * 16
-                made["config"]["metric"] = metric
-                write(tmp_path / f"{index}-{r}-{seed}", made)
+                stored_trial = synthetic("none", r, seed)
+                stored_trial["trial"] += str(index)
+                stored_trial["data"]["fingerprint"] = fingerprint * 16
+                stored_trial["config"]["metric"] = metric
+                write(tmp_path / f"{index}-{r}-{seed}", stored_trial)
     done = report(tmp_path)
     assert len(re.findall(r"<h2>Results: ", done.index.read_text())) == 3
     assert "cannot be compared" in done.table

@@ -54,9 +54,9 @@ def test_the_best_of_single_seeds_is_not_marked(tmp_path, synthetic, write):
 
 
 def test_a_trial_listed_or_found_twice_counts_once(tmp_path, synthetic, write):
-    made = synthetic("none", 2, 0)
-    write(tmp_path / "a", made)
-    write(tmp_path / "b", made)
+    stored_trial = synthetic("none", 2, 0)
+    write(tmp_path / "a", stored_trial)
+    write(tmp_path / "b", stored_trial)
     found = read_results(tmp_path)
     record.write_sweep(tmp_path, {"name": "t", "axes": {}, "trials": [{"trial": "a", "folder": "a"}] * 2})
     for results in (found, read_results(tmp_path)):
@@ -66,9 +66,9 @@ def test_a_trial_listed_or_found_twice_counts_once(tmp_path, synthetic, write):
 
 def test_labels_too_long_for_the_terminal_are_spelled_out_below_numbered_rows(tmp_path, synthetic, write):
     for index, prompt in enumerate(["{question} " * 9, "{context} " * 9]):
-        made = synthetic("none", 2, 0)
-        made["config"]["data"]["prompt"] = prompt
-        write(tmp_path / str(index), made)
+        stored_trial = synthetic("none", 2, 0)
+        stored_trial["config"]["data"]["prompt"] = prompt
+        write(tmp_path / str(index), stored_trial)
     results = read_results(tmp_path)
     text = terminal(results, comparisons(results), 60)
     assert "..." not in text
@@ -136,18 +136,18 @@ def test_the_terminal_table_fits_and_names_every_failure(synthetic_sweep):
 @pytest.mark.parametrize("width", [30, 50, 72, 100, 200])
 def test_a_table_with_long_labels_still_fits(tmp_path, synthetic, write, width):
     for index, modules in enumerate((["a_very_long_name"] * 9, ["x"])):
-        made = synthetic("none", 2, 0)
-        made["config"]["adapter"]["target_modules"] = modules
-        write(tmp_path / str(index), made)
+        stored_trial = synthetic("none", 2, 0)
+        stored_trial["config"]["adapter"]["target_modules"] = modules
+        write(tmp_path / str(index), stored_trial)
     results = read_results(tmp_path)
     text = terminal(results, comparisons(results), width)
     assert max(map(len, text.splitlines())) <= width
 
 
 def test_columns_that_nothing_can_fill_are_left_out(tmp_path, synthetic, write):
-    made = synthetic("none", 2, 0)
-    made["memory"].update(predicted_peak_bytes=None, measured_peak_bytes=None)
-    write(tmp_path / "a", made)
+    stored_trial = synthetic("none", 2, 0)
+    stored_trial["memory"].update(predicted_peak_bytes=None, measured_peak_bytes=None)
+    write(tmp_path / "a", stored_trial)
     results = read_results(tmp_path)
     titles = [column.title for column in columns(comparisons(results)[0])]
     assert titles == ["bits/param", "base size", "trainable", "train s", "tokens/s"]

@@ -20,14 +20,14 @@ PAPER = {
 def paper(tmp_path, synthetic, write):
     """A sweep over quantization with ``losses`` {scheme: by seed} and ``claims``."""
 
-    def build(losses, claims, change=lambda made: None):
+    def build(losses, claims, change=lambda stored_trial: None):
         trials = []
         for scheme, values in losses.items():
             for seed, loss in enumerate(values):
-                made = {**synthetic(scheme, 2, seed), "metrics": {"val/loss": loss}}
-                change(made)
-                write(tmp_path / made["trial"], made)
-                trials.append({"trial": made["trial"], "folder": made["trial"]})
+                stored_trial = {**synthetic(scheme, 2, seed), "metrics": {"val/loss": loss}}
+                change(stored_trial)
+                write(tmp_path / stored_trial["trial"], stored_trial)
+                trials.append({"trial": stored_trial["trial"], "folder": stored_trial["trial"]})
         axes = {"quantization": list(losses), "seed": [0, 1, 2]}
         record.write_sweep(
             tmp_path, {"name": "p", "axes": axes, "trials": trials, "paper": {**PAPER, "claims": claims}}
