@@ -202,15 +202,15 @@ def parse(words: Sequence[str], commands: Mapping[str, Command], default: Comman
 def _with_info(words: Sequence[str]) -> list[str]:
     """``--info`` needs no value, and a setting behind it is none."""
     following = [*words, ""][1:]
-    alone = [word in INFO.names and after not in INFO.choices for word, after in zip(words, following, strict=True)]
+    alone = [word in INFO.names and value not in INFO.choices for word, value in zip(words, following, strict=True)]
     return [f"{word}={INFO.choices[0]}" if bare else word for word, bare in zip(words, alone, strict=True)]
 
 
 def _command_at(words: Sequence[str], commands: Collection[Command]) -> int | None:
     """Where the first word stands that is neither a flag nor the value of one; None without any."""
-    before = {name for command in commands for flag in command.flags if flag.value for name in flag.names}
+    flags_with_value = {name for command in commands for flag in command.flags if flag.value for name in flag.names}
     for index, word in enumerate(words):
-        if not word.startswith("-") and not (index and words[index - 1] in before):
+        if not word.startswith("-") and not (index and words[index - 1] in flags_with_value):
             return index
     return None
 
