@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import identity
 from loralab.config.classes import target
-from loralab.config.compose import data_root, plain
+from loralab.config.compose import compose, data_root, plain
 from loralab.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -174,25 +174,35 @@ def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield name, make
 
 
-def quantizers(config: DictConfig) -> dict[str, Any]:
-    """The schemes of a quantization study by name: the one that ``quantization=`` chooses, else ``study.schemes``.
+def quantizers(config: DictConfig, config_dir: str | None = None) -> dict[str, Any]:
+    """The schemes of a quantization study by name: ``study.schemes``, or the one that ``quantization=`` chooses.
 
-    A scheme is {option: a file of conf/quantization, any of its keys}; ``option`` may be left out where it is the
-    scheme's name. Each spec is built, so that a wrong key is reported before any weight is read.
+    A scheme is {option: a file of conf/quantization or of ``config_dir``/quantization, any of its keys}; an option of
+    the scheme's own name may be left out. Each spec is built, so that a wrong key is told before a weight is read.
     """
     content = plain(config)
     chosen = build(content["quantization"], "quantization")
     if chosen.name != "none":
         return {chosen.name: chosen}
     schemes = {str(name): dict(keys or {}) for name, keys in content["study"]["schemes"].items()}
-    return {name: _scheme(name, keys) for name, keys in schemes.items()}
+    return {name: _scheme(name, keys, config_dir) for name, keys in schemes.items()}
 
 
-def _scheme(name: str, keys: dict[str, Any]) -> Any:
-    folder = data_root() / "conf" / "quantization"
-    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+def _scheme(name: str, keys: dict[str, Any], config_dir: str | None) -> Any:
+    shipped = _options(data_root() / "conf" / "quantization")
+    users = _options(Path(config_dir) / "quantization") if config_dir else {}
     option = str(keys.pop("option", name))
-    if option not in known:
-        raise ConfigError(f"study.schemes.{name}.option={option!r} is unknown; {nearest(option, known)}")
-    node = OmegaConf.merge(OmegaConf.load(folder / f"{option}.yaml"), keys)
+    if option not in {*shipped, *users}:
+        valid = nearest(option, sorted({*shipped, *users}))
+        raise ConfigError(f"study.schemes.{name}.option={option!r} is unknown; {valid}")
+    if option in users:  # which may have a defaults list
+        stored: Any = compose([f"quantization={option}"], config_dir=config_dir)["quantization"]
+    else:
+        stored = OmegaConf.load(shipped[option])
+    node = OmegaConf.merge(stored, keys)
     return build(cast(Any, OmegaConf.to_container(node)), f"study.schemes.{name}")
+
+
+def _options(folder: Path) -> dict[str, Path]:
+    """{option of a group: its yaml file}; empty where there is no such folder."""
+    return {str(path.relative_to(folder).with_suffix("")): path for path in folder.rglob("*.yaml")}

@@ -68,22 +68,34 @@ def _refusal(error: BaseException | None) -> ConfigError | None:
     return error
 
 
-def compose(overrides: list[str], name: str = "train") -> DictConfig:
-    """The configuration of conf/NAME.yaml with ``overrides``, without running anything."""
+def compose(overrides: list[str], name: str = "train", config_dir: str | None = None) -> DictConfig:
+    """The configuration of conf/NAME.yaml with ``overrides``, without running anything.
+
+    ``config_dir``: a folder that is searched before conf/, as by Hydra's flag of this name. Raises ConfigError where
+    there is no such folder.
+    """
     words = quoted(forced(overrides))
-    config = _composed(words, name)
+    config = _composed(words, name, config_dir)
     with open_dict(config):
         for group, key in foreign_keys(config, words):
             del config[group][key]
     return config
 
 
-def _composed(words: list[str], name: str = "train") -> DictConfig:
+def _composed(words: list[str], name: str = "train", config_dir: str | None = None) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
+        if config_dir is not None:
+            folder = Path(config_dir).absolute()
+            if not folder.is_dir():
+                raise ConfigError(f"--config-dir {config_dir}: there is no such folder; valid: a folder of yaml files")
+            loader: Any = GlobalHydra.instance().config_loader()
+            loader.config_search_path.prepend("command-line", f"file://{folder}")
+            loader.repository.initialize_sources(loader.config_search_path)
         return cast(DictConfig, hydra_compose(name, overrides=words, return_hydra_config=name != "train"))
 
 
