@@ -128,8 +128,8 @@ def refuse(spec: AdapterSpec, model: nn.Module, why: str) -> ConfigError:
     """An error that says what the base lacks."""
     config: Any = model.config
     return ConfigError(
-        f"adapter={spec.method}: {type(model).__name__} (model_type={config.model_type}) {why}; valid: another base, or an adapter "
-        "that acts on its layers (lora)"
+        f"adapter={spec.method}: {type(model).__name__} (model_type={config.model_type}) {why}; valid: another base, "
+        "or an adapter that acts on its layers (lora)"
     )
 
 

@@ -15,7 +15,6 @@ from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, h
 from loralab.errors import OutOfMemory
 from loralab.forward.unpadded import can_unpad
 from loralab.memory.ledgers import Host
-from loralab.models import architecture
 from loralab.planning import alone
 from loralab.planning.plan import GIB, Plan, predict_step
 from loralab.planning.sizes import skeleton
@@ -113,7 +112,7 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
     first, memory = specs[0], specs[0].memory
     spiky = None
     if memory.spiky_every is not None:
-        spiky = memory.spiky_every, memory.spike(first.model.length, architecture.positions(first.model.architecture()))
+        spiky = memory.spiky_every, memory.spike(first.model.length, first.room)
     flat = first.model.task == "causal_lm" and device == "cpu" and spiky is None
     flat = flat and all(one.adapter.tokenwise for one in specs) and first.model.attn_implementation != "eager"
     return Weighing(flat and can_unpad(skeleton(first.model)), first.model.task == "seq2seq_lm", spiky)

@@ -57,6 +57,8 @@ class Runner:
         """Check, read, load, attach, resume, then fit, score, export and record. ``data`` is filled as it is read."""
         quiet()
         check_pack(specs)
+        for spec in specs:
+            spec.check_positions()
         specs[0].trainer.check_precision()
         specs[0].memory.check(specs[0].trainer.device)
         data += [self.inputs.data(spec) for spec in specs]
