@@ -15,6 +15,7 @@ from loralab.adapters.export import load, save
 from loralab.adapters.hooks import AdapterHooks, BatchSlice, NotPackable
 from loralab.adapters.lora import LoRA
 from loralab.adapters.prefix import Prefix
+from loralab.adapters.prompt import Prompt
 from loralab.memory.budget import PlanSpec
 from loralab.memory.phases import PhaseMemory
 from loralab.models import loading, pretrained
@@ -26,7 +27,7 @@ from loralab.quantization.none import NoQuantization
 from loralab.running.runner import Runner
 from loralab.training.generation import complete
 
-METHODS = {"prefix": Prefix}
+METHODS = {"prefix": Prefix, "prompt": Prompt}
 SCHEMES = {"none": NoQuantization(), "int8": Int8Blockwise(), "llm_int8": LLMInt8(), "nf4": FourBit()}
 LAYERS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {"initializer_range": 0.2}

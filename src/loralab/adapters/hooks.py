@@ -41,11 +41,12 @@ class BatchSlice:
 class AdapterHooks:
     """The hooks on one base model and the slices of the batch under way.
 
-    ``new_parameters``: names of the base's parameters that no checkpoint held.
+    ``new_parameters``: names of the base's parameters that no checkpoint held. ``tokenizer``: the base's; may be None.
     """
 
     def __init__(self) -> None:
         self.new_parameters: frozenset[str] = frozenset()
+        self.tokenizer: Any = None
         self._slices: tuple[BatchSlice, ...] = ()
         self._drawn = 0  # masks of the pass under way
         self._calls: dict[int, int] = {}  # {salt of a layer: its calls in the pass under way}

@@ -21,6 +21,7 @@ from loralab.adapters.virtual import (
     Virtual,
     VirtualAdapter,
     name_of,
+    name_unlike_peft,
     refuse,
     stack_of,
     takes,
@@ -54,7 +55,7 @@ class Prefix(AdapterSpec):
 
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)
-        stack = stack_of(model)
+        stack = stack_of(self, model)
         shape = _shape(self, model, stack)
         adapter = self.makes(model, self)
         hidden = (self.encoder_hidden_size or shape.width) if self.prefix_projection else None
@@ -62,6 +63,7 @@ class Prefix(AdapterSpec):
         states.draw(generator_for(seed, "prefix"))
         adapter.add(name_of(model, stack), states)
         save_modules(adapter, model, self.modules_to_save, seed)
+        name_unlike_peft(self, model)
         return adapter
 
 

@@ -6,6 +6,7 @@ them run one after the other.
 """
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from loralab.adapters.base import Adapter, AdapterSpec
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.hooks import AdapterHooks, Hook, NotPackable
 from loralab.errors import ArtifactError, ConfigError
+
+log = logging.getLogger(__name__)
 
 KEY = "prompt_embeddings"  # PEFT's name of the one tensor
 BLANK = 1  # in a mask: there to be attended to
@@ -44,7 +47,7 @@ class VirtualHook(Hook):
 
     def _leave(self, stack: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> Any:
         found = self._found()
-        return type(found[0]).leave(stack, named, out, found[0].size) if found else out
+        return found[0].leave(stack, named, out) if found else out
 
     def _found(self) -> list["Virtual"]:
         """The virtual tokens of each slice; none for a pass in which nobody has any here."""
@@ -88,8 +91,7 @@ class Virtual(nn.Module):
         """What ``stack`` is called with in place of ``named``."""
         raise NotImplementedError
 
-    @staticmethod
-    def leave(stack: nn.Module, named: Mapping[str, Any], out: Any, size: int) -> Any:
+    def leave(self, stack: nn.Module, named: Mapping[str, Any], out: Any) -> Any:
         """What the rest of the model sees of ``out``."""
         return out
 
@@ -104,12 +106,14 @@ def widened(mask: Tensor | None, size: int) -> Tensor | None:
     return None if mask is None else torch.cat([mask.new_full((len(mask), size), BLANK), mask], 1)
 
 
-def stack_of(model: Any) -> nn.Module:
+def stack_of(spec: AdapterSpec, model: Any) -> nn.Module:
     """The decoder of an encoder-decoder, else the model without its head: of OPT and of BART's decoder alone the part
-    that both its classes call."""
+    that both its classes call. Raises ConfigError where it is no part of its own."""
     if model.config.is_encoder_decoder:
         return cast(nn.Module, model.get_decoder())
-    base: nn.Module = model.base_model
+    base: Any = model.base_model if model.base_model is not model else model.get_decoder()
+    if base is model:
+        raise refuse(spec, model, "is no stack of layers below a head")
     return cast(nn.Module, getattr(base, "decoder", base))
 
 
@@ -131,6 +135,18 @@ def refuse(spec: AdapterSpec, model: nn.Module, why: str) -> ConfigError:
         f"adapter={spec.method}: {type(model).__name__} (model_type={config.model_type}) {why}; valid: another base, "
         "or an adapter that acts on its layers (lora)"
     )
+
+
+def name_unlike_peft(spec: AdapterSpec, model: nn.Module) -> None:
+    """Warns of bases on which PEFT itself does not compute with virtual tokens."""
+    config: Any = model.config
+    coded = config.is_encoder_decoder and peft.task_type(model) == "SEQ_CLS"
+    if coded or config.model_type == "gpt_bigcode":
+        log.warning(
+            "adapter=%s: PEFT cannot compute with virtual tokens before %s; the files hold them, and loralab loads "
+            "them",
+            *(spec.method, type(model).__name__),
+        )
 
 
 class VirtualAdapter(Adapter):
@@ -173,15 +189,18 @@ class VirtualAdapter(Adapter):
     def _state(self) -> dict[str, Tensor]:
         """PEFT's names for what was trained; and for the base's own head, which it looks for in every classifier's
         adapter."""
-        trained = dict(self.saved_modules())
-        heads = {**({} if trained else self._frozen_heads()), **trained}
+        heads = {**self._frozen_heads(), **dict(self.saved_modules())}
         parts = {head_key(name, key): value for name, head in heads.items() for key, value in head.state_dict().items()}
         return {KEY: self.embeddings(), **parts}
 
     def _frozen_heads(self) -> dict[str, nn.Module]:
-        model = self._model[0]
-        classifies = peft.task_type(model) == "SEQ_CLS"
-        return {name: head for name, head in model.named_children() if classifies and name in peft.HEADS}
+        model, trained = self._model[0], [name for name, _ in self.saved_modules()]
+        if peft.task_type(model) != "SEQ_CLS":
+            return {}
+        found = {name: head for name, head in model.named_modules() if name.endswith(peft.HEADS)}
+        return {
+            name: head for name, head in found.items() if not any(f"{name}.".startswith(f"{one}.") for one in trained)
+        }
 
 
 def head_key(name: str, key: str) -> str:
