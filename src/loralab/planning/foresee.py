@@ -15,7 +15,6 @@ from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, h
 from loralab.errors import OutOfMemory
 from loralab.forward.unpadded import can_unpad
 from loralab.memory.ledgers import Host
-from loralab.models import architecture
 from loralab.planning import alone
 from loralab.planning.plan import GIB, Plan, predict_step
 from loralab.planning.sizes import skeleton
@@ -113,7 +112,7 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
     first, memory = specs[0], specs[0].memory
     spiky = None
     if memory.spiky_every is not None:
-        spiky = memory.spiky_every, memory.spike(first.model.length, architecture.positions(first.model.architecture()))
+        spiky = memory.spiky_every, memory.spike(first.model.length, first.room)
     unpadded = first.model.task == "causal_lm" and device == "cpu" and spiky is None
     unpadded = unpadded and all(s.adapter.tokenwise for s in specs) and first.model.attn_implementation != "eager"
     return Weighing(unpadded and can_unpad(skeleton(first.model)), first.model.task == "seq2seq_lm", spiky)

@@ -10,7 +10,6 @@ from typing import Any
 
 from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError, nearest
-from loralab.models import architecture
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.planning.trace import Geometry, trace
 from loralab.planning.tracker import Segment
@@ -195,8 +194,7 @@ def largest(spec: TrialSpec, budget: float, what: str, device: str = "cuda") -> 
 
 
 def _ceiling(spec: TrialSpec, what: str) -> int:
-    positions = architecture.positions(spec.model.architecture())
-    return positions if what == "max_length" and positions else CEILING[what]
+    return spec.room if what == "max_length" and spec.room else CEILING[what]
 
 
 def _present(spec: TrialSpec, what: str) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 from loralab.adapters.attached import attached
 from loralab.adapters.hooks import NotPackable
 from loralab.errors import LoralabError, OutOfMemory, explain
-from loralab.models import architecture
 from loralab.models.loading import Base
 from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight
@@ -79,8 +78,8 @@ class Fit:
 
     def _train(self) -> None:
         """Not called for max_steps=0, where the base is scored as it is."""
-        spec, positions = self.spec, architecture.positions(self.base.model.config)
-        passes = spec.memory.passes(TrainPasses(self.trials), spec.model.length, positions)
+        spec = self.spec
+        passes = spec.memory.passes(TrainPasses(self.trials), spec.model.length, spec.room)
         step, interval = min(trial.step for trial in self.trials if trial.alive), spec.trainer.val_check_interval
         if interval and step and step % interval == 0:  # an earlier fit ended by an error in this validation
             self._score("val", "validation")

@@ -57,6 +57,8 @@ class Runner:
         """Check, read, load, attach, resume, then fit, score, export and record. Fills ``data``."""
         quiet()
         check_pack(specs)
+        for spec in specs:
+            spec.check_positions()
         specs[0].trainer.check_precision()
         specs[0].memory.check(specs[0].trainer.device)
         data += [self.inputs.data(spec) for spec in specs]
@@ -162,13 +164,27 @@ def _resume(trial: Trial) -> None:
 
 
 def parts_at_one_step(base: Base, trials: Sequence[Trial]) -> list[list[Trial]]:
-    """The trials in packs whose members stand at the same step (checkpoints may be of several). Trials that need
-    padding or dense logits are in packs of their own: the other trials would not be bit-identical beside them."""
-    parts: dict[tuple[int, bool, bool], list[Trial]] = {}
+    """The trials in packs whose members stand at the same step (checkpoints may be of several) and have as many virtual
+    tokens, since the rows of a pass are of one width. Trials that need padding or dense logits are in packs of their
+    own: the other trials would not be bit-identical beside them."""
+    parts: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
-        dense = frozen_head(base.model, [trial.adapter]) is None
-        parts.setdefault((trial.step, trial.spec.adapter.tokenwise, dense), []).append(trial)
+        dense, spec = frozen_head(base.model, [trial.adapter]) is None, trial.spec.adapter
+        virtual = (spec.method, spec.virtual_tokens) if spec.virtual_tokens else None
+        parts.setdefault((trial.step, spec.tokenwise, dense, virtual), []).append(trial)
+    _name_virtual([key[-1] for key in parts])
     for part in parts.values():
         for index, trial in enumerate(part):
             trial.record["pack"].update(size=len(part), index=index)
     return list(parts.values())
+
+
+def _name_virtual(found: Sequence[tuple[str, int] | None]) -> None:
+    """Says why trials of one pack are fitted one after the other."""
+    kinds = dict.fromkeys(f"{one[1]} ({one[0]})" if one else "none" for one in found)
+    if len(kinds) > 1:
+        log.info(
+            "trials with virtual tokens share a pass with those that have as many, by the same method; the others run "
+            "before or after them: %s",
+            ", ".join(kinds),
+        )

@@ -7,9 +7,10 @@ from typing import Any
 
 from loralab.adapters.base import AdapterSpec
 from loralab.data.base import DataSpec
+from loralab.errors import ConfigError
 from loralab.memory.budget import PlanSpec
 from loralab.memory.limits import MemorySpec
-from loralab.models import pretrained
+from loralab.models import architecture, pretrained
 from loralab.optim import optimizers
 from loralab.quantization.base import Quantizer
 from loralab.records import sources
@@ -46,6 +47,23 @@ class TrialSpec:
         """{module: fingerprint} of the spec classes that decide the result and are not loralab's."""
         parts = (self.model, self.quantization, self.adapter, self.data, self.optimizer, self.schedule, self.trainer)
         return sources.of(map(type, parts))
+
+    @property
+    def room(self) -> int | None:
+        """Tokens of the longest row that the base has positions for, beside the adapter's own; None: no bound."""
+        found = architecture.positions(self.model.architecture())
+        return None if found is None else found - self.adapter.virtual_tokens
+
+    def check_positions(self) -> None:
+        """Raises ConfigError where the longest row would not fit behind the adapter's virtual tokens."""
+        taken = self.adapter.virtual_tokens
+        room = self.room if taken else None
+        if room is not None and self.model.length > room:
+            null = "" if self.model.max_length else ", which null stands for,"
+            raise ConfigError(
+                f"model.max_length={self.model.length}{null} and adapter.num_virtual_tokens={taken} exceed the "
+                f"{room + taken} positions of the base model; valid: model.max_length of at most {room}"
+            )
 
     @property
     def pack_key(self) -> tuple[Any, ...]:
