@@ -1,8 +1,13 @@
-"""Small random bases, a tokenizer of single bytes and small files, so that tests need no network and no weights."""
+"""Small random bases, a tokenizer of single bytes, small files and a made-up sweep: no network, no weights.
+
+The sweep's numbers are synthetic: none of them is a result of loralab.
+"""
 
 import json
 import logging
+import math
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +24,7 @@ from loralab.models import loading, pretrained
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
+from loralab.records import record
 from loralab.records.wandb import Wandb
 from loralab.training.specs import TrialSpec
 from loralab.training.trainer import TrainerSpec
@@ -202,3 +208,113 @@ def tiny_arguments(tokenizer_folder, rows):
 def vary():
     """dataclasses.replace."""
     return replace
+
+
+SYNTHETIC_SCHEMES = {"none": (32.0, 2.41), "int8_absmax": (8.03, 2.415), "nf4_double": (4.127, 2.46)}
+
+
+def synthetic_record(scheme: str, r: int, seed: int) -> dict:
+    """Looks like a trial's record; every number comes from a formula and a random generator."""
+    noise = random.Random(f"{scheme}{r}{seed}")
+    bits, floor = SYNTHETIC_SCHEMES[scheme]
+    loss = floor + 0.16 / math.sqrt(r) + noise.gauss(0, 0.006)
+    trial = record.blank(
+        f"synthetic-{scheme}-{r}-{seed}",
+        config={
+            "seed": seed,
+            "metric": "val/loss",
+            "metric_mode": "min",
+            "model": {"_target_": "loralab.models.pretrained.Tiny", "name_or_path": "tiny", "max_length": 256},
+            "quantization": {"_target_": f"loralab.quantization.x.{scheme}", "block_size": 64, "bits": bits},
+            "adapter": {"_target_": "loralab.adapters.lora.LoRA", "r": r, "lora_alpha": 16},
+            "data": {"_target_": "loralab.data.docstrings.Docstrings", "batch_size": 8},
+            "optimizer": {"_target_": "loralab.optim.optimizers.AdamW", "lr": 0.002},
+            "trainer": {"_target_": "loralab.training.trainer.Cpu", "max_steps": 60},
+            "logger": {"project": f"p{seed}"},
+        },
+        overrides=[f"quantization={scheme}", f"adapter.r={r}", f"seed={seed}"],
+        choices={"model": "tiny", "quantization": scheme, "adapter": "lora", "data": "docstrings"},
+        seed=seed,
+    )
+    trial["base"].update(name="tiny", fingerprint="f" * 64, parameters=4_325_376, quantized_parameters=3_145_728)
+    trial["base"].update(bytes=int(3_145_728 * bits / 8), bits_per_parameter=bits)
+    trial["adapter"].update(method="lora", trainable_parameters=6144 * r, bytes=6144 * r * 4, modules=["q_proj"] * 28)
+    trial["memory"].update(device="cpu", predicted_peak_bytes=210_000_000, measured_peak_bytes=212_345_678 + r)
+    trial["time"].update(startup_s=2.0, train_s=11.5 + noise.random(), wall_s=15.0, steps=60, tokens=61_000)
+    trial["time"].update(tokens_per_s=5200 + 300 * noise.random())
+    trial["pack"].update(size=1, index=0)
+    trial["data"].update(name="docstrings", fingerprint="d" * 64, rows={"train": 4000, "validation": 300})
+    trial["environment"].update(versions={"torch": "2.13.0", "lightning": "2.6.6"}, git="abc1234", python="3.11.4")
+    trial["environment"].update(cpu="Synthetic CPU, 2 cores")
+    trial.update(status="completed", metrics={"val/loss": loss, "val/perplexity": math.exp(loss)})
+    return trial
+
+
+def synthetic_curve(final: float, name: str) -> list[dict]:
+    noise = random.Random(name)
+    rows = [
+        {"step": step, "train/loss": final + 0.9 * math.exp(-step / 14) + noise.gauss(0, 0.05)} for step in range(1, 61)
+    ]
+    return rows + [{"step": step, "val/loss": final + 0.8 * math.exp(-step / 14)} for step in (20, 40, 60)]
+
+
+def write_trial(folder, trial: dict) -> None:
+    record.write(folder, trial)
+    rows = synthetic_curve(trial["metrics"].get("val/loss") or 3.0, trial["trial"])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def synthetic_sweep(tmp_path_factory):
+    """3 quantizations x 2 ranks x 2 seeds; one of the twelve ran out of memory. Read it, do not change it."""
+    root = tmp_path_factory.mktemp("runs") / "synthetic"
+    trials = []
+    for scheme in SYNTHETIC_SCHEMES:
+        for r in (2, 8):
+            for seed in (0, 1):
+                trial = synthetic_record(scheme, r, seed)
+                if (scheme, r, seed) == ("int8_absmax", 8, 1):
+                    trial.update(status="out_of_memory", metrics={}, error="backward: no room for 31 MiB <on cpu>")
+                folder = f"{scheme},r={r},seed={seed}"
+                write_trial(root / folder, trial)
+                trials.append({"trial": trial["trial"], "folder": folder, "status": trial["status"]})
+    record.write_sweep(
+        root,
+        {
+            "name": "synthetic",
+            "question": "SYNTHETIC: what do quantization and rank cost?",
+            "axes": {"quantization": list(SYNTHETIC_SCHEMES), "adapter.r": [2, 8], "seed": [0, 1]},
+            "fixed": "lora_alpha = 16 while r moves; the learning rate is the same in every arm",
+            "command": "loralab sweep synthetic",
+            "trials": trials,
+        },
+    )
+    return root
+
+
+@pytest.fixture
+def synthetic():
+    """The function that makes a record, for tests that build their own folders."""
+    return synthetic_record
+
+
+@pytest.fixture
+def write():
+    """The function that writes a record into a folder, with a curve."""
+    return write_trial
+
+
+@pytest.fixture
+def write_runs(tmp_path):
+    """Writes {(r, seed): loss} below a folder ``name`` with what ``change`` does to a record; returns the parent."""
+
+    def write(losses, change=lambda trial, r, seed: None, name="runs"):
+        for (r, seed), loss in losses.items():
+            trial = synthetic_record("none", r, seed)
+            trial["metrics"] = {"val/loss": loss}
+            trial["trial"] = f"{name}-{r}-{seed}"
+            change(trial, r, seed)
+            write_trial(tmp_path / name / f"{r}-{seed}", trial)
+        return tmp_path
+
+    return write

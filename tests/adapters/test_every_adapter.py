@@ -203,7 +203,8 @@ def test_what_is_exported_gives_the_same_logits_in_loralab_and_where_else_it_is_
     else:
         return
     with torch.no_grad():
-        torch.testing.assert_close(theirs.eval()(**inputs()).logits, ours, rtol=1e-5, atol=1e-5)
+        found = theirs.eval()(**inputs()).logits[:, -ours.shape[1] :]  # PEFT's begin with those of virtual tokens
+    torch.testing.assert_close(found, ours, rtol=1e-5, atol=1e-5)
 
 
 def test_the_count_from_shapes_is_what_is_attached(spec, fresh, make_model):
@@ -239,8 +240,9 @@ def completed(specs):
     return records
 
 
-def adapts_the_head(spec, fresh):
-    return "lm_head" in fresh(spec).adapter.layers()
+def goes_another_way(spec, fresh):
+    """Whether LoRA's rows would be computed otherwise beside it: with dense logits, or with padding."""
+    return "lm_head" in fresh(spec).adapter.layers() or not spec.tokenwise
 
 
 def test_packed_is_solo_bit_for_bit_with_deltas_that_are_not_zero(spec, fresh, make_spec, make_data, curve):
@@ -262,7 +264,7 @@ def test_packed_is_solo_bit_for_bit_with_deltas_that_are_not_zero(spec, fresh, m
         assert "cannot share a pass" in refused["error"]
         return
     sizes = [one["pack"]["size"] for one in completed(packed)]
-    assert sizes == ([2, 1, 2] if adapts_the_head(spec, fresh) else [3, 3, 3])  # whose logits are dense for all
+    assert sizes == ([2, 1, 2] if goes_another_way(spec, fresh) else [3, 3, 3])
     for one in solo:
         completed([one])
     assert_same(packed, solo, curve)

@@ -46,3 +46,13 @@ def test_the_interval_holds_the_true_difference_in_95_of_100_studies(seeds):
         one = paired({seed: value + noise.gauss(0.7, 1) for seed, value in baseline.items()}, baseline)
         held += abs(one.mean - 0.7) <= one.reach
     assert abs(held / studies - 0.95) < 0.014  # four standard errors
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_an_interval_that_ends_at_0_has_p_of_5_percent(seeds):
+    gaps = [0.1 * index for index in range(seeds)]
+    spread = paired(dict(zip("abcdefghij", gaps, strict=False)), dict.fromkeys("abcdefghij"[:seeds], 0.0))
+    at_zero = [gap - spread.mean + spread.reach for gap in gaps]
+    one = paired(dict(zip("abcdefghij", at_zero, strict=False)), dict.fromkeys("abcdefghij"[:seeds], 0.0))
+    assert one.reach == pytest.approx(t_quantile(seeds - 1) * spread.reach / t_quantile(seeds - 1))
+    assert one.p == pytest.approx(0.05, abs=1e-9)

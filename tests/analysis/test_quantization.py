@@ -158,14 +158,16 @@ def test_synthetic_weights_need_no_model(kind, make_data):
 
 
 def test_every_scheme_of_the_configuration_builds_and_is_a_scheme_of_its_own():
-    made = quantizers(compose([], "quantize"))
-    assert {"none", "int8_absmax", "int8_zeropoint", "int8_blockwise", "llm_int8", "int4_absmax", "nf4"} <= set(made)
-    assert len({repr(spec) for spec in made.values()}) == len(made)
+    stored_trial = quantizers(compose([], "quantize"))
+    assert {"none", "int8_absmax", "int8_zeropoint", "int8_blockwise", "llm_int8", "int4_absmax", "nf4"} <= set(
+        stored_trial
+    )
+    assert len({repr(spec) for spec in stored_trial.values()}) == len(stored_trial)
 
 
 def test_quantization_on_the_command_line_is_studied_alone():
-    made = quantizers(compose(["quantization=nf4", "quantization.block_size=32"], "quantize"))
-    assert [spec.block_size for spec in made.values()] == [32]
+    stored_trial = quantizers(compose(["quantization=nf4", "quantization.block_size=32"], "quantize"))
+    assert [spec.block_size for spec in stored_trial.values()] == [32]
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,42 @@ def test_a_folder_of_yaml_files_is_searched_by_trials_of_a_pack(tiny_arguments, 
     assert [one["config"]["adapter"]["r"] for one in stored] == [3, 3]
 
 
-def test_a_folder_of_yaml_files_that_is_not_there_is_exit_2(own_folder, capsys):
-    assert main.run(["train", "-cd", "nowhere"]) == 2
-    assert "nowhere' not found" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["plan", "count", "quantize", "train"])
+def test_a_folder_of_yaml_files_is_searched_before_loralabs_by_commands_that_hydra_does_not_run(
+    own_folder, capsys, command
+):
+    (own_folder / "quantization").mkdir()
+    (own_folder / "quantization" / "nf4.yaml").write_text("defaults: [int8_absmax]\n")  # in the place of loralab's nf4
+    words = {
+        "plan": ["adapter=small", "plan.device=cpu", "--json"],
+        "count": ["adapter=small", "quantization=nf4", "--json"],
+        "quantize": ["quantization=nf4", "study.weights=gauss", "study.shape=[64,64]", "logger=none", "--json"],
+        "train": ["--preview", "adapter=small", "data.limit=4"],
+    }[command]
+    assert main.run([command, "--config-dir", "my conf", *words]) == 0
+    printed = capsys.readouterr().out
+    if command == "count":
+        assert main.run(["count", "adapter.r=3", "--json"]) == 0
+        unquantized = json.loads(capsys.readouterr().out)
+        assert json.loads(printed)["trainable_parameters"] == unquantized["trainable_parameters"]
+    elif command == "quantize":
+        assert list(json.loads(printed)["schemes"]) == ["int8_absmax"]
+        schemes = ["~study.schemes", "+study.schemes={nf4: {}, fp4: {}}"]
+        assert main.run(["quantize", "-cd", "my conf", *words[1:], *schemes]) == 0
+        found = {name: row["settings"]["name"] for name, row in json.loads(capsys.readouterr().out)["schemes"].items()}
+        assert found == {"nf4": "int8_absmax", "fp4": "fp4"}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train", "nowhere' not found"),
+        *((name, "--config-dir nowhere: there is no such folder") for name in ("plan", "count", "quantize")),
+    ],
+)
+def test_a_folder_of_yaml_files_that_is_not_there_is_exit_2(own_folder, capsys, command, message):
+    assert main.run([command, "-cd", "nowhere"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_another_primary_configuration_is_shown_by_its_name(capsys):

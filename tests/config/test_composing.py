@@ -32,7 +32,7 @@ def loaders():
 def assert_same(loaders, words):
     hydras, quick, master = loaders
     expected = hydras.load_sweep_config(master, words)
-    found = quick._set(master, [*map(str, master.hydra.overrides.hydra), *words])  # what falls back would raise here
+    found = quick._copy_with_values(master, [*map(str, master.hydra.overrides.hydra), *words])
     assert OmegaConf.to_container(found, resolve=False) == OmegaConf.to_container(expected, resolve=False)
     for node, other in ((found, expected), (found.hydra, expected.hydra), (found.model, expected.model)):
         assert OmegaConf.is_struct(node) == OmegaConf.is_struct(other)
@@ -46,7 +46,7 @@ def test_the_last_trial_of_every_sweep(loaders, name):
     given = [word for word in sweep_arguments(name, []) if not word.startswith("hydra.")]
     parsed = OverridesParser.create().parse_overrides(given)
     trials = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
-    loaders[1]._set(loaders[2], trials[0])  # a copy, not the one that was composed
+    loaders[1]._copy_with_values(loaders[2], trials[0])  # a copy, not the one that was composed
     assert_same(loaders, list(trials[-1]))
 
 

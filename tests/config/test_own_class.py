@@ -93,7 +93,7 @@ def test_the_yamls_keys_that_the_class_lacks_are_left_out_and_its_own_are_taken(
 
 
 @pytest.mark.parametrize(
-    ("cls", "word", "said"),
+    ("cls", "word", "message"),
     [
         ("IA3", "adapter.r=4", "adapter.r is not an option of IA3; valid: gain, target_modules"),
         ("IA3", "adapter.gian=4", "adapter.gian is not an option of IA3; did you mean gain?"),
@@ -108,17 +108,17 @@ def test_the_yamls_keys_that_the_class_lacks_are_left_out_and_its_own_are_taken(
         ("IA4", "adapter.gain=4", "cannot be found"),
     ],
 )
-def test_what_the_class_does_not_take_is_refused_in_its_own_words(mine, tmp_path, cls, word, said):
+def test_what_the_class_does_not_take_is_refused_in_its_own_words(mine, tmp_path, cls, word, message):
     with pytest.raises(ConfigError) as refused:
         trial_spec(compose([f"adapter._target_={mine}.{cls}", word]), tmp_path)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_a_sweep_over_classes_gives_each_its_own_keys(mine, tiny_arguments, tmp_path, capsys):
     words = [word for word in tiny_arguments if not word.startswith("adapter.")]
     axis = f"adapter._target_={mine}.IA3,loralab.adapters.lora.LoRA,{mine}.Bare"
-    told = ["hydra/launcher=packed", f"hydra.sweep.dir={tmp_path / 's'}", "data.limit=6"]
-    assert main.run(["train", "-m", *words, *told, axis]) == 0
+    sweep_words = ["hydra/launcher=packed", f"hydra.sweep.dir={tmp_path / 's'}", "data.limit=6"]
+    assert main.run(["train", "-m", *words, *sweep_words, axis]) == 0
     stored = [record.read(place) for place in record.find(tmp_path / "s")]
     kept = {one["config"]["adapter"]["_target_"].rpartition(".")[2]: one["config"]["adapter"] for one in stored}
     assert {name: len(keys) for name, keys in kept.items()} == {"IA3": 2, "LoRA": 11, "Bare": 1}

@@ -47,8 +47,8 @@ def sweep(words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*more, flags=()):
-        told = ["hydra/launcher=packed", f"hydra.sweep.dir={tmp_path / 's'}"]
-        code = main.run(["train", "-m", *flags, *words, *told, *more])
+        sweep_words = ["hydra/launcher=packed", f"hydra.sweep.dir={tmp_path / 's'}"]
+        code = main.run(["train", "-m", *flags, *words, *sweep_words, *more])
         return code, capsys.readouterr().err
 
     return run
@@ -81,12 +81,12 @@ def test_changed_weights_make_a_trial_stale_in_one_line_and_keep_its_record(swee
     before = records(tmp_path / "s")
     assert sweep("seed=0,1")[1].count("finished before") == 2
     change(base / "model.safetensors")
-    code, said = sweep("seed=0,1")
+    code, message = sweep("seed=0,1")
     assert code == 0
-    (line,) = [line for line in said.splitlines() if "stale" in line]
+    (line,) = [line for line in message.splitlines() if "stale" in line]
     assert f"the weights of {base} have changed since" in line
     assert all(trial in line for trial in before)
-    assert "finished before" not in said
+    assert "finished before" not in message
     after = records(tmp_path / "s")
     assert after.keys() == before.keys()
     for trial, old in before.items():
@@ -142,8 +142,8 @@ def test_a_single_run_is_stale_as_well_and_fresh_keeps_nothing(words, base, tmp_
     assert main.run(run) == 0
     change(base / "model.safetensors")
     assert main.run(run) == 0
-    said = capsys.readouterr().err
-    assert "is stale and runs again, its record stays as result.stale.json: the weights of" in said
+    message = capsys.readouterr().err
+    assert "is stale and runs again, its record stays as result.stale.json: the weights of" in message
     assert record.read(tmp_path / "run")["base"]["fingerprint"] == of_pretrained(str(base))
     (tmp_path / "run" / "result.stale.json").unlink()
     assert main.run([*run, "--fresh"]) == 0
@@ -179,20 +179,20 @@ def test_a_checkpoint_made_on_other_weights_is_not_taken_up(words, base, tmp_pat
 def test_asked_for_the_test_split_a_trial_that_did_not_score_it_runs_again(sweep, rows, tmp_path):
     tested = f"data.test={rows['pairs', 'validation']}"
     sweep("seed=0", tested)
-    code, said = sweep("seed=0", tested, "trainer.test=true")
-    assert (code, "trainer.test was off" in said) == (0, True)
+    code, message = sweep("seed=0", tested, "trainer.test=true")
+    assert (code, "trainer.test was off" in message) == (0, True)
     (one,) = records(tmp_path / "s").values()
     assert "test/loss" in one["metrics"]
     assert "finished before" in sweep("seed=0", tested)[1]
 
 
 def test_two_values_that_are_one_trial_run_once_and_are_listed_once(sweep, tmp_path):
-    code, said = sweep("adapter.lora_alpha=16,16.0,8")
+    code, message = sweep("adapter.lora_alpha=16,16.0,8")
     assert code == 0
-    assert "1 of 3 settings mean a trial named before, which runs once: adapter.lora_alpha=16.0 (" in said
+    assert "1 of 3 settings mean a trial named before, which runs once: adapter.lora_alpha=16.0 (" in message
     assert len(record.find(tmp_path / "s")) == len(record.read_sweep(tmp_path / "s")["trials"]) == 2
-    assert "[1/2]" in said
-    assert "[2/2]" in said
+    assert "[1/2]" in message
+    assert "[2/2]" in message
     assert sweep("adapter.lora_alpha=16.0,8")[1].count("finished before") == 2
 
 
@@ -216,17 +216,17 @@ def test_a_sweep_of_an_earlier_version_is_listed_and_reported_and_runs_anew_when
     assert main.run(["report", str(folder)]) == 0
     capsys.readouterr()
     assert main.run(["sweep", "--resume", str(folder)]) == 0
-    said = capsys.readouterr().err
-    (line,) = [line for line in said.splitlines() if "earlier version" in line]
+    message = capsys.readouterr().err
+    (line,) = [line for line in message.splitlines() if "earlier version" in line]
     assert "2 trials in" in line
     assert "2 run anew" in line
-    assert "finished before" not in said
+    assert "finished before" not in message
     assert [one["status"] for one in record.read_sweep(folder)["trials"]] == ["completed"] * 2  # no seed twice
     assert len(record.find(folder)) == 4  # nothing is lost
     assert main.run(["sweep", "--resume", str(folder)]) == 0
-    said = capsys.readouterr().err
-    assert said.count("finished before") == 2
-    assert "earlier version" not in said
+    message = capsys.readouterr().err
+    assert message.count("finished before") == 2
+    assert "earlier version" not in message
 
 
 def test_a_run_folder_of_an_earlier_version_is_not_overwritten(words, tmp_path, capsys):
@@ -240,12 +240,12 @@ def test_a_run_folder_of_an_earlier_version_is_not_overwritten(words, tmp_path, 
 
 def test_a_finished_sweep_is_skipped_without_torch(sweep, words, tmp_path):
     sweep("seed=0,1")
-    told = ["train", "-m", *words, "hydra/launcher=packed", f"hydra.sweep.dir={tmp_path / 's'}", "seed=0,1"]
+    sweep_words = ["train", "-m", *words, "hydra/launcher=packed", f"hydra.sweep.dir={tmp_path / 's'}", "seed=0,1"]
     script = (
         "import sys; from loralab.cli import main as cli; code = cli.run(sys.argv[1:]); "
         "print('imported', {'torch', 'transformers', 'lightning'} & set(sys.modules)); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", script, *told], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script, *sweep_words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("finished before") == 2
     assert "imported set()" in done.stdout
@@ -344,9 +344,9 @@ def test_an_edited_class_of_the_users_own_makes_its_trials_stale(sweep, own_clas
     own_class(OWN)
     assert sweep(*words)[1].count("finished before") == 2
     own_class(OWN + "    # edited\n")
-    code, said = sweep(*words)
-    assert (code, "finished before" in said) == (0, False)
-    assert f"{name}.py has changed since" in said
+    code, message = sweep(*words)
+    assert (code, "finished before" in message) == (0, False)
+    assert f"{name}.py has changed since" in message
     assert sweep(*words)[1].count("finished before") == 2
 
 

@@ -40,7 +40,7 @@ def test_hydras_flags_have_one_spelling_each_and_info_needs_no_value():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["train", "--cfg"], "--cfg needs a value; valid: job, hydra, all"),
         (["train", "--cfg", "-m"], "--cfg needs a value"),
@@ -52,13 +52,13 @@ def test_hydras_flags_have_one_spelling_each_and_info_needs_no_value():
         (["bench", "--out", "--json"], "--out needs a value; valid: --out FILE"),
     ],
 )
-def test_a_flag_that_lacks_its_value_is_refused(words, said):
-    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+def test_a_flag_that_lacks_its_value_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         parse(words)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["train", "--resume", "x"], "loralab train has no --resume; valid: loralab sweep"),
         (["train", "--resume"], "loralab train has no --resume; valid: loralab sweep"),
@@ -69,8 +69,8 @@ def test_a_flag_that_lacks_its_value_is_refused(words, said):
         (["train", "--multrun"], "did you mean --multirun"),
     ],
 )
-def test_a_flag_of_another_command_says_whose_it_is_and_a_wrong_one_the_nearest(words, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_flag_of_another_command_says_whose_it_is_and_a_wrong_one_the_nearest(words, message):
+    with pytest.raises(ConfigError, match=message):
         parse(words)
 
 

@@ -45,7 +45,7 @@ def test_weights_of_no_linear_layer_are_named_with_how_much_they_are(kind):
 @pytest.mark.parametrize("kind", [*KINDS, "falcon"])
 def test_a_plan_answers_and_names_them_without_a_traceback(kind, capfd):
     assert main.run(["plan", "plan.device=cpu", *words(kind, KINDS.get(kind, FALCON))]) == 0
-    said = capfd.readouterr()
-    assert "predicted peak" in said.out
-    assert "Traceback" not in said.err + said.out
-    assert "fake" not in said.err.lower()
+    message = capfd.readouterr()
+    assert "predicted peak" in message.out
+    assert "Traceback" not in message.err + message.out
+    assert "fake" not in message.err.lower()

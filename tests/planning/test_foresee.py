@@ -94,12 +94,12 @@ def test_plan_gives_one_json_object_of_the_contract(tiny_arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    ("peak", "unit", "said"), [(14.4, 2**20, "14 MiB (base 10, adapter 4)"), (2, 2**30, "2.00 GiB")]
+    ("peak", "unit", "message"), [(14.4, 2**20, "14 MiB (base 10, adapter 4)"), (2, 2**30, "2.00 GiB")]
 )
-def test_a_pass_is_told_in_one_unit(peak, unit, said):
+def test_a_pass_is_told_in_one_unit(peak, unit, message):
     plan = types.SimpleNamespace(
         predicted_peak_bytes=int(peak * unit), by_kind={"base": 10 * unit, "adapter": int(4.4 * unit), "other": 0}
     )
-    told = foresee.sentence(1, plan)
-    assert told.startswith(f"largest pass (1 trial): predicted peak {said}")
-    assert ("MiB" in told) != ("GiB" in told)
+    sentence = foresee.sentence(1, plan)
+    assert sentence.startswith(f"largest pass (1 trial): predicted peak {message}")
+    assert ("MiB" in sentence) != ("GiB" in sentence)

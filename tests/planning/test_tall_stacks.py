@@ -22,10 +22,7 @@ def llama(layers, *words, **keys):
 
 CASES = [
     pytest.param(
-        20,
-        ["quantization=int8_absmax", "adapter.r=16", "optimizer=adamw_8bit"],
-        id="8bit",
-        marks=pytest.mark.slow,
+        20, ["quantization=int8_absmax", "adapter.r=16", "optimizer=adamw_8bit"], id="8bit", marks=pytest.mark.slow
     ),
     *(
         pytest.param(layers, ["quantization=nf4_double", "adapter.r=4"], id=f"nf4 {layers}", marks=pytest.mark.slow)

@@ -124,12 +124,7 @@ def test_what_the_model_keeps_in_float32_stays_dense():
 
 @pytest.mark.parametrize(
     ("skip", "left"),
-    [
-        ("down_proj", 12),
-        ("model.layers.0.self_attn.q_proj", 13),
-        (r"model\.layers\.1\..*", 7),
-        ("lm_head", 14),
-    ],
+    [("down_proj", 12), ("model.layers.0.self_attn.q_proj", 13), (r"model\.layers\.1\..*", 7), ("lm_head", 14)],
 )
 def test_skip_modules_by_name_last_part_or_regex(skip, left):
     assert len(quantizable(llama(), FourBit(skip_modules=[skip]))) == left
@@ -157,12 +152,7 @@ def test_predicted_bits_are_the_stored_bits(shape):
 
 @pytest.mark.parametrize(
     ("spec", "bits"),
-    [
-        (FourBit(), 4.5),
-        (FourBit(double_quant=True), 4.126955),
-        (Int8Absmax(), 8.007812),
-        (LLMInt8(), 8.007812),
-    ],
+    [(FourBit(), 4.5), (FourBit(double_quant=True), 4.126955), (Int8Absmax(), 8.007812), (LLMInt8(), 8.007812)],
 )
 def test_bits_per_parameter_by_summing_storages_of_4096_squared(spec, bits):
     model = nn.Sequential(nn.Linear(4096, 4096, bias=False))

@@ -225,12 +225,7 @@ def test_compute_dtype_is_where_the_product_happens_and_not_what_comes_out(spec)
 def test_casting_the_module_leaves_the_packed_data_alone(spec):
     layer = spec.convert(dense_layer())
     digest, dense = bytes_of(layer), layer.dense(torch.float32)
-    for cast in (
-        lambda m: m.half(),
-        lambda m: m.to(torch.bfloat16),
-        lambda m: m.double(),
-        lambda m: m.float(),
-    ):
+    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.float()):
         cast(layer)
         assert bytes_of(layer) == digest
     assert torch.equal(layer.dense(torch.float32), dense)

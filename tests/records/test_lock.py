@@ -53,8 +53,8 @@ def test_a_folder_that_takes_no_file_is_a_disk_error(tmp_path, monkeypatch, erro
         raise OSError(error, os.strerror(error), str(path))
 
     monkeypatch.setattr(Path, "touch", refuse)
-    said = f"the run folder {tmp_path} cannot be written: {os.strerror(error)}"
-    with pytest.raises(DiskError, match=said), hold(tmp_path):
+    message = f"the run folder {tmp_path} cannot be written: {os.strerror(error)}"
+    with pytest.raises(DiskError, match=message), hold(tmp_path):
         pass
 
 

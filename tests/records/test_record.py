@@ -23,17 +23,7 @@ def done(trial: str = "a1", **more):
 def test_a_blank_record_has_every_key_of_the_contract():
     blank = record.blank("a1", config={"seed": 3}, overrides=["seed=3"], choices={"adapter": "lora"}, seed=3)
     assert set(blank) >= {"schema", "trial", "status", "error", "config", "overrides", "choices", "seed"}
-    assert set(blank) >= {
-        "base",
-        "adapter",
-        "optimizer",
-        "metrics",
-        "memory",
-        "time",
-        "pack",
-        "data",
-        "environment",
-    }
+    assert set(blank) >= {"base", "adapter", "optimizer", "metrics", "memory", "time", "pack", "data", "environment"}
     assert set(blank["memory"]["by_phase"]) == {"load", "forward", "backward", "optimizer", "evaluation"}
     assert blank["status"] == "running"
     assert blank["base"]["bits_per_parameter"] is None
@@ -56,10 +46,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
 def test_numbers_that_are_not_finite_become_null_and_the_file_is_strict_json(tmp_path):
     record.write(tmp_path, done(metrics={"val/loss": math.nan, "a": [math.inf, -math.inf, 1.0]}))
     text = (tmp_path / "result.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["metrics"] == {
-        "val/loss": None,
-        "a": [None, None, 1.0],
-    }
+    assert json.loads(text, parse_constant=pytest.fail)["metrics"] == {"val/loss": None, "a": [None, None, 1.0]}
 
 
 def test_paths_tuples_and_scalars_with_item_become_plain_json(tmp_path):
@@ -105,7 +92,7 @@ def test_a_folder_that_is_a_file_is_a_disk_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ('{"schema": 1, "trial": "a", "sta', "damaged"),
         ("[]", "holds a list"),
@@ -125,11 +112,11 @@ def test_a_folder_that_is_a_file_is_a_disk_error(tmp_path):
         ("\x80", "damaged"),
     ],
 )
-def test_a_damaged_record_is_an_artifact_error_that_names_the_file(tmp_path, text, says):
+def test_a_damaged_record_is_an_artifact_error_that_names_the_file(tmp_path, text, message):
     (tmp_path / "result.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ArtifactError, match=r"result\.json") as caught:
         record.read(tmp_path)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_missing_record_says_what_was_expected(tmp_path):

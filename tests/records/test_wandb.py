@@ -171,7 +171,7 @@ def test_trials_of_a_sweep_keep_a_name_and_an_id_of_their_own(monkeypatch, start
 
 
 @pytest.mark.parametrize(
-    ("fields", "environment", "said"),
+    ("fields", "environment", "message"),
     [
         ({"tags": ["a" * 65]}, {}, "logger.tags: the tag 'aaaa"),
         ({"tags": [""]}, {}, "has 0 characters; valid: 1 to 64"),
@@ -184,12 +184,12 @@ def test_trials_of_a_sweep_keep_a_name_and_an_id_of_their_own(monkeypatch, start
         ({}, {"WANDB_MODE": "offlin"}, "WANDB_MODE='offlin' is unknown; did you mean offline?"),
     ],
 )
-def test_what_wandb_would_refuse_is_refused_before_training(monkeypatch, fields, environment, said):
+def test_what_wandb_would_refuse_is_refused_before_training(monkeypatch, fields, environment, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as refused:
         Wandb(**fields)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     Wandb(mode="disabled", **fields)  # nobody will be asked
 
 

@@ -49,8 +49,7 @@ def test_the_text_fits_the_terminal(tmp_path):
     assert max(map(len, render(listing(tmp_path)).splitlines())) <= 100
 
 
-def test_runs_are_told_apart_by_value_model_data_and_settings(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_runs_are_told_apart_by_value_model_data_and_settings(tmp_path, synthetic, write):
     for r in (2, 8):
         write(tmp_path / "train" / f"2026-01-0{r}", {**synthetic("none", r, 0), "metrics": {"val/loss": r + 0.5}})
     lines = render(listing(tmp_path), 200).splitlines()[1:]

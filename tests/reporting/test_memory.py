@@ -14,22 +14,21 @@ NOTE = "optimizer=paged_adamw paged nothing: the largest tensor has 8,192 elemen
 
 
 @pytest.fixture
-def paged_sweep(tmp_path, make_trial):
+def paged_sweep(tmp_path, synthetic, write):
     """Four runs, two of them paged; the unpaged one of the spiky arm ran out of memory."""
 
     def build(paging: str):
-        synthetic, write = make_trial
         root, trials = tmp_path / "paged", []
         for name in ("adamw_32bit", "paged_adamw"):
             for every in (None, 8):
-                made = synthetic("nf4_double", 8, 0)
+                stored_trial = synthetic("nf4_double", 8, 0)
                 asked = name.startswith("paged")
                 on = asked and paging == "on"
                 died = every is not None and not on
-                made["trial"] = f"{name}-{every}"
-                made["choices"]["optimizer"] = name
-                made["config"]["memory"] = {"spiky_every": every}
-                made["optimizer"] |= {
+                stored_trial["trial"] = f"{name}-{every}"
+                stored_trial["choices"]["optimizer"] = name
+                stored_trial["config"]["memory"] = {"spiky_every": every}
+                stored_trial["optimizer"] |= {
                     "name": name,
                     "paging": paging if asked else "off",
                     "note": NOTE if asked and not on else None,
@@ -37,13 +36,17 @@ def paged_sweep(tmp_path, make_trial):
                     "eight_bit_bytes": 0,
                     "paged_fraction": 1.0 if on else 0.0,
                 }
-                made["memory"] |= {"by_phase": {"backward": 300 * 2**20}, "spike_count": 3 if every else 0}
+                stored_trial["memory"] |= {"by_phase": {"backward": 300 * 2**20}, "spike_count": 3 if every else 0}
                 if died:
-                    made.update(status="out_of_memory", metrics={}, error="no room")
-                write(root / made["trial"], made)
+                    stored_trial.update(status="out_of_memory", metrics={}, error="no room")
+                write(root / stored_trial["trial"], stored_trial)
                 series = [{"step": step, "memory/backward_peak_gib": 0.25 + 0.01 * step} for step in range(1, 5)]
-                (root / made["trial"] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in series))
-                trials.append({"trial": made["trial"], "folder": made["trial"], "status": made["status"]})
+                (root / stored_trial["trial"] / "metrics.jsonl").write_text(
+                    "".join(json.dumps(row) + "\n" for row in series)
+                )
+                trials.append(
+                    {"trial": stored_trial["trial"], "folder": stored_trial["trial"], "status": stored_trial["status"]}
+                )
         axes = {"optimizer": ["adamw_32bit", "paged_adamw"], "memory.spiky_every": [None, 8], "seed": [0]}
         record.write_sweep(root, {"name": "paged", "question": "?", "axes": axes, "trials": trials})
         return read_results(root)

@@ -5,8 +5,6 @@ import math
 import re
 import shutil
 from html import unescape
-from itertools import pairwise
-from xml.etree import ElementTree
 
 import pytest
 
@@ -14,7 +12,6 @@ from loralab.analysis.arms import comparisons
 from loralab.analysis.results import read_results
 from loralab.cli import main
 from loralab.records import record
-from loralab.reporting import svg
 from loralab.reporting.listing import listing, render
 from loralab.reporting.provenance import held_fixed, question
 from loralab.reporting.report import report
@@ -24,21 +21,20 @@ FIXED = "lora_alpha / r = 2, so the update's scale stays put when r moves; one l
 
 
 @pytest.fixture
-def runs(tmp_path, make_trial):
+def runs(tmp_path, synthetic, write):
     """Writes a trial of each (r, lr, seed) with the loss given; returns the folder."""
-    synthetic, write = make_trial
 
     def make(losses, **sweep):
         trials = []
         for (r, lr, seed), loss in losses.items():
-            made = synthetic("none", r, seed)
-            made["config"]["optimizer"]["lr"] = lr
-            made["overrides"] += [f"optimizer.lr={lr}"]
-            made["metrics"] = {"val/loss": loss}
-            made["status"] = "failed" if math.isnan(loss) else "completed"
+            stored_trial = synthetic("none", r, seed)
+            stored_trial["config"]["optimizer"]["lr"] = lr
+            stored_trial["overrides"] += [f"optimizer.lr={lr}"]
+            stored_trial["metrics"] = {"val/loss": loss}
+            stored_trial["status"] = "failed" if math.isnan(loss) else "completed"
             name = f"{r}-{lr}-{seed}"
-            write(tmp_path / "s" / name, made)
-            trials.append({"trial": made["trial"], "folder": name})
+            write(tmp_path / "s" / name, stored_trial)
+            trials.append({"trial": stored_trial["trial"], "folder": name})
         if sweep:
             record.write_sweep(tmp_path / "s", {"name": "s", "trials": trials, **sweep})
         return tmp_path / "s"
@@ -156,50 +152,6 @@ def test_a_damaged_list_of_trials_is_said_and_the_records_are_reported(runs, tex
     (entry,) = listing(root.parent)
     assert entry["statuses"] == {"completed": 2}
     assert "sweep.json" in render([entry])
-
-
-NAMES = ["none", "int8_absmaxzeropoint_tensor", *(f"int8_absmaxzeropoint_{n}" for n in range(9))]
-
-
-def labels(text):
-    return [node for node in ElementTree.fromstring(text).iter("text") if "tick" in node.attrib["class"]]
-
-
-def test_long_names_below_an_axis_are_set_aslant_whole_and_inside_the_drawing():
-    text = svg.chart([], svg.places("quantization", NAMES), svg.scale("y", [1.0, 2.0]))
-    aslant = [node for node in labels(text) if "transform" in node.attrib]
-    assert [node.text for node in aslant] == NAMES
-    tall = float(ElementTree.fromstring(text).attrib["viewBox"].split()[3])
-    deepest = max(
-        float(node.attrib["y"]) + svg.LETTER * len(node.text) * math.sin(math.radians(svg.SLANT)) for node in aslant
-    )
-    assert deepest < tall - 16  # the axis' title has the last line
-
-
-def test_labels_of_numbers_do_not_lie_on_each_other():
-    ticks = [(at, f"{at:g}") for at in (4, 4.25, 4.5, 5, 6, 8, 16, 24)]
-    x = svg.Axis("bits", 4.0, 24.0, ticks, log2=True)
-    found = [
-        node for node in labels(svg.scatter([], x, svg.scale("y", [1.0, 2.0]))) if "middle" in node.attrib["class"]
-    ]
-    ends = [(float(node.attrib["x"]), len(node.text) * svg.LETTER / 2) for node in found]
-    assert len(found) >= 5
-    assert all(b - d > a + c for (a, c), (b, d) in pairwise(ends))
-
-
-def test_a_mark_alone_at_its_name_stands_over_it():
-    series = [svg.Series(name, [svg.Point(float(at), 1.5, [1.5])], at) for at, name in enumerate("abc")]
-    text = svg.chart(series, svg.places("bits", ["4.1", "4.5", "8"]), svg.scale("y", [1.0, 2.0]), joined=False)
-    marks = [float(node.attrib["cx"]) for node in ElementTree.fromstring(text).iter("circle")]
-    names = [float(node.attrib["x"]) for node in labels(text) if "middle" in node.attrib["class"]]
-    assert marks[0] == names[0]
-
-
-@pytest.mark.parametrize("last", [1, 3, 4, 7, 60, 1234])
-def test_steps_are_whole(last):
-    names = [name for _, name in svg.steps("step", [1.0, float(last)]).ticks]
-    assert names == [str(int(name)) for name in names]
-    assert len(set(names)) == len(names) >= 2
 
 
 def test_every_number_of_bits_is_labelled(synthetic_sweep, tmp_path):

@@ -16,9 +16,8 @@ from loralab.reporting.report import report
 
 
 @pytest.fixture
-def lab(tmp_path, make_trial, monkeypatch):
+def lab(tmp_path, synthetic, write, monkeypatch):
     """Writes n finished trials on a base and data files of their own, named relative to the folder; returns it."""
-    synthetic, write = make_trial
     monkeypatch.setenv("LORALAB_CACHE", str(tmp_path / "cache"))
     base, data = tmp_path / "base", tmp_path / "train.jsonl"
     base.mkdir()
@@ -29,12 +28,15 @@ def lab(tmp_path, make_trial, monkeypatch):
 
     def make(count):
         for seed in range(count):
-            made = synthetic("none", 2, seed)
-            made["config"]["model"] = {"_target_": "loralab.models.pretrained.Pretrained", "name_or_path": "base"}
-            made["config"]["data"] = {"_target_": "loralab.data.files.Files", "train": "train.jsonl"}
-            made["base"]["fingerprint"] = of_pretrained(str(base))
-            made["data"].update(source=of_files([data]), tokenizer=of_tokenizer(str(base)))
-            write(tmp_path / "runs" / "s" / f"{seed:03}", {**made, "cwd": str(tmp_path)})
+            stored_trial = synthetic("none", 2, seed)
+            stored_trial["config"]["model"] = {
+                "_target_": "loralab.models.pretrained.Pretrained",
+                "name_or_path": "base",
+            }
+            stored_trial["config"]["data"] = {"_target_": "loralab.data.files.Files", "train": "train.jsonl"}
+            stored_trial["base"]["fingerprint"] = of_pretrained(str(base))
+            stored_trial["data"].update(source=of_files([data]), tokenizer=of_tokenizer(str(base)))
+            write(tmp_path / "runs" / "s" / f"{seed:03}", {**stored_trial, "cwd": str(tmp_path)})
         return tmp_path
 
     return make
@@ -72,19 +74,19 @@ def test_a_report_names_what_is_stale_and_takes_no_number_from_it(lab):
     stored = record.read(seed)
     stored["data"]["source"] = "0" * 16
     record.write(seed, stored)
-    made = report(root / "runs" / "s")
-    told = json.loads(made.files["results.json"].read_text())
+    stored_trial = report(root / "runs" / "s")
+    told = json.loads(stored_trial.files["results.json"].read_text())
     assert [one["status"] for one in told["trials"]] == ["completed", "stale", "completed"]
     (arm,) = told["arms"]
     assert (arm["n"], arm["statuses"]) == (2, ["completed", "stale", "completed"])
-    rows = list(csv.DictReader(made.files["results.csv"].read_text().splitlines()))
+    rows = list(csv.DictReader(stored_trial.files["results.csv"].read_text().splitlines()))
     assert rows[1]["status"] == "stale"
-    for text in (rows[1]["error"], told["trials"][1]["error"], made.table):
+    for text in (rows[1]["error"], told["trials"][1]["error"], stored_trial.table):
         assert "the data files have changed since" in " ".join(text.split())
     for name in ("index.html", "report.md"):
-        assert "the data files have changed since" in made.files[name].read_text()
-        assert "Not completed or stale" in made.files[name].read_text()
-    assert "2 ok, 1 stale" in made.table
+        assert "the data files have changed since" in stored_trial.files[name].read_text()
+        assert "Not completed or stale" in stored_trial.files[name].read_text()
+    assert "2 ok, 1 stale" in stored_trial.table
 
 
 def test_files_of_the_same_name_in_another_folder_are_not_the_trials(lab, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -157,3 +158,47 @@ def test_series_over_numbers_stand_at_their_numbers_and_over_names_side_by_side(
     assert [px for px, _ in centres(drawn(several, joined=True))] == pytest.approx([place] * 3, abs=0.11)
     named = svg.chart(several, svg.places("q", ["x", "y", "z", "u", "v"]), svg.scale("", [1.0, 2.0]), joined=False)
     assert len({px for px, _ in centres(named)}) == 3
+
+
+NAMES = ["none", "int8_absmaxzeropoint_tensor", *(f"int8_absmaxzeropoint_{n}" for n in range(9))]
+
+
+def labels(text):
+    return [node for node in ElementTree.fromstring(text).iter("text") if "tick" in node.attrib["class"]]
+
+
+def test_long_names_below_an_axis_are_set_aslant_whole_and_inside_the_drawing():
+    text = svg.chart([], svg.places("quantization", NAMES), svg.scale("y", [1.0, 2.0]))
+    aslant = [node for node in labels(text) if "transform" in node.attrib]
+    assert [node.text for node in aslant] == NAMES
+    tall = float(ElementTree.fromstring(text).attrib["viewBox"].split()[3])
+    deepest = max(
+        float(node.attrib["y"]) + svg.LETTER * len(node.text) * math.sin(math.radians(svg.SLANT)) for node in aslant
+    )
+    assert deepest < tall - 16  # the axis' title has the last line
+
+
+def test_labels_of_numbers_do_not_lie_on_each_other():
+    ticks = [(at, f"{at:g}") for at in (4, 4.25, 4.5, 5, 6, 8, 16, 24)]
+    x = svg.Axis("bits", 4.0, 24.0, ticks, log2=True)
+    found = [
+        node for node in labels(svg.scatter([], x, svg.scale("y", [1.0, 2.0]))) if "middle" in node.attrib["class"]
+    ]
+    ends = [(float(node.attrib["x"]), len(node.text) * svg.LETTER / 2) for node in found]
+    assert len(found) >= 5
+    assert all(b - d > a + c for (a, c), (b, d) in pairwise(ends))
+
+
+def test_a_mark_alone_at_its_name_stands_over_it():
+    series = [svg.Series(name, [svg.Point(float(at), 1.5, [1.5])], at) for at, name in enumerate("abc")]
+    text = svg.chart(series, svg.places("bits", ["4.1", "4.5", "8"]), svg.scale("y", [1.0, 2.0]), joined=False)
+    marks = [float(node.attrib["cx"]) for node in ElementTree.fromstring(text).iter("circle")]
+    names = [float(node.attrib["x"]) for node in labels(text) if "middle" in node.attrib["class"]]
+    assert marks[0] == names[0]
+
+
+@pytest.mark.parametrize("last", [1, 3, 4, 7, 60, 1234])
+def test_steps_are_whole(last):
+    names = [name for _, name in svg.steps("step", [1.0, float(last)]).ticks]
+    assert names == [str(int(name)) for name in names]
+    assert len(set(names)) == len(names) >= 2

@@ -244,9 +244,9 @@ def test_layers_that_the_model_never_calls_are_named_and_kept(mamba, caplog):
     assert record["status"] == "completed", record["error"]
     never = [f"backbone.layers.{i}.mixer.dt_proj" for i in range(2)]
     assert record["adapter"]["never_called"] == never
-    (said,) = [one for one in caplog.messages if "not at all" in one]
-    assert "called 2 of the 8 adapted layers not at all" in said
-    assert all(name in said for name in never)
+    (message,) = [one for one in caplog.messages if "not at all" in one]
+    assert "called 2 of the 8 adapted layers not at all" in message
+    assert all(name in message for name in never)
 
 
 def test_a_trial_whose_layers_are_never_called_is_a_configuration_error(mamba):

@@ -15,6 +15,7 @@ from loralab.models import loading
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.records import schema
+from loralab.records.environment import environment
 from loralab.running.runner import Runner
 
 NF4 = FourBit(quant_type="nf4", double_quant=True)
@@ -289,13 +290,11 @@ def test_the_record_counts_what_the_run_did(make_spec, make_data):
 def test_the_record_says_on_how_many_threads_it_was_made(make_spec):
     before = torch.get_num_threads()
     try:
-        found = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            found.append(Runner().run([make_spec(f"on{count}", max_steps=0)])[0]["environment"]["threads"])
+        torch.set_num_threads(2)
+        assert environment()["threads"] == 2
     finally:
         torch.set_num_threads(before)
-    assert found == [1, 2]
+    assert Runner().run([make_spec(max_steps=0)])[0]["environment"]["threads"] == before
 
 
 @pytest.mark.parametrize("size", [1, 2])

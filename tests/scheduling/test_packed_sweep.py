@@ -144,20 +144,20 @@ def test_a_trial_that_exceeds_the_memory_budget_alone_is_refused_and_the_others_
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["seed=range(0,0)"], "the sweep has no trial"),
         (["seed=0,1", "seed=2,3"], "seed=0,1 and seed=2,3 contradict each other"),
         (["adapter.r=2,4", "adapter.r=8"], "adapter.r=2,4 and adapter.r=8 contradict each other"),
     ],
 )
-def test_zero_or_contradictory_trials_are_exit_2(sweep, capsys, words, says):
+def test_zero_or_contradictory_trials_are_exit_2(sweep, capsys, words, message):
     assert sweep("s", *words) == (2, {})
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("word", "says"),
+    ("word", "message"),
     [
         ("hydra.launcher.pack=sometimes", "hydra.launcher.pack='sometimes' is unknown"),
         ("hydra.launcher.token_budget=0", "hydra.launcher.token_budget must be at least 1 token"),
@@ -166,7 +166,7 @@ def test_zero_or_contradictory_trials_are_exit_2(sweep, capsys, words, says):
         ("hydra.launcher.tokn_budget=1", "hydra.launcher.tokn_budget is not an option"),
     ],
 )
-def test_a_wrong_policy_is_exit_2(sweep, capsys, word, says):
+def test_a_wrong_policy_is_exit_2(sweep, capsys, word, message):
     code, records = sweep("s", "seed=0,1", word)
     assert (code, records) == (2, {})
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -88,18 +88,18 @@ def test_resume_finishes_a_folder_by_its_name_alone(sweep, folder):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("adapter.r=4", "adapter.r=2,4 and adapter.r=4 contradict each other"),
         ("seed=1", "seed=1 would make other trials of those that --resume finishes; valid: "),
         ("hydra.sweep.dir=elsewhere", "--resume names the sweep and its folder, and hydra.sweep.dir=elsewhere another"),
     ],
 )
-def test_resume_takes_no_word_that_asks_something_else(sweep, folder, capsys, word, said):
+def test_resume_takes_no_word_that_asks_something_else(sweep, folder, capsys, word, message):
     folder.mkdir()
     record.write_sweep(folder, {"overrides": ["adapter.r=2,4"]})
     assert main.run(["sweep", "--resume", str(folder), word]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_resume_takes_words_of_how_it_runs_in_place_of_those_before():
@@ -253,15 +253,17 @@ def test_after_kill_9_the_same_command_finishes_the_rest(start, sweep, folder):
     assert all(times(folder)[name] == before[name] for name in done)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_sweep_with_its_code_and_keeps_what_is_done(start, folder, number, code):
     running = start("trainer.max_steps=2,100000", *FAST)
     until(lambda: running_one(folder))
     time.sleep(0.5)
     running.send_signal(number)
-    _, said = running.communicate(timeout=60)
+    _, message = running.communicate(timeout=60)
     assert running.returncode == code
-    assert "1 trials are left: loralab sweep --resume" in said
+    assert "1 trials are left: loralab sweep --resume" in message
     assert statuses(folder) == ["completed", "interrupted"]
     states = [record.read(found)["status"] for found in record.find(folder)]
     assert sorted(states) == ["completed", "interrupted"]

@@ -42,10 +42,10 @@ def test_each_member_of_a_pack_has_its_own_lines_and_the_packs(sweep, tmp_path):
 
 def test_a_pack_says_on_the_terminal_where_it_stands(sweep, capsys):
     sweep("seed=0,1,2")
-    said = capsys.readouterr().err
-    assert "3 trials  step 2/2  loss " in said
-    assert " to " in said.split("3 trials  step 2/2  loss ")[1].splitlines()[0]
-    assert "  lr " not in said  # a member's own lines are in its train.log
+    message = capsys.readouterr().err
+    assert "3 trials  step 2/2  loss " in message
+    assert " to " in message.split("3 trials  step 2/2  loss ")[1].splitlines()[0]
+    assert "  lr " not in message  # a member's own lines are in its train.log
 
 
 def test_sweep_json_says_that_a_pack_runs(sweep, tmp_path, monkeypatch):

@@ -32,27 +32,27 @@ def sweep(tiny_arguments, tmp_path, monkeypatch):
 
 
 def seen(folder):
-    """{what CUDA_VISIBLE_DEVICES was: process} as the processes themselves said."""
+    """CUDA_VISIBLE_DEVICES of each process, from its own log."""
     logs = [path.read_text() for path in sorted(folder.glob("device-*.log"))]
     return [re.search(r"CUDA_VISIBLE_DEVICES=(\S+)", text)[1] for text in logs]
 
 
 def test_two_devices_give_what_one_process_gives(sweep, weights, tmp_path, capsys):
-    code, apart = sweep("apart", "seed=0,1,2,3", "adapter.r=2,3", names="5,3")
+    code, apart = sweep("apart", "seed=0,1", "adapter.r=2,3", names="5,3")
     assert code == 0
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert seen(tmp_path / "apart") == ["3", "5"]
     pids = {one["pid"] for one in apart.values()}
     assert len(pids) == 2
     assert os.getpid() not in pids
-    assert sorted(one["pack"]["size"] for one in apart.values()) == [2] * 8
-    assert len(re.findall(r"^\[\d/8\] .*val/loss", said, re.MULTILINE)) == 8
-    assert [one["status"] for one in record.read_sweep(tmp_path / "apart")["trials"]] == ["completed"] * 8
-    _, together = sweep("forward_grouped", "seed=0,1,2,3", "adapter.r=2,3")
+    assert sorted(one["pack"]["size"] for one in apart.values()) == [2] * 4
+    assert len(re.findall(r"^\[\d/4\] .*val/loss", message, re.MULTILINE)) == 4
+    assert [one["status"] for one in record.read_sweep(tmp_path / "apart")["trials"]] == ["completed"] * 4
+    _, together = sweep("together", "seed=0,1", "adapter.r=2,3")
     assert apart.keys() == together.keys()
     for trial, one in together.items():
         assert apart[trial]["metrics"] == one["metrics"]
-        ours, theirs = weights(tmp_path / "apart" / trial), weights(tmp_path / "forward_grouped" / trial)
+        ours, theirs = weights(tmp_path / "apart" / trial), weights(tmp_path / "together" / trial)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -62,8 +62,8 @@ def test_a_failing_trial_is_told_by_its_own_code_and_finished_ones_are_skipped(s
     assert code == 2
     assert sorted(one["status"] for one in records.values()) == ["completed"] * 3 + ["failed"] * 3
     done = {trial: one for trial, one in records.items() if one["status"] == "completed"}
-    assert sweep("s", *words, names="0,1")[0] == 2
-    after = sweep("s", *words)[1]
+    code, after = sweep("s", *words)
+    assert code == 2
     assert all(after[trial] == one for trial, one in done.items())
 
 
@@ -83,7 +83,9 @@ def test_what_a_process_that_died_has_left_runs_in_this_one(sweep, monkeypatch, 
     assert "the process of device 1 ended with code -9; 2 of its trials run in this one" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_reaches_every_process_and_leaves_records(tiny_arguments, tmp_path, number, code):
     command = [sys.executable, "-m", "loralab.cli.main", "train", "-m", *tiny_arguments, *WORDS]
     command += ["hydra.sweep.dir=s", "seed=0,1,2,3", "trainer.max_steps=100000"]
@@ -95,11 +97,11 @@ def test_a_signal_reaches_every_process_and_leaves_records(tiny_arguments, tmp_p
         while time.monotonic() < end and len(list(tmp_path.glob("s/*/metrics.jsonl"))) < 4:
             time.sleep(0.1)
         running.send_signal(number)
-        _, said = running.communicate(timeout=60)
+        _, message = running.communicate(timeout=60)
     finally:
         running.kill()
     assert running.returncode == code
-    assert "4 trials are left: loralab sweep --resume s" in said
+    assert "4 trials are left: loralab sweep --resume s" in message
     records = [record.read(folder) for folder in record.find(tmp_path / "s")]
     assert [one["status"] for one in records] == ["interrupted"] * 4
     for pid in {one["pid"] for one in records}:

@@ -178,7 +178,7 @@ def test_what_is_asked_for_is_used_as_transformers_uses_it(load_base):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"num_beam": 2}, r"data\.generation\.num_beam is not an option.*num_beams"),
         ({"eos_token_id": 2}, r"data\.generation\.eos_token_id is not an option"),
@@ -186,8 +186,8 @@ def test_what_is_asked_for_is_used_as_transformers_uses_it(load_base):
         ({"max_new_tokens": -3}, r"data\.generation=.*transformers refuses it"),
     ],
 )
-def test_an_option_of_generation_that_there_is_not_is_refused(make_data, options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_an_option_of_generation_that_there_is_not_is_refused(make_data, options, message):
+    with pytest.raises(ConfigError, match=message):
         make_data(generation=options)
 
 

@@ -19,15 +19,15 @@ from loralab.training.strategy import InPlace
 @pytest.fixture
 def moves(monkeypatch):
     """What the module of a run is asked to move to, and where generation takes place among that."""
-    told = []
+    calls = []
     for name in ("cpu", "cuda", "to"):
         real = getattr(FineTuner, name)
         monkeypatch.setattr(
-            FineTuner, name, lambda self, *a, real=real, name=name, **k: (told.append(name), real(self, *a, **k))[1]
+            FineTuner, name, lambda self, *a, real=real, name=name, **k: (calls.append(name), real(self, *a, **k))[1]
         )
     score = generation.score
-    monkeypatch.setattr(generation, "score", lambda *a, **k: (told.append("generation"), score(*a, **k))[1])
-    return told
+    monkeypatch.setattr(generation, "score", lambda *a, **k: (calls.append("generation"), score(*a, **k))[1])
+    return calls
 
 
 def test_a_run_moves_its_module_nowhere(make_spec, make_data, moves):

@@ -10,7 +10,7 @@ from loralab.training.trainer import TrainerSpec
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"max_steps": -1}, "trainer.max_steps must be at least 0"),
         ({"accumulate_grad_batches": -1}, "trainer.accumulate_grad_batches"),
@@ -22,8 +22,8 @@ from loralab.training.trainer import TrainerSpec
         ({"accelerator": "gpus"}, "did you mean gpu"),
     ],
 )
-def test_values_out_of_range_are_refused_with_their_key(changes, says):
-    with pytest.raises(ConfigError, match=says):
+def test_values_out_of_range_are_refused_with_their_key(changes, message):
+    with pytest.raises(ConfigError, match=message):
         TrainerSpec(**changes)
 
 

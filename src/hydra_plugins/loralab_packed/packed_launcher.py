@@ -1,4 +1,4 @@
-"""Hydra's way to loralab's launcher. Imported at every start of Hydra, so nothing heavy is imported here."""
+"""The launcher as a Hydra plugin. Hydra imports it at every start, so nothing heavy is imported here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,5 +39,5 @@ class PackedLauncher(Launcher):  # type: ignore[misc]
         from loralab.scheduling import launch
 
         options = launch.checked_options(*self.settings)
-        given = (self.hydra_context, self.task_function, self.config, job_overrides, initial_job_idx)
-        return launch.launch(*given, options)
+        context, task, config = self.hydra_context, self.task_function, self.config
+        return launch.launch(context, task, config, job_overrides, initial_job_idx, options)

@@ -46,6 +46,11 @@ class AdapterSpec(ABC):
     def method(self) -> str:
         return type(self).__name__.lower()
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions of the base that it takes before those of a row's own tokens. Trials of one pass take as many."""
+        return 0
+
     @abstractmethod
     def attach(self, model: nn.Module, seed: int = 0) -> "Adapter":
         """Freezes ``model`` and returns the trial's trainable parameters, hooked onto it; ``seed`` draws them."""

@@ -17,6 +17,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from loralab.errors import LoralabError
 
@@ -40,15 +41,16 @@ class BatchSlice:
 class AdapterHooks:
     """The hooks on one base model and the slices of the batch under way.
 
-    ``new_parameters``: names of the base's parameters that no checkpoint held.
+    ``new_parameters``: names of the base's parameters that no checkpoint held. ``tokenizer``: the base's; may be None.
     """
 
     def __init__(self) -> None:
         self.new_parameters: frozenset[str] = frozenset()
+        self.tokenizer: Any = None
         self._slices: tuple[BatchSlice, ...] = ()
         self._drawn = 0  # masks of the pass under way
         self._calls: dict[int, int] = {}  # {salt of a layer: its calls in the pass under way}
-        self._hooks: dict[str, _LayerHook] = {}
+        self._hooks: dict[tuple[str, type[Hook]], Hook] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AdapterHooks":
         return self  # a trial's copy of a layer stays on the base
@@ -142,27 +144,30 @@ class AdapterHooks:
         return [part.rows * factor for part in self.slices]
 
     def attach(self, model: nn.Module, name: str, owner: nn.Module, delta: nn.Module) -> None:
-        """From now on ``delta(x, y, key) -> y`` acts on ``owner``'s rows at layer ``name``."""
-        if name not in self._hooks:
-            self._hooks[name] = _LayerHook(self, model.get_submodule(name), crc32(name.encode()))
-        self._hooks[name].deltas.setdefault(owner, []).append(delta)
+        """From now on ``delta(x, y, key) -> y`` acts on ``owner``'s rows at layer ``name``, or whatever else the class
+        of ``delta`` has as its ``hook``."""
+        place = name, getattr(delta, "hook", _LayerHook)
+        if place not in self._hooks:
+            self._hooks[place] = place[1](self, model.get_submodule(name), crc32(name.encode()))
+        self._hooks[place].deltas.setdefault(owner, []).append(delta)
 
     def layers_of(self, owner: nn.Module) -> list[str]:
         """Names of the layers that ``owner`` changes."""
-        return [name for name, hook in self._hooks.items() if owner in hook.deltas]
+        return [name for (name, _), hook in self._hooks.items() if owner in hook.deltas]
 
     def never_called(self, owner: nn.Module) -> list[str]:
         """Names of ``owner``'s layers whose hooks have seen none of its rows so far."""
-        return [name for name, hook in self._hooks.items() if owner in hook.deltas and owner not in hook.called]
+        return [name for (name, _), hook in self._hooks.items() if owner in hook.deltas and owner not in hook.called]
 
     def detach(self, owner: nn.Module) -> None:
         """Takes every delta of ``owner`` off; a layer nobody adapts loses its hook."""
-        for name, hook in list(self._hooks.items()):
+        for place, hook in list(self._hooks.items()):
             hook.deltas.pop(owner, None)
             hook.called.discard(owner)
             if not hook.deltas:
-                hook.handle.remove()
-                del self._hooks[name]
+                for handle in hook.handles:
+                    handle.remove()
+                del self._hooks[place]
 
 
 class _Replay(AbstractContextManager[None]):
@@ -179,15 +184,23 @@ class _Replay(AbstractContextManager[None]):
         self.hooks._drawn, self.hooks._calls = self.after
 
 
-class _LayerHook:
-    """Forward hook of one frozen layer."""
+class Hook:
+    """What the adapters do at one module of the base."""
 
     def __init__(self, hooks: AdapterHooks, layer: nn.Module, salt: int) -> None:
         self.hooks, self.salt = hooks, salt
         self.deltas: dict[nn.Module, list[nn.Module]] = {}
         self.called: set[nn.Module] = set()  # owners with rows in a pass that came here
+        self.handles: list[RemovableHandle] = []
+
+
+class _LayerHook(Hook):
+    """Forward hook of one frozen layer."""
+
+    def __init__(self, hooks: AdapterHooks, layer: nn.Module, salt: int) -> None:
+        super().__init__(hooks, layer, salt)
         self.before = 0  # calls of the layer in this pass before the one under way
-        self.handle = layer.register_forward_hook(self, with_kwargs=True)
+        self.handles.append(layer.register_forward_hook(self, with_kwargs=True))
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
         slices = self.hooks.slices
@@ -234,9 +247,13 @@ def bare_copy(module: nn.Module) -> nn.Module:
     """A copy without the hooks of adapters, which would copy the adapters and their base with it."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        others = {number: hook for number, hook in part._forward_hooks.items() if not isinstance(hook, _LayerHook)}
-        memo[id(part._forward_hooks)] = OrderedDict(others)
+        for given in (part._forward_hooks, part._forward_pre_hooks):
+            memo[id(given)] = OrderedDict((number, hook) for number, hook in given.items() if not _of_adapters(hook))
     return copy.deepcopy(module, memo)
+
+
+def _of_adapters(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", hook), Hook)
 
 
 def acts(layer: nn.Module, owners: Collection[nn.Module]) -> bool:

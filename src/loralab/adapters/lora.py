@@ -40,7 +40,8 @@ Names = Annotated[list[str], MinLen(1)]
 NamePattern = Annotated[str, Strict(), MinLen(1)]
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """One name as a list of one."""
     return [value] if isinstance(value, str) else value
 
 
@@ -63,7 +64,7 @@ class LoRA(AdapterSpec):
     use_rslora: bool = False  # lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv:2312.03732)
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"  # loralib's and PEFT's draw of A; the paper's (4.1)
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: Annotated[list[str] | None, BeforeValidator(_listed), "a list of module names or null"] = None
+    modules_to_save: Annotated[list[str] | None, BeforeValidator(listed), "a list of module names or null"] = None
     rank_pattern: dict[str, Rank] = field(default_factory=dict)
     alpha_pattern: dict[str, Positive] = field(default_factory=dict)
 

@@ -50,8 +50,6 @@ def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str])
     alphas = {name: _alpha(spec, name) for name in names}
     return {
         "peft_type": "LORA",
-        "task_type": task_type(model),
-        "base_model_name_or_path": getattr(model.config, "name_or_path", "") or "random",
         "r": spec.r,
         "lora_alpha": spec.lora_alpha,
         "lora_dropout": spec.lora_dropout,
@@ -63,6 +61,15 @@ def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str])
         "modules_to_save": saved or None,
         "rank_pattern": {name: spec.rank(name) for name in names if spec.rank(name) != spec.r},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha},
+        **base_fields(model),
+    }
+
+
+def base_fields(model: nn.Module) -> dict[str, Any]:
+    """What every adapter_config.json holds of the base."""
+    return {
+        "task_type": task_type(model),
+        "base_model_name_or_path": getattr(model.config, "name_or_path", "") or "random",
         "inference_mode": True,
         **_classes(model),
     }

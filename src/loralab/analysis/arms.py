@@ -1,4 +1,4 @@
-"""Trials to arms: one per configuration, averaged over its seeds and nothing else; and who is compared with whom."""
+"""Groups trials into arms: one for each configuration, averaged over its seeds only; and compares the arms."""
 
 import statistics
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ class Arm:
 
     @property
     def extent(self) -> list[float]:
-        """What a drawing of its score must hold: every seed, and one deviation to either side of the mean."""
+        """What a drawing of its score must include: every seed, and the mean plus and minus one deviation."""
         mean, std = self.mean or 0.0, self.std or 0.0
         return [*self.scores, mean - std, mean + std] if self.scores else []
 
@@ -95,7 +95,7 @@ class Arm:
 
     @cached_property
     def packs(self) -> set[Pack | None]:
-        """Of the completed seeds; None stands for those that ran alone."""
+        """The packs of the completed seeds; None stands for seeds that ran alone."""
         return {trial.pack for trial in self.ok}
 
     @property
@@ -127,10 +127,10 @@ class Arm:
 
         Records of older versions have it of trials that ran alone.
         """
-        alone = [trial for trial in self.ok if trial.pack is None]
-        old = [trial.get("memory.predicted_peak_bytes") for trial in alone if not trial.get("memory.alone_peak_bytes")]
-        own = self.largest.get("memory.alone_peak_bytes", 0.0)
-        return max([own, *(float(value) for value in old if is_number(value))]) or None
+        solo_trials = [trial for trial in self.ok if trial.pack is None]
+        old = [trial for trial in solo_trials if not trial.get("memory.alone_peak_bytes")]
+        predicted = [float(peak) for trial in old if is_number(peak := trial.get("memory.predicted_peak_bytes"))]
+        return max([self.largest.get("memory.alone_peak_bytes", 0.0), *predicted]) or None
 
 
 @dataclass(frozen=True)
@@ -151,17 +151,17 @@ class Comparison:
 
     @property
     def level(self) -> float:
-        """Of each interval by which an arm is told from the others, so that all of them hold together with 95%."""
+        """Confidence level of each pairwise interval, so that all of them hold together with 95% (Bonferroni)."""
         return _level(self.contenders)
 
     @property
     def deviates(self) -> bool:
-        """Whether there is a standard deviation to speak of."""
+        """True if any arm has a standard deviation."""
         return any(arm.std is not None for arm in self.arms)
 
     @property
     def differs_in_seeds(self) -> bool:
-        """Whether the means are over different seeds, so that they do not compare."""
+        """True if the arms' means are over different seeds, and so do not compare."""
         return len({frozenset(arm.by_seed) for arm in self.contenders}) > 1
 
 
@@ -177,22 +177,22 @@ def arms(results: SweepResults) -> list[Arm]:
     numbers = numbers.map(lambda value: value if is_number(value) else None).astype(float)
     by_arm = numbers.groupby(keys)
     means, largest = by_arm.mean(), by_arm.max()
-    found = [
-        Arm(results, [results.trials[at] for at in places], _known(means, key), _known(largest, key))
-        for key, places in keys.groupby(keys, sort=False).groups.items()
+    unsorted = [
+        Arm(results, [results.trials[index] for index in indices], _known(means, key), _known(largest, key))
+        for key, indices in keys.groupby(keys, sort=False).groups.items()
     ]
-    order = {(axis, text): at for axis, labels in results.axes.items() for at, text in enumerate(labels)}
-    found.sort(key=lambda arm: [order.get(value, len(order)) for value in arm.values.items()])
-    return _mark_best(_compared(found), results.mode)
+    order = {(axis, text): index for axis, labels in results.axes.items() for index, text in enumerate(labels)}
+    ordered = sorted(unsorted, key=lambda arm: [order.get(value, len(order)) for value in arm.values.items()])
+    return _mark_best(_compared(ordered), results.mode)
 
 
 def _known(frame: pd.DataFrame, key: str) -> dict[str, float]:
-    """A row without what is missing; empty where there is no such row."""
+    """The row ``key`` of the frame as {column: number}, without missing numbers; empty where there is no such row."""
     return frame.loc[key].dropna().to_dict() if key in frame.index else {}
 
 
 def _configuration(results: SweepResults, trial: TrialResult) -> str:
-    """Equal for the seeds of one configuration; a trial without a record joins the one that it would have had."""
+    """A key, equal for the seeds of one configuration; a trial without a record gets its likely configuration's."""
     if trial.record["config"]:
         return trial.values.get(environments.AXIS, "") + identity(trial.record)
     axes = [axis for axis in results.axes if axis != environments.AXIS]  # where it would have run is not known
@@ -207,33 +207,33 @@ def _level(contenders: Sequence[Arm]) -> float:
     return 1 - (1 - LEVEL) / max(1, len(contenders) - 1)
 
 
-def _compared(found: list[Arm]) -> list[Arm]:
-    """Every arm less the first of its environment that has a result, seed by seed."""
-    first = {arm.environment: arm for arm in reversed(found) if arm.scores}
-    compared = []
-    for arm in found:
-        base = first.get(arm.environment)
-        difference = paired(arm.by_seed, base.by_seed) if base and arm is not base else None
-        compared.append(replace(arm, baseline=arm is base and len(found) > 1, difference=difference))
-    return compared
+def _compared(arms: list[Arm]) -> list[Arm]:
+    """The arms with their paired difference to the baseline: the first arm of their environment that has a result."""
+    first = {arm.environment: arm for arm in reversed(arms) if arm.scores}
+    result = []
+    for arm in arms:
+        baseline = first.get(arm.environment)
+        difference = paired(arm.by_seed, baseline.by_seed) if baseline and arm is not baseline else None
+        result.append(replace(arm, baseline=arm is baseline and len(arms) > 1, difference=difference))
+    return result
 
 
-def _mark_best(found: list[Arm], mode: str) -> list[Arm]:
+def _mark_best(arms: list[Arm], mode: str) -> list[Arm]:
     """The arm whose paired interval against every other arm excludes 0 on the better side, if there is one.
 
     The intervals are Bonferroni's: an arm that is no better than the true best must win against that one by chance,
     and any of the others might. What ran in another environment cannot be told apart, so then there is none.
     """
-    among = [arm for arm in found if arm.scores]
-    if len(among) < 2 or len({arm.environment for arm in among}) > 1:
-        return found
-    level = _level(among)
+    scored = [arm for arm in arms if arm.scores]
+    if len(scored) < 2 or len({arm.environment for arm in scored}) > 1:
+        return arms
+    level = _level(scored)
 
     def beats(arm: Arm, other: Arm) -> bool:
         gap = paired(arm.by_seed, other.by_seed, level)
         return gap is not None and gap.verdict(mode) == "better"
 
     return [
-        replace(arm, best=bool(arm.scores) and all(beats(arm, other) for other in among if other is not arm))
-        for arm in found
+        replace(arm, best=bool(arm.scores) and all(beats(arm, other) for other in scored if other is not arm))
+        for arm in arms
     ]

@@ -60,7 +60,7 @@ class Verdict:
 
 
 def verdicts(results: SweepResults, comparisons: Sequence[Comparison]) -> list[Verdict]:
-    """One for each claim, more where other axes give its arms several rows."""
+    """One verdict for each claim; one for each setting of the other axes where there are several."""
     claims = [str(claim) for claim in _listed(_of_paper(results, "claims"))]
     return [verdict for claim in claims for verdict in _verdicts(results, comparisons, claim)]
 
@@ -73,8 +73,9 @@ def _verdicts(results: SweepResults, comparisons: Sequence[Comparison], claim: s
     left, right = (_label(results, text) for text in claim.split(sign, 1))
     pairs = [pair for comparison in comparisons for pair in _pairs(comparison.arms, left, right)]
     for arm, other in pairs:
-        rest = [text for axis, text in list(arm.values.items())[1:] if len(results.axes.get(axis, ())) > 1]
-        yield _judged(f"{claim} ({', '.join(rest)})" if rest and len(pairs) > 1 else claim, sign, arm, other)
+        other_axes = [text for axis, text in list(arm.values.items())[1:] if len(results.axes.get(axis, ())) > 1]
+        name = f"{claim} ({', '.join(other_axes)})" if other_axes and len(pairs) > 1 else claim
+        yield _judged(name, sign, arm, other)
     if not pairs:
         yield _unpaired(claim, comparisons, left, right)
 
@@ -82,8 +83,8 @@ def _verdicts(results: SweepResults, comparisons: Sequence[Comparison], claim: s
 def _judged(claim: str, sign: str, arm: Arm, other: Arm) -> Verdict:
     difference = paired(arm.by_seed, other.by_seed)
     texts = [published_text(arm), published_text(other)]
-    beside = f", {texts[0]} against {texts[1]} published" if all(texts) else ""
-    means = f"{arm.mean:.4f} against {other.mean:.4f} here{beside}"
+    published_means = f", {texts[0]} against {texts[1]} published" if all(texts) else ""
+    means = f"{arm.mean:.4f} against {other.mean:.4f} here{published_means}"
     if difference is None:
         return Verdict(claim, "cannot tell", f"{means}; the two share no seed")
     below = sign.strip().startswith("<")
@@ -91,42 +92,42 @@ def _judged(claim: str, sign: str, arm: Arm, other: Arm) -> Verdict:
     means, seeds = f"{means}, {order if difference.mean else 'equal'}", tuple(difference.seeds)
     if difference.interval is None:
         scored = "of one seed" if len(seeds) == 1 else f"{len(seeds)} seeds give one score"
-        why = f"{means}, but {scored}: there is no interval"
-        return Verdict(claim, "cannot tell", why, difference.mean, seeds=seeds)
+        reason = f"{means}, but {scored}: there is no interval"
+        return Verdict(claim, "cannot tell", reason, difference.mean, seeds=seeds)
     low, high = difference.interval if below else (-difference.interval[1], -difference.interval[0])
     verdict = "holds" if high <= 0 else "does not hold" if low > 0 else "cannot tell"
-    why = f"{means}; paired difference {difference.text}, n = {difference.n}"
-    why += ", an interval that holds 0" if verdict == "cannot tell" else ""
-    return Verdict(claim, verdict, why, difference.mean, list(difference.interval), difference.p, seeds)
+    reason = f"{means}; paired difference {difference.text}, n = {difference.n}"
+    reason += ", an interval that holds 0" if verdict == "cannot tell" else ""
+    return Verdict(claim, verdict, reason, difference.mean, list(difference.interval), difference.p, seeds)
 
 
 def _pairs(arms: Sequence[Arm], left: str, right: str) -> Iterator[tuple[Arm, Arm]]:
-    """Measured arms of the two labels that differ in nothing else."""
+    """The pairs of measured arms with the labels ``left`` and ``right`` whose other axes are equal."""
     measured = [arm for arm in arms if arm.mean is not None and arm.values]
     for arm in measured:
         for other in measured:
-            rest, other_rest = (list(each.values.values())[1:] for each in (arm, other))
-            if (arm.label, other.label) == (left, right) and rest == other_rest:
+            settings, other_settings = (list(one.values.values())[1:] for one in (arm, other))
+            if (arm.label, other.label) == (left, right) and settings == other_settings:
                 yield arm, other
 
 
 def _unpaired(claim: str, comparisons: Sequence[Comparison], left: str, right: str) -> Verdict:
     scored = [arm for comparison in comparisons for arm in comparison.contenders]
-    there = {name: [arm for arm in scored if arm.label == name] for name in (left, right)}
-    missing = [name for name, found in there.items() if not found]
+    by_label = {name: [arm for arm in scored if arm.label == name] for name in (left, right)}
+    missing = [name for name, arms in by_label.items() if not arms]
     if missing:
         return Verdict(claim, "cannot tell", f"{' and '.join(missing)} not measured here")
-    arm, other = there[left][0], there[right][0]
+    arm, other = by_label[left][0], by_label[right][0]
     if arm.environment != other.environment:
         return Verdict(claim, "not comparable", f"measured in other environments; {environments.COMPARED}")
     return Verdict(claim, "not comparable", f"{arm.name} and {right} stand in different tables or settings")
 
 
 def _label(results: SweepResults, text: str) -> str:
-    """An arm as its axis spells it."""
+    """The label that the first axis has for the value ``text``; where it has none, the value's own."""
     labels = next(iter(results.axes.values()), [])
-    wanted = canonical(spelled(text))
-    return next((each for each in labels if canonical(spelled(each)) == wanted), names([spelled(text)])[wanted])
+    key = canonical(spelled(text))
+    return next((label for label in labels if canonical(spelled(label)) == key), names([spelled(text)])[key])
 
 
 def _listed(value: Any) -> list[Any]:

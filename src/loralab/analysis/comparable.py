@@ -11,31 +11,33 @@ from loralab.analysis.trials import TrialResult
 from loralab.analysis.values import Json, axis_value, canonical, label, lookup
 
 
-def comparable(whole: SweepResults) -> list[SweepResults]:
+def comparable(results: SweepResults) -> list[SweepResults]:
     """The results of each set of trials whose scores mean the same: only within one do means compare.
 
     A loss compares over equal target tokens, whatever the prompts; trials of one configuration whose data or base
     have changed between them are of different sets.
     """
-    done = [trial for trial in whole.trials if trial.ok]
-    numbers = _sets(_bases(done)) if done else []
+    completed = [trial for trial in results.trials if trial.ok]
+    numbers = _sets(_bases(completed)) if completed else []
     if len(set(numbers)) < 2:
-        return [whole]
-    own = {trial.folder: number for trial, number in zip(done, numbers, strict=True)}
-    firsts = {number: trial for trial, number in reversed(list(zip(done, numbers, strict=True)))}
-    placed = [(trial, own[trial.folder] if trial.ok else _likely(whole, trial, firsts)) for trial in whole.trials]
-    return [_subset(whole, [trial for trial, at in placed if at == number]) for number in sorted(firsts)]
+        return [results]
+    number_of = {trial.folder: number for trial, number in zip(completed, numbers, strict=True)}
+    first_of_set = {number: trial for trial, number in reversed(list(zip(completed, numbers, strict=True)))}
+    members: dict[int, list[TrialResult]] = {number: [] for number in sorted(first_of_set)}
+    for trial in results.trials:
+        members[number_of[trial.folder] if trial.ok else _likely(results, trial, first_of_set)].append(trial)
+    return [_subset(results, trials) for trials in members.values()]
 
 
 def subject(results: SweepResults) -> str:
     """What a set is about: ``docstrings f967626fe70ef416, targets 8c0e.., base 91ab.., causal_lm: val/loss``."""
-    done = [trial for trial in results.trials if trial.ok]
+    completed = [trial for trial in results.trials if trial.ok]
     name, data, targets, base = (
-        _shared(done, key) for key in ("data.name", "data.fingerprint", "data.targets", "base.fingerprint")
+        _shared(completed, key) for key in ("data.name", "data.fingerprint", "data.targets", "base.fingerprint")
     )
     about = [" ".join(filter(None, (name, data))) or "data not known"]
-    about += [f"{what} {text}" for what, text in (("targets", targets), ("base", base)) if text]
-    about += [str(task) for task in [(done or results.trials)[0].setting("model.task")] if task]
+    about += [f"{title} {text}" for title, text in (("targets", targets), ("base", base)) if text]
+    about += [str(task) for task in [(completed or results.trials)[0].setting("model.task")] if task]
     return f"{', '.join(about)}: {results.metric}"
 
 
@@ -44,8 +46,8 @@ def apart(sets: Sequence[SweepResults]) -> str:
     if len(sets) < 2:
         return ""
     firsts = [next(trial for trial in results.trials if trial.ok) for results in sets]
-    done = [trial for results in sets for trial in results.trials if trial.ok]
-    bases = _bases(done).iloc[[done.index(trial) for trial in firsts]]
+    completed = [trial for results in sets for trial in results.trials if trial.ok]
+    bases = _bases(completed).iloc[[completed.index(trial) for trial in firsts]]
     reasons = "; ".join(_REASONS[key](firsts) for key in _REASONS if bases[key].nunique(dropna=False) > 1)
     return f"{len(sets)} tables, whose numbers cannot be compared: {reasons}."
 
@@ -80,8 +82,8 @@ def _listed(texts: Iterator[str]) -> str:
 def _data(record: Json) -> Any:
     """The settings from which the fingerprint of the rows follows."""
     scoring = ("batch_size", "generate_rows", "generation", "rouge")
-    kept = {key: value for key, value in (record["config"].get("data") or {}).items() if key not in scoring}
-    return [kept, record["choices"].get("data"), lookup(record["config"], "model.task")]
+    settings = {key: value for key, value in (record["config"].get("data") or {}).items() if key not in scoring}
+    return [settings, record["choices"].get("data"), lookup(record["config"], "model.task")]
 
 
 def _files(record: Json) -> Any:
@@ -95,8 +97,8 @@ def _base(record: Json) -> Any:
     if record["schema"] > 1:
         return [model.get(key) for key in ("name_or_path", "revision", "config", "draw")]
     loaded = [config.get("quantization"), config.get("trainer"), record["memory"]["device"]]
-    kept = {key: value for key, value in model.items() if key != "max_length"}
-    return [1, kept, record["choices"].get("model"), loaded, record["data"]["fingerprint"]]
+    settings = {key: value for key, value in model.items() if key != "max_length"}
+    return [1, settings, record["choices"].get("model"), loaded, record["data"]["fingerprint"]]
 
 
 # What may be rewritten under the same settings: part of the basis, its fingerprint, the settings.
@@ -115,25 +117,26 @@ _REASONS: dict[str, Callable[[Sequence[TrialResult]], str]] = {
 }
 
 
-def _subset(whole: SweepResults, trials: Sequence[TrialResult]) -> SweepResults:
-    """With every axis of the whole, so that an arm has its name though no other stands beside it."""
+def _subset(results: SweepResults, trials: Sequence[TrialResult]) -> SweepResults:
+    """The results of ``trials`` alone, with every axis of ``results``, so that an arm keeps its name."""
     axes: dict[str, list[Any]] = {}
-    for axis in whole.moving():
-        known = [trial for label in whole.axes[axis] for trial in trials if trial.values[axis] == label]
-        axes |= {axis: [axis_value(trial.record, axis) for trial in known]} if known else {}
-    return replace(assemble(whole.folder, {**whole.about, "axes": axes}, trials), packs=whole.packs)
+    for axis in results.moving():
+        labelled = [trial for label in results.axes[axis] for trial in trials if trial.values[axis] == label]
+        axes |= {axis: [axis_value(trial.record, axis) for trial in labelled]} if labelled else {}
+    return replace(assemble(results.folder, {**results.about, "axes": axes}, trials), packs=results.packs)
 
 
 def _bases(trials: Sequence[TrialResult]) -> pd.DataFrame:
-    """What each completed trial's score is a score of: a row a trial, a column for each key of ``_REASONS``."""
-    known = {_rows(trial.record): targets for trial in trials if (targets := trial.get("data.targets"))}
-    bases = pd.DataFrame([_basis(trial, known) for trial in trials])
-    for key, mark, node, _ in _REWRITTEN:
-        marks = pd.Series([trial.get(mark) or None for trial in trials], dtype=object)
-        settings = [canonical(node(trial.record)) for trial in trials]
+    """What each completed trial's score is taken over: a row for each trial, a column for each key of ``_REASONS``."""
+    targets_of_rows = {_rows(trial.record): targets for trial in trials if (targets := trial.get("data.targets"))}
+    bases = pd.DataFrame([_basis(trial, targets_of_rows) for trial in trials])
+    for column, key, settings_of, _ in _REWRITTEN:
+        fingerprints = pd.Series([trial.get(key) or None for trial in trials], dtype=object)
+        settings = [canonical(settings_of(trial.record)) for trial in trials]
         sets = _sets(bases)
-        several = marks.groupby([sets, settings]).transform("nunique") > 1  # of the same settings: it was rewritten
-        bases[key] = marks.astype(str).where(several.groupby(sets).transform("any"))
+        # several fingerprints under the same settings: what they name was rewritten between the runs
+        rewritten = fingerprints.groupby([sets, settings]).transform("nunique") > 1
+        bases[column] = fingerprints.astype(str).where(rewritten.groupby(sets).transform("any"))
     return bases
 
 
@@ -142,9 +145,9 @@ def _sets(bases: pd.DataFrame) -> list[int]:
     return list(bases.groupby(list(bases.columns), dropna=False, sort=False).ngroup())
 
 
-def _basis(trial: TrialResult, known: Mapping[str, str]) -> Json:
+def _basis(trial: TrialResult, targets_of_rows: Mapping[str, str]) -> Json:
     record, rows = trial.record, _rows(trial.record)
-    targets = record["data"].get("targets") or known.get(rows, rows)
+    targets = record["data"].get("targets") or targets_of_rows.get(rows, rows)
     if trial.metric.endswith("rouge_l"):  # of whole texts: no token of theirs is cut
         targets = f"{record['data']['fingerprint']} {record['data'].get('rouge') or 'published'}"
     task = str(trial.setting("model.task"))
@@ -152,7 +155,7 @@ def _basis(trial: TrialResult, known: Mapping[str, str]) -> Json:
 
 
 def _rows(record: Json) -> str:
-    """What stands for the targets where their fingerprint was not recorded: rows, tokenizer and where they were cut."""
+    """A key for the targets of a record without their fingerprint: its rows, its tokenizer and their maximal length."""
     config, data = record["config"], record["data"]
     task = lookup(config, "model.task")
     cut = _cut(record) if data["truncated"] else "whole"
@@ -165,9 +168,9 @@ def _cut(record: Json) -> Any:
     return record["data"].get("max_length") or lookup(record["config"], "model.max_length")
 
 
-def _likely(whole: SweepResults, trial: TrialResult, firsts: Mapping[int, TrialResult]) -> int:
-    """The set a trial without a result would have joined: the one whose data settings are most like its own."""
-    keys = [axis for axis in whole.axes if axis.split(".")[0] in ("data", "model")]
+def _likely(results: SweepResults, trial: TrialResult, firsts: Mapping[int, TrialResult]) -> int:
+    """The number of the set that a trial without a result would have joined: its data settings are the most alike."""
+    keys = [axis for axis in results.axes if axis.split(".")[0] in ("data", "model")]
     return max(firsts, key=lambda key: sum(firsts[key].values[axis] == trial.values[axis] for axis in keys))
 
 

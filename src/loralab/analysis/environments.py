@@ -1,4 +1,4 @@
-"""On what trials ran, as far as it moves their numbers: trials of one environment compare, of two they do not."""
+"""The environments of trials: what of hardware and versions changes a number. Only within one do trials compare."""
 
 import re
 from collections import Counter
@@ -17,43 +17,43 @@ Environment = dict[str, Any]
 
 
 def environment(record: Json) -> Environment:
-    """What moves numbers; None where the record does not say.
+    """The versions and the hardware that change numbers; None where the record does not say.
 
     An older record has no thread count: there the number of cores, by which torch chooses it, stays in the CPU's name.
     """
-    known = {name: lookup(record, f"environment.versions.{name}") for name in _VERSIONS}
+    values = {name: lookup(record, f"environment.versions.{name}") for name in _VERSIONS}
     gpu, cpu, threads = (lookup(record, f"environment.{key}") for key in ("gpu", "cpu", "threads"))
     device = lookup(record, "memory.device") or ("cpu" if record["choices"].get("trainer") == "cpu" else None)
-    known |= {"device": device, "gpu": None if device == "cpu" else gpu, "record schema": record["schema"]}
+    values |= {"device": device, "gpu": None if device == "cpu" else gpu, "record schema": record["schema"]}
     if device is None or device == "cpu":
         name = re.sub(r" x \d+$", "", cpu) if isinstance(cpu, str) and threads is not None else cpu
-        known |= {"cpu": name, "threads": threads}
-    return known
+        values |= {"cpu": name, "threads": threads}
+    return values
 
 
 def labels(records: Sequence[tuple[Json, bool]]) -> list[str]:
-    """What sets each record's environment apart from the others', such as ``torch 2.12.0``; empty where there is one.
+    """How each record's environment differs from the others', such as ``torch 2.12.0``; empty where there is only one.
 
     ``records``: each with whether it has a result; one without joins the environment most like its own.
     """
-    each = [environment(record) for record, _ in records]
-    with_result = [own for own, (_, ok) in zip(each, records, strict=True) if ok]
-    distinct = [own for index, own in enumerate(with_result) if own not in with_result[:index]]
+    environments = [environment(record) for record, _ in records]
+    with_result = [this for this, (_, ok) in zip(environments, records, strict=True) if ok]
+    distinct = [this for index, this in enumerate(with_result) if this not in with_result[:index]]
     if len(distinct) < 2:
         return []
     usual = Counter(map(with_result.index, with_result))
-    distinct.sort(key=lambda own: -usual[with_result.index(own)])  # the likely one first, where several are alike
-    return [_label(max(distinct, key=partial(_in_common, own)), distinct) for own in each]
+    distinct.sort(key=lambda this: -usual[with_result.index(this)])  # the likely one first, where several are alike
+    return [_label(max(distinct, key=partial(_in_common, this)), distinct) for this in environments]
 
 
-def _in_common(own: Environment, other: Environment) -> int:
-    return sum(key in other and other[key] == value for key, value in own.items())
+def _in_common(this: Environment, other: Environment) -> int:
+    return sum(key in other and other[key] == value for key, value in this.items())
 
 
-def _label(own: Environment, distinct: Sequence[Environment]) -> str:
+def _label(this: Environment, distinct: Sequence[Environment]) -> str:
     keys = dict.fromkeys(key for other in distinct for key in other)
-    apart = [key for key in keys if any(other.get(key) != own.get(key) for other in distinct)]
-    return ", ".join(_text(key, own.get(key)) for key in apart)
+    differing = [key for key in keys if any(other.get(key) != this.get(key) for other in distinct)]
+    return ", ".join(_text(key, this.get(key)) for key in differing)
 
 
 def _text(key: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A converted model's loss and outputs against its dense self's, and the outliers among its activations."""
+"""Loss and outputs of a quantized model against those of its dense original, and the outliers of its activations."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ POSITIONS, LAYERS = 0.06, 0.25  # ... at 6% of the positions, in a quarter of th
 
 
 class Evaluation:
-    """Loss and outputs of the model over a data set's validation split, against those of its dense self."""
+    """Loss and outputs of the model over a data set's validation split, against those of the dense model."""
 
     def __init__(self, model: nn.Module, task: str, data: Encoded, batch_size: int, pad: int) -> None:
         self.model, self.task, self.data, self.batch_size, self.pad = model, task, data, batch_size, pad
@@ -44,13 +44,13 @@ class Evaluation:
         """loss, its change with the standard error over targets, KL(dense || this) per target, same first choice.
 
         None where ``undefined`` says why."""
-        losses, divergence, agreed = [], 0.0, 0
-        for before, (logits, targets) in zip(self.dense, self.batches(), strict=True):
-            after = logits.log_softmax(-1).cpu()
-            losses.append(F.nll_loss(after, targets.cpu(), reduction="none"))
-            off = torch.where(before.isneginf(), 0.0, before.exp() * (before - after))  # 0 log 0 is 0
-            divergence += float(off.sum(dtype=torch.float64))
-            agreed += int((before.argmax(-1) == after.argmax(-1)).sum())
+        losses, divergence, same_choices = [], 0.0, 0
+        for dense, (logits, targets) in zip(self.dense, self.batches(), strict=True):
+            quantized = logits.log_softmax(-1).cpu()
+            losses.append(F.nll_loss(quantized, targets.cpu(), reduction="none"))
+            terms = torch.where(dense.isneginf(), 0.0, dense.exp() * (dense - quantized))  # 0 log 0 is 0
+            divergence += float(terms.sum(dtype=torch.float64))
+            same_choices += int((dense.argmax(-1) == quantized.argmax(-1)).sum())
         loss = torch.cat(losses).double()
         change = loss - self.dense_loss
         n = change.numel()
@@ -59,7 +59,7 @@ class Evaluation:
             "loss_change": float(change.mean()),
             "loss_change_se": float(change.std() / math.sqrt(n)) if n > 1 else None,
             "kl": divergence / n,
-            "same_prediction": agreed / n,
+            "same_prediction": same_choices / n,
         }
         return defined(scores, {"loss_change_se": "one target"} if n == 1 else None)
 
@@ -125,18 +125,18 @@ class Activations:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach()
             rows = x.reshape(-1, x.shape[-1])
-            for place in self.sequences.of(x):
-                self._add(name, rows[place])
+            for sequence in self.sequences.of(x):
+                self._add(name, rows[sequence])
 
         return hook
 
     def _add(self, name: str, x: Tensor) -> None:
         """x (s, in): one sequence."""
-        seen = self.positions.get(name, 0)
+        counted = self.positions.get(name, 0)
         self.counts[name] = self.counts.get(name, 0) + (x.abs() >= OUTLIER).sum(dim=0).cpu()
-        self.positions[name] = seen + len(x)
-        if seen < self.keep:
-            self.inputs.setdefault(name, []).append(x[: self.keep - seen].cpu().clone())
+        self.positions[name] = counted + len(x)
+        if counted < self.keep:
+            self.inputs.setdefault(name, []).append(x[: self.keep - counted].cpu().clone())
 
     def share(self) -> dict[str, Tensor]:
         """{layer: (in,) share of the tokens}."""

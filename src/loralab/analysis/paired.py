@@ -51,7 +51,7 @@ def paired(scores: Mapping[str, float], baseline: Mapping[str, float], level: fl
     gaps = [scores[seed] - baseline[seed] for seed in seeds]
     if not gaps:
         return None
-    n = max(replicates({seed: side[seed] for seed in seeds}) for side in (scores, baseline))
+    n = max(replicates({seed: values[seed] for seed in seeds}) for values in (scores, baseline))
     if n < 2:
         return Difference(seeds, n, gaps[0], None)
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(n)

@@ -1,4 +1,4 @@
-"""``loralab quantize``: every scheme on the same weights, weighed and held against them.
+"""``loralab quantize``: every scheme on the same weights: bits, bytes and errors.
 
 One dense model is loaded. Scheme by scheme its layers are converted, compared with their own dense weights, and, to
 evaluate, put in place of the dense layers for one pass over the data.
@@ -76,16 +76,16 @@ def layer_errors(weight: Tensor, frozen: nn.Module, inputs: Sequence[Tensor], si
     weight (out, in) float32; inputs: sequences (s, in); sigma of the bulk, None where all weights are 0.
     """
     dense = frozen.dense(torch.float32) if isinstance(frozen, FrozenLinear) else weight
-    off, bulk = dense - weight, weight.abs() < BULK * (sigma or 0.0)
+    error, bulk = dense - weight, weight.abs() < BULK * (sigma or 0.0)
     sums = {
         "weights": weight.numel(),
         "bytes": packed_bytes(frozen),
-        "error": _squares(off),
+        "error": _squares(error),
         "norm": _squares(weight),
-        "bulk_error": _squares(off[bulk]),
+        "bulk_error": _squares(error[bulk]),
         "bulk_norm": _squares(weight[bulk]),
         "zeroed": int(((dense == 0) & (weight != 0)).sum()),
-        "largest": float(off.abs().max()),
+        "largest": float(error.abs().max()),
         "product_error": 0.0,
         "product_norm": 0.0,
     }
@@ -98,7 +98,7 @@ def layer_errors(weight: Tensor, frozen: nn.Module, inputs: Sequence[Tensor], si
 
 
 def summary(errors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What JSON, page and terminal show of all layers; ratios without a unit, None where ``undefined`` says why."""
+    """The figures over all layers that JSON, page and terminal show; None where ``undefined`` has the reason."""
     total = {key: sum(sums[key] for sums in errors.values()) for key in next(iter(errors.values()))}
     relative = root(total["error"], total["norm"])
     layers = {
@@ -120,21 +120,21 @@ def summary(errors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         "layers": layers,
     }
     overflow = not math.isfinite(total["product_norm"] + total["product_error"])
-    why = {
+    reasons = {
         "relative_rmse": "every weight is 0",
         "snr_db": "infinite: the error is 0" if total["norm"] else "every weight is 0",
         "bulk_relative_rmse": "no weight other than 0 is within 3 sigma",
         "matmul_relative_error": "x W^T overflows float32" if overflow else "x W^T is 0, or no input is known",
     }
-    result = defined(values, why)
-    if unknown := [name for name, value in layers.items() if value is None]:
-        words = "every weight is 0, or not finite when dequantized: " + ", ".join(unknown)
-        result["undefined"] = {**result.get("undefined", {}), "layers": words}
+    result = defined(values, reasons)
+    if undefined_layers := [name for name, value in layers.items() if value is None]:
+        reason = "every weight is 0, or not finite when dequantized: " + ", ".join(undefined_layers)
+        result["undefined"] = {**result.get("undefined", {}), "layers": reason}
     return result
 
 
 class SchemeComparison:
-    """Weights, held dense, and what each scheme makes of them."""
+    """A model with dense weights, on which schemes are measured one after the other; each leaves it as it was."""
 
     def __init__(self, spec: StudySpec, model: nn.Module, names: list[str], sigma: float | None = None) -> None:
         """``sigma``: of the bulk, where it is known; else each layer's own."""
@@ -169,7 +169,7 @@ class SchemeComparison:
         return {**result, **scored, **({"undefined": undefined} if undefined else {})}
 
     def covered(self, quantizer: Quantizer) -> list[str]:
-        """The layers that a scheme takes."""
+        """The names of the layers that the scheme quantizes."""
         taken = quantizable(self.model, quantizer) if quantizer.skip_modules else self.names
         return [name for name in self.names if name in set(taken)]
 
@@ -183,10 +183,10 @@ class SchemeComparison:
         return self._sigmas[name]
 
     def _inputs(self, name: str, weight: Tensor) -> list[Tensor]:
-        """Sequences (s, in) float32 for the product; none where the pass did not come to the layer."""
+        """Sequences (s, in) float32 for the product; empty where no input of the layer was captured."""
         if self.captured is not None:
             return [x.to(weight.device, torch.float32) for x in self.captured.get(name, [])]
-        # never the numbers that the weights were drawn from
+        # another seed than the one of the weights
         random = torch.Generator().manual_seed(10**6 * (self.spec.seed + 1) + self.names.index(name))
         draw = outliers.ACTIVATIONS[self.spec.chosen(evaluate=False)]
         return [draw(self.spec.rows, weight.shape[1], random).to(weight.device)]

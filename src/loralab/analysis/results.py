@@ -96,8 +96,8 @@ def read_results(folder: Path) -> SweepResults:
     sweep = _sweep(folder)
     listed = [listed_trial(folder, entry) for entry in sweep["trials"]]
     listed = listed or [read_trial(path) for path in records.find(folder)]
-    looked_up: staleness.Known = {}
-    trials, conflicts = _once([dated(trial, looked_up) for trial in listed])
+    fingerprints: staleness.Known = {}
+    trials, conflicts = _once([dated(trial, fingerprints) for trial in listed])
     if not trials:
         raise ArtifactError(
             f"{folder}: nothing to report; looked for {records.SWEEP} there, {records.RESULT} there and below"
@@ -105,8 +105,8 @@ def read_results(folder: Path) -> SweepResults:
     if [(trial.folder, trial.status) for trial in trials] == [(folder, DAMAGED)]:
         raise ArtifactError(trials[0].record["error"])
     axes = {axis: values for axis, values in sweep["axes"].items() if len(trials) + len(values) > 2}
-    whole = assemble(folder, {**sweep, "axes": axes}, trials)
-    return replace(whole, repeats=len(listed) - len(trials), conflicts=tuple(conflicts), packs=_rates(trials))
+    results = assemble(folder, {**sweep, "axes": axes}, trials)
+    return replace(results, repeats=len(listed) - len(trials), conflicts=tuple(conflicts), packs=_rates(trials))
 
 
 def assemble(folder: Path, sweep: Json, trials: Sequence[TrialResult]) -> SweepResults:
@@ -132,14 +132,14 @@ def assemble(folder: Path, sweep: Json, trials: Sequence[TrialResult]) -> SweepR
 def _columns(trial: TrialResult) -> Json:
     """A row of the frame; where a setting and a measurement have one name, the setting counts."""
     record = trial.record
-    measured = flatten({section: record.get(section) or {} for section in schema.SECTIONS})
+    measured = flatten({section: record.get(section) or {} for section in schema.KEYS})
     first = {"trial": record["trial"], "folder": trial.name, "status": trial.status, "seed": record["seed"]}
     settings = {**record["choices"], **flatten(record["config"])}
     return {**first, **measured, **settings, **record["metrics"], **first}
 
 
 def _rates(trials: Sequence[TrialResult]) -> dict[Pack, float]:
-    """A record has its own tokens over the pack's seconds: together they are the pack's."""
+    """{pack: tokens/s of all its trials}. A record has its own tokens over the pack's seconds."""
     members: dict[Pack, list[Any]] = {}
     for trial in trials:
         if trial.pack is not None:
@@ -166,23 +166,23 @@ def _sweep(folder: Path) -> Json:
 
 
 def _once(listed: Sequence[TrialResult]) -> tuple[list[TrialResult], list[str]]:
-    """Each trial once, as its last completed record has it, and where another of its records has another score.
+    """(each trial once, as its last completed record has it; a message for each pair of records whose scores differ).
 
     ``seed=0,0`` is one seed, a repetition no second one; on other data, another base or elsewhere it is another trial.
     """
-    kept: dict[str, TrialResult] = {}
+    by_key: dict[str, TrialResult] = {}
     conflicts = []
     for trial in listed:
         key = _key(trial)
-        before = kept.get(key)
-        if before is None or trial.ok:
-            kept[key] = trial
-        if before is not None and before.ok and trial.ok:
-            old, new = before.score(trial.metric), trial.score(trial.metric)
-            words = f"{before.name} and {trial.name} are one trial, yet {trial.metric} is {old} and {new}"
-            conflicts += [f"{words}; the latter counts"] if old != new else []
-    done = {_bare_key(trial) for trial in kept.values() if trial.ok} - {None}
-    return [trial for trial in kept.values() if trial.ok or _bare_key(trial) not in done], conflicts
+        previous = by_key.get(key)
+        if previous is None or trial.ok:
+            by_key[key] = trial
+        if previous is not None and previous.ok and trial.ok:
+            old, new = previous.score(trial.metric), trial.score(trial.metric)
+            message = f"{previous.name} and {trial.name} are one trial, yet {trial.metric} is {old} and {new}"
+            conflicts += [f"{message}; the latter counts"] if old != new else []
+    completed = {_bare_key(trial) for trial in by_key.values() if trial.ok} - {None}
+    return [trial for trial in by_key.values() if trial.ok or _bare_key(trial) not in completed], conflicts
 
 
 def _key(trial: TrialResult) -> str:
@@ -194,17 +194,17 @@ def _key(trial: TrialResult) -> str:
 
 
 def _bare_key(trial: TrialResult) -> str | None:
-    """The trial that a record is of, wherever it ran; None where it does not say."""
+    """A key of the configuration, seed and metric, whatever environment it ran in; None without a configuration."""
     if not trial.record["config"]:
         return None
     return canonical([identity(trial.record), trial.record["seed"], trial.metric, trial.setting("metric_mode")])
 
 
-def _ordered(declared: Sequence[Any], seen: Sequence[Any], labels: Mapping[str, str]) -> list[str]:
+def _ordered(declared: Sequence[Any], values: Sequence[Any], labels: Mapping[str, str]) -> list[str]:
     """The labels of an axis: as declared, then what else was seen, numbers first."""
     first = dict.fromkeys(canonical(value) for value in declared)
-    rest = {canonical(value) for value in seen} - set(first) - {UNKNOWN}
-    return [labels[key] for key in [*first, *sorted(rest, key=sort_key)]]
+    others = {canonical(value) for value in values} - set(first) - {UNKNOWN}
+    return [labels[key] for key in [*first, *sorted(others, key=sort_key)]]
 
 
 def _most_common(texts: Iterable[str], default: str) -> str:

@@ -1,4 +1,4 @@
-"""What a trial left behind: its record, its state today, and why it has no result where it has none."""
+"""A trial read from its folder: its record, its status today, and the reason where it has no result."""
 
 import json
 import math
@@ -83,24 +83,24 @@ class TrialResult:
     @property
     def rerun(self) -> str:
         """The command that runs it again, in the folder where it was started."""
-        words, seed = list(self.record["overrides"]), self.record["seed"]
-        seeded = seed is None or any(word.lstrip("+").startswith("seed=") for word in words)
-        command = shlex.join(["loralab", "train", *words, *([] if seeded else [f"seed={seed}"])])
-        hidden = any(records.MASK in word for word in words)
-        return f"{command}  # {records.MASK} hides a secret" if hidden else command
+        overrides, seed = list(self.record["overrides"]), self.record["seed"]
+        seeded = seed is None or any(word.lstrip("+").startswith("seed=") for word in overrides)
+        command = shlex.join(["loralab", "train", *overrides, *([] if seeded else [f"seed={seed}"])])
+        masked = any(records.MASK in word for word in overrides)
+        return f"{command}  # {records.MASK} hides a secret" if masked else command
 
     @property
     def ended(self) -> str:
-        """Why it made no more steps; empty for one without a result."""
+        """Why training ended: ``max_steps``, early stopping or the last step; empty for a trial without a result."""
         if not self.ok:
             return ""
-        early, steps, most = self.get("stopped_early"), self.get("time.steps"), self.setting("trainer.max_steps")
+        early, steps, max_steps = self.get("stopped_early"), self.get("time.steps"), self.setting("trainer.max_steps")
         if isinstance(early, dict):
             best = early.get("best")
             value = f"{best:.4f}" if is_number(best) else "its best"
-            at = f"stopped early at step {early.get('step')} of {most}"
-            return f"{at}: {early.get('metric')} was not better than {value}"
-        return "max_steps" if steps == most or steps is None else f"ended at step {steps} of {most}"
+            text = f"stopped early at step {early.get('step')} of {max_steps}"
+            return f"{text}: {early.get('metric')} was not better than {value}"
+        return "max_steps" if steps == max_steps or steps is None else f"ended at step {steps} of {max_steps}"
 
     @property
     def reason(self) -> str:
@@ -139,17 +139,23 @@ def read_trial(path: Path, entry: Mapping[str, Any] | None = None) -> TrialResul
 
 
 def listed_trial(sweep: Path, entry: Json) -> TrialResult:
-    """The sweep may have been moved, and its entries may be relative to it or to where it was started."""
+    """The trial of an entry of sweep.json; status MISSING where it has no record.
+
+    The sweep may have been moved, and its entries may be relative to it or to where it was started.
+    """
     written = Path(entry["folder"])
-    places = [sweep / written, written, sweep / written.name]
-    path = next((place for place in places if (place / records.RESULT).exists()), None)
-    return TrialResult(places[0], _blank(entry), MISSING) if path is None else read_trial(path, entry)
+    candidates = [sweep / written, written, sweep / written.name]
+    path = next((candidate for candidate in candidates if (candidate / records.RESULT).exists()), None)
+    return TrialResult(candidates[0], _blank(entry), MISSING) if path is None else read_trial(path, entry)
 
 
 def dated(trial: TrialResult, looked_up: staleness.Known) -> TrialResult:
-    """A completed trial on what has changed since is stale, and ``stale`` in its record says why."""
-    why = staleness.of_record(trial.record, looked_up) if trial.ok else ""
-    return replace(trial, record={**trial.record, "stale": why}, status=STALE) if why else trial
+    """The trial; with status STALE, and the reason in its record, where its base, tokenizer or data have changed since.
+
+    ``looked_up``: fingerprints computed before, to which new ones are added.
+    """
+    reason = staleness.of_record(trial.record, looked_up) if trial.ok else ""
+    return replace(trial, record={**trial.record, "stale": reason}, status=STALE) if reason else trial
 
 
 def _score(record: Json, metric: str) -> float | None:
@@ -171,7 +177,7 @@ def _status(path: Path, record: Json) -> str:
 def _alive(record: Json) -> bool:
     pid = record.get("pid")
     if os.name != "posix" or not isinstance(pid, int):
-        return True  # nothing says otherwise
+        return True  # not known
     try:
         os.kill(max(pid, 0) or 2**31, 0)  # 0 and below would mean groups of processes
     except (ProcessLookupError, OverflowError):

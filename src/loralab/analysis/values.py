@@ -63,8 +63,8 @@ def label(value: Any) -> str:
 
 def names(values: Iterable[Any]) -> dict[str, str]:
     """canonical -> label for the values of one axis, each with a label of its own."""
-    known = {canonical(value): value for value in values}
-    labels = {key: UNKNOWN if value is UNSAID else label(value) for key, value in known.items()}
+    values_by_key = {canonical(value): value for value in values}
+    labels = {key: UNKNOWN if value is UNSAID else label(value) for key, value in values_by_key.items()}
     distinct = len({UNKNOWN, *labels.values()}) == len({UNKNOWN, *labels})
     return labels if distinct else {key: key for key in labels}
 
@@ -119,15 +119,15 @@ def varying(configured: Sequence[Json], axes: list[str]) -> list[str]:
     choices = list(dict.fromkeys(group for record in configured for group in record["choices"]))
     keys = list(dict.fromkeys(key for record in configured for key in flatten(record["config"])))
     flat = [{**flatten(record["config"]), **record["choices"]} for record in configured]
-    places = [tuple(canonical(axis_value(record, axis)) for axis in axes if axis != "seed") for record in configured]
+    positions = [tuple(canonical(axis_value(record, axis)) for axis in axes if axis != "seed") for record in configured]
     chosen: list[str] = []
     for key in [*choices, *keys]:
         if aside(key) or key in axes or key in chosen:
             continue
         values = [canonical(config.get(key)) for config in flat]
-        if len(set(zip(places, values, strict=True))) > len(set(places)):
+        if len(set(zip(positions, values, strict=True))) > len(set(positions)):
             chosen.append(key)
-            places = [(*place, value) for place, value in zip(places, values, strict=True)]
+            positions = [(*position, value) for position, value in zip(positions, values, strict=True)]
     return chosen
 
 
@@ -168,8 +168,8 @@ def _settled(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
-        whole = value.is_integer() and abs(value) < 1e15
-        return int(value) if whole else value if math.isfinite(value) else repr(value)
+        is_integer = value.is_integer() and abs(value) < 1e15
+        return int(value) if is_integer else value if math.isfinite(value) else repr(value)
     if isinstance(value, Mapping):
         return {str(key): _settled(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -45,9 +45,9 @@ def summary(values: Sequence[float]) -> Row:
     return {"median": middle, "quartiles": [low, high], "measurements": len(values)}
 
 
-def counted(answer: Row) -> Any:
+def counted(worker_result: Row) -> Any:
     """Seconds of a worker's steps after those that warm up."""
-    return answer["steps"][WARM_UP - 1 :]
+    return worker_result["steps"][WARM_UP - 1 :]
 
 
 class Table:

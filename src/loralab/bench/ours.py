@@ -122,5 +122,5 @@ def limited(specs: Sequence[TrialSpec], fit: int | None) -> Iterator[None]:
 
 def room(specs: Sequence[TrialSpec], fit: int) -> float:
     """Bytes, on a card."""
-    few, many = (plan.predict(list(part), "cuda").predicted_peak_bytes for part in (specs[:fit], specs))
-    return plan.FRAGMENTATION * (few + many) / 2
+    fitting, all_trials = (plan.predict(list(part), "cuda").predicted_peak_bytes for part in (specs[:fit], specs))
+    return plan.FRAGMENTATION * (fitting + all_trials) / 2

@@ -84,8 +84,8 @@ def _compare_losses(table: Table, what: str, losses: dict[str, list[float]]) -> 
     """How far each library's losses are from loralab's, at the first step and at most."""
     for row in table.rows:
         if row["what"] == what and row["name"] in losses and OURS in losses:
-            apart = [abs(a - b) for a, b in zip(losses[row["name"]], losses[OURS], strict=True)]
-            row["loss_difference"] = {"first": apart[0], "largest": max(apart)}
+            differences = [abs(a - b) for a, b in zip(losses[row["name"]], losses[OURS], strict=True)]
+            row["loss_difference"] = {"first": differences[0], "largest": max(differences)}
 
 
 def sweep(table: Table, setup: BenchmarkSetup, size: BenchmarkSize) -> None:

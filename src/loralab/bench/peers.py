@@ -53,8 +53,8 @@ class Peft:
     def answer(self, request: Row) -> Row:
         """{steps: seconds of each but the first, losses, trainable_parameters, peak_bytes}."""
         torch.manual_seed(0)
-        given = {key: request[key] for key in ("r", "lora_alpha", "target_modules")}
-        model: Any = get_peft_model(self.base, LoraConfig(**given, task_type="CAUSAL_LM"))
+        lora_keys = {key: request[key] for key in ("r", "lora_alpha", "target_modules")}
+        model: Any = get_peft_model(self.base, LoraConfig(**lora_keys, task_type="CAUSAL_LM"))
         if request.get("same_start"):
             start_as_loralab(model)
         clock, losses = Clock(self.device), list[Tensor]()

@@ -84,9 +84,9 @@ class WorkerProcess:
     def ask(self, request: Row) -> Row:
         """The answer, with the ``seconds`` it took. Raises ProcessError, and Late at the deadline."""
         self._send(request)
-        left = self.deadline - time.monotonic()
+        seconds_left = self.deadline - time.monotonic()
         try:
-            line = self._answers.get(timeout=None if left == math.inf else max(0.0, left))
+            line = self._answers.get(timeout=None if seconds_left == math.inf else max(0.0, seconds_left))
         except queue.Empty:
             raise Late(f"stopped in {self.engine}: {self.tail(300)}") from None
         if not line:

@@ -30,7 +30,7 @@ class Python:
 def main() -> None:
     """Writes {} as the answer to {}, as soon as the engine is made. What libraries write to stdout goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # for transformers and bitsandbytes, which print to stdout: there only answers may stand
     module, _, name = sys.argv[1].rpartition(".")
     engine = getattr(import_module(module), name)(json.loads(sys.stdin.readline()))
     for line in sys.stdin:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from loralab.config.words import TEXTS
@@ -49,6 +50,12 @@ class Arguments(argparse.Namespace):
     @property
     def many(self) -> bool:
         return "-m" in self.hydra
+
+    @property
+    def config_dir(self) -> str | None:
+        """The folder that ``--config-dir`` names last; None without the flag."""
+        folders = [value for flag, value in pairwise(self.hydra) if flag == "--config-dir"]
+        return folders[-1] if folders else None
 
     def overrides(self) -> list[str]:
         """The words, which must all be settings. Raises ConfigError at anything else."""
@@ -151,6 +158,9 @@ INFO = Flag(
     choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
     hydra=True,
 )
+CONFIG_DIR = Flag(
+    ("-cd", "--config-dir"), "a folder of your own yaml files, searched before loralab's", "DIR", hydra=True
+)
 HYDRA = (
     Flag(("--multirun", "-m"), "a trial for each combination of values, as in seed=0,1", hydra=True),
     Flag(
@@ -163,7 +173,7 @@ HYDRA = (
     Flag(("--resolve",), "with --cfg: interpolations replaced by their values", hydra=True),
     Flag(("-p", "--package"), "with --cfg: this part alone, as in --package adapter", "PACKAGE", hydra=True),
     INFO,
-    Flag(("-cd", "--config-dir"), "a folder of your own yaml files, searched before loralab's", "DIR", hydra=True),
+    CONFIG_DIR,
     Flag(("-cn", "--config-name"), "another primary configuration than train", "NAME", hydra=True),
     Flag(("--hydra-help",), "Hydra's own help", hydra=True),
     Flag(("-sc", "--shell-completion"), "with install=bash: the script for tab completion, for eval", hydra=True),
@@ -193,15 +203,15 @@ def parse(words: Sequence[str], commands: Mapping[str, Command], default: Comman
 def _with_info(words: Sequence[str]) -> list[str]:
     """``--info`` needs no value, and a setting behind it is none."""
     following = [*words, ""][1:]
-    alone = [word in INFO.names and after not in INFO.choices for word, after in zip(words, following, strict=True)]
+    alone = [word in INFO.names and value not in INFO.choices for word, value in zip(words, following, strict=True)]
     return [f"{word}={INFO.choices[0]}" if bare else word for word, bare in zip(words, alone, strict=True)]
 
 
 def _command_at(words: Sequence[str], commands: Collection[Command]) -> int | None:
     """Where the first word stands that is neither a flag nor the value of one; None without any."""
-    before = {name for command in commands for flag in command.flags if flag.value for name in flag.names}
+    flags_with_value = {name for command in commands for flag in command.flags if flag.value for name in flag.names}
     for index, word in enumerate(words):
-        if not word.startswith("-") and not (index and words[index - 1] in before):
+        if not word.startswith("-") and not (index and words[index - 1] in flags_with_value):
             return index
     return None
 

@@ -16,13 +16,13 @@ def complete(flags: list[str], overrides: list[str]) -> int:
     """
     from loralab.scheduling.session import Session
 
-    wanted = [word for word in overrides if WANTED.fullmatch(word)]
-    if len(wanted) != 1:
+    requests = [word for word in overrides if WANTED.fullmatch(word)]
+    if len(requests) != 1:
         raise ConfigError("--shell-completion needs one thing to do for one shell; valid: install=bash, or fish or zsh")
-    if wanted[0].startswith("query="):
-        answer, line = candidates(os.environ.get("COMP_LINE", ""))
+    if requests[0].startswith("query="):
+        completions, line = candidates(os.environ.get("COMP_LINE", ""))
         if line is None:
-            print(" ".join(answer))
+            print(" ".join(completions))
             return 0
         os.environ["COMP_LINE"] = line
     Session(fresh=False, many=False).run([*flags, *overrides])

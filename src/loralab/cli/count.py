@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loralab.cli.arguments import JSON, Arguments, Command, Flag
+from loralab.cli.arguments import CONFIG_DIR, JSON, Arguments, Command, Flag
 from loralab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def run(arguments: Arguments) -> int:
     from loralab.config.build import trial_spec
     from loralab.config.compose import compose
 
-    spec = trial_spec(compose(arguments.overrides()), Path())
+    spec = trial_spec(compose(arguments.overrides(), config_dir=arguments.config_dir), Path())
     from loralab.cli.terminal import table
     from loralab.planning.count import count as count_parameters
 
@@ -62,5 +62,5 @@ COUNT = Command(
     },
     writes="nothing.",
     run=run,
-    own_flags=(JSON, BUDGET),
+    own_flags=(JSON, BUDGET, CONFIG_DIR),
 )

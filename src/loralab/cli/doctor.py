@@ -167,8 +167,8 @@ def wandb_mode() -> Finding:
 
 def cache_folder() -> Finding:
     folder = Path(os.environ.get("LORALAB_CACHE") or Path.home() / ".cache" / "loralab")
-    there = next(path for path in [folder, *folder.parents] if path.exists())
-    if os.access(there, os.W_OK):
+    existing = next(path for path in [folder, *folder.parents] if path.exists())
+    if os.access(existing, os.W_OK):
         return finding("cache", "ok", str(folder))
     return finding("cache", "warn", f"{folder} cannot be written: data is mined anew each time", "set LORALAB_CACHE")
 

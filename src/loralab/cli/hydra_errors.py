@@ -14,15 +14,15 @@ def translate(error: BaseException, words: Sequence[str]) -> LoralabError | Inte
         return ConfigError("a group was set to null or a number; valid: group=OPTION with one of the options of conf/")
     if isinstance(error, ValueError) and "integer string conversion" in str(error):
         return ConfigError(f"a number has too many digits; valid: at most {sys.get_int_max_str_digits()}")
-    known = explain(error)
-    if type(known) is not LoralabError or known is error:
-        return known
+    translated = explain(error)
+    if type(translated) is not LoralabError or translated is error:
+        return translated
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    return (
-        ConfigError(_paragraph(error, words)) if isinstance(error, HydraException | OmegaConfBaseException) else known
-    )
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return ConfigError(_paragraph(error, words))
+    return translated
 
 
 def _paragraph(error: BaseException, words: Sequence[str]) -> str:
@@ -73,8 +73,8 @@ def _not_understood(word: str) -> str:
 PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
 
 
-def _missing_option(wanted: str, text: str) -> str:
-    group, _, option = wanted.rpartition("/")
+def _missing_option(choice: str, text: str) -> str:
+    group, _, option = choice.rpartition("/")
     listed = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
     options = re.findall(r"[\w./-]+", listed.group(1) if listed else "")
     return f"{group}={option}: there is no such option; {nearest(option, options)}"

@@ -85,11 +85,11 @@ def _explain(error: BaseException, words: list[str]) -> int:
         traceback.print_exception(error)
     from loralab.cli.hydra_errors import translate
 
-    known = translate(error, words)
-    print(f"loralab: {known}", file=sys.stderr)
-    if known.exit_code == 1 and not debug:
+    translated = translate(error, words)
+    print(f"loralab: {translated}", file=sys.stderr)
+    if translated.exit_code == 1 and not debug:
         print("this is a fault of loralab's own; --debug shows where", file=sys.stderr)
-    return known.exit_code
+    return translated.exit_code
 
 
 def overview(arguments: Arguments) -> int:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loralab.cli.arguments import JSON, Arguments, Command
+from loralab.cli.arguments import CONFIG_DIR, JSON, Arguments, Command
 
 if TYPE_CHECKING:
     from loralab.planning.plan import Plan
@@ -15,7 +15,7 @@ def run(arguments: Arguments) -> int:
     from loralab.config.build import trial_spec
     from loralab.config.compose import compose
 
-    spec = trial_spec(compose(arguments.overrides()), Path())
+    spec = trial_spec(compose(arguments.overrides(), config_dir=arguments.config_dir), Path())
     from loralab.planning import plan as planning
     from loralab.planning.sizes import name_what_stays
     from loralab.training.trainer import quiet
@@ -66,5 +66,5 @@ PLAN = Command(
     },
     writes="nothing.",
     run=run,
-    own_flags=(JSON,),
+    own_flags=(JSON, CONFIG_DIR),
 )

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from loralab.cli.arguments import JSON, Arguments, Command, Flag
+from loralab.cli.arguments import CONFIG_DIR, JSON, Arguments, Command, Flag
 
 
 def run(arguments: Arguments) -> int:
@@ -12,8 +12,8 @@ def run(arguments: Arguments) -> int:
     from loralab.config.compose import compose, plain
     from loralab.records.lock import hold
 
-    config = compose(arguments.overrides(), "quantize")
-    content, schemes = plain(config), quantizers(config)
+    config = compose(arguments.overrides(), "quantize", arguments.config_dir)
+    content, schemes = plain(config), quantizers(config, arguments.config_dir)
     keys = ("study", "model", "data", "trainer", "logger")
     spec, model, data, trainer, logger = (build(content[key], key) for key in keys)
     spec.chosen(arguments.evaluate)
@@ -51,5 +51,5 @@ QUANTIZE = Command(
     },
     writes="hydra.run.dir (runs/quantize/TIME): quantize.json and report/index.html; a table on stdout.",
     run=run,
-    own_flags=(Flag(("--evaluate",), "also the model's loss and KL divergence on the data"), JSON),
+    own_flags=(Flag(("--evaluate",), "also the model's loss and KL divergence on the data"), JSON, CONFIG_DIR),
 )

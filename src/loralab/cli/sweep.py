@@ -48,9 +48,9 @@ def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
 
     stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
     axes = OmegaConf.select(stored, "hydra.sweeper.params") or {}
-    given = {_key(word) for word in overrides}
-    kept = [f"{key}={value}" for key, value in axes.items() if key not in given]
-    return [f"+sweeps={name}", "hydra.sweeper.params=null", *kept, *overrides]
+    overridden = {_key(word) for word in overrides}
+    axis_words = [f"{key}={value}" for key, value in axes.items() if key not in overridden]
+    return [f"+sweeps={name}", "hydra.sweeper.params=null", *axis_words, *overrides]
 
 
 def begun_in(folder: Path, arguments: Arguments) -> list[str]:
@@ -90,13 +90,17 @@ def _check_beside_resume(word: str, overrides: list[str]) -> None:
     from loralab.config import identity
 
     group, _, name = _key(word).partition(".")
-    before = next((begun for begun in overrides if _key(begun) == _key(word)), None)
+    stored_word = next((begun for begun in overrides if _key(begun) == _key(word)), None)
     if _key(word).startswith("hydra.sweep"):
         raise ConfigError(f"--resume names the sweep and its folder, and {word} another; valid: without {_key(word)}")
-    if group.partition("/")[0] in identity.VOLATILE or name in identity.ASIDE.get(group, ()) or word == before:
+    if (
+        group.partition("/")[0] in identity.VOLATILE
+        or name in identity.VOLATILE_KEYS.get(group, ())
+        or word == stored_word
+    ):
         return
-    if before is not None:
-        raise ConfigError(f"{before} and {word} contradict each other: --resume finishes the trials it began")
+    if stored_word is not None:
+        raise ConfigError(f"{stored_word} and {word} contradict each other: --resume finishes the trials it began")
     raise ConfigError(
         f"{word} would make other trials of those that --resume finishes; valid: the sweep by its name with {word},"
         " and beside --resume only how it runs (hydra.launcher, logger, callbacks, plan)"

@@ -12,18 +12,18 @@ def run(arguments: Arguments) -> int:
     overrides = arguments.overrides()
     hydra_run.check_axes(overrides)
     if arguments.preview:
-        return preview(overrides)
+        return preview(overrides, arguments.config_dir)
     return hydra_run.run(arguments, overrides, arguments.many)
 
 
-def preview(overrides: list[str]) -> int:
-    """Prints the first rows as the model would see them; nothing is trained."""
+def preview(overrides: list[str], config_dir: str | None = None) -> int:
+    """Prints the first rows as the model sees them, and returns exit code 0; nothing is trained."""
     from loralab.cli.terminal import messages_to_stderr
     from loralab.config.build import trial_spec
     from loralab.config.compose import compose
 
     messages_to_stderr()
-    spec = trial_spec(compose(overrides), Path())
+    spec = trial_spec(compose(overrides, config_dir=config_dir), Path())
     from loralab.data.preview import preview as first_rows
     from loralab.running.inputs import encoded_data
 

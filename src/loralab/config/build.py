@@ -11,21 +11,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import identity
 from loralab.config.classes import target
-from loralab.config.compose import data_root, plain
+from loralab.config.compose import compose, data_root, plain
 from loralab.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec
 
 SPECS = (
-    *("trainer", "plan", "logger", "data"),  # without torch, so that what is wrong in them is said in a second
+    *("trainer", "plan", "logger", "data"),  # need no torch, so that an error in them is reported at once
     *("adapter", "quantization", "optimizer", "schedule", "model", "memory"),
 )
 OTHERS = ("callbacks", "seed", "metric", "metric_mode", "sweep")
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes of a file's name, characters of a path
-MOST_BUILT = 4096
+CACHE_SIZE = 4096
 
-_built: dict[tuple[Any, str, str], Any] = {}  # specs are frozen: the trials of a sweep share those that are equal
+_built: dict[tuple[Any, str, str], Any] = {}  # specs are frozen, so that trials may share equal ones
 
 
 def build(node: Mapping[str, Any], key: str) -> Any:
@@ -35,12 +35,12 @@ def build(node: Mapping[str, Any], key: str) -> Any:
     """
     _check_paths(node, key)
     cls = target(node, key)
-    known = (cls, key, json.dumps(node, default=repr))
-    if known not in _built:
-        if len(_built) >= MOST_BUILT:
+    cache_key = (cls, key, json.dumps(node, default=repr))
+    if cache_key not in _built:
+        if len(_built) >= CACHE_SIZE:
             _built.clear()
-        _built[known] = _build(cls, node, key)
-    return _built[known]
+        _built[cache_key] = _build(cls, node, key)
+    return _built[cache_key]
 
 
 def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
@@ -57,7 +57,7 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
 
 
 def _check_paths(node: Any, key: str) -> None:
-    """Raises ConfigError, DataError for a name that is too long for a file, and for the hub too."""
+    """Raises ConfigError or DataError for a path that is longer than any file system allows."""
     for name in identity.PATHS.get(key, ()) if isinstance(node, Mapping) else ():
         value = str(node.get(name) or "")
         longest = max(len(part.encode(errors="replace")) for part in value.split("/"))
@@ -67,7 +67,7 @@ def _check_paths(node: Any, key: str) -> None:
 
 
 def trial_id(config: DictConfig | Mapping[str, Any]) -> str:
-    """10 hex digits over all that decides a trial's result: the same packed, alone, in any folder.
+    """10 hex digits over all settings that decide a trial's result: the same packed, alone, in any folder.
 
     ``config``: composed, or plain and resolved.
     """
@@ -75,7 +75,7 @@ def trial_id(config: DictConfig | Mapping[str, Any]) -> str:
     try:
         _check_keys(content)
         return identity.trial_id({key: build(content[key], key) for key in SPECS if key in identity.USUAL}, content)
-    except Exception:  # settings of no trial; whoever builds its specs is told what is wrong
+    except Exception:  # invalid settings: the error is reported when the specs are built
         return identity.unbuilt_id(content)
 
 
@@ -92,7 +92,7 @@ def trial_spec(
     specs = {key: build(content[key], key) for key in SPECS}
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
     _check_metric(content["metric"], content["metric_mode"], specs)
-    from loralab.training.specs import TrialSpec  # torch, Lightning and the rest: once the settings are sound
+    from loralab.training.specs import TrialSpec  # imports torch and Lightning: after the checks
 
     return TrialSpec(
         id=identity.trial_id(specs, content),
@@ -157,7 +157,7 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any]) -> None:
 
 
 def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, how to make it): callbacks are made anew for each fit. Their keys are checked now."""
+    """(name, function that makes the callback): each fit makes its own. Their options are checked now."""
     for name, node in nodes.items():
         if node is None:
             continue
@@ -174,25 +174,35 @@ def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield name, make
 
 
-def quantizers(config: DictConfig) -> dict[str, Any]:
+def quantizers(config: DictConfig, config_dir: str | None = None) -> dict[str, Any]:
     """The schemes of a quantization study by name: ``study.schemes``, or the one that ``quantization=`` chooses.
 
-    A scheme is {option: a file of conf/quantization, any of its keys}; an option of the scheme's own name may be left
-    out. Each spec is built, so that a wrong key is told before a weight is read.
+    A scheme is {option: a file of conf/quantization or of ``config_dir``/quantization, any of its keys}; an option of
+    the scheme's own name may be left out. Each spec is built, so that a wrong key is told before a weight is read.
     """
     content = plain(config)
     chosen = build(content["quantization"], "quantization")
     if chosen.name != "none":
         return {chosen.name: chosen}
     schemes = {str(name): dict(keys or {}) for name, keys in content["study"]["schemes"].items()}
-    return {name: _scheme(name, keys) for name, keys in schemes.items()}
+    return {name: _scheme(name, keys, config_dir) for name, keys in schemes.items()}
 
 
-def _scheme(name: str, keys: dict[str, Any]) -> Any:
-    folder = data_root() / "conf" / "quantization"
-    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+def _scheme(name: str, keys: dict[str, Any], config_dir: str | None) -> Any:
+    shipped = _options(data_root() / "conf" / "quantization")
+    users = _options(Path(config_dir) / "quantization") if config_dir else {}
     option = str(keys.pop("option", name))
-    if option not in known:
-        raise ConfigError(f"study.schemes.{name}.option={option!r} is unknown; {nearest(option, known)}")
-    node = OmegaConf.merge(OmegaConf.load(folder / f"{option}.yaml"), keys)
+    if option not in {*shipped, *users}:
+        valid = nearest(option, sorted({*shipped, *users}))
+        raise ConfigError(f"study.schemes.{name}.option={option!r} is unknown; {valid}")
+    if option in users:  # which may have a defaults list
+        stored: Any = compose([f"quantization={option}"], config_dir=config_dir)["quantization"]
+    else:
+        stored = OmegaConf.load(shipped[option])
+    node = OmegaConf.merge(stored, keys)
     return build(cast(Any, OmegaConf.to_container(node)), f"study.schemes.{name}")
+
+
+def _options(folder: Path) -> dict[str, Path]:
+    """{option of a group: its yaml file}; empty where there is no such folder."""
+    return {str(path.relative_to(folder).with_suffix("")): path for path in folder.rglob("*.yaml")}

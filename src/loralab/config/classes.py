@@ -1,4 +1,4 @@
-"""The classes that ``_target_`` names: where they are found, and what a yaml says beside a class of the user's own."""
+"""Imports the classes that ``_target_`` names; finds the yaml keys that a class of the user's does not have."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -11,7 +11,7 @@ from loralab.records import sources
 
 
 def target(node: Any, key: str) -> Any:
-    """What ``node`` names in ``_target_``; the current folder is searched too. Raises ConfigError."""
+    """The class that ``node`` names in ``_target_``; the current folder is searched too. Raises ConfigError."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(f"{key} must be one of the options of conf/{key}/, got {node!r}")
     module, _, name = str(node["_target_"]).rpartition(".")
@@ -24,13 +24,13 @@ def target(node: Any, key: str) -> Any:
 
 
 def foreign_keys(config: Mapping[Any, Any], words: Iterable[str]) -> list[tuple[str, str]]:
-    """(group, key) of what a yaml holds and the class that ``words`` name in its place does not have."""
+    """(group, key) of the keys of a yaml that the class which ``words`` name for its group does not have."""
     keys: list[tuple[str, str]] = []
-    for group, given in own_classes(words).items():
+    for group, set_keys in own_classes(words).items():
         node = config.get(group)
         try:
-            known = {"_target_", *(field.name for field in fields(target(node, group))), *given}
-        except (ConfigError, TypeError):  # whoever builds it is told
+            known = {"_target_", *(field.name for field in fields(target(node, group))), *set_keys}
+        except (ConfigError, TypeError):  # reported when it is built
             continue
         keys += [(group, str(key)) for key in node or () if key not in known]
     return keys

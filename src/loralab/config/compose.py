@@ -1,4 +1,4 @@
-"""Hydra's part: what the command line, conf/ and sweeps/ say together, as one configuration."""
+"""Composes the command line, conf/ and sweeps/ into one configuration, by Hydra."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +28,7 @@ def register_resolvers() -> None:
 
 
 def _trial_id(*, _root_: DictConfig) -> str:
-    from loralab.config.build import trial_id  # which needs this module
+    from loralab.config.build import trial_id  # imports this module
 
     return trial_id(_root_)
 
@@ -42,8 +42,8 @@ def _rank_for(budget: int, *, _root_: DictConfig) -> int:
 def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, Any]:
     """The resolved configuration without Hydra's own part. Raises ConfigError where it cannot be resolved.
 
-    ``words``: of the command line; None: as Hydra's part has them. Where they name a group's class, the yaml's keys
-    that are neither theirs nor that class's are left out.
+    ``words``: the command line's; None: taken from Hydra's part. Where they name a class for a group, the yaml's keys
+    that neither they nor the class have are left out.
     """
     if words is None:
         words = OmegaConf.select(config, "hydra.overrides.task") or []
@@ -68,37 +68,49 @@ def _refusal(error: BaseException | None) -> ConfigError | None:
     return error
 
 
-def compose(overrides: list[str], name: str = "train") -> DictConfig:
-    """The configuration of conf/NAME.yaml with ``overrides``, without running anything."""
+def compose(overrides: list[str], name: str = "train", config_dir: str | None = None) -> DictConfig:
+    """The configuration of conf/NAME.yaml with ``overrides``, without running anything.
+
+    ``config_dir``: a folder that is searched before conf/, as by Hydra's flag of this name. Raises ConfigError where
+    there is no such folder.
+    """
     words = quoted(forced(overrides))
-    config = _composed(words, name)
+    config = _composed(words, name, config_dir)
     with open_dict(config):
         for group, key in foreign_keys(config, words):
             del config[group][key]
     return config
 
 
-def _composed(words: list[str], name: str = "train") -> DictConfig:
+def _composed(words: list[str], name: str = "train", config_dir: str | None = None) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
+        if config_dir is not None:
+            folder = Path(config_dir).absolute()
+            if not folder.is_dir():
+                raise ConfigError(f"--config-dir {config_dir}: there is no such folder; valid: a folder of yaml files")
+            loader: Any = GlobalHydra.instance().config_loader()
+            loader.config_search_path.prepend("command-line", f"file://{folder}")
+            loader.repository.initialize_sources(loader.config_search_path)
         return cast(DictConfig, hydra_compose(name, overrides=words, return_hydra_config=name != "train"))
 
 
 def shown(overrides: list[str]) -> list[str]:
-    """``overrides`` as Hydra is to show them: without the keys that a class named among them does not have."""
+    """``overrides`` for ``--cfg``: with words that remove the keys which a class named among them does not have."""
     if not own_classes(overrides):
         return overrides
     words = quoted(forced(overrides))
     foreign = foreign_keys(_composed(words), words)
-    # set first, because Hydra takes a key that is null for none
+    # set first, because Hydra does not remove a key whose value is null
     return [*overrides, *(word for group, key in foreign for word in (f"++{group}.{key}=0", f"~{group}.{key}"))]
 
 
 def sweep_axes(name: str) -> list[str]:
-    """The keys that ``sweeps/NAME.yaml`` varies by itself; empty where there is no such file."""
+    """The keys that ``sweeps/NAME.yaml`` varies; empty where there is no such file."""
     path = data_root() / "sweeps" / f"{name}.yaml"
     if not path.is_file():
         return []

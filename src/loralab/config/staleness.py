@@ -1,6 +1,6 @@
-"""Whether a completed record is still what its trial would give now: same base, tokenizer, data and classes.
+"""Is a completed record still valid: have the base, the tokenizer, the data and the user's classes changed since?
 
-Nothing is loaded for it: all is compared by the bytes on disk. What is not on this machine counts as unchanged.
+Nothing is loaded: fingerprints of the files are compared. What is not on this machine counts as unchanged.
 """
 
 import json
@@ -13,12 +13,12 @@ from loralab.config.build import build
 from loralab.records import fingerprints, sources
 from loralab.records.record import RESULT
 
-# Where the specs need torch and more to be imported, the plain settings are enough.
+# These classes need torch; their fingerprints are taken from the plain settings instead.
 BASES = {"loralab.models.pretrained.Pretrained": "pretrained", "loralab.models.pretrained.Random": "random"}
 KEPT = {RESULT: "result.stale.json", "metrics.jsonl": "metrics.stale.jsonl", "adapter": "adapter.stale"}
 
 _PATHS = ("name_or_path", "tokenizer", "name", "train", "validation", "test")
-# What may be said of it, its fingerprint in the record, what takes its fingerprint now, and of which settings.
+# (message, fingerprint in the record, function that takes the present one, settings for it)
 Compared = tuple[str, Any, Callable[[Mapping[str, Any]], str | None], Mapping[str, Any]]
 Known = dict[tuple[str, str], str | None]
 
@@ -36,10 +36,10 @@ def outdated(stored: Mapping[str, Any], content: Mapping[str, Any]) -> str:
 
 
 def of_record(stored: Mapping[str, Any], known: Known | None = None) -> str:
-    """What has changed since a completed record was written; empty where nothing that is on this machine has.
+    """What has changed since a completed record was written; empty where nothing on this machine has.
 
-    Relative paths are those of the folder where the run was started. ``known`` keeps what was looked up, for other
-    records of the same reading: a thousand trials on one base look at its files once.
+    Relative paths are relative to the folder where the run was started. ``known`` caches fingerprints for further
+    records, so that the files of a base are read once for a thousand trials.
     """
     config = stored["config"]
     if stored["schema"] < 2 or not all(isinstance(config.get(part), Mapping) for part in ("model", "data")):
@@ -49,7 +49,7 @@ def of_record(stored: Mapping[str, Any], known: Known | None = None) -> str:
 
 
 def _placed(node: Mapping[str, Any], cwd: Any) -> dict[str, Any]:
-    """The same with its paths below ``cwd``, whatever of the same name lies in the present folder."""
+    """``node`` with its relative paths below ``cwd``, the folder where the run was started."""
     if not isinstance(cwd, str):
         return dict(node)
     return {key: _below(Path(cwd), value) if key in _PATHS else value for key, value in node.items()}
@@ -64,13 +64,13 @@ def _below(cwd: Path, value: Any) -> Any:
 def _changed(stored: Mapping[str, Any], content: Mapping[str, Any], known: Known) -> str:
     """``the data files have changed since``; ``known``: see ``of_record``."""
     changes = []
-    for what, before, fingerprint, node in _compared(stored, content):
+    for message, before, fingerprint, node in _compared(stored, content):
         if not before:
             continue
         key = (fingerprint.__name__, json.dumps(node, sort_keys=True, default=repr))
         if key not in known:
             known[key] = _present(fingerprint, node)
-        changes += [what] if known[key] not in (None, before) else []
+        changes += [message] if known[key] not in (None, before) else []
     changes += [f"{file} has changed" for file in sources.changed(stored["code"].get("sources") or {})]
     return f"{' and '.join(changes)} since" if changes else ""
 
@@ -89,7 +89,7 @@ def _compared(stored: Mapping[str, Any], content: Mapping[str, Any]) -> list[Com
 def _present(fingerprint: Any, node: Mapping[str, Any]) -> str | None:
     try:
         present: str | None = fingerprint(node)
-    except Exception:  # a class or files of the user's own; whoever runs the trial is told
+    except Exception:  # a class or files of the user's: reported when the trial runs
         return None
     return present
 
@@ -100,7 +100,9 @@ def _base(node: Mapping[str, Any]) -> str | None:
         return fingerprints.of_pretrained(str(node["name_or_path"]))
     if kind == "random":
         return fingerprints.of_random(node)
-    if str(node.get("_target_")).startswith("loralab."):  # of another version; to look for it would import torch
+    if str(node.get("_target_")).startswith(
+        "loralab."
+    ):  # of another version of loralab; to look it up would import torch
         return None
     fingerprint: str | None = build(node, "model").fingerprint()
     return fingerprint
@@ -116,17 +118,17 @@ def _data(node: Mapping[str, Any]) -> str | None:
 
 
 def set_aside(folder: Path) -> None:
-    """Keeps what a run left under names of its own, so that the next one overwrites nothing.
+    """Renames the files of a stale run, so that the next run overwrites nothing.
 
-    What was set aside before gets a number (``result.stale.1.json``, the oldest is 1). Only renames, the record's last:
-    after a kill in between, the next call goes on where this one was.
+    Files that were set aside before get a number (``result.stale.1.json``, the oldest is 1). The record is renamed
+    last: if the process is killed in between, the next call goes on.
     """
     if not (folder / RESULT).exists():
         return
     record = KEPT[RESULT]
     number = next(n for n in count(1) if not (folder / _numbered(record, n)).exists())
     if (folder / record).exists():
-        _rename(folder, {kept: _numbered(kept, number) for kept in reversed(KEPT.values())})
+        _rename(folder, {name: _numbered(name, number) for name in reversed(KEPT.values())})
     _rename(folder, {name: KEPT[name] for name in reversed(KEPT)})
 
 

@@ -1,4 +1,4 @@
-"""Settings as the shell gives them: the quotes and plus signs that Hydra's grammar wants besides."""
+"""Adds the quotes and plus signs that Hydra's grammar needs to the settings of the command line."""
 
 import re
 from collections.abc import Iterable
@@ -14,8 +14,10 @@ UNLISTED = ("data.prompt", "data.target", "data.text", *FOLDERS)  # a comma is p
 _TEMPLATE = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\{[^{}]+\})"""
 PAIR = re.compile(rf"\[\s*{_TEMPLATE}\s*,\s*{_TEMPLATE}\s*\]")  # two templates; [INST] {q} [/INST] is one
 MAPPINGS = ("adapter.rank_pattern", "adapter.alpha_pattern", "model.config", "data.generation")
-PLAIN = re.compile(r"(?! )[\w/.:@+*%$ -]*(?<! )", re.ASCII)  # what Hydra's grammar takes without quotes
-LITERAL = re.compile(r"[-+]?\.?\d[\d_.]*(e[-+]?\d+)?|[-+]?(nan|inf)|true|false", re.IGNORECASE)  # and is no text to it
+PLAIN = re.compile(r"(?! )[\w/.:@+*%$ -]*(?<! )", re.ASCII)  # valid for Hydra without quotes
+LITERAL = re.compile(
+    r"[-+]?\.?\d[\d_.]*(e[-+]?\d+)?|[-+]?(nan|inf)|true|false", re.IGNORECASE
+)  # valid too, but not a text
 
 
 def own_classes(words: Iterable[str]) -> dict[str, set[str]]:
@@ -26,13 +28,13 @@ def own_classes(words: Iterable[str]) -> dict[str, set[str]]:
 
 
 def forced(words: list[str]) -> list[str]:
-    """With a class named, its keys need not be those of the yaml, and Hydra takes others only with two plus signs."""
+    """``words`` with ++ before the keys of a class named among them: Hydra needs it for keys not in the yaml."""
     named = own_classes(words)
     return [f"++{word}" if word.partition(".")[0] in named and "=" in word else word for word in words]
 
 
 def quoted(words: list[str]) -> list[str]:
-    """Paths and templates in the quotes that Hydra's grammar wants and the shell has taken: ``data.prompt={mr}``."""
+    """``words`` with paths and templates in the quotes that Hydra needs and the shell removed: ``data.prompt={mr}``."""
     return [_quoted(word) for word in words]
 
 
@@ -49,13 +51,13 @@ def _quoted(word: str) -> str:
         return word
     exists = name not in UNLISTED[:3] and _exists(value)
     if name == "data.text" and (pair := PAIR.fullmatch(value)):
-        texts = ",".join(one if one[0] in "'\"" else f"'{one}'" for one in pair.groups())
+        texts = ",".join(text if text[0] in "'\"" else f"'{text}'" for text in pair.groups())
         return f"{key}=[{texts}]"
-    if "," in value and name not in UNLISTED and not exists:  # a sweep over several
+    if "," in value and name not in UNLISTED and not exists:  # a sweep over several values
         return word if re.search(r"[][(){}'\"]", value) else f"{key}={','.join(map(_part, value.split(',')))}"
     if name == "adapter.target_modules" and value.startswith("["):
         return word
-    if "${" in value and (exists or "}" not in value):  # as it stands, no interpolation
+    if "${" in value and (exists or "}" not in value):  # literal text, no interpolation
         value = value.replace("${", "\\${")
     return f"{key}='{in_quotes(value)}'"
 
@@ -66,11 +68,11 @@ def _part(value: str) -> str:
 
 def in_quotes(text: str) -> str:
     """``text`` as Hydra wants it between single quotes: those inside escaped, backslashes before any doubled."""
-    return re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
 
 
 def _exists(value: str) -> bool:
     try:
         return Path(value).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long a name, no such user, a NUL
+    except (OSError, RuntimeError, ValueError):  # name too long, no such user, a NUL
         return False

@@ -71,10 +71,7 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int, typed: bo
     """
     valid = KINDS_BY_TASK[task]
     if splits.kind not in valid:
-        need = {
-            "sequence_classification": "data.text and data.label",
-            "seq2seq_lm": "data.prompt and data.target",
-        }
+        need = {"sequence_classification": "data.text and data.label", "seq2seq_lm": "data.prompt and data.target"}
         raise ConfigError(
             f"model.task={task} needs {need[task]}, but data {splits.name} holds "
             f"{'plain text' if splits.kind == 'text' else 'prompts and targets'}"

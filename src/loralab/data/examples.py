@@ -58,12 +58,7 @@ def statistics(examples: Sequence[Example]) -> dict[str, int]:
     if isinstance(examples, Blocks):
         total = len(examples.stream)
         longest = min(total, examples.length)
-        return {
-            "rows": len(examples),
-            "tokens": total,
-            "target_tokens": max(0, total - 1),
-            "longest": longest,
-        }
+        return {"rows": len(examples), "tokens": total, "target_tokens": max(0, total - 1), "longest": longest}
     lengths = [len(example.input_ids) for example in examples]
     return {
         "rows": len(examples),

@@ -195,10 +195,7 @@ def _csv_record(cells: list[str], header: list[str], where: str, problem: str) -
     return Record(dict(zip(header, cells, strict=False)), where, problem)
 
 
-READERS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {
-    ".jsonl": jsonl_records,
-    ".csv": csv_records,
-}
+READERS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {".jsonl": jsonl_records, ".csv": csv_records}
 
 
 def text_lines(path: Path) -> list[str]:

@@ -80,6 +80,7 @@ def load(
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     model.config.name_or_path = spec.name_or_path or "random"  # type: ignore[union-attr]
+    AdapterHooks.of(model).tokenizer = tokenizer
     prepare(spec, model)
     size = measure(model)
     overall = f"; over all parameters the base has {size.bits_per_parameter_overall:.2f} bits each"

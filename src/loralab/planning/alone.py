@@ -1,8 +1,8 @@
-"""The peak of one trial by itself, at the price of two traces for all the ranks of a sweep.
+"""The predicted peak of one trial alone; two traces serve all the ranks of a sweep.
 
-Every block of memory of a step with LoRA grows along a straight line in r, and the blocks come in the same order at
-every r. So the bytes alive after each event are lines too, whose upper envelope gives the peak at any r, wherever the
-maximum lies there. What is no such line (states in 8 bits, paged or in ranks of their own) is traced as it is.
+Every block of memory of a step with LoRA is linear in r, and the blocks come in the same order at every r. So the bytes
+alive after each event are linear in r too, and their upper envelope gives the peak at any r. Trials where that does not
+hold (8-bit or paged states, rank_pattern) are traced one by one.
 """
 
 import dataclasses
@@ -20,54 +20,46 @@ from loralab.planning.sizes import homogeneous_layers
 from loralab.planning.trace import Geometry, trace
 from loralab.training.specs import TrialSpec
 
-RANKS = (8, 32)  # that lines are drawn through
+RANKS = (8, 32)  # that are traced; lines run through them
 
 Line = tuple[float, float]  # bytes at r: slope, intercept
 
 
 def peak(spec: TrialSpec, geometry: Geometry) -> int:
-    """Bytes. Taken from the kept traces of this process and others where trials differ in rate, seed or rank alone."""
-    key, on_disk = identity(spec), _ours(spec)
-    if not _linear(spec):
-        plain = (key, _named(spec.adapter), geometry)
+    """Peak bytes. Trials that differ only in learning rate, seed or rank share traces, also across processes."""
+    key, on_disk = identity(spec), _is_loralabs(spec)
+    if not _is_linear_in_rank(spec):
+        plain = (key, _with_class(spec.adapter), geometry)
         return int(kept(plain, lambda: predict_step([spec], geometry).predicted_peak_bytes, on_disk))
     assert isinstance(spec.adapter, LoRA)
-    without_rank = _named(dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0, init_lora_weights="kaiming"))
-    found: list[Line] = kept((key, without_rank, geometry), lambda: _lines(spec, geometry), on_disk)
-    return at(found, spec.adapter.r)
+    without_rank = _with_class(dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0, init_lora_weights="kaiming"))
+    lines: list[Line] = kept((key, without_rank, geometry), lambda: _lines(spec, geometry), on_disk)
+    return at(lines, spec.adapter.r)
 
 
 def at(lines: Sequence[Line], r: int) -> int:
-    """The highest of ``lines`` at r."""
+    """The value at r of the line that is highest there."""
     return round(max(slope * r + intercept for slope, intercept in lines))
 
 
 def identity(spec: TrialSpec) -> tuple[Any, ...]:
-    """All that a step's memory follows from, beside the adapter and what it is fed; not the rate, the seed, a path."""
+    """All that decides the memory of a step except the adapter and the batch; no learning rate, seed or path."""
     model, trainer, optimizer = spec.model, spec.trainer, spec.optimizer
-    built = (type(model), model.task, model.dtype, model.gradient_checkpointing, model.attn_implementation)
+    settings = (type(model), model.task, model.dtype, model.gradient_checkpointing, model.attn_implementation)
     config = model._adjust(model.architecture(), None).to_json_string(use_diff=False)
     untied = model.config.get("tie_word_embeddings")
-    steps = (trainer.precision, trainer.val_check_interval is None, spec.trainer.gradient_clip_val is None)
-    return (
-        *built,
-        str(model.dropout),
-        config,
-        untied,
-        _named(spec.quantization),
-        optimizer.name,
-        optimizer.flat,
-        *steps,
-    )
+    steps = (trainer.precision, trainer.val_check_interval is None, trainer.gradient_clip_val is None)
+    quantization = _with_class(spec.quantization)
+    return (*settings, str(model.dropout), config, untied, quantization, optimizer.name, optimizer.flat, *steps)
 
 
-def _ours(spec: TrialSpec) -> bool:
-    """Whether the package's source says all; a class of the user's own, or remote code, may change between runs."""
+def _is_loralabs(spec: TrialSpec) -> bool:
+    """False for the user's classes and remote code: they may change between runs, so they are not cached on disk."""
     kinds = (type(spec.model), type(spec.quantization), type(spec.adapter))
     return not spec.model.trust_remote_code and all(kind.__module__.startswith("loralab.") for kind in kinds)
 
 
-def _linear(spec: TrialSpec) -> bool:
+def _is_linear_in_rank(spec: TrialSpec) -> bool:
     if type(spec.adapter) is not LoRA or spec.adapter.rank_pattern or spec.optimizer.name not in (TORCH, "adamw_32bit"):
         return False
     return (homogeneous_layers([spec]) or 0) <= LONG
@@ -75,8 +67,8 @@ def _linear(spec: TrialSpec) -> bool:
 
 def _lines(spec: TrialSpec, geometry: Geometry) -> list[Line]:
     adapters = [dataclasses.replace(spec.adapter, r=r) for r in RANKS]  # type: ignore[type-var, call-arg]
-    traced = [trace([dataclasses.replace(spec, adapter=one)], geometry) for one in adapters]  # type: ignore[type-var]
-    low, high = (one.levels for one in traced)
+    specs = [dataclasses.replace(spec, adapter=adapter) for adapter in adapters]  # type: ignore[type-var]
+    low, high = (trace([spec], geometry).levels for spec in specs)
     if low.shape != high.shape:
         raise ValueError(f"a step at r={RANKS[0]} has {len(low)} events, at r={RANKS[1]} {len(high)}")
     slopes = (high - low) / (RANKS[1] - RANKS[0])
@@ -84,22 +76,23 @@ def _lines(spec: TrialSpec, geometry: Geometry) -> list[Line]:
 
 
 def envelope(slopes: NDArray[np.float64], intercepts: NDArray[np.float64]) -> list[Line]:
-    """Those of the lines that are the highest anywhere at r >= 1, by rising slope."""
+    """The lines that are the highest at some r >= 1, by rising slope."""
     order = np.lexsort((intercepts, slopes))
-    found: list[Line] = []
+    highest: list[Line] = []
     for slope, intercept in zip(slopes[order].tolist(), intercepts[order].tolist(), strict=True):
-        while found and found[-1][0] + found[-1][1] <= slope + intercept:  # no higher at 1, and less steep
-            found.pop()
-        while len(found) > 1 and _crossing(found[-2], (slope, intercept)) <= _crossing(found[-2], found[-1]):
-            found.pop()
-        found.append((slope, intercept))
-    return found
+        while highest and sum(highest[-1]) <= slope + intercept:  # not higher at r=1, and less steep
+            highest.pop()
+        while len(highest) > 1 and _crossing(highest[-2], (slope, intercept)) <= _crossing(*highest[-2:]):
+            highest.pop()
+        highest.append((slope, intercept))
+    return highest
 
 
-def _crossing(one: Line, steeper: Line) -> float:
-    return (one[1] - steeper[1]) / (steeper[0] - one[0]) if steeper[0] > one[0] else float("-inf")
+def _crossing(line: Line, steeper: Line) -> float:
+    """The r at which two lines meet."""
+    return (line[1] - steeper[1]) / (steeper[0] - line[0]) if steeper[0] > line[0] else float("-inf")
 
 
-def _named(spec: Any) -> str:
-    """Two classes of one name are two."""
+def _with_class(spec: Any) -> str:
+    """repr of ``spec`` with its module: two classes may have the same name."""
     return f"{type(spec)} {spec!r}"

@@ -1,9 +1,10 @@
-"""Scaled dot product attention as its fused kernels keep memory, for fake tensors.
+"""Scaled dot product attention for fake tensors, with the memory of the fused kernels.
 
 The operator registered for CPUs gives its output other strides under fake tensors than it has, so that transformers'
-``transpose(1, 2).contiguous()`` would be counted as a copy. Kernels (torch 2.13, aten/native/transformers):
-  flash       q, k, v, the output as (B, T, H, D) and the logsumexp (B, H, T) in float32 are kept; no mask
-  efficient   the same, and takes a mask, which a boolean one is turned into q's dtype for, layer by layer
+``transpose(1, 2).contiguous()`` would be counted as a copy. What is kept for the backward pass, by kernel
+(torch 2.13, aten/native/transformers):
+  flash       q, k, v, the output as (B, T, H, D) and the logsumexp (B, H, T) in float32; takes no mask
+  efficient   the same; takes a mask, and a boolean one is copied in q's dtype in each layer
   math        everything, the probabilities too
 """
 
@@ -21,7 +22,7 @@ FLASH_WIDTH = 256  # the widest head of CUDA's flash kernel
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps what the flash and the efficient kernel keep; allocates what they allocate."""
+    """Allocates and keeps what the flash and the efficient kernel do."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cuda: bool) -> Tensor:
@@ -49,11 +50,12 @@ class _Fused(torch.autograd.Function):
 
 
 def _like(x: Tensor, heads: int) -> Tensor:
+    """An empty tensor (B, heads, T, D) with the strides of a kernel's output."""
     return x.new_empty(x.shape[0], x.shape[2], heads, x.shape[3]).transpose(1, 2)
 
 
 def attention(cuda: bool) -> Any:
-    """A stand-in for ``F.scaled_dot_product_attention`` that picks the kernel of the device."""
+    """A replacement of ``F.scaled_dot_product_attention`` that picks the kernel as the device does."""
 
     def attend(
         query: Tensor,
@@ -83,6 +85,7 @@ def attention(cuda: bool) -> Any:
 
 
 def _fused(cuda: bool, q: Tensor, mask: Tensor | None, dropout: float, gqa: bool) -> bool:
+    """True if the device has a fused kernel for this call."""
     if not cuda:
         return dropout == 0.0 and not (mask is not None and mask.requires_grad)
     flash = mask is None and q.dtype in HALF and q.shape[-1] <= FLASH_WIDTH
@@ -91,7 +94,7 @@ def _fused(cuda: bool, q: Tensor, mask: Tensor | None, dropout: float, gqa: bool
 
 @contextmanager
 def kernels(cuda: bool) -> Iterator[None]:
-    """Within, attention is counted as ``cuda``'s or a CPU's kernels keep it, and CUDA's autocast rules hold."""
+    """Inside, attention allocates as CUDA's or a CPU's kernels do; with ``cuda``, its autocast rules hold too."""
     with patch.object(F, "scaled_dot_product_attention", attention(cuda)):
         if not cuda:
             yield
@@ -101,7 +104,7 @@ def kernels(cuda: bool) -> Iterator[None]:
 
 
 def _float32(function: Any) -> Any:
-    """CUDA's autocast computes these in float32, a CPU's does not."""
+    """``function`` in float32 under autocast, as on CUDA; a CPU's autocast does not do that."""
 
     def computed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_autocast_enabled("cpu"):

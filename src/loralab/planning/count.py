@@ -10,7 +10,7 @@ from loralab.quantization.base import Quantizer, beyond, linear_shape, name_out_
 
 log = logging.getLogger(__name__)
 
-PEFT_HEADS = ("classifier", "score")  # endings of what PEFT trains whole with task_type SEQ_CLS
+PEFT_HEADS = ("classifier", "score")  # endings of the modules that PEFT trains whole with task_type SEQ_CLS
 
 
 def count(
@@ -18,8 +18,8 @@ def count(
 ) -> dict[str, int]:
     """{trainable_parameters, adapter_parameters, total_parameters, quantized_parameters}.
 
-    ``adapter_parameters`` leaves out new and saved modules. The total counts the adapter, shared tensors once, and a
-    trained bias with the one in whose place it is.
+    ``adapter_parameters`` leaves out new and saved modules. The total includes the adapter; it counts shared tensors
+    once, and a trained bias and the base's bias that it replaces once.
     """
     base = loading.skeleton(model, num_labels)
     names = [] if quantization.name == "none" else quantizable(base, quantization)
@@ -48,7 +48,7 @@ def adapter_parameters(adapter: Adapter) -> int:
 
 
 def _name_unlike_peft(adapter: Adapter) -> None:
-    """Says which new modules PEFT would leave as they were drawn: it knows heads by two names."""
+    """Warns of new modules that PEFT would leave untrained: it recognises heads by two names."""
     if getattr(adapter.spec, "modules_to_save", None) is not None:
         return
     saved = dict(adapter.saved_modules())

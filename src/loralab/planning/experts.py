@@ -1,6 +1,6 @@
-"""Mixtures of experts under fake tensors: the grouped product, whose own fake kernel takes bfloat16 alone.
+"""Mixtures of experts for fake tensors: a replacement of the grouped product, whose fake kernel takes only bfloat16.
 
-Rows sorted by expert, (n, in), times (experts, in, out). A frozen weight's product keeps no input for the backward.
+Rows sorted by expert, (n, in), times (experts, in, out). With a frozen weight no input is kept for the backward pass.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, _, *kept = ctx.saved_tensors
+        weight, _, *inputs = ctx.saved_tensors
         dx = dy.new_empty(dy.shape[0], weight.shape[1]) if ctx.needs_input_grad[0] else None
-        return dx, torch.empty_like(weight) if kept else None, None
+        return dx, torch.empty_like(weight) if inputs else None, None
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
@@ -33,7 +33,7 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, *, offs: Tensor, **_: Any) -> Tens
 
 @contextmanager
 def grouped_products() -> Iterator[None]:
-    """Within, experts are multiplied by a stand-in that allocates what the kernels do."""
+    """Inside, ``F.grouped_mm`` is replaced by a function that allocates what its kernels do."""
     if not hasattr(F, "grouped_mm"):  # older torch: transformers multiplies expert by expert
         yield
         return

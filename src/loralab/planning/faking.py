@@ -1,4 +1,4 @@
-"""Fake tensors among real code: nothing outside a trace may notice that one was made."""
+"""Contexts for a trace with fake tensors; nothing outside of them is changed."""
 
 import logging
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from loralab.planning.experts import grouped_products
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch logs a traceback for every operator that fake tensors cannot have; adapters say at a real start what they
-    would say here."""
+    """Inside, torch does not log a traceback for each operator without a fake kernel, and adapters do not repeat their
+    warnings."""
     loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "loralab.adapters")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -32,14 +32,14 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def faked(cuda: bool) -> Iterator[None]:
-    """Nothing outside may notice: not the random state, not the kernels, not what transformers does while tracing."""
+    """Inside, torch and transformers work with fake tensors; random state and kernels are restored at the end."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(kernels(cuda))
         stack.enter_context(grouped_products())
-        # transformers keeps the attention mask of a fake batch whatever is in it; let it ask the tracker
+        # else transformers keeps every attention mask; so it asks the tracker whether anything is masked
         stack.enter_context(patch.object(transformers.masking_utils, "is_tracing", lambda *_: False))
-        # modules convert fake parameters by swapping them, which a weak reference forbids
+        # modules convert parameters by swap_tensors, which fails for tensors with weak references
         stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
         stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _copied))
         yield
@@ -51,7 +51,7 @@ def _swap(parameter: Tensor, converted: Tensor) -> None:
 
 
 def _copied(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
-    """torch's own copies the tensor's FakeTensorMode too, and the garbage collector crashes on what that leaves."""
+    """Instead of torch's, which copies the FakeTensorMode too; the garbage collector crashes on that copy."""
     copied = tensor.detach().clone()
     memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
     return memo[id(tensor)]  # type: ignore[no-any-return]

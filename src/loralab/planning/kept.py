@@ -1,7 +1,7 @@
-"""What was traced once, kept in the user's cache folder for the next process.
+"""A cache of traces in the user's cache folder, for the next process.
 
-A file is named by a digest of everything that its numbers follow from. Nothing here stops a run: what cannot be read,
-is damaged or cannot be written is made again.
+The name of a file is a digest of everything that its content depends on. No error stops a run: a value that cannot be
+read or written is computed again.
 """
 
 import hashlib
@@ -25,24 +25,25 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "lightning", "numpy")
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-_known: dict[str, Any] = {}  # of this process
+_known: dict[str, Any] = {}  # {file name: value} in this process
 
 
 def kept(key: Any, make: Callable[[], Any], on_disk: bool = True) -> Any:
-    """What ``make`` gives, plain JSON, for ``key`` (whose repr says all that it follows from beside the versions)."""
+    """The cached result of ``make``, plain JSON. It depends on repr(``key``), versions and machine alone."""
     name = hashlib.sha256(repr((key, _surroundings())).encode()).hexdigest()
     if name not in _known:
-        path = cache_folder() / "plans" / f"{name}.json" if on_disk else None
-        found = None if path is None else _read(path)
-        if found is None:
-            found = make()
-            if path is not None:
-                _write(path, found)
-        _known[name] = found
+        path = cache_folder() / "plans" / f"{name}.json"
+        value = _read(path) if on_disk else None
+        if value is None:
+            value = make()
+            if on_disk:
+                _write(path, value)
+        _known[name] = value
     return _known[name]
 
 
 def _read(path: Path) -> Any:
+    """The value in ``path``; None where there is none, or it is damaged."""
     try:
         stored = json.loads(path.read_bytes())
         return stored["value"] if stored["digest"] == _digest(stored["value"]) else None
@@ -69,14 +70,14 @@ def _digest(value: Any) -> str:
 
 @cache
 def _surroundings() -> tuple[Any, ...]:
-    """Versions, the source of this package, and what of the machine the kernels follow."""
+    """Versions, the source of this package, and what the kernels depend on: processor, card, environment."""
     card = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     machine = (platform.machine(), platform.python_version(), torch.backends.cpu.get_cpu_capability(), card)
     return (*map(_version, PACKAGES), source(), *machine, *map(os.environ.get, VARIABLES))
 
 
 def source() -> str:
-    """Digest of every source file of this package: a trace runs through most of them."""
+    """A digest of all source files of this package."""
     root = Path(loralab.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

@@ -10,38 +10,38 @@ from typing import Any
 
 from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError, nearest
-from loralab.models import architecture
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.planning.trace import Geometry, trace
-from loralab.planning.tracker import PHASES, Segment
+from loralab.planning.tracker import Segment
 from loralab.planning.workspace import held_workspaces
+from loralab.records.record import PHASES
 from loralab.training.specs import TrialSpec
 
 GIB = 2**30
 CARDS = (24, 48, 80)  # GiB
 CONTEXT = GIB // 2  # CUDA's context and modules: 0.4 to 0.6 GiB by driver and card (reported by nvidia-smi)
 FRAGMENTATION = 1.05  # reserved over allocated; 1.03 to 1.15 is usual, less with expandable_segments. Not calibrated
-SHORT, LONG = 3, 5  # layers that a uniform stack is traced with
+SHORT, LONG = 3, 5  # numbers of layers that a uniform stack is traced with, to extrapolate
 WHATS = ("batch_size", "max_length", "r")
 CEILING = {"batch_size": 2**16, "max_length": 2**20, "r": 2**14}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need. All numbers are bytes."""
+    """The predicted memory of a run. All numbers but ``rows`` and ``length`` are bytes."""
 
     device: str
     predicted_peak_bytes: int  # of torch's allocator
     device_bytes: int  # with CUDA's context and fragmentation; on a CPU the same as above
     by_phase: dict[str, int]  # the peak of each
-    by_kind: dict[str, int]  # at the highest of them
+    by_kind: dict[str, int]  # at the highest peak
     fits: dict[str, bool]
-    paged_bytes: int = 0  # optimizer state that can leave the device; in none of the above
+    paged_bytes: int = 0  # optimizer state that can leave the device; not included above
     rows: int = 0
     length: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """What JSON shows."""
+        """For JSON."""
         return dataclasses.asdict(self)
 
 
@@ -60,11 +60,11 @@ def predict(
     positions that enter the loss; prompts and padding do not.
     """
     pack = list(spec) if isinstance(spec, Sequence) else [spec]
-    sizes = [rows or one.data.batch_size for one in pack]
-    fed = tuple(_full(size, length or one.model.length, targets) for size, one in zip(sizes, pack, strict=True))
-    micros = min(2, pack[0].trainer.accumulate_grad_batches)  # more of them keep nothing more
-    ragged = sum(sizes) > 1 if ragged is None else ragged
-    return predict_step(pack, Geometry((Pass(0, fed),) * micros, _cuda(device), ragged=ragged))
+    counts = [rows or trial.data.batch_size for trial in pack]
+    fed = tuple(_full(n, length or trial.model.length, targets) for n, trial in zip(counts, pack, strict=True))
+    micros = min(2, pack[0].trainer.accumulate_grad_batches)  # further ones need no more memory
+    ragged = sum(counts) > 1 if ragged is None else ragged
+    return predict_step(pack, Geometry((Pass(0, fed),) * micros, device != "cpu", ragged=ragged))
 
 
 def _full(rows: int, length: int, targets: float) -> Fed:
@@ -77,22 +77,18 @@ def predict_step(pack: Sequence[TrialSpec], geometry: Geometry) -> Plan:
     if layers is not None and layers > LONG:
         short, long = trace(pack, geometry, SHORT), trace(pack, geometry, LONG)
         segments = _extrapolated(_named(short.segments, SHORT), _named(long.segments, LONG), layers)
-        paged = _line(short.paged, long.paged, layers)
+        paged = _extrapolate(short.paged, long.paged, layers)
     else:
         traced = trace(pack, geometry)
         segments, paged = traced.segments, traced.paged
     return _plan(segments, paged, geometry)
 
 
-def _cuda(device: str) -> bool:
-    return device != "cpu"
-
-
 def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry) -> Plan:
     highest = max(segments, key=lambda segment: segment.peak)
-    by_phase = {p: max((s.peak for s in segments if s.phase == p), default=0) for p in PHASES}
+    by_phase = {phase: max((s.peak for s in segments if s.phase == phase), default=0) for phase in PHASES}
     needed = device_bytes(highest.peak) if geometry.cuda else highest.peak
-    fed = [own.inputs for own in geometry.passes[0].taking]
+    lengths = [fed.inputs for fed in geometry.passes[0].taking]
     return Plan(
         device="cuda" if geometry.cuda else "cpu",
         predicted_peak_bytes=highest.peak,
@@ -101,8 +97,8 @@ def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry) -> Plan:
         by_kind=highest.kinds,
         fits={f"{card} GiB": needed <= card * GIB for card in CARDS},
         paged_bytes=paged,
-        rows=sum(len(own) for own in fed),
-        length=max(max(own) for own in fed),
+        rows=sum(map(len, lengths)),
+        length=max(map(max, lengths)),
     )
 
 
@@ -112,9 +108,9 @@ def device_bytes(allocated: int) -> int:
 
 
 def _named(segments: Sequence[Segment], layers: int) -> dict[tuple[str, int, str], Segment]:
-    """Segments by (phase, how often it has come, place); the first two and the last two layers have names, which
-    mean the same in a stack of any height. Between them memory grows or shrinks evenly, so no peak is missed."""
-    found: dict[tuple[str, int, str], Segment] = {}
+    """{(phase, how often it has come, place): segment}. The first two layers are 0 and 1, the last two -2 and -1, in a
+    stack of any height. Between them memory grows or shrinks linearly, so no peak is missed."""
+    named: dict[tuple[str, int, str], Segment] = {}
     times: dict[str, int] = {}
     for segment in segments:
         if not segment.place.isdigit():
@@ -123,82 +119,82 @@ def _named(segments: Sequence[Segment], layers: int) -> dict[tuple[str, int, str
         else:
             number = int(segment.place)
             names = [str(n) for n in (number, number - layers) if -2 <= n < 2]
-        found.update({(segment.phase, times[segment.phase], name): segment for name in names})
-    return found
+        named.update({(segment.phase, times[segment.phase], name): segment for name in names})
+    return named
 
 
 def _extrapolated(
     short: dict[tuple[str, int, str], Segment], long: dict[tuple[str, int, str], Segment], layers: int
 ) -> list[Segment]:
-    found = []
+    segments = []
     for key in short.keys() & long.keys():
         a, b = short[key], long[key]
-        kinds = {kind: max(0, _line(a.kinds[kind], b.kinds[kind], layers)) for kind in b.kinds}
-        found.append(Segment(key[0], key[2], _line(a.peak, b.peak, layers), kinds))
-    return found
+        kinds = {kind: max(0, _extrapolate(a.kinds[kind], b.kinds[kind], layers)) for kind in b.kinds}
+        segments.append(Segment(key[0], key[2], _extrapolate(a.peak, b.peak, layers), kinds))
+    return segments
 
 
-def _line(short: int, long: int, layers: int) -> int:
+def _extrapolate(short: int, long: int, layers: int) -> int:
     return long + round((long - short) * (layers - LONG) / (LONG - SHORT))
 
 
 def estimate(
     spec: TrialSpec | Sequence[TrialSpec], device: str = "cuda", rows: int | None = None, length: int | None = None
 ) -> int:
-    """Peak bytes of the allocator by arithmetic: right within 5% for what is static, a guess for the activations.
+    """Peak bytes of the allocator by arithmetic: within 5% for weights and states, rough for the activations.
 
     Activations: 40.5 bytes a token and unit of width in bf16, measured on Llama shapes with LoRA on every layer.
     """
     pack = list(spec) if isinstance(spec, Sequence) else [spec]
     model, config = pack[0].model, pack[0].model.architecture().get_text_config()
-    own = [sizes(one) for one in pack]
-    each, mixed = own[0].dtype_bytes, pack[0].trainer.precision not in ("auto", "32-true")
-    each = 2 if mixed else each
-    tokens = sum(rows or one.data.batch_size for one in pack) * (length or model.length)
+    trials = [sizes(trial) for trial in pack]
+    mixed = pack[0].trainer.precision not in ("auto", "32-true")
+    width = 2 if mixed else trials[0].dtype_bytes
+    tokens = sum(rows or trial.data.batch_size for trial in pack) * (length or model.length)
     layers = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
-    one_layer = tokens * 20.25 * config.hidden_size * each
-    if each < 4 and not mixed:  # the adapters are float32, and keep their inputs so
-        one_layer += 4 * tokens * own[0].adapted_width / layers
-    kept = layers * one_layer
+    one_layer = tokens * 20.25 * config.hidden_size * width
+    if width < 4 and not mixed:  # the adapters are float32, and keep their inputs so
+        one_layer += 4 * tokens * trials[0].adapted_width / layers
+    activations = layers * one_layer
     if model.gradient_checkpointing:
-        kept = layers * tokens * config.hidden_size * each + one_layer
-    logits = 0 if model.task == "sequence_classification" else tokens * config.vocab_size * (each + 8)
-    states = sum(one.optimizer - (one.paged if _cuda(device) else 0) for one in own)
-    trained = sum(one.adapter + one.gradients for one in own)
-    constant = held_workspaces() if _cuda(device) else 0
-    return int(own[0].base + trained + states + kept + logits + own[0].largest_layer * each) + constant
+        activations = layers * tokens * config.hidden_size * width + one_layer
+    logits = 0 if model.task == "sequence_classification" else tokens * config.vocab_size * (width + 8)
+    states = sum(trial.optimizer - (trial.paged if device != "cpu" else 0) for trial in trials)
+    trained = sum(trial.adapter + trial.gradients for trial in trials)
+    constant = held_workspaces() if device != "cpu" else 0
+    dense_layer = trials[0].largest_layer * width  # a quantized layer unpacked
+    return int(trials[0].base + trained + states + activations + logits + dense_layer) + constant
 
 
 def largest(spec: TrialSpec, budget: float, what: str, device: str = "cuda") -> int:
     """The largest batch_size, max_length or r whose ``device_bytes`` stay within ``budget`` bytes; 0: none does.
 
-    Bisection over ``predict``; every other time where a straight line through the last two would meet the budget.
+    Bisection over ``predict``, alternating with secant steps.
     """
     if what not in WHATS:
         raise ConfigError(f"plan: {what!r} is not something that can be fitted; {nearest(what, WHATS)}")
     low, high = 1 if what != "max_length" else 2, _ceiling(spec, what) + 1
-    under = _need(spec, what, low, device)
-    if under > budget:
+    low_need = _need(spec, what, low, device)
+    if low_need > budget:
         return 0
-    straight, probe = True, 4 * _present(spec, what)
+    secant, probe = True, 4 * _present(spec, what)
     while high - low > 1:
         probe = min(max(probe, low + 1), high - 1)
         need = _need(spec, what, probe, device)
-        slope = (need - under) / (probe - low)
+        slope = (need - low_need) / (probe - low)
         if need <= budget:
-            low, under = probe, need
+            low, low_need = probe, need
         else:
             high = probe
         probe = (low + high) // 2
-        if straight and slope > 0:
-            probe = low + int((budget - under) / slope)
-        straight = not straight
+        if secant and slope > 0:
+            probe = low + int((budget - low_need) / slope)
+        secant = not secant
     return low
 
 
 def _ceiling(spec: TrialSpec, what: str) -> int:
-    positions = architecture.positions(spec.model.architecture())
-    return positions if what == "max_length" and positions else CEILING[what]
+    return spec.room if what == "max_length" and spec.room else CEILING[what]
 
 
 def _present(spec: TrialSpec, what: str) -> int:

@@ -1,4 +1,4 @@
-"""What a run weighs before any activation, from shapes alone: the model is built on the meta device."""
+"""Bytes of weights, gradients and optimizer states from shapes alone: the model is built on the meta device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ class Sizes:
 
 
 def sizes(spec: TrialSpec) -> Sizes:
-    """Exact, but for code tables and rounding."""
+    """The sizes of one trial: exact, except for code tables and rounding."""
     model = skeleton(spec.model)
     dtype = spec.model.dtype if spec.model.dtype != "auto" else "float32"
-    each = int(getattr(torch, dtype).itemsize)
+    dtype_bytes = int(getattr(torch, dtype).itemsize)
     shapes = [linear_shape(model.get_submodule(name)) for name in _quantized(model, spec)]
     packed = sum(-(-spec.quantization.storage_bits(*shape) // 8) for shape in shapes)
     dense = sum(p.numel() for p in model.parameters()) - sum(out * width for out, width in shapes)
@@ -44,16 +44,17 @@ def sizes(spec: TrialSpec) -> Sizes:
     trained = [p.numel() for p in adapter.parameters()]
     adapted = [model.get_submodule(name) for name in {name for name, _ in adapter.adapted()}]
     adapter.detach()
-    own = sum(trained) * (each if spec.adapter.changes_base else 4)
+    width = dtype_bytes if spec.adapter.changes_base else 4
+    trained_bytes = sum(trained) * width
     trained = [sum(trained)] if spec.optimizer.flat else trained
-    states = {n: _state(spec.optimizer.name, n, own // sum(trained) if sum(trained) else 4) for n in set(trained)}
+    states = {n: _state(spec.optimizer.name, n, width) for n in set(trained)}
     return Sizes(
-        base=packed + each * dense,
-        adapter=0 if spec.adapter.changes_base else own,
-        gradients=own,
+        base=packed + dtype_bytes * dense,
+        adapter=0 if spec.adapter.changes_base else trained_bytes,
+        gradients=trained_bytes,
         optimizer=sum(states[n] for n in trained),
         paged=sum(states[n] for n in trained if n >= PAGED_FROM) if spec.optimizer.name in UNPAGED else 0,
-        dtype_bytes=each,
+        dtype_bytes=dtype_bytes,
         largest_layer=max((out * width for out, width in shapes), default=0),
         adapted_width=sum(linear_shape(layer)[1] for layer in adapted if is_linear(layer)),
     )
@@ -66,7 +67,7 @@ def name_what_stays(spec: pretrained.Pretrained) -> None:
 
 
 def _state(name: str, n: int, bytes_each: int) -> int:
-    """Of a tensor of n parameters: two moments, in its own dtype (torch), float32, or 8 bits and an absmax a block."""
+    """Bytes of state for n parameters: two moments in their dtype (torch), in float32, or 8 bits with block absmax."""
     if name == TORCH:
         return 2 * bytes_each * n + 4
     if "8bit" not in name or n < EIGHT_BIT_FROM:
@@ -75,7 +76,7 @@ def _state(name: str, n: int, bytes_each: int) -> int:
 
 
 def homogeneous_layers(specs: Sequence[TrialSpec]) -> int | None:
-    """How many layers the stack has, where all are alike to every trial of the pack; None where they are not."""
+    """How many layers the stack has if all are equal, for every trial of the pack; None if they are not."""
     model = skeleton(specs[0].model)
     config: Any = model.config
     layers = stack(model)
@@ -83,7 +84,9 @@ def homogeneous_layers(specs: Sequence[TrialSpec]) -> int | None:
         return None
     adapters = [spec.adapter.attach(model) for spec in specs]
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    marks: list[set[Any]] = [{(name, tuple(p.shape)) for name, p in layer.named_parameters()} for layer in layers]
+    marks: list[set[Any]] = [  # of each layer: its parameters, quantized layers and adapters
+        {(name, tuple(p.shape)) for name, p in layer.named_parameters()} for layer in layers
+    ]
     for name in _quantized(model, specs[0]):
         _mark(marks, prefix, name, "packed")
     for number, adapter in enumerate(adapters):
@@ -93,10 +96,11 @@ def homogeneous_layers(specs: Sequence[TrialSpec]) -> int | None:
     return len(layers) if all(mark == marks[0] for mark in marks) else None
 
 
-def _mark(marks: list[set[Any]], prefix: str, name: str, what: Any) -> None:
+def _mark(marks: list[set[Any]], prefix: str, name: str, mark: Any) -> None:
+    """Adds ``mark`` to the layer of the stack that holds the module ``name``."""
     if name.startswith(f"{prefix}."):
         number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
-        marks[int(number)].add((rest, what))
+        marks[int(number)].add((rest, mark))
 
 
 def _deltas(adapter: Adapter) -> list[tuple[str, tuple[Any, ...]]]:
@@ -109,7 +113,7 @@ def _quantized(model: nn.Module, spec: TrialSpec) -> list[str]:
 
 
 def skeleton(spec: pretrained.Pretrained) -> nn.Module:
-    """The base on the meta device, kept for the next trial of a sweep, which seldom changes it."""
+    """The base on the meta device; the last one is cached, since the trials of a sweep mostly share it."""
     key = repr(spec)
     if key not in _skeletons:
         _skeletons.clear()

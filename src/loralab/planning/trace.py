@@ -1,4 +1,4 @@
-"""Traces the real training step of the real module under fake tensors: no weights, no GPU, every allocation seen.
+"""Traces the real training step with fake tensors: no weights, no GPU, every allocation is counted.
 
 The step runs in Lightning's order: forward, zero_grad, backward, clipping, optimizer, so the gradients of the step
 before are alive in the forward pass. The second step counts, because the first has no optimizer state.
@@ -47,16 +47,16 @@ CUDA_BLOCK = 512  # bytes every block of CUDA's caching allocator is a multiple 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a step is fed: its heaviest pass; of several (accumulation) that one and its neighbour, in their order.
+    """The shapes of a step: its heaviest pass; of several (accumulation) that one and its neighbour, in their order.
 
-    ``ragged``: some rows are padded, which costs attention masks; null: where their lengths differ. ``mode``: how the
-    pass is computed, null: as the base's shape allows. ``first``: nothing is there of a step before. ``scored``: a
-    validation pass comes too.
+    ``ragged``: some rows are padded, which costs attention masks; None: if their lengths differ. ``mode``: how the pass
+    is computed; None: as the base allows. ``first``: no gradients or states of an earlier step exist. ``scored``: a
+    validation pass follows.
     """
 
     passes: tuple[Pass, ...]
     cuda: bool
-    evaluation: Pass | None = None  # null: as the first of ``passes``
+    evaluation: Pass | None = None  # None: the first of ``passes``
     ragged: bool | None = None
     mode: ForwardMode | None = None
     first: bool = False
@@ -64,15 +64,16 @@ class Geometry:
 
     @property
     def masked(self) -> bool:
-        """Whether attention is given a mask of the padding, where padding is computed."""
-        lengths = [fed.inputs for one in self.passes for fed in one.taking]
-        longest = max([length for own in lengths for length in own] + [one.length or 0 for one in self.passes])
-        return self.ragged if self.ragged is not None else any(n < longest for own in lengths for n in own)
+        """True if attention gets a mask of the padding, where padding is computed."""
+        if self.ragged is not None:
+            return self.ragged
+        lengths = [length for shape in self.passes for fed in shape.taking for length in fed.inputs]
+        return min(lengths) < max(*lengths, *(shape.length or 0 for shape in self.passes))
 
 
 @dataclass(frozen=True)
 class Traced:
-    """Peaks of the load, of one training step and of a validation pass, and what is paged to the host."""
+    """Peaks of loading, of one training step and of a validation pass; ``paged``: bytes that can go to the host."""
 
     segments: list[Segment]
     paged: int
@@ -80,23 +81,23 @@ class Traced:
 
 
 def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = None) -> Traced:
-    """One pack on one base. ``layers``: as if the stack had that many.
+    """Traces one pack on one base. ``layers``: as if the stack had that many; None: all.
 
-    What the first step leaves behind, gradients and optimizer state, is made without tracing that step, unless it
-    leaves more (weights kept dense) or less (parameters that no batch reaches).
+    The gradients and optimizer states that the first step leaves are made without tracing that step. It is traced too
+    if it leaves more (weights kept dense) or less (parameters that no batch reaches).
     """
-    whole = specs[0].quantization.dequantize == "resident" or specs[0].adapter.changes_base
-    whole = whole and not geometry.first
+    two_steps = specs[0].quantization.dequantize == "resident" or specs[0].adapter.changes_base
+    two_steps = two_steps and not geometry.first
     if specs[0].quantization.name != "none" or specs[0].optimizer.name != TORCH:
-        with suppress(ConfigError):  # imported among fake tensors, its tables would be some too, for good
+        with suppress(ConfigError):  # imported now: under fake tensors its tables would be fake for good
             bitsandbytes_ops()
     with quiet():
         try:
-            traced = _trace(specs, geometry, layers, whole) or _trace(specs, geometry, layers, True)
+            traced = _trace(specs, geometry, layers, two_steps) or _trace(specs, geometry, layers, True)
         except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
             if geometry.mode == ForwardMode():
                 raise
-            # as a first batch falls back; a way that was seen to work is no other's
+            # the same fallback as on a run's first batch
             mode = ForwardMode(fused_cross_entropy=True) if geometry.mode is None else ForwardMode()
             log.debug("traced %s", mode, exc_info=error)
             return trace(specs, dataclasses.replace(geometry, mode=mode), layers)
@@ -104,7 +105,7 @@ def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = N
     return traced
 
 
-def _trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None, whole: bool) -> Traced | None:
+def _trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None, two_steps: bool) -> Traced | None:
     spec = specs[0].model
     new: frozenset[str] = frozenset()
     vocabulary = 0
@@ -117,11 +118,11 @@ def _trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None, w
         model = build(spec, layers)
         AdapterHooks.of(model).new_parameters = new
         with tracker:
-            return _Step(tracker, model, specs, geometry).run(whole)
+            return _Step(tracker, model, specs, geometry).run(two_steps)
 
 
 def build(spec: pretrained.Pretrained, layers: int | None) -> nn.Module:
-    """The dense model; under fake tensors, so that it takes no memory."""
+    """The dense model; called under fake tensors, so that it takes no memory."""
     config = spec._adjust(spec.architecture(), None)
     dtype = getattr(torch, spec.dtype) if spec.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     if layers is not None:
@@ -145,42 +146,41 @@ class _Step:
         self.plugin = precision(self.spec.trainer.precision)
         tracker.mark("load")
         self._convert()
-        tracker.mark("load", "adapters")  # each part's peak grows evenly with the layers; which is higher may change
+        tracker.mark(
+            "load", "adapters"
+        )  # a mark for each part: each peak is linear in the layers, the higher of two is not
         trials = [self._trial(spec) for spec in specs]
         # only a CPU computes rows without their padding
         self.module = FineTuner(model, trials, unpad=not geometry.cuda and not any(p.length for p in geometry.passes))
-        self._take(geometry.mode)
+        self.module.forward_pass.mode = geometry.mode
+        if geometry.mode is not None and geometry.mode.unpadded:
+            prepare(model)
         self.plugin.convert_module(self.module)
         tracker.tag((tensor for _, tensor in loading.tensors(model)), "base")
         tracker.mark("load", "optimizer")
         self.optimizer = self._optimizer()
-        tracker.tag(self.module.adapters.parameters(), "adapter")  # which may be views of a new buffer by now
+        tracker.tag(self.module.adapters.parameters(), "adapter")  # they may be views of a new buffer by now
         self.micros = len(geometry.passes)
         self.trainer = SimpleNamespace(accumulate_grad_batches=self.micros, should_stop=False)
         self.module.trainer = self.trainer  # type: ignore[assignment]
         self.shapes = [*geometry.passes, geometry.evaluation or geometry.passes[0]]
-        self.passes = [self._pass(one) for one in self.shapes[:-1]]
+        self.passes = [self._pass(shape) for shape in self.shapes[:-1]]
 
-    def _take(self, mode: ForwardMode | None) -> None:
-        self.module.forward_pass.mode = mode
-        if mode is not None and mode.unpadded:
-            prepare(self.model)
-
-    def run(self, whole: bool) -> Traced | None:
-        """None: some parameter got no gradient, so the first step must be traced as well."""
+    def run(self, two_steps: bool) -> Traced | None:
+        """None: some parameter got no gradient, so the first step must be traced too (``two_steps``)."""
         self.module.train()
         if self.geometry.cuda:  # products come after the load
             self._enter("", False)
             self.workspaces = torch.empty(held_workspaces(), dtype=torch.uint8)
             self.tracker.tag([self.workspaces], "constants")
-        if whole:
+        if two_steps:
             self._train(reported=False)
         elif not self.geometry.first:
-            self._leave()
+            self._make_leftovers()
         paged = self._page()
         self._watch()
         self._train(reported=True)
-        if not (whole or self.geometry.first) and any(p.grad is None for p in self.module.adapters.parameters()):
+        if not (two_steps or self.geometry.first) and any(p.grad is None for p in self.module.adapters.parameters()):
             return None
         if self.geometry.scored:
             self._evaluate()
@@ -190,7 +190,7 @@ class _Step:
         return Traced(segments, paged, levels)
 
     def _convert(self) -> None:
-        """Layer by layer, as weights are quantized while they are read; the others are there already."""
+        """Quantizes layer by layer, as loading does; the other weights are there already."""
         quantizer = self.spec.quantization
         names = [] if quantizer.name == "none" else quantizable(self.model, quantizer)
         waiting = {id(self.model.get_submodule(name).weight) for name in names}
@@ -218,8 +218,8 @@ class _Step:
                 group["foreach"], group["fused"] = True, False  # torch's choice on CUDA
         return optimizer
 
-    def _pass(self, one: Pass) -> dict[int, dict[str, Any]]:
-        return {place: self._batch(fed, one.length) for place, fed in enumerate(one.fed) if fed is not None}
+    def _pass(self, shape: Pass) -> dict[int, dict[str, Any]]:
+        return {index: self._batch(fed, shape.length) for index, fed in enumerate(shape.fed) if fed is not None}
 
     def _batch(self, fed: Fed, length: int | None) -> dict[str, Any]:
         rows, width = len(fed.inputs), length or max(fed.inputs)
@@ -231,10 +231,10 @@ class _Step:
         return {"tensors": tensors, "rows": rows, "step_targets": fed.targets, "tokens": sum(fed.inputs), "micro": 0}
 
     def _losses(self, number: int, training: bool) -> Any:
-        """Of one pass, whose real lengths and targets fake tensors do not know."""
-        one, batches = self.shapes[number], self.passes[number]
-        self.tracker.targets = _targets(one, self.spec.model.task, batches)
-        lengths = [n for fed in one.taking for n in fed.inputs]
+        """The losses of one pass; its lengths and targets are set, since fake tensors have no values."""
+        shape, batches = self.shapes[number], self.passes[number]
+        self.tracker.targets = _targets(shape, self.spec.model.task, batches)
+        lengths = [n for fed in shape.taking for n in fed.inputs]
         with patch.object(stacked, "lengths_of", lambda _: lengths):
             return self.module.training_step(batches, number) if training else self.module.losses(batches, False)
 
@@ -261,15 +261,15 @@ class _Step:
         self.optimizer.step(closure)
         self.tracker.tag(self._state(), "optimizer")
 
-    def _leave(self) -> None:
-        """What a first step leaves behind."""
+    def _make_leftovers(self) -> None:
+        """Makes the gradients and optimizer states that a first step leaves."""
         self._enter("optimizer", False)
         for parameter in self.module.adapters.parameters():
             parameter.grad = torch.empty_like(parameter)
         self.tracker.tag((p.grad for p in self.module.adapters.parameters() if p.grad is not None), "gradients")
         self.optimizer.step()
         self.tracker.tag(self._state(), "optimizer")
-        if self.spec.optimizer.flat:  # which uses them up in a buffer of its own
+        if self.spec.optimizer.flat:  # it moves the gradients into its own buffer
             self.optimizer.zero_grad()
 
     def _state(self) -> list[Tensor]:
@@ -278,7 +278,7 @@ class _Step:
         return [value for value in values if isinstance(value, Tensor) and id(value) not in maps]
 
     def _page(self) -> int:
-        """Takes out what bitsandbytes would keep in managed memory, which torch's allocator does not see."""
+        """Leaves out the states that bitsandbytes keeps in managed memory, outside of torch's allocator. Bytes."""
         if not self.geometry.cuda or self.spec.optimizer.name not in UNPAGED:
             return 0
         states = [state[key] for state in self.optimizer.state.values() for key in ("state1", "state2")]
@@ -309,17 +309,17 @@ class _Step:
             self.tracker.mark(self.phase, "after")
 
 
-def _targets(one: Pass, task: str, batches: dict[int, dict[str, Any]]) -> dict[int, int]:
-    """{positions: how many of them are targets}: of the whole pass, flat or padded, and of each trial's part."""
-    taking = one.taking
+def _targets(shape: Pass, task: str, batches: dict[int, dict[str, Any]]) -> dict[int, int]:
+    """{number of positions: how many of them are targets}: of the whole pass, flat or padded, and of each trial."""
+    taking = shape.taking
     if task == "sequence_classification":
         return {}
     rows = [len(fed.inputs) for fed in taking]
-    widths = [batch["tensors"]["labels"].shape[1] for batch in batches.values()]
-    found = {count * max(widths): fed.targets for count, fed in zip(rows, taking, strict=True)}
-    found |= {sum(fed.inputs): fed.targets for fed in taking}
+    width = max(batch["tensors"]["labels"].shape[1] for batch in batches.values())
+    targets = {count * width: fed.targets for count, fed in zip(rows, taking, strict=True)}
+    targets |= {sum(fed.inputs): fed.targets for fed in taking}
     total = sum(fed.targets for fed in taking)
-    return found | {sum(rows) * max(widths): total, sum(sum(fed.inputs) for fed in taking): total}
+    return targets | {sum(rows) * width: total, sum(sum(fed.inputs) for fed in taking): total}
 
 
 def precision(name: str) -> Precision:

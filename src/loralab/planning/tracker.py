@@ -1,7 +1,7 @@
-"""Counts live storages, operator by operator, while a step runs under fake tensors: nothing is really allocated.
+"""Counts live storages, operator by operator, while a step runs with fake tensors: nothing is really allocated.
 
-Every storage is followed by a weak reference from the operator that made it to its end. What each was for is settled
-afterwards, when it is known which of them outlived the forward pass.
+A weak reference tells when a storage ends. The kind of each is decided afterwards, when it is known which of them
+outlived the forward pass.
 """
 
 import weakref
@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 KINDS = ("base", "constants", "adapter", "gradients", "optimizer", "activations", "logits", "transient")
-PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
 aten = torch.ops.aten
 
 
@@ -46,14 +45,14 @@ class Segment:
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Entered above a FakeTensorMode. ``rounding``: bytes a block is a multiple of (CUDA's allocator: 512).
 
-    Fake tensors have no values, so two questions about them are answered here: a boolean scalar is ``answer`` (asked
-    by transformers: is nothing masked?), and a boolean mask of as many elements as ``targets`` has a key for selects
-    its value (asked by the loss: which positions are targets), any other all.
+    Fake tensors have no values, so two values are set here. A boolean scalar is ``nothing_masked``, the only one that
+    transformers reads. A boolean mask with n elements selects ``targets[n]`` of them, all where that is not set; the
+    loss selects the positions that are targets.
     """
 
-    def __init__(self, rounding: int, answer: bool, vocabulary: int = 0) -> None:
+    def __init__(self, rounding: int, nothing_masked: bool, vocabulary: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rounding, self.answer, self.vocabulary = rounding, answer, vocabulary
+        self.rounding, self.nothing_masked, self.vocabulary = rounding, nothing_masked, vocabulary
         self.targets: dict[int, int] = {}
         self.marks: list[tuple[int, str, str]] = []
         self._events: list[tuple[Block, int]] = []  # +1: born, -1: died
@@ -61,9 +60,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
-            return self.answer if args[0].dtype == torch.bool else 1
+            return self.nothing_masked if args[0].dtype == torch.bool else 1
         if func is aten.index.Tensor and any(t is not None and t.dtype == torch.bool for t in args[1]):
-            args = (args[0], self._everything(args[1]))
+            args = (args[0], self._nonzero(args[1]))
         out = func(*args, **(kwargs or {}))
         for leaf in out if isinstance(out, (list, tuple)) else (out,):
             for tensor in (leaf,) if isinstance(leaf, Tensor) else tree_leaves(leaf):
@@ -76,12 +75,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.marks.append((len(self._events), phase, place))
 
     def tag(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Says what these are for, and counts those that no operator was seen to make."""
+        """Sets the kind of the tensors' storages, and counts those that no operator has made."""
         for tensor in tensors:
             self._note(tensor).kind = kind
 
     def leave_out(self, tensors: Iterable[Tensor]) -> int:
-        """These are no memory of the allocator's (inputs of a CPU run, paged state); returns their bytes."""
+        """Counts the storages of these tensors as 0 bytes; returns the bytes they had."""
         total = 0
         for tensor in tensors:
             block = self._note(tensor)
@@ -108,7 +107,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def segments(self) -> list[Segment]:
         """The peak of each stretch between two marks, in order."""
         alive, total = dict.fromkeys(KINDS, 0), 0
-        found = []
+        segments = []
         for number, (start, phase, place) in enumerate(self.marks):
             later = [(tick, name) for tick, name, _ in self.marks[number + 1 :]]
             stop = later[0][0] if later else len(self._events)
@@ -120,11 +119,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 total += sign * block.size
                 if total > segment.peak:
                     segment.peak, segment.kinds = total, dict(alive)
-            found.append(segment)
-        return found
+            segments.append(segment)
+        return segments
 
     def levels(self) -> NDArray[np.int64]:
-        """Bytes alive in every moment that is reported, in order."""
+        """Bytes alive after every event of a reported phase, in order."""
         signed = [sign * block.size for block, sign in self._events]
         alive = np.concatenate([[0], np.cumsum(np.array(signed, np.int64))])
         ends = [start for start, _, _ in self.marks[1:]] + [len(signed)]
@@ -132,28 +131,28 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return np.concatenate(parts) if parts else alive[:0]
 
     def forget(self) -> None:
-        """Follows no storage any further."""
+        """Drops all events and weak references."""
         self._live.clear()
         self._events.clear()
 
-    def _everything(self, indices: Any) -> list[Any]:
-        """What nonzero() of each mask would give: (n, dim) int64, as kernels do."""
-        found: list[Any] = []
+    def _nonzero(self, indices: Any) -> list[Any]:
+        """``indices`` with each boolean mask as its nonzero positions, (n, dim) int64, as kernels make them."""
+        positions: list[Any] = []
         for index in indices:
             if index is None or index.dtype != torch.bool:
-                found.append(index)
+                positions.append(index)
                 continue
             count = max(1, self.targets.get(index.numel(), index.numel()))
-            positions = torch.empty(count, index.dim(), dtype=torch.int64, device=index.device)
-            self._note(positions)
-            found += positions.unbind(1)
-        return found
+            nonzero = torch.empty(count, index.dim(), dtype=torch.int64, device=index.device)
+            self._note(nonzero)
+            positions += nonzero.unbind(1)
+        return positions
 
 
 def _kind(block: Block, phase: str, over: int) -> str:
-    """What outlives its forward pass, and what a checkpoint's recomputation makes for its graph, are activations."""
+    """Activations outlive their forward pass, or are made for the graph when a checkpoint is recomputed."""
     outlives = block.died is None or block.died > over
     if phase == "load":
         return "constants" if block.died is None else "transient"
-    kept = block.graph if phase == "backward" else outlives and phase == "forward"
-    return "activations" if kept else "transient"
+    activation = block.graph if phase == "backward" else outlives and phase == "forward"
+    return "activations" if activation else "transient"

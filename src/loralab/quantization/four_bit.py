@@ -13,12 +13,7 @@ from loralab.quantization.base import Quantizer, check_block
 from loralab.quantization.linear import FrozenLinear
 from loralab.spec import spec
 
-STORAGE = {
-    "uint8": torch.uint8,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+STORAGE = {"uint8": torch.uint8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @spec("quantization")

@@ -83,12 +83,7 @@ def undo_double_quantize(codes: Tensor, second: Tensor, offset: Tensor) -> Tenso
 
 
 def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    quant_type: str,
-    block_size: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor, quant_type: str, block_size: int, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """-> (out, in) in ``dtype``: by the kernel where it is right for this width, else by the reference."""
     kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
@@ -102,12 +97,7 @@ def dequantize_4bit(
 
 
 def _kernel(
-    packed: Tensor,
-    absmax: Tensor,
-    quant_type: str,
-    block_size: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor, quant_type: str, block_size: int, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     dense: Tensor = bitsandbytes_ops().dequantize_4bit(packed, absmax, block_size, quant_type, shape, dtype)
     return dense

@@ -63,11 +63,7 @@ class FrozenLinear(nn.Module, ABC):
     transposed = False  # made from a Conv1D, whose weight is (in, out)
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: nn.Parameter | None,
-        compute_dtype: str = "auto",
-        dequantize: str = "per_use",
+        self, weight: Tensor, bias: nn.Parameter | None, compute_dtype: str = "auto", dequantize: str = "per_use"
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape

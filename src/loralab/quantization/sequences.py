@@ -103,6 +103,10 @@ class Sequences:
             )
         return changed
 
+    def knows(self, shape: tuple[int, ...]) -> bool:
+        """Whether states of this leading shape are taken for those of a stack already."""
+        return shape in self._found
+
     def encode(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of an encoder, which generation calls by itself."""
         self._see(_arguments(encoder, args, kwargs))

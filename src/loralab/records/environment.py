@@ -1,5 +1,6 @@
 """The machine and the versions behind a record."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -8,22 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "loralab",
-    "torch",
-    "lightning",
-    "transformers",
-    "bitsandbytes",
-    "hydra-core",
-    "wandb",
-    "torchmetrics",
-)
+PACKAGES = ("loralab", "torch", "lightning", "transformers", "bitsandbytes", "hydra-core", "wandb", "torchmetrics")
 
 
 def environment() -> dict[str, Any]:
     """The ``environment`` part of a record: {versions, git, python, cpu, gpu, threads}.
 
-    ``threads``: of torch's operations on a CPU; sums in another number of parts are other sums in the last digits.
+    ``threads``: of torch's operations on a CPU; the last digits of a sum depend on it.
     """
     import torch
 
@@ -43,8 +35,6 @@ def _machine() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The processor's model name and how many logical cores this process may use."""
-    import os
-
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -1,7 +1,7 @@
-"""What a base, a tokenizer and data files are, by the bytes on disk: known without loading any of them.
+"""Fingerprints of a base, a tokenizer and data files by their bytes on disk; none of them is loaded.
 
-Fingerprints are 16 hex digits. A file is hashed whole, once: its digest is kept in the user's cache while its path,
-size, times and inode stay what they were.
+Fingerprints are 16 hex digits. A file is hashed whole, once: its digest is cached while its path, size, times and
+inode are unchanged.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 SHIPPED = "loralab/tiny"
 SHIPPED_FOLDER = Path(__file__).parents[1] / "tiny"
 LENGTH = 16
-# What decides what a base computes; *.py: code of its own, which trust_remote_code runs.
+# Files that decide what a base computes; *.py: its own code, which trust_remote_code runs.
 BASE_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
     *("config.json", "generation_config.json", "*.py"),
@@ -35,89 +35,86 @@ _digests: dict[tuple[Any, ...], str] = {}  # of this process
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: LORALAB_CACHE, else XDG_CACHE_HOME/loralab, else ~/.cache/loralab.
+    """The folder of the user's cache: LORALAB_CACHE, else XDG_CACHE_HOME/loralab, else ~/.cache/loralab.
 
-    A relative XDG_CACHE_HOME does not count (XDG base directory specification).
+    A relative XDG_CACHE_HOME is ignored (XDG base directory specification).
     """
-    if given := os.environ.get("LORALAB_CACHE"):
-        return Path(given)
+    if folder := os.environ.get("LORALAB_CACHE"):
+        return Path(folder)
     home = Path(os.environ.get("XDG_CACHE_HOME") or "")
     return (home if home.is_absolute() else Path.home() / ".cache") / "loralab"
 
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, 64 hex digits; read only where the cache does not know it. Raises OSError."""
-    seen = _stamp(path)
-    mine = tuple(seen.values())
-    if mine in _digests:
-        return _digests[mine]
-    kept = cache_folder() / "digests" / f"{hashlib.sha256(seen['path'].encode()).hexdigest()[:32]}.json"
-    if (known := _known(kept, seen)) is not None:
-        _digests[mine] = known
+    stamp = _stamp(path)
+    key = tuple(stamp.values())
+    if key in _digests:
+        return _digests[key]
+    cached = cache_folder() / "digests" / f"{hashlib.sha256(stamp['path'].encode()).hexdigest()[:32]}.json"
+    if (known := _read_digest(cached, stamp)) is not None:
+        _digests[key] = known
         return known
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if _stamp(path) == seen and time.time() - max(seen["mtime_ns"], seen["ctime_ns"]) / 1e9 > SETTLED:
-        _digests[mine] = digest
-        _keep(kept, {**seen, "sha256": digest})
+    if _stamp(path) == stamp and time.time() - max(stamp["mtime_ns"], stamp["ctime_ns"]) / 1e9 > SETTLED:
+        _digests[key] = digest
+        _write_digest(cached, {**stamp, "sha256": digest})
     return digest
 
 
 def _stamp(path: Path) -> dict[str, Any]:
-    """What changes with a file; its ctime too, which no tool sets back."""
+    """Metadata that changes with a file's content; its ctime cannot be set back."""
     stat = path.stat()
     times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
     return {"path": str(path.resolve()), "size": stat.st_size, "inode": stat.st_ino, **times}
 
 
-def _known(kept: Path, seen: Mapping[str, Any]) -> str | None:
+def _read_digest(cached: Path, stamp: Mapping[str, Any]) -> str | None:
+    """The cached digest; None where there is none for this ``stamp``."""
     try:
-        stored = json.loads(kept.read_text("utf-8"))
+        stored = json.loads(cached.read_text("utf-8"))
         digest = str(stored.pop("sha256"))
-        return digest if stored == seen and len(digest) == 64 and int(digest, 16) >= 0 else None
+        return digest if stored == stamp and len(digest) == 64 and int(digest, 16) >= 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # not there, or damaged: the file is read again
 
 
-def _keep(kept: Path, content: Mapping[str, Any]) -> None:
+def _write_digest(cached: Path, content: Mapping[str, Any]) -> None:
     """Other processes see the old file or the new one."""
-    partial = kept.with_name(f".{kept.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    partial = cached.with_name(f".{cached.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        cached.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(content), "utf-8")
-        partial.replace(kept)
+        partial.replace(cached)
     except OSError as error:
         log.debug("the digest of %s is not cached: %s", content["path"], error)
 
 
 def of(parts: Iterable[Any]) -> str:
-    """Of plain values, in their order."""
+    """The fingerprint of plain values, in their order."""
     return hashlib.sha256(json.dumps(list(parts), sort_keys=True, default=str).encode()).hexdigest()[:LENGTH]
 
 
 def of_files(paths: Iterable[Path]) -> str | None:
-    """Of the bytes of files in their order. None where none is named, or one is not there."""
-    named = list(paths)
-    if not named or not all(path.is_file() for path in named):
+    """The fingerprint of files, in their order; None where there is no path, or a file is missing."""
+    files = list(paths)
+    if not files or not all(path.is_file() for path in files):
         return None
-    return of(file_digest(path) for path in named)
+    return of(file_digest(path) for path in files)
 
 
 def of_folder(folder: Path, patterns: Iterable[str]) -> str:
-    """Of the files of a folder that match ``patterns``: their names and bytes, wherever the folder lies."""
-    return of([[path.name, file_digest(path)] for path in _matching(folder, patterns)])
-
-
-def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found, key=lambda path: path.name)
+    """The fingerprint of the files of a folder that match ``patterns``: names and bytes, not the folder's path."""
+    files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return of([[path.name, file_digest(path)] for path in sorted(files, key=lambda path: path.name)])
 
 
 def of_pretrained(name_or_path: str) -> str | None:
-    """Of the weights of a hub id, a local folder or loralab/tiny as they lie on disk, before any quantization.
+    """The fingerprint of the weights of a hub id, a local folder or loralab/tiny on disk, before any quantization.
 
     A folder: every weight file and config.json, whole. A hub id: the commit in this machine's cache and the hashes by
-    which it names the files of the model. None where the cache does not hold them (yet). Raises OSError.
+    which it names the files of the model. None where they are not in the cache. Raises OSError.
     """
     if (folder := local_folder(name_or_path)) is not None:
         return of_folder(folder, BASE_FILES)
@@ -127,7 +124,7 @@ def of_pretrained(name_or_path: str) -> str | None:
 
 
 def of_tokenizer(name_or_path: str) -> str | None:
-    """Of a tokenizer's files, likewise; of a hub id's commit, which decides them all."""
+    """The fingerprint of a tokenizer's files; of a hub id, that of its commit. None where it is not in the cache."""
     if (folder := local_folder(name_or_path)) is not None:
         return of_folder(folder, TOKENIZER_FILES)
     snapshot = hub_snapshot(name_or_path)
@@ -177,10 +174,10 @@ def _blob(path: Path) -> str:
 
 
 def of_random(spec: Mapping[str, Any]) -> str:
-    """Of weights that are drawn: the architecture (a folder's config.json and the keys given), the task, the seed."""
+    """The fingerprint of random weights: architecture (a folder's config.json, the keys that are set), task, seed."""
     folder = local_folder(str(spec.get("name_or_path") or ""))
     stored = of_folder(folder, ("config.json",)) if folder is not None else None
-    drawn_on = [_accelerator()] if spec.get("drawn_on") == "device" else []  # kinds of devices draw other numbers
+    drawn_on = [_accelerator()] if spec.get("drawn_on") == "device" else []  # other devices draw other numbers
     return of([stored, dict(spec.get("config") or {}), spec.get("task"), spec.get("draw", 0), *drawn_on])
 
 

@@ -13,7 +13,7 @@ from loralab.errors import unwritable
 class MetricsFile:
     """Appends rows ``{"step": 12, "train/loss": 2.31, ...}``; a number that is not finite becomes null.
 
-    ``step``: where a continued run stands. Earlier rows stay; what comes after, which it will write again, does not.
+    ``step``: from which a run is continued. Rows of later steps are removed: the run will write them again.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
@@ -36,33 +36,33 @@ class MetricsFile:
             raise unwritable(self.path, error) from error
 
     def sync(self) -> None:
-        """Onto the disk."""
+        """Returns when every row is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def summarize(self, values: Mapping[str, Any]) -> None:
-        """The record holds them."""
+        """Nothing: the record holds them."""
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """The record holds it."""
+        """Nothing: the record holds it."""
 
     def finish(self, exit_code: int) -> None:
         self._file.close()
 
 
 def _rows_until(path: Path, step: int) -> str:
-    """Whole rows of finished steps; the validation of ``step`` itself is made again."""
+    """The complete rows of steps up to ``step``, without the validation of ``step`` itself, which is made again."""
     lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
-    return "".join(line for line in lines if _stays(line, step))
+    return "".join(line for line in lines if _is_finished(line, step))
 
 
-def _stays(line: str, step: int) -> bool:
+def _is_finished(line: str, step: int) -> bool:
     try:
         row = json.loads(line)
-        own = int(row["step"])
+        row_step = int(row["step"])
     except (ValueError, KeyError, TypeError):
-        return False  # cut short by the kill
-    return own < step or (own == step and not any(key.startswith(("val/", "test/")) for key in row))
+        return False  # cut short when the run was killed
+    return row_step < step or (row_step == step and not any(key.startswith(("val/", "test/")) for key in row))
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One process at a time to a run folder or a sweep folder: a second one would overwrite what the first finished."""
+"""Locks a run folder or a sweep folder, so that two processes do not overwrite each other's results."""
 
 import os
 import socket
@@ -9,29 +9,29 @@ from pathlib import Path
 from loralab.errors import ArtifactError, unwritable
 
 LOCK = ".lock"
-OWNER = ".lock.owner"  # beside the lock, which Windows lets nobody else read
+OWNER = ".lock.owner"  # a file of its own: on Windows others cannot read a locked file
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Makes ``folder`` and keeps others out of it; the lock goes with the process, however that ends.
+    """Makes ``folder`` and locks it; the lock ends with the process, however that ends.
 
     Raises ArtifactError where another process holds it, DiskError where it cannot be written. Where the file system
-    has no locks (some network file systems) nothing is held.
+    has no locks (some network file systems) nothing is locked.
     """
     from filelock import FileLock, Timeout
 
     lock, owner = FileLock(folder / LOCK, fallback_to_soft=False), folder / OWNER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()  # what fails from here on is the lock
+        (folder / LOCK).touch()  # from here on only locking can fail
     except OSError as error:
         raise unwritable(f"the run folder {folder}", error) from error
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ArtifactError(
-            f"{folder} is in use by {_named(owner)}; valid: wait for it, or another hydra.run.dir or hydra.sweep.dir"
+            f"{folder} is in use by {_holder(owner)}; valid: wait for it, or another hydra.run.dir or hydra.sweep.dir"
         ) from None
     except PermissionError as error:  # the lock file is another account's
         raise unwritable(f"the run folder {folder}", error) from error
@@ -47,8 +47,8 @@ def hold(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _named(owner: Path) -> str:
-    """Who holds the lock, where that is known."""
+def _holder(owner: Path) -> str:
+    """The process that holds the lock, where that is known."""
     with suppress(OSError):
         return owner.read_text("utf-8").strip() or "another process"
     return "another process"

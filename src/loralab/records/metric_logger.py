@@ -1,4 +1,4 @@
-"""What a trial's metrics are written to: metrics.jsonl, Weights & Biases, or a logger of the user's."""
+"""The interface of what metrics are written to: metrics.jsonl, Weights & Biases, or a logger of the user's."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ class MetricLogger(Protocol):
         """A row; steps count from 1 and never go back."""
 
     def sync(self) -> None:
-        """What was logged is on disk."""
+        """Returns when what was logged is on disk."""
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """The trial's final scores and status."""
@@ -20,4 +20,4 @@ class MetricLogger(Protocol):
         """A table beside the rows."""
 
     def finish(self, exit_code: int) -> None:
-        """No row comes after this."""
+        """Closes the logger."""

@@ -11,6 +11,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ RESULT = "result.json"
 SWEEP = "sweep.json"
 
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
-_NOT_RUNS = {"adapter", "checkpoints", "report", "wandb"}
+_NOT_RUN_FOLDERS = {"adapter", "checkpoints", "report", "wandb"}
 
 _SECRET_KEY = re.compile(r"(?i)(^|[_.\-])(api_?key|token|secret|passw(or)?d|credentials?|authorization)$")
 _SPECIAL_TOKEN = re.compile(r"(?i)(^|[_.\-])(pad|eos|bos|unk|sep|cls|mask|prompt|stop|start|end)_token$")
@@ -43,17 +44,11 @@ def blank(
     choices: Mapping[str, str] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """A new record with every key of the contract; what is not known yet is null."""
+    """A new record with every key of the schema; what is not known yet is null."""
     record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "trial": trial,
-        "status": "running",
-        "error": None,
-        "config": dict(config or {}),
-        "overrides": list(overrides),
-        "choices": dict(choices or {}),
-        "seed": seed,
-        "metrics": {},
+        **{"schema": SCHEMA, "trial": trial, "status": "running", "error": None},
+        **{"config": dict(config or {}), "overrides": list(overrides), "choices": dict(choices or {})},
+        **{"seed": seed, "metrics": {}},
     }
     record.update({section: dict.fromkeys(keys) for section, keys in KEYS.items()})
     record["memory"]["by_phase"] = dict.fromkeys(PHASES)
@@ -72,7 +67,7 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The record in ``folder``, with every key of the contract (null where an older record lacks one)."""
+    """The record in ``folder``, with every key of the schema, null where it lacks one. Raises ArtifactError."""
     path = folder / RESULT
     stored = _load(path)
     missing = [key for key in ("schema", "trial", "status") if key not in stored]
@@ -88,7 +83,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def undefined(record: Mapping[str, Any]) -> str:
-    """The score of a record that is null, because it was not finite: then there is no result. Empty where none is."""
+    """The name of a loss, or of the trial's metric, that is null, since it was not finite; empty where none is."""
     metrics = record["metrics"] if isinstance(record["metrics"], Mapping) else {}
     config = record["config"] if isinstance(record["config"], Mapping) else {}
     watched = [str(config.get("metric")), *(key for key in metrics if str(key).endswith("/loss"))]
@@ -97,13 +92,13 @@ def undefined(record: Mapping[str, Any]) -> str:
 
 def find(root: Path) -> list[Path]:
     """Run folders (those with a result.json) at or below ``root``, sorted; a run holds no other runs."""
-    found = []
+    runs = []
     for folder, below, files in os.walk(root):
         if RESULT in files:
-            found.append(Path(folder))
+            runs.append(Path(folder))
             below.clear()
-        below[:] = sorted(name for name in below if name not in _NOT_RUNS and not name.startswith("."))
-    return sorted(found)
+        below[:] = sorted(name for name in below if name not in _NOT_RUN_FOLDERS and not name.startswith("."))
+    return sorted(runs)
 
 
 def write_sweep(folder: Path, sweep: Mapping[str, Any]) -> None:
@@ -130,15 +125,9 @@ def read_sweep(folder: Path) -> dict[str, Any]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether this is how sweep.json lists a trial."""
-    text = str | None
-    kinds: dict[str, Any] = {
-        "folder": str,
-        "trial": text,
-        "status": text,
-        "overrides": list | None,
-        "choices": dict | None,
-    }
+    """True if ``entry`` has the types of a trial in sweep.json."""
+    kinds: dict[str, Any] = {"folder": str, "trial": str | None, "status": str | None}
+    kinds |= {"overrides": list | None, "choices": dict | None}
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
         return False
     return all(isinstance(word, str) for word in entry.get("overrides") or ())
@@ -203,7 +192,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
-    """What stands for NaN or infinity was not written by loralab, which writes null."""
+    """Raises ValueError for NaN and infinity: loralab writes null for them."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text} is not a number of JSON")
     return number
@@ -224,14 +213,8 @@ def replace(path: Path, content: Mapping[str, Any]) -> None:
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
-        _forget(partial)
-
-
-def _forget(partial: Path) -> None:
-    try:
-        partial.unlink(missing_ok=True)
-    except OSError:
-        return  # the folder itself is gone or unreachable: the first error has said so
+        with suppress(OSError):  # the folder itself is unreachable: the first error says so
+            partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -34,7 +34,7 @@ class AdapterSection(TypedDict, total=False):
     trainable_parameters: Number
     bytes: Number
     modules: list[str] | None  # names of the layers that it changes
-    never_called: list[str] | None  # of those, layers that no pass has called
+    never_called: list[str] | None  # those of them that no pass has called
 
 
 class OptimizerSection(TypedDict, total=False):
@@ -160,25 +160,18 @@ class Record(TypedDict, total=False):
     stopped_early: dict[str, Any] | None  # {step, metric, best}
 
 
-SECTIONS: dict[str, Any] = {
-    "base": BaseSection,
-    "adapter": AdapterSection,
-    "optimizer": OptimizerSection,
-    "memory": MemorySection,
-    "time": TimeSection,
-    "pack": PackSection,
-    "data": DataSection,
-    "environment": EnvironmentSection,
-    "code": CodeSection,
+KEYS = {
+    name: tuple(section.__annotations__)
+    for name, section in Record.__annotations__.items()
+    if hasattr(section, "__required_keys__")  # a TypedDict
 }
-KEYS = {name: tuple(kind.__annotations__) for name, kind in SECTIONS.items()}
-EXTENSIBLE = ("memory",)  # by what observers measure
+EXTENSIBLE = ("memory",)  # observers may add keys
 
 
 def unknown_keys(record: Mapping[str, Any]) -> list[str]:
-    """Dotted keys that no record has."""
-    own = [key for key in record if key not in Record.__annotations__]
-    return own + [
+    """Dotted keys that are not in the schema."""
+    unknown = [key for key in record if key not in Record.__annotations__]
+    return unknown + [
         f"{section}.{key}"
         for section, keys in KEYS.items()
         if section not in EXTENSIBLE
@@ -188,7 +181,7 @@ def unknown_keys(record: Mapping[str, Any]) -> list[str]:
 
 
 def wrong_values(record: Mapping[str, Any]) -> list[str]:
-    """Dotted keys whose value is of another type; whoever reads a record may calculate with its numbers."""
+    """Dotted keys whose value has another type than the schema says."""
     from pydantic import ValidationError
 
     try:

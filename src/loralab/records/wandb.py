@@ -1,4 +1,4 @@
-"""The Weights & Biases mirror: one run a trial, many in one process, never in the way of training."""
+"""The mirror in Weights & Biases: one run for each trial, many in one process. Its errors never stop training."""
 
 import logging
 import netrc
@@ -27,10 +27,10 @@ LEAN = {"console": "off", "silent": True, "x_disable_stats": True, "disable_git"
 
 @spec("logger")
 class Wandb:
-    """What is null or auto here is what W&B's environment variables say, and loralab's own choice where they are unset.
+    """Null and auto take W&B's environment variables, and loralab's default where they are unset.
 
     An unreachable server means offline, not an error. WANDB_DIR, WANDB_NOTES, WANDB_BASE_URL and the like are obeyed;
-    WANDB_NAME is a single run's name, and stands before those of a sweep's trials.
+    WANDB_NAME is the name of a single run, and a prefix of the names of a sweep's trials.
     """
 
     # auto: WANDB_MODE, else online where a key is configured, else offline
@@ -47,7 +47,7 @@ class Wandb:
         bad = sorted(set(name) & set(FORBIDDEN))
         if bad:
             raise ConfigError(f"{key}={name!r} holds {' '.join(bad)}; valid: a name without any of {FORBIDDEN}")
-        named = (self._project, self._given("entity", "WANDB_ENTITY"), self._given("group", "WANDB_RUN_GROUP"))
+        named = (self._project, self._value("entity", "WANDB_ENTITY"), self._value("group", "WANDB_RUN_GROUP"))
         for key, text in named:
             if text is not None and not 1 <= len(text) <= LONGEST:
                 raise ConfigError(f"{key} has {len(text)} characters ({text[:40]!r}); valid: 1 to {LONGEST}, or null")
@@ -70,14 +70,14 @@ class Wandb:
             raise ConfigError(f"WANDB_MODE={mode!r} is unknown; {nearest(mode, ENVIRONMENT)}")
         return SYNONYMS.get(mode, mode) or ("online" if key_configured() else "offline")
 
-    def _given(self, name: str, variable: str) -> tuple[str, str | None]:
-        """(where it is said, the value): the configuration's, else the environment's, else None."""
+    def _value(self, name: str, variable: str) -> tuple[str, str | None]:
+        """(configuration key or environment variable, its value or None)."""
         value = getattr(self, name)
         return (f"logger.{name}", value) if value is not None else (variable, os.environ.get(variable) or None)
 
     @property
     def _project(self) -> tuple[str, str]:
-        key, name = self._given("project", "WANDB_PROJECT")
+        key, name = self._value("project", "WANDB_PROJECT")
         return key, PROJECT if name is None else name
 
     @property
@@ -87,21 +87,21 @@ class Wandb:
         return "WANDB_TAGS", [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
 
     def start(self, folder: Path, name: str, group: str | None, config: Mapping[str, Any]) -> "Mirror":
-        """A run of its own below ``folder/wandb``, or below WANDB_DIR; ``group``: the sweep's name.
+        """Starts a run below ``folder/wandb``, or below WANDB_DIR; ``group``: the sweep's name.
 
-        A mirror that could not start swallows what it is given.
+        The Mirror of a run that could not start does nothing.
         """
         mode = self.effective_mode
         if mode == "disabled":
             return Mirror(None)
         swept = (folder.parent / SWEEP).is_file()
-        own = os.environ.get("WANDB_NAME", "")
+        prefix = os.environ.get("WANDB_NAME", "")
         options = {
             "project": self._project[1],
-            "entity": self._given("entity", "WANDB_ENTITY")[1],
-            "group": (self._given("group", "WANDB_RUN_GROUP")[1] or group or "")[:LONGEST] or None,
+            "entity": self._value("entity", "WANDB_ENTITY")[1],
+            "group": (self._value("group", "WANDB_RUN_GROUP")[1] or group or "")[:LONGEST] or None,
             "tags": self._tags[1] or None,
-            "name": (f"{own} {name}" if own and swept else own or name)[:LONGEST],
+            "name": (f"{prefix} {name}" if prefix and swept else prefix or name)[:LONGEST],
             "config": dict(config),
             "dir": os.environ.get("WANDB_DIR") or str(folder),
         }
@@ -111,7 +111,7 @@ class Wandb:
 
 
 class Mirror:
-    """A W&B run, or nothing. Its failures are logged once and never raised: the records are the truth."""
+    """A W&B run, or none. An error is logged, ends the mirror and is not raised."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -198,5 +198,5 @@ def _init(wandb: Any, options: dict[str, Any], mode: str) -> Any:
 
 
 def _in_environment(setting: str) -> bool:
-    """Whether W&B's own variable says what ``setting`` shall be."""
+    """True if W&B's own environment variable sets ``setting``."""
     return any(name in os.environ for name in (f"WANDB_{setting.upper()}", f"WANDB_{setting[1:].upper()}"))

@@ -76,8 +76,8 @@ def _tables(name: str, stage: Json) -> list[tuple[str, list[Head], list[list[Cel
     if name == "speed":
         title = "{model}, {quantization}, {rows} x {length} tokens a trial"
         return [(title.format_map(base), *_table(SPEED, base["sides"])) for base in stage.get("bases", [])]
-    place, keys = TABLES.get(name, ("", ""))
-    return [("", *_table(keys, stage.get(place, [])))]
+    list_key, keys = TABLES.get(name, ("", ""))
+    return [("", *_table(keys, stage.get(list_key, [])))]
 
 
 def _table(keys: str, rows: Sequence[Json]) -> tuple[list[Head], list[list[Cell]]]:
@@ -104,10 +104,11 @@ def _ratios(runs: Sequence[Json]) -> Iterator[Figure]:
     ratios = [float(run["predicted_over_measured"]) for run in runs]
     names = [", ".join(filter(None, (run["model"], run["quantization"], run["case"]))) for run in runs]
     points: list[svg.Point | None] = [
-        svg.Point(float(at), ratio, [ratio], text=f"{names[at]}: {ratio:.4f}") for at, ratio in enumerate(ratios)
+        svg.Point(float(index), ratio, [ratio], text=f"{names[index]}: {ratio:.4f}")
+        for index, ratio in enumerate(ratios)
     ]
     y = svg.scale("predicted / measured peak", [1.0, *ratios])
     series = [svg.Series("predicted / measured", points, 0)]
-    words = "Predicted over measured peak memory of each run"
-    drawing = svg.chart(series, svg.places("", names), y, joined=False, description=words)
+    description = "Predicted over measured peak memory of each run"
+    drawing = svg.chart(series, svg.places("", names), y, joined=False, description=description)
     yield Figure("Peak memory", "Predicted over measured peak of torch's allocator; 1 is exact.", drawing)

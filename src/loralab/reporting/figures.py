@@ -1,4 +1,4 @@
-"""Which figures a comparison gets, and the words under them."""
+"""The figures of a comparison and their captions."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ BITS = "base.bits_per_parameter"
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, its legends, and the words above and below it."""
+    """A drawing with its title, caption and legends."""
 
     title: str
     caption: str
@@ -60,23 +60,23 @@ def _metric(comparison: Comparison) -> Iterator[Figure]:
         inside = [arm for arm in comparison.arms if tuple(arm.values[axis] for axis in others[1:]) == panel]
         if len(panels) > 1 and sum(bool(arm.scores) for arm in inside) < 2:
             continue  # one mark alone compares nothing
-        place = ", ".join(f"{results.short[axis]} = {text}" for axis, text in zip(others[1:], panel, strict=True))
-        yield _metric_panel(results, inside, x, others[:1], y, place)
+        title = ", ".join(f"{results.short[axis]} = {text}" for axis, text in zip(others[1:], panel, strict=True))
+        yield _metric_panel(results, inside, x, others[:1], y, title)
 
 
-def _metric_panel(results: SweepResults, arms: list[Arm], x: str, by: list[str], y: svg.Axis, place: str) -> Figure:
+def _metric_panel(results: SweepResults, arms: list[Arm], x: str, by: list[str], y: svg.Axis, panel: str) -> Figure:
     labels, name = results.axes[x], results.short[x]
     numbers = [number for text in labels if (number := as_number(text)) is not None]
     numeric = len(numbers) == len(labels)
-    across = numbers if numeric else [float(at) for at in range(len(labels))]
-    places = list(zip(labels, across, strict=True))
+    x_values = numbers if numeric else [float(index) for index in range(len(labels))]
+    labelled = list(zip(labels, x_values, strict=True))
     groups = _groups(results, arms, by)
     series = [
-        svg.Series(group.name, [_point(group.arms, x, text, at) for text, at in places], group.colour)
+        svg.Series(group.name, [_point(group.arms, x, text, x_value) for text, x_value in labelled], group.colour)
         for group in groups
     ]
-    title = f"{results.metric} against {name}" + (f" ({place})" if place else "")
-    drawing = svg.chart(series, _x_axis(name, labels, across, numeric), y, joined=numeric, description=title)
+    title = f"{results.metric} against {name}" + (f" ({panel})" if panel else "")
+    drawing = svg.chart(series, _x_axis(name, labels, x_values, numeric), y, joined=numeric, description=title)
     spread = "Large: mean over seeds; small: each seed; bars: one standard deviation; "
     caption = f"{spread if any(arm.std is not None for arm in arms) else ''}{_seeds(arms)}."
     missing = sum(arm.mean is None for arm in arms)
@@ -129,7 +129,7 @@ def _curves(comparison: Comparison) -> Iterator[Figure]:
     legends = [_legend([group for group in groups if group.colour in logged])]
     legends += [svg.line_legend(list(zip(_named(results, second), styles.values(), strict=True)))] if second else []
     for metric, smooth in (("train/loss", SMOOTH), (results.metric, 0.0)):
-        curves = [_curve(results, trial, hue, style, rows, metric) for trial, hue, style, rows in runs]
+        curves = [_curve(results, trial, colour, style, rows, metric) for trial, colour, style, rows in runs]
         curves = [curve for curve in curves if curve.rows]
         if curves and (smooth or any(len(curve.rows) > 1 for curve in curves)):
             yield _curve_figure(results, curves, metric, smooth, legends)
@@ -140,8 +140,8 @@ def _curve_figure(
 ) -> Figure:
     values = [value for curve in curves for _, value in curve.rows]
     y = svg.scale(metric, _without_spikes(values))
-    how = f"faint: as logged; line: exponential mean ({smooth:g})" if smooth else "as logged"
-    caption = f"One line per run, {len(curves)} of {len(results.trials)} runs; {how}"
+    legend = f"faint: as logged; line: exponential mean ({smooth:g})" if smooth else "as logged"
+    caption = f"One line per run, {len(curves)} of {len(results.trials)} runs; {legend}"
     caption += "; cross: not completed" if any(curve.broken for curve in curves) else ""
     outside = sum(not y.low <= value <= y.high for value in values)
     beyond = "1 value beyond the axis touches" if outside == 1 else f"{outside} values beyond the axis touch"
@@ -170,35 +170,37 @@ def _styles(count: int) -> list[str]:
     return [f"stroke-opacity:{0.25 + 0.75 * index / (count - 1):.2f}" for index in range(count)]
 
 
-def _x_axis(name: str, labels: list[str], across: list[float], numeric: bool) -> svg.Axis:
+def _x_axis(name: str, labels: list[str], values: list[float], numeric: bool) -> svg.Axis:
     if not numeric:
         return svg.places(name, labels)
-    if min(across) > 0 and max(across) / min(across) >= 4:
-        return svg.powers(name, across)
-    return replace(svg.scale(name, across), ticks=[(at, f"{at:g}") for at in sorted(set(across))])
+    if min(values) > 0 and max(values) / min(values) >= 4:
+        return svg.powers(name, values)
+    return replace(svg.scale(name, values), ticks=[(value, f"{value:g}") for value in sorted(set(values))])
 
 
 def _groups(results: SweepResults, arms: Sequence[Arm], by: list[str]) -> list[Group]:
-    """The arms by their value on an axis; all in one where ``by`` is empty."""
+    """The arms in groups by their value on the axis ``by[0]``; one group of all where ``by`` is empty."""
     if not by:
         return [Group(results.metric, 0, list(arms))]
     labels = [*results.axes[by[0]], "?"]
-    inside = [[arm for arm in arms if arm.values[by[0]] == text] for text in labels]
-    bare = [
-        as_number(text) is not None or text in ("true", "false", "null") for text in labels
-    ]  # without its axis' name
-    named = [f"{results.short[by[0]]} = {text}" if alone else text for text, alone in zip(labels, bare, strict=True)]
-    return [Group(named[at], at, found) for at, found in enumerate(inside) if found]
+    arms_of_label = [[arm for arm in arms if arm.values[by[0]] == text] for text in labels]
+    names = [f"{results.short[by[0]]} = {text}" if _is_bare(text) else text for text in labels]
+    return [Group(names[index], index, members) for index, members in enumerate(arms_of_label) if members]
+
+
+def _is_bare(text: str) -> bool:
+    """True if a label means nothing without the name of its axis."""
+    return as_number(text) is not None or text in ("true", "false", "null")
 
 
 def _named(results: SweepResults, axis: str) -> list[str]:
     return [f"{results.short[axis]} = {text}" for text in results.axes[axis]]
 
 
-def _point(arms: Sequence[Arm], x: str, text: str, at: float) -> svg.Point | None:
+def _point(arms: Sequence[Arm], x: str, text: str, x_value: float) -> svg.Point | None:
     """The completed arm at a place; None where there is none, or more than one without an axis between."""
     scored = [arm for arm in arms if arm.values[x] == text and arm.scores]
-    return _mark(scored[0], at) if len(scored) == 1 else None
+    return _mark(scored[0], x_value) if len(scored) == 1 else None
 
 
 def _mark(arm: Arm, x: float, axis: str | None = None) -> svg.Point:

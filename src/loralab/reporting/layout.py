@@ -33,8 +33,8 @@ def aligned(titles: Sequence[str], rows: Iterable[Sequence[str]], right: range =
 
     rule = box.Box("    \n    \n -- \n" + "    \n" * 5, ascii=True)
     table = Table(box=rule, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for at, title in enumerate(titles):
-        table.add_column(title, justify="right" if at in right else "left", no_wrap=True)
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="right" if index in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(_printable, row))
     console = Console(

@@ -60,8 +60,8 @@ def _entries(folder: Path, name: str, inside: bool) -> list[dict[str, Any]]:
     entries = []
     for trial in results.trials:
         scored = {"metric": results.metric, "value": trial.score(results.metric)}
-        kind, own = ("run", trial.name) if name == RESULT else ("trial", results.describe(trial))
-        entries.append(_entry(trial.folder, kind, [trial], name=own, **scored))
+        kind, name = ("run", trial.name) if name == RESULT else ("trial", results.describe(trial))
+        entries.append(_entry(trial.folder, kind, [trial], name=name, **scored))
     return entries
 
 
@@ -121,9 +121,9 @@ def _what(entry: dict[str, Any]) -> str:
     """The folder, and what tells one entry from the next where its name does not."""
     if entry["error"]:
         return f"{entry['folder']}  {entry['error']}"
-    known = ("model=", "data=", "data.train=", "model.name_or_path=")
-    settings = " ".join(word for word in entry["overrides"] if not word.startswith(known))
-    more = {"sweep": "" if Path(entry["folder"]).name == entry["name"] else entry["name"], "trial": entry["name"]}
-    why = f"  stale: {'; '.join(entry['changed'])}" if entry["changed"] else ""
-    why += f"  {entry['damaged']}" if entry.get("damaged") else ""
-    return f"{entry['folder']}  {more.get(entry['kind'], settings)}".rstrip() + why
+    shown_elsewhere = ("model=", "data=", "data.train=", "model.name_or_path=")
+    settings = " ".join(word for word in entry["overrides"] if not word.startswith(shown_elsewhere))
+    names = {"sweep": "" if Path(entry["folder"]).name == entry["name"] else entry["name"], "trial": entry["name"]}
+    reasons = f"  stale: {'; '.join(entry['changed'])}" if entry["changed"] else ""
+    reasons += f"  {entry['damaged']}" if entry.get("damaged") else ""
+    return f"{entry['folder']}  {names.get(entry['kind'], settings)}".rstrip() + reasons

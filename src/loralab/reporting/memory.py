@@ -106,7 +106,7 @@ def _timelines(comparison: Comparison) -> Iterator[Figure]:
     title = "resident memory of the process (GiB)" if on_cpu else SOURCES[source]
     x = svg.steps("optimizer step", [step for curve in curves for step, _ in curve.rows])
     y = svg.scale(title, [value for curve in curves for _, value in curve.rows])
-    legends = [svg.legend([(name, at) for at, name in enumerate(names)])]
+    legends = [svg.legend([(name, index) for index, name in enumerate(names)])]
     legends += [svg.line_legend([("paged", svg.DASHES[0]), ("not paged", svg.DASHES[1])])]
     caption = f"One line per run, {len(curves)} of {len(runs)} runs with a series; cross: not completed."
     drawing = svg.line_plot(curves, x, y, description="memory by step")
@@ -116,8 +116,8 @@ def _timelines(comparison: Comparison) -> Iterator[Figure]:
 def _series(rows: Sequence[Json], source: str) -> list[tuple[float, float]]:
     """(step, GiB) of the rows that have it."""
     keys = [f"memory/{phase}_peak_gib" for phase in PHASES] if source == "memory/peak" else [source]
-    values = [(row["step"], [float(row[key]) for key in keys if is_number(row.get(key))]) for row in rows]
-    return [(float(step), max(known)) for step, known in values if known]
+    peaks_by_step = [(row["step"], [float(row[key]) for key in keys if is_number(row.get(key))]) for row in rows]
+    return [(float(step), max(peaks)) for step, peaks in peaks_by_step if peaks]
 
 
 def _optimizer(trial: TrialResult) -> str:

@@ -1,10 +1,10 @@
-"""What a reader must know of a table before reading it, in words: the same on the page, in Markdown, on a terminal."""
+"""Notes that explain a table: the same on the page, in Markdown and on a terminal."""
 
 from collections.abc import Iterator, Sequence
 
 from loralab.analysis import environments
 from loralab.analysis.arms import Comparison
-from loralab.analysis.claims import source
+from loralab.analysis.claims import source, verdicts
 from loralab.analysis.comparable import apart
 from loralab.analysis.paired import LEVEL
 from loralab.analysis.results import SweepResults
@@ -15,7 +15,7 @@ ONE_SEED = "no intervals: with one seed a row, no difference can be told from ch
 
 
 def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
-    """Of one table; ``packs_shown``: whether any of its cells says that it is a pack's."""
+    """The notes of one table; ``packs_shown``: True if any of its cells is marked as a pack's."""
     yield from _environments(comparison)
     yield from _separation(comparison)
     yield from _versus(comparison)
@@ -27,19 +27,24 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     yield from _constant(comparison)
     yield from _lengths(comparison)
     yield from _packs(comparison, packs_shown)
-    if words := source(comparison.results):
-        yield words
+    if published_source := source(comparison.results):
+        yield published_source
 
 
 def general(results: SweepResults, comparisons: Sequence[Comparison]) -> Iterator[str]:
-    """Of all tables together."""
+    """The notes of all tables together."""
     if results.about.get("damaged"):
         yield f"sweep.json cannot be read, so this is what the records say: {results.about['damaged']}"
-    if why := apart([comparison.results for comparison in comparisons]):
-        yield why.rstrip(".")
+    if reason := apart([comparison.results for comparison in comparisons]):
+        yield reason.rstrip(".")
     if results.repeats:
         yield f"{results.repeats} repeated: the same trial counts once"
     yield from results.conflicts
+
+
+def messages(results: SweepResults, comparisons: Sequence[Comparison]) -> list[str]:
+    """The notes of all tables together, then the verdicts on the paper's claims."""
+    return [*general(results, comparisons), *(verdict.text for verdict in verdicts(results, comparisons))]
 
 
 def undecided(comparison: Comparison) -> str:
@@ -50,14 +55,14 @@ def undecided(comparison: Comparison) -> str:
 def differing(comparison: Comparison) -> str:
     """``against the baseline, 2 of 5 rows' 95% intervals exclude 0: 1 better, 1 worse``; empty without intervals."""
     differences = [arm.difference for arm in comparison.arms if arm.difference and arm.difference.interval]
-    said = [difference.verdict(comparison.results.mode) for difference in differences]
-    ways = [f"{said.count(way)} {way}" for way in ("better", "worse") if way in said]
-    if not said:
+    signs = [difference.verdict(comparison.results.mode) for difference in differences]
+    counts = [f"{signs.count(sign)} {sign}" for sign in ("better", "worse") if sign in signs]
+    if not signs:
         return ""
-    if not ways:
+    if not counts:
         return f"no row differs from the baseline by its {LEVEL:.0%} interval"
-    count = f"{len(said) - said.count('')} of {len(said)}"
-    return f"against the baseline, {count} rows' {LEVEL:.0%} intervals exclude 0: {', '.join(ways)}"
+    count = f"{len(signs) - signs.count('')} of {len(signs)}"
+    return f"against the baseline, {count} rows' {LEVEL:.0%} intervals exclude 0: {', '.join(counts)}"
 
 
 def _separation(comparison: Comparison) -> Iterator[str]:
@@ -71,8 +76,8 @@ def _separation(comparison: Comparison) -> Iterator[str]:
     together = f", at {comparison.level:.1%} each, {LEVEL:.0%} for all {others} together (Bonferroni)"
     level = together if others > 1 else f" at {LEVEL:.0%}"
     yield f"Best: {comparison.best.name}: its paired interval against every other row excludes 0{level}"
-    if words := differing(comparison):
-        yield _capital(words)
+    if differences := differing(comparison):
+        yield _capital(differences)
 
 
 def _capital(text: str) -> str:
@@ -136,7 +141,7 @@ def _packs(comparison: Comparison, shown: bool) -> Iterator[str]:
             "so they compare with no other row's; a row whose seeds ran in different packs has none; peak alone is the "
             "predicted peak of a trial by itself"
         )
-    done = [trial for arm in comparison.arms for trial in arm.ok]
-    cpu = any(trial.get("memory.device") == "cpu" for trial in done)
-    if cpu and {trial.get("environment.threads") for trial in done} != {1}:
+    completed = [trial for arm in comparison.arms for trial in arm.ok]
+    cpu = any(trial.get("memory.device") == "cpu" for trial in completed)
+    if cpu and {trial.get("environment.threads") for trial in completed} != {1}:
         yield "Run again alone, a packed trial may differ by float rounding: the same bits with one thread only"

@@ -9,7 +9,6 @@ from typing import Any
 from markupsafe import Markup
 
 from loralab.analysis.arms import Arm, Comparison
-from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import MISSING, STALE, TrialResult
@@ -17,7 +16,7 @@ from loralab.analysis.values import canonical, flatten, label
 from loralab.reporting import memory, svg
 from loralab.reporting.figures import figures
 from loralab.reporting.html import Tile, duration, render
-from loralab.reporting.notes import differing, general, notes, undecided
+from loralab.reporting.notes import differing, messages, notes, undecided
 from loralab.reporting.provenance import Facts, facts, held_fixed, question
 from loralab.reporting.table import DECOMPOSED, Column, columns, seeds_text
 
@@ -38,18 +37,17 @@ EXPLAINED = {
 
 def page(results: SweepResults, comparisons: Sequence[Comparison]) -> str:
     """The whole document; where trials cannot be compared, results and figures by set."""
-    known, command = facts(results), results.about.get("command")
-    said = [*general(results, comparisons), *(verdict.text for verdict in verdicts(results, comparisons))]
+    provenance, command = facts(results), results.about.get("command")
     return render(
         "sweep.html",
         title=results.name,
         results=results,
         question=question(results),
-        tiles=list(_tiles(results, comparisons, known)),
+        tiles=list(_tiles(results, comparisons, provenance)),
         held_fixed=held_fixed(results),
-        facts=known,
+        facts=provenance,
         command=shlex.join(map(str, command)) if isinstance(command, list) else command,
-        notes=said,
+        notes=messages(results, comparisons),
         sections=[_section(comparison, len(comparisons) > 1) for comparison in comparisons],
         explained=EXPLAINED,
         seeds_text=seeds_text,
@@ -63,32 +61,32 @@ def page(results: SweepResults, comparisons: Sequence[Comparison]) -> str:
 def _section(comparison: Comparison, one_of_several: bool) -> dict[str, Any]:
     """What the template shows of one table."""
     shown = columns(comparison)
-    words = [f"Held fixed: {text}" for text in held_fixed(comparison.results) if one_of_several]
+    fixed = [f"Held fixed: {text}" for text in held_fixed(comparison.results) if one_of_several]
     return {
         "comparison": comparison,
         "subject": subject(comparison.results) if one_of_several else "",
         "columns": shown,
         "strips": _strips(comparison.arms),
-        "notes": [*words, *_reading(comparison, shown), *notes(comparison)],
+        "notes": [*fixed, *_reading(comparison, shown), *notes(comparison)],
         "memory": memory.section(comparison),
         "figures": figures(comparison),
     }
 
 
-def _tiles(results: SweepResults, comparisons: Sequence[Comparison], known: Facts) -> Iterator[Tile]:
-    done, total, stale = results.count("completed"), len(results.trials), results.count(STALE)
+def _tiles(results: SweepResults, comparisons: Sequence[Comparison], provenance: Facts) -> Iterator[Tile]:
+    completed, total, stale = results.count("completed"), len(results.trials), results.count(STALE)
     waiting = results.count("running", MISSING)
-    failed = total - done - waiting - stale
+    failed = total - completed - waiting - stale
     texts = [f"{failed} failed, listed below"] if failed else []
     texts += [f"{waiting} running or not started"] if waiting else []
     texts += [f"{stale} stale: base or data have changed since, listed below"] if stale else []
-    yield Tile(f"{done} of {total}", ", ".join(["trials completed", *texts]), bad=bool(failed or stale))
+    yield Tile(f"{completed} of {total}", ", ".join(["trials completed", *texts]), bad=bool(failed or stale))
     if len(comparisons) > 1:
         yield Tile(f"{len(comparisons)} sets", "whose numbers do not compare with each other, for the reason below")
     else:
         yield from _headline(comparisons[0])
-    if known.seconds:
-        yield Tile(duration(known.seconds), "of running time, all trials together")
+    if provenance.seconds:
+        yield Tile(duration(provenance.seconds), "of running time, all trials together")
 
 
 def _headline(comparison: Comparison) -> Iterator[Tile]:
@@ -98,8 +96,8 @@ def _headline(comparison: Comparison) -> Iterator[Tile]:
     if best is not None:
         yield Tile(f"{best.mean:.4f}", f"{results.metric} of the best row, by its intervals: {best.name}")
     elif len(comparison.contenders) > 1:
-        title, _, why = undecided(comparison).partition(": ")
-        yield Tile(title, "; ".join(filter(None, [why, differing(comparison)])))
+        title, _, reason = undecided(comparison).partition(": ")
+        yield Tile(title, "; ".join(filter(None, [reason, differing(comparison)])))
 
 
 def _strips(arms: Sequence[Arm]) -> list[Markup]:
@@ -137,8 +135,8 @@ def _cut(results: SweepResults) -> Iterator[str]:
         longest = data.get("max_length") or trial.setting("model.max_length")
         counts += [(data["truncated"], total, longest)] if data["truncated"] else []
     for cut, total, longest in dict.fromkeys(counts):
-        at = "model.max_length" if longest is None else f"model.max_length = {longest}"
-        yield f"{cut:,} of {total:,} rows were cut to {at}."
+        limit = "model.max_length" if longest is None else f"model.max_length = {longest}"
+        yield f"{cut:,} of {total:,} rows were cut to {limit}."
 
 
 def _files(folder: Path, trial: TrialResult) -> list[str]:

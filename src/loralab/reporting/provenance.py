@@ -67,30 +67,30 @@ def facts(results: SweepResults) -> Facts:
         "versions": _distinct(trials, "environment.versions"),
         "git": _distinct(trials, "environment.git"),
     }
-    known = {term: _distinct(trials, key) for term, key in _PROVENANCE.items()}
-    known["optimizer"] = known["optimizer"] or _distinct(trials, "optimizer.name")
+    provenance = {term: _distinct(trials, key) for term, key in _PROVENANCE.items()}
+    provenance["optimizer"] = provenance["optimizer"] or _distinct(trials, "optimizer.name")
     seeds = ", ".join(sorted({trial.seed for trial in results.trials}, key=sort_key))
-    known = {"seeds": seeds, **known, "peak memory, predicted over measured": _reconciled(trials)}
+    provenance = {"seeds": seeds, **provenance, "peak memory, predicted over measured": _reconciled(trials)}
     walls = ((trial.get("time.wall_s"), trial.get("pack.size")) for trial in trials)  # a pack has one clock
-    return Facts(header, known, sum(wall / (size or 1) for wall, size in walls if is_number(wall)))
+    return Facts(header, provenance, sum(wall / (size or 1) for wall, size in walls if is_number(wall)))
 
 
 def held_fixed(results: SweepResults) -> list[str]:
     """What sweep.json says is held fixed, and what the trials' configurations show."""
-    said = results.about.get("fixed") if asks_its_own(results) else None
-    if isinstance(said, Mapping):
-        texts = [f"{key}: {brief(value)}" for key, value in said.items()]
+    stated = results.about.get("fixed") if asks_its_own(results) else None
+    if isinstance(stated, Mapping):
+        texts = [f"{key}: {brief(value)}" for key, value in stated.items()]
     else:
-        texts = [brief(item) for item in (said if isinstance(said, list) else [said])]
+        texts = [brief(item) for item in (stated if isinstance(stated, list) else [stated])]
     texts = [_uncontradicted(text, _further(results)) for text in texts]
     trials = [trial for trial in results.trials if trial.record["config"]]
-    return list(filter(None, [*texts, "" if said else _alpha(trials), _common(results, trials)]))
+    return list(filter(None, [*texts, "" if stated else _alpha(trials), _common(results, trials)]))
 
 
 def asks_its_own(results: SweepResults) -> bool:
     """Whether the run varies what its sweep file asks about; without a file, it does."""
-    own, moving = _own_axes(results), results.moving()
-    return not own or not moving or any(axis in own for axis in moving)
+    file_axes, moving = _own_axes(results), results.moving()
+    return not file_axes or not moving or any(axis in file_axes for axis in moving)
 
 
 def question(results: SweepResults) -> str:
@@ -115,23 +115,27 @@ def brief(value: Any) -> str:
 
 def _own_axes(results: SweepResults) -> list[str]:
     """What the sweep file varies besides seeds; empty where there is no sweep file, or it is not here."""
-    words = results.about.get("overrides")
-    words = words if isinstance(words, list) else []
-    names = [word.partition("=")[2] for word in map(str, words) if word.lstrip("+").startswith("sweeps=")]
+    overrides = results.about.get("overrides")
+    overrides = overrides if isinstance(overrides, list) else []
+    names = [word.partition("=")[2] for word in map(str, overrides) if word.lstrip("+").startswith("sweeps=")]
     return [axis for name in names[:1] for axis in sweep_axes(name) if axis != "seed"]
 
 
 def _further(results: SweepResults) -> list[str]:
     """Axes of this run of which the sweep file, that speaks of what it holds fixed, knows nothing."""
-    own = _own_axes(results)
-    return [axis for axis in results.moving() if axis not in own and axis in results.about["axes"]] if own else []
+    file_axes = _own_axes(results)
+    return (
+        [axis for axis in results.moving() if axis not in file_axes and axis in results.about["axes"]]
+        if file_axes
+        else []
+    )
 
 
 def _uncontradicted(text: str, further: list[str]) -> str:
     """Its clauses but those that speak of a setting that is varied here."""
-    words = [re.escape(word) for axis in further for word in (axis.rpartition(".")[2], *_SPOKEN.get(axis, ()))]
-    spoken = re.compile(rf"(?<![\w.])({'|'.join(words)})(?!\w)")
-    return "; ".join(clause for clause in text.split("; ") if not (words and spoken.search(clause)))
+    patterns = [re.escape(word) for axis in further for word in (axis.rpartition(".")[2], *_SPOKEN.get(axis, ()))]
+    mention = re.compile(rf"(?<![\w.])({'|'.join(patterns)})(?!\w)")
+    return "; ".join(clause for clause in text.split("; ") if not (patterns and mention.search(clause)))
 
 
 def _common(results: SweepResults, trials: Sequence[TrialResult]) -> str:
@@ -152,9 +156,9 @@ def _common(results: SweepResults, trials: Sequence[TrialResult]) -> str:
 def _alpha(trials: Sequence[TrialResult]) -> str:
     """How lora_alpha goes with r, where r moves; empty where it goes in no simple way."""
     pairs = {(trial.setting("adapter.r"), trial.setting("adapter.lora_alpha")) for trial in trials}
-    known = {(r, alpha) for r, alpha in pairs if is_number(r) and is_number(alpha) and r}
-    alphas, ratios = {alpha for _, alpha in known}, {alpha / r for r, alpha in known}
-    if len({r for r, _ in known}) < 2:
+    numeric = {(r, alpha) for r, alpha in pairs if is_number(r) and is_number(alpha) and r}
+    alphas, ratios = {alpha for _, alpha in numeric}, {alpha / r for r, alpha in numeric}
+    if len({r for r, _ in numeric}) < 2:
         return ""
     if len(alphas) == 1:
         return f"lora_alpha = {label(alphas.pop())} while r moves"

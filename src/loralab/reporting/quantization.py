@@ -70,24 +70,24 @@ def terminal(result: Mapping[str, Any], width: int | None = None) -> str:
     lines = aligned(titles, rows, range(1, len(titles)))
     notes = [f"matmul: error of x W^T, x: {result['inputs']['of']}"] if "inputs" in result else []
     notes += [f"{name}: {row['error']}" for name, row in result["schemes"].items() if "error" in row]
-    notes += [f"- {words}" for words in undefined({**schemes, **_dense(result)})]
+    notes += [f"- {message}" for message in undefined({**schemes, **_dense(result)})]
     notes += [DECOMPOSED] if any(name.endswith("_decomposed") for name in schemes) else []
-    said = [line for note in notes for line in wrapped(note, width, "  ")]
-    lines = [subject(result), "", *lines, *([""] if said else []), *said]
+    footer = [line for note in notes for line in wrapped(note, width, "  ")]
+    lines = [subject(result), "", *lines, *([""] if footer else []), *footer]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def undefined(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Which figures are missing, why and whose: a text for each; what is exact (no error, no SNR) has none."""
     titles = {quantity[0]: quantity[1] for quantity in QUANTITIES} | {"layers": "some layers"}
-    whose: dict[str, list[str]] = {}
+    names_by_reason: dict[str, list[str]] = {}
     for name, row in rows.items():
-        for key, words in row.get("undefined", {}).items():
+        for key, reason in row.get("undefined", {}).items():
             if not (key == "snr_db" and row["relative_rmse"] == 0):
-                whose.setdefault(f"{titles.get(key, key.replace('_', ' '))}: {words}", []).append(name)
+                names_by_reason.setdefault(f"{titles.get(key, key.replace('_', ' '))}: {reason}", []).append(name)
     return [
-        f"{words} ({'all of them' if len(names) == len(rows) > 1 else ', '.join(names)})"
-        for words, names in whose.items()
+        f"{reason} ({'all of them' if len(names) == len(rows) > 1 else ', '.join(names)})"
+        for reason, names in names_by_reason.items()
     ]
 
 
@@ -155,8 +155,8 @@ def _notes(result: Mapping[str, Any], schemes: Measures) -> Iterator[str]:
     for name, row in result["schemes"].items():
         if "error" in row:
             yield f"{name} is left out: {row['error']}"
-    if why := "; ".join(undefined({**schemes, **_dense(result)})):
-        yield f"- is undefined. {why}"
+    if reasons := "; ".join(undefined({**schemes, **_dense(result)})):
+        yield f"- is undefined. {reasons}"
 
 
 def _dense(result: Mapping[str, Any]) -> Measures:
@@ -193,8 +193,8 @@ def _figures(result: Mapping[str, Any]) -> Iterator[Figure]:
 
 def _scatter(title: str, rows: Measures, key: str, name: str, caption: str) -> Figure:
     bits = [row["bits_per_parameter"] for row in rows.values()]
-    spread = [row[key] + side * (row.get("loss_change_se") or 0.0) for row in rows.values() for side in (-1, 1)]
-    ticks = [(at, f"{at:g}") for at in (4, 4.25, 4.5, 5, 6, 8, 16, 24)]
+    spread = [row[key] + sign * (row.get("loss_change_se") or 0.0) for row in rows.values() for sign in (-1, 1)]
+    ticks = [(value, f"{value:g}") for value in (4, 4.25, 4.5, 5, 6, 8, 16, 24)]
     low, high = min([4.0, *bits]) / 1.04, max([8.0, *bits]) * 1.04
     families: dict[str, list[svg.Point | None]] = {family: [] for family in FAMILIES}
     for scheme, row in rows.items():
@@ -202,9 +202,9 @@ def _scatter(title: str, rows: Measures, key: str, name: str, caption: str) -> F
         error = row["loss_change_se"] if key == "loss_change" else None
         tip = f"{scheme}: {bits:.4f} bits, {value:.4g}"
         families[_family(scheme)].append(svg.Point(bits, value, [value], error, tip))
-    series = [svg.Series(family, points, hue) for hue, (family, points) in enumerate(families.items()) if points]
+    series = [svg.Series(family, points, colour) for colour, (family, points) in enumerate(families.items()) if points]
     x = svg.Axis("bits per parameter", low, high, [tick for tick in ticks if low <= tick[0] <= high], log2=True)
-    legend = svg.legend([(each.name, each.colour) for each in series])
+    legend = svg.legend([(one.name, one.colour) for one in series])
     return Figure(title, caption, svg.scatter(series, x, svg.scale(name, spread), name), [legend])
 
 
@@ -220,21 +220,21 @@ def _code_books() -> Markup:
     canvas = svg.Canvas(axis, svg.places("", list(reversed(names))))
     canvas.frame()
     for row, name in enumerate(reversed(names)):
-        hue = f"c{names.index(name) % svg.COLOURS}"
+        colour = f"c{names.index(name) % svg.COLOURS}"
         for value in sorted(set(codebooks.table(name).tolist())):
             x, y = canvas.px(value), canvas.py(row)
-            canvas.line(x, y - 12, x, y + 12, f"bar {hue}")
+            canvas.line(x, y - 12, x, y + 12, f"bar {colour}")
     return canvas.done("The values of each code book")
 
 
 def _by_layer(rows: Measures, chosen: Sequence[str], order: Sequence[str]) -> Figure:
     curves = []
-    for hue, name in enumerate(chosen):
-        known = rows[name]["layers"]
-        points = [(float(at), known[layer]) for at, layer in enumerate(order) if known.get(layer) is not None]
-        curves.append(svg.Curve(name, points, hue))
+    for colour, name in enumerate(chosen):
+        errors = rows[name]["layers"]
+        points = [(float(index), errors[layer]) for index, layer in enumerate(order) if errors.get(layer) is not None]
+        curves.append(svg.Curve(name, points, colour))
     y = svg.scale("relative RMSE", [value for curve in curves for _, value in curve.rows])
-    x = svg.steps("layer, in the model's order", [at for curve in curves for at, _ in curve.rows])
+    x = svg.steps("layer, in the model's order", [index for curve in curves for index, _ in curve.rows])
     legend = svg.legend([(curve.name, curve.colour) for curve in curves])
     return Figure("Error by layer", "Layers in the order of the table below.", svg.line_plot(curves, x, y), [legend])
 

@@ -14,7 +14,7 @@ from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting.layout import terminal_width
-from loralab.reporting.notes import general, notes
+from loralab.reporting.notes import general, messages, notes
 from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
 from loralab.reporting.table import as_plain
@@ -122,20 +122,19 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
 
 
 def _markdown(results: SweepResults, compared: Sequence[Comparison]) -> str:
-    known = facts(results)
-    asked = question(results)
-    lines = [f"# {results.name}", "", *([asked, ""] if asked else [])]
+    provenance = facts(results)
+    question_text = question(results)
+    lines = [f"# {results.name}", "", *([question_text, ""] if question_text else [])]
     for comparison in compared:
         lines += [f"## {subject(comparison.results)}", ""] if len(compared) > 1 else []
         lines += [f"{measure(comparison)}.", "", markdown(comparison)]
         lines += [*(f"- {note}" for note in notes(comparison)), ""]
-    said = [*general(results, compared), *(verdict.text for verdict in verdicts(results, compared))]
-    said += [f"held fixed: {text}" for text in held_fixed(results)]
-    said += [f"{term}: {text}" for term, text in {**known.header, **known.provenance}.items() if text]
-    lines += [f"- {text}" for text in said]
+    footer = [*messages(results, compared), *(f"held fixed: {text}" for text in held_fixed(results))]
+    footer += [f"{term}: {text}" for term, text in {**provenance.header, **provenance.provenance}.items() if text]
+    lines += [f"- {text}" for text in footer]
     troubled = [trial for trial in results.trials if not trial.ok]
     lines += ["", f"## Not completed{' or stale' * (results.count(STALE) > 0)}", ""] if troubled else []
     for trial in troubled:
-        again = f" (`{trial.rerun}`)" if trial.record["overrides"] else ""
-        lines.append(f"- {results.describe(trial)}: {trial.status}: {trial.reason}{again}")
+        rerun = f" (`{trial.rerun}`)" if trial.record["overrides"] else ""
+        lines.append(f"- {results.describe(trial)}: {trial.status}: {trial.reason}{rerun}")
     return "\n".join(lines) + "\n"

@@ -129,14 +129,14 @@ class Canvas:
 
     def point(self, point: Point, colour: int, shift: float = 0.0) -> None:
         """A mark at the mean, its error bar, and a small circle for each of several seeds; ``shift``: pixels aside."""
-        tone, x = f"c{colour % COLOURS}", self.px(point.x) + shift
+        colour_class, x = f"c{colour % COLOURS}", self.px(point.x) + shift
         if point.std is not None:
             low, high = self.py(point.mean - point.std), self.py(point.mean + point.std)
-            self.line(x, low, x, high, f"bar {tone}")
+            self.line(x, low, x, high, f"bar {colour_class}")
             for end in (low, high):
-                self.line(x - 4, end, x + 4, end, f"bar {tone}")
+                self.line(x - 4, end, x + 4, end, f"bar {colour_class}")
         for value in point.values if len(point.values) > 1 else ():
-            self.parts.append(f'<circle class="seed {tone}" cx="{x:.1f}" cy="{self.py(value):.1f}" r="2.6"/>')
+            self.parts.append(f'<circle class="seed {colour_class}" cx="{x:.1f}" cy="{self.py(value):.1f}" r="2.6"/>')
         self.mark(x, self.py(point.mean), colour, point.text, shape=point.shape)
 
     def cross(self, x: float, y: float, colour: int) -> None:
@@ -177,9 +177,9 @@ def scale(title: str, values: Sequence[float], pad: float = 0.08) -> Axis:
     margin = (high - low) * pad if high - low > 1e-6 * size + 1e-9 else 0.02 * size + 1e-6
     low, high = low - margin, high + margin
     step = _round_step((high - low) / 6)
-    places = [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    values_of_ticks = [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
     decimals = next((n for n in range(15) if math.isclose(step, round(step, n), rel_tol=1e-6)), 15)
-    return Axis(title, low, high, [(at, f"{at:.{decimals}f}") for at in places])
+    return Axis(title, low, high, [(value, f"{value:.{decimals}f}") for value in values_of_ticks])
 
 
 def steps(title: str, values: Sequence[float]) -> Axis:
@@ -209,14 +209,14 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True, de
     """
     canvas = Canvas(x, y)
     canvas.frame()
-    for each in series:
-        for run in _unbroken(each.points) if joined else ():
+    for one in series:
+        for run in _unbroken(one.points) if joined else ():
             middle = [(canvas.px(point.x), canvas.py(point.mean)) for point in run]
-            canvas.path(middle, f"line c{each.colour % COLOURS}", each.name)
-        for point in filter(None, each.points):
-            there = [other for other in series if any(p and p.x == point.x for p in other.points)]
-            spread = min(26.0, (WIDTH - LEFT - RIGHT) / max(1, len(x.ticks)) * 0.8 / len(there))
-            canvas.point(point, each.colour, 0.0 if joined else (there.index(each) - (len(there) - 1) / 2) * spread)
+            canvas.path(middle, f"line c{one.colour % COLOURS}", one.name)
+        for point in filter(None, one.points):
+            present = [other for other in series if any(p and p.x == point.x for p in other.points)]
+            spread = min(26.0, (WIDTH - LEFT - RIGHT) / max(1, len(x.ticks)) * 0.8 / len(present))
+            canvas.point(point, one.colour, 0.0 if joined else (present.index(one) - (len(present) - 1) / 2) * spread)
     return canvas.done(description)
 
 
@@ -224,9 +224,9 @@ def scatter(series: Sequence[Series], x: Axis, y: Axis, description: str = "") -
     """The same points on two continuous axes, each mark at its values."""
     canvas = Canvas(x, y)
     canvas.frame()
-    for each in series:
-        for point in filter(None, each.points):
-            canvas.point(point, each.colour)
+    for one in series:
+        for point in filter(None, one.points):
+            canvas.point(point, one.colour)
     return canvas.done(description)
 
 
@@ -238,11 +238,11 @@ def line_plot(curves: Sequence[Curve], x: Axis, y: Axis, smooth: float = 0.0, de
     passes = [("raw", 0.0), ("line", smooth)] if smooth else [("line", 0.0)]
     for kind, keep in passes:
         for curve in curves:
-            kept = downsample(_smoothed(curve.rows, keep) if keep else curve.rows, budget)
-            pixels = [(canvas.px(step), canvas.py(min(max(value, y.low), y.high))) for step, value in kept]
-            tone = f"{kind} thin c{curve.colour % COLOURS}"
-            canvas.path(pixels, tone, curve.name, curve.style if kind == "line" else "")
-            if len(kept) == 1:
+            rows = downsample(_smoothed(curve.rows, keep) if keep else curve.rows, budget)
+            pixels = [(canvas.px(step), canvas.py(min(max(value, y.low), y.high))) for step, value in rows]
+            css_class = f"{kind} thin c{curve.colour % COLOURS}"
+            canvas.path(pixels, css_class, curve.name, curve.style if kind == "line" else "")
+            if len(rows) == 1:
                 canvas.mark(*pixels[0], curve.colour, curve.name, size=3)
             if curve.broken and kind == "line":
                 canvas.cross(*pixels[-1], curve.colour)
@@ -288,12 +288,12 @@ def downsample(rows: Sequence[tuple[float, float]], limit: int) -> list[tuple[fl
     """At most ``limit`` rows: the least and the greatest of each bucket, in order, so that spikes survive."""
     if len(rows) <= limit:
         return list(rows)
-    buckets, kept = max(1, limit // 2), []
+    buckets, sampled = max(1, limit // 2), []
     for index in range(buckets):
         bucket = range(len(rows) * index // buckets, len(rows) * (index + 1) // buckets)
         ends = {pick(bucket, key=lambda at: rows[at][1]) for pick in (min, max)}
-        kept += [rows[at] for at in sorted(ends)]
-    return kept
+        sampled += [rows[at] for at in sorted(ends)]
+    return sampled
 
 
 def _unbroken(points: Sequence[Point | None]) -> list[list[Point]]:
@@ -314,11 +314,12 @@ def _shape(x: float, y: float, size: float, kind: int) -> str:
     if kind == 0:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}"/>'
     if kind == 1:
-        side = size * 1.7
-        return f'<rect x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" height="{side:.1f}"/>'
-    reach = size * 1.3
-    low = [(reach, 0.0), (0.0, reach), (-reach, 0.0)] if kind == 2 else [(reach, reach * 0.8), (-reach, reach * 0.8)]
-    return f'<polygon points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in [(0, -reach), *low])}"/>'
+        width = size * 1.7
+        return f'<rect x="{x - width / 2:.1f}" y="{y - width / 2:.1f}" width="{width:.1f}" height="{width:.1f}"/>'
+    radius = size * 1.3
+    diamond, triangle = [(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0)], [(1.0, 0.8), (-1.0, 0.8)]
+    corners = [(0.0, -1.0), *(diamond if kind == 2 else triangle)]
+    return f'<polygon points="{" ".join(f"{x + radius * dx:.1f},{y + radius * dy:.1f}" for dx, dy in corners)}"/>'
 
 
 def _wrapped(text: str, room: int) -> list[str]:

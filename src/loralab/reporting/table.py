@@ -119,8 +119,8 @@ def _plain_difference(arm: Arm) -> dict[str, Any] | None:
     if arm.difference is None:
         return None
     low, high = arm.difference.interval or (None, None)
-    told = asdict(arm.difference)
-    return {"mean": told["mean"], "low": low, "high": high, **{key: told[key] for key in ("p", "n", "seeds")}}
+    fields = asdict(arm.difference)
+    return {"mean": fields["mean"], "low": low, "high": high, **{key: fields[key] for key in ("p", "n", "seeds")}}
 
 
 def _difference_text(arm: Arm) -> str:
@@ -153,4 +153,6 @@ def _partly_quantized(arms: Sequence[Arm]) -> bool:
     bits = [
         (arm.means.get("base.bits_per_parameter"), arm.means.get("base.bits_per_parameter_overall")) for arm in arms
     ]
-    return any(own and whole and abs(whole - own) > NOTICEABLE * own for own, whole in bits)
+    return any(
+        quantized and overall and abs(overall - quantized) > NOTICEABLE * quantized for quantized, overall in bits
+    )

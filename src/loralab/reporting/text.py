@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 from loralab.analysis.arms import Arm, Comparison
-from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
 from loralab.reporting.layout import WIDTH, aligned, natural_width, wrapped
-from loralab.reporting.notes import general, notes
+from loralab.reporting.notes import messages, notes
 from loralab.reporting.provenance import question
 from loralab.reporting.table import VERSUS, Column, columns, score_text, seeds_text
 
@@ -27,9 +26,9 @@ def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: in
         fitted = _fit(comparison, width)
         lines += [*wrapped(measure(comparison), width), "", *fitted]
         lines += _paragraphs(notes(comparison, any("(pack of" in line for line in fitted)), width)
-    said = [*general(results, comparisons), *(verdict.text for verdict in verdicts(results, comparisons))]
-    said += [f"{trial.status}: {results.describe(trial)}: {trial.reason}" for trial in results.broken]
-    lines += _paragraphs(said, width)
+    footer = messages(results, comparisons)
+    footer += [f"{trial.status}: {results.describe(trial)}: {trial.reason}" for trial in results.broken]
+    lines += _paragraphs(footer, width)
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 

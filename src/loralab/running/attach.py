@@ -1,4 +1,4 @@
-"""A trial from its spec: its record opened, its adapter attached to the base."""
+"""From a trial's spec to a Trial: opens its record and attaches its adapter to the base."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from typing import Any
 from loralab.adapters.attached import attached
 from loralab.data.encoding import Encoded
 from loralab.models.loading import Base
-from loralab.records import record
+from loralab.records import record as records
 from loralab.records.environment import environment
 from loralab.training.specs import TrialSpec
 from loralab.training.trial import Trial
@@ -16,28 +16,28 @@ from loralab.training.trial import Trial
 
 def open_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     """Writes and returns the record of a trial that begins, the ``index``-th of a pack of ``size``."""
-    entry = record.blank(spec.id, config=spec.config, overrides=spec.overrides, choices=spec.choices, seed=spec.seed)
-    entry["pack"] = {"size": size, "index": index}
-    entry["environment"], entry["code"]["sources"] = environment(), spec.sources()
-    entry["cwd"] = str(Path.cwd())  # what relative paths among the overrides are relative to
-    entry["pid"], entry["host"] = os.getpid(), socket.gethostname()
-    record.write(spec.folder, entry)
-    return entry
+    record = records.blank(spec.id, config=spec.config, overrides=spec.overrides, choices=spec.choices, seed=spec.seed)
+    record["pack"] = {"size": size, "index": index}
+    record["environment"], record["code"]["sources"] = environment(), spec.sources()
+    record["cwd"] = str(Path.cwd())  # what relative paths among the overrides are relative to
+    record["pid"], record["host"] = os.getpid(), socket.gethostname()
+    records.write(spec.folder, record)
+    return record
 
 
-def attach_trial(base: Base, spec: TrialSpec, data: Encoded, entry: dict[str, Any]) -> Trial:
-    """A trial at its first step, its adapter attached to ``base`` and described in ``entry``. Raises ConfigError."""
+def attach_trial(base: Base, spec: TrialSpec, data: Encoded, record: dict[str, Any]) -> Trial:
+    """A trial at its first step, its adapter attached to ``base`` and described in ``record``. Raises ConfigError."""
     adapter = attached(spec.adapter, base.model, spec.seed)
     base.model.to(spec.trainer.device)
     adapter.to(spec.trainer.device)
-    entry["base"] = base.record()
-    entry["adapter"].update(
+    record["base"] = base.record()
+    record["adapter"].update(
         method=spec.adapter.method,
         trainable_parameters=adapter.trainable_parameters(),
         bytes=sum(p.numel() * p.element_size() for p in adapter.parameters()),
         modules=adapter.module_names,
     )
-    entry["data"].update(
+    record["data"].update(
         name=data.splits.name,
         fingerprint=data.splits.fingerprint,
         targets=data.targets,
@@ -46,14 +46,14 @@ def attach_trial(base: Base, spec: TrialSpec, data: Encoded, entry: dict[str, An
         max_length=spec.model.length,
     )
     if labels := data.splits.labels if spec.model.task == "sequence_classification" else []:
-        classes = {"id2label": dict(enumerate(labels)), "label2id": {name: at for at, name in enumerate(labels)}}
-        entry["data"].update(classes)
-    return Trial(spec, adapter, data, _pad_token_id(base), entry)
+        label2id = {name: index for index, name in enumerate(labels)}
+        record["data"].update(id2label=dict(enumerate(labels)), label2id=label2id)
+    return Trial(spec, adapter, data, _pad_token_id(base), record)
 
 
 def _pad_token_id(base: Base) -> int:
-    """The token that rows are padded with. A causal classifier finds a row's last token by its config's own
-    pad_token_id, whatever the tokenizer pads with; where that is no token, the config is given the tokenizer's."""
+    """The token that rows are padded with. A causal classifier finds the last token of a row by its config's
+    pad_token_id, so that is used; where it is not a token of the base, the config is given the tokenizer's."""
     config: Any = base.model.config
     pad: int | None = config.get_text_config().pad_token_id
     if base.spec.task != "sequence_classification":

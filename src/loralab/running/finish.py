@@ -1,4 +1,4 @@
-"""What a trial leaves behind: its generated text scored, its adapter exported, its record closed."""
+"""The end of a trial: its generated text is scored, its adapter exported, its record closed."""
 
 import time
 from typing import Any
@@ -7,17 +7,18 @@ from loralab.adapters.export import save
 from loralab.errors import Interrupted, LoralabError, explain
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
+from loralab.records import record as records
 from loralab.training import checkpoint, generation
 from loralab.training.trial import Trial
 
 
 def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
-    """Scores what the trial writes for the first rows of ``split``, where the data asks for it."""
+    """Adds ROUGE-L of generated text for the first ``data.generate_rows`` rows of ``split`` to the trial's metrics."""
     spec, score = trial.spec, f"{prefix}/rouge_l"
     rows = getattr(trial.data.splits, split)[: spec.data.generate_rows]
     if not rows or trial.failure is not None or trial.task == "sequence_classification":
         return
-    if score in trial.metrics:  # by an earlier fit
+    if score in trial.metrics:  # of an earlier fit
         return
     writer = generation.Writer(
         base.model, base.tokenizer, trial.adapter, trial.task, spec.model.length, spec.data.generation
@@ -28,27 +29,27 @@ def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
 
 def finish(trial: Trial, base: Base, started: float) -> None:
     """Exports the adapter and closes the record. ``started``: when the run began, in seconds of time.monotonic."""
-    entry = trial.record
+    record = trial.record
     if trial.failure is None:
         _export(trial, base)
     if trial.failure is None or trial.last_validated_step == trial.step:  # else the scores are of an earlier state
-        entry["metrics"] = dict(trial.metrics)
+        record["metrics"] = dict(trial.metrics)
     if trial.early_stopping.stopped and trial.step < trial.max_steps:
         best = trial.early_stopping.best
-        entry["stopped_early"] = {"step": trial.step, "metric": trial.spec.metric, "best": best}
-    entry["time"]["wall_s"] = time.monotonic() - started
-    close_record(entry, trial.failure)
+        record["stopped_early"] = {"step": trial.step, "metric": trial.spec.metric, "best": best}
+    record["time"]["wall_s"] = time.monotonic() - started
+    close_record(record, trial.failure)
     for logger in trial.loggers:
-        logger.summarize({**trial.metrics, "status": entry["status"]})
-        if spikes := entry["memory"].get("spikes"):
+        logger.summarize({**trial.metrics, "status": record["status"]})
+        if spikes := record["memory"].get("spikes"):
             logger.table("memory/spikes", list(spikes[0]), [list(spike.values()) for spike in spikes])
-    trial.write_record()
+    records.write(trial.spec.folder, record)
     if trial.failure is None:
         checkpoint.forget(trial.spec.folder)
 
 
 def _export(trial: Trial, base: Base) -> None:
-    """The adapter on disk. What goes wrong is this trial's failure, and the others are written all the same."""
+    """Writes the adapter. An error is the failure of this trial alone; the others are written all the same."""
     folder = trial.spec.folder / "adapter"
     trial.record["adapter"]["never_called"] = trial.adapter.never_called()
     name_classes(base.model, trial.data.splits.labels if trial.task == "sequence_classification" else [])
@@ -63,8 +64,9 @@ def _export(trial: Trial, base: Base) -> None:
         trial.fail(failure)
 
 
-def close_record(entry: dict[str, Any], failure: LoralabError | Interrupted | None) -> None:
-    """Writes into ``entry`` how the trial ended; ``failure`` None: well."""
-    entry["status"] = "completed" if failure is None else failure.status
-    entry["error"] = None if failure is None else str(failure)
-    entry["exit_code"] = 0 if failure is None else failure.exit_code
+def close_record(record: dict[str, Any], failure: LoralabError | Interrupted | None) -> None:
+    """Sets status, error and exit code in ``record``; ``failure`` None: the trial is completed."""
+    if failure is None:
+        record.update(status="completed", error=None, exit_code=0)
+    else:
+        record.update(status=failure.status, error=str(failure), exit_code=failure.exit_code)

@@ -1,4 +1,4 @@
-"""One fit of a pack: train, score, export, record; who is in a pack changes between fits only."""
+"""One fit of a pack: train, score, export, record. The trials of a pack change only between fits."""
 
 import logging
 import time
@@ -7,7 +7,6 @@ from typing import Any
 from loralab.adapters.attached import attached
 from loralab.adapters.hooks import NotPackable
 from loralab.errors import LoralabError, OutOfMemory, explain
-from loralab.models import architecture
 from loralab.models.loading import Base
 from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight
@@ -23,23 +22,23 @@ log = logging.getLogger(__name__)
 
 
 class Fit:
-    """Fits ``trials`` from the step where they all stand, and closes their records."""
+    """Fits ``trials``, which all stand at the same step, and closes their records."""
 
     def __init__(self, base: Base, trials: list[Trial], started: float, progress: bool, foresight: Foresight) -> None:
         """``started``: when the run began, in seconds of time.monotonic."""
         self.base, self.trials, self.started, self.progress = base, trials, started, progress
         self.foresight = foresight
-        self.spec = trials[0].spec  # what the trials of a pack share is read off the first
+        self.spec = trials[0].spec  # for all that the trials of a pack share
         self.callbacks = [make() for make in self.spec.callbacks.values()] + self.spec.memory.callbacks()
-        # such layers look at whole sequences, which a prefix would show them in parts
+        # quantized layers that are not packable take scales over whole sequences, which a cached prefix would split
         prefix_bytes = self.spec.memory.prefix_bytes if self.spec.quantization.packable else 0
-        lengthened = self.spec.memory.spiky_every is not None  # by padding, which shall cost what it costs
-        self.module = FineTuner(base.model, trials, prefix_bytes, base.prefix_states, unpad=not lengthened)
+        unpad = self.spec.memory.spiky_every is None  # spikes are made of padding, which must be computed
+        self.module = FineTuner(base.model, trials, prefix_bytes, base.prefix_states, unpad)
         self.optimizer_records: list[dict[str, Any]] = [{} for _ in trials]
         self.states: list[optimizers.State | None] = [trial.optimizer_state for trial in trials]
 
     def run(self) -> list[list[Trial]]:
-        """The packs in which the trials go on from where they stand; none where their records are closed."""
+        """The packs in which the trials must go on; empty when every record is closed."""
         for trial in self.trials:
             if not trial.loggers:
                 spec = trial.spec
@@ -56,7 +55,7 @@ class Fit:
         return []
 
     def _train_and_score(self) -> LoralabError | None:
-        """What fewer trials could cure is returned, without the frames that hold memory."""
+        """None, or an error that a smaller pack may avoid, without the frames of its traceback, which hold memory."""
         begun = time.monotonic()
         seconds = 0.0
         try:
@@ -73,27 +72,27 @@ class Fit:
             if isinstance(failure, OutOfMemory | NotPackable):
                 return failure.with_traceback(None)
             raise
-        finally:  # what a run that ran out of memory used is the point of its record
+        finally:  # also after an error: what a run used that ran out of memory
             self._record_costs(begun - self.started, seconds or time.monotonic() - begun)
         return None
 
     def _train(self) -> None:
-        """Not called for max_steps=0, which scores the base as it is."""
-        spec, positions = self.spec, architecture.positions(self.base.model.config)
-        passes = spec.memory.passes(TrainPasses(self.trials), spec.model.length, positions)
+        """Not called for max_steps=0, where the base is scored as it is."""
+        spec = self.spec
+        passes = spec.memory.passes(TrainPasses(self.trials), spec.model.length, spec.room)
         step, interval = min(trial.step for trial in self.trials if trial.alive), spec.trainer.val_check_interval
-        if interval and step and step % interval == 0:  # an earlier fit broke off in this validation
+        if interval and step and step % interval == 0:  # an earlier fit ended by an error in this validation
             self._score("val", "validation")
             if not any(trial.alive for trial in self.trials):
                 return
         trainer = spec.trainer.build([*self.callbacks, FirstBatch()], self.progress)
         count_from(trainer, step)
-        self.module.train()  # Lightning keeps the mode it finds, and from_pretrained leaves evaluation mode
+        self.module.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
         try:
             with spec.memory.capped():
                 trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
         except Exception:
-            if trainer.optimizers:  # else it broke off before they were taken over
+            if trainer.optimizers:  # else the error came before it had states
                 self.states = [None for _ in self.trials]
                 self.states[:] = optimizers.states(trainer.optimizers[0])
             raise
@@ -102,13 +101,13 @@ class Fit:
                 self._describe(trainer.optimizers[0])
 
     def _evaluate(self, prefix: str, split: str) -> None:
-        """Scores the final state over a split and by generation."""
+        """Scores the final state over ``split``, by its loss and by generation."""
         self._score(prefix, split)
         for trial in self.trials:
             generate(trial, self.base, prefix, split)
 
     def _score(self, prefix: str, split: str) -> None:
-        """The state as it is, unless the last validation or an earlier fit did."""
+        """Scores the present state over ``split``, unless the last validation or an earlier fit has."""
         self.module.split = prefix
         if not all(_is_scored(trial, prefix) for trial in self.trials):
             observers = observer.evaluation_observers(self.callbacks)
@@ -120,9 +119,9 @@ class Fit:
         self.optimizer_records = [optimizers.describe(optimizer, name, i) for i in range(len(self.trials))]
 
     def _record_costs(self, startup: float, seconds: float) -> None:
-        """Memory and time: the pack's, the same in each record; optimizer state: each trial's own.
+        """Memory and time are the pack's, the same in each record; the optimizer state is each trial's own.
 
-        A profiled step is in no time.
+        ``startup``, ``seconds``: before and during the fit. Profiled steps are left out of the times.
         """
         memory: dict[str, Any] = {**self.spec.memory.record(), **observer.memory_fields(self.callbacks)}
         seconds -= observer.excluded_seconds(self.callbacks)
@@ -142,10 +141,10 @@ class Fit:
             )
 
     def _predict_memory(self) -> None:
-        """The predicted peak of the very step that was measured, and of each trial alone; nothing waits for it now."""
+        """Records the predicted peak of the step that was measured, and of each trial alone, once training is over."""
         if not self.spec.plan.record:
             return
-        profiler: Any = next((one for one in self.callbacks if getattr(one, "passes", None)), None)
+        profiler: Any = next((callback for callback in self.callbacks if getattr(callback, "passes", None)), None)
         specs = [trial.spec for trial in self.trials]
         plan = None if profiler is None else self.foresight.of(specs, self._geometry(profiler))
         for trial in self.trials:
@@ -155,32 +154,34 @@ class Fit:
                 memory["predicted_peak_bytes"] = plan.predicted_peak_bytes
 
     def _geometry(self, profiler: Any) -> Geometry:
-        """What was fed while allocations were added up, by the way that the base was computed."""
+        """The passes of the measured step, and the forward mode they were computed in."""
         passes, mode = profiler.passes, self.module.forward_pass.mode
-        heavy = max(range(len(passes)), key=lambda at: passes[at].tokens)
-        first = max(0, min(heavy - 1, len(passes) - 2))
-        taken = tuple(passes[first : first + 2])
-        return Geometry(taken, profiler.device == "cuda", profiler.evaluated, mode=mode, first=profiler.single)
+        heaviest = max(range(len(passes)), key=lambda index: passes[index].tokens)
+        first = max(0, min(heaviest - 1, len(passes) - 2))
+        pair = tuple(passes[first : first + 2])
+        return Geometry(pair, profiler.device == "cuda", profiler.evaluated, mode=mode, first=profiler.single)
 
     def _divide(self, why: LoralabError) -> list[list[Trial]]:
-        """Halves, or single trials where the base mixes rows, each from its trials' last finished steps."""
+        """Two halves, or single trials where the base mixes rows. Each trial goes on from its last finished step; one
+        whose update was cut short begins anew."""
         step = max(trial.step for trial in self.trials)
-        whole = [trial.rewind(state) for trial, state in zip(self.trials, self.states, strict=True)]
-        kept = [trial for trial, sound in zip(self.trials, whole, strict=True) if sound]
-        again = [trial for trial, sound in zip(self.trials, whole, strict=True) if not sound]
-        for trial in again:
+        rewound: list[Trial] = []
+        restarted: list[Trial] = []
+        for trial, state in zip(self.trials, self.states, strict=True):
+            (rewound if trial.rewind(state) else restarted).append(trial)
+        for trial in restarted:
             trial.adapter.detach()
             trial.restart(attached(trial.spec.adapter, self.base.model, trial.spec.seed))
         half = len(self.trials) // 2
         if isinstance(why, NotPackable):
             parts = [[trial] for trial in self.trials]
         else:
-            parts = [kept, again] if kept and again else [self.trials[:half], self.trials[half:]]
+            parts = [rewound, restarted] if rewound and restarted else [self.trials[:half], self.trials[half:]]
         log.warning(
             "%d trials do not run together: %s; from step %d they go on in %s (%s)%s",
             *(len(self.trials), why, step, " + ".join(str(len(part)) for part in parts)),
             ", ".join(trial.spec.id for trial in self.trials),
-            f", {len(again)} of them anew: their update was cut short" if again else "",
+            f", {len(restarted)} of them anew: their update was cut short" if restarted else "",
         )
         for part in parts:
             for index, trial in enumerate(part):
@@ -189,12 +190,13 @@ class Fit:
 
 
 def _is_scored(trial: Trial, prefix: str) -> bool:
-    done = trial.last_validated_step == trial.step if prefix == "val" else f"{prefix}/loss" in trial.metrics
-    return done or trial.failure is not None
+    """Whether the trial's present state needs no scoring over the split of ``prefix``."""
+    scored = trial.last_validated_step == trial.step if prefix == "val" else f"{prefix}/loss" in trial.metrics
+    return scored or trial.failure is not None
 
 
 def _record_division(pack: dict[str, Any], size: int, index: int, why: LoralabError) -> None:
-    """``halved``: the sizes that were too much for the memory; ``why``: what keeps a trial alone."""
+    """Sets in ``pack``: ``why`` a trial runs alone, or ``halved``, the sizes that were too large for the memory."""
     if isinstance(why, NotPackable):
         pack["why"] = str(why)
     else:
@@ -203,7 +205,7 @@ def _record_division(pack: dict[str, Any], size: int, index: int, why: LoralabEr
 
 
 def count_from(trainer: Any, step: int) -> None:
-    """Lightning counts on from ``step``, so that validations keep their places."""
+    """Makes Lightning count optimizer steps from ``step`` on, so that validations come at the same steps."""
     loop = trainer.fit_loop.epoch_loop
     loop.batch_progress.total.ready = step * trainer.accumulate_grad_batches
     loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step

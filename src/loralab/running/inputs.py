@@ -1,4 +1,4 @@
-"""What packs are run on, kept from one to the next: the base model, its tokenizer, the data in token ids."""
+"""The base model, its tokenizer and the data in token ids, kept from one pack to the next."""
 
 import gc
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrialData:
-    """The rows of a trial, with the fingerprints of what they were read from and by; None where there is none."""
+    """The rows of a trial and the fingerprints of their source and of the tokenizer; None where there is none."""
 
     encoded: Encoded
     source: str | None
@@ -44,7 +44,7 @@ class Inputs:
 
     @property
     def base_bytes(self) -> int:
-        """Of the base that is loaded now."""
+        """Of the base that is loaded now; 0 where none is."""
         return self._base.size.bytes + resident_bytes(self._base.model) if self._base is not None else 0
 
     def tokenizer(self, spec: pretrained.Pretrained) -> tuple[Any, str | None]:
@@ -57,17 +57,17 @@ class Inputs:
 
     def data(self, spec: TrialSpec) -> TrialData:
         """The rows of ``spec``. Raises DataError for a split that it needs and that is empty."""
-        tokenizer, print_of_tokenizer = self.tokenizer(spec.model)
+        tokenizer, tokenizer_fingerprint = self.tokenizer(spec.model)
         key = f"{type(spec.data)} {spec.data} {spec.model.task} {spec.model.length} {tokenizer.name_or_path}"
         # a classifier's head may name the classes
         key += repr(spec.model) if spec.data.from_base or spec.model.task == "sequence_classification" else ""
         if key not in self._data:
-            source = spec.data.source()  # before the rows are read: what changes meanwhile is then seen to have changed
+            source = spec.data.source()  # before the rows are read, so that a change meanwhile is noticed
             encoded = encoded_data(spec.data, spec.model, tokenizer, spec.trainer.device)
             self._data = {key: (encoded, source)}  # one at a time: sweeps seldom change the data
         encoded, source = self._data[key]
         check_splits(spec, encoded)
-        return TrialData(encoded, source, print_of_tokenizer)
+        return TrialData(encoded, source, tokenizer_fingerprint)
 
     def rows(self, spec: TrialSpec) -> Encoded:
         """The rows of ``spec`` in token ids."""
@@ -76,8 +76,8 @@ class Inputs:
     def base(self, spec: TrialSpec, data: Encoded) -> loading.Base:
         """The base of ``spec`` on its device, frozen and quantized. Raises ConfigError."""
         labels, device = len(data.splits.labels) or None, spec.trainer.device
-        kinds = (type(spec.model), type(spec.quantization))  # of which two may have one name
-        key = (*kinds, repr(spec.model), repr(spec.quantization), labels, device, spec.trainer.precision)
+        classes = (type(spec.model), type(spec.quantization))  # two classes may have the same name
+        key = (*classes, repr(spec.model), repr(spec.quantization), labels, device, spec.trainer.precision)
         if self._base is None or key != self._base_key:
             self.forget_base()
             tokenizer, _ = self.tokenizer(spec.model)
@@ -88,7 +88,7 @@ class Inputs:
 
 
 def encoded_data(data: DataSpec, model: pretrained.Pretrained, tokenizer: Any, device: str) -> Encoded:
-    """The rows of ``data`` in token ids; where it draws them from the base, that is loaded, unquantized."""
+    """The rows of ``data`` in token ids. Data that is sampled from the base loads it, unquantized."""
     if not data.from_base:
         return encoded_rows(data, model, tokenizer)
     base = loading.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
@@ -97,8 +97,8 @@ def encoded_data(data: DataSpec, model: pretrained.Pretrained, tokenizer: Any, d
 
 
 def _prepare(base: loading.Base, device: str) -> None:
-    """Puts the base on ``device`` and says what of it takes no part in training. Raises ConfigError for a base that
-    reads frozen weights itself, or sees later tokens as a causal language model."""
+    """Puts the base on ``device`` and logs which of its settings training ignores. Raises ConfigError for a base that
+    reads frozen weights itself, or a causal language model that sees later tokens."""
     model: Any = base.model.to(device)
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False
@@ -124,7 +124,7 @@ def check_labels(base: loading.Base, data: list[Encoded]) -> None:
 
 
 def check_splits(spec: TrialSpec, data: Encoded) -> None:
-    """Raises DataError for a split that this trial needs and that has no row, or nothing to predict in any."""
+    """Raises DataError for a split that this trial needs and that has no row, or no token to predict."""
     needed = ["train", "validation"] if spec.trainer.max_steps else ["validation"]
     needed += ["test"] if spec.trainer.test and (len(data.test) or spec.metric.startswith("test/")) else []
     for split in needed:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Runner:
-    """Runs packs one after the other; what the next one can use is kept (``inputs``, ``foresight``)."""
+    """Runs packs one after the other and keeps what the next one can use (``inputs``, ``foresight``)."""
 
     def __init__(self, progress: bool = False) -> None:
         """``progress``: Lightning's bar on the terminal."""
@@ -54,22 +54,24 @@ class Runner:
     def _run_pack(
         self, specs: list[TrialSpec], records: list[dict[str, Any]], data: list[TrialData], started: float
     ) -> None:
-        """Check, read, load, attach, resume, then fit, score, export and record. ``data`` is filled as it is read."""
+        """Check, read, load, attach, resume, then fit, score, export and record. Fills ``data``."""
         quiet()
         check_pack(specs)
+        for spec in specs:
+            spec.check_positions()
         specs[0].trainer.check_precision()
         specs[0].memory.check(specs[0].trainer.device)
         data += [self.inputs.data(spec) for spec in specs]
-        rows = [read.encoded for read in data]
+        rows = [trial_data.encoded for trial_data in data]
         plan = self.foresight.check(specs, rows, specs[0].trainer.device, self.inputs.base_bytes)
-        for entry, read in zip(records, data, strict=True):
-            entry["data"].update(source=read.source, tokenizer=read.tokenizer)
-            entry["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
+        for stored, trial_data in zip(records, data, strict=True):
+            stored["data"].update(source=trial_data.source, tokenizer=trial_data.tokenizer)
+            stored["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
         base = self.inputs.base(specs[0], rows[0])
         check_labels(base, rows)
         trials: list[Trial] = []
         try:
-            # one by one: those before a refused one are detached too
+            # one by one, so that the adapters before a refused one are detached too
             trials.extend(attach_trial(base, *parts) for parts in zip(specs, rows, records, strict=True))
             check_batches(base, trials)
             for trial in trials:
@@ -92,7 +94,7 @@ class Runner:
             waiting[:0] = parts
 
     def _plan_again(self, parts: list[list[Trial]]) -> None:
-        """Gives back what the whole pack held, and predicts the memory of its parts."""
+        """Frees the memory of the divided pack, and predicts that of its parts."""
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
@@ -106,14 +108,14 @@ class Runner:
     def _close(
         self, specs: list[TrialSpec], records: list[dict[str, Any]], data: list[TrialData], error: BaseException
     ) -> None:
-        """Writes what befell the pack into every record that is still running. Raises an interruption again."""
+        """Writes ``error`` into every record that is still running. Raises an interruption again."""
         failure = explain(error)
-        for index, (spec, entry) in enumerate(zip(specs, records, strict=True)):
-            if entry["status"] == "running":
+        for index, (spec, stored) in enumerate(zip(specs, records, strict=True)):
+            if stored["status"] == "running":
                 if isinstance(failure, LoralabError) and index < len(data):
-                    entry["memory"]["alone_peak_bytes"] = self.foresight.alone(spec, data[index].encoded)
-                close_record(entry, failure)
-                record.write(spec.folder, entry)
+                    stored["memory"]["alone_peak_bytes"] = self.foresight.alone(spec, data[index].encoded)
+                close_record(stored, failure)
+                record.write(spec.folder, stored)
         if not isinstance(failure, LoralabError):
             raise failure from error
         if failure.exit_code == 1:
@@ -151,7 +153,7 @@ def check_batches(base: Base, trials: Sequence[Trial]) -> None:
 
 
 def _resume(trial: Trial) -> None:
-    """Takes up the checkpoint of an earlier run, if there is one."""
+    """Continues the trial from the checkpoint of an earlier run, where there is a valid one."""
     spec = trial.spec
     if not spec.memory.continues:
         return
@@ -162,13 +164,27 @@ def _resume(trial: Trial) -> None:
 
 
 def parts_at_one_step(base: Base, trials: Sequence[Trial]) -> list[list[Trial]]:
-    """The trials in packs that stand at one step; checkpoints may be of several. Those that need padding or dense
-    logits are apart: they would bring them to the others, whose bits they change."""
-    parts: dict[tuple[int, bool, bool], list[Trial]] = {}
+    """The trials in packs whose members stand at the same step (checkpoints may be of several) and have as many virtual
+    tokens, since the rows of a pass are of one width. Trials that need padding or dense logits are in packs of their
+    own: the other trials would not be bit-identical beside them."""
+    parts: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
-        dense = frozen_head(base.model, [trial.adapter]) is None
-        parts.setdefault((trial.step, trial.spec.adapter.tokenwise, dense), []).append(trial)
+        dense, spec = frozen_head(base.model, [trial.adapter]) is None, trial.spec.adapter
+        virtual = (spec.method, spec.virtual_tokens) if spec.virtual_tokens else None
+        parts.setdefault((trial.step, spec.tokenwise, dense, virtual), []).append(trial)
+    _name_virtual([key[-1] for key in parts])
     for part in parts.values():
         for index, trial in enumerate(part):
             trial.record["pack"].update(size=len(part), index=index)
     return list(parts.values())
+
+
+def _name_virtual(found: Sequence[tuple[str, int] | None]) -> None:
+    """Says why trials of one pack are fitted one after the other."""
+    kinds = dict.fromkeys(f"{one[1]} ({one[0]})" if one else "none" for one in found)
+    if len(kinds) > 1:
+        log.info(
+            "trials with virtual tokens share a pass with those that have as many, by the same method; the others run "
+            "before or after them: %s",
+            ", ".join(kinds),
+        )

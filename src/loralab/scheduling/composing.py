@@ -13,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 class Composed:
-    """Hydra's loader, and what sweepers compose to check it, which the launcher then need not compose again."""
+    """Stands in for Hydra's config loader. What a sweeper composes to check a trial is kept for the launcher."""
 
     def __init__(self, loader: ConfigLoader) -> None:
         self.loader: Any = loader
         self.checked: dict[tuple[str, ...], list[DictConfig]] = {}
         self._parser = OverridesParser.create()
         self._parsed: dict[str, Override] = {}
-        self._stems: dict[tuple[str, ...], bytes] = {}
+        self._pickled: dict[tuple[str, ...], bytes] = {}  # by the overrides that choose files
         self._groups: dict[str, bool] = {}
         self._repository: Any = None  # all folders that are searched, those of hydra.searchpath too
 
@@ -28,44 +28,43 @@ class Composed:
         return getattr(self.loader, name)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """For a sweeper, which keeps none of them."""
+        """Called by a sweeper, which checks the configuration and drops it."""
         config = self._compose(master_config, sweep_overrides)
         self.checked.setdefault(tuple(sweep_overrides), []).append(config)
         return config
 
     def take(self, master: DictConfig, overrides: list[str]) -> DictConfig:
         """A trial's own configuration: no two trials are given the same object."""
-        kept = self.checked.get(tuple(overrides))
-        return kept.pop() if kept else self._compose(master, overrides)
+        configs = self.checked.get(tuple(overrides))
+        return configs.pop() if configs else self._compose(master, overrides)
 
     def _compose(self, master: DictConfig, overrides: list[str]) -> DictConfig:
-        """As Hydra would; whatever is not plain sailing is left to Hydra, its errors too."""
+        """What Hydra would compose. Where values cannot be set in a copy, Hydra composes and raises its own errors."""
         try:
-            config = self._set(master, [*map(str, master.hydra.overrides.hydra), *overrides])
+            config = self._copy_with_values(master, [*map(str, master.hydra.overrides.hydra), *overrides])
         except Exception:
             config = self.loader.load_sweep_config(master, overrides)
         else:
             OmegaConf.copy_cache(from_config=master, to_config=config)
         return config
 
-    def _set(self, master: DictConfig, words: Sequence[str]) -> DictConfig:
+    def _copy_with_values(self, master: DictConfig, words: Sequence[str]) -> DictConfig:
         parsed = [self._parse(word) for word in words]
         ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
         name = str(master.hydra.job.config_name)
         if self._repository is None:
-            of_hydra = [word for word in words if word.startswith("hydra.")]
-            self._repository = self.loader._parse_overrides_and_create_caching_repo(name, of_hydra)[1]
-        steering = [self._steers(one) for one in parsed]
-        stem = self._stem(name, tuple(word for word, first in zip(words, steering, strict=True) if first))
-        config: DictConfig = pickle.loads(stem)
-        values: list[Any] = [one for one, first in zip(parsed, steering, strict=True) if not first]
+            hydra_words = [word for word in words if word.startswith("hydra.")]
+            self._repository = self.loader._parse_overrides_and_create_caching_repo(name, hydra_words)[1]
+        choosing = tuple(word for word, override in zip(words, parsed, strict=True) if self._chooses_files(override))
+        config: DictConfig = pickle.loads(self._composed(name, choosing))
+        values: list[Any] = [override for override in parsed if not self._chooses_files(override)]
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        own: list[Any] = [one for one in parsed if not one.is_hydra_override()]
+        task: list[Any] = [override for override in parsed if not override.is_hydra_override()]
         with open_dict(config.hydra):
-            config.hydra.overrides.task = [one.input_line for one in own]
-            told = config.hydra.job.config.override_dirname
-            separators = {"kv_sep": told.kv_sep, "item_sep": told.item_sep, "exclude_keys": told.exclude_keys}
-            config.hydra.job.override_dirname = get_overrides_dirname(own, **separators)
+            config.hydra.overrides.task = [override.input_line for override in task]
+            options = config.hydra.job.config.override_dirname
+            separators = {key: options[key] for key in ("kv_sep", "item_sep", "exclude_keys")}
+            config.hydra.job.override_dirname = get_overrides_dirname(task, **separators)
         return config
 
     def _parse(self, word: str) -> Override:
@@ -73,18 +72,18 @@ class Composed:
             self._parsed[word] = self._parser.parse_override(word)
         return self._parsed[word]
 
-    def _steers(self, one: Override) -> bool:
-        """Whether an override decides which files are read, or how Hydra itself works; else it sets a value."""
-        if one.is_hydra_override() or one.package is not None:
+    def _chooses_files(self, override: Override) -> bool:
+        """True if it decides which files are read or how Hydra itself works, False if it sets a value."""
+        if override.is_hydra_override() or override.package is not None:
             return True
-        key = one.key_or_group
+        key = override.key_or_group
         if key not in self._groups:
             self._groups[key] = bool(self._repository.group_exists(key))
-        return self._groups[key] and not isinstance(one.value(), dict)
+        return self._groups[key] and not isinstance(override.value(), dict)
 
-    def _stem(self, name: str, words: tuple[str, ...]) -> bytes:
-        """What Hydra composes of the overrides that steer; a copy of it is cheap to load, unlike one to make."""
-        if words not in self._stems:
-            made = self.loader.load_configuration(name, list(words), run_mode=RunMode.RUN)
-            self._stems[words] = pickle.dumps(made)
-        return self._stems[words]
+    def _composed(self, name: str, words: tuple[str, ...]) -> bytes:
+        """The pickled configuration of the overrides that choose files: to unpickle it is faster than to compose."""
+        if words not in self._pickled:
+            config = self.loader.load_configuration(name, list(words), run_mode=RunMode.RUN)
+            self._pickled[words] = pickle.dumps(config)
+        return self._pickled[words]

@@ -26,7 +26,7 @@ _PASSED_ON = ("content", "overrides", "choices", "memory_budget")
 
 @dataclass
 class Job:
-    """A composed configuration, plain and resolved, and its run folder."""
+    """A composed configuration (``content``: resolved, without Hydra's part) and the folder it runs in."""
 
     content: dict[str, Any]
     folder: Path
@@ -49,7 +49,7 @@ class Job:
         return cls(content, folder, list(hydra.overrides.task), choices)
 
     def as_json(self) -> dict[str, Any]:
-        """For another process, which takes nothing that is cached."""
+        """For another process: the fields, nothing that is cached."""
         return {**{name: getattr(self, name) for name in _PASSED_ON}, "folder": str(self.folder)}
 
     @classmethod
@@ -59,7 +59,7 @@ class Job:
 
     @cached_property
     def trial(self) -> str:
-        """Its id."""
+        """The trial's id: 10 hex digits."""
         return trial_id(self.content)
 
     def finished(self) -> Record | None:
@@ -71,17 +71,17 @@ class Job:
         return None if why_stale else stored
 
     def why_stale(self) -> str:
-        """Why a record that is complete does not finish this trial any more; empty where that is not so."""
+        """Why the completed record in the folder is no longer valid for this trial; empty if it is or there is none."""
         return self._earlier_run[1]
 
     @cached_property
     def _earlier_run(self) -> tuple[Record | None, str]:
-        """The completed record in the folder, and what has changed since."""
+        """(completed record in the folder, why it is stale); (None, ...) where there is none."""
         if not (self.folder / record.RESULT).exists():
             return None, ""
         try:
             stored = record.read(self.folder)
-        except ArtifactError as error:  # of a later version of loralab, or damaged: it is somebody's all the same
+        except ArtifactError as error:  # of a later version of loralab, or damaged: kept under another name
             return None, str(error)
         if stored["status"] != "completed":
             return None, ""
@@ -94,7 +94,7 @@ class Job:
         return stored, staleness.outdated(stored, self.content)
 
     def set_aside(self) -> None:
-        """Keeps a stale record under another name."""
+        """Renames the files of a stale run."""
         staleness.set_aside(self.folder)
         self.__dict__.pop("_earlier_run", None)
 
@@ -121,7 +121,7 @@ class Job:
         return replace(spec, plan=replace(spec.plan, budget_gib=budget))
 
     def open(self, stack: ExitStack) -> "TrialSpec":
-        """Its spec; the run folder is held until ``stack`` closes, with the configuration in it."""
+        """Locks the run folder until ``stack`` closes, writes config.yaml into it and returns the trial's spec."""
         stack.enter_context(hold(self.folder))
         self.__dict__.pop("_earlier_run", None)
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(self.content)))
@@ -129,28 +129,21 @@ class Job:
 
     def refuse(self, error: LoralabError) -> Record:
         """Writes and returns the record of a trial that is not run."""
-        entry = self.refusal(error)
-        record.write(self.folder, entry)
-        return entry
+        refused = self.refusal(error)
+        record.write(self.folder, refused)
+        return refused
 
     def refusal(self, error: LoralabError) -> Record:
-        """The record of a trial that is not run, not written: its folder may be another process's."""
+        """The record of a trial that is not run. It is not written: another process may hold the folder."""
         seed = self.content.get("seed")
-        entry = record.blank(
-            self.trial,
-            config=self.content,
-            overrides=self.overrides,
-            choices=self.choices,
-            seed=seed if isinstance(seed, int) else None,
+        seed = seed if isinstance(seed, int) else None
+        refused = record.blank(
+            self.trial, config=self.content, overrides=self.overrides, choices=self.choices, seed=seed
         )
-        entry.update(status=error.status, error=str(error), exit_code=error.exit_code)
-        return entry
+        refused.update(status=error.status, error=str(error), exit_code=error.exit_code)
+        return refused
 
     def value(self, stored: Record) -> float | None:
-        """The trial's metric, what a sweeper optimizes; None where there is no result."""
+        """The trial's metric, which a sweeper optimizes; None where the trial is not completed."""
         value = stored["metrics"].get(str(self.content.get("metric"))) if stored["status"] == "completed" else None
         return None if value is None else float(value)
-
-    def differing(self, other: "Job") -> list[str]:
-        """The words in which this trial is spelled otherwise than ``other``."""
-        return [word for word in self.overrides if word not in other.overrides]

@@ -1,4 +1,4 @@
-"""Hydra's side of a sweep: every trial composed first, one record and one JobReturn for each."""
+"""What the launcher does with a sweep: composes every trial, runs them, returns one JobReturn for each."""
 
 import logging
 import math
@@ -34,7 +34,7 @@ def launch(
     first: int,
     options: PackOptions,
 ) -> list[JobReturn]:
-    """A JobReturn for each of ``job_overrides``, in their order. Another's task runs job by job."""
+    """A JobReturn for each of ``job_overrides``, in their order. A task that is not loralab's runs job by job."""
     setup_globals()
     configure_log(master.hydra.hydra_logging, master.hydra.verbose)
     if not job_overrides:
@@ -47,12 +47,12 @@ def launch(
         return [_run_job(context, task_function, master, config) for config in configs]
     _show_own_lines()
     with hold(folder):
-        every = _jobs(folder, _compose_all(context, master, job_overrides, first))
-        jobs = {job.trial: job for job in reversed(every)}  # the first of each
-        _mention_repeated(every, jobs)
-        once = [job for job in every if jobs[job.trial] is job]
-        records = session.sweep(folder, once, header(master, master.hydra, folder), options)
-    return [_job_return(job, records[job.trial]) for job in every]
+        jobs = _jobs(folder, _compose_all(context, master, job_overrides, first))
+        by_trial = {job.trial: job for job in reversed(jobs)}  # the first job of each trial
+        _mention_repeated(jobs, by_trial)
+        distinct = [job for job in jobs if by_trial[job.trial] is job]
+        records = session.sweep(folder, distinct, header(master, master.hydra, folder), options)
+    return [_job_return(job, records[job.trial]) for job in jobs]
 
 
 def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
@@ -68,19 +68,19 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
         "name": sweep.get("name") or folder.name,
         "question": sweep.get("question"),
         "overrides": list(hydra.overrides.task),
-        "hydra_overrides": [word for word in hydra.overrides.hydra if _is_of_how_it_runs(word)],
+        "hydra_overrides": [word for word in hydra.overrides.hydra if _belongs_to_sweep(word)],
         "cwd": str(Path.cwd()),  # what relative paths among them are relative to
     }
 
 
-def _is_of_how_it_runs(word: str) -> bool:
-    """Whether a word for Hydra itself belongs to the sweep when it is resumed: its launcher and where it looks."""
+def _belongs_to_sweep(word: str) -> bool:
+    """True for an override of Hydra's own part that a resumed sweep needs: launcher, sweeper, search path."""
     key = word.lstrip("+~").partition("=")[0]
     return key.startswith(("hydra/launcher", "hydra.launcher", "hydra.searchpath", "hydra/sweeper", "hydra.sweeper"))
 
 
 def _show_own_lines() -> None:
-    """Hydra's own lines stay away from the terminal, loralab's do not."""
+    """Makes loralab's INFO lines visible on the terminal, except those marked ``terminal=False``."""
     logging.getLogger("loralab").setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.addFilter(TerminalFilter())
@@ -133,15 +133,15 @@ def checked_options(pack: str, token_budget: int | None, memory_budget: float | 
 
 
 def _jobs(folder: Path, configs: Sequence[DictConfig]) -> list[Job]:
-    """A job for each. Settings that a finished record spells are its trial; only others need their specs built."""
+    """A job for each. A trial id is taken from a finished record of the same settings; else its specs are built."""
     finished = _finished(folder)
     jobs = []
     for config in configs:
         content, subdir = plain(config), _raw_subdir(config)
-        known = finished.get(identity.settings_key(content)) if subdir == BY_TRIAL else None
+        trial = finished.get(identity.settings_key(content)) if subdir == BY_TRIAL else None
         job = Job.of(content, config.hydra, folder)
-        if known is not None:
-            job.trial = known
+        if trial is not None:
+            job.trial = trial
         job.folder = folder / (job.trial if subdir == BY_TRIAL else _subdir(config))
         jobs.append(job)
     if len({job.folder for job in jobs}) < len({job.trial for job in jobs}):
@@ -150,33 +150,35 @@ def _jobs(folder: Path, configs: Sequence[DictConfig]) -> list[Job]:
 
 
 def _finished(folder: Path) -> dict[str, str]:
-    """{settings: trial} of the completed records that lie where their trials belong."""
+    """{settings: trial id} of the completed records below ``folder`` whose folder is named by their trial id."""
     trials = {}
     for place in record.find(folder):
         try:
             stored = record.read(place)
         except ArtifactError:
             continue
-        where = (stored["schema"], stored["status"], stored["trial"], place.parent)
-        if where == (record.SCHEMA, "completed", place.name, folder):
+        identity_and_place = (stored["schema"], stored["status"], stored["trial"], place.parent)
+        if identity_and_place == (record.SCHEMA, "completed", place.name, folder):
             trials[identity.settings_key(stored["config"])] = stored["trial"]
     return trials
 
 
-def _mention_repeated(every: Sequence[Job], first: Mapping[str, Job]) -> None:
-    """Values that spell one trial twice: 16 and 16.0, or a value given twice."""
-    again = [job for job in every if first[job.trial] is not job]
-    if again:
-        same = [f"{' '.join(job.differing(first[job.trial])) or 'a repeated value'} ({job.trial})" for job in again]
-        more = f" and {len(same) - 3} more" if len(same) > 3 else ""
-        log.info(
-            "%d of %d settings mean a trial named before, which runs once: %s%s",
-            *(len(again), len(every), ", ".join(same[:3]), more),
-        )
+def _mention_repeated(jobs: Sequence[Job], first: Mapping[str, Job]) -> None:
+    """Logs the settings that mean the same trial as earlier ones: 16 and 16.0, or a value given twice."""
+    repeated = [job for job in jobs if first[job.trial] is not job]
+    if repeated:
+        names = [f"{_new_words(job, first[job.trial]) or 'a repeated value'} ({job.trial})" for job in repeated]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        text = "%d of %d settings mean a trial named before, which runs once: %s%s"
+        log.info(text, len(repeated), len(jobs), ", ".join(names[:3]), more)
+
+
+def _new_words(job: Job, other: Job) -> str:
+    return " ".join(word for word in job.overrides if word not in other.overrides)
 
 
 def _subdir(config: DictConfig) -> str:
-    """As Hydra will resolve it for this trial."""
+    """hydra.sweep.subdir as Hydra will resolve it for this trial."""
     original = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
     try:
@@ -186,5 +188,5 @@ def _subdir(config: DictConfig) -> str:
 
 
 def _raw_subdir(config: DictConfig) -> str:
-    """As it is written, not resolved."""
+    """hydra.sweep.subdir as it is written, not resolved."""
     return str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"])  # type: ignore[call-overload,index]

@@ -1,4 +1,4 @@
-"""A trial as the packer sees it: what it shares, the tokens and bytes it adds to a pass, what keeps it alone."""
+"""A trial as the packer needs it: its pack key, the tokens and bytes it adds to a pass, why it runs alone."""
 
 import logging
 from typing import Any
@@ -8,6 +8,7 @@ from loralab.forward.dropout import why_alone
 from loralab.planning.foresee import free_bytes
 from loralab.planning.plan import CONTEXT, FRAGMENTATION, GIB, device_bytes, estimate
 from loralab.scheduling.packs import Member
+from loralab.training.observer import is_pack_aware
 from loralab.training.specs import TrialSpec
 
 log = logging.getLogger(__name__)
@@ -16,31 +17,31 @@ SHARE_OF_FREE = {"cpu": 0.8, "cuda": 0.9}  # what packs may take where no memory
 
 
 class Members:
-    """Makes them; trials that differ in their seeds or rates alone cost the same."""
+    """Makes Member objects. The memory of trials that differ only in seed or rate is estimated once."""
 
     def __init__(self) -> None:
         self._costs: dict[Any, tuple[int, int]] = {}
 
     def member(self, spec: TrialSpec, data: Any) -> Member:
-        """Its passes hold ``batch_size`` rows of the data's mean length; memory is needed for the longest."""
+        """``spec`` as a Member: tokens for rows of the mean length, memory for the longest row of ``data``."""
         train = data.tokens["train"]
         length = train["tokens"] / max(1, train["rows"])
         # ending together: a record is written when its pack ends
         pack_key = (*spec.pack_key, spec.trainer.max_steps, spec.trainer.test, spec.data.generate_rows > 0)
         # one that needs padding would bring it to the others, whose dropout masks it changes
         pack_key = (*pack_key, spec.adapter.tokenwise)
-        base, own = self._cost(spec, max(2, train["longest"]))
-        return Member(spec.id, pack_key, round(spec.data.batch_size * length), alone(spec), base, own)
+        base, each = self._cost(spec, max(2, train["longest"]))
+        return Member(spec.id, pack_key, round(spec.data.batch_size * length), alone(spec), base, each)
 
     def _cost(self, spec: TrialSpec, length: int) -> tuple[int, int]:
-        """(bytes of the base, counted once a pack; bytes that each such trial adds). (0, 0) where nobody can say."""
+        """(bytes of the base, counted once a pack; bytes that each such trial adds); (0, 0) without an estimate."""
         key = (spec.pack_key, type(spec.adapter), repr(spec.adapter), spec.data.batch_size, length)
         if key not in self._costs:
             device = spec.trainer.device
             try:
-                one, two = (estimate([spec] * count, device, length=length) for count in (1, 2))
-                self._costs[key] = (2 * one - two, two - one)
-            except Exception as error:  # a setting that is wrong is told by the trial itself
+                single, pair = (estimate([spec] * count, device, length=length) for count in (1, 2))
+                self._costs[key] = (2 * single - pair, pair - single)
+            except Exception as error:  # the trial itself will report a wrong setting
                 log.debug("the memory of trial %s could not be estimated", spec.id, exc_info=error)
                 self._costs[key] = (0, 0)
         return self._costs[key]
@@ -52,9 +53,9 @@ def room(device: str, memory_budget: float | None) -> float:
     return (budget - CONTEXT) / FRAGMENTATION if device == "cuda" else budget
 
 
-def refusal(one: Member, device: str, memory_budget: float) -> ConfigError | None:
-    """What is said to a trial that a given budget does not hold even alone."""
-    need = one.base + one.own
+def refusal(member: Member, device: str, memory_budget: float) -> ConfigError | None:
+    """The error of a trial that exceeds ``memory_budget`` (GiB) even alone; None where it fits."""
+    need = member.base + member.own
     if need <= room(device, memory_budget):
         return None
     need = device_bytes(need) if device == "cuda" else need
@@ -75,5 +76,5 @@ def alone(spec: TrialSpec) -> str:
     config = spec.model.prepared_config(spec.model.num_labels)
     if why := why_alone(config, spec.model.attention(config) or "eager"):
         return why
-    unaware = [name for name, made in spec.callbacks.items() if not getattr(made(), "pack_aware", False)]
+    unaware = [name for name, make in spec.callbacks.items() if not is_pack_aware(make())]
     return f"callbacks.{unaware[0]} is not marked pack_aware" if unaware else ""

@@ -45,40 +45,42 @@ def plan(members: Sequence[Member], token_budget: int, memory_budget: float = ma
     packs: list[list[Member]] = []
     open_packs: dict[Hashable, int] = {}
     for member in members:
-        at = open_packs.get(member.shares)
-        exceeds = at is not None and _exceeds([*packs[at], member], token_budget, memory_budget)
-        if member.alone or exceeds or at is None:
+        index = open_packs.get(member.shares)
+        exceeds = index is not None and _exceeds([*packs[index], member], token_budget, memory_budget)
+        if member.alone or exceeds or index is None:
             packs.append([member])
             if not member.alone:
                 open_packs[member.shares] = len(packs) - 1
         else:
-            packs[at].append(member)
+            packs[index].append(member)
     budgets = (token_budget, memory_budget)
-    return [Pack(tuple(one.trial for one in found), _why(found, members, *budgets)) for found in packs]
+    return [Pack(tuple(member.trial for member in pack), _why(pack, members, *budgets)) for pack in packs]
 
 
 def need(members: Sequence[Member]) -> int:
     """Bytes that a pack is expected to take at its peak."""
-    return max(one.base for one in members) + sum(one.own for one in members)
+    return max(member.base for member in members) + sum(member.own for member in members)
 
 
 def _exceeds(members: Sequence[Member], token_budget: int, memory_budget: float) -> str:
-    if sum(one.tokens for one in members) > token_budget:
+    """The name of the budget that these members together exceed; empty where they fit."""
+    if sum(member.tokens for member in members) > token_budget:
         return f"token budget of {token_budget}"
     return f"memory budget of {memory_budget / 2**30:.3g} GiB" if need(members) > memory_budget else ""
 
 
-def _why(found: Sequence[Member], members: Sequence[Member], token_budget: int, memory_budget: float) -> str:
-    if len(found) > 1:
+def _why(pack: Sequence[Member], members: Sequence[Member], token_budget: int, memory_budget: float) -> str:
+    """Why a pack has a single member; empty where it has several."""
+    if len(pack) > 1:
         return ""
-    one = found[0]
-    if one.alone:
-        return one.alone
-    alike = [other for other in members if other is not one and other.shares == one.shares]
+    single = pack[0]
+    if single.alone:
+        return single.alone
+    alike = [other for other in members if other is not single and other.shares == single.shares]
     if not alike:
         return "no other trial shares its model, quantization, optimizer, precision and intervals"
-    exceeded = next((what for other in alike if (what := _exceeds([one, other], token_budget, memory_budget))), "")
-    return f"together with any other trial it would be over the {exceeded or 'budget'}"
+    budgets = [_exceeds([single, other], token_budget, memory_budget) for other in alike]
+    return f"together with any other trial it would be over the {next(filter(None, budgets), 'budget')}"
 
 
 def spread(weights: Sequence[float], count: int) -> list[list[int]]:
@@ -90,6 +92,6 @@ def spread(weights: Sequence[float], count: int) -> list[list[int]]:
 
 
 def halves(trials: Sequence[Any]) -> list[list[Any]]:
-    """A pack that did not fit into memory, in two."""
+    """The trials of a pack that did not fit into memory, as two packs; empty ones left out."""
     middle = len(trials) // 2
     return [part for part in (list(trials[:middle]), list(trials[middle:])) if part]

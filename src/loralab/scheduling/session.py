@@ -1,4 +1,4 @@
-"""One command line: handed over to Hydra, its trials run, its exit code."""
+"""One call of ``train``: hands the command line to Hydra, runs its trials, returns the exit code."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """What Hydra is given as its task. ``folder``: of the run or the sweep, once it is known."""
+    """Its ``job`` is Hydra's task function. ``folder``: of the run or the sweep; None until it is known."""
 
     fresh: bool
     many: bool
@@ -37,8 +37,8 @@ class Session:
     _runner: Any = None
 
     def run(self, arguments: list[str]) -> int:
-        """The exit code: that of the first trial that failed. Raises what is wrong with a single run."""
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them
+        """The exit code of the first trial that failed, else 0. Raises the error of a single run."""
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
         import hydra
 
         from loralab.config.compose import data_root, register_resolvers
@@ -57,7 +57,7 @@ class Session:
         return next((code for code in codes if code), 0)
 
     def runner(self) -> "Runner":
-        """One for all trials: it keeps the base."""
+        """The same Runner for all trials, which keeps the base loaded."""
         if self._runner is None:
             from loralab.running.runner import Runner
 
@@ -65,7 +65,7 @@ class Session:
         return self._runner  # type: ignore[no-any-return]
 
     def job(self, config: Any) -> float | None:
-        """The configuration that Hydra runs now; its metric goes back to the sweeper."""
+        """Hydra's task: runs ``config`` and returns its metric to the sweeper; None where there is none."""
         try:
             job = Job.running(config)
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
@@ -91,12 +91,9 @@ class Session:
         self.folder = job.folder.parent
         with hold(self.folder):
             sweep = Sweep(self.folder, [job], self.fresh, self.runner)
-            about = {
-                **header(config, HydraConfig.get(), self.folder),
-                "overrides": self._overrides,
-                "flags": self.flags,
-            }
-            return sweep.run(about, PackOptions(pack=False))[job.trial]
+            sweep_header = header(config, HydraConfig.get(), self.folder)
+            sweep_header |= {"overrides": self._overrides, "flags": self.flags}
+            return sweep.run(sweep_header, PackOptions(pack=False))[job.trial]
 
     def _run_single(self, job: Job) -> Record:
         self.folder = job.folder
@@ -125,7 +122,7 @@ class Session:
         return stored
 
     def _check_rows(self, job: Job) -> None:
-        """Reads the rows, which the runner keeps, before a weight: raises DataError, ConfigError."""
+        """Reads the rows before any weight; the runner keeps them. Raises DataError, ConfigError."""
         spec = job.spec()
         if spec.data.from_base:
             return
@@ -133,15 +130,15 @@ class Session:
             self.runner().inputs.rows(spec)
         except (DataError, ConfigError):
             raise
-        except Exception:  # told by the run itself
+        except Exception:  # the run itself will report it
             log.debug("the rows of %s cannot be read", spec.id, exc_info=True)
 
     def _with_how_to_resume(self, stopped: Interrupted) -> Interrupted:
-        """What is left to do and how, for a sweep that was stopped."""
+        """Adds to the message of a stopped sweep how many trials are left and the command that resumes it."""
         if self.many and self.folder is not None:
             left = sum(trial.get("status") != "completed" for trial in record.read_sweep(self.folder)["trials"])
-            again = f"loralab sweep --resume {shlex.quote(str(self.folder))}"
-            stopped.args = (f"{stopped}; {left} trials are left: {again}",)
+            command = f"loralab sweep --resume {shlex.quote(str(self.folder))}"
+            stopped.args = (f"{stopped}; {left} trials are left: {command}",)
         return stopped
 
 

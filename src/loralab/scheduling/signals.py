@@ -7,10 +7,10 @@ from loralab.errors import Interrupted
 
 
 def listen() -> None:
-    """A signal ends what runs by Interrupted, once."""
+    """From here on SIGINT and SIGTERM raise Interrupted in the main thread; later ones are ignored."""
 
     def stop(number: int, frame: Any) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM):  # once is enough: records are being written now
+        for other in (signal.SIGINT, signal.SIGTERM):  # records are being written from now on
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(number)
 

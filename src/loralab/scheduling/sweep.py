@@ -1,4 +1,4 @@
-"""The trials of a sweep: those that are finished are skipped, the others run in packs, each record as it comes."""
+"""Runs the trials of a sweep: finished ones are skipped, the others run in packs."""
 
 import logging
 import time
@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How trials are put together. ``token_budget`` (tokens of a pass) and ``memory_budget`` (GiB) None: as the device
-    has it."""
+    """How trials are packed. ``token_budget`` (tokens of a pass), ``memory_budget`` (GiB): None takes the device's."""
 
     pack: bool = True
     token_budget: int | None = None
@@ -35,13 +34,13 @@ class PackOptions:
 
 
 class Sweep:
-    """``run`` owns the loop over packs; a trial's failure is in its record and stops no other."""
+    """Runs packs one after the other. The failure of a trial is in its record and stops no other trial."""
 
     def __init__(self, folder: Path, jobs: Sequence[Job], fresh: bool, make_runner: Callable[[], "Runner"]) -> None:
         """``jobs``: each trial once. ``make_runner`` is called when a trial has to run: it imports torch."""
         self.folder, self.jobs, self.fresh, self.make_runner = folder, list(jobs), fresh, make_runner
         self.records: dict[str, Record] = {}
-        self.sweep_file: SweepFile | None = None  # None in a process of one device: the one that planned writes it
+        self.sweep_file: SweepFile | None = None  # None in a process of one device: the parent writes it
 
     def run(self, header: Mapping[str, Any], options: PackOptions) -> dict[str, Record]:
         """{trial: record} of all jobs. ``header``: what sweep.json says of the sweep.
@@ -64,19 +63,19 @@ class Sweep:
         return self.records
 
     def run_packs(self, packs: Sequence[Sequence[Job]]) -> None:
-        """Runs what another process has planned and tells of."""
+        """Runs packs that another process has planned; that process writes sweep.json and logs the results."""
         for pack in packs:
             self._run(list(pack))
 
     def _skip(self, job: Job) -> bool:
-        """Takes the record of a trial that is finished."""
+        """True if the trial is finished; then its record is taken."""
         stored = None if self.fresh else job.finished()
         if stored is not None:
             self._close(job, stored, "finished before")
         return stored is not None
 
     def _close(self, job: Job, stored: Record, state: str = "") -> None:
-        """A trial's record is final: it is taken, sweep.json follows, and a line says so."""
+        """Takes the final record of a trial, updates sweep.json and logs a line that ends in ``state``."""
         self.records[job.trial] = stored
         if self.sweep_file is None:
             return
@@ -89,13 +88,12 @@ class Sweep:
         log.info("[%s] %s  %s  %s", place, self.sweep_file.label(job), score, state, extra={"trial": job.trial})
 
     def _packs(self, waiting: list[Job], options: PackOptions) -> list[list[Job]]:
-        """Which of ``waiting`` run together, in the order in which they run here. Where there are several GPUs, most
-        have run on them by then."""
+        """The packs that are to run in this process, in their order. Where there are several GPUs, packs run on them
+        first, and only what failed there is returned."""
         for job in waiting:
             job.memory_budget = options.memory_budget
-        alone = [[job] for job in waiting]
         if (len(waiting) < 2 or not options.pack) and options.memory_budget is None:
-            return alone
+            return [[job] for job in waiting]
         planner = _Planner(waiting, self.make_runner(), options)
         for trial, error in planner.refused.items():
             job = planner.jobs[trial]
@@ -108,40 +106,41 @@ class Sweep:
         return [pack for pack in undone if pack]
 
     def _run_on_devices(self, packs: list[list[Job]], weights: list[int], names: Sequence[str]) -> None:
-        """Over a process for each GPU; what they leave undone runs in this one."""
+        """Runs ``packs`` in a process for each GPU; ``weights``: tokens of each pack."""
         shares = spread(weights, len(names))
 
-        def finished(job: Job, stored: Record) -> None:
+        def close(job: Job, stored: Record) -> None:
             self._close(job, stored, _clock(stored["time"]["wall_s"] or 0.0))
 
-        workers.run([[packs[i] for i in share] for share in shares], names, self.fresh, finished)
+        workers.run([[packs[i] for i in share] for share in shares], names, self.fresh, close)
 
     def _run(self, jobs: list[Job]) -> None:
-        """Trials together; what fails for all of them before the first step runs in halves (memory) or one by one."""
+        """Runs a pack. One that fails before its first step is run again in halves (memory) or trial by trial."""
         with train_logs({job.trial: job.folder for job in jobs}):
-            again = self._run_pack(jobs)
-        for part in again:
+            parts = self._run_pack(jobs)
+        for part in parts:
             self._run(part)
 
     def _run_pack(self, jobs: list[Job]) -> list[list[Job]]:
-        """The parts that must run again."""
+        """The packs that must run again; empty where every record is final."""
         if len(jobs) > 1:
             log.info("%d trials in one pass: %s", len(jobs), ", ".join(job.trial for job in jobs))
         begun = time.monotonic()
         records = self._run_together(jobs)
-        again = [len(jobs) > 1 and _must_rerun_alone(stored) for stored in records]
-        for job, stored, rerun in zip(jobs, records, again, strict=True):
-            if not rerun:
+        failed: list[tuple[Job, Record]] = []
+        for job, stored in zip(jobs, records, strict=True):
+            if len(jobs) > 1 and _must_rerun(stored):
+                failed.append((job, stored))
+            else:
                 self._close(job, stored, _clock((time.monotonic() - begun) / len(jobs)))
-        if not any(again):
+        if not failed:
             return []
-        undone = [job for job, rerun in zip(jobs, again, strict=True) if rerun]
-        why = records[again.index(True)]
-        log.warning("%d trials do not run together: %s", len(undone), why["error"])
-        return halves(undone) if why["status"] == "out_of_memory" else [[job] for job in undone]
+        undone, first = [job for job, _ in failed], failed[0][1]
+        log.warning("%d trials do not run together: %s", len(undone), first["error"])
+        return halves(undone) if first["status"] == "out_of_memory" else [[job] for job in undone]
 
     def _run_together(self, jobs: list[Job]) -> list[Record]:
-        """Their records; of a trial that cannot be built, alone, that of its refusal."""
+        """The records of one pass over ``jobs``, all of them refusals where one cannot be built or is locked."""
         with ExitStack() as stack:
             try:
                 if self.fresh:
@@ -161,19 +160,19 @@ class Sweep:
 
 
 class _Planner:
-    """Puts trials into packs; those that cannot be built or read are packs of their own, told when their turn comes."""
+    """Puts trials into packs. One that cannot be built or read is a pack of its own, and fails when it runs."""
 
     def __init__(self, waiting: Sequence[Job], runner: "Runner", options: PackOptions) -> None:
         from loralab.scheduling.members import Members, refusal, room
 
         self.jobs, self.runner = {job.trial: job for job in waiting}, runner
-        self.device, make = "cpu", Members().member
+        self.device, members = "cpu", Members()
         self.members, self.refused = [], dict[str, LoralabError]()
         for job in waiting:
             try:
                 spec = job.spec()
                 self.device = spec.trainer.device
-                member = make(spec, runner.inputs.rows(spec))
+                member = members.member(spec, runner.inputs.rows(spec))
             except LoralabError:
                 continue
             budget = options.memory_budget
@@ -185,7 +184,7 @@ class _Planner:
         self.planned: list[Pack] = plan(self.members, tokens, room(self.device, options.memory_budget))
 
     def packs(self) -> list[list[Job]]:
-        """All trials but the refused ones, in the order of the first of each pack."""
+        """All trials but the refused ones; packs in the order of their first trials."""
         self._mention_memory()
         for why, count in Counter(pack.why for pack in self.planned if pack.why).items():
             log.info("%d of %d trials run alone: %s", count, len(self.jobs), why)
@@ -196,7 +195,7 @@ class _Planner:
         return [[self.jobs[trial] for trial in pack] for pack in sorted(packs, key=lambda pack: places[pack[0]])]
 
     def weights(self, packs: Sequence[Sequence[Job]]) -> list[int]:
-        """Tokens that each pack is trained with; 1 where nobody knows."""
+        """Tokens that each pack is trained with; 1 for a trial whose rows cannot be read."""
         tokens = {member.trial: member.tokens for member in self.members}
         return [
             sum(tokens[job.trial] * job.spec().trainer.max_steps if job.trial in tokens else 1 for job in pack)
@@ -204,7 +203,7 @@ class _Planner:
         ]
 
     def _mention_memory(self) -> None:
-        """Arithmetic over all packs, and a trace of the one that seems to need most."""
+        """Logs the predicted peak of the pack that needs most by arithmetic; only that one is traced."""
         specs = [[self.jobs[trial].spec() for trial in pack.trials] for pack in self.planned]
         if not specs or not specs[0][0].plan.record:
             return
@@ -215,25 +214,25 @@ class _Planner:
             largest = max(specs, key=lambda pack: estimate(pack, self.device))
             rows = [self.runner.inputs.rows(spec) for spec in largest]
             predicted = self.runner.foresight.plan(largest, rows, self.device)
-        except LoralabError:  # one of them cannot run: told when its turn comes
+        except LoralabError:  # one of them cannot run: reported when it does
             return
         if predicted is not None:
             log.info("%s", sentence(len(largest), predicted))
 
 
 def set_stale_aside(jobs: Sequence[Job]) -> None:
-    """Keeps what is outdated among their records under another name; one line for each thing that has changed."""
+    """Renames the stale records among those of ``jobs``; logs one line for each reason."""
     stale: dict[str, list[Job]] = {}
     for job in jobs:
         if why := job.why_stale():
             stale.setdefault(why, []).append(job)
-    for why, those in stale.items():
-        for job in those:
+    for why, outdated in stale.items():
+        for job in outdated:
             job.set_aside()
-        words = ("is", "runs", "its record stays") if len(those) == 1 else ("are", "run", "their records stay")
+        words = ("is", "runs", "its record stays") if len(outdated) == 1 else ("are", "run", "their records stay")
         log.info(
             "%s %s stale and %s again, %s: %s",
-            *(", ".join(job.trial for job in those), *words[:2]),
+            *(", ".join(job.trial for job in outdated), *words[:2]),
             *(f"{words[2]} as {staleness.KEPT[record.RESULT]}", why),
         )
 
@@ -241,10 +240,11 @@ def set_stale_aside(jobs: Sequence[Job]) -> None:
 def _mention_earlier_versions(folder: Path, waiting: Sequence[Job]) -> None:
     old = sum(_schema(place) < record.SCHEMA for place in record.find(folder)) if waiting else 0
     if old:
-        text = (
+        log.info(
             "%d trials in %s are of an earlier version of loralab, which named them otherwise: %d run anew, and their"
+            " records stay where they are",
+            *(old, folder, len(waiting)),
         )
-        log.info(f"{text} records stay where they are", old, folder, len(waiting))
 
 
 def _schema(folder: Path) -> int:
@@ -254,12 +254,12 @@ def _schema(folder: Path) -> int:
         return record.SCHEMA
 
 
-def _must_rerun_alone(stored: Record) -> bool:
+def _must_rerun(stored: Record) -> bool:
     """True if the trial must be rerun with fewer others: its pack failed, or ran out of memory with several."""
     return bool(stored["status"] == "failed" or (stored["status"] == "out_of_memory" and stored["pack"]["size"] > 1))
 
 
 def _clock(seconds: float) -> str:
-    from loralab.training.progress import clock  # it imports Lightning, for which a wrong word shall not wait
+    from loralab.training.progress import clock  # imports Lightning: too slow for a wrong word
 
     return clock(seconds)

@@ -1,4 +1,4 @@
-"""sweep.json: what a sweep asks, its axes, and how each trial stands."""
+"""sweep.json: the question of a sweep, its axes and the status of each trial."""
 
 import os
 import time
@@ -22,9 +22,10 @@ class SweepFile:
     def __init__(self, folder: Path, header: Mapping[str, Any], jobs: Sequence[Job]) -> None:
         """``header``: what the sweep asks and how it was called."""
         self.folder = folder
-        own = {job.trial: _entry(folder, job) for job in jobs}
-        earlier = [own.pop(entry["trial"], {**entry, "earlier": True}) for entry in _earlier_entries(folder, own)]
-        trials = [*earlier, *own.values()]
+        entries = {job.trial: _entry(folder, job) for job in jobs}
+        listed = _earlier_entries(folder, entries)
+        earlier = [entries.pop(entry["trial"], {**entry, "earlier": True}) for entry in listed]
+        trials = [*earlier, *entries.values()]
         axes = swept_axes([list(entry.get("overrides") or []) for entry in trials])
         self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials}
         self._entries = {entry["trial"]: entry for entry in trials}
@@ -44,7 +45,7 @@ class SweepFile:
         self._written = time.monotonic()
 
     def label(self, job: Job) -> str:
-        """The words in which the trial differs from others of the sweep."""
+        """The overrides of the swept axes; all overrides where the trial has none of them."""
         words = [word.lstrip("+") for word in job.overrides]
         return "  ".join([word for word in words if word.split("=")[0] in self.content["axes"]] or words)
 
@@ -52,13 +53,13 @@ class SweepFile:
 def swept_axes(trials: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     """{swept key: its values in order} over the trials' own overrides."""
     axes: dict[str, list[str]] = {}
-    every = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides in trials]
-    for overrides in every:
+    settings = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides in trials]
+    for overrides in settings:
         for key, value in overrides.items():
             values = axes.setdefault(key.lstrip("+"), [])
             if value not in values:
                 values.append(value)
-    return {key: values for key, values in axes.items() if len(values) > 1 or len(every) == 1}
+    return {key: values for key, values in axes.items() if len(values) > 1 or len(settings) == 1}
 
 
 def _entry(folder: Path, job: Job) -> dict[str, Any]:
@@ -72,32 +73,28 @@ def _entry(folder: Path, job: Job) -> dict[str, Any]:
 
 
 def status_of(folder: Path) -> str:
-    """As the folder's record says, or pending where it has none yet."""
-    if not (folder / record.RESULT).is_file():
-        return "pending"
+    """The status of the record in ``folder``; ``pending`` where there is none or it cannot be read."""
     try:
         return str(record.read(folder)["status"])
     except ArtifactError:
         return "pending"
 
 
-def _earlier_entries(folder: Path, own: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Trials that sweep.json already lists and that have a record; not those that ``own`` runs anew under another id,
-    because an earlier version gave them theirs."""
+def _earlier_entries(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Trials that sweep.json already lists and that have a record; without those of an earlier version of loralab that
+    ``entries`` lists under a new id."""
     try:
         listed: list[dict[str, Any]] = record.read_sweep(folder)["trials"]
     except ArtifactError:
         return []
-    spelled = {tuple(sorted(entry["overrides"])) for entry in own.values()}
-    return [entry for entry in listed if "trial" in entry and not _is_left_out(folder, entry, spelled)]
+    overrides = {tuple(sorted(entry["overrides"])) for entry in entries.values()}
+    return [entry for entry in listed if "trial" in entry and not _is_left_out(folder, entry, overrides)]
 
 
-def _is_left_out(folder: Path, entry: Mapping[str, Any], spelled: set[tuple[str, ...]]) -> bool:
+def _is_left_out(folder: Path, entry: Mapping[str, Any], overrides: set[tuple[str, ...]]) -> bool:
     place = folder / str(entry["folder"])
-    if not (place / record.RESULT).is_file():
-        return True
     try:
         schema = record.read(place)["schema"]
-    except ArtifactError:
-        return status_of(place) == "pending"
-    return bool(schema < record.SCHEMA and tuple(sorted(entry.get("overrides") or [])) in spelled)
+    except ArtifactError:  # there is no record, or it cannot be read
+        return True
+    return bool(schema < record.SCHEMA and tuple(sorted(entry.get("overrides") or [])) in overrides)

@@ -1,4 +1,4 @@
-"""train.log: each trial's own story, of those that train together too."""
+"""train.log of each trial, also of those that train together."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -10,8 +10,8 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 @contextmanager
 def train_logs(folders: Mapping[str, Path]) -> Iterator[None]:
-    """While it lasts, what is logged goes to train.log of every run folder of ``folders`` ({trial: folder}); a line
-    that is of one trial (``extra={"trial": id}``) to that one only."""
+    """Inside, every log line goes to train.log in each of ``folders`` ({trial: run folder}); a line with
+    ``extra={"trial": id}`` goes to that trial's only."""
     root = logging.getLogger()
     handlers = [_handler(trial, folder) for trial, folder in folders.items()]
     for handler in handlers:

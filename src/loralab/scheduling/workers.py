@@ -1,7 +1,7 @@
 """Packs on several GPUs: a process for each card, which sees that card alone and keeps its own base.
 
-CUDA_VISIBLE_DEVICES is set before the process starts. Records are the only way back: the parent reads them, says each
-trial's line, and runs itself what a process that died has left.
+CUDA_VISIBLE_DEVICES is set before the process starts. Results come back as records only: the parent reads them, logs
+a line for each trial and runs itself what a process that died has not finished.
 """
 
 import json
@@ -29,15 +29,17 @@ POLL = 0.2  # seconds
 
 def devices(device: str) -> list[str]:
     """What CUDA_VISIBLE_DEVICES may be set to, one entry a card; empty where there is one or none."""
-    given = os.environ.get(STAND_IN)
-    if given is None and device == "cuda":
+    names = _split(os.environ.get(STAND_IN, ""))
+    if STAND_IN not in os.environ and device == "cuda":
         import torch
 
         count = torch.cuda.device_count()
-        named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        given = ",".join(named[:count] if named else map(str, range(count)))
-    found = [name for name in (given or "").split(",") if name]
-    return found if len(found) > 1 else []
+        names = _split(os.environ.get("CUDA_VISIBLE_DEVICES", ""))[:count] or [str(index) for index in range(count)]
+    return names if len(names) > 1 else []
+
+
+def _split(names: str) -> list[str]:
+    return [name for name in names.split(",") if name]
 
 
 @dataclass
@@ -50,34 +52,40 @@ class Worker:
     before: dict[str, int]  # trial -> time of the record it had
 
     def settled(self) -> Iterator[tuple[Job, dict[str, Any]]]:
-        """Trials whose records are new and final; all that are new, once the process has ended."""
+        """Trials with a new record that is final; once the process has ended, with any new record.
+
+        They are removed from ``waiting``.
+        """
         ended = self.process.poll() is not None
         for job in list(self.waiting):
             if _written(job) == self.before[job.trial]:
                 continue
             try:
-                done = record.read(job.folder)
+                stored = record.read(job.folder)
             except ArtifactError:
                 continue
-            if done["status"] in SETTLED or (ended and done["status"] != "running"):
+            if stored["status"] in SETTLED or (ended and stored["status"] != "running"):
                 self.waiting.remove(job)
-                yield job, done
+                yield job, stored
 
 
 def run(
     shares: Sequence[Sequence[Sequence[Job]]],
     names: Sequence[str],
     fresh: bool,
-    tell: Callable[[Job, dict[str, Any]], None],
+    close: Callable[[Job, dict[str, Any]], None],
 ) -> None:
-    """``shares``: the packs of each device of ``names``. Returns when all processes have ended."""
+    """Runs ``shares``, the packs of each device of ``names``, and calls ``close`` for each trial with a final record.
+
+    Returns when all processes have ended. An exception stops them, waits for them and is raised again.
+    """
     workers = [_start(list(packs), name, fresh) for packs, name in zip(shares, names, strict=True) if packs]
     try:
         while True:
             ended = all(worker.process.poll() is not None for worker in workers)
             for worker in workers:
-                for job, done in worker.settled():
-                    tell(job, done)
+                for job, stored in worker.settled():
+                    close(job, stored)
             if ended:
                 break
             time.sleep(POLL)
@@ -107,6 +115,7 @@ def _start(packs: Sequence[Sequence[Job]], name: str, fresh: bool) -> Worker:
 
 
 def _written(job: Job) -> int:
+    """When the job's record was written, in ns; 0 where there is none."""
     path = job.folder / record.RESULT
     return path.stat().st_mtime_ns if path.is_file() else 0
 

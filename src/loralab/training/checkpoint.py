@@ -1,4 +1,4 @@
-"""Where each trial of a pack stands, on disk while it trains: a run that was killed goes on from there."""
+"""The training state of each trial on disk: a run that was killed goes on from there."""
 
 import logging
 import os
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-WORTH = 60.0  # seconds of training that are worth a file at its end
+WORTH_SECONDS = 60.0  # of training since the last file, from which its end is written too
 
 
 class Checkpoint(Callback):
     """Writes ``checkpoints/last.pt`` of every trial, each its own file: adapter, optimizer state, step.
 
-    The order of the data and dropout follow from seed and step, and the base is not kept. Between optimizer steps, when
-    ``minutes`` have passed or a trial has made ``every_n_steps`` since the last time, and when the run is interrupted.
-    A trial that ends before its pack has its last state written too. A file that cannot be written is a warning. What
-    other callbacks and a GradScaler (16-mixed) hold is not in it.
+    The order of the data and dropout follow from seed and step, and the base is not written. Files are written between
+    optimizer steps, when ``minutes`` have passed or a trial has made ``every_n_steps`` since the last time, and when
+    the run is interrupted. The last state of a trial that ends before its pack is written too. A file that cannot be
+    written is a warning. The state of other callbacks and of a GradScaler (16-mixed) is not in it.
     """
 
     pack_aware = True
@@ -51,23 +51,23 @@ class Checkpoint(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         module: Any = pl_module
         self._logged = {trial.spec.id: trial.step for trial in module.trials}
-        behind = max(step - self._written[name] for name, step in self._logged.items())
+        steps = max(step - self._written[trial] for trial, step in self._logged.items())  # since the last file
         timely = self.minutes is not None and time.monotonic() - self._since >= 60 * self.minutes
-        if behind and (timely or (self.every_n_steps is not None and behind >= self.every_n_steps)):
+        if steps and (timely or (self.every_n_steps is not None and steps >= self.every_n_steps)):
             self._write(trainer, module.trials)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
-        if self._asked and time.monotonic() - self._since >= WORTH:  # the last validation may take long
+        if self._enabled and time.monotonic() - self._since >= WORTH_SECONDS:  # the last validation may take long
             self._write(trainer, module.trials)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         module: Any = pl_module
-        if self._asked and isinstance(exception, Interrupted | KeyboardInterrupt) and trainer.optimizers:
+        if self._enabled and isinstance(exception, Interrupted | KeyboardInterrupt) and trainer.optimizers:
             self._write(trainer, module.trials)
 
     @property
-    def _asked(self) -> bool:
+    def _enabled(self) -> bool:
         return self.minutes is not None or self.every_n_steps is not None
 
     def _write(self, trainer: Trainer, trials: list["Trial"]) -> None:
@@ -89,15 +89,15 @@ class Checkpoint(Callback):
 
 
 def path(folder: Path) -> Path:
-    """Of a run folder."""
+    """The checkpoint of the run in ``folder``."""
     return folder / "checkpoints" / "last.pt"
 
 
 def write(trial: "Trial", optimizer: State) -> None:
-    """The trial's state in place of the one before; a reader sees one or the other. Raises OSError, RuntimeError."""
+    """Replaces the trial's checkpoint; a reader sees the old file or the new one. Raises OSError, RuntimeError."""
     target = path(trial.spec.folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    _remove_partial(target)
     trial.sync_loggers()
     state = {**trial.state_dict(), "optimizer": optimizer}
     partial = target.with_name(f".{target.name}.{os.getpid()}")
@@ -112,12 +112,12 @@ def write(trial: "Trial", optimizer: State) -> None:
 
 
 def resume(trial: "Trial") -> bool:
-    """Takes up what ``trial``'s folder holds of the same trial on the same base and rows; whether it does."""
+    """True if ``trial`` was set to the checkpoint in its folder; that must be of the same trial, base and rows."""
     source = path(trial.spec.folder)
     if not source.is_file():
         return False
     try:
-        with zipfile.ZipFile(source) as archive:  # torch writes check sums and reads none
+        with zipfile.ZipFile(source) as archive:  # torch writes checksums and does not check them
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(source, map_location="cpu", weights_only=True)
@@ -136,21 +136,21 @@ def resume(trial: "Trial") -> bool:
 
 
 def forget(folder: Path) -> None:
-    """Removes what a finished or a fresh run has no use for."""
+    """Removes the checkpoint of a finished run, or before a fresh one. A file that cannot be removed is a warning."""
     target = path(folder)
     try:
         target.unlink(missing_ok=True)
-        _sweep(target)
+        _remove_partial(target)
     except OSError as error:
         log.warning("%s cannot be removed: %s", target, error)
     if target.parent.is_dir() and not any(target.parent.iterdir()):
         target.parent.rmdir()
 
 
-def _sweep(target: Path) -> None:
-    """Removes what a run left that was killed while it wrote."""
-    for left in target.parent.glob(f".{target.name}.*"):
-        left.unlink(missing_ok=True)
+def _remove_partial(target: Path) -> None:
+    """Removes the unfinished files of a run that was killed while it wrote."""
+    for partial in target.parent.glob(f".{target.name}.*"):
+        partial.unlink(missing_ok=True)
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
@@ -158,9 +158,9 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
 
 
 def _made_on(trial: "Trial") -> dict[str, str]:
-    """What must be the same for a continuation to be one."""
+    """Fingerprints that must be equal for the trial to continue from a checkpoint."""
     base, data = trial.record["base"], trial.record["data"]
-    found = {"base": base["fingerprint"], "data": data["fingerprint"], "tokenizer": data["tokenizer"]}
+    fingerprints = {"base": base["fingerprint"], "data": data["fingerprint"], "tokenizer": data["tokenizer"]}
     if code := trial.record["code"]["sources"]:
-        found["code"] = sorted(code.items())
-    return {"trial": trial.spec.id, **{what: str(fingerprint) for what, fingerprint in found.items()}}
+        fingerprints["code"] = sorted(code.items())
+    return {"trial": trial.spec.id, **{part: str(fingerprint) for part, fingerprint in fingerprints.items()}}

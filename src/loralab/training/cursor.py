@@ -1,4 +1,4 @@
-"""Where a trial stands in its data: which rows each optimizer step takes, as batches."""
+"""The position of a trial in its data: which rows each optimizer step takes, as batches."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +12,8 @@ Batch = dict[str, Any]
 class DataCursor:
     """Batches of one trial. The order of the rows follows from the seed and the step alone.
 
-    A batch is {tensors, rows, chosen, target_tokens, tokens}; ``chosen`` tells equal rows of several trials.
+    A batch is {tensors, rows, chosen, target_tokens, tokens}. ``chosen`` identifies rows, so that rows which several
+    trials share are found.
     """
 
     def __init__(self, data: Encoded, task: str, pad_token_id: int, seed: int, batch_size: int, micros: int) -> None:
@@ -22,7 +23,7 @@ class DataCursor:
         self.seek(0)
 
     def seek(self, step: int) -> None:
-        """Goes to where ``step`` finished optimizer steps leave the data."""
+        """Moves to the position after ``step`` optimizer steps."""
         self.step = step
         self._stream = self._stream_at(step)
 
@@ -30,12 +31,12 @@ class DataCursor:
         return Stream(len(self.data.train), self.seed, position=step * self.batch_size * self.micros)
 
     def peek(self, step: int) -> Batch:
-        """The first micro-batch behind ``step`` finished steps; the cursor stays where it is."""
+        """The first micro-batch after ``step`` optimizer steps; the cursor does not move."""
         batch = self._batch(self.data.train, self._stream_at(step).take(self.batch_size))
         return {**batch, "step_targets": batch["target_tokens"], "micro": 0}
 
     def step_batches(self) -> Iterator[Batch]:
-        """The micro-batches of the next optimizer step, each knowing the target tokens of the whole step."""
+        """The micro-batches of the next optimizer step; ``step_targets`` counts the target tokens of the whole step."""
         size = self.batch_size
         chosen = self._stream.take(size * self.micros)
         batches = [self._batch(self.data.train, chosen[i * size : (i + 1) * size]) for i in range(self.micros)]
@@ -44,7 +45,7 @@ class DataCursor:
             yield {**batch, "step_targets": targets, "micro": micro}
 
     def evaluation_batches(self, split: str) -> Iterator[Batch]:
-        """The whole split in its own order."""
+        """All rows of the split, in their order."""
         examples = self.data[split]
         for start in range(0, len(examples), self.batch_size):
             yield self._batch(examples, range(start, min(start + self.batch_size, len(examples))))
@@ -53,11 +54,11 @@ class DataCursor:
         tensors = collate([examples[i] for i in chosen], self.task, self.pad_token_id)
         labels = tensors["labels"]
         predicted = labels[:, 1:] if self.task == "causal_lm" else labels
-        scores = labels.is_floating_point()  # of regression, one a row
+        regression = labels.is_floating_point()  # one score a row
         return {
             "tensors": tensors,
             "rows": len(chosen),
             "chosen": [(id(examples), row) for row in chosen],
-            "target_tokens": len(chosen) if scores else int((predicted != IGNORE).sum()),
+            "target_tokens": len(chosen) if regression else int((predicted != IGNORE).sum()),
             "tokens": int(tensors["attention_mask"].sum()),
         }

@@ -1,7 +1,7 @@
-"""What the first pass tells: a base that mixes rows cannot be shared, and a layer that is never called is not trained.
+"""Checks on the first batch: does the base mix rows, and are there adapted layers that nothing trains?
 
-A pack's first batch is computed packed and alone. Most adapters begin as the base, so they are moved from their start
-for that: else the base would be compared with itself.
+A pack's first batch is computed packed and alone. Most adapters start as the base, so they are perturbed for that:
+else the base would be compared with itself.
 """
 
 import logging
@@ -22,7 +22,7 @@ from loralab.training.trial import Trial
 
 log = logging.getLogger(__name__)
 
-NAMED = 5  # of many layers or parameters, as many are written out
+NAMED = 5  # layers or parameters that a message names at most
 
 
 class FirstBatch(Callback):
@@ -42,7 +42,7 @@ class FirstBatch(Callback):
         if why := why_alone(config, config._attn_implementation):
             raise NotPackable(why)
         batches = padded_alike(
-            {i: one.next_batch() for i, one in enumerate(trials) if one.alive}, trials[0].pad_token_id
+            {i: trial.next_batch() for i, trial in enumerate(trials) if trial.alive}, trials[0].pad_token_id
         )
         device = module.device
         forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -51,18 +51,14 @@ class FirstBatch(Callback):
         allowed = tolerance([str(trainer.precision)], module.model)
         for index, loss in alone.items():
             if abs(packed[index] - loss) > allowed * abs(loss):  # False where both are not finite
-                drawn = (
-                    " or calls dropout by itself (model.dropout=0 switches it off)"
-                    if base_dropout(module.model)
-                    else ""
-                )
+                dropout = " or calls dropout by itself (model.dropout=0 switches it off)"
                 raise NotPackable(
-                    f"the base mixes rows{drawn}: the first batch of trial {trials[index].spec.id} has a loss of "
-                    f"{packed[index]:.6g} beside the others and {loss:.6g} alone"
+                    f"the base mixes rows{dropout if base_dropout(module.model) else ''}: the first batch of trial "
+                    f"{trials[index].spec.id} has a loss of {packed[index]:.6g} beside the others and {loss:.6g} alone"
                 )
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """After the first pass: layers that it did not call are named; a trial that has no other fails."""
+        """After the first pass: warns of layers that it did not call. A trial whose layers are all uncalled fails."""
         if self._passed:
             return
         self._passed = True
@@ -77,7 +73,7 @@ class FirstBatch(Callback):
             raise _untrained(alive[0])
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Of the first step: parameters without a gradient are named; a trial that has no other fails."""
+        """After the first backward pass: warns of parameters without a gradient. A trial without any gradient fails."""
         if self._stepped:
             return
         self._stepped = True
@@ -88,17 +84,17 @@ class FirstBatch(Callback):
 
 
 def _packed_and_alone(module: Any, batches: Mapping[int, Any]) -> tuple[dict[int, float], dict[int, float]]:
-    """{trial: loss} of one pass of all, and of each without the others; all adapters moved from their start."""
+    """{trial: loss} of one pass of all trials, and of one pass of each alone; all adapters perturbed."""
 
-    def losses(of: Mapping[int, Any]) -> dict[int, float]:
-        return {index: float(found[0]) for index, found in module.losses(of, training=True).items()}
+    def losses(some: Mapping[int, Any]) -> dict[int, float]:
+        return {index: float(loss_sum) for index, (loss_sum, _, _) in module.losses(some, training=True).items()}
 
     start, scales, alone = losses(batches), {}, {}
     adapters = {index: module.trials[index].adapter for index in batches}
-    for index, own in batches.items():  # the others at their start: what they would do to its rows is not there yet
+    for index in batches:  # the other adapters are not perturbed, so they cannot change this trial's rows
 
-        def loss(i: int = index, batch: Any = own) -> float:
-            return losses({i: batch})[i]
+        def loss(i: int = index) -> float:
+            return losses({i: batches[i]})[i]
 
         scales[index], alone[index] = moderate(adapters[index], start[index], loss)
     with ExitStack() as stack:
@@ -108,15 +104,15 @@ def _packed_and_alone(module: Any, batches: Mapping[int, Any]) -> tuple[dict[int
 
 
 def _name_uncalled(trial: Trial, model: str) -> None:
-    missing, all_of_them = trial.adapter.never_called(), trial.adapter.layers()
-    if not missing:
+    uncalled, layers = trial.adapter.never_called(), trial.adapter.layers()
+    if not uncalled:
         return
-    method, names = trial.adapter.spec.method, _some(missing)
-    if len(missing) == len(all_of_them):
+    method, names = trial.adapter.spec.method, _some(uncalled)
+    if len(uncalled) == len(layers):
         trial.fail(
             ConfigError(
-                f"adapter={method}: {model} calls none of the {len(missing)} layers it adapts ({names}), since it reads"
-                " their weights itself, so nothing would train; valid: layers that are called, by "
+                f"adapter={method}: {model} calls none of the {len(uncalled)} layers it adapts ({names}), since it"
+                " reads their weights itself, so nothing would train; valid: layers that are called, by "
                 "adapter.target_modules"
             )
         )
@@ -124,7 +120,7 @@ def _name_uncalled(trial: Trial, model: str) -> None:
     log.warning(
         "%s: the first pass called %d of the %d adapted layers not at all, and nothing trains them unless a later one "
         "does: %s",
-        *(trial.spec.id, len(missing), len(all_of_them), names),
+        *(trial.spec.id, len(uncalled), len(layers), names),
     )
 
 
@@ -132,9 +128,9 @@ def _name_unreached(trial: Trial) -> None:
     uncalled = tuple(
         f"{part}.{name.replace('.', '/')}." for name in trial.adapter.never_called() for part in ("deltas", "saved")
     )
-    given = dict(trial.adapter.named_parameters())
-    without = [name for name, parameter in given.items() if parameter.grad is None]
-    if len(without) == len(given):
+    parameters = dict(trial.adapter.named_parameters())
+    without = [name for name, parameter in parameters.items() if parameter.grad is None]
+    if len(without) == len(parameters):
         trial.fail(_untrained(trial))
         return
     names = [name for name in without if not name.startswith(uncalled)]
@@ -142,7 +138,7 @@ def _name_unreached(trial: Trial) -> None:
         log.warning(
             "%s: no gradient reached %d of the adapter's %d parameters in the first step, and nothing trains them "
             "unless a later one does: %s",
-            *(trial.spec.id, len(names), len(given), _some(names)),
+            *(trial.spec.id, len(names), len(parameters), _some(names)),
         )
 
 
@@ -165,8 +161,8 @@ def tolerance(precisions: Iterable[str], model: torch.nn.Module) -> float:
     types: 2.5 epsilons, 2e-2 for bf16, where packs were seen to differ by 2e-3; a base that mixes rows is off by more.
     """
     names = {"bf16": torch.bfloat16, "16": torch.float16}
-    kinds = {names[word.partition("-")[0]] for word in precisions if word.partition("-")[0] in names}
-    kinds |= {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    named = {getattr(layer, "compute_dtype", None) for layer in model.modules()}
-    kinds |= {getattr(torch, name) for name in named if name in ("bfloat16", "float16")}
-    return max(1e-4, *(2.5 * torch.finfo(kind).eps for kind in kinds))
+    dtypes = {names[word.partition("-")[0]] for word in precisions if word.partition("-")[0] in names}
+    dtypes |= {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    compute_dtypes = {getattr(layer, "compute_dtype", None) for layer in model.modules()}
+    dtypes |= {getattr(torch, name) for name in compute_dtypes if name in ("bfloat16", "float16")}
+    return max(1e-4, *(2.5 * torch.finfo(dtype).eps for dtype in dtypes))

@@ -1,6 +1,6 @@
-"""Completions from a trial's adapter, framed as its training rows are, and their ROUGE-L.
+"""Completions of a base with an adapter, for prompts encoded as the training rows are, and their ROUGE-L.
 
-Greedy, unless ``data.generation`` says otherwise: what a checkpoint's generation_config.json says is left out.
+Greedy, unless ``data.generation`` says otherwise; a checkpoint's generation_config.json is not used.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from loralab.data.encoding import IGNORE, Encoder
 from loralab.forward.metrics import rouge_l
 from loralab.quantization.sequences import decoder_input_ids
 
-FEWEST, SPARE = 8, 4  # tokens of room; beyond the longest target, so that one that does not end is seen
+FEWEST, SPARE = 8, 4  # new tokens at least; more than the longest target, to see a completion that does not end
 
 
 @contextmanager
@@ -58,52 +58,53 @@ class Writer:
         return {"do_sample": False, "num_beams": 1, **self.options}
 
     def complete(self, heads: Sequence[list[int]], rooms: Sequence[int], size: int = 16) -> list[list[int]]:
-        """Token ids behind each of ``heads`` (prompts in token ids), at most as many as its room; up to their end."""
-        made: list[list[int]] = [[]] * len(heads)
-        for chosen in self._batches(heads, rooms, size):
-            written = self._write([heads[at] for at in chosen], max(rooms[at] for at in chosen))
-            for at, ids in zip(chosen, written, strict=True):
-                made[at] = self.cut(ids[: rooms[at]])
-        return made
+        """New token ids for each of ``heads`` (prompts in token ids), at most its ``rooms``, without the end token."""
+        completions: list[list[int]] = [[]] * len(heads)
+        for batch in self._batches(heads, rooms, size):
+            generated = self._write([heads[index] for index in batch], max(rooms[index] for index in batch))
+            for index, ids in zip(batch, generated, strict=True):
+                completions[index] = self.cut(ids[: rooms[index]])
+        return completions
 
     def cut(self, ids: list[int]) -> list[int]:
-        """What stands before the end."""
-        stop = next((at for at, one in enumerate(ids) if one in self.ends), len(ids))
+        """The tokens before the first end token."""
+        stop = next((index for index, token in enumerate(ids) if token in self.ends), len(ids))
         return ids[:stop]
 
     def text(self, ids: list[int]) -> str:
-        """Special tokens that are not framing are part of a text."""
+        """The decoded tokens, special ones included."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def _batches(self, heads: Sequence[list[int]], rooms: Sequence[int], size: int) -> Iterator[list[int]]:
-        """Places of rows that go together: no row is lengthened beyond ``length``; without padding where a base does
-        not place its tokens by the mask."""
+        """Indices of the prompts that are completed together, so that no row grows beyond ``length``. Where the base
+        does not take position_ids, a batch holds prompts of one length, which need no padding."""
         padded = self.task == "seq2seq_lm" or "position_ids" in inspect.signature(self.model.forward).parameters
         batch: list[int] = []
-        for at in sorted(range(len(heads)), key=lambda at: len(heads[at]), reverse=True):
-            whole = len(heads[batch[0]]) + max(rooms[one] for one in [*batch, at]) if batch else 0
-            fits = self.task == "seq2seq_lm" or whole <= self.length
-            if batch and (len(batch) == size or not fits or not (padded or len(heads[at]) == len(heads[batch[0]]))):
+        for index in sorted(range(len(heads)), key=lambda index: len(heads[index]), reverse=True):
+            longest = len(heads[batch[0]]) if batch else 0
+            fits = self.task == "seq2seq_lm" or longest + max(rooms[i] for i in [*batch, index]) <= self.length
+            if batch and (len(batch) == size or not fits or not (padded or len(heads[index]) == longest)):
                 yield batch
                 batch = []
-            batch = [*batch, at]
+            batch = [*batch, index]
         if batch:
             yield batch
 
     def _write(self, heads: list[list[int]], room: int) -> list[list[int]]:
-        """A batch of completions, ``room`` tokens each at most, padding behind their end."""
+        """A batch of completions of at most ``room`` tokens each, padded after their end."""
         inputs = self._padded(heads)
-        given = {"decoder_input_ids": torch.tensor([self.start] * len(heads), device=self.device)} if self.start else {}
+        if self.start:
+            inputs["decoder_input_ids"] = torch.tensor([self.start] * len(heads), device=self.device)
         slices = (BatchSlice(self.adapter, len(heads)),) if self.adapter is not None else ()
-        cards = [self.device] if self.device.type == "cuda" else []
-        config, own = self._config(room), self.model.generation_config
-        with evaluating(self.model), AdapterHooks.of(self.model).batch(*slices), torch.random.fork_rng(cards):
-            torch.manual_seed(0)  # sampling, where it is asked for, is the same each time
-            self.model.generation_config = config  # generate() takes from it what a config of its own leaves open
+        devices = [self.device] if self.device.type == "cuda" else []
+        config, previous = self._config(room), self.model.generation_config
+        with evaluating(self.model), AdapterHooks.of(self.model).batch(*slices), torch.random.fork_rng(devices):
+            torch.manual_seed(0)  # sampling gives the same each time
+            self.model.generation_config = config  # generate() falls back on it for what its argument leaves open
             try:
-                out = self.model.generate(**inputs, **given, generation_config=config)  # type: ignore[operator]
+                out = self.model.generate(**inputs, generation_config=config)  # type: ignore[operator]
             finally:
-                self.model.generation_config = own
+                self.model.generation_config = previous
         skipped = len(self.start) if self.start else inputs["input_ids"].shape[1]
         rows: list[list[int]] = out[:, skipped:].tolist()
         return rows
@@ -112,12 +113,13 @@ class Writer:
         from transformers import GenerationConfig
 
         bound = min(room, int(self.options.get("max_new_tokens", room)))
-        given = {"eos_token_id": sorted(set(self.ends)), "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True}
+        tokens = {"eos_token_id": sorted(set(self.ends)), "pad_token_id": self.tokenizer.pad_token_id}
         start = {"decoder_start_token_id": self.start[0]} if self.start else {}
-        return GenerationConfig(**{**given, **start, **self.settings(), "max_new_tokens": bound})
+        return GenerationConfig(**{"use_cache": True, **tokens, **start, **self.settings(), "max_new_tokens": bound})
 
     def _padded(self, heads: list[list[int]]) -> dict[str, Tensor]:
-        """Padded before a continuation, behind what an encoder reads (its positions count from the first column)."""
+        """Prompts of a decoder are padded on the left, those of an encoder on the right, where its positions count from
+        the first column."""
         longest = max(map(len, heads))
         before = self.task != "seq2seq_lm"
         ids, mask = [], []
@@ -132,7 +134,7 @@ class Writer:
         }
 
     def _start(self) -> list[int]:
-        """What the decoder reads before the first token of a target, as in training."""
+        """The tokens that the decoder reads before the first token of a target, as in training."""
         prefix = self.encoder.target_prefix
         labels = torch.tensor([[*prefix, *(self.encoder.target_suffix or [self.encoder.eos])]], device=self.device)
         start: list[int] = decoder_input_ids(self.model, labels)[0, : 1 + len(prefix)].tolist()
@@ -140,13 +142,7 @@ class Writer:
 
 
 def complete(
-    model: nn.Module,
-    tokenizer: Any,
-    adapter: Adapter | None,
-    prompts: list[str],
-    task: str,
-    room: int,
-    length: int,
+    model: nn.Module, tokenizer: Any, adapter: Adapter | None, prompts: list[str], task: str, room: int, length: int
 ) -> list[str]:
     """Greedy completions of ``prompts``: at most ``room`` new tokens, prompts cut from the left to fit ``length``."""
     writer = Writer(model, tokenizer, adapter, task, length)
@@ -156,13 +152,8 @@ def complete(
     return [writer.text(ids) for ids in writer.complete(heads, [room] * len(heads))]
 
 
-def score(
-    writer: Writer,
-    rows: list[Row],
-    words: str = "unicode",
-    batch_size: int = 16,
-) -> float:
-    """ROUGE-L of completions against the rows' targets, both from their token ids; a prompt is the one of training."""
+def score(writer: Writer, rows: list[Row], words: str = "unicode", batch_size: int = 16) -> float:
+    """ROUGE-L of completions of the rows' training prompts against their targets, both decoded from token ids."""
     examples, encoder = writer.encoder.examples(rows), writer.encoder
     targets = encoder.targets(rows)
     room = max(FEWEST, max(map(len, targets)) + SPARE)
@@ -170,8 +161,10 @@ def score(
         heads = [example.input_ids for example in examples]
         rooms = [min(room, writer.length - len(encoder.target_prefix))] * len(rows)
     else:
-        counts = [next((at for at, label in enumerate(one.labels) if label != IGNORE), 0) for one in examples]
-        heads = [one.input_ids[:count] or [encoder.eos] for one, count in zip(examples, counts, strict=True)]
+        heads = []
+        for example in examples:
+            prompt = next((index for index, label in enumerate(example.labels) if label != IGNORE), 0)
+            heads.append(example.input_ids[:prompt] or [encoder.eos])
         rooms = [max(1, min(room, writer.length - len(head))) for head in heads]
-    made = writer.complete(heads, rooms, batch_size)
-    return rouge_l([writer.text(ids) for ids in made], [writer.text(writer.cut(ids)) for ids in targets], words)
+    completions = writer.complete(heads, rooms, batch_size)
+    return rouge_l([writer.text(ids) for ids in completions], [writer.text(writer.cut(ids)) for ids in targets], words)

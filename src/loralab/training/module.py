@@ -1,8 +1,6 @@
-"""The LightningModule: loss, metrics and the optimizer over a list of trials on one frozen base.
+"""The LightningModule: loss, metrics and the optimizer of a list of trials on one frozen base."""
 
-It knows nothing of ranks, quantizers, GPU memory or W&B; one trial is a list of one.
-"""
-
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,20 +45,20 @@ class FineTuner(LightningModule):
         self.forward_pass = Forward(model, self.task, unpad and all(t.adapter.spec.tokenwise for t in trials))
         self.split = "val"
         self._scores: list[SplitMetrics] = []
-        self._running: dict[int, float] = {}  # {trial: loss} of the window under way
+        self._running: dict[int, float] = {}  # {trial: loss} of the optimizer step under way
         self._norms: dict[int, float] = {}
-        self._last: dict[int, float] = {}  # {trial: loss} of the last finished window
+        self._last: dict[int, float] = {}  # {trial: loss} of the last finished step
 
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         inputs, labels = stack_batches(batches, self.trials[0].pad_token_id, self.device)
         slices = [_slice(self.trials[index], batch, training) for index, batch in batches.items()]
         if training:
-            # what the base draws by itself, dropout that is no layer's or skipped layers, follows a lone trial's key
+            # for what the base draws without the hooks (functional dropout, skipped layers); such a trial runs alone
             _seed(slices[0].key or 0)
         if self.task == "seq2seq_lm":
             inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
-        scores = self.forward_pass(inputs, labels, slices, lambda given: self.prefix.shared(given, batches))
+        scores = self.forward_pass(inputs, labels, slices, lambda part: self.prefix.shared(part, batches))
         return dict(zip(batches, scores, strict=True))
 
     def training_step(self, batches: dict[int, Batch], batch_idx: int) -> Tensor | None:
@@ -72,7 +70,7 @@ class FineTuner(LightningModule):
             trial, batch = self.trials[index], batches[index]
             loss = loss_sum / max(1, batch["step_targets"])
             value = float(loss.detach())  # one device-to-host synchronization a trial and pass
-            if value != value or value in (float("inf"), float("-inf")):
+            if not math.isfinite(value):
                 trial.fail_on_infinite("the training loss")
                 continue
             trial.tokens += batch["tokens"]
@@ -81,7 +79,7 @@ class FineTuner(LightningModule):
         if not total:
             self.trainer.should_stop = not any(trial.alive for trial in self.trials)
             return None
-        # Lightning divides by the number of accumulated passes; the loss is normalised already
+        # undoes Lightning's division by the number of accumulated passes: the loss is normalised already
         return torch.stack(total).sum() * self.trainer.accumulate_grad_batches
 
     def configure_gradient_clipping(
@@ -90,7 +88,7 @@ class FineTuner(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips each trial by its own norm; one whose gradient is not finite leaves the pack untouched."""
+        """Clips each trial by its own norm. A trial whose gradient is not finite fails and drops its gradient."""
         for index, trial in enumerate(self.trials):
             parameters = [p for p in trial.adapter.parameters() if p.grad is not None]
             if trial.failure is None and parameters:
@@ -106,13 +104,9 @@ class FineTuner(LightningModule):
                     parameter.grad = None
 
     def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """One step of every trial that took part in this window."""
+        """One step of every trial that took part in this step's passes."""
         self._norms = {}
         rates = [group["lr"] for group in optimizer.param_groups]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -130,7 +124,7 @@ class FineTuner(LightningModule):
             self.trainer.should_stop = True
 
     def on_validation_epoch_start(self) -> None:
-        # as many as the logits, which may be more than the data has
+        # as many as the logits: a head may have more classes than the data
         labels = max(2, int(getattr(self.model.config, "num_labels", 2)))
         self._scores = [SplitMetrics(self.task, labels, self.device) for _ in self.trials]
 
@@ -143,8 +137,8 @@ class FineTuner(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for trial, scores in zip(self.trials, self._scores, strict=True):
-            again = self.split == "val" and trial.last_validated_step == trial.step  # one that has ended
-            if trial.failure is None and not again and len(trial.data[SPLITS[self.split]]):
+            scored = self.split == "val" and trial.last_validated_step == trial.step  # a trial that has ended
+            if trial.failure is None and not scored and len(trial.data[SPLITS[self.split]]):
                 values = scores.compute(self.split)
                 (trial.validated if self.split == "val" else trial.score)(values)
                 if len(self.trials) == 1:  # for Lightning's own callbacks, which know no packs
@@ -154,7 +148,7 @@ class FineTuner(LightningModule):
         self._scores = []
 
     def configure_optimizers(self) -> Any:
-        """One optimizer, a parameter group and a schedule for each trial, each where its trial stands."""
+        """One optimizer with a parameter group and a schedule for each trial, which continue from the trial's step."""
         specs = [trial.spec.optimizer for trial in self.trials]
         names = {spec.name for spec in specs}
         if len(names) > 1:
@@ -171,8 +165,7 @@ class FineTuner(LightningModule):
         return batch  # stacked first, moved once, in losses()
 
     def report(self, values: Mapping[str, float]) -> None:
-        """A row for every trial of the pack (telemetry's way in), at the step under way or the last one; steps count
-        from 1."""
+        """Logs a row for every trial of the pack, at the step under way or else the last one. For callbacks."""
         under_way = self._under_way
         for trial in self.trials:
             if trial.failure is None:
@@ -180,44 +173,44 @@ class FineTuner(LightningModule):
 
     @property
     def _under_way(self) -> bool:
-        """Whether a step has begun that is not finished."""
+        """True if a step has begun that is not finished."""
         begun: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return bool(self._running) or (self.trainer.training and begun.ready > begun.processed)
 
     def heaviest(self) -> int | None:
-        """Of the steps that will surely be made, the one with the heaviest pass; None where no step is left."""
+        """The step with the heaviest pass, of those that early stopping cannot prevent; None where no step is left."""
         interval, micros = self.trainer.val_check_interval, self.trainer.accumulate_grad_batches
         steps = interval // micros if isinstance(interval, int) else 0
-        feeds = [
-            Feed.of(one.spec, one.data.train, one.step, one.certain_steps(steps)) for one in self.trials if one.alive
-        ]
-        found = heaviest(feeds, self.weighing)
-        return found[0].step if found else None
+        alive = [trial for trial in self.trials if trial.alive]
+        feeds = [Feed.of(trial.spec, trial.data.train, trial.step, trial.certain_steps(steps)) for trial in alive]
+        passes = heaviest(feeds, self.weighing)
+        return passes[0].step if passes else None
 
     def heaviest_evaluation(self) -> int | None:
-        """The number of the heaviest pass over the split that is scored next."""
+        """The number of the heaviest pass over the split that is scored next; None where there is no pass."""
         split = "validation" if self.split == "val" else self.split
         parts = [(t.data[split], t.spec.data.batch_size) for t in self.trials if t.failure is None]
-        found = heaviest_evaluation(parts, self.weighing)
-        return None if found is None else found[0]
+        numbered = heaviest_evaluation(parts, self.weighing)
+        return None if numbered is None else numbered[0]
 
     @property
     def weighing(self) -> Weighing:
-        """What makes a pass heavy, as far as it is known."""
+        """What the memory of a pass depends on, as far as it is known."""
         passes: Any = self.trainer.train_dataloader
         spiky = (passes.every, passes.length) if hasattr(passes, "every") else None
         mode = self.forward_pass.mode
         return Weighing(mode is not None and mode.unpadded, self.task == "seq2seq_lm", spiky)
 
     def fed(self, batches: Mapping[int, Batch]) -> Pass:
-        """What a pass of the step under way is fed."""
+        """The shapes of ``batches``, a pass of the step under way."""
         parts = [Fed.of(batches[i], self.task) if i in batches else None for i in range(len(self.trials))]
         width = max(batch["tensors"]["input_ids"].shape[1] for batch in batches.values())
+        longest = max(length for part in parts if part for length in part.inputs)
         step = max(self.trials[i].step for i in batches) + 1
-        return Pass(step, tuple(parts), width if width > max(n for f in parts if f for n in f.inputs) else None)
+        return Pass(step, tuple(parts), width if width > longest else None)
 
     def progress(self) -> dict[str, Any]:
-        """Where the pack stands, for progress lines; a loss is nan before the first step."""
+        """Step, losses, rate and tokens of the pack, for progress lines; a loss is nan before the first step."""
         return {
             "step": max(trial.step for trial in self.trials),
             "steps": max(trial.max_steps for trial in self.trials),
@@ -233,7 +226,7 @@ def _slice(trial: Trial, batch: Batch, training: bool) -> BatchSlice:
 
 
 def _seed(key: int) -> None:
-    """torch.manual_seed, but for the stack traces it formats on machines without CUDA: 2 ms a step."""
+    """As torch.manual_seed, without the stack trace that it formats on machines without CUDA (2 ms)."""
     torch.default_generator.manual_seed(key)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(key)

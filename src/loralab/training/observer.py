@@ -1,4 +1,4 @@
-"""What a run asks of its callbacks. An ordinary Lightning callback has none of this, and its trial runs alone."""
+"""What a run reads from its callbacks. An ordinary Lightning callback has none of it, and its trial runs alone."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -21,12 +21,12 @@ def is_pack_aware(callback: Any) -> bool:
 
 
 def evaluation_observers(callbacks: Iterable[Any]) -> list[Any]:
-    """Those that observe evaluations after the fit too."""
+    """The callbacks that observe evaluations after the fit too."""
     return [callback for callback in callbacks if hasattr(callback, "summary")]
 
 
 def memory_fields(callbacks: Iterable[Any]) -> dict[str, Any]:
-    """What they have observed, for the record's ``memory``."""
+    """The fields that the callbacks add to the record's ``memory``."""
     fields: dict[str, Any] = {}
     for callback in evaluation_observers(callbacks):
         fields.update(callback.summary())

@@ -1,4 +1,4 @@
-"""What Lightning is fed with: each pass is {trial's index: its batch}, stacked along dim 0 before the base sees it."""
+"""Lightning's data loaders. A pass is {index of a trial: its batch}, stacked along dim 0 before the base."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,7 +11,7 @@ from loralab.training.trial import Trial
 
 
 class TrainPasses:
-    """Training passes of a pack; of those trials that still train."""
+    """The training passes of a pack; a trial that has ended is in no further pass."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         self.trials = trials
@@ -28,7 +28,7 @@ class TrainPasses:
 
 
 class EvaluationPasses:
-    """Evaluation passes of a pack over one split; a trial with fewer batches drops out earlier."""
+    """The evaluation passes of a pack over one split; a trial with fewer batches is in fewer passes."""
 
     def __init__(self, trials: Sequence[Trial], split: str) -> None:
         self.trials, self.split = trials, split
@@ -43,8 +43,8 @@ class EvaluationPasses:
             if trial.failure is None
         }
         for _ in range(len(self)):
-            drawn = {index: next(stream, None) for index, stream in streams.items()}
-            yield {index: batch for index, batch in drawn.items() if batch is not None}
+            batches = {index: next(stream, None) for index, stream in streams.items()}
+            yield {index: batch for index, batch in batches.items() if batch is not None}
 
 
 def stack_batches(

@@ -1,4 +1,4 @@
-"""Where a run stands while it trains: a live line on a terminal, elsewhere a plain one every few seconds."""
+"""The progress of a run: a live line on a terminal, elsewhere a plain line every few seconds."""
 
 import logging
 import sys
@@ -89,8 +89,8 @@ class _LiveLine:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.description}"), TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task("", total=steps)
-        handlers = [one for one in logging.getLogger().handlers if isinstance(one, logging.StreamHandler)]
-        self._streams = [(one, one.stream) for one in handlers if one.stream in (sys.stderr, sys.__stderr__)]
+        handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
+        self._streams = [(h, h.stream) for h in handlers if h.stream in (sys.stderr, sys.__stderr__)]
         for handler, stream in self._streams:
             handler.setStream(FileProxy(console, stream))
         self._bar.start()

@@ -1,4 +1,4 @@
-"""Everything a configuration says about one trial, and what trials of one pack must agree in."""
+"""The checked settings of one trial, and which of them the trials of one pack must share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,9 +7,10 @@ from typing import Any
 
 from loralab.adapters.base import AdapterSpec
 from loralab.data.base import DataSpec
+from loralab.errors import ConfigError
 from loralab.memory.budget import PlanSpec
 from loralab.memory.limits import MemorySpec
-from loralab.models import pretrained
+from loralab.models import architecture, pretrained
 from loralab.optim import optimizers
 from loralab.quantization.base import Quantizer
 from loralab.records import sources
@@ -19,7 +20,7 @@ from loralab.training.trainer import TrainerSpec
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """Everything a configuration says about one trial, built and checked, nothing loaded."""
+    """The settings of one trial, built and checked; nothing is loaded."""
 
     id: str
     folder: Path
@@ -43,18 +44,34 @@ class TrialSpec:
     sweep: str | None = None
 
     def sources(self) -> dict[str, str]:
-        """{module: fingerprint} of the classes among what decides the result that are not loralab's."""
+        """{module: fingerprint} of the spec classes that decide the result and are not loralab's."""
         parts = (self.model, self.quantization, self.adapter, self.data, self.optimizer, self.schedule, self.trainer)
         return sources.of(map(type, parts))
 
     @property
+    def room(self) -> int | None:
+        """Tokens of the longest row that the base has positions for, beside the adapter's own; None: no bound."""
+        found = architecture.positions(self.model.architecture())
+        return None if found is None else found - self.adapter.virtual_tokens
+
+    def check_positions(self) -> None:
+        """Raises ConfigError where the longest row would not fit behind the adapter's virtual tokens."""
+        taken = self.adapter.virtual_tokens
+        room = self.room if taken else None
+        if room is not None and self.model.length > room:
+            null = "" if self.model.max_length else ", which null stands for,"
+            raise ConfigError(
+                f"model.max_length={self.model.length}{null} and adapter.num_virtual_tokens={taken} exceed the "
+                f"{room + taken} positions of the base model; valid: model.max_length of at most {room}"
+            )
+
+    @property
     def pack_key(self) -> tuple[Any, ...]:
-        """What the trials of one pack must agree in."""
-        spec = self.trainer
-        kinds = (self.model, self.quantization, self.optimizer, self.data, spec)
+        """Equal for trials that may share a pack."""
+        trainer = self.trainer
+        parts = (self.model, self.quantization, self.optimizer, self.data, trainer)
         return (
-            *map(type, kinds),  # a class of the user's may bear the name of another
-            *(repr(self.model), repr(self.quantization), self.optimizer.name),
-            *(spec.accumulate_grad_batches, spec.val_check_interval, spec.precision, spec.accelerator),
-            self.optimizer.flat,
+            *map(type, parts),  # two classes may have the same name
+            *(repr(self.model), repr(self.quantization), self.optimizer.name, self.optimizer.flat),
+            *(trainer.accumulate_grad_batches, trainer.val_check_interval, trainer.precision, trainer.accelerator),
         )

@@ -6,23 +6,23 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 
 class InPlace(SingleDeviceStrategy):
-    """Lightning's own moves the whole module to the host after every fit and every validation. The base is part of it:
-    it would cross the bus four times a run, within the seconds that are timed, and generation would run on the host.
+    """The module stays on its device; the optimizer's state goes to the host, and gradients are dropped.
 
-    Here the module stays where it is. The optimizer's state goes to the host as before; gradients are dropped.
+    Lightning's own strategy moves the whole module, with the base, to the host after every fit and every validation:
+    four times a run, within the seconds that are timed, and generation would run on the host.
     """
 
     def model_to_device(self) -> None:
-        """A module that is there already is left alone: every ``.to`` drops what its layers keep unpacked."""
+        """Only for a module that is elsewhere: every ``.to`` drops the weights that layers keep unpacked."""
         assert self.model is not None
         if any(tensor.device != self.root_device for tensor in chain(self.model.parameters(), self.model.buffers())):
             super().model_to_device()
 
     def teardown(self) -> None:
-        """All of Lightning's, but for the move of the module."""
+        """Lightning's teardown without the move of the module."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        module, self._lightning_module = self._lightning_module, None  # which is what Lightning would move
+        module, self._lightning_module = self._lightning_module, None  # Lightning moves this one
         try:
             super().teardown()
         finally:

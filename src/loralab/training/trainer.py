@@ -1,4 +1,4 @@
-"""The spec around Lightning's Trainer: what a run may set, checked before anything is loaded."""
+"""The settings of Lightning's Trainer that a run may choose, checked before anything is loaded."""
 
 import logging
 import warnings
@@ -14,7 +14,7 @@ MOST = 2**31 - 1  # of anything that is counted
 
 @spec("trainer")
 class TrainerSpec:
-    """How long and on what. Steps are optimizer steps; ``val_check_interval`` counts them too (null: only the end)."""
+    """Steps, device, precision, validations. All steps are optimizer steps; ``val_check_interval`` null: at the end."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     max_steps: Annotated[Natural, Le(MOST)] = 200  # 0: the base is scored as it is
@@ -50,7 +50,7 @@ class TrainerSpec:
             raise ConfigError("trainer.precision=16-mixed needs a GPU; valid on a CPU: 32-true, bf16-mixed, bf16-true")
 
     def build(self, callbacks: list[Any], progress: bool, evaluating: bool = False) -> Any:
-        """Lightning's Trainer: one epoch of numbered passes, no logger or checkpoint of its own."""
+        """A Lightning Trainer for one epoch, without Lightning's own logger and checkpoints."""
         quiet()
         from lightning.pytorch import Trainer
 
@@ -79,7 +79,7 @@ class TrainerSpec:
 
 
 def quiet() -> None:
-    """Lightning's advertisements, hardware lines and loading bars say nothing about an experiment."""
+    """Silences Lightning's and transformers' messages and loading bars, which say nothing about an experiment."""
     from transformers.utils.logging import disable_progress_bar
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

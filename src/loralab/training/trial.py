@@ -1,4 +1,4 @@
-"""One trial under way: its spec, its adapter, its place in the data, its scores and its record."""
+"""One trial under way: its spec, adapter, position in the data, scores and record."""
 
 import logging
 import math
@@ -11,7 +11,6 @@ from loralab.adapters.hooks import mix
 from loralab.data.encoding import Encoded
 from loralab.errors import DivergedError, LoralabError
 from loralab.optim.optimizers import State
-from loralab.records import record
 from loralab.records.jsonl import MetricsFile
 from loralab.records.metric_logger import MetricLogger
 from loralab.training.cursor import Batch, DataCursor
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trial:
-    """One run of the experiment, alone on the base or beside others. Its fit changes it, step by step."""
+    """One run of the experiment, alone on the base or beside others. The fit changes it step by step."""
 
     spec: TrialSpec
     adapter: Adapter
@@ -44,18 +43,12 @@ class Trial:
     def __post_init__(self) -> None:
         trainer = self.spec.trainer
         self.early_stopping = EarlyStopping(trainer.patience, self.spec.metric_mode)
-        self.data_cursor = DataCursor(
-            self.data,
-            self.task,
-            self.pad_token_id,
-            self.spec.seed,
-            self.spec.data.batch_size,
-            trainer.accumulate_grad_batches,
-        )
+        sizes = (self.spec.data.batch_size, trainer.accumulate_grad_batches)
+        self.data_cursor = DataCursor(self.data, self.task, self.pad_token_id, self.spec.seed, *sizes)
         self._reset_cursor()
 
     def _reset_cursor(self) -> None:
-        """Back to where the last finished step left the data."""
+        """Moves the data cursor to the end of the last finished step."""
         self.data_cursor.seek(self.step)
         self._finished_tokens = self.tokens
 
@@ -69,23 +62,23 @@ class Trial:
 
     @property
     def alive(self) -> bool:
-        """Whether it still trains."""
+        """True if it still trains."""
         return self.failure is None and not self.early_stopping.stopped and self.step < self.max_steps
 
     def next_batch(self) -> Batch:
-        """The first micro-batch of the next step, not taken."""
+        """The first micro-batch of the next step; the cursor does not move."""
         return self.data_cursor.peek(self.step)
 
     def dropout_key(self, micro: int) -> int:
-        """What decides every dropout mask of one pass of this trial."""
+        """The seed of every dropout mask of one pass of this trial."""
         return mix(self.spec.seed, self.step, micro)
 
     def certain_steps(self, interval: int) -> int:
-        """The step that it reaches whatever its validations, one every ``interval`` steps, give."""
+        """The step that it reaches at least, with a validation every ``interval`` steps."""
         return self.early_stopping.certain_steps(self.step, interval, self.max_steps)
 
     def schedule_factor(self) -> Callable[[int], float]:
-        """The schedule over the steps that a fit from here will make."""
+        """The schedule as a function of the steps made from here on."""
         factor, start = self.spec.schedule.factor(self.max_steps), self.step
         return lambda done: factor(start + done)
 
@@ -95,10 +88,10 @@ class Trial:
         self._finished_tokens = self.tokens
 
     def rewind(self, state: State | None) -> bool:
-        """Back to the end of the last finished step, after a fit that broke off; ``state``: its optimizer's.
+        """Goes back to the end of the last finished step after a fit that ended by an error.
 
-        False where the update itself was cut short: some parameters or moments are a step ahead, or ``state`` could
-        not be kept (None).
+        ``state``: the optimizer's; None where it could not be copied. False where the trial must restart: the update
+        was cut short, so that some parameters or moments are a step ahead, or there is no state.
         """
         self.tokens = self._finished_tokens
         self._reset_cursor()
@@ -110,33 +103,33 @@ class Trial:
         return self.is_in_step(state or {}) and (state is not None or not self.step)
 
     def is_in_step(self, state: State) -> bool:
-        """Whether an optimizer's state is that of the last finished step: an update may be cut short."""
+        """True if an optimizer's state is that of the last finished step, False where an update was cut short."""
         return all(int(moments.get("step", 0)) <= self.step for moments in state.values())
 
     def restart(self, adapter: Adapter) -> None:
-        """From the first step on, with an adapter drawn anew; rows that were written are not written again."""
+        """Goes back to the first step with a newly drawn adapter; rows that were logged are not logged again."""
         self.adapter, self.last_logged_step = adapter, max(self.last_logged_step, self.step)
         self.step = self.tokens = 0
         self.optimizer_state, self.last_validated_step, self.metrics = {}, -1, {}
-        self.early_stopping.reset()
+        self.early_stopping = EarlyStopping(self.spec.trainer.patience, self.spec.metric_mode)
         self._reset_cursor()
 
     def score(self, values: Mapping[str, float]) -> None:
-        """Takes the scores of a split. A loss, or the metric, that is not finite is no result: the trial fails."""
+        """Stores and logs the scores of a split. The trial fails where a loss or its metric is not finite."""
         self.metrics.update(values)
         self.log(values)
         watched = [key for key in values if key.endswith("/loss") or key == self.spec.metric]
-        if lost := next((key for key in watched if not math.isfinite(values[key])), None):
+        if key := next((key for key in watched if not math.isfinite(values[key])), None):
             advice = (
                 f"a lower optimizer.lr (now {self.spec.optimizer.lr:g}), a warm-up or gradient clipping may help"
                 if self.step
                 else "nothing was trained yet, so the base itself gives it: another model.dtype or trainer.precision,"
                 " or other rows may help"
             )
-            self.fail(DivergedError(f"{lost} is {values[lost]:g} after step {self.step}: {advice}"))
+            self.fail(DivergedError(f"{key} is {values[key]:g} after step {self.step}: {advice}"))
 
     def validated(self, values: Mapping[str, float]) -> None:
-        """Takes the scores of a validation, from which early stopping follows."""
+        """Stores and logs the scores of a validation, which may end the trial by early stopping."""
         self.score(values)
         self.last_validated_step = self.step
         if self.failure is not None or self.spec.metric not in values:
@@ -151,17 +144,17 @@ class Trial:
             )
 
     def fail(self, error: LoralabError) -> None:
-        """Takes the trial out of the pack; the others go on. The first error stays."""
+        """Ends the trial; the others of its pack go on. A first error is not overwritten."""
         self.failure = self.failure or error
 
     def fail_on_infinite(self, what: str) -> None:
-        """The loss or the gradient of the step under way is not finite."""
+        """Fails the trial: ``what``, the loss or the gradient of the step under way, is not finite."""
         advice = "a lower optimizer.lr, a warm-up or gradient clipping may help"
         lr = self.spec.optimizer.lr
         self.fail(DivergedError(f"{what} is not finite at step {self.step + 1} (lr {lr:g}): {advice}"))
 
     def fail_on_zero_gradient(self) -> None:
-        """A loss without any gradient: the adapter has saturated the base, and no further step would move it."""
+        """Fails the trial: its gradient is exactly zero, so no further step would change it."""
         self.fail(
             DivergedError(
                 f"the gradient is exactly zero at step {self.step + 1} while the loss is not (lr"
@@ -181,7 +174,7 @@ class Trial:
         self.loggers = [MetricsFile(self.spec.folder / "metrics.jsonl", self.step), mirror]
 
     def sync_loggers(self) -> None:
-        """What was logged is on disk."""
+        """Returns when what was logged is on disk."""
         for logger in self.loggers:
             logger.sync()
 
@@ -190,12 +183,8 @@ class Trial:
             logger.finish(self.failure.exit_code if self.failure else 0)
         self.loggers = []
 
-    def write_record(self) -> None:
-        """Writes the record as it stands."""
-        record.write(self.spec.folder, self.record)
-
     def state_dict(self) -> dict[str, Any]:
-        """All that a continuation needs: order and dropout follow from seed and step."""
+        """The content of a checkpoint; the order of the rows and dropout follow from seed and step."""
         return {
             "step": self.step,
             "tokens": self._finished_tokens,
@@ -205,12 +194,12 @@ class Trial:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises an error, and changes nothing, where something is missing."""
+        """Continues from ``state_dict``. Raises an error, and changes nothing, where something is missing."""
         step, tokens, optimizer = int(state["step"]), int(state["tokens"]), dict(state["optimizer"])
         stopping = replace(self.early_stopping)
         stopping.load_state_dict(state["early_stopping"])
-        self.adapter.load_state_dict(state["adapter"], strict=True)  # last, for it is changed in place
+        self.adapter.load_state_dict(state["adapter"], strict=True)  # last, because it changes the adapter in place
         self.early_stopping = stopping
         self.step, self.tokens, self.optimizer_state = step, tokens, optimizer
-        self.untimed_tokens = self.tokens  # the seconds they took are another process's
+        self.untimed_tokens = self.tokens  # another process spent the seconds they took
         self._reset_cursor()

@@ -71,8 +71,8 @@ def stages(ballast: bool) -> dict[str, Callable[..., None]]:
 
 def budgets(names: list[str], most: float) -> dict[str, float]:
     """``most`` seconds, shared out in the proportions of BUDGETS."""
-    whole = sum(BUDGETS[name] for name in names)
-    return {name: most * BUDGETS[name] / whole for name in names}
+    total = sum(BUDGETS[name] for name in names)
+    return {name: most * BUDGETS[name] / total for name in names}
 
 
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ def ballast(session: CardSession, stage: Row) -> None:
     """
     if not session.rehearsal:
         stages = session.result["stages"]
-        asked = max((arm.get("paged_bytes") or 0 for arm in stages.get("paged", {}).get("arms", [])), default=0)
-        if not asked:
+        managed = max((arm.get("paged_bytes") or 0 for arm in stages.get("paged", {}).get("arms", [])), default=0)
+        if not managed:
             raise LookupError("no paged run says how much managed memory a ballast would be beside")
         total, used = card_bytes(stages.get("machine", {}).get("nvidia_smi", "")) or (0, 0)
-        if SPARE * asked > total - used:
+        if SPARE * managed > total - used:
             free = (total - used) / GIB
-            raise RuntimeError(f"{asked / GIB:.2f} GiB of managed memory on a card with {free:.2f} GiB free")
+            raise RuntimeError(f"{managed / GIB:.2f} GiB of managed memory on a card with {free:.2f} GiB free")
     _arms(session, stage, BALLAST, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:False")
 
 

@@ -75,15 +75,15 @@ class CardSession:
 
     def worker(self, engine: str, setup: Row | None = None, **environment: str) -> WorkerProcess:
         """A process until the stage's deadline. Raises Late where too little time is left to start it."""
-        left = self.deadline - time.monotonic()
-        if left < FEWEST_S:
-            raise Late(f"{max(0.0, left):.0f} s were left for {engine}")
+        seconds_left = self.deadline - time.monotonic()
+        if seconds_left < FEWEST_S:
+            raise Late(f"{max(0.0, seconds_left):.0f} s were left for {engine}")
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # of the cards that this process may use
-        around = {"PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
-        around |= {"CUDA_VISIBLE_DEVICES": first, **environment}
+        variables = {"PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
+        variables |= {"CUDA_VISIBLE_DEVICES": first, **environment}
         if self.rehearsal:  # threads that wait for each other in tiny shapes cost most where others compute too
-            around |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        return WorkerProcess(engine, {"device": self.device, **(setup or {})}, self.work, around, self.deadline)
+            variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        return WorkerProcess(engine, {"device": self.device, **(setup or {})}, self.work, variables, self.deadline)
 
     def keep(self, folder: Path, stage: str, name: str) -> tuple[Row, list[Row]]:
         """A run's record and metrics, which then are a line of the records' file and no longer a folder."""
@@ -133,14 +133,14 @@ def run_all(
 def outcome(session: CardSession, stage: str, name: str) -> Row:
     """What the records below the folder ``name`` say; of several, those of one pass, the first and all outcomes."""
     folders = record.find(session.work / name)
-    kept = [session.keep(folder, stage, f"{name}/{folder.name}") for folder in folders]
-    if not kept:
+    stored_runs = [session.keep(folder, stage, f"{name}/{folder.name}") for folder in folders]
+    if not stored_runs:
         return {"status": "failed", "error": NO_RECORD}
-    row = summary(*kept[0])
-    if len(kept) > 1:
-        row["statuses"] = sorted({stored["status"] for stored, _ in kept})
-        row["pack_sizes"] = sorted(stored["pack"]["size"] for stored, _ in kept)
-        row["halved"] = [stored["pack"].get("halved") for stored, _ in kept]
+    row = summary(*stored_runs[0])
+    if len(stored_runs) > 1:
+        row["statuses"] = sorted({stored["status"] for stored, _ in stored_runs})
+        row["pack_sizes"] = sorted(stored["pack"]["size"] for stored, _ in stored_runs)
+        row["halved"] = [stored["pack"].get("halved") for stored, _ in stored_runs]
         row["status"] = next((status for status in row["statuses"] if status != "completed"), "completed")
     return row
 
@@ -150,14 +150,16 @@ def summary(stored: Row, rows: list[Row]) -> Row:
     memory = stored["memory"]
     predicted, measured = memory["predicted_peak_bytes"], memory["measured_peak_bytes"]
     steps = [row for row in rows if "time/optimizer_s" in row and row["step"] > 2]  # the first two warm up
-    whole = [sum(row.get(f"time/{phase}_s", 0.0) for phase in ("forward", "backward", "optimizer")) for row in steps]
+    step_seconds = [
+        sum(row.get(f"time/{phase}_s", 0.0) for phase in ("forward", "backward", "optimizer")) for row in steps
+    ]
     return {
         **{key: stored.get(key) for key in ("status", "error", "exit_code", "resumed_from")},
         **{**stored["optimizer"], **memory, **stored["time"]},
         "predicted_over_measured": predicted / measured if predicted and measured else None,
         "parameters": stored["base"].get("parameters"),
         "trainable_parameters": stored["adapter"].get("trainable_parameters"),
-        "step_s": statistics.median(whole) if whole else None,
+        "step_s": statistics.median(step_seconds) if step_seconds else None,
         "optimizer_step_s": statistics.median(row["time/optimizer_s"] for row in steps) if steps else None,
         "slowest_optimizer_step_s": max((row["time/optimizer_s"] for row in steps), default=None),
         "losses": [row["train/loss"] for row in rows if "train/loss" in row],

@@ -157,18 +157,18 @@ def resume(session: CardSession, stage: Row) -> None:
     compare_resumed(stage, *stage["runs"])
 
 
-def compare_resumed(stage: Row, resumed: Row, whole: Row) -> None:
+def compare_resumed(stage: Row, resumed: Row, undisturbed: Row) -> None:
     """Losses are those of metrics.jsonl, where steps made twice are written once. Raises RuntimeError for a run that
     began anew, or pages other bytes."""
-    pairs: list[tuple[Any, Any]] = list(zip(whole["losses"], resumed["losses"], strict=True))
+    pairs: list[tuple[Any, Any]] = list(zip(undisturbed["losses"], resumed["losses"], strict=True))
     stage["loss_difference"] = max(abs(a - b) / abs(a) for a, b in pairs)
     stage["same_bits"] = all(a == b for a, b in pairs)
-    stage["same_paged_bytes"] = whole["paged_bytes"] == resumed["paged_bytes"]
+    stage["same_paged_bytes"] = undisturbed["paged_bytes"] == resumed["paged_bytes"]
     stage["resumed_from"] = resumed["resumed_from"]
     if not resumed["resumed_from"]:
         raise RuntimeError("the second process began anew")
     if not stage["same_paged_bytes"]:
-        raise RuntimeError(f"{whole['paged_bytes']} bytes were paged, {resumed['paged_bytes']} after the resume")
+        raise RuntimeError(f"{undisturbed['paged_bytes']} bytes were paged, {resumed['paged_bytes']} after the resume")
 
 
 def halving(session: CardSession, stage: Row) -> None:

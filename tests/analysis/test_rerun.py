@@ -27,18 +27,25 @@ def test_the_shown_command_composes_to_the_trial_beside_it(tmp_path, words):
     """The shell takes its quotes, loralab parses the words: what is left is what the record was made of."""
     given = quoted(words)
     config = compose(words)
-    made = record.blank(
+    stored_trial = record.blank(
         trial_id(config), config=plain(config), overrides=given, seed=config.seed, choices={"quantization": "x"}
     )
-    record.write(tmp_path, {**made, "status": "completed", "metrics": {config.metric: 1.0}})
+    record.write(tmp_path, {**stored_trial, "status": "completed", "metrics": {config.metric: 1.0}})
     (trial,) = read_results(tmp_path).trials
     command, subcommand, *rest = shlex.split(trial.rerun, comments=True)
     assert (command, subcommand) == ("loralab", "train")
-    assert trial_id(compose(parse(["train", *rest]).overrides())) == made["trial"]
+    assert trial_id(compose(parse(["train", *rest]).overrides())) == stored_trial["trial"]
 
 
 def test_a_hidden_secret_is_said_to_be_missing(tmp_path):
-    made = record.blank("a", config={"seed": 0}, overrides=["logger.api_key=abc"], seed=0)
-    record.write(Path(tmp_path), {**made, "status": "failed"})
+    stored_trial = record.blank("a", config={"seed": 0}, overrides=["logger.api_key=abc"], seed=0)
+    record.write(Path(tmp_path), {**stored_trial, "status": "failed"})
     (trial,) = read_results(tmp_path).trials
     assert trial.rerun == "loralab train 'logger.api_key=***' seed=0  # *** hides a secret"
+
+
+def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, synthetic, write):
+    stored_trial = {**synthetic("none", 2, 7), "overrides": ["data.prompt={a} {b}\\n"]}
+    write(tmp_path / "a", stored_trial)
+    (trial,) = read_results(tmp_path).trials
+    assert trial.rerun == "loralab train 'data.prompt={a} {b}\\n' seed=7"

@@ -8,7 +8,6 @@ from loralab.analysis.arms import arms
 from loralab.analysis.results import read_results
 from loralab.analysis.values import UNSAID, canonical, label, names, spelled
 from loralab.records import record
-from loralab.reporting.table import as_plain
 
 
 @pytest.mark.parametrize(
@@ -64,29 +63,26 @@ def test_blanks_that_would_not_be_seen_are_shown_in_quotes():
     assert [label(text) for text in ("a b", "a  b", "a\n")] == ["a b", '"a  b"', '"a\\n"']
 
 
-def test_seeds_of_13_digits_are_three_seeds(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_seeds_of_13_digits_are_three_seeds(tmp_path, synthetic, write):
     base = 1700000000000
     losses = {2: [1.0, 1.1, 1.3], 8: [1.01, 1.1, 1.301]}
     for r, values in losses.items():
         for index, loss in enumerate(values):
-            made = {**synthetic("none", r, base + index), "metrics": {"val/loss": loss}}
-            write(tmp_path / f"{r}-{index}", made)
+            stored_trial = {**synthetic("none", r, base + index), "metrics": {"val/loss": loss}}
+            write(tmp_path / f"{r}-{index}", stored_trial)
     results = read_results(tmp_path)
     assert results.repeats == 0
-    first, second = (as_plain(row) for row in arms(results))
-    assert (first["n"], first["seeds"]) == (3, [str(base + index) for index in range(3)])
-    assert second["difference"]["n"] == 3
-    assert second["difference"]["mean"] == pytest.approx(0.011 / 3)
+    first, second = arms(results)
+    assert (first.n, [trial.seed for trial in first.trials]) == (3, [str(base + index) for index in range(3)])
+    assert (second.difference.n, second.difference.mean) == (3, pytest.approx(0.011 / 3))
 
 
-def test_two_templates_that_differ_by_a_blank_are_two_named_arms(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_two_templates_that_differ_by_a_blank_are_two_named_arms(tmp_path, synthetic, write):
     prompts = ["{a}", "{a} "]
     for index, prompt in enumerate(prompts):
-        made = synthetic("none", 2, 0)
-        made["config"]["data"]["prompt"] = prompt
-        write(tmp_path / str(index), made)
+        stored_trial = synthetic("none", 2, 0)
+        stored_trial["config"]["data"]["prompt"] = prompt
+        write(tmp_path / str(index), stored_trial)
     listed = [{"trial": str(i), "folder": str(i)} for i in range(2)]
     record.write_sweep(tmp_path, {"name": "t", "axes": {"data.prompt": ["'{a}'", "'{a} '"]}, "trials": listed})
     results = read_results(tmp_path)
@@ -94,11 +90,10 @@ def test_two_templates_that_differ_by_a_blank_are_two_named_arms(tmp_path, make_
     assert [row.values["data.prompt"] for row in arms(results)] == ["{a}", '"{a} "']
 
 
-def test_one_number_written_in_two_ways_is_one_row(tmp_path, make_trial):
-    synthetic, write = make_trial
+def test_one_number_written_in_two_ways_is_one_row(tmp_path, synthetic, write):
     for seed, alpha in ((0, 16), (1, 16.0)):
-        made = synthetic("none", 2, seed)
-        made["config"]["adapter"]["lora_alpha"] = alpha
-        write(tmp_path / str(seed), made)
+        stored_trial = synthetic("none", 2, seed)
+        stored_trial["config"]["adapter"]["lora_alpha"] = alpha
+        write(tmp_path / str(seed), stored_trial)
     (row,) = arms(read_results(tmp_path))
     assert row.n == 2

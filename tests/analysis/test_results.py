@@ -1,6 +1,8 @@
 """The frame of a sweep: a row a trial, every setting and every number under its dotted name."""
 
+import os
 import shutil
+import socket
 
 import pytest
 
@@ -40,3 +42,22 @@ def test_a_trial_without_a_record_has_a_row_without_numbers(synthetic_sweep, tmp
     (missing,) = frame[frame["status"] == "missing"].to_dict("records")
     assert missing["val/loss"] != missing["val/loss"]
     assert len(frame) == 12
+
+
+def test_a_moved_sweep_is_still_readable(synthetic_sweep, tmp_path):
+    shutil.copytree(synthetic_sweep, tmp_path / "moved")
+    sweep = record.read_sweep(tmp_path / "moved")
+    for trial in sweep["trials"]:
+        trial["folder"] = f"/nowhere/any/more/{trial['folder']}"
+    record.write_sweep(tmp_path / "moved", sweep)
+    assert read_results(tmp_path / "moved").count("completed") == 11
+
+
+def test_a_running_record_whose_process_is_gone_is_interrupted(tmp_path, synthetic, write):
+    gone = {"status": "running", "host": socket.gethostname(), "pid": 2**22 + 1}
+    write(tmp_path / "gone", {**synthetic("none", 2, 0), **gone})
+    write(tmp_path / "here", {**synthetic("none", 2, 1), **gone, "pid": os.getpid()})
+    write(tmp_path / "huge", {**synthetic("none", 2, 3), **gone, "pid": 10**30})
+    write(tmp_path / "away", {**synthetic("none", 2, 2), **gone, "host": "another-machine"})
+    statuses = {trial.name: trial.status for trial in read_results(tmp_path).trials}
+    assert statuses == {"gone": "interrupted", "huge": "interrupted", "here": "running", "away": "running"}
