@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 from torchmetrics.text.rouge import ROUGEScore
 
 HIGHER = (
     "accuracy",
     "f1",
+    "matthews",
     "pearson",
     "spearman",
     "token_accuracy",
@@ -47,7 +48,7 @@ def target_logits(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Te
 def names(task: str, generated: bool, tested: bool) -> list[str]:
     """The metrics that a run of ``task`` ends with; ``generated``: some rows are completed, ``tested``: the test
     split."""
-    scores = ["accuracy", "f1"] if task == "sequence_classification" else ["token_accuracy", "perplexity"]
+    scores = ["accuracy", "f1", "matthews"] if task == "sequence_classification" else ["token_accuracy", "perplexity"]
     scores = ["pearson", "spearman"] if task == "regression" else scores
     if generated and task in ("causal_lm", "seq2seq_lm"):
         scores.append("rouge_l")
@@ -72,7 +73,11 @@ class SplitMetrics:
                 return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
         if self.task == "sequence_classification":
             accuracy = MulticlassAccuracy(self.num_labels, average="micro")
-            return {"accuracy": accuracy, "f1": MulticlassF1Score(self.num_labels, average="macro")}
+            return {
+                "accuracy": accuracy,
+                "f1": MulticlassF1Score(self.num_labels, average="macro"),
+                "matthews": MulticlassMatthewsCorrCoef(self.num_labels),
+            }
         return {"token_accuracy": MeanMetric(nan_strategy=math.nan)}
 
     def update(self, loss_sum: Tensor, predictions: Tensor, targets: Tensor) -> None:
