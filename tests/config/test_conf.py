@@ -17,7 +17,7 @@ CONF = data_root() / "conf"
 OPTIONS = sorted(
     (path.relative_to(CONF).parts[0], str(path.relative_to(CONF / path.relative_to(CONF).parts[0]).with_suffix("")))
     for path in CONF.rglob("*/*.yaml")
-    if "hydra" not in path.relative_to(CONF).parts
+    if not {"hydra", "experiment"} & set(path.relative_to(CONF).parts)  # an experiment is no group of one spec
 )
 SWEEPS = sorted(
     str(path.relative_to(data_root() / "sweeps").with_suffix("")) for path in (data_root() / "sweeps").rglob("*.yaml")
@@ -47,6 +47,14 @@ def test_every_option_says_in_its_first_line_what_it_is(group, option):
     first = (CONF / group / f"{option}.yaml").read_text().splitlines()[0]
     assert first.startswith("# ")
     assert first.endswith((".", "?"))
+
+
+def test_every_experiment_says_in_its_first_line_what_it_is():
+    for path in (CONF / "experiment").rglob("*.yaml"):
+        package, first, command = path.read_text().splitlines()[:3]
+        assert package == "# @package _global_"
+        assert (first[:2], first[-1]) == ("# ", ".")
+        assert f"+experiment={path.relative_to(CONF / 'experiment').with_suffix('')}" in command
 
 
 def trials(name):

@@ -10,7 +10,7 @@ from loralab.running.runner import Runner
 
 
 @pytest.mark.parametrize("classes", [3, 50])
-def test_accuracy_and_macro_f1_equal_the_hand_computed_ones_over_uneven_batches(classes):
+def test_accuracy_macro_f1_and_matthews_correlation_equal_the_hand_computed_ones_over_uneven_batches(classes):
     predictions = torch.tensor([0, 0, 1, 2, 2, 1, 0])
     targets = torch.tensor([0, 1, 1, 2, 0, 1, 0])
     scores = SplitMetrics("sequence_classification", classes, torch.device("cpu"))
@@ -18,7 +18,11 @@ def test_accuracy_and_macro_f1_equal_the_hand_computed_ones_over_uneven_batches(
     scores.update(torch.tensor(3.0), predictions[5:], targets[5:])
     values = scores.compute("val")
     f1 = ((2 * 2) / (3 + 3) + (2 * 2) / (2 + 3) + (2 * 1) / (2 + 1)) / 3  # 2 tp / (predicted + true) of each class
-    assert values == pytest.approx({"val/loss": 1.0, "val/accuracy": 5 / 7, "val/f1": f1})
+    matthews = (5 * 7 - (3 * 3 + 2 * 3 + 2 * 1)) / (
+        (7**2 - 3**2 - 2 * 2**2) * (7**2 - 2 * 3**2 - 1)
+    ) ** 0.5  # Gorodkin's
+    wanted = {"val/loss": 1.0, "val/accuracy": 5 / 7, "val/f1": f1, "val/matthews": matthews}
+    assert values == pytest.approx(wanted)
 
 
 def test_a_splits_loss_weighs_tokens_not_batches():
