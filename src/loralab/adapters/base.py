@@ -3,20 +3,28 @@
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from loralab.adapters.files import WEIGHTS, read_state, write_state
-from loralab.adapters.hooks import AdapterHooks, bare_copy, mix
+from loralab.adapters.hooks import AdapterHooks, Given, bare_copy, by_part, mix
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear, matching
 from loralab.spec import spec
 
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+# adapter.modules_to_save; see the function
+Saved = Annotated[list[str] | None, BeforeValidator(_listed), "a list of module names or null"]
 STATED = ("packable", "tokenwise", "layerwise")  # each class for itself: what it does not say is false
 
 
@@ -147,6 +155,11 @@ class BiasDelta(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
         return y + self.bias_delta.to(y.dtype)
+
+    @staticmethod
+    def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:
+        """The shifts of several trials, each (start, stop, delta, key) at its own positions."""
+        return by_part(y, slices, lambda own, delta, key: delta(own, own, key))
 
 
 def freeze(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ again. One trial alone is the same code with one slice.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from loralab.errors import LoralabError
 
+Given = tuple[int, int, Any, int | None]  # (start, stop, delta, key): positions of a pass and what acts there
 LANES = 2**16  # values of the random bits that decide on an element
 
 
@@ -228,6 +229,17 @@ class _LayerHook:
         """Of its masks here: others at each call of a layer that a pass calls again."""
         again = (self.before,) if self.before else ()
         return None if part.key is None else mix(part.key, self.salt, *again)
+
+
+def by_part(y: Tensor, slices: Sequence[Given], change: Callable[[Tensor, Any, int | None], Tensor]) -> Tensor:
+    """y (..., out) with ``change(own, delta, key)`` in place of ``own`` (positions, out) of each slice."""
+    flat, parts, at = y.reshape(-1, y.shape[-1]), [], 0
+    for start, stop, delta, key in slices:
+        parts += [flat[at:start]] if at < start else []
+        parts.append(change(flat[start:stop], delta, key))
+        at = stop
+    parts += [flat[at:]] if at < len(flat) else []
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
 
 
 def bare_copy(module: nn.Module) -> nn.Module:

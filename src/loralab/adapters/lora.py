@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Le, MinLen
-from pydantic import BeforeValidator, Strict
+from pydantic import Strict
 from torch import Tensor, nn
 
 from loralab.adapters import peft
@@ -19,6 +19,7 @@ from loralab.adapters.base import (
     Adapter,
     AdapterSpec,
     BiasDelta,
+    Saved,
     freeze,
     generator_for,
     match_targets,
@@ -40,10 +41,6 @@ Names = Annotated[list[str], MinLen(1)]
 NamePattern = Annotated[str, Strict(), MinLen(1)]
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 @spec("adapter")
 class LoRA(AdapterSpec):
     """Low-rank adaptation. ``rank_pattern`` and ``alpha_pattern`` map a name's ending or regex to an r, an alpha.
@@ -62,7 +59,7 @@ class LoRA(AdapterSpec):
     use_rslora: bool = False  # lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv:2312.03732)
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"  # loralib's and PEFT's draw of A; the paper's (4.1)
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: Annotated[list[str] | None, BeforeValidator(_listed), "a list of module names or null"] = None
+    modules_to_save: Saved = None
     rank_pattern: dict[str, Rank] = field(default_factory=dict)
     alpha_pattern: dict[str, Positive] = field(default_factory=dict)
 
