@@ -11,8 +11,9 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
+from loralab.adapters.copies import trainable_copy
 from loralab.adapters.files import WEIGHTS, read_state, write_state
-from loralab.adapters.hooks import AdapterHooks, Given, bare_copy, by_part, mix
+from loralab.adapters.hooks import AdapterHooks, Given, by_part, mix
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear, matching
@@ -138,7 +139,7 @@ class SavedModule(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = bare_copy(module).float().requires_grad_(True)
+        self.module = trainable_copy(module)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
         cast = x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)  # embeddings are given ids

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loralab.adapters.base import Adapter
-from loralab.forward.prefix import stack
+from loralab.adapters.blocks import stack
 from loralab.models import loading, pretrained
 from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED
 from loralab.quantization.base import beyond, is_linear, linear_shape, name_out_of_reach, quantizable
