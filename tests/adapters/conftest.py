@@ -1,10 +1,12 @@
 """Small random bases of the architectures that methods look for names in."""
 
 import pytest
+import torch
 
 from loralab.models import loading, pretrained
+from loralab.quantization.base import dense_weight, is_frozen
 from loralab.quantization.four_bit import FourBit
-from loralab.quantization.llm_int8 import LLMInt8
+from loralab.quantization.int8_blockwise import Int8Blockwise
 from loralab.quantization.none import NoQuantization
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -35,7 +37,7 @@ def load_any(make_model, tokenizer_folder):
     """A base of one of FAMILIES or SHAPES: (family, scheme none, int8 or nf4)."""
 
     def load(family, scheme="none"):
-        quantizer = {"nf4": FourBit, "int8": LLMInt8}.get(scheme, NoQuantization)()
+        quantizer = {"nf4": FourBit, "int8": Int8Blockwise}.get(scheme, NoQuantization)()
         spec = make_model(family) if family in FAMILIES else _spec(family, str(tokenizer_folder))
         labels = 3 if spec.task == "sequence_classification" else None
         return loading.load(spec, quantizer, spec.load_tokenizer(), labels).model
@@ -53,3 +55,19 @@ def _spec(family, tokenizer):
 def fed(inputs):
     """Inputs of a family's task."""
     return lambda family: inputs(TASKS.get(family, "causal_lm"))
+
+
+@pytest.fixture
+def dense_twin(load_any):
+    """A base without quantization whose weights are what the codes of ``model`` stand for."""
+
+    def make(family, model):
+        twin = load_any(family)
+        for name, module in model.named_modules():
+            if is_frozen(module):
+                weight = dense_weight(module).t() if module.transposed else dense_weight(module)
+                with torch.no_grad():
+                    twin.get_submodule(name).weight.copy_(weight)
+        return twin
+
+    return make

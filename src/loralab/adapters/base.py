@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from loralab.adapters.copies import trainable_copy
 from loralab.adapters.files import WEIGHTS, read_state, write_state
-from loralab.adapters.hooks import AdapterHooks, Given, by_part, mix
+from loralab.adapters.grouped import Given, by_part
+from loralab.adapters.hooks import AdapterHooks, mix
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear, matching
@@ -70,13 +71,13 @@ class Adapter(nn.Module):
         self._hooks = AdapterHooks.of(model)
         self._model = [model]  # in a list: the base is not a submodule
 
-    def add(self, name: str, delta: nn.Module) -> None:
-        """Lets ``delta`` change what layer ``name`` of the base gives."""
+    def add(self, name: str, delta: nn.Module, before: bool = False) -> None:
+        """Lets ``delta`` change what layer ``name`` of the base gives; ``before``: what it is given."""
         key = name.replace(".", "/")
         if key not in self.deltas:
             self.deltas[key] = nn.ModuleList()
         cast(nn.ModuleList, self.deltas[key]).append(delta)
-        self._hooks.attach(self._model[0], name, self, delta)
+        self._hooks.attach(self._model[0], name, self, delta, before)
 
     def save_module(self, name: str, module: nn.Module) -> None:
         """Trains a copy of layer ``name`` in its place (a new classification head)."""

@@ -29,7 +29,8 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
-from loralab.adapters.hooks import Given, by_part, keyed_dropout, length_of
+from loralab.adapters.grouped import Given, by_part
+from loralab.adapters.hooks import keyed_dropout, length_of
 from loralab.adapters.projections import projections
 from loralab.quantization.base import linear_shape
 from loralab.spec import Count, Share, spec

@@ -7,7 +7,7 @@ again. One trial alone is the same code with one slice.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -17,10 +17,11 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from loralab.errors import LoralabError
 
-Given = tuple[int, int, Any, int | None]  # (start, stop, delta, key): positions of a pass and what acts there
+ENTERING = "<"  # after a layer's name: what acts on its input
 LANES = 2**16  # values of the random bits that decide on an element
 
 
@@ -142,19 +143,23 @@ class AdapterHooks:
             raise NotPackable(f"a layer sees {tuple(x.shape)} where {total} stacked rows were fed")
         return [part.rows * factor for part in self.slices]
 
-    def attach(self, model: nn.Module, name: str, owner: nn.Module, delta: nn.Module) -> None:
-        """From now on ``delta(x, y, key) -> y`` acts on ``owner``'s rows at layer ``name``."""
-        if name not in self._hooks:
-            self._hooks[name] = _LayerHook(self, model.get_submodule(name), crc32(name.encode()))
-        self._hooks[name].deltas.setdefault(owner, []).append(delta)
+    def attach(self, model: nn.Module, name: str, owner: nn.Module, delta: nn.Module, before: bool = False) -> None:
+        """From now on ``delta(x, y, key) -> y`` acts on ``owner``'s rows at layer ``name``; ``before``: on what enters
+        it, which is x and y."""
+        place = f"{name}{ENTERING}" if before else name
+        if place not in self._hooks:
+            kind = _InputHook if before else _LayerHook
+            self._hooks[place] = kind(self, model.get_submodule(name), crc32(place.encode()))
+        self._hooks[place].deltas.setdefault(owner, []).append(delta)
 
     def layers_of(self, owner: nn.Module) -> list[str]:
         """Names of the layers that ``owner`` changes."""
-        return [name for name, hook in self._hooks.items() if owner in hook.deltas]
+        return _layers(place for place, hook in self._hooks.items() if owner in hook.deltas)
 
     def never_called(self, owner: nn.Module) -> list[str]:
         """Names of ``owner``'s layers whose hooks have seen none of its rows so far."""
-        return [name for name, hook in self._hooks.items() if owner in hook.deltas and owner not in hook.called]
+        hooks = self._hooks.items()
+        return _layers(place for place, hook in hooks if owner in hook.deltas and owner not in hook.called)
 
     def detach(self, owner: nn.Module) -> None:
         """Takes every delta of ``owner`` off; a layer nobody adapts loses its hook."""
@@ -188,16 +193,22 @@ class _LayerHook:
         self.deltas: dict[nn.Module, list[nn.Module]] = {}
         self.called: set[nn.Module] = set()  # owners with rows in a pass that came here
         self.before = 0  # calls of the layer in this pass before the one under way
-        self.handle = layer.register_forward_hook(self, with_kwargs=True)
+        self.handle = self.register(layer)
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
+    def register(self, layer: nn.Module) -> RemovableHandle:
+        return layer.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Any:
+        return self.changed(args[0] if args else named[_first(named)], y)
+
+    def changed(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with what every trial's deltas do to its rows."""
         slices = self.hooks.slices
         owners = [part.owner for part in slices if part.owner in self.deltas]
         if not owners:
             return y
         self.called.update(owners)
         self.before = self.hooks.call(self.salt)
-        x = args[0] if args else next(value for value in named.values() if isinstance(value, Tensor))
         found = [self.deltas.get(part.owner, []) for part in slices]
         kinds = {type(delta) for own in found for delta in own}
         # a class that inherits ``forward_grouped`` may compute something else
@@ -231,23 +242,34 @@ class _LayerHook:
         return None if part.key is None else mix(part.key, self.salt, *again)
 
 
-def by_part(y: Tensor, slices: Sequence[Given], change: Callable[[Tensor, Any, int | None], Tensor]) -> Tensor:
-    """y (..., out) with ``change(own, delta, key)`` in place of ``own`` (positions, out) of each slice."""
-    flat, parts, at = y.reshape(-1, y.shape[-1]), [], 0
-    for start, stop, delta, key in slices:
-        parts += [flat[at:start]] if at < start else []
-        parts.append(change(flat[start:stop], delta, key))
-        at = stop
-    parts += [flat[at:]] if at < len(flat) else []
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
+class _InputHook(_LayerHook):
+    """Hook on what enters a frozen layer."""
+
+    def register(self, layer: nn.Module) -> RemovableHandle:
+        return layer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Any = None) -> Any:
+        if args:
+            return (self.changed(args[0], args[0]), *args[1:]), named
+        key = _first(named)
+        return args, {**named, key: self.changed(named[key], named[key])}
+
+
+def _first(named: dict[str, Any]) -> str:
+    """Of arguments given by name: the first tensor's."""
+    return next(key for key, value in named.items() if isinstance(value, Tensor))
+
+
+def _layers(places: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(place.removesuffix(ENTERING) for place in places))
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
     """A copy without the hooks of adapters, which would copy the adapters and their base with it."""
     memo: dict[int, Any] = {}
-    for part in module.modules():
-        others = {number: hook for number, hook in part._forward_hooks.items() if not isinstance(hook, _LayerHook)}
-        memo[id(part._forward_hooks)] = OrderedDict(others)
+    for hooks in (hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)):
+        others = {number: hook for number, hook in hooks.items() if not isinstance(hook, _LayerHook)}
+        memo[id(hooks)] = OrderedDict(others)
     return copy.deepcopy(module, memo)
 
 

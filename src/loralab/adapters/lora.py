@@ -229,21 +229,7 @@ class LoRAAdapter(Adapter):
         for name, module in self.saved_modules():
             own = module.state_dict()
             state.update({key: own[name] for key, name in peft.saved_keys(name, module).items()})
-        return {**self._frozen_heads(), **state}
-
-    def _frozen_heads(self) -> dict[str, Tensor]:
-        """The base's own classification head: PEFT looks for one in every classifier's adapter."""
-        model = self._model[0]
-        if peft.task_type(model) != "SEQ_CLS":
-            return {}
-        trained = set(self.module_names)
-        heads = [(name, head) for name, head in model.named_modules() if name.endswith(peft.HEADS)]
-        return {
-            key: head.get_parameter(inside).detach()
-            for name, head in heads
-            if not any(one == name or one.startswith(f"{name}.") for one in trained)
-            for key, inside in peft.saved_keys(name, head).items()
-        }
+        return {**peft.frozen_heads(self), **state}
 
 
 LoRA.makes = LoRAAdapter

@@ -45,26 +45,53 @@ def saved_keys(name: str, module: nn.Module) -> dict[str, str]:
 
 def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str]) -> dict[str, Any]:
     """PEFT's LoraConfig as a plain dictionary. ``names``: the layers with A and B; ``saved``: those trained whole."""
-    kinds = {type(model.get_submodule(name)).__name__ for name in names}
-    transposed = kinds == {"Conv1D"} or all(getattr(model.get_submodule(name), "transposed", False) for name in names)
     alphas = {name: _alpha(spec, name) for name in names}
     return {
         "peft_type": "LORA",
-        "task_type": task_type(model),
-        "base_model_name_or_path": getattr(model.config, "name_or_path", "") or "random",
+        **common(model),
         "r": spec.r,
         "lora_alpha": spec.lora_alpha,
         "lora_dropout": spec.lora_dropout,
         "target_modules": names,
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": transposed(model, names),
         "use_rslora": spec.use_rslora,
         "init_lora_weights": "gaussian" if spec.init_lora_weights == "gaussian" else True,
         "bias": "none" if spec.bias == "none" else "all",
         "modules_to_save": saved or None,
         "rank_pattern": {name: spec.rank(name) for name in names if spec.rank(name) != spec.r},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha},
+    }
+
+
+def common(model: nn.Module) -> dict[str, Any]:
+    """What the configurations of all methods say of ``model``."""
+    return {
+        "task_type": task_type(model),
+        "base_model_name_or_path": getattr(model.config, "name_or_path", "") or "random",
         "inference_mode": True,
         **_classes(model),
+    }
+
+
+def transposed(model: nn.Module, names: list[str]) -> bool:
+    """Whether the layers ``names`` keep their weight as (in, out), packed or not."""
+    layers = [model.get_submodule(name) for name in names]
+    kinds = {type(layer).__name__ for layer in layers}
+    return kinds == {"Conv1D"} or all(getattr(layer, "transposed", False) for layer in layers)
+
+
+def frozen_heads(adapter: Any) -> dict[str, Tensor]:
+    """The base's own classification head: PEFT looks for one in every classifier's adapter."""
+    model = adapter._model[0]
+    if task_type(model) != "SEQ_CLS":
+        return {}
+    trained = set(adapter.module_names)
+    heads = [(name, head) for name, head in model.named_modules() if name.endswith(HEADS)]
+    return {
+        key: head.get_parameter(inside).detach()
+        for name, head in heads
+        if not any(one == name or one.startswith(f"{name}.") for one in trained)
+        for key, inside in saved_keys(name, head).items()
     }
 
 
