@@ -117,6 +117,7 @@ class Bottleneck(AdapterSpec):
 YAMLS = sorted(path.stem for path in (data_root() / "conf" / "adapter").glob("*.yaml"))
 METHODS = {
     **{"own dora": DoRA(r=4), "own bitfit": BitFit(), "own bottleneck": Bottleneck()},
+    "dora": LoRA(r=4, use_dora=True),
     "adapterl": bottleneck.Bottleneck(variant="adapterl", bottleneck_size=4, dropout=0.1),
 }
 

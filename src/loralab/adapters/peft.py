@@ -33,6 +33,11 @@ def lora_keys(name: str) -> tuple[str, str]:
     return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
 
+def magnitude_key(name: str) -> str:
+    """PEFT's name of DoRA's lengths of layer ``name``."""
+    return f"{PREFIX}{name}.lora_magnitude_vector"
+
+
 def bias_key(name: str, adapted: bool) -> str:
     """PEFT's name of a trained bias; ``adapted``: whether the layer has A and B as well."""
     return f"{PREFIX}{name}.{'base_layer.' if adapted else ''}bias"
@@ -55,6 +60,7 @@ def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str])
         "target_modules": names,
         "fan_in_fan_out": transposed(model, names),
         "use_rslora": spec.use_rslora,
+        "use_dora": spec.use_dora,
         "init_lora_weights": "gaussian" if spec.init_lora_weights == "gaussian" else True,
         "bias": "none" if spec.bias == "none" else "all",
         "modules_to_save": saved or None,
