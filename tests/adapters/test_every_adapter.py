@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from loralab.adapters import peft
+from loralab.adapters import bottleneck, peft
 from loralab.adapters.attached import attached
 from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta, freeze, generator_for
 from loralab.adapters.export import load, save
@@ -115,7 +115,11 @@ class Bottleneck(AdapterSpec):
 
 
 YAMLS = sorted(path.stem for path in (data_root() / "conf" / "adapter").glob("*.yaml"))
-METHODS = {"own dora": DoRA(r=4), "own bitfit": BitFit(), "own bottleneck": Bottleneck()}
+METHODS = {
+    **{"own dora": DoRA(r=4), "own bitfit": BitFit(), "own bottleneck": Bottleneck()},
+    "dora": LoRA(r=4, use_dora=True),
+    "adapterl": bottleneck.Bottleneck(variant="adapterl", bottleneck_size=4, dropout=0.1),
+}
 
 
 @pytest.fixture(params=[*YAMLS, *METHODS], scope="module")

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from loralab.adapters.hooks import AdapterHooks, BatchSlice, NotPackable, keyed_dropout, mix
+from loralab.adapters.dropout import keyed_dropout
+from loralab.adapters.hooks import AdapterHooks, BatchSlice, NotPackable, mix
 
 
 class Plus(nn.Module):

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from loralab.adapters.hooks import AdapterHooks, BatchSlice, NotPackable, dropped, length_of
+from loralab.adapters.dropout import dropped, length_of
+from loralab.adapters.hooks import AdapterHooks, BatchSlice, NotPackable
 from loralab.adapters.lora import LoRA
 from loralab.forward.dropout import KeyedDropout, base_dropout
 from loralab.forward.stacked import Forward

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from loralab.adapters.base import Adapter, BiasDelta
+from loralab.adapters.blocks import stack
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.forward import stacked
-from loralab.forward.prefix import Pass, Prefix, States, stack
+from loralab.forward.prefix import Pass, Prefix, States
 from loralab.forward.unpadded import mask_of
 from loralab.memory.limits import MemorySpec
 from loralab.models import loading, pretrained

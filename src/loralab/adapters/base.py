@@ -3,20 +3,30 @@
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
+from loralab.adapters.copies import trainable_copy
 from loralab.adapters.files import WEIGHTS, read_state, write_state
-from loralab.adapters.hooks import AdapterHooks, bare_copy, mix
+from loralab.adapters.grouped import Given, by_part
+from loralab.adapters.hooks import AdapterHooks, mix
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.base import base_linears, is_linear, matching
 from loralab.spec import spec
 
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+# adapter.modules_to_save; see the function
+Saved = Annotated[list[str] | None, BeforeValidator(_listed), "a list of module names or null"]
 STATED = ("packable", "tokenwise", "layerwise")  # each class for itself: what it does not say is false
 
 
@@ -67,13 +77,13 @@ class Adapter(nn.Module):
         self._hooks = AdapterHooks.of(model)
         self._model = [model]  # in a list: the base is not a submodule
 
-    def add(self, name: str, delta: nn.Module) -> None:
-        """Lets ``delta`` change what layer ``name`` of the base gives."""
+    def add(self, name: str, delta: nn.Module, before: bool = False) -> None:
+        """Lets ``delta`` change what layer ``name`` of the base gives; ``before``: what it is given."""
         key = name.replace(".", "/")
         if key not in self.deltas:
             self.deltas[key] = nn.ModuleList()
         cast(nn.ModuleList, self.deltas[key]).append(delta)
-        self._hooks.attach(self._model[0], name, self, delta)
+        self._hooks.attach(self._model[0], name, self, delta, before)
 
     def save_module(self, name: str, module: nn.Module) -> None:
         """Trains a copy of layer ``name`` in its place (a new classification head)."""
@@ -136,7 +146,7 @@ class SavedModule(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = bare_copy(module).float().requires_grad_(True)
+        self.module = trainable_copy(module)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
         cast = x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)  # embeddings are given ids
@@ -153,6 +163,11 @@ class BiasDelta(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
         return y + self.bias_delta.to(y.dtype)
+
+    @staticmethod
+    def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:
+        """The shifts of several trials, each (start, stop, delta, key) at its own positions."""
+        return by_part(y, slices, lambda own, delta, key: delta(own, own, key))
 
 
 def freeze(model: nn.Module) -> None:

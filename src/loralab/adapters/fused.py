@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralab.adapters.hooks import keyed_dropout
+from loralab.adapters.dropout import keyed_dropout
 from loralab.quantization.linear import without_autocast
 
 

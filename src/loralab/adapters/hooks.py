@@ -7,7 +7,7 @@ again. One trial alone is the same code with one slice.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,12 +16,9 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from loralab.errors import LoralabError
-
-LANES = 2**16  # values of the random bits that decide on an element
 
 
 class NotPackable(LoralabError):  # noqa: N818 - it says what a model is, not what went wrong
@@ -143,21 +140,25 @@ class AdapterHooks:
             raise NotPackable(f"a layer sees {tuple(x.shape)} where {total} stacked rows were fed")
         return [part.rows * factor for part in self.slices]
 
-    def attach(self, model: nn.Module, name: str, owner: nn.Module, delta: nn.Module) -> None:
+    def attach(self, model: nn.Module, name: str, owner: nn.Module, delta: nn.Module, before: bool = False) -> None:
         """From now on ``delta(x, y, key) -> y`` acts on ``owner``'s rows at layer ``name``, or whatever else the class
-        of ``delta`` has as its ``hook``."""
-        place = name, getattr(delta, "hook", _LayerHook)
+        of ``delta`` has as its ``hook``; ``before``: on what enters the layer, which is x and y."""
+        kind: type[Hook] = _InputHook if before else getattr(delta, "hook", _LayerHook)
+        place = name, kind
         if place not in self._hooks:
-            self._hooks[place] = place[1](self, model.get_submodule(name), crc32(name.encode()))
+            self._hooks[place] = kind(self, model.get_submodule(name), crc32(f"{name}{kind.suffix}".encode()))
         self._hooks[place].deltas.setdefault(owner, []).append(delta)
 
     def layers_of(self, owner: nn.Module) -> list[str]:
         """Names of the layers that ``owner`` changes."""
-        return [name for (name, _), hook in self._hooks.items() if owner in hook.deltas]
+        return self._layers(lambda hook: owner in hook.deltas)
 
     def never_called(self, owner: nn.Module) -> list[str]:
         """Names of ``owner``'s layers whose hooks have seen none of its rows so far."""
-        return [name for (name, _), hook in self._hooks.items() if owner in hook.deltas and owner not in hook.called]
+        return self._layers(lambda hook: owner in hook.deltas and owner not in hook.called)
+
+    def _layers(self, chosen: Callable[["Hook"], bool]) -> list[str]:
+        return list(dict.fromkeys(name for (name, _), hook in self._hooks.items() if chosen(hook)))
 
     def detach(self, owner: nn.Module) -> None:
         """Takes every delta of ``owner`` off; a layer nobody adapts loses its hook."""
@@ -187,6 +188,8 @@ class _Replay(AbstractContextManager[None]):
 class Hook:
     """What the adapters do at one module of the base."""
 
+    suffix = ""  # of the layer's name, where dropout keys are to differ from another hook's on it
+
     def __init__(self, hooks: AdapterHooks, layer: nn.Module, salt: int) -> None:
         self.hooks, self.salt = hooks, salt
         self.deltas: dict[nn.Module, list[nn.Module]] = {}
@@ -200,16 +203,22 @@ class _LayerHook(Hook):
     def __init__(self, hooks: AdapterHooks, layer: nn.Module, salt: int) -> None:
         super().__init__(hooks, layer, salt)
         self.before = 0  # calls of the layer in this pass before the one under way
-        self.handles.append(layer.register_forward_hook(self, with_kwargs=True))
+        self.handles.append(self.register(layer))
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor:
+    def register(self, layer: nn.Module) -> RemovableHandle:
+        return layer.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Any:
+        return self.changed(args[0] if args else named[_first(named)], y)
+
+    def changed(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with what every trial's deltas do to its rows."""
         slices = self.hooks.slices
         owners = [part.owner for part in slices if part.owner in self.deltas]
         if not owners:
             return y
         self.called.update(owners)
         self.before = self.hooks.call(self.salt)
-        x = args[0] if args else next(value for value in named.values() if isinstance(value, Tensor))
         found = [self.deltas.get(part.owner, []) for part in slices]
         kinds = {type(delta) for own in found for delta in own}
         # a class that inherits ``forward_grouped`` may compute something else
@@ -243,6 +252,26 @@ class _LayerHook(Hook):
         return None if part.key is None else mix(part.key, self.salt, *again)
 
 
+class _InputHook(_LayerHook):
+    """Hook on what enters a frozen layer."""
+
+    suffix = "<"
+
+    def register(self, layer: nn.Module) -> RemovableHandle:
+        return layer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Any = None) -> Any:
+        if args:
+            return (self.changed(args[0], args[0]), *args[1:]), named
+        key = _first(named)
+        return args, {**named, key: self.changed(named[key], named[key])}
+
+
+def _first(named: dict[str, Any]) -> str:
+    """Of arguments given by name: the first tensor's."""
+    return next(key for key, value in named.items() if isinstance(value, Tensor))
+
+
 def bare_copy(module: nn.Module) -> nn.Module:
     """A copy without the hooks of adapters, which would copy the adapters and their base with it."""
     memo: dict[int, Any] = {}
@@ -273,55 +302,3 @@ def mix(*words: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 1
-
-
-def keyed_dropout(x: Tensor, p: float, key: int | None, length: int = 1) -> Tensor:
-    """Inverted dropout whose mask depends on ``key`` alone, so a recomputed or packed forward draws the same.
-
-    ``length``: positions of a row of x (..., features), padding counted; on a CPU a longer padding changes no mask.
-    """
-    return x if key is None or p == 0.0 else dropped(x, p, [(x.numel(), key)], length)
-
-
-def dropped(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int = 1) -> Tensor:
-    """Inverted dropout of a stack: the mask of each part, (elements, key), depends on its key alone."""
-    kept: Tensor = _Dropped.apply(x, p, parts, length)  # type: ignore[no-untyped-call]
-    return kept
-
-
-def length_of(x: Tensor) -> int:
-    """Positions of a row of x (rows, positions, features), padding counted; 1 where a row is one position, and of a
-    single row, whose parts may be of any length (a flat batch)."""
-    return x.shape[1] if x.dim() == 3 and x.shape[0] > 1 else 1
-
-
-class _Dropped(torch.autograd.Function):
-    """Keeps nothing: the masks are drawn again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int) -> Tensor:
-        ctx.drawn = p, parts, length
-        return _masked(x, p, parts, length)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        return _masked(dy, *ctx.drawn), None, None, None
-
-
-def _masked(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int) -> Tensor:
-    """Sixteen random bits an element, which is a quarter of a uniform number's cost; p is met to 1 in 131072.
-
-    The bits of a part go to the first position of all its rows, then to the second: longer padding, which the rows of
-    other trials may bring, takes those behind.
-    """
-    dropped_of = round(p * LANES)
-    if dropped_of >= LANES:
-        return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # x and its gradient may differ in their strides
-    for own, (size, key) in zip(torch.split(keep.view(-1), [size for size, _ in parts]), parts, strict=True):
-        words = torch.empty((size + 3) // 4, dtype=torch.int64, device=x.device)
-        words.random_(-(2**63), None, generator=torch.Generator(device=x.device).manual_seed(key))
-        by_position = own.view(-1, length, x.shape[-1]).transpose(0, 1) if length > 1 else own
-        torch.ge(words.view(torch.int16)[:size].view(by_position.shape), dropped_of - LANES // 2, out=by_position)
-    return keep.mul_(x).mul_(LANES / (LANES - dropped_of))

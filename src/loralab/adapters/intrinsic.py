@@ -6,11 +6,9 @@ permutation, G normal numbers, H a Walsh-Hadamard matrix. Its columns have lengt
 """
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from annotated_types import MinLen
-from pydantic import Strict
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
@@ -18,6 +16,7 @@ from torch.nn.functional import linear, pad
 from loralab.adapters.base import (
     Adapter,
     AdapterSpec,
+    Saved,
     freeze,
     generator_for,
     match_targets,
@@ -25,12 +24,10 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
+from loralab.adapters.targets import Targets
 from loralab.errors import ConfigError
 from loralab.quantization.base import linear_shape
 from loralab.spec import Count, spec
-
-Names = Annotated[list[str], MinLen(1)]
-NamePattern = Annotated[str, Strict(), MinLen(1)]
 
 
 @spec("adapter")
@@ -49,8 +46,8 @@ class Intrinsic(AdapterSpec):
 
     dimension: Count = 1000
     variant: Literal["did", "said"] = "did"
-    target_modules: Annotated[Names | NamePattern, "all-linear, a list of names or a regular expression"] = "all-linear"
-    modules_to_save: list[str] | None = None  # null: a new classification head
+    target_modules: Targets = "all-linear"
+    modules_to_save: Saved = None  # null: a new classification head
 
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)

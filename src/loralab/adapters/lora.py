@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Le, MinLen
-from pydantic import BeforeValidator, Strict
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from loralab.adapters import peft
+from loralab.adapters import dora, peft
 from loralab.adapters.base import (
     Adapter,
     AdapterSpec,
     BiasDelta,
+    Saved,
     freeze,
     generator_for,
     match_targets,
@@ -26,23 +26,18 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
+from loralab.adapters.dropout import length_of
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.fused import Part, lora_update
-from loralab.adapters.hooks import length_of
+from loralab.adapters.grouped import Given
+from loralab.adapters.targets import Excluded, Indexes, Targets, of_blocks, without_excluded
 from loralab.errors import ArtifactError, ConfigError, nearest
-from loralab.quantization.base import linear_shape
+from loralab.quantization.base import dense_weight, linear_shape
 from loralab.spec import Positive, Share, Whole, spec
 
 log = logging.getLogger(__name__)
 
 Rank = Annotated[Whole, Ge(1), Le(2**31 - 1)]
-Names = Annotated[list[str], MinLen(1)]
-NamePattern = Annotated[str, Strict(), MinLen(1)]
-
-
-def listed(value: Any) -> Any:
-    """One name as a list of one."""
-    return [value] if isinstance(value, str) else value
 
 
 @spec("adapter")
@@ -60,13 +55,31 @@ class LoRA(AdapterSpec):
     r: Rank = 8
     lora_alpha: Positive = 16.0
     lora_dropout: Share = 0.0
-    target_modules: Annotated[Names | NamePattern, "all-linear, a list of names or a regular expression"] = "all-linear"
+    target_modules: Targets = "all-linear"
     use_rslora: bool = False  # lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv:2312.03732)
-    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming"  # loralib's and PEFT's draw of A; the paper's (4.1)
+    use_dora: bool = False  # a trained length for each row of W + B A (arXiv:2402.09353)
+    # of A: loralib's and PEFT's; the paper's (4.1); with B, such that B A = 0 up to rounding
+    init_lora_weights: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    exclude_modules: Excluded = None
+    layers_to_transform: Indexes = None
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: Annotated[list[str] | None, BeforeValidator(listed), "a list of module names or null"] = None
+    modules_to_save: Saved = None
     rank_pattern: dict[str, Rank] = field(default_factory=dict)
     alpha_pattern: dict[str, Positive] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        by_regex = isinstance(self.target_modules, str)
+        if self.layers_to_transform is not None and self.target_modules != "all-linear" and by_regex:
+            raise ConfigError(
+                f"adapter.layers_to_transform={self.layers_to_transform} goes with a list of target_modules or "
+                f"all-linear, not with the regular expression {self.target_modules!r}, which can name the blocks itself"
+            )
+        odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ConfigError(
+                f"adapter.init_lora_weights=orthogonal halves each rank and cannot begin with r={odd[0]}; valid: even "
+                "ranks"
+            )
 
     def rank(self, name: str) -> int:
         """The rank of layer ``name``."""
@@ -80,7 +93,7 @@ class LoRA(AdapterSpec):
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)
         adapter = self.makes(model, self)
-        names = outside(match_targets(model, self.target_modules), modules_to_save(model, self.modules_to_save))
+        names = outside(self._targets(model), modules_to_save(model, self.modules_to_save))
         shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
         self._check_patterns(names)
         self._warn_of_ranks(shapes)
@@ -93,10 +106,16 @@ class LoRA(AdapterSpec):
         self._train_biases(model, adapter, names)
         return adapter
 
+    def _targets(self, model: nn.Module) -> list[str]:
+        found = without_excluded(match_targets(model, self.target_modules), self.exclude_modules)
+        return of_blocks(found, self.layers_to_transform)
+
     def delta(self, name: str, layer: nn.Module, device: torch.device) -> "LoRADelta":
         """What is trained at ``layer``, called ``name``; A is drawn afterwards."""
         out_features, in_features = linear_shape(layer)
-        return LoRADelta(in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device)
+        kind = DoRADelta if self.use_dora else LoRADelta
+        made = kind(in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device)
+        return made.over(layer) if isinstance(made, DoRADelta) else made
 
     def _check_patterns(self, names: list[str]) -> None:
         """Raises ConfigError for a key that no adapted layer answers to."""
@@ -151,10 +170,14 @@ class LoRADelta(nn.Module):
         self.scaling, self.dropout = scaling, dropout
 
     def draw(self, init: str, generator: torch.Generator) -> None:
-        """Fills A: uniform in +-1/sqrt(in) (kaiming, a = sqrt 5) or normal with deviation 1/r (gaussian)."""
+        """Fills A: uniform in +-1/sqrt(in) (kaiming, a = sqrt 5) or normal with deviation 1/r (gaussian); with
+        orthogonal A and B, normal along directions of which B takes one half and A the other (PEFT's draw)."""
         if self.lora_A.is_meta:
             return
         r, in_features = self.lora_A.shape
+        if init == "orthogonal":
+            self._draw_orthogonal(generator)
+            return
         if init == "gaussian":
             drawn = torch.randn(r, in_features, generator=generator) / r
         else:
@@ -162,11 +185,18 @@ class LoRADelta(nn.Module):
         with torch.no_grad():
             self.lora_A.copy_(drawn)
 
+    @torch.no_grad()
+    def _draw_orthogonal(self, generator: torch.Generator) -> None:
+        (r, in_features), out_features = self.lora_A.shape, self.lora_B.shape[0]
+        directions = torch.linalg.qr(torch.randn(r, r, generator=generator)).Q
+        self.lora_A.copy_((torch.randn(in_features, r // 2, generator=generator) @ directions[0::2]).t() / 10)
+        self.lora_B.copy_(torch.randn(out_features, r // 2, generator=generator) @ directions[1::2] / 10)
+
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:  # (..., in), (..., out) -> (..., out)
         return self.forward_grouped(x, y.clone(), [(0, x.numel() // x.shape[-1], self, key)])
 
     @staticmethod
-    def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[tuple[int, int, "LoRADelta", int | None]]) -> Tensor:
+    def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:
         """The updates of several trials, each (start, stop, delta, key) at its own positions, in one function."""
         length = length_of(x)
         parts = [Part(start, stop, one.scaling, one.dropout, key, length) for start, stop, one, key in slices]
@@ -175,6 +205,31 @@ class LoRADelta(nn.Module):
     def delta_weight(self) -> Tensor:
         """scaling * B A, shape (out, in): what merging adds to W."""
         return self.scaling * (self.lora_B @ self.lora_A)
+
+
+class DoRADelta(LoRADelta):
+    """The same with a trained length of each row of W + scaling B A, at first W's own."""
+
+    squares: Tensor
+
+    def over(self, layer: nn.Module) -> "DoRADelta":
+        """Takes the lengths of the rows of ``layer``, which it will act on."""
+        self._layer = [layer]  # in a list: the base is not a submodule
+        self.register_buffer("squares", dora.squared_rows(layer), persistent=False)
+        self.lora_magnitude_vector = nn.Parameter(self.squares.sqrt())
+        return self
+
+    @staticmethod
+    def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:
+        """The same of several trials, whose base's weight is made dense once."""
+        update = LoRADelta.forward_grouped(x, torch.zeros_like(y), slices)
+        return dora.rescaled(slices[0][2]._layer[0], y, update, slices)
+
+    def delta_weight(self) -> Tensor:
+        """What merging adds to W, (out, in)."""
+        weight = dense_weight(self._layer[0]).detach().float()
+        scale = dora.ratio(weight, self)[:, None]
+        return (scale - 1) * weight + scale * super().delta_weight()
 
 
 class LoRAAdapter(Adapter):
@@ -193,9 +248,8 @@ class LoRAAdapter(Adapter):
         if wrong:
             raise ArtifactError(f"{folder / WEIGHTS} and {type(self._model[0]).__name__} do not agree in {wrong[0]}")
         with torch.no_grad():
-            for name, delta in self._factors().items():
-                for factor, key in zip((delta.lora_A, delta.lora_B), peft.lora_keys(name), strict=True):
-                    factor.copy_(stored[key])
+            for key, tensor in self._low_rank().items():
+                tensor.copy_(stored[key])
             for key, (bias, shift) in self._biases().items():
                 shift.bias_delta.copy_(stored[key].to(bias.device) - bias)
         for name, module in self.saved_modules():
@@ -205,13 +259,24 @@ class LoRAAdapter(Adapter):
         if type(self.lora) is not LoRA:
             return f"what {type(self.lora).__name__} changes in LoRA"
         given = [(name, type(delta)) for name, delta in self.adapted()]
-        strange = [f"{kind.__name__} of {name}" for name, kind in given if kind not in (LoRADelta, BiasDelta)]
+        strange = [
+            f"{kind.__name__} of {name}" for name, kind in given if kind not in (LoRADelta, DoRADelta, BiasDelta)
+        ]
         strange += [f"the second {kind.__name__} of {name}" for (name, kind), n in Counter(given).items() if n > 1]
         strange += [name for name, _ in self.named_parameters() if not name.startswith(("deltas.", "saved."))]
         return strange[0] if strange else ""
 
     def _factors(self) -> dict[str, "LoRADelta"]:
         return {name: delta for name, delta in self.adapted() if isinstance(delta, LoRADelta)}
+
+    def _low_rank(self) -> dict[str, nn.Parameter]:
+        """{PEFT's name: tensor} of what is trained beside biases and whole modules."""
+        found: dict[str, nn.Parameter] = {}
+        for name, delta in self._factors().items():
+            found.update(zip(peft.lora_keys(name), (delta.lora_A, delta.lora_B), strict=True))
+            if isinstance(delta, DoRADelta):
+                found[peft.magnitude_key(name)] = delta.lora_magnitude_vector
+        return found
 
     def _biases(self) -> dict[str, tuple[Tensor, BiasDelta]]:
         """{PEFT's name: (the base's bias, what was added to it)}."""
@@ -227,28 +292,12 @@ class LoRAAdapter(Adapter):
 
     def peft_state(self) -> dict[str, Tensor]:
         """PEFT's names for every tensor the trial trained."""
-        state: dict[str, Tensor] = {}
-        for name, delta in self._factors().items():
-            state.update(zip(peft.lora_keys(name), (delta.lora_A, delta.lora_B), strict=True))
+        state: dict[str, Tensor] = {**self._low_rank()}
         state.update({key: bias + delta.bias_delta for key, (bias, delta) in self._biases().items()})
         for name, module in self.saved_modules():
             own = module.state_dict()
             state.update({key: own[name] for key, name in peft.saved_keys(name, module).items()})
-        return {**self._frozen_heads(), **state}
-
-    def _frozen_heads(self) -> dict[str, Tensor]:
-        """The base's own classification head: PEFT looks for one in every classifier's adapter."""
-        model = self._model[0]
-        if peft.task_type(model) != "SEQ_CLS":
-            return {}
-        trained = set(self.module_names)
-        heads = [(name, head) for name, head in model.named_modules() if name.endswith(peft.HEADS)]
-        return {
-            key: head.get_parameter(inside).detach()
-            for name, head in heads
-            if not any(one == name or one.startswith(f"{name}.") for one in trained)
-            for key, inside in peft.saved_keys(name, head).items()
-        }
+        return {**peft.frozen_heads(self), **state}
 
 
 LoRA.makes = LoRAAdapter

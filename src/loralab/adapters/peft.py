@@ -33,6 +33,11 @@ def lora_keys(name: str) -> tuple[str, str]:
     return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
 
+def magnitude_key(name: str) -> str:
+    """PEFT's name of DoRA's lengths of layer ``name``."""
+    return f"{PREFIX}{name}.lora_magnitude_vector"
+
+
 def bias_key(name: str, adapted: bool) -> str:
     """PEFT's name of a trained bias; ``adapted``: whether the layer has A and B as well."""
     return f"{PREFIX}{name}.{'base_layer.' if adapted else ''}bias"
@@ -45,8 +50,6 @@ def saved_keys(name: str, module: nn.Module) -> dict[str, str]:
 
 def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str]) -> dict[str, Any]:
     """PEFT's LoraConfig as a plain dictionary. ``names``: the layers with A and B; ``saved``: those trained whole."""
-    kinds = {type(model.get_submodule(name)).__name__ for name in names}
-    transposed = kinds == {"Conv1D"} or all(getattr(model.get_submodule(name), "transposed", False) for name in names)
     alphas = {name: _alpha(spec, name) for name in names}
     return {
         "peft_type": "LORA",
@@ -54,8 +57,9 @@ def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str])
         "lora_alpha": spec.lora_alpha,
         "lora_dropout": spec.lora_dropout,
         "target_modules": names,
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": transposed(model, names),
         "use_rslora": spec.use_rslora,
+        "use_dora": spec.use_dora,
         "init_lora_weights": "gaussian" if spec.init_lora_weights == "gaussian" else True,
         "bias": "none" if spec.bias == "none" else "all",
         "modules_to_save": saved or None,
@@ -72,6 +76,28 @@ def base_fields(model: nn.Module) -> dict[str, Any]:
         "base_model_name_or_path": getattr(model.config, "name_or_path", "") or "random",
         "inference_mode": True,
         **_classes(model),
+    }
+
+
+def transposed(model: nn.Module, names: list[str]) -> bool:
+    """Whether the layers ``names`` keep their weight as (in, out), packed or not."""
+    layers = [model.get_submodule(name) for name in names]
+    kinds = {type(layer).__name__ for layer in layers}
+    return kinds == {"Conv1D"} or all(getattr(layer, "transposed", False) for layer in layers)
+
+
+def frozen_heads(adapter: Any) -> dict[str, Tensor]:
+    """The base's own classification head: PEFT looks for one in every classifier's adapter."""
+    model = adapter._model[0]
+    if task_type(model) != "SEQ_CLS":
+        return {}
+    trained = set(adapter.module_names)
+    heads = [(name, head) for name, head in model.named_modules() if name.endswith(HEADS)]
+    return {
+        key: head.get_parameter(inside).detach()
+        for name, head in heads
+        if not any(one == name or one.startswith(f"{name}.") for one in trained)
+        for key, inside in saved_keys(name, head).items()
     }
 
 

@@ -5,17 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from loralab.adapters import peft
-from loralab.adapters.base import Adapter, AdapterSpec, freeze, generator_for, save_modules
+from loralab.adapters.base import Adapter, AdapterSpec, Saved, freeze, generator_for, save_modules
 from loralab.adapters.files import read_state, write_state
-from loralab.adapters.lora import listed
 from loralab.adapters.virtual import (
     Share,
     Virtual,
@@ -47,7 +45,7 @@ class Prefix(AdapterSpec):
     num_virtual_tokens: Count = 20
     prefix_projection: bool = False
     encoder_hidden_size: Count | None = None
-    modules_to_save: Annotated[list[str] | None, BeforeValidator(listed), "a list of module names or null"] = None
+    modules_to_save: Saved = None
 
     @property
     def virtual_tokens(self) -> int:

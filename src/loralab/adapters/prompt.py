@@ -3,17 +3,15 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import BeforeValidator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from loralab.adapters import peft
-from loralab.adapters.base import Adapter, AdapterSpec, freeze, generator_for, save_modules
+from loralab.adapters.base import Adapter, AdapterSpec, Saved, freeze, generator_for, save_modules
 from loralab.adapters.hooks import AdapterHooks
-from loralab.adapters.lora import listed
 from loralab.adapters.virtual import (
     Share,
     Virtual,
@@ -45,7 +43,7 @@ class Prompt(AdapterSpec):
     num_virtual_tokens: Count = 20
     prompt_tuning_init: Literal["random", "text"] = "random"
     prompt_tuning_init_text: Text | None = None
-    modules_to_save: Annotated[list[str] | None, BeforeValidator(listed), "a list of module names or null"] = None
+    modules_to_save: Saved = None
 
     def __post_init__(self) -> None:
         if (self.prompt_tuning_init == "text") != bool(self.prompt_tuning_init_text):

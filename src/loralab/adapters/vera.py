@@ -1,7 +1,7 @@
 """VeRA: y = W x + Lambda_b B Lambda_d A x with A and B random (Kopiczko et al. 2024, arXiv 2310.11454, eq. 2)."""
 
 import math
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from loralab.adapters.base import (
     Adapter,
     AdapterSpec,
+    Saved,
     freeze,
     generator_for,
     match_targets,
@@ -17,7 +18,7 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
-from loralab.adapters.lora import NamePattern, Names
+from loralab.adapters.targets import Targets
 from loralab.quantization.base import linear_shape
 from loralab.spec import Count, Positive, spec
 
@@ -36,8 +37,8 @@ class VeRA(AdapterSpec):
 
     r: Count = 256
     d_initial: Positive = 0.1  # d at the start; b starts at 0
-    target_modules: Annotated[Names | NamePattern, "all-linear, a list of names or a regular expression"] = "all-linear"
-    modules_to_save: list[str] | None = None  # null: a new classification head
+    target_modules: Targets = "all-linear"
+    modules_to_save: Saved = None  # null: a new classification head
 
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)

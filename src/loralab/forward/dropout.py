@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loralab.adapters.hooks import AdapterHooks, dropped, length_of
+from loralab.adapters.dropout import dropped, length_of
+from loralab.adapters.hooks import AdapterHooks
 from loralab.forward.unpadded import NAME, prepare
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter
+from loralab.adapters.blocks import stack
 from loralab.errors import is_out_of_memory
 from loralab.forward.dropout import base_dropout
 from loralab.forward.unpadded import mask_of
@@ -276,12 +277,3 @@ def _select(value: Tensor, rows: list[int]) -> Tensor:
     if rows == list(range(len(rows))):
         return value[: len(rows)]
     return value.index_select(0, torch.tensor(rows, device=value.device))
-
-
-def stack(model: nn.Module) -> nn.ModuleList | None:
-    """The layers of a model that is one stack of them; None for an encoder with a decoder."""
-    config: Any = model.config
-    if config.is_encoder_decoder:
-        return None
-    count = getattr(config, "num_hidden_layers", None)
-    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)

@@ -28,6 +28,8 @@ BITSANDBYTES = {
 }
 UNPAGED: dict[str, Name] = {"paged_adamw": "adamw_32bit", "paged_adamw_8bit": "adamw_8bit"}
 PAGED_FROM = 100_000  # elements; bitsandbytes pages no smaller state tensor (Optimizer8bit.get_state_buffer)
+FASTER = "lora_B"  # name of the parameters that ``lr_ratio`` is of
+TRIAL = "loralab_trial"  # key of a parameter group: the number of its trial in the pack; without it, the group's own
 MEMBERS = "loralab_members"  # attribute of a flat buffer: the parameters that are views of it
 
 
@@ -41,12 +43,29 @@ class AdamW:
     weight_decay: NotNegative = 0.0
     betas: Annotated[list[Share], Len(2, 2), "two numbers in [0, 1)"] = field(default_factory=lambda: [0.9, 0.999])
     eps: Positive = 1e-8
+    lr_ratio: Positive = 1.0  # of LoRA's B, over everything else (LoRA+, arXiv:2402.12354)
     flat: bool = False  # one state buffer for all parameters of a dtype, so that small ranks page and take 8 bits
 
     @property
     def effective_name(self) -> str:
         """The optimizer that this machine can run: a paged one's unpaged twin where memory cannot be paged."""
         return UNPAGED.get(self.name, self.name) if cannot_page() else self.name
+
+    def groups(self, named: Iterable[tuple[str, nn.Parameter]], trial: int = 0) -> list[dict[str, Any]]:
+        """The parameter groups of one trial, the ``trial``-th of its pack: one, or with ``lr_ratio`` two, whose second
+        are the ``lora_B``. Raises ConfigError where there are none."""
+        given = list(named)
+        if self.lr_ratio == 1.0:
+            return [{**self.group([one for _, one in given]), TRIAL: trial}]
+        faster = [one for name, one in given if name.rpartition(".")[2] == FASTER]
+        if not faster:
+            raise ConfigError(
+                f"optimizer.lr_ratio={self.lr_ratio:g} is the rate of LoRA's B over that of A, and this adapter trains "
+                "no B; valid: 1, or adapter=lora"
+            )
+        slower = [one for name, one in given if name.rpartition(".")[2] != FASTER]
+        rate = self.lr * self.lr_ratio
+        return [{**self.group(slower), TRIAL: trial}, {**self.group(faster), "lr": rate, TRIAL: trial}]
 
     def group(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
         """A parameter group with this spec's hyper-parameters; ``flat`` turns ``parameters`` into views of buffers."""
@@ -157,13 +176,13 @@ class Schedule:
 
 
 def describe(optimizer: torch.optim.Optimizer, name: str, index: int = 0) -> dict[str, Any]:
-    """The ``optimizer`` part of the record of the trial whose parameter group is ``index``: bytes of its own state, of
+    """The ``optimizer`` part of the record of the ``index``-th trial: bytes of its own state, of
     them in 8 bits and really paged.
 
     All are counted as they are: from the dtype and the ``is_paged`` mark of each state tensor. ``paging`` is off (not
     asked for), on, nothing (asked for, and no tensor is), or not applicable (this machine cannot); ``note`` says why.
     """
-    parameters = optimizer.param_groups[index]["params"]
+    parameters = owned(optimizer, index)
     held = [optimizer.state[one] for one in parameters if one in optimizer.state]
     kept = [value for own in held for key, value in own.items() if isinstance(value, Tensor) and key != "step"]
     states = list({value.data_ptr(): value for value in kept}.values())  # 8-bit tensors share their tables of codes
@@ -188,17 +207,35 @@ def describe(optimizer: torch.optim.Optimizer, name: str, index: int = 0) -> dic
     return found
 
 
-State = dict[int, dict[str, Any]]  # {position of a parameter in its group: its state}
+State = dict[int, dict[str, Any]]  # {position of a parameter among its trial's: its state}
+
+
+def trial_of(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The number of the trial that each parameter group is of."""
+    return [group.get(TRIAL, number) for number, group in enumerate(groups)]
+
+
+def owned(optimizer: torch.optim.Optimizer, index: int) -> list[nn.Parameter]:
+    """What the optimizer updates of the ``index``-th trial: parameters, or flat buffers of them."""
+    groups = optimizer.param_groups
+    own = [group["params"] for group, trial in zip(groups, trial_of(groups), strict=True) if trial == index]
+    return [parameter for parameters in own for parameter in parameters]
+
+
+def rate(optimizer: torch.optim.Optimizer, index: int) -> float:
+    """The learning rate of the ``index``-th trial under way; with ``lr_ratio``, of all but B."""
+    groups = optimizer.param_groups
+    return float(groups[trial_of(groups).index(index)]["lr"])
 
 
 def states(optimizer: torch.optim.Optimizer) -> list[State]:
-    """Of each group, copied to the host; ``restore`` takes it back."""
-    return [state_of(optimizer, index) for index in range(len(optimizer.param_groups))]
+    """Of each trial, copied to the host; ``restore`` takes it back."""
+    return [state_of(optimizer, index) for index in dict.fromkeys(trial_of(optimizer.param_groups))]
 
 
 def state_of(optimizer: torch.optim.Optimizer, index: int) -> State:
-    """Of one group, copied to the host."""
-    own, state = optimizer.param_groups[index]["params"], optimizer.state
+    """Of one trial, copied to the host."""
+    own, state = owned(optimizer, index), optimizer.state
     return {place: _hosted(state[one]) for place, one in enumerate(own) if one in state}
 
 
@@ -207,12 +244,15 @@ def _hosted(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore(optimizer: torch.optim.Optimizer, kept: Sequence[State]) -> None:
-    """One of ``states`` for each group, whose hyper-parameters stay; the optimizer moves it where it belongs."""
+    """One of ``states`` for each trial, whose hyper-parameters stay; the optimizer moves it where it belongs."""
     whole = optimizer.state_dict()
+    numbers: dict[int, list[int]] = {}
+    for group, trial in zip(whole["param_groups"], trial_of(whole["param_groups"]), strict=True):
+        numbers.setdefault(trial, []).extend(group["params"])
     places = [
         (number, state[i])
-        for group, state in zip(whole["param_groups"], kept, strict=True)
-        for i, number in enumerate(group["params"])
+        for own, state in zip(numbers.values(), kept, strict=True)
+        for i, number in enumerate(own)
         if i in state
     ]
     if places:

@@ -1,16 +1,16 @@
 """Bytes of weights, gradients and optimizer states from shapes alone: the model is built on the meta device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from loralab.adapters.base import Adapter
-from loralab.forward.prefix import stack
+from loralab.adapters.blocks import stack
 from loralab.models import loading, pretrained
-from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED
+from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED, AdamW
 from loralab.quantization.base import beyond, is_linear, linear_shape, name_out_of_reach, quantizable
 from loralab.training.specs import TrialSpec
 
@@ -42,11 +42,12 @@ def sizes(spec: TrialSpec) -> Sizes:
     dense = sum(p.numel() for p in model.parameters()) - sum(out * width for out, width in shapes)
     adapter = spec.adapter.attach(model)
     trained = [p.numel() for p in adapter.parameters()]
+    groups = [sum(p.numel() for p in group["params"]) for group in _unflat(spec).groups(adapter.named_parameters())]
     adapted = [model.get_submodule(name) for name in {name for name, _ in adapter.adapted()}]
     adapter.detach()
     width = dtype_bytes if spec.adapter.changes_base else 4
     trained_bytes = sum(trained) * width
-    trained = [sum(trained)] if spec.optimizer.flat else trained
+    trained = groups if spec.optimizer.flat else trained
     states = {n: _state(spec.optimizer.name, n, width) for n in set(trained)}
     return Sizes(
         base=packed + dtype_bytes * dense,
@@ -64,6 +65,10 @@ def name_what_stays(spec: pretrained.Pretrained) -> None:
     """Warns of the weights of the base that are neither quantized nor adapted, where they are many."""
     base = skeleton(spec)
     name_out_of_reach(beyond(base), sum(parameter.numel() for parameter in base.parameters()))
+
+
+def _unflat(spec: TrialSpec) -> AdamW:
+    return replace(spec.optimizer, flat=False)
 
 
 def _state(name: str, n: int, bytes_each: int) -> int:

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from loralab.adapters.blocks import stack
 from loralab.adapters.hooks import AdapterHooks
 from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError
 from loralab.forward import stacked
-from loralab.forward.prefix import stack
 from loralab.forward.stacked import ForwardMode
 from loralab.forward.unpadded import prepare
 from loralab.models import loading, pretrained

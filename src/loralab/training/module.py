@@ -16,7 +16,7 @@ from loralab.errors import ConfigError
 from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
-from loralab.optim.optimizers import restore
+from loralab.optim.optimizers import rate, restore, trial_of
 from loralab.quantization.sequences import decoder_input_ids
 from loralab.training.cursor import Batch
 from loralab.training.passes import stack_batches
@@ -108,7 +108,7 @@ class FineTuner(LightningModule):
     ) -> None:
         """One step of every trial that took part in this step's passes."""
         self._norms = {}
-        rates = [group["lr"] for group in optimizer.param_groups]
+        rates = [rate(optimizer, index) for index in range(len(self.trials))]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for index, loss in self._running.items():
             trial = self.trials[index]
@@ -148,17 +148,18 @@ class FineTuner(LightningModule):
         self._scores = []
 
     def configure_optimizers(self) -> Any:
-        """One optimizer with a parameter group and a schedule for each trial, which continue from the trial's step."""
+        """One optimizer with parameter groups and a schedule for each trial, which continue from the trial's step."""
         specs = [trial.spec.optimizer for trial in self.trials]
         names = {spec.name for spec in specs}
         if len(names) > 1:
             raise ConfigError(f"trials of one pack share their optimizer class, got {sorted(names)}")
-        groups = [spec.group(list(trial.adapter.parameters())) for spec, trial in zip(specs, self.trials, strict=True)]
+        named = [trial.adapter.named_parameters() for trial in self.trials]
+        groups = [group for index, spec in enumerate(specs) for group in spec.groups(named[index], index)]
         optimizer = specs[0].build(groups)
         restore(optimizer, [trial.optimizer_state for trial in self.trials])
         for trial in self.trials:
             trial.optimizer_state = {}
-        schedule = LambdaLR(optimizer, [trial.schedule_factor() for trial in self.trials])
+        schedule = LambdaLR(optimizer, [self.trials[index].schedule_factor() for index in trial_of(groups)])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

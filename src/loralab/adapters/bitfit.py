@@ -1,0 +1,71 @@
+"""BitFit: the biases alone train, as differences to the frozen ones (Ben Zaken et al. 2021, arXiv:2106.10199)."""
+
+import logging
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta, Saved, freeze, modules_to_save, save_modules
+from loralab.errors import ConfigError
+from loralab.spec import spec
+
+log = logging.getLogger(__name__)
+
+
+@spec("adapter")
+class BitFit(AdapterSpec):
+    """Trains every bias of the base, those of its norms and of its output head with them."""
+
+    packable: ClassVar[bool] = True
+    tokenwise: ClassVar[bool] = True
+    layerwise: ClassVar[bool] = True
+
+    modules_to_save: Saved = None
+
+    def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
+        freeze(model)
+        adapter = self.makes(model, self)
+        saved = modules_to_save(model, self.modules_to_save)
+        own = {name: bias for name, bias in biases(model).items() if not _within(name, saved)}
+        if saved and not own:
+            raise ConfigError(
+                f"adapter=bitfit: {type(model).__name__} has no biases, so {', '.join(saved)} alone would train, which "
+                "is no BitFit; valid: a base that has biases, or another adapter"
+            )
+        for name, bias in own.items():
+            convolves = isinstance(model.get_submodule(name), nn.modules.conv._ConvNd)
+            adapter.add(name, ChannelBiasDelta(bias) if convolves else BiasDelta(bias))
+        save_modules(adapter, model, self.modules_to_save, seed)
+        _name_unreachable(model, adapter)
+        return adapter
+
+
+class ChannelBiasDelta(BiasDelta):
+    """The same of a convolution, whose output is (rows, out, positions)."""
+
+    def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
+        return y + self.bias_delta.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+
+
+def biases(model: nn.Module) -> dict[str, Tensor]:
+    """{layer: its bias} of the layers that add it to what they give: those without parts, since BERT's head also keeps
+    its decoder's bias under a name of its own."""
+    leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
+    own = {name: module._parameters.get("bias") for name, module in leaves.items()}
+    return {name: bias for name, bias in own.items() if bias is not None and bias.dim() == 1}
+
+
+def _within(name: str, modules: list[str]) -> bool:
+    return any(f"{name}.".startswith(f"{one}.") for one in modules)
+
+
+def _name_unreachable(model: nn.Module, adapter: Adapter) -> None:
+    """Warns of biases that a model adds by itself, where no layer's output shows them."""
+    trained = {id(bias) for bias in biases(model).values()}
+    given = [(name, one) for name, one in model.named_parameters() if name.endswith("bias")]
+    left = [name for name, one in given if id(one) not in trained and not _within(name, adapter.module_names)]
+    if left:
+        log.warning(
+            "adapter=bitfit leaves %d biases as they are, since no layer adds them to its output: %s",
+            *(len(left), ", ".join(left[:3])),
+        )

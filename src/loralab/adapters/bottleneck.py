@@ -1,0 +1,124 @@
+"""Bottleneck adapters: y + W_up f(W_down y + b_down) + b_up after attention and MLP (Houlsby 2019, arXiv:1902.00751).
+
+By the LoRA paper's names and counts (arXiv:2106.09685, section 5.1), d wide and r in the middle, a block has
+AdapterH (``houlsby``): 2 (2 d r + r + d), after attention and after the MLP;
+AdapterP (``pfeiffer``, Pfeiffer et al. 2021, arXiv:2005.00247): 2 d r + r + d, after the MLP;
+AdapterL (``adapterl``, Lin et al. 2020, arXiv:2004.03829): the same and 2 d, of a LayerNorm before W_down.
+The base's own norms stay frozen, as these counts say. An adapter acts on what the part's last projection gives, before
+the base's dropout, its residual and its norm.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import MinLen
+from pydantic import Strict
+from torch import Tensor, nn
+
+from loralab.adapters.base import (
+    Adapter,
+    AdapterSpec,
+    Saved,
+    freeze,
+    generator_for,
+    match_targets,
+    modules_to_save,
+    outside,
+    save_modules,
+)
+from loralab.adapters.dropout import keyed_dropout, length_of
+from loralab.adapters.grouped import Given, by_part
+from loralab.adapters.projections import projections
+from loralab.quantization.base import linear_shape
+from loralab.spec import Count, Share, spec
+
+Names = Annotated[list[str], MinLen(1)]
+Pattern = Annotated[str, Strict(), MinLen(1)]
+NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@spec("adapter")
+class Bottleneck(AdapterSpec):
+    """``target_modules``: null, the architecture's own projections, or layers after which an adapter is put."""
+
+    packable: ClassVar[bool] = True
+    tokenwise: ClassVar[bool] = True
+    layerwise: ClassVar[bool] = True
+
+    variant: Literal["houlsby", "pfeiffer", "adapterl"] = "houlsby"
+    bottleneck_size: Count = 64
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    dropout: Share = 0.0
+    target_modules: Annotated[Names | Pattern | None, "null, a list of names or a regular expression"] = None
+    modules_to_save: Saved = None
+
+    def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
+        freeze(model)
+        adapter = self.makes(model, self)
+        device = next(model.parameters()).device
+        for name in outside(self._targets(model), modules_to_save(model, self.modules_to_save)):
+            width = linear_shape(model.get_submodule(name))[0]
+            delta = BottleneckDelta(width, self.bottleneck_size, self.non_linearity, self.dropout, device)
+            if self.variant == "adapterl":
+                delta.norm = nn.LayerNorm(width, device=device)
+            delta.draw(generator_for(seed, name))
+            adapter.add(name, delta)
+        save_modules(adapter, model, self.modules_to_save, seed)
+        return adapter
+
+    def _targets(self, model: nn.Module) -> list[str]:
+        if self.target_modules is not None:
+            return match_targets(model, self.target_modules)
+        found = projections(model, self.method)
+        return [*(found.attention_outputs if self.variant == "houlsby" else []), *found.mlp_outputs]
+
+
+class BottleneckDelta(nn.Module):
+    """One adapter, ``width`` wide and ``size`` in the middle; ``up`` is zero at first: training starts at the base."""
+
+    def __init__(
+        self,
+        width: int,
+        size: int,
+        non_linearity: str = "relu",
+        dropout: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.norm: nn.Module | None = None
+        self.down = nn.Linear(width, size, device=device)
+        self.up = nn.Linear(size, width, device=device)
+        self.non_linearity, self.dropout = non_linearity, dropout
+
+    def draw(self, generator: torch.Generator) -> None:
+        """``down`` uniform in +-1/sqrt(width), all else zero."""
+        with torch.no_grad():
+            for zero in (self.down.bias, self.up.weight, self.up.bias):
+                zero.zero_()
+            if not self.down.weight.is_meta:
+                drawn = torch.rand(self.down.weight.shape, generator=generator) * 2 - 1
+                self.down.weight.copy_(drawn / math.sqrt(self.down.in_features))
+
+    def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:  # y (..., width) -> (..., width)
+        return self.adapted(y, key, length_of(y))
+
+    def adapted(self, y: Tensor, key: int | None, length: int) -> Tensor:
+        """``length``: positions of a row of y, for its mask of dropout."""
+        autocast = torch.is_autocast_enabled(y.device.type)
+        own = y if autocast else y.to(self.down.weight.dtype)
+        inner = own if self.norm is None else self.norm(own)
+        added = self.up(NON_LINEARITIES[self.non_linearity](self.down(inner)))
+        return y + keyed_dropout(added, self.dropout, key, length).to(y.dtype)
+
+    @staticmethod
+    def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:
+        """The adapters of several trials, each (start, stop, delta, key) at its own positions."""
+        return by_part(y, slices, lambda own, delta, key: delta.adapted(own, key, length_of(y)))

@@ -1,0 +1,62 @@
+"""Dropout whose masks follow from a key: the same packed, alone, computed again and after a continuation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LANES = 2**16  # values of the random bits that decide on an element
+
+
+def keyed_dropout(x: Tensor, p: float, key: int | None, length: int = 1) -> Tensor:
+    """Inverted dropout whose mask depends on ``key`` alone, so a recomputed or packed forward draws the same.
+
+    ``length``: positions of a row of x (..., features), padding counted; on a CPU a longer padding changes no mask.
+    """
+    return x if key is None or p == 0.0 else dropped(x, p, [(x.numel(), key)], length)
+
+
+def dropped(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int = 1) -> Tensor:
+    """Inverted dropout of a stack: the mask of each part, (elements, key), depends on its key alone."""
+    kept: Tensor = _Dropped.apply(x, p, parts, length)  # type: ignore[no-untyped-call]
+    return kept
+
+
+def length_of(x: Tensor) -> int:
+    """Positions of a row of x (rows, positions, features), padding counted; 1 where a row is one position, and of a
+    single row, whose parts may be of any length (a flat batch)."""
+    return x.shape[1] if x.dim() == 3 and x.shape[0] > 1 else 1
+
+
+class _Dropped(torch.autograd.Function):
+    """Keeps nothing: the masks are drawn again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int) -> Tensor:
+        ctx.drawn = p, parts, length
+        return _masked(x, p, parts, length)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return _masked(dy, *ctx.drawn), None, None, None
+
+
+def _masked(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int) -> Tensor:
+    """Sixteen random bits an element, which is a quarter of a uniform number's cost; p is met to 1 in 131072.
+
+    The bits of a part go to the first position of all its rows, then to the second: longer padding, which the rows of
+    other trials may bring, takes those behind.
+    """
+    dropped_of = round(p * LANES)
+    if dropped_of >= LANES:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # x and its gradient may differ in their strides
+    for own, (size, key) in zip(torch.split(keep.view(-1), [size for size, _ in parts]), parts, strict=True):
+        words = torch.empty((size + 3) // 4, dtype=torch.int64, device=x.device)
+        words.random_(-(2**63), None, generator=torch.Generator(device=x.device).manual_seed(key))
+        by_position = own.view(-1, length, x.shape[-1]).transpose(0, 1) if length > 1 else own
+        torch.ge(words.view(torch.int16)[:size].view(by_position.shape), dropped_of - LANES // 2, out=by_position)
+    return keep.mul_(x).mul_(LANES / (LANES - dropped_of))
