@@ -79,7 +79,7 @@ class Prompt(AdapterSpec):
         if not takes(stack, "inputs_embeds"):
             raise refuse(self, model, "takes no inputs_embeds, so that there is no place for a prompt")
         pooled = getattr(config, "classifier_pooling", None) in ("mean", "late")
-        if hasattr(config, "attention_window") or (pooled and peft.task_type(model) == "SEQ_CLS"):
+        if peft.task_type(model) == "SEQ_CLS" and (pooled or hasattr(config, "attention_window")):
             raise refuse(self, model, "holds its mask against the states of all positions, a prompt's too")
 
     def _draw(self, prompt: "PromptEmbeddings", model: Any, seed: int) -> None:
