@@ -299,3 +299,12 @@ def test_predicted_memory_is_within_five_percent(method, make_spec, make_model, 
     assert record["status"] == "completed", record["error"]
     memory = record["memory"]
     assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
+
+
+def test_the_plan_of_trials_that_share_no_pass_is_the_largest_of_theirs(method, make_spec):
+    specs = [make_spec(f"{n}", adapter=own, plan=PlanSpec(record=True)) for n, own in enumerate((LoRA(r=4), method()))]
+    runner = Runner()
+    data = [runner.inputs.rows(spec) for spec in specs]
+    both = runner.foresight.plan(specs, data, "cpu")
+    each = [runner.foresight.plan([spec], [rows], "cpu") for spec, rows in zip(specs, data, strict=True)]
+    assert both.predicted_peak_bytes == max(one.predicted_peak_bytes for one in each)

@@ -31,7 +31,11 @@ class Foresight:
 
     def plan(self, specs: list[Any], data: Sequence[Encoded], device: str, start: int = 0) -> Plan | None:
         """The plan of trials that have made ``start`` steps, for the heaviest pass that is still to come; None where
-        there is none, or it could not be made."""
+        there is none, or it could not be made. Of trials that will not share a pass, the largest of their plans."""
+        parts = _sharing(specs)
+        if len(parts) > 1:
+            own = [self.plan([specs[i] for i in part], [data[i] for i in part], device, start) for part in parts]
+            return max((one for one in own if one is not None), key=lambda one: one.device_bytes, default=None)
         by = _weighing(specs, device)
         feeds = [Feed.of(one, own.train, start) for one, own in zip(specs, data, strict=True)]
         found = heaviest(feeds, by)
@@ -105,6 +109,14 @@ def _sizes(one: Pass) -> tuple[int, ...]:
     """Tokens, then tokens with their padding, of the inputs and of the labels."""
     columns = [[n for fed in one.taking for n in getattr(fed, kind)] for kind in ("inputs", "labels")]
     return (*map(sum, columns), *(len(column) * max(column) for column in columns))
+
+
+def _sharing(specs: Sequence[Any]) -> list[list[int]]:
+    """Places of those that stand behind the same kind of virtual tokens."""
+    parts: dict[Any, list[int]] = {}
+    for place, one in enumerate(specs):
+        parts.setdefault(one.adapter.before_rows, []).append(place)
+    return list(parts.values())
 
 
 def _weighing(specs: Sequence[Any], device: str) -> Weighing:
