@@ -127,6 +127,11 @@ def test_a_layer_that_forgets_what_is_far_is_refused(load_base):
         attached(Prefix(), model)
 
 
+def test_a_width_of_a_perceptron_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match=r"adapter\.encoder_hidden_size=8"):
+        Prefix(encoder_hidden_size=8)
+
+
 def test_the_yaml_is_peft_s_choice():
     spec = build(plain(compose(["adapter=prefix"]))["adapter"], "adapter")
     assert (spec.method, spec.virtual_tokens, spec.prefix_projection) == ("prefix", 20, False)

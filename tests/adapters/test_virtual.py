@@ -136,9 +136,27 @@ def test_a_padded_row_beside_others_is_what_it_is_alone(method, small, name, sch
         torch.testing.assert_close(beside, own, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "t5", "bart"])
-def test_text_is_written_as_by_passes_over_all_that_stands_before(method, small, name):
-    base = small(name)
+@pytest.mark.parametrize("width", [11, 12, 13, 16, 17, 18])
+def test_scales_over_sequences_are_apart_where_encoder_and_decoder_are_of_one_width(method, small, width):
+    """With the prompt, with one column more of padding, or by chance. (Where two rows' rounding differs, a value on the
+    edge between two int8 codes may fall on either side; with these ids none does.)"""
+    base = small("t5", "llm_int8")
+    adapter = moved(method(num_virtual_tokens=5), base.model)
+    given = rows("seq2seq_lm")
+    ids = torch.randint(2, 256, (2, width), generator=torch.Generator().manual_seed(7))
+    given["decoder_input_ids"] = ids
+    together = logits(base.model, given, BatchSlice(adapter, 2))
+    for row in range(2):
+        own = logits(base.model, alone(given, row), BatchSlice(adapter, 1))[0]
+        torch.testing.assert_close(together[row], own, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [*((name, "none") for name in ("llama", "gpt2", "opt", "t5", "bart")), ("llama", "llm_int8"), ("t5", "llm_int8")],
+)
+def test_text_is_written_as_by_passes_over_all_that_stands_before(method, small, name, scheme):
+    base = small(name, scheme)
     adapter = moved(method(num_virtual_tokens=5), base.model)
     task, prompts = base.spec.task, ["a", "some more words", "of another length"]
     made = complete(base.model, base.tokenizer, adapter, prompts, task, 8, 64)
@@ -231,7 +249,7 @@ def test_rows_that_do_not_fit_behind_them_are_refused_before_weights_are_read(
     assert "model.max_length of at most 123" in record["error"]
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_bases_own_dropout_is_drawn_for_each_trial(method, make_spec, make_model, curve, family):
     model = make_model(family, dropout=0.1)
 
@@ -243,22 +261,26 @@ def test_the_bases_own_dropout_is_drawn_for_each_trial(method, make_spec, make_m
     assert [one["pack"]["size"] for one in Runner().run(packed)] == [2, 2]
     for one, other in zip(packed, solo, strict=True):
         assert Runner().run([other])[0]["status"] == "completed"
-        ours, theirs = curve(one.folder), curve(other.folder)
-        assert ours == (theirs if family == "llama" else pytest.approx(theirs, rel=1e-3))
+        assert curve(one.folder) == curve(other.folder)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize(("family", "scheme"), [("llama", "none"), ("t5", "nf4"), ("roberta", "llm_int8")])
-def test_a_run_in_bfloat16_scores_and_writes_text(method, make_spec, make_data, curve, family, scheme, precision):
-    kind = "labels" if family == "roberta" else "pairs"
-    data = make_data(kind, **({} if family == "roberta" else {"generate_rows": 3}))
-    changes = {"quantization": SCHEMES[scheme], "data": data, "precision": precision, "max_steps": 12}
-    spec = make_spec(family=family, adapter=method(num_virtual_tokens=4), optimizer=AdamW(lr=5e-2), **changes)
+@pytest.mark.parametrize(
+    ("family", "scheme", "precision"),
+    [("llama", "none", "bf16-true"), ("t5", "nf4", "bf16-mixed"), ("roberta", "llm_int8", "bf16-mixed")],
+)
+def test_a_run_in_bfloat16_trains_scores_and_writes_text(
+    method, make_spec, make_data, curve, family, scheme, precision
+):
+    written = family != "roberta"
+    data = make_data("pairs" if written else "labels", **({"generate_rows": 3} if written else {}))
+    changes = {"quantization": SCHEMES[scheme], "data": data, "precision": precision, "max_steps": 20}
+    changes["val_check_interval"] = 10
+    spec = make_spec(family=family, adapter=method(num_virtual_tokens=4), **changes)
     (record,) = Runner().run([spec])
     assert record["status"] == "completed", record["error"]
-    losses = curve(spec.folder)
-    assert losses[-1] < losses[0]
-    assert ("val/rouge_l" in record["metrics"]) == (family != "roberta")
+    first, last = curve(spec.folder, "val/loss")[0], curve(spec.folder, "val/loss")[-1]
+    assert last < first
+    assert ("val/rouge_l" in record["metrics"]) == written
 
 
 @pytest.mark.parametrize(("family", "scheme"), [("gpt2", "none"), ("t5", "nf4"), ("roberta", "none")])
@@ -277,3 +299,12 @@ def test_predicted_memory_is_within_five_percent(method, make_spec, make_model, 
     assert record["status"] == "completed", record["error"]
     memory = record["memory"]
     assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
+
+
+def test_the_plan_of_trials_that_share_no_pass_is_the_largest_of_theirs(method, make_spec):
+    specs = [make_spec(f"{n}", adapter=own, plan=PlanSpec(record=True)) for n, own in enumerate((LoRA(r=4), method()))]
+    runner = Runner()
+    data = [runner.inputs.rows(spec) for spec in specs]
+    both = runner.foresight.plan(specs, data, "cpu")
+    each = [runner.foresight.plan([spec], [rows], "cpu") for spec, rows in zip(specs, data, strict=True)]
+    assert both.predicted_peak_bytes == max(one.predicted_peak_bytes for one in each)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loralab.forward.head import CHUNK, bypassed, frozen_head, hands_on, head_nll
+from loralab.forward.head import CHUNK, TERMS, bypassed, frozen_head, hands_on, head_nll
 
 
 def head_of(width=8, classes=11, bias=False, dtype=torch.float32):
@@ -26,6 +26,19 @@ def test_losses_predictions_and_gradients_are_those_of_the_dense_way(rows, bias)
     assert torch.equal(predictions, logits.argmax(-1))
     ours, theirs = (torch.autograd.grad((x * weights).sum(), hidden)[0] for x in (losses, dense))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("classes", [11, 3 * TERMS + 5])
+def test_under_autocast_too(classes):
+    """Half precision rounds the products to 8 bits; more classes than are summed at a time are no other case."""
+    head, targets = head_of(classes=classes), torch.randint(11, (40,))
+    hidden = torch.randn(40, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = head_nll(hidden, targets, head)
+        dense = F.cross_entropy(head(hidden).float(), targets, reduction="none")
+    torch.testing.assert_close(losses.float(), dense, rtol=0.02, atol=0.02)
+    ours, theirs = (torch.autograd.grad(x.float().sum(), hidden)[0] for x in (losses, dense))
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
 def test_gradients_are_right_to_double_precision():

@@ -58,8 +58,13 @@ class AdapterSpec(ABC):
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions of the base that it takes before those of a row's own tokens. Trials of one pass take as many."""
+        """Positions of the base that it takes before those of a row's own tokens."""
         return 0
+
+    @property
+    def before_rows(self) -> tuple[str, int] | None:
+        """(method, virtual tokens), which all trials of a pass have alike; None: there are none."""
+        return (self.method, self.virtual_tokens) if self.virtual_tokens else None
 
     @abstractmethod
     def attach(self, model: nn.Module, seed: int = 0) -> "Adapter":

@@ -47,6 +47,13 @@ class Prefix(AdapterSpec):
     encoder_hidden_size: Count | None = None
     modules_to_save: Saved = None
 
+    def __post_init__(self) -> None:
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ConfigError(
+                f"adapter.encoder_hidden_size={self.encoder_hidden_size} has no effect without a perceptron; valid: "
+                "null, or adapter.prefix_projection=true"
+            )
+
     @property
     def virtual_tokens(self) -> int:
         return self.num_virtual_tokens

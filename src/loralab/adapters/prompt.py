@@ -76,8 +76,13 @@ class Prompt(AdapterSpec):
         config: Any = model.config
         if not takes(stack, "inputs_embeds"):
             raise refuse(self, model, "takes no inputs_embeds, so that there is no place for a prompt")
+        classifies = peft.task_type(model) == "SEQ_CLS"
+        if any(takes(stack, own) for own in ("cache_params", "state")) or (takes(stack, "langs") and not classifies):
+            raise refuse(self, model, "generates in steps of its own kind, which would each begin with the prompt")
+        if "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
+            raise refuse(self, model, "chooses experts by token ids, which a prompt has none of")
         pooled = getattr(config, "classifier_pooling", None) in ("mean", "late")
-        if hasattr(config, "attention_window") or (pooled and peft.task_type(model) == "SEQ_CLS"):
+        if classifies and (pooled or hasattr(config, "attention_window")):
             raise refuse(self, model, "holds its mask against the states of all positions, a prompt's too")
 
     def _draw(self, prompt: "PromptEmbeddings", model: Any, seed: int) -> None:

@@ -56,8 +56,11 @@ class _NLL(torch.autograd.Function):
 
 
 def _summed(logits: Tensor, weight: Tensor) -> Tensor:
-    """``logits @ weight``, (rows, V) by (V, width); on a CPU with the same bits beside any number of other rows."""
-    if logits.device.type != "cpu" or logits.dtype in (torch.bfloat16, torch.float16):  # which would round each part
+    """``logits @ weight``, (rows, V) by (V, width); on a CPU, in float32, with the same bits beside any number of other
+    rows."""
+    kind = logits.device.type
+    half = logits.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(kind)
+    if kind != "cpu" or half:  # which would round each part
         return logits @ weight
     first, *others = zip(torch.split(logits, TERMS, 1), torch.split(weight, TERMS), strict=True)
     total: Tensor = first[0] @ first[1]

@@ -31,7 +31,11 @@ class Foresight:
 
     def plan(self, specs: list[Any], data: Sequence[Encoded], device: str, start: int = 0) -> Plan | None:
         """The plan of trials that have made ``start`` steps, for the heaviest pass that is still to come; None where
-        there is none, or it could not be traced."""
+        there is none, or it could not be traced. Of trials that will not share a pass, the largest of their plans."""
+        parts = _sharing(specs)
+        if len(parts) > 1:
+            plans = [self.plan([specs[i] for i in part], [data[i] for i in part], device, start) for part in parts]
+            return max((plan for plan in plans if plan is not None), key=lambda plan: plan.device_bytes, default=None)
         weighing = _weighing(specs, device)
         feeds = [Feed.of(spec, encoded.train, start) for spec, encoded in zip(specs, data, strict=True)]
         passes = heaviest(feeds, weighing)
@@ -105,6 +109,14 @@ def _sizes(shape: Pass) -> tuple[int, ...]:
     """Tokens of the inputs and of the labels, then the same with padding."""
     columns = [[n for fed in shape.taking for n in getattr(fed, kind)] for kind in ("inputs", "labels")]
     return (*map(sum, columns), *(len(column) * max(column) for column in columns))
+
+
+def _sharing(specs: Sequence[Any]) -> list[list[int]]:
+    """Places of those that stand behind the same kind of virtual tokens."""
+    parts: dict[Any, list[int]] = {}
+    for place, one in enumerate(specs):
+        parts.setdefault(one.adapter.before_rows, []).append(place)
+    return list(parts.values())
 
 
 def _weighing(specs: Sequence[Any], device: str) -> Weighing:

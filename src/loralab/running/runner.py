@@ -170,8 +170,7 @@ def parts_at_one_step(base: Base, trials: Sequence[Trial]) -> list[list[Trial]]:
     parts: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
         dense, spec = frozen_head(base.model, [trial.adapter]) is None, trial.spec.adapter
-        virtual = (spec.method, spec.virtual_tokens) if spec.virtual_tokens else None
-        parts.setdefault((trial.step, spec.tokenwise, dense, virtual), []).append(trial)
+        parts.setdefault((trial.step, spec.tokenwise, dense, spec.before_rows), []).append(trial)
     _name_virtual([key[-1] for key in parts])
     for part in parts.values():
         for index, trial in enumerate(part):
