@@ -97,7 +97,7 @@ class BottleneckDelta(nn.Module):
         self.up = nn.Parameter(torch.zeros(size, width))
 
     def forward(self, x, y, key):
-        return y + nn.functional.gelu(y @ self.down.T) @ self.up.T
+        return y + nn.functional.gelu(y.float() @ self.down.T) @ self.up.T
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,21 @@ def test_what_is_exported_gives_the_same_logits_in_loralab_and_where_else_it_is_
     with torch.no_grad():
         found = theirs.eval()(**inputs()).logits[:, -ours.shape[1] :]  # PEFT's begin with those of virtual tokens
     torch.testing.assert_close(found, ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_it_trains_in_half_precision(spec, load_base, inputs, precision):
+    """The base's logits keep their dtype, and every parameter gets a finite gradient in its own."""
+    dtype = "bfloat16" if precision == "bf16-true" else "float32"
+    model = load_base(FAMILY, dtype=dtype).model
+    one = SimpleNamespace(model=model, adapter=attached(spec, model))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        assert logits(one, inputs()).dtype == torch.bfloat16
+        trained(one, inputs())
+    for name, parameter in one.adapter.named_parameters():
+        assert parameter.dtype == (torch.float32 if not spec.changes_base else getattr(torch, dtype)), name
+        assert parameter.grad.dtype == parameter.dtype
+        assert bool(parameter.grad.isfinite().all()), name
 
 
 def test_the_count_from_shapes_is_what_is_attached(spec, fresh, make_model):

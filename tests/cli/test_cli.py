@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ import pytest
 
 from loralab.cli import main
 from loralab.records import record, schema
+from loralab.training.module import FineTuner
 
 
 def test_flags_may_stand_anywhere():
@@ -301,3 +303,20 @@ def test_the_same_trial_runs_twice_to_the_same_numbers_in_two_processes(tiny_arg
         assert done.returncode == 0, done.stderr
         curves.append((tmp_path / name / "metrics.jsonl").read_text())
     assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--debug"]])
+def test_a_fault_of_our_own_in_a_trial_says_where_with_debug_and_how_to_see_it_without(
+    tiny_arguments, tmp_path, monkeypatch, capsys, flags
+):
+    monkeypatch.setattr(logging.getLogger("loralab.running.runner"), "level", logging.NOTSET)  # as it was, afterwards
+
+    def broken(self, batches, index):
+        raise RuntimeError("a fault in training_step")
+
+    monkeypatch.setattr(FineTuner, "training_step", broken)
+    assert main.run(["train", *tiny_arguments, f"hydra.run.dir={tmp_path}", *flags]) == 1
+    shown = "".join(capsys.readouterr())
+    assert "a fault in training_step" in shown
+    assert ("in broken" in shown) == bool(flags)
+    assert (main.OWN_FAULT in shown) != bool(flags)

@@ -243,7 +243,7 @@ class _LayerHook(Hook):
         key = self._key(part)
         with self.hooks.only(replace(part, key=key)):  # a head trained whole may hold dropout
             for delta in self.deltas.get(part.owner, ()):
-                y = delta(x, y, key)
+                y = delta(x, y, key).to(y.dtype)  # the next layer computes in the base's
         return y
 
     def _key(self, part: BatchSlice) -> int | None:

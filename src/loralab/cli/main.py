@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command needs it, so that ``--help`` answers at once.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ Settings are Hydra's k=v: model=, quantization=, adapter=, data=, optimizer=, sc
 loralab COMMAND --help speaks of that command. Flags may stand anywhere; of all commands: --debug, --version, --help
 Tab completion: eval "$(loralab -sc install=bash)" (or fish, or zsh)
 Exit codes: 0 ok, 1 internal, 2 configuration, 3 data, 4 artifact, 5 diverged, 6 out of memory, 7 disk, 130, 143"""
+
+OWN_FAULT = "this is a fault of loralab's own; --debug shows where"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,7 +76,12 @@ def _dispatch(arguments: Arguments) -> int:
     from loralab.scheduling.signals import listen
 
     listen()
-    return arguments.command.run(arguments)
+    if arguments.debug:  # a trial's failure is its record's; where it came from is logged at this level
+        logging.getLogger("loralab.running.runner").setLevel(logging.DEBUG)
+    code = arguments.command.run(arguments)
+    if code == 1 and not arguments.debug:
+        print(OWN_FAULT, file=sys.stderr)
+    return code
 
 
 def _explain(error: BaseException, words: list[str]) -> int:
@@ -88,7 +96,7 @@ def _explain(error: BaseException, words: list[str]) -> int:
     translated = translate(error, words)
     print(f"loralab: {translated}", file=sys.stderr)
     if translated.exit_code == 1 and not debug:
-        print("this is a fault of loralab's own; --debug shows where", file=sys.stderr)
+        print(OWN_FAULT, file=sys.stderr)
     return translated.exit_code
 
 
