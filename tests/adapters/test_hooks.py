@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loralab.adapters.dropout import keyed_dropout
-from loralab.adapters.hooks import AdapterHooks, BatchSlice, NotPackable, mix
+from loralab.adapters.hooks import AdapterHooks, BatchSlice, NotPackable, bare_copy, mix
 
 
 class Plus(nn.Module):
@@ -158,3 +158,19 @@ def test_a_layer_that_a_pass_calls_again_draws_another_mask_and_the_pass_the_sam
     assert not torch.equal(first, second)
     assert torch.equal(once(5)[0][1], second)
     assert torch.equal(grad, 4 * (first > 0) * 2.0 + 4 * (second > 0) * 2.0)
+
+
+def test_what_enters_a_layer_is_changed_for_the_rows_of_its_trial_however_it_is_given():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    owner, other = Plus(1.0), Plus(2.0)
+    hooks, x = AdapterHooks.of(model), torch.randn(5, 4)
+    hooks.attach(model, "0", owner, owner, before=True)
+    assert (hooks.layers_of(owner), hooks.never_called(owner)) == (["0"], ["0"])
+    with hooks.batch(BatchSlice(owner, 2), BatchSlice(other, 3)):
+        given, named = model(x), model[0](input=x)
+    assert hooks.never_called(owner) == []
+    assert torch.equal(given, torch.nn.functional.linear(torch.cat([x[:2] + 1, x[2:]]), model[0].weight))
+    assert torch.equal(named, given)
+    assert not bare_copy(model)[0]._forward_pre_hooks
+    hooks.detach(owner)
+    assert not model[0]._forward_pre_hooks

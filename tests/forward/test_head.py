@@ -122,3 +122,16 @@ def test_whatever_a_model_does_to_its_logits_is_seen_however_little_it_is(load_b
 
     monkeypatch.setattr(type(model), "forward", changed)
     assert not hands_on(model, frozen_head(model), inputs())
+
+
+def test_a_vocabulary_of_several_sums_has_a_gradient_under_autocast():
+    drawn = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, 1500, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.randn(1500, 16, generator=drawn))
+    hidden = torch.randn(20, 16, generator=drawn, requires_grad=True)
+    targets = torch.arange(20)
+    with torch.autocast("cpu", torch.bfloat16):
+        head_nll(hidden, targets, head)[0].sum().backward()
+    found, hidden.grad = hidden.grad, None
+    torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum").backward()
+    assert float((found - hidden.grad).norm() / hidden.grad.norm()) < 0.02

@@ -6,6 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from loralab.adapters.bitfit import BitFit
+from loralab.adapters.bottleneck import Bottleneck
+from loralab.adapters.ia3 import IA3
+from loralab.adapters.last_layer import LastLayer
 from loralab.adapters.lora import LoRA
 from loralab.data.files import Files
 from loralab.memory.budget import PlanSpec
@@ -65,3 +69,25 @@ def test_prediction_and_measurement_agree(make_spec, real_data, speeches, name, 
         assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
     if size == 1:  # the largest batch that the rows can make is no smaller than any that came
         assert memory["alone_peak_bytes"] >= 0.99 * memory["measured_peak_bytes"]
+
+
+METHODS = {
+    "bitfit": BitFit(),
+    "last_layer": LastLayer(),
+    "adapterl": Bottleneck(variant="adapterl"),
+    "ia3": IA3(),
+    "dora": LoRA(r=8, use_dora=True),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_prediction_of_every_method_is_its_measurement(make_spec, real_data, speeches, method):
+    data = Files(**speeches, prompt="{q}", target="{a}", batch_size=3)
+    changes = {"model": bases(real_data)["gpt2"], "quantization": FourBit(), "data": data, "max_steps": 4}
+    observed = {"memory": PhaseMemory}
+    pack = [make_spec(f"{n}", adapter=METHODS[method], seed=n, callbacks=observed, **changes) for n in range(2)]
+    records = Runner().run([replace(spec, plan=PlanSpec()) for spec in pack])
+    assert [one["error"] for one in records] == [None] * 2
+    for one in records:
+        memory = one["memory"]
+        assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)

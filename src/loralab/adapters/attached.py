@@ -22,7 +22,7 @@ def attached(spec: AdapterSpec, model: nn.Module, seed: int = 0) -> Adapter:
     adapter.spec = spec
     try:
         _check_base(adapter, model)
-        _check_parameters(adapter, model)
+        check_parameters(adapter, model)
         check_export(adapter)
     except ConfigError:
         adapter.detach()
@@ -56,7 +56,7 @@ def ties(model: nn.Module, layers: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, next(one for one in shared[name] if one != name)) for name in layers if name in shared]
 
 
-def _check_parameters(adapter: Adapter, model: nn.Module) -> None:
+def check_parameters(adapter: Adapter, model: nn.Module) -> None:
     """There are some, and each is there to be trained."""
     spec, whose = adapter.spec, type(model).__name__
     if not any(parameter.numel() for parameter in adapter.parameters()):

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterator
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter, AdapterSpec, Saved, SavedModule, freeze, modules_to_save, save_modules
 from loralab.adapters.blocks import last_stack
@@ -38,9 +38,19 @@ class LastLayer(AdapterSpec):
         saved = modules_to_save(model, self.modules_to_save)
         for name in trained_leaves(model, self.layers):
             if not any(f"{name}.".startswith(f"{one}.") for one in saved):
-                adapter.add(name, SavedModule(model.get_submodule(name)))
+                adapter.add(name, LeafCopy(model.get_submodule(name)))
         save_modules(adapter, model, self.modules_to_save, seed)
         return adapter
+
+
+class LeafCopy(SavedModule):
+    """A copy that is given its positions in one row, so that its gradients are summed alike in every shape of batch."""
+
+    def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
+        if not x.is_floating_point():  # an embedding is given ids
+            return super().forward(x, y, key)
+        flat = super().forward(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), key)
+        return flat.view(y.shape)
 
 
 def trained_leaves(model: nn.Module, layers: int) -> list[str]:

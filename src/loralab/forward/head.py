@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loralab.adapters.hooks import acts
+from loralab.quantization.linear import without_autocast
 
 CHUNK = 512  # target rows whose logits are there at once
 SPREADS = (1.0, 1e4)  # of made-up logits: a cap is seen far out, a shift near zero
@@ -63,9 +64,10 @@ def _summed(logits: Tensor, weight: Tensor) -> Tensor:
     if kind != "cpu" or half:  # which would round each part
         return logits @ weight
     first, *others = zip(torch.split(logits, TERMS, 1), torch.split(weight, TERMS), strict=True)
-    total: Tensor = first[0] @ first[1]
-    for part, terms in others:
-        total.addmm_(part, terms)
+    with without_autocast("cpu"):  # which would round the first product, and refuse the others
+        total: Tensor = first[0] @ first[1]
+        for part, terms in others:
+            total.addmm_(part, terms)
     return total
 
 

@@ -4,6 +4,7 @@ import logging
 
 from torch import nn
 
+from loralab.adapters.attached import check_parameters
 from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta
 from loralab.models import loading, pretrained
 from loralab.quantization.base import Quantizer, beyond, linear_shape, name_out_of_reach, quantizable
@@ -16,7 +17,7 @@ PEFT_HEADS = ("classifier", "score")  # endings of the modules that PEFT trains 
 def count(
     model: pretrained.Pretrained, quantization: Quantizer, adapter: AdapterSpec, num_labels: int | None = None
 ) -> dict[str, int]:
-    """{trainable_parameters, adapter_parameters, total_parameters, quantized_parameters}.
+    """{trainable_parameters, adapter_parameters, total_parameters, quantized_parameters}. Raises ConfigError.
 
     ``adapter_parameters`` leaves out new and saved modules. The total includes the adapter; it counts shared tensors
     once, and a trained bias and the base's bias that it replaces once.
@@ -30,6 +31,7 @@ def count(
         quantized += out_features * in_features
     total = sum(parameter.numel() for parameter in base.parameters())
     attached = adapter.attach(base)
+    check_parameters(attached, base)
     trainable = attached.trainable_parameters()
     added = trainable - sum(_size(delta) for _, delta in attached.adapted() if isinstance(delta, BiasDelta))
     name_out_of_reach(beyond(base), total)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from loralab.adapters.attached import check_parameters
 from loralab.adapters.blocks import stack
 from loralab.adapters.hooks import AdapterHooks
 from loralab.data.passes import Fed, Pass
@@ -205,6 +206,7 @@ class _Step:
         optimizer = spec.optimizer
         unpaged = dataclasses.replace(optimizer, name=UNPAGED.get(optimizer.name, optimizer.name))
         adapter = spec.adapter.attach(self.model, spec.seed)
+        check_parameters(adapter, self.model)
         data: Any = SimpleNamespace(train=[0])
         return Trial(dataclasses.replace(spec, optimizer=unpaged), adapter, data, 0, {})
 
