@@ -1,6 +1,7 @@
 """What a scheme makes of the codes it has: how many are used and how evenly, which weights it can no longer tell apart,
 and what the largest weight costs those that share its scale."""
 
+import math
 from typing import Any
 
 import torch
@@ -27,13 +28,17 @@ class CodeUse:
         places, count = levels
         counts = torch.bincount(places, minlength=count).tolist()
         self.histogram = [a + b for a, b in zip(self.histogram or [0] * count, counts, strict=True)]
-        self.distinct += _distinct(weight)
-        self.distinct_after += _distinct(frozen.dense(torch.float32))  # type: ignore[operator]
+        before, after = (_bits(values) for values in (weight, frozen.dense(torch.float32)))  # type: ignore[operator]
+        self.distinct += int(torch.unique(before * 2**32 + after).numel())
+        self.distinct_after += int(torch.unique(after).numel())
 
     def summary(self) -> dict[str, Any]:
         """``codes``, ``codes_used``, ``code_entropy_bits`` (Shannon's, of the codes of all weights), ``merged_share``
-        (of distinct weights of a layer, how many fewer there are afterwards) and ``code_histogram``; nothing for a
-        scheme without codes."""
+        and ``code_histogram``; nothing for a scheme without codes.
+
+        ``merged_share``: of the distinct pairs (weight, value after quantization) of a layer, how many fewer distinct
+        values there are than pairs: of weights that share a scale, those that fall on a code with another one.
+        """
         if not self.histogram:
             return {}
         share = torch.tensor(self.histogram, dtype=torch.float64) / sum(self.histogram)
@@ -51,19 +56,21 @@ def outlier_damage(quantizer: Quantizer, name: str, layer: nn.Module) -> dict[st
 
     The layer is quantized as it is and with that weight set to 0; the weights whose value then differs are those that
     share its scale. Returns ``layer``, ``value``, ``weights`` (how many they are), and their ``relative_rmse`` and
-    ``relative_rmse_without`` it; None where no other weight depends on it, or all that do are 0.
+    ``relative_rmse_without`` it; None where no other weight depends on it, all that do are 0, or an error overflows.
     """
-    weight = dense_weight(layer).detach().float()
+    weight = dense_weight(layer).detach().float().contiguous()
     largest = int(weight.abs().argmax())
     without = weight.clone()
     without.view(-1)[largest] = 0.0
-    before, after = (_requantized(quantizer, name, values) for values in (weight, without))
-    affected = (before != after).view(-1)
+    before, after = (_requantized(quantizer, name, values).reshape(-1) for values in (weight, without))
+    affected = before != after
     affected[largest] = False
-    exact = weight.reshape(-1)[affected].double()
+    exact = weight.view(-1)[affected].double()
     if not exact.any():
         return None
-    errors = [float((dense.view(-1)[affected].double() - exact).norm() / exact.norm()) for dense in (before, after)]
+    errors = [float((dense[affected].double() - exact).norm() / exact.norm()) for dense in (before, after)]
+    if not all(map(math.isfinite, errors)):
+        return None
     return {
         "layer": name,
         "value": float(weight.view(-1)[largest]),
@@ -79,5 +86,6 @@ def _requantized(quantizer: Quantizer, name: str, weight: Tensor) -> Tensor:
     return dense_weight(quantizer.convert(dense, name)).detach().float()
 
 
-def _distinct(values: Tensor) -> int:
-    return int(torch.unique(values.detach().reshape(-1)[:COMPARED]).numel())
+def _bits(values: Tensor) -> Tensor:
+    """The first ``COMPARED`` float32 values as whole numbers, equal where these are."""
+    return (values.detach().reshape(-1)[:COMPARED].contiguous() + 0.0).view(torch.int32).long()

@@ -14,6 +14,7 @@ import torch
 from annotated_types import Ge, Len, MinLen
 from torch import Tensor, nn
 
+from loralab.analysis.code_use import CodeUse, outlier_damage
 from loralab.analysis.evaluation import Evaluation
 from loralab.data.base import DataSpec
 from loralab.errors import ConfigError, DataError
@@ -141,23 +142,26 @@ class SchemeComparison:
         self.spec, self.model, self.names, self.sigma = spec, model, names, sigma
         self.captured: Mapping[str, list[Tensor]] | None = None  # layer -> its inputs (s, in), sequence by sequence
         self._sigmas: dict[str, float | None] = {}
+        self._peaks: dict[str, float] | None = None  # of each layer: its largest weight over its root mean square
 
     def scheme(self, quantizer: Quantizer, score: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
         """Convert every layer, compare, and with ``score`` evaluate the converted model. Raises ConfigError where
         the scheme does not fit a layer."""
-        errors, dense, frozen = {}, {}, {}
+        errors, dense, frozen, use = {}, {}, {}, CodeUse()
         for name in self.covered(quantizer):
             layer = self.model.get_submodule(name)
             weight = dense_weight(layer).float()
             converted = quantizer.convert(layer, name)
             errors[name] = layer_errors(weight, converted, self._inputs(name, weight), self._sigma(name, weight))
+            use.add(weight, converted)
             if score is not None:
                 dense[name], frozen[name] = layer, converted
         if not errors:
             raise ConfigError(
                 f"quantization.skip_modules={quantizer.skip_modules} leaves no layer to quantize; valid: fewer of them"
             )
-        result = summary(errors)
+        damage = self._damage(quantizer, list(errors))
+        result = {**summary(errors), **use.summary(), **({"outlier": damage} if damage else {})}
         if score is None:
             return result
         self._swap(dense, frozen)
@@ -167,6 +171,17 @@ class SchemeComparison:
             self._swap(frozen, dense)
         undefined = {**result.pop("undefined", {}), **scored.pop("undefined", {})}
         return {**result, **scored, **({"undefined": undefined} if undefined else {})}
+
+    def _damage(self, quantizer: Quantizer, names: list[str]) -> dict[str, Any] | None:
+        """What ``outlier_damage`` says of the layer whose largest weight is most standard deviations from 0."""
+        if self._peaks is None:
+            weights = {name: dense_weight(self.model.get_submodule(name)).float() for name in self.names}
+            self._peaks = {name: float(w.abs().max() / w.square().mean().sqrt()) for name, w in weights.items()}
+        peaks = {name: self._peaks[name] for name in names if math.isfinite(self._peaks[name])}
+        if not peaks:
+            return None
+        name = max(peaks, key=lambda name: peaks[name])
+        return outlier_damage(quantizer, name, self.model.get_submodule(name))
 
     def covered(self, quantizer: Quantizer) -> list[str]:
         """The names of the layers that the scheme quantizes."""

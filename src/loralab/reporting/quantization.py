@@ -34,6 +34,19 @@ QUANTITIES: list[Quantity] = [
     ("snr_db", "SNR dB", "-20 log10 of the relative RMSE", "{:.1f}".format),
     ("matmul_relative_error", "matmul", "of x W^T, x as said above; activations quantized where so", "{:.2%}".format),
     ("zeroed_share", "become 0", "share of the weights other than 0 that quantize to 0", "{:.1%}".format),
+    ("codes_used", "codes used", "codes that some weight has, of all layers", "{:d}".format),
+    (
+        "code_entropy_bits",
+        "entropy",
+        "Shannon entropy of the codes, bits: the more evenly used, the higher",
+        "{:.2f}".format,
+    ),
+    (
+        "merged_share",
+        "merged",
+        "share of a layer's distinct weights that fall on a code with another one of their scale",
+        "{:.1%}".format,
+    ),
     ("loss", "loss", "mean negative log-likelihood of the targets", "{:.4f}".format),
     ("loss_change", "loss change", "against the dense model", "{:+.4f}".format),
     ("kl", "KL", "KL(dense || quantized) per target, nats", "{:.4f}".format),
@@ -41,7 +54,17 @@ QUANTITIES: list[Quantity] = [
 ]
 
 WIDTH = 120
-EXPENDABLE = ("bytes", "snr_db", "zeroed_share", "loss", "kl", "matmul_relative_error")  # when the terminal is narrow
+EXPENDABLE = (
+    "codes_used",
+    "merged_share",
+    "code_entropy_bits",
+    "bytes",
+    "snr_db",
+    "zeroed_share",
+    "loss",
+    "kl",
+    "matmul_relative_error",
+)  # when the terminal is narrow
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> Path:
@@ -184,6 +207,8 @@ def _figures(result: Mapping[str, Any]) -> Iterator[Figure]:
         caption = "One mark per scheme; down and left is better; bars: one standard error over targets, paired."
         yield _scatter("Loss change against bits", evaluated, "loss_change", "change in loss, nats", caption)
     yield Figure("Code books", "The values that codes stand for, in units of a block's absmax.", _code_books())
+    if coded := {name: row["code_histogram"] for name, row in rows.items() if "code_histogram" in row}:
+        yield _code_use(coded)
     usual = ("int8_absmax", "int4_absmax", "fp4", "fp4_e2m1", "nf4", "nf4_double")
     chosen: list[str] = [name for name in usual if name in rows]
     chosen = chosen or list(rows)[:6]
@@ -225,6 +250,22 @@ def _code_books() -> Markup:
             x, y = canvas.px(value), canvas.py(row)
             canvas.line(x, y - 12, x, y + 12, f"bar {colour}")
     return canvas.done("The values of each code book")
+
+
+def _code_use(histograms: Mapping[str, Sequence[int]]) -> Figure:
+    """How often each code is used, of one scheme of each kind."""
+    usual = ("int8_absmax_tensor", "int8_absmax", "int4_absmax", "fp4", "nf4")
+    chosen = [name for name in usual if name in histograms] or list(histograms)[:5]
+    curves = []
+    for colour, name in enumerate(chosen):
+        counts = histograms[name]
+        last, mean = max(1, len(counts) - 1), sum(counts) / len(counts)
+        curves.append(svg.Curve(name, [(place / last, count / mean) for place, count in enumerate(counts)], colour))
+    y = svg.scale("uses of a code / their mean", [0.0, *(value for curve in curves for _, value in curve.rows)])
+    x = svg.scale("code, from the lowest value to the highest", [0.0, 1.0], pad=0.03)
+    caption = "1 everywhere: every code is used equally often. The codes of a scheme are spread over the whole width."
+    legend = svg.legend([(curve.name, curve.colour) for curve in curves])
+    return Figure("Use of the codes", caption, svg.line_plot(curves, x, y), [legend])
 
 
 def _by_layer(rows: Measures, chosen: Sequence[str], order: Sequence[str]) -> Figure:
