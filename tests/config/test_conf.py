@@ -14,10 +14,11 @@ from loralab.config.build import SPECS, build, trial_id, trial_spec
 from loralab.config.compose import compose, data_root, plain
 
 CONF = data_root() / "conf"
+WHOLE = ("experiment", "method")  # settings of several groups
 OPTIONS = sorted(
     (path.relative_to(CONF).parts[0], str(path.relative_to(CONF / path.relative_to(CONF).parts[0]).with_suffix("")))
     for path in CONF.rglob("*/*.yaml")
-    if not {"hydra", "experiment"} & set(path.relative_to(CONF).parts)  # an experiment is no group of one spec
+    if not {"hydra", *WHOLE} & set(path.relative_to(CONF).parts)
 )
 SWEEPS = sorted(
     str(path.relative_to(data_root() / "sweeps").with_suffix("")) for path in (data_root() / "sweeps").rglob("*.yaml")
@@ -49,12 +50,16 @@ def test_every_option_says_in_its_first_line_what_it_is(group, option):
     assert first.endswith((".", "?"))
 
 
-def test_every_experiment_says_in_its_first_line_what_it_is():
-    for path in (CONF / "experiment").rglob("*.yaml"):
-        package, first, command = path.read_text().splitlines()[:3]
-        assert package == "# @package _global_"
-        assert (first[:2], first[-1]) == ("# ", ".")
-        assert f"+experiment={path.relative_to(CONF / 'experiment').with_suffix('')}" in command
+@pytest.mark.parametrize(
+    "path", [path for group in WHOLE for path in (CONF / group).rglob("*.yaml")], ids=lambda path: path.stem
+)
+def test_settings_of_several_groups_say_what_they_are_and_compose(path):
+    package, first, command = path.read_text().splitlines()[:3]
+    assert package == "# @package _global_"
+    assert (first[:2], first[-1]) == ("# ", ".")
+    group, *parts = path.relative_to(CONF).with_suffix("").parts
+    assert f"+{group}={'/'.join(parts)}" in command
+    assert trial_spec(compose([f"+{group}={'/'.join(parts)}"]), Path()).adapter is not None
 
 
 def trials(name):

@@ -52,6 +52,7 @@ class Bottleneck(AdapterSpec):
     packable: ClassVar[bool] = True
     tokenwise: ClassVar[bool] = True
     layerwise: ClassVar[bool] = True
+    size_field: ClassVar[str] = "bottleneck_size"
 
     variant: Literal["houlsby", "pfeiffer", "adapterl"] = "houlsby"
     bottleneck_size: Count = 64

@@ -40,6 +40,7 @@ class Prefix(AdapterSpec):
     """
 
     packable: ClassVar[bool] = True
+    size_field: ClassVar[str] = "num_virtual_tokens"
     start_differs: ClassVar[str] = "every token attends to the prefix from the first step on"
 
     num_virtual_tokens: Count = 20

@@ -38,6 +38,7 @@ class Prompt(AdapterSpec):
     """
 
     packable: ClassVar[bool] = True
+    size_field: ClassVar[str] = "num_virtual_tokens"
     start_differs: ClassVar[str] = "every token attends to the prompt from the first step on"
 
     num_virtual_tokens: Count = 20
