@@ -78,3 +78,12 @@ def test_ratios_leave_out_loralab_itself_and_name_what_failed(figures):
 def test_the_study_s_rows_are_chosen_by_their_whole_names(figures):
     table = "about\n\nscheme  loss\n------\nnf4  1\nnf4_double  2\n------\nint8 3"
     assert figures.chosen(table, ("scheme", "nf4")) == "about\n\nscheme  loss\n------\nnf4  1\n------"
+
+
+@pytest.mark.parametrize("group", ["adapter", "quantization", "optimizer", "data", "method"])
+def test_the_table_of_groups_names_every_option(group):
+    (row,) = re.findall(rf"^\| `\+?{group}` \|(.*)\|$", README, re.MULTILINE)
+    options = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+    named = set(re.findall(r"`([\w/]+)`", row))
+    named |= {f"{name}_tensor" for name in named} if group == "quantization" else set()
+    assert options <= named
