@@ -15,7 +15,7 @@ GPU_FLAGS = $(if $(filter-out 0,$(REHEARSE)),--rehearse) $(if $(filter-out 0,$(B
 PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
 DATA := $(realpath $(wildcard ../shared/data))
 export LORALAB_TEST_DATA ?= $(DATA)
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-all setup check format sweep bench gpu readme-figures clean
