@@ -3,6 +3,7 @@
 The sweep's numbers are synthetic: none of them is a result of loralab.
 """
 
+import gc
 import json
 import logging
 import math
@@ -46,6 +47,13 @@ MORE = {
     "phi": {"max_position_embeddings": 128},
 }
 TASKS = {"t5": "seq2seq_lm", "distilbert": "sequence_classification", "roberta": "sequence_classification"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_collections():
+    """Tests that ask whether an object died collect garbage: what the session holds anyway is not looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

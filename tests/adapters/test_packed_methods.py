@@ -22,9 +22,12 @@ METHODS = {
 }
 KINDS = {"llama": "ragged", "t5": "ragged", "roberta": "labels"}
 CASES = [(family, method) for family in KINDS for method in METHODS if method != "bitfit" or family == "roberta"]
+FAST = {("llama", "dora"), ("t5", "last_layer"), ("roberta", "adapterl"), ("roberta", "bitfit"), ("llama", "ia3")}
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(
+    ("family", "method"), [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
+)
 def test_packed_is_solo_over_nf4(make_spec, make_data, weights, family, method):
     def three(prefix):
         data = make_data(KINDS[family])

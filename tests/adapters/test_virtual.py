@@ -214,7 +214,9 @@ def test_a_detached_adapter_leaves_the_bare_base(method, small):
     assert not model.base_model._forward_hooks
 
 
-@pytest.mark.parametrize("family", ["llama", "roberta", "t5"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "t5"))]
+)
 def test_trials_of_one_pack_train_as_alone_and_the_log_says_who_goes_apart(method, make_spec, curve, caplog, family):
     caplog.set_level(logging.INFO, logger="loralab")
     adapters = [method(num_virtual_tokens=4), LoRA(r=4), method(num_virtual_tokens=4), method(num_virtual_tokens=6)]
@@ -283,7 +285,14 @@ def test_a_run_in_bfloat16_trains_scores_and_writes_text(
     assert ("val/rouge_l" in record["metrics"]) == written
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("gpt2", "none"), ("t5", "nf4"), ("roberta", "none")])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        pytest.param("gpt2", "none", marks=pytest.mark.slow),
+        ("t5", "nf4"),
+        pytest.param("roberta", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_predicted_memory_is_within_five_percent(method, make_spec, make_model, family, scheme):
     tall = {"gpt2": {"n_layer": 8}, "t5": {"num_layers": 3}, "roberta": {"num_hidden_layers": 7}}
     spec = make_spec(

@@ -130,7 +130,7 @@ def test_a_pack_with_a_prefix_trains_like_each_trial_alone_without(
     same(kept, alone, curve, weights)
 
 
-@pytest.mark.parametrize("quantization", [None, FourBit()], ids=["none", "nf4"])
+@pytest.mark.parametrize("quantization", [None, pytest.param(FourBit(), marks=pytest.mark.slow)], ids=["none", "nf4"])
 @pytest.mark.parametrize("family", ["gpt2", "phi", "roberta", "bert", "distilbert"])
 def test_families_with_other_blocks_masks_and_positions(
     make_spec, make_model, make_data, vary, plain, seen, curve, weights, family, quantization

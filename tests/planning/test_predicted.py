@@ -80,7 +80,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in ("dora", "last_layer") else pytest.mark.slow) for name in METHODS]
+)
 def test_the_prediction_of_every_method_is_its_measurement(make_spec, real_data, speeches, method):
     data = Files(**speeches, prompt="{q}", target="{a}", batch_size=3)
     changes = {"model": bases(real_data)["gpt2"], "quantization": FourBit(), "data": data, "max_steps": 4}
