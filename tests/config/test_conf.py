@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from loralab.cli.sweep import sweep_arguments
 from loralab.config.build import SPECS, build, trial_id, trial_spec
-from loralab.config.compose import compose, data_root, plain
+from loralab.config.compose import compose, data_root, plain, sweep_axes
 
 CONF = data_root() / "conf"
 WHOLE = ("experiment", "method")  # settings of several groups
@@ -112,3 +112,9 @@ def test_a_template_needs_no_quotes_of_hydras(word):
     config = compose(["data=files", "data.train=t.jsonl", word, "data.target=it's {ref}, yes"])
     assert config.data.prompt == "{mr}\\n"
     assert config.data.target == "it's {ref}, yes"
+
+
+def test_the_axes_of_a_sweep_are_named_as_records_name_them():
+    assert sweep_axes("cost") == ["method", "seed"]
+    assert sweep_axes("rank") == ["adapter.r", "seed"]
+    assert sweep_axes("nowhere") == []

@@ -114,4 +114,4 @@ def sweep_axes(name: str) -> list[str]:
     path = data_root() / "sweeps" / f"{name}.yaml"
     if not path.is_file():
         return []
-    return [str(key) for key in OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}]
+    return [str(key).lstrip("+") for key in OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}]
