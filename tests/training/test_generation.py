@@ -1,5 +1,6 @@
 """Completions of a padded batch are those of each prompt alone."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -11,9 +12,13 @@ from loralab.data.fields import Filled
 from loralab.errors import ConfigError
 from loralab.forward.metrics import rouge_l
 from loralab.running.runner import Runner
-from loralab.training.generation import Writer, complete, evaluating, score
+from loralab.training.generation import Writer, answers, complete, evaluating
 
 PROMPTS = ["a", "some more words", "four", "a prompt of quite another length"]
+
+
+def score(writer, rows, **options):
+    return rouge_l(*answers(writer, rows, **options))
 
 
 def moved(base):
@@ -245,3 +250,31 @@ def test_an_encoder_with_positions_reads_no_padding_before_a_text(load_base):
     tokenizer = load_base().tokenizer
     together = complete(model, tokenizer, None, PROMPTS, "seq2seq_lm", 8, 64)
     assert together == [complete(model, tokenizer, None, [one], "seq2seq_lm", 8, 64)[0] for one in PROMPTS]
+
+
+def kept(folder):
+    path = folder / "predictions.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else None
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_each_generated_row_is_kept_and_scores_what_the_record_says(make_spec, make_data, rows, family):
+    data = make_data(generate_rows=3, test=str(rows["pairs", "train"]))
+    spec = make_spec(family, family, data=data, max_steps=1, test=True)
+    record = Runner().run([spec])[0]
+    made = kept(spec.folder)
+    assert [(one["split"], one["row"]) for one in made] == [(s, n) for s in ("validation", "test") for n in range(3)]
+    for name, prefix in (("validation", "val"), ("test", "test")):
+        own = [one for one in made if one["split"] == name]
+        assert [one["prompt"] for one in own] == [row.prompt for row in data.splits()[name][:3]]
+        assert [one["target"] for one in own] == [row.target for row in data.splits()[name][:3]]
+        again = rouge_l([one["prediction"] for one in own], [one["target"] for one in own])
+        assert record["metrics"][f"{prefix}/rouge_l"] == pytest.approx(again)
+
+
+def test_a_run_that_generates_nothing_leaves_no_predictions_of_an_earlier_one(make_spec, make_data):
+    spec = make_spec(data=make_data(generate_rows=2), max_steps=1)
+    Runner().run([spec])
+    assert len(kept(spec.folder)) == 2
+    assert Runner().run([make_spec(max_steps=1)])[0]["status"] == "completed"
+    assert kept(spec.folder) is None
