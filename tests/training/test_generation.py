@@ -10,7 +10,7 @@ from loralab.adapters.lora import LoRA
 from loralab.data.base import Row
 from loralab.data.fields import Filled
 from loralab.errors import ConfigError
-from loralab.forward.metrics import rouge_l
+from loralab.forward.texts import rouge_l, scores
 from loralab.running.runner import Runner
 from loralab.training.generation import Writer, answers, complete, evaluating
 
@@ -224,7 +224,7 @@ def test_how_texts_are_made_and_counted_is_in_the_record(make_spec, make_data):
     record = Runner().run([make_spec(data=data, max_steps=1)])[0]
     assert record["status"] == "completed", record["error"]
     assert record["data"]["generation"] == {"do_sample": False, "num_beams": 2}
-    assert record["data"]["rouge"] == "published"
+    assert (record["data"]["rouge"], record["data"]["bleu"]) == ("published", "13a")
     assert Runner().run([make_spec(name="none", max_steps=1)])[0]["data"]["generation"] is None
 
 
@@ -268,8 +268,9 @@ def test_each_generated_row_is_kept_and_scores_what_the_record_says(make_spec, m
         own = [one for one in made if one["split"] == name]
         assert [one["prompt"] for one in own] == [row.prompt for row in data.splits()[name][:3]]
         assert [one["target"] for one in own] == [row.target for row in data.splits()[name][:3]]
-        again = rouge_l([one["prediction"] for one in own], [one["target"] for one in own])
-        assert record["metrics"][f"{prefix}/rouge_l"] == pytest.approx(again)
+        again = scores([one["prediction"] for one in own], [one["target"] for one in own], "unicode", "13a")
+        measured = {name: record["metrics"][f"{prefix}/{name}"] for name in again}
+        assert measured == pytest.approx(again, nan_ok=True)
 
 
 def test_a_run_that_generates_nothing_leaves_no_predictions_of_an_earlier_one(make_spec, make_data):
@@ -278,3 +279,13 @@ def test_a_run_that_generates_nothing_leaves_no_predictions_of_an_earlier_one(ma
     assert len(kept(spec.folder)) == 2
     assert Runner().run([make_spec(max_steps=1)])[0]["status"] == "completed"
     assert kept(spec.folder) is None
+
+
+def test_a_metric_of_numbers_over_rows_without_one_is_said_to_be_that(make_spec, make_data, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"q": f"ask {one}", "a": one}) + "\n" for one in ("yes", "no", "perhaps")))
+    data = make_data(train=str(path), validation=str(path), generate_rows=2)
+    record = Runner().run([make_spec(data=data, max_steps=1, metric="val/number_match", metric_mode="max")])[0]
+    assert record["exit_code"] == 3
+    assert "none of the 2 rows of validation has a number in its target" in record["error"]
+    assert Runner().run([make_spec("other", data=data, max_steps=1)])[0]["metrics"]["val/number_match"] is not None

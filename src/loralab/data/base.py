@@ -70,6 +70,7 @@ class DataSpec:
     generate_rows: Natural = 0  # rows of the held-out split that are also scored by generation
     generation: dict[str, Any] = field(default_factory=dict)  # of transformers' GenerationConfig; empty: greedy
     rouge: Literal["unicode", "published"] = "unicode"  # words that ROUGE counts: of every script, or a-z and 0-9
+    bleu: Literal["13a", "intl", "zh", "char", "none"] = "13a"  # sacrebleu's tokenizer, by which BLEU counts words
 
     def __post_init__(self) -> None:
         if self.generation:

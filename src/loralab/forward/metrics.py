@@ -1,8 +1,6 @@
 """What a split is scored by. Losses are sums of negative log-likelihoods over the number of targets."""
 
 import math
-import re
-import unicodedata
 import warnings
 
 import torch
@@ -10,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
-from torchmetrics.text.rouge import ROUGEScore
+
+from loralab.forward.texts import SCORES
 
 HIGHER = (
     "accuracy",
@@ -19,7 +18,7 @@ HIGHER = (
     "pearson",
     "spearman",
     "token_accuracy",
-    "rouge_l",
+    *SCORES,
 )  # the better, the higher; of the others the lower
 
 
@@ -51,7 +50,7 @@ def names(task: str, generated: bool, tested: bool) -> list[str]:
     scores = ["accuracy", "f1", "matthews"] if task == "sequence_classification" else ["token_accuracy", "perplexity"]
     scores = ["pearson", "spearman"] if task == "regression" else scores
     if generated and task in ("causal_lm", "seq2seq_lm"):
-        scores.append("rouge_l")
+        scores += SCORES
     return [f"{split}/{name}" for split in ["val", *(["test"] if tested else [])] for name in ["loss", *scores]]
 
 
@@ -100,36 +99,3 @@ class SplitMetrics:
         if self.task != "sequence_classification":
             values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
         return {f"{split}/{name}": value for name, value in values.items()}
-
-
-# Letters of scripts that are written without spaces are words: Thai, Lao, Tibetan, Myanmar, Khmer, Kana, Han
-_ALONE = (
-    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_ALONE_PATTERN = re.compile(f"([{_ALONE}])")
-
-
-def rouge_l(predictions: list[str], references: list[str], words: str = "unicode") -> float:
-    """Mean ROUGE-L F1 over pairs (torchmetrics; no stemming). ``words``: ``unicode_words``, or ``published``, a-z and
-    0-9 alone. Of Latin letters without accents both give the same."""
-    own = {} if words == "published" else {"normalizer": _composed, "tokenizer": unicode_words}
-    metric = ROUGEScore(rouge_keys="rougeL", **own)  # type: ignore[arg-type]
-    metric.update(predictions, references)
-    same = sum(one == other for one, other in zip(predictions, references, strict=True) if not unicode_words(other))
-    found = float(metric.compute()["rougeL_fmeasure"])
-    return found if words == "published" else found + same / len(references)  # of punctuation alone
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text).lower()
-
-
-def unicode_words(text: str) -> list[str]:
-    """Runs of letters, marks and digits; one each of what is written without spaces; symbols beyond ASCII (emoji)."""
-    kept = "".join(letter if _counts(letter) else " " for letter in _composed(text))
-    return _ALONE_PATTERN.sub(r" \1 ", kept).split()
-
-
-def _counts(letter: str) -> bool:
-    kind = unicodedata.category(letter)
-    return kind[0] in "LNM" or (kind[0] == "S" and not letter.isascii())

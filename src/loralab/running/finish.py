@@ -1,12 +1,13 @@
 """The end of a trial: its generated text is scored, its adapter exported, its record closed."""
 
 import json
+import math
 import time
 from typing import Any
 
 from loralab.adapters.export import save
-from loralab.errors import Interrupted, LoralabError, explain
-from loralab.forward.metrics import rouge_l
+from loralab.errors import DataError, Interrupted, LoralabError, explain
+from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
 from loralab.records import record as records
@@ -27,10 +28,16 @@ def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
     writer = generation.Writer(
         base.model, base.tokenizer, trial.adapter, trial.task, spec.model.length, spec.data.generation
     )
-    trial.record["data"].update(generation=writer.settings(), rouge=spec.data.rouge)
+    trial.record["data"].update(generation=writer.settings(), rouge=spec.data.rouge, bleu=spec.data.bleu)
     made, targets = generation.answers(writer, rows)
     trial.predictions[split] = generation.predictions(rows, made, targets, split)
-    trial.score({score: rouge_l(made, targets, spec.data.rouge)})
+    values = texts.scores(made, targets, spec.data.rouge, spec.data.bleu)
+    if spec.metric == f"{prefix}/number_match" and math.isnan(values["number_match"]):
+        trial.fail(
+            DataError(f"metric={spec.metric}: none of the {len(rows)} rows of {split} has a number in its target")
+        )
+        return
+    trial.score({f"{prefix}/{name}": value for name, value in values.items()})
 
 
 def keep_predictions(trial: Trial) -> None:
