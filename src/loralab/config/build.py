@@ -141,13 +141,13 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.generate_rows={data.generate_rows}: a classifier generates no text; valid: 0")
     scores = model.task == "sequence_classification" and model.num_labels == 1
     task = "regression" if scores else model.task
-    watchable = names(task, False, False)
+    watchable = names(task, False, False, data.documents)
     if trainer.patience is not None and metric not in watchable:
         raise ConfigError(
             f"trainer.patience watches metric={metric!r}, which no validation on the way measures;"
             f" valid: {', '.join(watchable)}"
         )
-    valid = names(task, data.generate_rows > 0, trainer.test)
+    valid = names(task, data.generate_rows > 0, trainer.test, data.documents)
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
     best = "max" if metric.rpartition("/")[2] in HIGHER else "min"

@@ -76,6 +76,11 @@ class DataSpec:
         if self.generation:
             _check_generation(self.generation)
 
+    @property
+    def documents(self) -> bool:
+        """Whether the rows are plain text, as far as the settings tell."""
+        return False
+
     def splits(self) -> Splits:
         """Read the rows. Raises DataError with file and line."""
         raise NotImplementedError

@@ -102,6 +102,10 @@ class RowSpec(DataSpec):
         return "scores" if self.scores else "labels"
 
     @property
+    def documents(self) -> bool:
+        return self.kind == "text"
+
+    @property
     def columns(self) -> list[str]:
         """The fields a record must have."""
         names = [name for template in self.templates().values() for name in template.fields]

@@ -44,11 +44,13 @@ def target_logits(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Te
     return logits[kept].float(), labels[kept]
 
 
-def names(task: str, generated: bool, tested: bool) -> list[str]:
+def names(task: str, generated: bool, tested: bool, documents: bool = False) -> list[str]:
     """The metrics that a run of ``task`` ends with; ``generated``: some rows are completed, ``tested``: the test
-    split."""
+    split, ``documents``: the rows are plain text."""
     scores = ["accuracy", "f1", "matthews"] if task == "sequence_classification" else ["token_accuracy", "perplexity"]
     scores = ["pearson", "spearman"] if task == "regression" else scores
+    if documents and task == "causal_lm":
+        scores.append("bits_per_byte")
     if generated and task in ("causal_lm", "seq2seq_lm"):
         scores += SCORES
     return [f"{split}/{name}" for split in ["val", *(["test"] if tested else [])] for name in ["loss", *scores]]
@@ -57,7 +59,9 @@ def names(task: str, generated: bool, tested: bool) -> list[str]:
 class SplitMetrics:
     """Accumulates one trial's scores over one split; torchmetrics does the sums."""
 
-    def __init__(self, task: str, num_labels: int, device: torch.device) -> None:
+    def __init__(self, task: str, num_labels: int, device: torch.device, size: int = 0) -> None:
+        """``size``: UTF-8 bytes of the texts that the split's targets are all tokens of; 0: of no such texts."""
+        self.size, self.count = size, 0
         self.task, self.num_labels, self.device = task, num_labels, device
         # nan stays nan: by default such a batch is left out of the mean, and "disable" takes every weight for 1
         self.loss = MeanMetric(nan_strategy=math.nan).to(device)
@@ -85,6 +89,7 @@ class SplitMetrics:
             return
         if not self.scores:
             self.scores = {name: metric.to(self.device) for name, metric in self._made(targets).items()}
+        self.count += count
         self.loss.update(loss_sum / count, weight=count)
         for name, metric in self.scores.items():
             if name == "token_accuracy":
@@ -98,4 +103,6 @@ class SplitMetrics:
         values = {"loss": loss, **{name: float(metric.compute()) for name, metric in self.scores.items()}}
         if self.task != "sequence_classification":
             values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if self.size:
+            values["bits_per_byte"] = loss * self.count / math.log(2) / self.size
         return {f"{split}/{name}": value for name, value in values.items()}
