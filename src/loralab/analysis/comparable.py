@@ -152,7 +152,7 @@ def _basis(trial: TrialResult, targets_of_rows: Mapping[str, str]) -> Json:
     targets = record["data"].get("targets") or targets_of_rows.get(rows, rows)
     if _is_of_texts(trial):  # of whole texts: no token of theirs is cut
         targets = f"{record['data']['fingerprint']} {_counted(trial)}"
-    if trial.metric.endswith("bits_per_byte"):  # of the text, in whatever tokens
+    if trial.metric.endswith(("bits_per_byte", "choice_accuracy")):  # of the text, in whatever tokens
         targets = str(record["data"]["fingerprint"])
     task = str(trial.setting("model.task"))
     return {"task": task, "metric": trial.metric, "direction": trial.mode, "targets": targets}

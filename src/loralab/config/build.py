@@ -147,7 +147,7 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any]) -> None:
             f"trainer.patience watches metric={metric!r}, which no validation on the way measures;"
             f" valid: {', '.join(watchable)}"
         )
-    valid = names(task, data.generate_rows > 0, trainer.test, data.documents)
+    valid = names(task, data.generate_rows > 0, trainer.test, data.documents, data.multiple_choice)
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
     best = "max" if metric.rpartition("/")[2] in HIGHER else "min"

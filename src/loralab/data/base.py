@@ -35,6 +35,7 @@ class Row:
     label: int | float | None = None
     where: str = ""  # file:line, for messages
     pair: str | None = None  # labels, scores: the second text of a pair
+    choices: tuple[str, ...] = ()  # pairs: the target and the answers beside it
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class DataSpec:
     @property
     def documents(self) -> bool:
         """Whether the rows are plain text, as far as the settings tell."""
+        return False
+
+    @property
+    def multiple_choice(self) -> bool:
+        """Whether each row has choices."""
         return False
 
     def splits(self) -> Splits:
@@ -145,6 +151,8 @@ def fingerprint(rows: dict[str, list[Row]]) -> str:
             digest.update(f"{row.prompt}\0{row.target}\0{row.label}\0".encode())
             if row.pair is not None:
                 digest.update(f"pair\0{row.pair}\0".encode())
+            if row.choices:
+                digest.update("\0".join(["choices", *row.choices, ""]).encode())
     return digest.hexdigest()[:16]
 
 

@@ -18,6 +18,7 @@ HIGHER = (
     "pearson",
     "spearman",
     "token_accuracy",
+    "choice_accuracy",
     *SCORES,
 )  # the better, the higher; of the others the lower
 
@@ -44,13 +45,15 @@ def target_logits(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Te
     return logits[kept].float(), labels[kept]
 
 
-def names(task: str, generated: bool, tested: bool, documents: bool = False) -> list[str]:
+def names(task: str, generated: bool, tested: bool, documents: bool = False, choices: bool = False) -> list[str]:
     """The metrics that a run of ``task`` ends with; ``generated``: some rows are completed, ``tested``: the test
-    split, ``documents``: the rows are plain text."""
+    split, ``documents``: the rows are plain text, ``choices``: they have choices."""
     scores = ["accuracy", "f1", "matthews"] if task == "sequence_classification" else ["token_accuracy", "perplexity"]
     scores = ["pearson", "spearman"] if task == "regression" else scores
     if documents and task == "causal_lm":
         scores.append("bits_per_byte")
+    if choices and task != "sequence_classification":
+        scores.append("choice_accuracy")
     if generated and task in ("causal_lm", "seq2seq_lm"):
         scores += SCORES
     return [f"{split}/{name}" for split in ["val", *(["test"] if tested else [])] for name in ["loss", *scores]]

@@ -6,12 +6,14 @@ import time
 from typing import Any
 
 from loralab.adapters.export import save
+from loralab.data.encoding import Encoder
 from loralab.errors import DataError, Interrupted, LoralabError, explain
 from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
 from loralab.records import record as records
 from loralab.training import checkpoint, generation
+from loralab.training.choices import choice_accuracy
 from loralab.training.trial import Trial
 
 PREDICTIONS = "predictions.jsonl"
@@ -38,6 +40,17 @@ def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
         )
         return
     trial.score({f"{prefix}/{name}": value for name, value in values.items()})
+
+
+def choose(trial: Trial, base: Base, prefix: str, split: str) -> None:
+    """Adds to the trial's metrics how often the likeliest of a row's choices is its target."""
+    rows = [row for row in trial.data.splits[split] if row.choices]
+    name = f"{prefix}/choice_accuracy"
+    if not rows or trial.failure is not None or name in trial.metrics:
+        return
+    spec = trial.spec
+    encoder = Encoder(base.tokenizer, trial.task, spec.model.length)
+    trial.score({name: choice_accuracy(base.model, trial.adapter, encoder, rows, spec.data.batch_size)})
 
 
 def keep_predictions(trial: Trial) -> None:
