@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
+from loralab.errors import ConfigError
 from loralab.forward.texts import SCORES
 
 HIGHER = (
@@ -27,14 +29,16 @@ def nll(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tens
     """(summed negative log-likelihood, predictions, targets) in float32, masked positions left out.
 
     Causal LM: logits (B, T, V) at t predict labels (B, T) at t + 1; seq2seq: at t; classification: logits (B, C),
-    labels (B,). Predictions and targets are flat, one entry a target token (or row). Labels in floating point are
-    regression's: its loss is the squared error of logits (B, 1), which are the predictions.
+    labels (B,). Targets are flat, one entry a target token (or row), and so are predictions, but those of a classifier,
+    which are its logits. Labels in floating point are regression's: its loss is the squared error of logits (B, 1),
+    which are the predictions.
     """
     if labels.is_floating_point():
         predictions, labels = logits.float().squeeze(-1), labels.float()
         return F.mse_loss(predictions, labels, reduction="sum"), predictions, labels
     logits, targets = target_logits(logits, labels, task)
-    return F.cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1), targets
+    predictions = logits.detach() if task == "sequence_classification" else logits.argmax(-1)
+    return F.cross_entropy(logits, targets, reduction="sum"), predictions, targets
 
 
 def target_logits(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
@@ -59,11 +63,22 @@ def names(task: str, generated: bool, tested: bool, documents: bool = False, cho
     return [f"{split}/{name}" for split in ["val", *(["test"] if tested else [])] for name in ["loss", *scores]]
 
 
+def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> None:
+    try:
+        metric.update(predictions, targets)
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:  # such as another number of classes
+        raise ConfigError(f"metrics.{name}: {' '.join(str(error).split())}") from error
+
+
 class SplitMetrics:
     """Accumulates one trial's scores over one split; torchmetrics does the sums."""
 
-    def __init__(self, task: str, num_labels: int, device: torch.device, size: int = 0) -> None:
-        """``size``: UTF-8 bytes of the texts that the split's targets are all tokens of; 0: of no such texts."""
+    def __init__(
+        self, task: str, num_labels: int, device: torch.device, size: int = 0, own: Mapping[str, Metric] | None = None
+    ) -> None:
+        """``size``: UTF-8 bytes of the texts that the split's targets are all tokens of; 0: of no such texts. ``own``:
+        the user's metrics of predictions and targets by name."""
+        self.own = {name: metric.to(device) for name, metric in (own or {}).items()}
         self.size, self.count = size, 0
         self.task, self.num_labels, self.device = task, num_labels, device
         # nan stays nan: by default such a batch is left out of the mean, and "disable" takes every weight for 1
@@ -94,6 +109,10 @@ class SplitMetrics:
             self.scores = {name: metric.to(self.device) for name, metric in self._made(targets).items()}
         self.count += count
         self.loss.update(loss_sum / count, weight=count)
+        for name, metric in self.own.items():
+            _update(name, metric, predictions, targets)
+        if predictions.dim() > 1:  # logits
+            predictions = predictions.argmax(-1)
         for name, metric in self.scores.items():
             if name == "token_accuracy":
                 metric.update((predictions == targets).float().mean(), weight=count)
@@ -104,6 +123,7 @@ class SplitMetrics:
         """``{"val/loss": ..., "val/perplexity": ..., ...}`` of everything since the last reset."""
         loss = float(self.loss.compute())
         values = {"loss": loss, **{name: float(metric.compute()) for name, metric in self.scores.items()}}
+        values |= {name: float(metric.compute()) for name, metric in self.own.items() if self.count}
         if self.task != "sequence_classification":
             values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self.size:

@@ -3,9 +3,11 @@
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Literal
 
+from torchmetrics import Metric
 from torchmetrics.text import SacreBLEUScore
 from torchmetrics.text.rouge import ROUGEScore
 
@@ -86,3 +88,15 @@ def scores(predictions: list[str], references: list[str], words: str, tokens: Bl
         number_match(predictions, references),
     )
     return dict(zip(SCORES, values, strict=True))
+
+
+def takes_texts(cls: type) -> bool:
+    """Whether a torchmetrics class scores lists of texts."""
+    return any(one.__module__.startswith("torchmetrics.text") for one in cls.__mro__)
+
+
+def own_scores(metrics: Mapping[str, Metric], predictions: list[str], references: list[str]) -> dict[str, float]:
+    """What the user's metrics of texts give, by name."""
+    for metric in metrics.values():
+        metric.update(predictions, references)
+    return {name: float(metric.compute()) for name, metric in metrics.items()}

@@ -34,6 +34,7 @@ def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
     made, targets = generation.answers(writer, rows)
     trial.predictions[split] = generation.predictions(rows, made, targets, split)
     values = texts.scores(made, targets, spec.data.rouge, spec.data.bleu)
+    values |= texts.own_scores(spec.own_metrics(texts=True), made, targets)
     if spec.metric == f"{prefix}/number_match" and math.isnan(values["number_match"]):
         trial.fail(
             DataError(f"metric={spec.metric}: none of the {len(rows)} rows of {split} has a number in its target")
