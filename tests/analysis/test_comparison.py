@@ -3,6 +3,7 @@
 import pytest
 
 from loralab.analysis.arms import arms, comparisons
+from loralab.analysis.comparable import apart, comparable
 from loralab.analysis.paired import t_quantile
 from loralab.analysis.results import read_results
 
@@ -128,3 +129,26 @@ def test_an_untrained_baseline_leaves_a_trained_arms_seeds_their_interval(write_
     second = arms(read_results(write_runs(losses)))[1]
     assert (second.difference.n, second.difference.mean) == (3, pytest.approx(-0.99))
     assert second.difference.reach == pytest.approx(t_quantile(2) * 0.01 / 3**0.5)
+
+
+@pytest.mark.parametrize(("metric", "tables"), [("val/bleu", 2), ("val/exact_match", 1), ("val/loss", 1)])
+def test_scores_of_texts_are_compared_where_they_are_counted_alike(write_runs, metric, tables):
+    def change(trial, r, seed):
+        trial["config"].update(metric=metric, metric_mode="min" if metric == "val/loss" else "max")
+        trial["config"]["data"]["generate_rows"] = 5
+        trial["metrics"][metric] = trial["metrics"]["val/loss"]
+        trial["data"]["bleu"] = "13a" if r == 2 else "zh"
+
+    sets = comparable(read_results(write_runs(GRID, change)))
+    assert len(sets) == tables
+    assert tables == 1 or "words as in data.bleu=13a | 5 generated rows, words as in data.bleu=zh" in apart(sets)
+
+
+def test_scores_of_other_numbers_of_generated_rows_are_not_compared(write_runs):
+    def change(trial, r, seed):
+        trial["config"].update(metric="val/rouge_l", metric_mode="max")
+        trial["config"]["data"]["generate_rows"] = r
+        trial["metrics"]["val/rouge_l"] = 0.5
+
+    sets = comparable(read_results(write_runs(GRID, change)))
+    assert "over 2 generated rows, words as in data.rouge=published | 8 generated rows" in apart(sets)

@@ -118,13 +118,13 @@ def test_a_random_base_is_packed_on_the_card_and_one_of_a_cpus_numbers_is_the_sa
 
 
 def test_the_base_stays_on_the_card_between_fit_validation_and_generation(trained, monkeypatch):
-    seen, score = [], generation.score
+    seen, answers = [], generation.answers
 
-    def noted(model, *rest):
-        seen.extend({tensor.device.type for _, tensor in loading.tensors(model)})
-        return score(model, *rest)
+    def noted(writer, *rest):
+        seen.extend({tensor.device.type for _, tensor in loading.tensors(writer.model)})
+        return answers(writer, *rest)
 
-    monkeypatch.setattr(generation, "score", noted)
+    monkeypatch.setattr(generation, "answers", noted)
     monkeypatch.setattr(FineTuner, "cpu", lambda self: pytest.fail("the module was moved to the host"))
     words = ["data.generate_rows=2", "data.prompt='{text}'", "data.target='{text}'", "data.text=null"]
     assert trained("quantization=nf4_double", *words)["status"] == "completed"

@@ -64,7 +64,7 @@ def test_nan_and_both_infinities_in_either_split(make_spec, make_data, rows, mon
 
 
 def test_a_score_by_generation_that_is_not_finite(make_spec, make_data, monkeypatch):
-    monkeypatch.setattr("loralab.training.generation.score", lambda *_: math.nan)
+    monkeypatch.setattr("loralab.forward.texts.rouge_l", lambda *_: math.nan)
     spec = make_spec(max_steps=1, data=make_data(generate_rows=2), metric="val/rouge_l", metric_mode="max")
     (done,) = Runner().run([spec])
     assert (done["status"], done["exit_code"]) == ("diverged", 5)

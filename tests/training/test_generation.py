@@ -1,5 +1,6 @@
 """Completions of a padded batch are those of each prompt alone."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -9,11 +10,15 @@ from loralab.adapters.lora import LoRA
 from loralab.data.base import Row
 from loralab.data.fields import Filled
 from loralab.errors import ConfigError
-from loralab.forward.metrics import rouge_l
+from loralab.forward.texts import rouge_l, scores
 from loralab.running.runner import Runner
-from loralab.training.generation import Writer, complete, evaluating, score
+from loralab.training.generation import Writer, answers, complete, evaluating
 
 PROMPTS = ["a", "some more words", "four", "a prompt of quite another length"]
+
+
+def score(writer, rows, **options):
+    return rouge_l(*answers(writer, rows, **options))
 
 
 def moved(base):
@@ -219,7 +224,7 @@ def test_how_texts_are_made_and_counted_is_in_the_record(make_spec, make_data):
     record = Runner().run([make_spec(data=data, max_steps=1)])[0]
     assert record["status"] == "completed", record["error"]
     assert record["data"]["generation"] == {"do_sample": False, "num_beams": 2}
-    assert record["data"]["rouge"] == "published"
+    assert (record["data"]["rouge"], record["data"]["bleu"]) == ("published", "13a")
     assert Runner().run([make_spec(name="none", max_steps=1)])[0]["data"]["generation"] is None
 
 
@@ -245,3 +250,42 @@ def test_an_encoder_with_positions_reads_no_padding_before_a_text(load_base):
     tokenizer = load_base().tokenizer
     together = complete(model, tokenizer, None, PROMPTS, "seq2seq_lm", 8, 64)
     assert together == [complete(model, tokenizer, None, [one], "seq2seq_lm", 8, 64)[0] for one in PROMPTS]
+
+
+def kept(folder):
+    path = folder / "predictions.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else None
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_each_generated_row_is_kept_and_scores_what_the_record_says(make_spec, make_data, rows, family):
+    data = make_data(generate_rows=3, test=str(rows["pairs", "train"]))
+    spec = make_spec(family, family, data=data, max_steps=1, test=True)
+    record = Runner().run([spec])[0]
+    made = kept(spec.folder)
+    assert [(one["split"], one["row"]) for one in made] == [(s, n) for s in ("validation", "test") for n in range(3)]
+    for name, prefix in (("validation", "val"), ("test", "test")):
+        own = [one for one in made if one["split"] == name]
+        assert [one["prompt"] for one in own] == [row.prompt for row in data.splits()[name][:3]]
+        assert [one["target"] for one in own] == [row.target for row in data.splits()[name][:3]]
+        again = scores([one["prediction"] for one in own], [one["target"] for one in own], "unicode", "13a")
+        measured = {name: record["metrics"][f"{prefix}/{name}"] for name in again}
+        assert measured == pytest.approx(again, nan_ok=True)
+
+
+def test_a_run_that_generates_nothing_leaves_no_predictions_of_an_earlier_one(make_spec, make_data):
+    spec = make_spec(data=make_data(generate_rows=2), max_steps=1)
+    Runner().run([spec])
+    assert len(kept(spec.folder)) == 2
+    assert Runner().run([make_spec(max_steps=1)])[0]["status"] == "completed"
+    assert kept(spec.folder) is None
+
+
+def test_a_metric_of_numbers_over_rows_without_one_is_said_to_be_that(make_spec, make_data, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"q": f"ask {one}", "a": one}) + "\n" for one in ("yes", "no", "perhaps")))
+    data = make_data(train=str(path), validation=str(path), generate_rows=2)
+    record = Runner().run([make_spec(data=data, max_steps=1, metric="val/number_match", metric_mode="max")])[0]
+    assert record["exit_code"] == 3
+    assert "none of the 2 rows of validation has a number in its target" in record["error"]
+    assert Runner().run([make_spec("other", data=data, max_steps=1)])[0]["metrics"]["val/number_match"] is not None

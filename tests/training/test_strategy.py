@@ -25,8 +25,8 @@ def moves(monkeypatch):
         monkeypatch.setattr(
             FineTuner, name, lambda self, *a, real=real, name=name, **k: (calls.append(name), real(self, *a, **k))[1]
         )
-    score = generation.score
-    monkeypatch.setattr(generation, "score", lambda *a, **k: (calls.append("generation"), score(*a, **k))[1])
+    answers = generation.answers
+    monkeypatch.setattr(generation, "answers", lambda *a, **k: (calls.append("generation"), answers(*a, **k))[1])
     return calls
 
 

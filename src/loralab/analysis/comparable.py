@@ -69,6 +69,8 @@ def _other_targets(firsts: Sequence[TrialResult]) -> str:
     """Other data, or the same data in other tokens."""
     if len({trial.get("data.fingerprint") for trial in firsts}) > 1:
         return _REASONS["data"](firsts)
+    if any(map(_is_of_texts, firsts)):
+        return f"the scores are over {_listed(map(_counted, firsts))}"
     lengths = _listed(str(_cut(trial.record)) for trial in firsts)
     tokenizers = _listed(label(trial.setting("model.name_or_path")) for trial in firsts)
     where = f"cut at model.max_length = {lengths}" if "|" in lengths else f"of the tokenizers of {tokenizers}"
@@ -81,7 +83,7 @@ def _listed(texts: Iterator[str]) -> str:
 
 def _data(record: Json) -> Any:
     """The settings from which the fingerprint of the rows follows."""
-    scoring = ("batch_size", "generate_rows", "generation", "rouge")
+    scoring = ("batch_size", "generate_rows", "generation", "rouge", "bleu")
     settings = {key: value for key, value in (record["config"].get("data") or {}).items() if key not in scoring}
     return [settings, record["choices"].get("data"), lookup(record["config"], "model.task")]
 
@@ -148,10 +150,24 @@ def _sets(bases: pd.DataFrame) -> list[int]:
 def _basis(trial: TrialResult, targets_of_rows: Mapping[str, str]) -> Json:
     record, rows = trial.record, _rows(trial.record)
     targets = record["data"].get("targets") or targets_of_rows.get(rows, rows)
-    if trial.metric.endswith("rouge_l"):  # of whole texts: no token of theirs is cut
-        targets = f"{record['data']['fingerprint']} {record['data'].get('rouge') or 'published'}"
+    if _is_of_texts(trial):  # of whole texts: no token of theirs is cut
+        targets = f"{record['data']['fingerprint']} {_counted(trial)}"
+    if trial.metric.endswith(("bits_per_byte", "choice_accuracy")):  # of the text, in whatever tokens
+        targets = str(record["data"]["fingerprint"])
     task = str(trial.setting("model.task"))
     return {"task": task, "metric": trial.metric, "direction": trial.mode, "targets": targets}
+
+
+def _is_of_texts(trial: TrialResult) -> bool:
+    return trial.metric.rpartition("/")[2] in ("rouge_l", "bleu", "exact_match", "number_match")
+
+
+def _counted(trial: TrialResult) -> str:
+    """How many generated rows a score is of, and by which words it counts."""
+    data, name = trial.record["data"], trial.metric.rpartition("/")[2]
+    words = {"rouge_l": data.get("rouge") or "published", "bleu": data.get("bleu")}.get(name)
+    rows = f"{lookup(trial.record['config'], 'data.generate_rows')} generated rows"
+    return f"{rows}, words as in data.{'rouge' if name == 'rouge_l' else name}={words}" if words else rows
 
 
 def _rows(record: Json) -> str:

@@ -12,7 +12,7 @@ UNKNOWN = "?"  # the label of a value that nothing tells
 # No part of what a trial is: trials that differ only here (and by seed) are seeds of one configuration.
 _ASIDE = {
     *("seed", "sweep", "sweeps", "hydra", "logger", "callbacks"),
-    *("metric", "metric_mode", "output", "run_dir", "plan"),
+    *("metric", "metric_mode", "metrics", "output", "run_dir", "plan"),
 }
 _ASIDE_KEYS = {"trainer.test"}
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from loralab.config import identity
 from loralab.config.classes import target
 from loralab.config.compose import compose, data_root, plain
+from loralab.config.metrics import of_texts, own_metrics
 from loralab.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ SPECS = (
     *("trainer", "plan", "logger", "data"),  # need no torch, so that an error in them is reported at once
     *("adapter", "quantization", "optimizer", "schedule", "model", "memory"),
 )
-OTHERS = ("callbacks", "seed", "metric", "metric_mode", "sweep")
+OTHERS = ("callbacks", "metrics", "seed", "metric", "metric_mode", "sweep")
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes of a file's name, characters of a path
 CACHE_SIZE = 4096
 
@@ -91,7 +92,8 @@ def trial_spec(
     _check_scalars(content)
     specs = {key: build(content[key], key) for key in SPECS}
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
-    _check_metric(content["metric"], content["metric_mode"], specs)
+    metrics = _metrics(content.get("metrics") or {}, specs)
+    _check_metric(content["metric"], content["metric_mode"], specs, metrics)
     from loralab.training.specs import TrialSpec  # imports torch and Lightning: after the checks
 
     return TrialSpec(
@@ -102,6 +104,7 @@ def trial_spec(
         metric_mode=content["metric_mode"],
         **specs,
         callbacks=callbacks,
+        metrics=metrics,
         config=content,
         overrides=list(overrides or []),
         choices=dict(choices or {}),
@@ -121,7 +124,7 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     for key in content:
         if key not in valid:
             raise ConfigError(f"{key} is not an option; {nearest(key, valid)}")
-    for key in ("sweep", "callbacks"):
+    for key in ("sweep", "callbacks", "metrics"):
         if not isinstance(content[key], Mapping | None):
             raise ConfigError(f"{key}={content[key]!r} is no group of settings; valid: a mapping, or null")
 
@@ -133,25 +136,46 @@ def _check_scalars(content: Mapping[str, Any]) -> None:
         raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
 
 
-def _check_metric(metric: str, mode: str, specs: Mapping[str, Any]) -> None:
+def _metrics(nodes: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: function that makes the metric} of the ``metrics`` group."""
+    if not any(nodes.values()):
+        return {}
+    from loralab.forward.metrics import names
+
+    task, data = _kind(specs["model"]), specs["data"]
+    generated = data.generate_rows > 0 and task in ("causal_lm", "seq2seq_lm")
+    known = [name.rpartition("/")[2] for name in names(task, True, False, True, True)]
+    return dict(own_metrics(nodes, known, task, generated))
+
+
+def _kind(model: Any) -> str:
+    """The task of ``model``, or regression."""
+    scores = model.task == "sequence_classification" and model.num_labels == 1
+    return "regression" if scores else str(model.task)
+
+
+def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     from loralab.forward.metrics import HIGHER, names
 
     model, data, trainer = specs["model"], specs["data"], specs["trainer"]
     if data.generate_rows and model.task == "sequence_classification":
         raise ConfigError(f"data.generate_rows={data.generate_rows}: a classifier generates no text; valid: 0")
-    scores = model.task == "sequence_classification" and model.num_labels == 1
-    task = "regression" if scores else model.task
-    watchable = names(task, False, False)
+    task = _kind(model)
+    watchable = names(task, False, False, data.documents)
+    watchable += [f"val/{name}" for name, make in own.items() if not of_texts(make.func)]
     if trainer.patience is not None and metric not in watchable:
         raise ConfigError(
             f"trainer.patience watches metric={metric!r}, which no validation on the way measures;"
             f" valid: {', '.join(watchable)}"
         )
-    valid = names(task, data.generate_rows > 0, trainer.test)
+    valid = names(task, data.generate_rows > 0, trainer.test, data.documents, data.multiple_choice)
+    valid += [f"{split}/{name}" for split in ("val", *(["test"] if trainer.test else [])) for name in own]
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
-    best = "max" if metric.rpartition("/")[2] in HIGHER else "min"
-    if mode != best:
+    name = metric.rpartition("/")[2]
+    higher = own[name]().higher_is_better if name in own else name in HIGHER
+    best = "max" if higher else "min"
+    if higher is not None and mode != best:
         which = "higher" if best == "max" else "lower"
         raise ConfigError(f"metric_mode={mode} would rank a worse {metric} first: {which} is better; valid: {best}")
 

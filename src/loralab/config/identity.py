@@ -40,7 +40,8 @@ def trial_id(specs: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     """
     parts = {key: part for key in USUAL if (part := difference(specs[key], key)) is not None}
     scalars = {key: content[key] for key, usual in SCALARS.items() if content[key] != usual}
-    return _digest({"schema": SCHEMA, **parts, **scalars})
+    own = {"metrics": plain(metrics)} if (metrics := content.get("metrics")) else {}
+    return _digest({"schema": SCHEMA, **parts, **scalars, **own})
 
 
 def unbuilt_id(content: Mapping[str, Any]) -> str:

@@ -15,7 +15,12 @@ from loralab.records.record import RESULT
 
 # These classes need torch; their fingerprints are taken from the plain settings instead.
 BASES = {"loralab.models.pretrained.Pretrained": "pretrained", "loralab.models.pretrained.Random": "random"}
-KEPT = {RESULT: "result.stale.json", "metrics.jsonl": "metrics.stale.jsonl", "adapter": "adapter.stale"}
+KEPT = {
+    RESULT: "result.stale.json",
+    "metrics.jsonl": "metrics.stale.jsonl",
+    "predictions.jsonl": "predictions.stale.jsonl",
+    "adapter": "adapter.stale",
+}
 
 _PATHS = ("name_or_path", "tokenizer", "name", "train", "validation", "test")
 # (message, fingerprint in the record, function that takes the present one, settings for it)

@@ -35,6 +35,7 @@ class Row:
     label: int | float | None = None
     where: str = ""  # file:line, for messages
     pair: str | None = None  # labels, scores: the second text of a pair
+    choices: tuple[str, ...] = ()  # pairs: the target and the answers beside it
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,21 @@ class DataSpec:
     generate_rows: Natural = 0  # rows of the held-out split that are also scored by generation
     generation: dict[str, Any] = field(default_factory=dict)  # of transformers' GenerationConfig; empty: greedy
     rouge: Literal["unicode", "published"] = "unicode"  # words that ROUGE counts: of every script, or a-z and 0-9
+    bleu: Literal["13a", "intl", "zh", "char", "none"] = "13a"  # sacrebleu's tokenizer, by which BLEU counts words
 
     def __post_init__(self) -> None:
         if self.generation:
             _check_generation(self.generation)
+
+    @property
+    def documents(self) -> bool:
+        """Whether the rows are plain text, as far as the settings tell."""
+        return False
+
+    @property
+    def multiple_choice(self) -> bool:
+        """Whether each row has choices."""
+        return False
 
     def splits(self) -> Splits:
         """Read the rows. Raises DataError with file and line."""
@@ -139,6 +151,8 @@ def fingerprint(rows: dict[str, list[Row]]) -> str:
             digest.update(f"{row.prompt}\0{row.target}\0{row.label}\0".encode())
             if row.pair is not None:
                 digest.update(f"pair\0{row.pair}\0".encode())
+            if row.choices:
+                digest.update("\0".join(["choices", *row.choices, ""]).encode())
     return digest.hexdigest()[:16]
 
 

@@ -52,6 +52,10 @@ class Encoded:
                 digest.update(f"{split} {len(ids)} ".encode() + np.asarray(ids, dtype).tobytes())
         return digest.hexdigest()[:16]
 
+    def document_bytes(self, split: str) -> int:
+        """UTF-8 bytes of the documents of ``split``, of which every token is predicted; 0 for other rows."""
+        return self.splits.bytes.get(split, 0) if self.splits.kind == "text" else 0
+
     def _scored(self, examples: Sequence[Example]) -> Iterable[Sequence[int] | NDArray[np.int32]]:
         """What each row has to predict; a causal loss never predicts a row's first token."""
         if isinstance(examples, Blocks):
@@ -89,6 +93,8 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int, typed: bo
         rows = splits[split]
         parts[split] = encoder.blocks(rows) if splits.kind == "text" else encoder.examples(rows)
     encoder.tell()
+    if splits.kind == "text":
+        _warn_of_unknown(splits.name, [part for part in parts.values() if isinstance(part, Blocks)], tokenizer)
     for split in ("train", "validation"):
         if splits[split] and not len(parts[split]):
             raise DataError(f"data {splits.name}: the {split} split has not one token to predict")
@@ -101,6 +107,19 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int, typed: bo
         splits=splits,
         task=task,
     )
+
+
+def _warn_of_unknown(name: str, parts: Sequence[Blocks], tokenizer: Any) -> None:
+    """Says where tokens are fewer bits than the text, since they do not spell all of it."""
+    unknown = tokenizer.unk_token_id
+    if unknown in (None, tokenizer.eos_token_id):
+        return
+    if count := sum(int((part.stream == unknown).sum()) for part in parts):
+        log.warning(
+            "%d tokens of %s are %s, which stands for characters that the tokenizer does not know: bits_per_byte is "
+            "less than the text needs",
+            *(count, name, tokenizer.unk_token),
+        )
 
 
 def _check_pairs(splits: Splits, tokenizer: Any, task: str) -> None:

@@ -11,6 +11,7 @@ from annotated_types import Len
 from pydantic import AfterValidator, Strict
 
 from loralab.data.base import DataSpec, Row, Splits, hash_order, make_splits
+from loralab.data.choices import choices_of, wrong_choices
 from loralab.data.fields import BadRow, Template
 from loralab.data.labels import Classes, key_of, label_of, score_of, warn_of_singles
 from loralab.errors import ConfigError, DataError
@@ -52,6 +53,9 @@ class RowSpec(DataSpec):
         "a template such as '{review}', or two such as ['{premise}', '{hypothesis}']",
     ] = None
     label: Annotated[str, AfterValidator(_without_braces)] | None = None  # column name
+    choices: Annotated[
+        list[Text] | Plain | None, "a list of answers such as [A, B, C, D], or the name of a column of such lists"
+    ] = None  # of pairs: the target is one of them, and the likeliest counts
     labels: list[Text] = field(default_factory=list)  # ordered names; empty: those of the training rows, sorted
     on_bad_row: Literal["error", "skip"] = "error"
 
@@ -74,7 +78,15 @@ class RowSpec(DataSpec):
             raise ConfigError("data.labels names classes, but data.label, the column that holds them, is missing")
         if len({key_of(name) for name in self.labels}) < len(self.labels):
             raise ConfigError(f"data.labels names a class twice: {self.labels}")
+        if self.choices is not None:
+            self._check_choices()
         self.templates()  # each is parsed
+
+    def _check_choices(self) -> None:
+        if not self.prompt or self.target is None:
+            raise ConfigError(f"data.choices={self.choices!r} needs data.prompt and data.target, the right one of them")
+        if isinstance(self.choices, list) and (problem := wrong_choices(self.choices)):
+            raise ConfigError(f"data.choices={self.choices!r} {problem}; valid: answers such as [A, B, C, D]")
 
     @property
     def given(self) -> dict[str, str]:
@@ -102,10 +114,19 @@ class RowSpec(DataSpec):
         return "scores" if self.scores else "labels"
 
     @property
+    def documents(self) -> bool:
+        return self.kind == "text"
+
+    @property
+    def multiple_choice(self) -> bool:
+        return self.choices is not None
+
+    @property
     def columns(self) -> list[str]:
         """The fields a record must have."""
         names = [name for template in self.templates().values() for name in template.fields]
-        return list(dict.fromkeys([*names, *([self.label] if self.label else [])]))
+        others = [name for name in (self.label, self.choices) if isinstance(name, str) and name]
+        return list(dict.fromkeys([*names, *others]))
 
     def assemble(self, name: str, records: Mapping[str, Iterable[Record]], labels: Iterable[str] = ()) -> Splits:
         """Rows by split; the labels are the spec's, else ``labels``, else those of the training rows."""
@@ -186,7 +207,8 @@ class Reader:
             if not text.strip() and self.templates[key].parts:
                 raise BadRow(f"{key} is empty (fields {', '.join(self.templates[key].fields)})")
         if self.spec.kind == "pairs":
-            return Row(made.get("prompt", ""), made["target"], where=record.where)
+            choices = choices_of(record.fields, self.spec.choices, made["target"])
+            return Row(made.get("prompt", ""), made["target"], where=record.where, choices=choices)
         if self.spec.label is None:
             return Row("", made["text"], where=record.where)
         if self.spec.scores:

@@ -4,6 +4,7 @@ The mean negative log-likelihood of its own samples is an estimate of the base's
 plus the Kullback-Leibler divergence from the base to it, so the change is never below 0 but for sampling noise.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +46,8 @@ class Samples(DataSpec):
         held, trained = examples[: self.rows][: self.limit], examples[self.rows :][: self.limit]
         parts = {"train": trained, "validation": held, "test": []}
         rows = {name: [Row("", tokenizer.decode(one.input_ids[1:])) for one in part] for name, part in parts.items()}
-        splits = make_splits("samples", rows, kind="text")
+        # sampled tokens need not spell whole characters, so their bytes are not known
+        splits = replace(make_splits("samples", rows, kind="text"), bytes={})
         return Encoded(trained, held, [], 0, {name: statistics(part) for name, part in parts.items()}, splits)
 
     def _continuations(self, model: nn.Module, start: int) -> list[list[int]]:

@@ -57,6 +57,10 @@ class PythonSource(DataSpec):
         """Of the Python that runs and the versions of the packages that are installed."""
         return _installed()
 
+    @property
+    def documents(self) -> bool:
+        return True
+
     def splits(self) -> Splits:
         root = mining.stdlib_root()
         documents: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}

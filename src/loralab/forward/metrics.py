@@ -1,16 +1,17 @@
 """What a split is scored by. Losses are sums of negative log-likelihoods over the number of targets."""
 
 import math
-import re
-import unicodedata
 import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
-from torchmetrics.text.rouge import ROUGEScore
+
+from loralab.errors import ConfigError
+from loralab.forward.texts import SCORES
 
 HIGHER = (
     "accuracy",
@@ -19,7 +20,8 @@ HIGHER = (
     "pearson",
     "spearman",
     "token_accuracy",
-    "rouge_l",
+    "choice_accuracy",
+    *SCORES,
 )  # the better, the higher; of the others the lower
 
 
@@ -27,14 +29,16 @@ def nll(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tens
     """(summed negative log-likelihood, predictions, targets) in float32, masked positions left out.
 
     Causal LM: logits (B, T, V) at t predict labels (B, T) at t + 1; seq2seq: at t; classification: logits (B, C),
-    labels (B,). Predictions and targets are flat, one entry a target token (or row). Labels in floating point are
-    regression's: its loss is the squared error of logits (B, 1), which are the predictions.
+    labels (B,). Targets are flat, one entry a target token (or row), and so are predictions, but those of a classifier,
+    which are its logits. Labels in floating point are regression's: its loss is the squared error of logits (B, 1),
+    which are the predictions.
     """
     if labels.is_floating_point():
         predictions, labels = logits.float().squeeze(-1), labels.float()
         return F.mse_loss(predictions, labels, reduction="sum"), predictions, labels
     logits, targets = target_logits(logits, labels, task)
-    return F.cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1), targets
+    predictions = logits.detach() if task == "sequence_classification" else logits.argmax(-1)
+    return F.cross_entropy(logits, targets, reduction="sum"), predictions, targets
 
 
 def target_logits(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
@@ -45,20 +49,37 @@ def target_logits(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Te
     return logits[kept].float(), labels[kept]
 
 
-def names(task: str, generated: bool, tested: bool) -> list[str]:
+def names(task: str, generated: bool, tested: bool, documents: bool = False, choices: bool = False) -> list[str]:
     """The metrics that a run of ``task`` ends with; ``generated``: some rows are completed, ``tested``: the test
-    split."""
+    split, ``documents``: the rows are plain text, ``choices``: they have choices."""
     scores = ["accuracy", "f1", "matthews"] if task == "sequence_classification" else ["token_accuracy", "perplexity"]
     scores = ["pearson", "spearman"] if task == "regression" else scores
+    if documents and task == "causal_lm":
+        scores.append("bits_per_byte")
+    if choices and task != "sequence_classification":
+        scores.append("choice_accuracy")
     if generated and task in ("causal_lm", "seq2seq_lm"):
-        scores.append("rouge_l")
+        scores += SCORES
     return [f"{split}/{name}" for split in ["val", *(["test"] if tested else [])] for name in ["loss", *scores]]
+
+
+def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> None:
+    try:
+        metric.update(predictions, targets)
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:  # such as another number of classes
+        raise ConfigError(f"metrics.{name}: {' '.join(str(error).split())}") from error
 
 
 class SplitMetrics:
     """Accumulates one trial's scores over one split; torchmetrics does the sums."""
 
-    def __init__(self, task: str, num_labels: int, device: torch.device) -> None:
+    def __init__(
+        self, task: str, num_labels: int, device: torch.device, size: int = 0, own: Mapping[str, Metric] | None = None
+    ) -> None:
+        """``size``: UTF-8 bytes of the texts that the split's targets are all tokens of; 0: of no such texts. ``own``:
+        the user's metrics of predictions and targets by name."""
+        self.own = {name: metric.to(device) for name, metric in (own or {}).items()}
+        self.size, self.count = size, 0
         self.task, self.num_labels, self.device = task, num_labels, device
         # nan stays nan: by default such a batch is left out of the mean, and "disable" takes every weight for 1
         self.loss = MeanMetric(nan_strategy=math.nan).to(device)
@@ -86,7 +107,12 @@ class SplitMetrics:
             return
         if not self.scores:
             self.scores = {name: metric.to(self.device) for name, metric in self._made(targets).items()}
+        self.count += count
         self.loss.update(loss_sum / count, weight=count)
+        for name, metric in self.own.items():
+            _update(name, metric, predictions, targets)
+        if predictions.dim() > 1:  # logits
+            predictions = predictions.argmax(-1)
         for name, metric in self.scores.items():
             if name == "token_accuracy":
                 metric.update((predictions == targets).float().mean(), weight=count)
@@ -97,39 +123,9 @@ class SplitMetrics:
         """``{"val/loss": ..., "val/perplexity": ..., ...}`` of everything since the last reset."""
         loss = float(self.loss.compute())
         values = {"loss": loss, **{name: float(metric.compute()) for name, metric in self.scores.items()}}
+        values |= {name: float(metric.compute()) for name, metric in self.own.items() if self.count}
         if self.task != "sequence_classification":
             values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if self.size:
+            values["bits_per_byte"] = loss * self.count / math.log(2) / self.size
         return {f"{split}/{name}": value for name, value in values.items()}
-
-
-# Letters of scripts that are written without spaces are words: Thai, Lao, Tibetan, Myanmar, Khmer, Kana, Han
-_ALONE = (
-    r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_ALONE_PATTERN = re.compile(f"([{_ALONE}])")
-
-
-def rouge_l(predictions: list[str], references: list[str], words: str = "unicode") -> float:
-    """Mean ROUGE-L F1 over pairs (torchmetrics; no stemming). ``words``: ``unicode_words``, or ``published``, a-z and
-    0-9 alone. Of Latin letters without accents both give the same."""
-    own = {} if words == "published" else {"normalizer": _composed, "tokenizer": unicode_words}
-    metric = ROUGEScore(rouge_keys="rougeL", **own)  # type: ignore[arg-type]
-    metric.update(predictions, references)
-    same = sum(one == other for one, other in zip(predictions, references, strict=True) if not unicode_words(other))
-    found = float(metric.compute()["rougeL_fmeasure"])
-    return found if words == "published" else found + same / len(references)  # of punctuation alone
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text).lower()
-
-
-def unicode_words(text: str) -> list[str]:
-    """Runs of letters, marks and digits; one each of what is written without spaces; symbols beyond ASCII (emoji)."""
-    kept = "".join(letter if _counts(letter) else " " for letter in _composed(text))
-    return _ALONE_PATTERN.sub(r" \1 ", kept).split()
-
-
-def _counts(letter: str) -> bool:
-    kind = unicodedata.category(letter)
-    return kind[0] in "LNM" or (kind[0] == "S" and not letter.isascii())

@@ -200,7 +200,11 @@ def _finite(text: str) -> float:
 
 def replace(path: Path, content: Mapping[str, Any]) -> None:
     """Writes ``content`` as JSON; a reader sees the old file or the new one, never a half."""
-    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+    replace_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes ``text``; a reader sees the old file or the new one, never a half."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -112,6 +112,7 @@ class DataSection(TypedDict, total=False):
     label2id: dict[str, int] | None
     generation: dict[str, Any] | None
     rouge: Text
+    bleu: Text
 
 
 class EnvironmentSection(TypedDict, total=False):

@@ -1,19 +1,26 @@
 """The end of a trial: its generated text is scored, its adapter exported, its record closed."""
 
+import json
+import math
 import time
 from typing import Any
 
 from loralab.adapters.export import save
-from loralab.errors import Interrupted, LoralabError, explain
+from loralab.data.encoding import Encoder
+from loralab.errors import DataError, Interrupted, LoralabError, explain
+from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
 from loralab.records import record as records
 from loralab.training import checkpoint, generation
+from loralab.training.choices import choice_accuracy
 from loralab.training.trial import Trial
+
+PREDICTIONS = "predictions.jsonl"
 
 
 def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
-    """Adds ROUGE-L of generated text for the first ``data.generate_rows`` rows of ``split`` to the trial's metrics."""
+    """Generates the first ``data.generate_rows`` rows of ``split`` and adds their scores to the trial's metrics."""
     spec, score = trial.spec, f"{prefix}/rouge_l"
     rows = getattr(trial.data.splits, split)[: spec.data.generate_rows]
     if not rows or trial.failure is not None or trial.task == "sequence_classification":
@@ -23,13 +30,44 @@ def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
     writer = generation.Writer(
         base.model, base.tokenizer, trial.adapter, trial.task, spec.model.length, spec.data.generation
     )
-    trial.record["data"].update(generation=writer.settings(), rouge=spec.data.rouge)
-    trial.score({score: generation.score(writer, rows, spec.data.rouge)})
+    trial.record["data"].update(generation=writer.settings(), rouge=spec.data.rouge, bleu=spec.data.bleu)
+    made, targets = generation.answers(writer, rows)
+    trial.predictions[split] = generation.predictions(rows, made, targets, split)
+    values = texts.scores(made, targets, spec.data.rouge, spec.data.bleu)
+    values |= texts.own_scores(spec.own_metrics(texts=True), made, targets)
+    if spec.metric == f"{prefix}/number_match" and math.isnan(values["number_match"]):
+        trial.fail(
+            DataError(f"metric={spec.metric}: none of the {len(rows)} rows of {split} has a number in its target")
+        )
+        return
+    trial.score({f"{prefix}/{name}": value for name, value in values.items()})
+
+
+def choose(trial: Trial, base: Base, prefix: str, split: str) -> None:
+    """Adds to the trial's metrics how often the likeliest of a row's choices is its target."""
+    rows = [row for row in trial.data.splits[split] if row.choices]
+    name = f"{prefix}/choice_accuracy"
+    if not rows or trial.failure is not None or name in trial.metrics:
+        return
+    spec = trial.spec
+    encoder = Encoder(base.tokenizer, trial.task, spec.model.length)
+    trial.score({name: choice_accuracy(base.model, trial.adapter, encoder, rows, spec.data.batch_size)})
+
+
+def keep_predictions(trial: Trial) -> None:
+    """Writes what the trial generated as its predictions.jsonl, in place of an earlier run's."""
+    path = trial.spec.folder / PREDICTIONS
+    lines = [json.dumps(one) + "\n" for split in trial.predictions.values() for one in split]
+    if lines:
+        records.replace_text(path, "".join(lines))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def finish(trial: Trial, base: Base, started: float) -> None:
     """Exports the adapter and closes the record. ``started``: when the run began, in seconds of time.monotonic."""
     record = trial.record
+    keep_predictions(trial)
     if trial.failure is None:
         _export(trial, base)
     if trial.failure is None or trial.last_validated_step == trial.step:  # else the scores are of an earlier state

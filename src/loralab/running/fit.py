@@ -11,7 +11,7 @@ from loralab.models.loading import Base
 from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight
 from loralab.planning.trace import Geometry
-from loralab.running.finish import finish, generate
+from loralab.running.finish import choose, finish, generate
 from loralab.training import observer
 from loralab.training.first_batch import FirstBatch
 from loralab.training.module import FineTuner
@@ -101,9 +101,10 @@ class Fit:
                 self._describe(trainer.optimizers[0])
 
     def _evaluate(self, prefix: str, split: str) -> None:
-        """Scores the final state over ``split``, by its loss and by generation."""
+        """Scores the final state over ``split``, by its loss, by choice and by generation."""
         self._score(prefix, split)
         for trial in self.trials:
+            choose(trial, self.base, prefix, split)
             generate(trial, self.base, prefix, split)
 
     def _score(self, prefix: str, split: str) -> None:

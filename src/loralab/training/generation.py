@@ -1,4 +1,4 @@
-"""Completions of a base with an adapter, for prompts encoded as the training rows are, and their ROUGE-L.
+"""Completions of a base with an adapter, for prompts encoded as the training rows are.
 
 Greedy, unless ``data.generation`` says otherwise; a checkpoint's generation_config.json is not used.
 """
@@ -15,7 +15,6 @@ from loralab.adapters.base import Adapter
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.data.base import Row
 from loralab.data.encoding import IGNORE, Encoder
-from loralab.forward.metrics import rouge_l
 from loralab.quantization.sequences import decoder_input_ids
 
 FEWEST, SPARE = 8, 4  # new tokens at least; more than the longest target, to see a completion that does not end
@@ -152,8 +151,8 @@ def complete(
     return [writer.text(ids) for ids in writer.complete(heads, [room] * len(heads))]
 
 
-def score(writer: Writer, rows: list[Row], words: str = "unicode", batch_size: int = 16) -> float:
-    """ROUGE-L of completions of the rows' training prompts against their targets, both decoded from token ids."""
+def answers(writer: Writer, rows: list[Row], batch_size: int = 16) -> tuple[list[str], list[str]]:
+    """(completions of the rows' training prompts, their targets), both decoded from token ids, in the rows' order."""
     examples, encoder = writer.encoder.examples(rows), writer.encoder
     targets = encoder.targets(rows)
     room = max(FEWEST, max(map(len, targets)) + SPARE)
@@ -167,4 +166,12 @@ def score(writer: Writer, rows: list[Row], words: str = "unicode", batch_size: i
             heads.append(example.input_ids[:prompt] or [encoder.eos])
         rooms = [max(1, min(room, writer.length - len(head))) for head in heads]
     completions = writer.complete(heads, rooms, batch_size)
-    return rouge_l([writer.text(ids) for ids in completions], [writer.text(writer.cut(ids)) for ids in targets], words)
+    return [writer.text(ids) for ids in completions], [writer.text(writer.cut(ids)) for ids in targets]
+
+
+def predictions(rows: list[Row], made: list[str], targets: list[str], split: str) -> list[dict[str, Any]]:
+    """The objects of predictions.jsonl for the first rows of ``split``: its target is the one that is scored."""
+    return [
+        {"row": place, "prompt": str(row.prompt), "target": target, "prediction": text, "split": split}
+        for place, (row, target, text) in enumerate(zip(rows, targets, made, strict=True))
+    ]

@@ -126,7 +126,11 @@ class FineTuner(LightningModule):
     def on_validation_epoch_start(self) -> None:
         # as many as the logits: a head may have more classes than the data
         labels = max(2, int(getattr(self.model.config, "num_labels", 2)))
-        self._scores = [SplitMetrics(self.task, labels, self.device) for _ in self.trials]
+        sizes = [trial.data.document_bytes(SPLITS[self.split]) for trial in self.trials]
+        self._scores = [
+            SplitMetrics(self.task, labels, self.device, size, trial.spec.own_metrics(texts=False))
+            for trial, size in zip(self.trials, sizes, strict=True)
+        ]
 
     def validation_step(self, batches: dict[int, Batch], batch_idx: int) -> None:
         if not batches:

@@ -8,6 +8,7 @@ from typing import Any
 from loralab.adapters.base import AdapterSpec
 from loralab.data.base import DataSpec
 from loralab.errors import ConfigError
+from loralab.forward.texts import takes_texts
 from loralab.memory.budget import PlanSpec
 from loralab.memory.limits import MemorySpec
 from loralab.models import architecture, pretrained
@@ -38,6 +39,7 @@ class TrialSpec:
     memory: MemorySpec = field(default_factory=MemorySpec)
     plan: PlanSpec = field(default_factory=lambda: PlanSpec(record=False))
     callbacks: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    metrics: Mapping[str, Callable[[], Any]] = field(default_factory=dict)  # torchmetrics' own, by name
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     choices: dict[str, str] = field(default_factory=dict)
@@ -47,6 +49,11 @@ class TrialSpec:
         """{module: fingerprint} of the spec classes that decide the result and are not loralab's."""
         parts = (self.model, self.quantization, self.adapter, self.data, self.optimizer, self.schedule, self.trainer)
         return sources.of(map(type, parts))
+
+    def own_metrics(self, texts: bool) -> dict[str, Any]:
+        """The user's metrics newly made, by name: those of generated ``texts``, or of predictions and targets."""
+        made = {name: make() for name, make in self.metrics.items()}
+        return {name: metric for name, metric in made.items() if takes_texts(type(metric)) == texts}
 
     @property
     def room(self) -> int | None:

@@ -38,6 +38,7 @@ class Trial:
     last_logged_step: int = -1  # rows up to it are in metrics.jsonl already
     train_seconds: float = 0.0  # of all its fits
     untimed_tokens: int = 0  # of steps that no timing counts
+    predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # {split: its generated rows}
     optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
 
     def __post_init__(self) -> None:
@@ -110,7 +111,7 @@ class Trial:
         """Goes back to the first step with a newly drawn adapter; rows that were logged are not logged again."""
         self.adapter, self.last_logged_step = adapter, max(self.last_logged_step, self.step)
         self.step = self.tokens = 0
-        self.optimizer_state, self.last_validated_step, self.metrics = {}, -1, {}
+        self.optimizer_state, self.last_validated_step, self.metrics, self.predictions = {}, -1, {}, {}
         self.early_stopping = EarlyStopping(self.spec.trainer.patience, self.spec.metric_mode)
         self._reset_cursor()
 
