@@ -24,6 +24,7 @@ ROLES = {  # as a template calls them; a function call is written by the assista
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"},
 }
+SPELLINGS = (("role", "from"), ("content", "value"))
 UNREAD = ("tool_calls", "reasoning_content", "thinking", "name", "weight")  # would change the text, or the loss
 Messages = list[dict[str, str]]
 
@@ -52,7 +53,9 @@ class Chat(DataSpec):
 
     def splits(self) -> Splits:
         if not self.train:
-            raise ConfigError("data.train is missing: the path of a file of conversations (.jsonl, or .gz of one)")
+            raise ConfigError(
+                "data.train is missing: the path of a file of conversations (.jsonl, .gz of one, .parquet)"
+            )
         paths = {split: Path(value).expanduser() for split in SPLITS if (value := getattr(self, split))}
         read = {split: self._rows(split, path) for split, path in paths.items()}
         rows, skipped = {split: part for split, (part, _) in read.items()}, sum(bad for _, bad in read.values())
@@ -67,10 +70,12 @@ class Chat(DataSpec):
         """The good rows of a file, and how many are bad."""
         ending = file_format(path, f"data.{split}")
         if ending in (".csv", ".txt"):
-            raise DataError(f"data.{split}={str(path)!r}: {ending} holds no conversations; valid: .jsonl, .gz of it")
+            raise DataError(
+                f"data.{split}={str(path)!r}: {ending} holds no conversations; valid: .jsonl, .gz of it, .parquet"
+            )
         rows: list[Row] = []
         problems: list[str] = []
-        for record in _told_of_tools(READERS[ending](path, [self.messages])):
+        for record in _told_of_tools(READERS[ending](path, [])):
             try:
                 rows.append(row_of(record, self.messages))
             except BadRow as problem:
@@ -113,10 +118,9 @@ def message_of(given: Any, place: str) -> dict[str, str]:
     unread = [key for key in UNREAD if given.get(key) is not None]
     if unread:
         raise BadRow(f"{place} holds {unread[0]!r}, which is not read; valid: its text as content")
-    role = given.get("role", given.get("from"))
+    role, content = (given[key] if given.get(key) is not None else given.get(other) for key, other in SPELLINGS)
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"{place} has the role {role!r}; {nearest(str(role), ROLES)}")
-    content = given.get("content", given.get("value"))
     if not isinstance(content, str) or isinstance(content, Number):
         raise BadRow(f"the content of {place} ({role}) is {_kind(content)}, text is wanted")
     content = text_of({f"content of {place}": content}, f"content of {place}")
