@@ -36,7 +36,7 @@ FENCES = {
     "filelock": {"records"},
     "pandas": {"analysis", "reporting"},
     "scipy": {"analysis"},
-    "jinja2": {"reporting"},
+    "jinja2": {"data", "reporting"},
     "pydantic": {"spec", "adapters", "data", "records"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

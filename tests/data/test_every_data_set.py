@@ -18,6 +18,7 @@ from loralab.data.base import SPLITS
 YAMLS = sorted(path.stem for path in (data_root() / "conf" / "data").glob("*.yaml"))
 PAIRS = [{"q": f"question {i} ", "a": f"answer {i}"} for i in range(12)]
 GIVEN = {
+    "chat": ["data.train=chats.jsonl"],
     "files": ["data.train=rows.jsonl", "data.prompt='{q}'", "data.target='{a}'"],
     "hub": ["data.name=some/where", "data.prompt='{q}'", "data.target='{a}'"],
     "python_source": ["data.packages=[none]"],
@@ -36,6 +37,11 @@ def rows(tmp_path, monkeypatch):
 
     def write(content):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        chats = [
+            {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]}
+            for row in content
+        ]
+        (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
         table = type("Table", (list,), {"features": {}})
         library.load_dataset = lambda path, name, split: table(content)
 
@@ -76,7 +82,7 @@ def spec(request, rows, monkeypatch, few_packages):
 
 
 def test_every_yaml_is_found():
-    assert {"docstrings", "files", "hub", "python_source", "samples"} <= set(YAMLS)
+    assert {"chat", "docstrings", "files", "hub", "python_source", "samples"} <= set(YAMLS)
 
 
 def test_its_splits_are_not_empty_and_stay_the_same(spec, sampled):
@@ -95,7 +101,7 @@ def test_other_rows_have_another_fingerprint(spec, sampled):
     assert four.fingerprint != three.fingerprint
 
 
-@pytest.mark.parametrize("name", sorted({"files", "hub"} & set(YAMLS)))
+@pytest.mark.parametrize("name", sorted({"chat", "files", "hub"} & set(YAMLS)))
 def test_one_changed_letter_in_its_source_is_another_fingerprint(name, rows):
     made = build(plain(compose([f"data={name}", *GIVEN[name]]))["data"], "data")
     before = made.splits().fingerprint

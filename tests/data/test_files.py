@@ -158,7 +158,7 @@ GOOD = '{"mr": "a", "ref": "b"}\n'
         ("r.csv", "", r"r\.csv:1: column 'mr' is missing \(has: nothing\)"),
         ("r.jsonl.gz", gzip.compress(GOOD.encode() * 999)[:-9], r"r\.jsonl\.gz:\d+: the gzip file is damaged"),
         ("r.jsonl.gz", GOOD, r"r\.jsonl\.gz:1: the gzip file is damaged"),
-        ("r.parquet", "x", r"not read; valid: \.jsonl, \.csv, \.txt"),
+        ("r.json", "x", r"not read; valid: \.jsonl, \.csv, \.txt, \.parquet"),
         ("r.txt", "a\n\0\n", r"r\.txt:2: holds a NUL"),
         ("r.txt", b"a\nb\n\xe9\n", r"r\.txt:3: not UTF-8 \(byte 1"),
         ("r.txt", "\n\n", r"r\.txt: the file is empty"),

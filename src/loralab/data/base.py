@@ -12,7 +12,7 @@ from loralab.errors import ConfigError, nearest
 from loralab.records import fingerprints
 from loralab.spec import Count, Natural, spec
 
-KINDS = ("pairs", "text", "labels", "scores")
+KINDS = ("pairs", "text", "labels", "scores", "chat")
 SPLITS = ("train", "validation", "test")
 DECODING = (  # of transformers' GenerationConfig; what frames a text is training's
     *("bad_words_ids", "begin_suppress_tokens", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
@@ -30,8 +30,9 @@ class Row:
     All of it is plain text: a special token that it quotes is none, but where a template wrote it (``fields.Filled``).
     """
 
-    prompt: str  # pairs: the source text; labels, scores: the text; text: ""
-    target: str = ""  # pairs: the continuation; labels: the label's name; scores: as written; text: the document
+    prompt: str  # pairs: the source text; labels, scores: the text; text: ""; chat: the messages in JSON
+    # pairs: the continuation; labels: the label's name; scores: as written; text: the document; chat: the assistant's
+    target: str = ""
     label: int | float | None = None
     where: str = ""  # file:line, for messages
     pair: str | None = None  # labels, scores: the second text of a pair
@@ -48,7 +49,7 @@ class Splits:
     test: list[Row]
     labels: list[str]  # ordered class names; empty unless kind is labels
     fingerprint: str  # 16 hex digits of the sha256 over all rows
-    kind: str = "pairs"  # pairs, text, labels, scores
+    kind: str = "pairs"  # one of KINDS
     skipped: int = 0  # bad rows left out by on_bad_row=skip
     bytes: dict[str, int] = field(default_factory=dict)  # UTF-8 bytes of the targets, by split: for bits per byte
 

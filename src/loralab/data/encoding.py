@@ -14,6 +14,7 @@ from loralab.data.base import SPLITS, Splits
 from loralab.data.encoder import Encoder, special_affixes
 from loralab.data.examples import IGNORE, Blocks, Example, statistics
 from loralab.data.fields import written
+from loralab.data.turns import Turns
 from loralab.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -21,10 +22,11 @@ log = logging.getLogger(__name__)
 __all__ = ["IGNORE", "Blocks", "Encoded", "Encoder", "Example", "encode", "special_affixes", "statistics"]
 
 KINDS_BY_TASK = {
-    "causal_lm": ("pairs", "text", "labels"),
+    "causal_lm": ("pairs", "text", "labels", "chat"),
     "seq2seq_lm": ("pairs", "labels"),
     "sequence_classification": ("labels", "scores"),
 }
+HOLDS = {"text": "plain text", "chat": "conversations"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int, typed: bo
         need = {"sequence_classification": "data.text and data.label", "seq2seq_lm": "data.prompt and data.target"}
         raise ConfigError(
             f"model.task={task} needs {need[task]}, but data {splits.name} holds "
-            f"{'plain text' if splits.kind == 'text' else 'prompts and targets'}"
+            f"{HOLDS.get(splits.kind, 'prompts and targets')}"
         )
     if splits.kind == "labels" and task == "causal_lm":
         log.warning(
@@ -88,10 +90,11 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int, typed: bo
         )
     encoder = Encoder(tokenizer, task, max_length, typed)
     _check_pairs(splits, tokenizer, task)
+    form = Turns(tokenizer, max_length) if splits.kind == "chat" else encoder
     parts: dict[str, Sequence[Example]] = {}
     for split in SPLITS:
         rows = splits[split]
-        parts[split] = encoder.blocks(rows) if splits.kind == "text" else encoder.examples(rows)
+        parts[split] = encoder.blocks(rows) if splits.kind == "text" else form.examples(rows)
     encoder.tell()
     if splits.kind == "text":
         _warn_of_unknown(splits.name, [part for part in parts.values() if isinstance(part, Blocks)], tokenizer)

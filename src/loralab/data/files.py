@@ -1,4 +1,4 @@
-"""A user's own files: .jsonl and .csv with templates, .txt for language modelling, each also as .gz."""
+"""A user's own files: .jsonl, .csv (also .gz) and .parquet with templates, .txt (also .gz) for language modelling."""
 
 import csv
 import gzip
@@ -12,12 +12,13 @@ from typing import Any
 
 from loralab.data.base import SPLITS, Row, Splits, make_splits
 from loralab.data.fields import Number
+from loralab.data.parquet import parquet_records
 from loralab.data.rows import VALIDATION_SHARE, Record, RowSpec
 from loralab.errors import ConfigError, DataError, nearest
 from loralab.records import fingerprints
 from loralab.spec import spec
 
-FORMATS = (".jsonl", ".csv", ".txt")
+FORMATS = (".jsonl", ".csv", ".txt", ".parquet")
 LISTED = 12  # files named in a message
 LARGEST_CELL = 2**31 - 1  # characters; csv's own limit of 131,072 is shorter than many a document
 UNCLOSED = "unexpected end of data"  # csv's word for a quote that is
@@ -38,7 +39,9 @@ class Files(RowSpec):
 
     def splits(self) -> Splits:
         if not self.train:
-            raise ConfigError("data.train is missing: the path of a .jsonl, .csv or .txt file (or .gz of one)")
+            raise ConfigError(
+                "data.train is missing: the path of a .jsonl, .csv or .txt file (or .gz of one), or .parquet"
+            )
         paths = {split: Path(value).expanduser() for split in SPLITS if (value := getattr(self, split))}
         formats = {split: file_format(path, f"data.{split}") for split, path in paths.items()}
         name = paths["train"].name
@@ -50,7 +53,9 @@ class Files(RowSpec):
                 f"data: .txt is plain text and cannot be mixed with other formats: {sorted(formats.values())}"
             )
         if self.text is not None or self.target is not None:
-            raise ConfigError("data: a .txt file is plain text; templates (prompt, target, text) need .jsonl or .csv")
+            raise ConfigError(
+                "data: a .txt file is plain text; templates (prompt, target, text) need .jsonl, .csv or .parquet"
+            )
         return self.plain_text(name, paths)
 
     def plain_text(self, name: str, paths: dict[str, Path]) -> Splits:
@@ -75,11 +80,13 @@ def file_format(path: Path, key: str) -> str:
         raise DataError(f"{key}={str(path)!r} is a folder, a file is wanted; {_listing(path)}")
     if not path.is_file():
         raise DataError(f"{key}={str(path)!r}: there is no such file; {_listing(path.parent)}")
-    name = path.name.lower().removesuffix(".gz")
+    name = path.name.lower()
     for ending in FORMATS:
-        if name.endswith(ending):
+        if name.endswith(ending) or (ending != ".parquet" and name.endswith(f"{ending}.gz")):
             return ending
-    raise DataError(f"{key}={str(path)!r}: this format is not read; valid: {', '.join(FORMATS)}, and .gz of them")
+    raise DataError(
+        f"{key}={str(path)!r}: this format is not read; valid: {', '.join(FORMATS)}, and .gz of the first three"
+    )
 
 
 def _listing(folder: Path) -> str:
@@ -195,7 +202,11 @@ def _csv_record(cells: list[str], header: list[str], where: str, problem: str) -
     return Record(dict(zip(header, cells, strict=False)), where, problem)
 
 
-READERS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {".jsonl": jsonl_records, ".csv": csv_records}
+READERS: dict[str, Callable[[Path, list[str]], Iterator[Record]]] = {
+    ".jsonl": jsonl_records,
+    ".csv": csv_records,
+    ".parquet": parquet_records,
+}
 
 
 def text_lines(path: Path) -> list[str]:

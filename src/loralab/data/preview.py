@@ -29,6 +29,8 @@ def _end(encoded: Encoded, index: int, tokenizer: Any) -> str:
         return ""
     if isinstance(encoded.train, Blocks):
         return f", the ends {tokenizer.eos_token} of documents among them"
+    if encoded.splits.kind == "chat":
+        return " of the assistant"
     ended = tokenizer.eos_token_id in encoded.train[index].labels
     return f", the end {tokenizer.eos_token} among them" if ended else f", the end {tokenizer.eos_token} cut off"
 
@@ -46,7 +48,7 @@ def decoded(encoded: Encoded, index: int, tokenizer: Any) -> tuple[str, str]:
         return text(example.input_ids), f"class {example.labels[0]} ({encoded.splits.train[index].target})"
     if encoded.task == "seq2seq_lm":
         return text(example.input_ids), text(example.labels)
-    head = sum(label == IGNORE for label in example.labels)
+    head = next((place for place, label in enumerate(example.labels) if label != IGNORE), len(example.labels))
     whole, prompt = text(example.input_ids), text(example.input_ids[:head])
     # decoded alone, a SentencePiece target would lack its first space
     return prompt, whole[len(prompt) :] if whole.startswith(prompt) else text(example.input_ids[head:])

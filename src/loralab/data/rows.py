@@ -170,7 +170,8 @@ class Reader:
                 rows.append(self.row(record))
             except BadRow as problem:
                 problems.append(f"{record.where}: {problem}")
-        self.judge(split, len(records), problems)
+        judge(split, len(records), problems, self.spec.on_bad_row)
+        self.skipped += len(problems)
         return rows
 
     def fill(self, records: Sequence[Record]) -> None:
@@ -180,23 +181,6 @@ class Reader:
         columns = list(dict.fromkeys(str(name) for record in records for name in record.fields))
         for key, template in self.templates.items():
             template.filled_from(self.spec.given[key], KEYS.get(key, key), columns)
-
-    def judge(self, split: str, read: int, problems: list[str]) -> None:
-        """Bad rows are an error, or a warning; a split without a good one is always an error."""
-        shown = "\n  ".join(problems[:SHOWN])
-        if problems and self.spec.on_bad_row == "error":
-            raise DataError(
-                f"{len(problems)} of {read} rows of the {split} split are bad "
-                f"(data.on_bad_row=skip leaves such out):\n  {shown}"
-            )
-        if len(problems) == read:
-            raise DataError(
-                f"the {split} split is empty: {read} rows read, {len(problems)} dropped"
-                + (f"\n  {shown}" if shown else "")
-            )
-        if problems:
-            self.skipped += len(problems)
-            log.warning("%s: %d of %d rows are bad and left out, such as %s", split, len(problems), read, problems[0])
 
     def row(self, record: Record) -> Row:
         """One row, or BadRow."""
@@ -216,6 +200,22 @@ class Reader:
             return Row(made["text"], text, score, record.where, made.get("pair"))
         label = self.classes.index(label_of(record.fields, self.spec.label))
         return Row(made["text"], self.classes.names[label], label, record.where, made.get("pair"))
+
+
+def judge(split: str, read: int, problems: list[str], on_bad_row: str) -> None:
+    """Bad rows are an error, or a warning; a split without a good one is always an error."""
+    shown = "\n  ".join(problems[:SHOWN])
+    if problems and on_bad_row == "error":
+        raise DataError(
+            f"{len(problems)} of {read} rows of the {split} split are bad "
+            f"(data.on_bad_row=skip leaves such out):\n  {shown}"
+        )
+    if len(problems) == read:
+        raise DataError(
+            f"the {split} split is empty: {read} rows read, {len(problems)} dropped" + (f"\n  {shown}" if shown else "")
+        )
+    if problems:
+        log.warning("%s: %d of %d rows are bad and left out, such as %s", split, len(problems), read, problems[0])
 
 
 def split_off(rows: list[Row]) -> tuple[list[Row], list[Row]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import ConfigError
-from loralab.models import architecture, weights
+from loralab.models import architecture, prequantized, weights
 from loralab.models.architecture import auto_class
 from loralab.models.tokenizer import load_tokenizer
 from loralab.models.weights import explained
@@ -147,8 +147,8 @@ class Pretrained:
 
     def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
         """The model on the host or on ``device``, its Linear layers quantized one by one while they are read."""
-        weights.refuse_quantized(self._named, config, quantizer.name)
-        seen = weights.check_files(self._named, self.path)
+        held = prequantized.held(self._named, self.path, config, quantizer)
+        seen = weights.check_files(self._named, self.path, held is not None)
         with explained(f"{self._named} cannot be loaded", self.path), weights.quiet_loading():
             model, info = auto_class(self.task).from_pretrained(
                 self.path,
@@ -156,12 +156,14 @@ class Pretrained:
                 dtype=dtype,
                 attn_implementation=self.attention(config),
                 trust_remote_code=self.trust_remote_code,
-                quantization_config=quantization_config(quantizer, device),
+                quantization_config=quantization_config(quantizer, device, held),
                 ignore_mismatched_sizes=True,  # refuse_differences names them
                 output_loading_info=True,
             )
         if not seen:  # downloaded by now
-            weights.check_files(self._named, self.path)
+            weights.check_files(self._named, self.path, held is not None)
+        if held is not None:
+            info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not held.is_read(key)}
         new = weights.refuse_differences(self._named, model, info, self.task)
         if new:
             log.info("%s has no %s: drawn by the seed", self._named, ", ".join(sorted(new)))

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +121,6 @@ def check_sizes(config: Any, where: str) -> None:
         raise ConfigError(f"{where}num_key_value_heads={shared}; valid: a divisor of the {heads} attention heads")
 
 
-def refuse_quantized(what: str, config: Any, wanted: str) -> None:
-    """Raises ConfigError for a checkpoint that holds quantized weights; ``wanted``: this run's own scheme."""
-    stored = getattr(config, "quantization_config", None)
-    if not stored:
-        return
-    scheme = stored_scheme(stored if isinstance(stored, Mapping) else stored.to_dict())
-    installed = f" (bitsandbytes {version('bitsandbytes')} is installed)" if "bitsandbytes" in scheme else ""
-    raise ConfigError(
-        f"{what} is already quantized ({scheme}), and this run asks for quantization={wanted}{installed}; loralab"
-        " packs dense weights itself: name the dense checkpoint that this one was made from"
-    )
-
-
 def stored_scheme(stored: Mapping[str, Any]) -> str:
     """A config.json's ``quantization_config`` in words; its keys are those of transformers' BitsAndBytesConfig."""
     four, eight = (stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit") for bits in (4, 8))
@@ -211,22 +197,22 @@ def lacks_pooler(model: nn.Module, path: str) -> set[str]:
     from transformers.modeling_utils import load_state_dict
 
     names = {key for key, _ in model.named_parameters() if key.startswith(f"{model.base_model_prefix}.pooler.")}
-    files = _weight_files(path) if names else []
+    files = weight_files(path) if names else []
     stored = [key for file in files for key in load_state_dict(file, map_location="meta")]
     return names if stored and not any(re.search(r"(^|\.)pooler\.", key) for key in stored) else set()
 
 
-def check_files(what: str, path: str) -> bool:
+def check_files(what: str, path: str, quantized: bool = False) -> bool:
     """False where no file is here yet. Raises ConfigError where one cannot be read, or holds a weight in integers:
-    codes of a scheme that config.json does not name, which transformers would take for numbers."""
+    codes of a scheme that config.json does not name, read as numbers (``quantized``: it does)"""
     from transformers.modeling_utils import load_state_dict
 
-    files = _weight_files(path)
+    files = weight_files(path)
     for file in files:
         with explained(f"{what} cannot be loaded, {file.name}"):
             tensors = load_state_dict(file, map_location="meta")
         for name, tensor in tensors.items():
-            if name.endswith(".weight") and not tensor.is_floating_point():
+            if name.endswith(".weight") and not tensor.is_floating_point() and not quantized:
                 raise ConfigError(
                     f"{what}: {name} is stored as {tensor.dtype} in {file.name}, and config.json names no quantization;"
                     " valid: weights in floating point"
@@ -234,7 +220,7 @@ def check_files(what: str, path: str) -> bool:
     return bool(files)
 
 
-def _weight_files(path: str) -> list[Path]:
+def weight_files(path: str) -> list[Path]:
     """The files that transformers reads for a local folder or for a hub id that is in the cache by now."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -84,19 +84,24 @@ class FourBitLinear(FrozenLinear):
     second_absmax: Tensor
     offset: Tensor
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: FourBit) -> None:
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, spec: FourBit, held: dict[str, Tensor] | None = None
+    ) -> None:
+        """``held``: the packed tensors, where there are some already; then only shape and dtype of ``weight`` count."""
         super().__init__(weight, bias, spec.compute_dtype, spec.dequantize)
         self.quant_type, self.block_size = spec.quant_type, spec.block(self.out_features, self.in_features)
         self.double_quant = spec.double_quant
         self.scheme = f"{spec.quant_type}, block_size={self.block_size}, double_quant={spec.double_quant}"
+        self.keep(**(self._quantized(weight, spec) if held is None else held))
+
+    def _quantized(self, weight: Tensor, spec: FourBit) -> dict[str, Tensor]:
         codes, absmax = kernels.quantize_4bit(weight, self.quant_type, self.block_size)
         if spec.quant_storage != "uint8":
             codes = codes.view(-1).view(STORAGE[spec.quant_storage])[:, None]
         if not spec.double_quant:
-            self.keep(codes=codes, absmax=absmax)
-            return
+            return {"codes": codes, "absmax": absmax}
         packed_absmax, second, offset = kernels.double_quantize(absmax)
-        self.keep(codes=codes, absmax=packed_absmax, second_absmax=second, offset=offset)
+        return {"codes": codes, "absmax": packed_absmax, "second_absmax": second, "offset": offset}
 
     def code_tables(self) -> list[Tensor]:
         names = [self.quant_type, "dynamic"] if self.double_quant else [self.quant_type]

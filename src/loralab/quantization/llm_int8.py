@@ -49,12 +49,16 @@ class LLMInt8Linear(SequenceLinear):
     codes: Tensor
     absmax: Tensor
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: LLMInt8) -> None:
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, spec: LLMInt8, held: dict[str, Tensor] | None = None
+    ) -> None:
+        """``held``: the packed tensors, where there are some already; then only shape and dtype of ``weight`` count."""
         super().__init__(weight, bias, spec.compute_dtype, spec.dequantize)
         self.threshold, self.asks = spec.threshold, spec.threshold > 0
         self.scheme = f"LLM.int8(), threshold={spec.threshold}"
-        codes, scale = absmax.quantize(weight, "row")
-        self.keep(codes=codes, absmax=scale)
+        self.keep(
+            **(dict(zip(("codes", "absmax"), absmax.quantize(weight, "row"), strict=True)) if held is None else held)
+        )
         kernels.bitsandbytes_ops()  # missing: say so now rather than at the first step
 
     def dense(self, dtype: torch.dtype) -> Tensor:

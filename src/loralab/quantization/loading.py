@@ -7,7 +7,7 @@ ordinary one, without a trace of this.
 """
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loralab.errors import ConfigError
+from loralab.quantization import stored
 from loralab.quantization.base import Quantizer, linear_shape, quantizable
 from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.none import NoQuantization
@@ -25,12 +26,24 @@ from loralab.quantization.sequences import watch_if_asked
 METHOD = "loralab"
 
 
-def quantization_config(spec: Quantizer, device: torch.device | str | None = None) -> Any:
+class Source(Protocol):
+    """Layers that are quantized already, in a checkpoint's files."""
+
+    def check(self, names: list[str]) -> None:
+        """Raises ConfigError where other layers than ``names`` are."""
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """One layer's."""
+
+
+def quantization_config(spec: Quantizer, device: torch.device | str | None = None, held: Source | None = None) -> Any:
     """For ``from_pretrained(quantization_config=...)``; None, an ordinary load, for NoQuantization.
+
+    ``held``: where the layers come from that are not quantized here, but in the checkpoint.
 
     ``device``: where weights are packed and stay; move the rest there afterwards with ``model.to(device)``.
     """
-    return None if isinstance(spec, NoQuantization) else LoralabConfig(spec, device)
+    return None if isinstance(spec, NoQuantization) else LoralabConfig(spec, device, held)
 
 
 def convert_model(model: nn.Module, spec: Quantizer, device: torch.device | str | None = None) -> list[str]:
@@ -70,9 +83,9 @@ def replace(model: nn.Module, frozen: dict[int, nn.Module]) -> None:
 class LoralabConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Carries the spec through ``from_pretrained``."""
 
-    def __init__(self, spec: Quantizer, device: torch.device | str | None = None) -> None:
+    def __init__(self, spec: Quantizer, device: torch.device | str | None = None, held: Source | None = None) -> None:
         self.quant_method = METHOD
-        self.spec, self.device = spec, device
+        self.spec, self.device, self.held = spec, device, held
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "name": self.spec.name, **asdict(self.spec)}
@@ -85,6 +98,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: LoralabConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.spec, self.device = quantization_config.spec, quantization_config.device
+        self.held = quantization_config.held
         self.names: list[str] = []
         self.frozen: dict[str, nn.Module] = {}
         self.error: Exception | None = None
@@ -92,6 +106,8 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.names = quantizable(model, self.spec)
         check_all(model, self.spec, self.names)
+        if self.held is not None:
+            self.held.check(self.names)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         layer, _, parameter = param_name.rpartition(".")
@@ -104,6 +120,11 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
         """``layer`` has its weight on meta; it holds the real one for as long as ``convert`` needs it."""
         meta = layer.weight
         assert isinstance(meta, nn.Parameter)
+        if self.held is not None:
+            frozen = stored.restore(self.spec, layer, name, self.held.tensors(name))
+            self.frozen[name] = frozen.to(self.device or "cpu")
+            meta._is_hf_initialized = True  # type: ignore[attr-defined]
+            return
         if weight.shape != meta.shape:
             raise ConfigError(
                 f"model: {name}.weight is {tuple(weight.shape)} in the checkpoint and {tuple(meta.shape)} by its"

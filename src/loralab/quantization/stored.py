@@ -1,0 +1,103 @@
+"""Layers that a checkpoint holds quantized by bitsandbytes already: its own bytes in loralab's frozen layers.
+
+4 bits: ``weight`` (n / 2, 1) uint8, ``weight.absmax``, with double quantization ``weight.nested_absmax``, and
+``weight.quant_state.bitsandbytes__nf4``, JSON in bytes. LLM.int8(): ``weight`` (out, in) int8 and ``SCB`` (out,).
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loralab.errors import ConfigError
+from loralab.numerics import blockwise, codebooks
+from loralab.quantization.base import Quantizer, linear_shape
+from loralab.quantization.four_bit import FourBit, FourBitLinear
+from loralab.quantization.linear import FrozenLinear
+from loralab.quantization.llm_int8 import LLMInt8, LLMInt8Linear
+
+STATE = "weight.quant_state.bitsandbytes__"
+
+
+def scheme(stored: Mapping[str, Any]) -> str | None:
+    """Which of conf/quantization a config.json's ``quantization_config`` is; None: none that is read."""
+    four, eight = (stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit") for bits in (4, 8))
+    if stored.get("quant_method") not in (None, "bitsandbytes") or bool(four) == bool(eight):
+        return None
+    if eight:
+        return "llm_int8"
+    if stored.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        return None
+    return str(stored.get("bnb_4bit_quant_type", "fp4")) + "_double" * bool(stored.get("bnb_4bit_use_double_quant"))
+
+
+def fits(spec: Quantizer, name: str | None) -> bool:
+    """Whether a run's own scheme is the checkpoint's."""
+    if isinstance(spec, FourBit):
+        return spec.name == name and spec.quant_type in ("nf4", "fp4") and spec.quant_storage == "uint8"
+    return isinstance(spec, LLMInt8) and spec.name == name
+
+
+def restore(spec: Quantizer, layer: nn.Module, name: str, held: Mapping[str, Tensor]) -> FrozenLinear:
+    """The frozen layer in place of ``layer``, whose weight is not read; ``held``: the layer's tensors by what follows
+    its name. Raises ConfigError where they are not of ``spec`` or of the layer's shape."""
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    assert isinstance(weight, Tensor)
+    shape = linear_shape(layer)
+    if isinstance(layer, Conv1D):
+        raise _wrong(name, "is a Conv1D layer, whose quantized weights are not read")
+    dense = torch.empty(shape, dtype=weight.dtype, device="meta")
+    frozen: FrozenLinear
+    if isinstance(spec, FourBit):
+        frozen = FourBitLinear(dense, bias, spec, _four_bit(spec, name, shape, held))
+    else:
+        assert isinstance(spec, LLMInt8)
+        frozen = LLMInt8Linear(dense, bias, spec, _int8(name, shape, held))
+    if not all(bool(one.isfinite().all()) for one in frozen.packed() if one.is_floating_point()):
+        raise _wrong(name, "holds statistics that are nan or infinite")
+    return frozen.train(layer.training)
+
+
+def _four_bit(spec: FourBit, name: str, shape: tuple[int, int], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    key, n = STATE + spec.quant_type, shape[0] * shape[1]
+    if key not in held or "weight.absmax" not in held:
+        raise _wrong(name, f"is not stored as {spec.quant_type}")
+    state = json.loads(bytes(held[key].tolist()))
+    if tuple(state["shape"]) != shape or held["weight"].numel() != -(-n // 2):
+        raise _wrong(name, f"is {tuple(state['shape'])} in the checkpoint and {shape} by its config.json")
+    if state["blocksize"] != spec.block_size:
+        raise ConfigError(
+            f"quantization.block_size={spec.block_size}: {name} is stored in blocks of {state['blocksize']}; valid: "
+            f"quantization.block_size={state['blocksize']}"
+        )
+    _check_table(name, held["weight.quant_map"], spec.quant_type)
+    codes, absmax = held["weight"].view(-1, 1), held["weight.absmax"]
+    if not spec.double_quant:
+        return {"codes": codes, "absmax": absmax.float()}
+    if "weight.nested_absmax" not in held or state["nested_blocksize"] != blockwise.STATISTICS_BLOCK:
+        raise _wrong(name, f"has no double quantization in blocks of {blockwise.STATISTICS_BLOCK}")
+    _check_table(name, held["weight.nested_quant_map"], "dynamic")
+    offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+    return {"codes": codes, "absmax": absmax, "second_absmax": held["weight.nested_absmax"].float(), "offset": offset}
+
+
+def _int8(name: str, shape: tuple[int, int], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if "SCB" not in held or held["weight"].dtype != torch.int8:
+        raise _wrong(name, "is not stored as LLM.int8()")
+    if int(held.get("weight_format", torch.zeros(()))) != 0:
+        raise _wrong(name, "is stored in an order of a card's own; valid: weight_format 0, by rows")
+    if tuple(held["weight"].shape) != shape:
+        raise _wrong(name, f"is {tuple(held['weight'].shape)} in the checkpoint and {shape} by its config.json")
+    return {"codes": held["weight"], "absmax": held["SCB"].float()}
+
+
+def _check_table(name: str, stored: Tensor, wanted: str) -> None:
+    if not torch.equal(stored.float().cpu(), codebooks.table(wanted, torch.device("cpu"))):
+        raise _wrong(name, f"is stored by another code book than {wanted}")
+
+
+def _wrong(name: str, what: str) -> ConfigError:
+    return ConfigError(f"model: {name} {what}; valid: a checkpoint that bitsandbytes quantized, or the dense one")
