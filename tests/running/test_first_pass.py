@@ -213,7 +213,7 @@ def test_out_of_memory_is_no_disagreement(load_base, inputs, monkeypatch, error)
     prefix = Prefix(base.model, [adapter])
     monkeypatch.setattr(prefix, "_leaving", full)
     with pytest.raises(type(error), match="memory"):
-        prefix._differs({}, Pass(1, [("a",)], [3], flat=False))
+        prefix._why_not_narrowed({}, Pass(1, [("a",)], [3], flat=False))
 
 
 def test_another_error_is_disagreement(load_base, inputs, monkeypatch):

@@ -52,17 +52,17 @@ def reached(model: nn.Module, inputs: Mapping[str, Any], scored: slice, first: i
         return []
     try:
         with evaluated(model), torch.inference_mode(False), torch.enable_grad():
-            given = {name: value if hasattr(value, LENGTHS) else value.clone() for name, value in inputs.items()}
-            out = model(**given).logits[first:, scored]
+            own_inputs = {name: value if hasattr(value, LENGTHS) else value.clone() for name, value in inputs.items()}
+            out = model(**own_inputs).logits[first:, scored]
             weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
-            found = torch.autograd.grad((out * weights).sum(), embedded, allow_unused=True) if embedded else []
+            gradients = torch.autograd.grad((out * weights).sum(), embedded, allow_unused=True) if embedded else []
     except (AssertionError, NotImplementedError):  # Reformer has no gradient in evaluation mode
         return []
     finally:
         handle.remove()
-    if any(one.dim() != 3 for one in embedded):
+    if any(embeddings.dim() != 3 for embeddings in embedded):
         return []
-    pairs = zip(embedded, found, strict=True)
+    pairs = zip(embedded, gradients, strict=True)
     return [torch.zeros_like(x[..., 0]) if grad is None else grad.abs().amax(-1) for x, grad in pairs]
 
 
@@ -70,12 +70,14 @@ def check_causal(model: nn.Module) -> None:
     """Raises ConfigError for a base whose logits at a token depend on later ones: trained as a causal language model it
     would be told what it has to predict."""
     ids = _tokens(model, LOOKED_AT)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = reached(model, given, slice(0, LOOKED_AT // 2))
-    if len(found) != 1:
-        later = _far(*(_first_half(model, {**given, "input_ids": one}) for one in (ids, _changed(ids))))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    dependences = reached(model, inputs, slice(0, LOOKED_AT // 2))
+    if len(dependences) != 1:
+        later = _logits_differ(
+            *(_first_half(model, {**inputs, "input_ids": tokens}) for tokens in (ids, _changed(ids)))
+        )
     else:
-        later = bool((found[0][:, LOOKED_AT // 2 :] != 0).any())
+        later = bool((dependences[0][:, LOOKED_AT // 2 :] != 0).any())
     if not later:
         return
     config: Any = model.config
@@ -84,7 +86,7 @@ def check_causal(model: nn.Module) -> None:
     raise ConfigError(
         f"model.task=causal_lm: {type(model).__name__} ({', '.join([f'model_type={config.model_type}', *keys])}) sees "
         "the tokens that come later, so that it would be told what it has to predict; valid: a decoder"
-        f"{''.join(f', {one} in its config' for one in wanted)}, or model.task=sequence_classification"
+        f"{''.join(f', {key} in its config' for key in wanted)}, or model.task=sequence_classification"
     )
 
 
@@ -117,28 +119,30 @@ def _reads_padding(model: nn.Module, long: Mapping[str, Tensor], short: Mapping[
     comes out otherwise than alone."""
     pad = max(0, int(model.config.pad_token_id or 0))  # type: ignore[union-attr,arg-type]
     together = {}
-    for name, own in short.items():
-        behind = (0, long[name].shape[1] - own.shape[1])
-        together[name] = torch.cat([long[name], F.pad(own, behind, value=0 if name == "attention_mask" else pad)])
+    for name, tensor in short.items():
+        behind = (0, long[name].shape[1] - tensor.shape[1])
+        together[name] = torch.cat([long[name], F.pad(tensor, behind, value=0 if name == "attention_mask" else pad)])
     try:
         with evaluated(model), torch.inference_mode(False), torch.no_grad():
             beside, alone = (model(**given).logits for given in (together, short))
-        found = reached(model, together, slice(alone.shape[1] if alone.dim() == 3 else None), 1)
+        dependences = reached(model, together, slice(alone.shape[1] if alone.dim() == 3 else None), 1)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         log.debug("whether padding is read", exc_info=error)
         return False
-    real = {long[name].shape[1]: own.shape[1] for name, own in short.items()}
-    seen = any(bool(one[0].any()) or bool(one[1, real.get(one.shape[1], one.shape[1]) :].any()) for one in found)
-    return seen or _far(beside[1, : alone.shape[1]] if alone.dim() == 3 else beside[1], alone[0])
+    real = {long[name].shape[1]: tensor.shape[1] for name, tensor in short.items()}
+    depends = any(
+        bool(one[0].any()) or bool(one[1, real.get(one.shape[1], one.shape[1]) :].any()) for one in dependences
+    )
+    return depends or _logits_differ(beside[1, : alone.shape[1]] if alone.dim() == 3 else beside[1], alone[0])
 
 
-def _far(one: Tensor, other: Tensor) -> bool:
+def _logits_differ(logits: Tensor, other: Tensor) -> bool:
     """Whether logits differ by more than rounding; bases that read padding differ by 0.3 of their size."""
-    allowed = 1e-3 if one.element_size() >= 4 else 0.1
-    apart = (one.float() - other.float()).abs().max()
-    return not bool(apart <= allowed * other.float().square().mean().sqrt())  # a single logit has no deviation
+    allowed = 1e-3 if logits.element_size() >= 4 else 0.1
+    largest = (logits.float() - other.float()).abs().max()
+    return not bool(largest <= allowed * other.float().square().mean().sqrt())  # a single logit has no deviation
 
 
 def _tokens(model: nn.Module, count: int) -> Tensor:

@@ -143,16 +143,16 @@ class Prefix:
         names = {name for adapter in adapters for name in adapter.module_names if any(self.depths)}
         self._outside = [model.get_submodule(name) for name in names if not name.startswith(within)]
         self._dropout = base_dropout(model) > 0
-        self._suited: dict[tuple[int, bool, bool], bool] = {}
+        self._narrowable: dict[tuple[int, bool, bool], bool] = {}
 
     @contextmanager
     def shared(self, inputs: Mapping[str, Any], batches: Mapping[int, Mapping[str, Any]]) -> Iterator[None]:
         """Within, a call of the model with ``inputs``, the stacked ``batches``, computes no row twice."""
-        found = self._pass(inputs, batches)
-        if found is None or not self._suits(inputs, found):
+        shared_pass = self._pass(inputs, batches)
+        if shared_pass is None or not self._can_be_narrowed(inputs, shared_pass):
             yield
             return
-        with self._narrowed(found, keep=True):
+        with self._narrowed(shared_pass, keep=True):
             yield
 
     def _pass(self, inputs: Mapping[str, Any], batches: Mapping[int, Mapping[str, Any]]) -> Pass | None:
@@ -176,57 +176,65 @@ class Prefix:
         return Pass(depth, keys, lengths, flat, self.states.find(keys))
 
     @contextmanager
-    def _narrowed(self, found: Pass, keep: bool) -> Iterator[None]:
+    def _narrowed(self, shared_pass: Pass, keep: bool) -> Iterator[None]:
         """Replaces what the blocks of the prefix compute; hooks on them go on as ever."""
-        blocks = self.blocks[: found.depth]
+        blocks = self.blocks[: shared_pass.depth]
         for block in blocks:
-            block.forward = partial(self._forward, found, block is blocks[-1], keep, block.forward)
+            block.forward = partial(self._forward, shared_pass, block is blocks[-1], keep, block.forward)
         try:
             yield
         finally:
             for block in blocks:
                 del block.forward
 
-    def _forward(self, found: Pass, last: bool, keep: bool, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, shared_pass: Pass, last: bool, keep: bool, forward: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         computed = None
         with torch.no_grad():
-            if found.missing:
-                computed = forward(*map(found.narrow, args), **{key: found.narrow(one) for key, one in kwargs.items()})
+            if shared_pass.missing:
+                computed = forward(
+                    *map(shared_pass.narrow, args), **{key: shared_pass.narrow(value) for key, value in kwargs.items()}
+                )
             if not last:
                 return hidden if computed is None else computed
             if keep and computed is not None:
-                self._keep(found, computed)
-            return found.widen(computed, hidden)
+                self._keep(shared_pass, computed)
+            return shared_pass.widen(computed, hidden)
 
-    def _keep(self, found: Pass, computed: Tensor) -> None:
+    def _keep(self, shared_pass: Pass, computed: Tensor) -> None:
         # training rows come in ever new paddings: they shall not take the room of a validation, which repeats itself
         limit = self.states.budget // 2 if self.model.training else self.states.budget
         if self.states.bytes < limit:
-            for key, states in found.computed(computed.cpu()).items():
+            for key, states in shared_pass.computed(computed.cpu()).items():
                 self.states.put(key, states, limit)
 
-    def _suits(self, inputs: Mapping[str, Any], found: Pass) -> bool:
+    def _can_be_narrowed(self, inputs: Mapping[str, Any], shared_pass: Pass) -> bool:
         """Compares, at the first pass of a kind, with the plain one: no list of models says which may do this."""
         # where rows could pass for tokens
-        kind = (found.depth, found.flat, len(found.keys) == inputs["input_ids"].shape[1])
-        if kind not in self._suited:
-            why = self._differs(inputs, found)
-            self._suited[kind] = not why
+        kind = (shared_pass.depth, shared_pass.flat, len(shared_pass.keys) == inputs["input_ids"].shape[1])
+        if kind not in self._narrowable:
+            why = self._why_not_narrowed(inputs, shared_pass)
+            self._narrowable[kind] = not why
             log.info(
                 "the frozen blocks below block %d of %d are computed %s",
-                *(found.depth, len(self.blocks), f"for each trial, since {why}" if why else "once for equal rows"),
+                *(
+                    shared_pass.depth,
+                    len(self.blocks),
+                    f"for each trial, since {why}" if why else "once for equal rows",
+                ),
             )
-        return self._suited[kind]
+        return self._narrowable[kind]
 
-    def _differs(self, inputs: Mapping[str, Any], found: Pass) -> str:
+    def _why_not_narrowed(self, inputs: Mapping[str, Any], shared_pass: Pass) -> str:
         """Why this model's prefix cannot be narrowed; empty where it can. Half of the rows are handed on as known."""
         try:
-            plain = found.rows(self._leaving(found.depth, inputs))
-            rows = {key: plain[place].cpu() for key, place in found.first.items()}
+            plain = shared_pass.rows(self._leaving(shared_pass.depth, inputs))
+            rows = {key: plain[place].cpu() for key, place in shared_pass.first.items()}
             known = {key: rows[key] for key in list(rows)[1::2]}
-            with self._narrowed(Pass(found.depth, found.keys, found.lengths, found.flat, known), keep=False):
-                narrowed = found.rows(self._leaving(found.depth, inputs))
+            with self._narrowed(
+                Pass(shared_pass.depth, shared_pass.keys, shared_pass.lengths, shared_pass.flat, known), keep=False
+            ):
+                narrowed = shared_pass.rows(self._leaving(shared_pass.depth, inputs))
             errors = [float((a - b).norm() / b.norm()) for a, b in zip(narrowed, plain, strict=True)]
             return "" if max(errors) <= CLOSE else "its blocks do not treat rows one by one"
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:

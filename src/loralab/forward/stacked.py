@@ -89,16 +89,16 @@ class Forward:
             return self._plain(logits, labels)
         head = frozen_head(self.model, [part.owner for part in slices])
         assert head is not None
-        with bypassed(head) as given, around(inputs):
+        with bypassed(head) as entered, around(inputs):
             hidden = self.model(**inputs).logits
-        if isinstance(hidden, FakeTensor) and hidden is not given[0]:  # _agrees sees it in the values
+        if isinstance(hidden, FakeTensor) and hidden is not entered[0]:  # _losses_match sees it in the values
             raise Unsuited("the base changes its logits, which have to be made then")
-        kept = labels != -100
-        targets = labels[kept]
-        losses, predictions = head_nll(hidden[kept], targets, head)
-        counts = self._counts(kept, len(targets))
+        has_target = labels != -100
+        targets = labels[has_target]
+        losses, predictions = head_nll(hidden[has_target], targets, head)
+        counts = self._counts(has_target, len(targets))
         parts = zip(*(torch.split(x, counts) for x in (losses, predictions, targets)), strict=True)
-        return [(own.sum(), *rest) for own, *rest in parts]
+        return [(trial_losses.sum(), *rest) for trial_losses, *rest in parts]
 
     def _counts(self, kept: Tensor, total: int) -> list[int]:
         """Targets of each share."""
@@ -131,11 +131,11 @@ class Forward:
         changed = prepare(self.model) if unpadded else []
         if isinstance(labels, FakeTensor):
             return ForwardMode(unpadded, fused_cross_entropy)
-        few = _two_rows(inputs)
-        if fused_cross_entropy and not self._hands_on(few):
+        two_rows = _two_rows(inputs)
+        if fused_cross_entropy and not self._logits_are_the_heads(two_rows):
             fused_cross_entropy = False
             log.info("this base is not computed without dense logits: it changes what its head gives")
-        if unpadded and not self._apart(few):
+        if unpadded and not self._rows_are_independent(two_rows):
             unpadded = False
             log.info("this base is not computed without padding: its rows would not be what they are alone")
         fused = ForwardMode(fused_cross_entropy=fused_cross_entropy)
@@ -144,27 +144,29 @@ class Forward:
         for mode in dict.fromkeys(modes):
             if not mode.unpadded:
                 undo(changed)
-            if mode == ForwardMode() or all(self._agrees(mode, inputs, labels, owner) for owner in methods.values()):
+            if mode == ForwardMode() or all(
+                self._losses_match(mode, inputs, labels, owner) for owner in methods.values()
+            ):
                 break
             log.info("this base is not computed %s: its losses would differ", mode)
         return mode
 
-    def _hands_on(self, few: dict[str, Tensor]) -> bool:
+    def _logits_are_the_heads(self, two_rows: dict[str, Tensor]) -> bool:
         """Whether the base's logits are its head's."""
         head = frozen_head(self.model)
         self.hooks.begin_pass(())
         with evaluated(self.model):
-            return head is not None and hands_on(self.model, head, few)
+            return head is not None and hands_on(self.model, head, two_rows)
 
-    def _apart(self, few: dict[str, Tensor]) -> bool:
+    def _rows_are_independent(self, two_rows: dict[str, Tensor]) -> bool:
         """Whether two rows of a flat batch stand at positions of their own and do not see each other."""
         self.hooks.begin_pass(())
-        lengths = lengths_of(few["attention_mask"])
+        lengths = lengths_of(two_rows["attention_mask"])
         try:
-            given, second = flatten(few, lengths), slice(lengths[0], sum(lengths))
-            seen = reached(self.model, given, second)
-            alone = len(seen) == 1 and not bool((seen[0][:, : lengths[0]] != 0).any())
-            return alone and (lengths[1] < 2 or reads_positions(self.model, given, second))
+            flat_inputs, second = flatten(two_rows, lengths), slice(lengths[0], sum(lengths))
+            dependences = reached(self.model, flat_inputs, second)
+            independent = len(dependences) == 1 and not bool((dependences[0][:, : lengths[0]] != 0).any())
+            return independent and (lengths[1] < 2 or reads_positions(self.model, flat_inputs, second))
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -172,25 +174,25 @@ class Forward:
             return False
 
     @torch.no_grad()
-    def _agrees(self, mode: ForwardMode, inputs: dict[str, Tensor], labels: Tensor, owner: nn.Module) -> bool:
+    def _losses_match(self, mode: ForwardMode, inputs: dict[str, Tensor], labels: Tensor, owner: nn.Module) -> bool:
         """On one row, and on itself cut short: padded, they are two rows of unequal lengths. The adapter is moved from
         its start, where most compute nothing."""
         training = self.model.training
         self.model.eval()
         try:
-            few = _two_rows(inputs)
+            two_rows = _two_rows(inputs)
             targets = torch.cat([labels[:1], labels[:1]])
             if self.task == "causal_lm":
-                targets = targets.masked_fill(few["attention_mask"] == 0, -100)
+                targets = targets.masked_fill(two_rows["attention_mask"] == 0, -100)
 
-            def loss(one: ForwardMode) -> float:
-                return float(self._scores(one, few, targets, [BatchSlice(owner, 2)])[0][0])
+            def loss(way: ForwardMode) -> float:
+                return float(self._scores(way, two_rows, targets, [BatchSlice(owner, 2)])[0][0])
 
-            scale, plain = moderate(owner, loss(ForwardMode()), lambda: loss(ForwardMode()))
+            scale, dense = moderate(owner, loss(ForwardMode()), lambda: loss(ForwardMode()))
             with perturbed(owner, scale):
-                other = loss(mode)
+                by_mode = loss(mode)
             allowed = TOLERANCE.get(_computed_in(self.model, labels.device.type), HALF_TOLERANCE)
-            return abs(plain - other) <= allowed * max(1.0, plain)
+            return abs(dense - by_mode) <= allowed * max(1.0, dense)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             if is_out_of_memory(error):  # says nothing of the way, and fewer trials may cure it
                 raise
@@ -208,10 +210,10 @@ def lengths_of(mask: Tensor) -> list[int]:
 
 
 def _two_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    few = {name: torch.cat([value[:1], value[:1]]) for name, value in inputs.items()}
-    length = int(few["attention_mask"][0].sum())
-    few["attention_mask"][1, length - length // 3 :] = 0
-    return few
+    rows = {name: torch.cat([value[:1], value[:1]]) for name, value in inputs.items()}
+    length = int(rows["attention_mask"][0].sum())
+    rows["attention_mask"][1, length - length // 3 :] = 0
+    return rows
 
 
 def _computed_in(model: nn.Module, device: str) -> torch.dtype:

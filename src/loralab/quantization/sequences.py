@@ -27,7 +27,9 @@ class Sequences:
     """The sequences of the pass under way: a hook on the model reads its masks, layers look up what they see."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, ...], list[Place]] = {}  # leading shape of a layer's input -> its sequences
+        self._places_by_shape: dict[
+            tuple[int, ...], list[Place]
+        ] = {}  # leading shape of a layer's input -> its sequences
         self._rows, self._padded = 0, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sequences":
@@ -39,21 +41,21 @@ class Sequences:
         A layer called by itself takes each matrix (s, in) for a sequence. Raises ConfigError where the model has
         folded its batch so that sequences cannot be told apart."""
         shape = tuple(x.shape[:-1])
-        if isinstance(x, FakeTensor) or not self._found:
+        if isinstance(x, FakeTensor) or not self._places_by_shape:
             return _matrices(x)
-        if shape in self._found:
-            return self._found[shape]
-        if not self._apart(shape):
+        if shape in self._places_by_shape:
+            return self._places_by_shape[shape]
+        if not self._are_whole_sequences(shape):
             raise ConfigError(
                 f"quantization: a layer with {x.shape[-1]} inputs sees states of shape {tuple(x.shape)}, in a batch of"
-                f" shapes {[own for own in self._found if len(own) == 2]}, so that the sequences, over which scales of"
-                " activations and outlier columns are taken, cannot be told apart; valid: quantization.threshold=0 with"
+                f" shapes {[known for known in self._places_by_shape if len(known) == 2]}, so that the sequences, over"
+                " which scales of activations and outlier columns are taken, cannot be told apart; valid: quantization.threshold=0 with"
                 " scales per token (granularity vector or row), another scheme, or the layer in"
                 " quantization.skip_modules"
             )
         return _matrices(x)
 
-    def _apart(self, shape: tuple[int, ...]) -> bool:
+    def _are_whole_sequences(self, shape: tuple[int, ...]) -> bool:
         """Whether states of an unknown shape are whole sequences: of a batch without padding, or of no batch at all
         (1, n), such as a table of relative positions."""
         if len(shape) == 1 or self._rows == 1:
@@ -75,27 +77,27 @@ class Sequences:
 
         An encoder and a decoder of one width get one more column of padding before the encoder, so that a layer's
         input says by its shape whose positions it holds."""
-        given = _arguments(model, args, kwargs)
-        self._found, self._padded = {}, False
-        decoder = _first(given, "decoder_input_ids", "decoder_inputs_embeds")
+        arguments = _arguments(model, args, kwargs)
+        self._places_by_shape, self._padded = {}, False
+        decoder = _first(arguments, "decoder_input_ids", "decoder_inputs_embeds")
         if decoder is None or isinstance(decoder, FakeTensor):
-            self._see(given)
+            self._record_input(arguments)
             return None
         changed = None
-        ids = given.get("input_ids")
-        if ids is not None and not args and ids.shape == decoder.shape[:2] and _room(model, ids):
-            mask = given.get("attention_mask")
+        ids = arguments.get("input_ids")
+        if ids is not None and not args and ids.shape == decoder.shape[:2] and _has_free_position(model, ids):
+            mask = arguments.get("attention_mask")
             mask = torch.ones_like(ids) if mask is None else mask
-            longer = {"input_ids": pad(ids, (0, 1)), "attention_mask": pad(mask, (0, 1))}
-            given, changed = {**given, **longer}, (args, {**kwargs, **longer})
-        self._see(given)
-        states = given.get("encoder_outputs")
+            padded = {"input_ids": pad(ids, (0, 1)), "attention_mask": pad(mask, (0, 1))}
+            arguments, changed = {**arguments, **padded}, (args, {**kwargs, **padded})
+        self._record_input(arguments)
+        states = arguments.get("encoder_outputs")
         if ids is None and states is not None:  # what cross attention reads
-            self._add(states[0].shape[:2], given.get("attention_mask"))
+            self._record_shape(states[0].shape[:2], arguments.get("attention_mask"))
         shape = tuple(decoder.shape[:2])
-        before = self._found.get(shape)
-        self._add(shape, _decoder_mask(given, model))
-        if before is not None and str(before) != str(self._found[shape]):
+        before = self._places_by_shape.get(shape)
+        self._record_shape(shape, _decoder_mask(arguments, model))
+        if before is not None and str(before) != str(self._places_by_shape[shape]):
             raise ConfigError(
                 f"quantization: encoder and decoder both have {shape[0]} rows of {shape[1]} positions, padded otherwise"
                 ", so that a layer cannot tell which of them it sees, and scales of activations are taken without"
@@ -105,24 +107,24 @@ class Sequences:
 
     def knows(self, shape: tuple[int, ...]) -> bool:
         """Whether states of this leading shape are taken for those of a stack already."""
-        return shape in self._found
+        return shape in self._places_by_shape
 
     def encode(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of an encoder, which generation calls by itself."""
-        self._see(_arguments(encoder, args, kwargs))
+        self._record_input(_arguments(encoder, args, kwargs))
 
-    def _see(self, given: Mapping[str, Any]) -> None:
-        ids = _first(given, "input_ids", "inputs_embeds")
+    def _record_input(self, arguments: Mapping[str, Any]) -> None:
+        ids = _first(arguments, "input_ids", "inputs_embeds")
         if ids is not None and not isinstance(ids, FakeTensor):
-            self._add(ids.shape[:2], given.get("attention_mask"))
+            self._record_shape(ids.shape[:2], arguments.get("attention_mask"))
 
-    def _add(self, shape: Sequence[int], mask: Any) -> None:
+    def _record_shape(self, shape: Sequence[int], mask: Any) -> None:
         """Sequences of (rows, T) positions; a mask may reach further back than these (a cache)."""
         rows, width = shape
         lengths = getattr(mask, "loralab_lengths", None)
         if lengths is not None:
             ends = list(accumulate(lengths))
-            places: list[Place] = [slice(end - own, end) for own, end in zip(lengths, ends, strict=True)]
+            places: list[Place] = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
         elif isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows and mask.shape[1] >= width:
             places = _places(mask[:, mask.shape[1] - width :])
             self._padded |= not bool(mask.all())
@@ -130,8 +132,8 @@ class Sequences:
             places = [slice(row * width, (row + 1) * width) for row in range(rows)]
         self._rows = len(places)
         one_each: list[Place] = [slice(row, row + 1) for row in range(rows)]
-        self._found.update({(rows,): one_each, (rows * width,): places, (1, rows * width): places})
-        self._found[rows, width] = places
+        self._places_by_shape.update({(rows,): one_each, (rows * width,): places, (1, rows * width): places})
+        self._places_by_shape[rows, width] = places
 
 
 def watch(model: nn.Module) -> Sequences:
@@ -201,7 +203,7 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return {**named, **kwargs}
 
 
-def _room(model: nn.Module, ids: Tensor) -> bool:
+def _has_free_position(model: nn.Module, ids: Tensor) -> bool:
     """Whether the encoder has a position more than these."""
     return ids.shape[1] < (getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + 1)  # type: ignore[union-attr,arg-type]
 
