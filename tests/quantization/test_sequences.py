@@ -118,7 +118,7 @@ def test_each_sequence_has_a_scale_of_its_own_and_padding_none():
     x[0] *= 10.0
     x[2, 3:] = 1000.0
     layer = SCHEMES["absmax"].convert(linear)
-    layer.sequences._add((3, 5), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]))
+    layer.sequences._record_shape((3, 5), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]))
     y = layer(x)
     weight = layer.dense(torch.float32)
     for row, length in ((0, 5), (1, 4), (2, 3)):
@@ -143,13 +143,13 @@ def test_each_sequence_has_a_scale_of_its_own_and_padding_none():
 )
 def test_places(shape, mask, x, places):
     found = Sequences()
-    found._add(shape, torch.tensor(mask) if isinstance(mask, list) else mask)
+    found._record_shape(shape, torch.tensor(mask) if isinstance(mask, list) else mask)
     assert found.of(torch.zeros(*x, 3)) == [slice(*place) for place in places]
 
 
 def test_a_hole_in_a_mask_is_padding():
     found = Sequences()
-    found._add((1, 4), torch.tensor([[1, 0, 1, 1]]))
+    found._record_shape((1, 4), torch.tensor([[1, 0, 1, 1]]))
     assert found.of(torch.zeros(1, 4, 3))[0].tolist() == [0, 2, 3]
 
 
@@ -161,7 +161,7 @@ def test_a_layer_by_itself_takes_each_matrix_for_a_sequence():
 @pytest.mark.parametrize("x", [(5,), (2, 3), (4, 2)])
 def test_a_folded_batch_is_refused_by_its_shapes(x):
     found = Sequences()
-    found._add((2, 4), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]))
+    found._record_shape((2, 4), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]))
     with pytest.raises(ConfigError, match=r"sequences.* cannot be told apart; valid: quantization.threshold=0"):
         found.of(torch.zeros(*x, 3))
 

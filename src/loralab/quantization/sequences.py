@@ -49,9 +49,9 @@ class Sequences:
             raise ConfigError(
                 f"quantization: a layer with {x.shape[-1]} inputs sees states of shape {tuple(x.shape)}, in a batch of"
                 f" shapes {[known for known in self._places_by_shape if len(known) == 2]}, so that the sequences, over"
-                " which scales of activations and outlier columns are taken, cannot be told apart; valid: quantization.threshold=0 with"
-                " scales per token (granularity vector or row), another scheme, or the layer in"
-                " quantization.skip_modules"
+                " which scales of activations and outlier columns are taken, cannot be told apart; valid:"
+                " quantization.threshold=0 with scales per token (granularity vector or row), another scheme, or the"
+                " layer in quantization.skip_modules"
             )
         return _matrices(x)
 
