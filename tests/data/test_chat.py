@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers import normalizers
 
 from loralab.config.build import build
 from loralab.config.compose import compose, plain
@@ -163,6 +164,17 @@ def test_what_a_template_cannot_write_is_refused(read, template, messages, messa
     splits = read([{"messages": messages}])
     with pytest.raises(DataError, match=message):
         encode(splits, tokenizer(template), "causal_lm", 512)
+
+
+def test_a_mask_that_runs_on_into_the_users_turns_is_refused(read):
+    """transformers' does where a turn's last letter has no token; a turn found by its prefix ends where it ends."""
+    kept, lossy = tokenizer(PLAIN), tokenizer(TAGGED)
+    for one in (kept, lossy):
+        one.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
+    splits = read([{"messages": LONG}])
+    assert learnt(kept, encode(splits, kept, "causal_lm", 512).train[0]) == ["uno<|end|>", "dos<|end|>", "tres<|end|>"]
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: .* tags mark 1 stretches of tokens, .* 3 turns"):
+        encode(splits, lossy, "causal_lm", 512)
 
 
 def test_other_tasks_and_generated_rows_are_refused(read):

@@ -1,7 +1,5 @@
 """Checkpoints that bitsandbytes quantized: the same bytes, and its own dequantization's values."""
 
-import logging
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,9 +8,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from loralab.errors import ConfigError
 from loralab.models import loading, pretrained
 from loralab.quantization.four_bit import FourBit
+from loralab.quantization.kernels import import_bitsandbytes
 from loralab.quantization.llm_int8 import LLMInt8
 from loralab.quantization.none import NoQuantization
 
+import_bitsandbytes()
 functional = pytest.importorskip("bitsandbytes.functional")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
 SCHEMES = {
@@ -29,7 +29,6 @@ SCHEMES = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """{scheme: (folder, the model as bitsandbytes has it)}."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=258, num_hidden_layers=2, **SIZES)).save_pretrained(folder / "dense")

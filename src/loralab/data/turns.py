@@ -65,7 +65,16 @@ class Turns:
 
     def _tagged(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
         made = self._rendered(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]]
+        mask = [bool(one) for one in made["assistant_masks"]]
+        turns = sum(one["role"] == "assistant" for one in messages)
+        stretches = sum(own and not before for before, own in zip([False, *mask], mask, strict=False))
+        # where the tokenizer has no token for a turn's last letter, transformers' mask runs on to the end of the row
+        if stretches < turns:
+            raise DataError(
+                f"{where}: the template's generation tags mark {stretches} stretches of tokens, and the assistant has "
+                f"{turns} turns; valid: tags that end with a letter that the tokenizer keeps"
+            )
+        return list(made["input_ids"]), mask
 
     def _grown(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
         whole = self._rendered(messages, where, tokenize=False)

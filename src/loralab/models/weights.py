@@ -204,7 +204,7 @@ def lacks_pooler(model: nn.Module, path: str) -> set[str]:
 
 def check_files(what: str, path: str, quantized: bool = False) -> bool:
     """False where no file is here yet. Raises ConfigError where one cannot be read, or holds a weight in integers:
-    codes of a scheme that config.json does not name, read as numbers (``quantized``: it does)"""
+    codes that transformers would take for numbers, unless config.json names their scheme (``quantized``)."""
     from transformers.modeling_utils import load_state_dict
 
     files = weight_files(path)
