@@ -127,7 +127,7 @@ def _default(one):
 def test_a_changed_default_raises_the_schema():
     """Ids say what differs from the defaults, so an id under other defaults would mean another trial.
 
-    New keys may be added freely. After a change of a default raise record.SCHEMA, then: python tests/config/test_identity.py
+    New keys may be added freely. After a change of a default raise record.SCHEMA and run this file with python.
     """
     known, now = json.loads(KNOWN.read_text()), defaults()
     changed = [
