@@ -326,3 +326,32 @@ def write_runs(tmp_path):
         return tmp_path
 
     return write
+
+
+PAPER = {
+    "table": "table 2 of a paper",
+    "metric": "perplexity",
+    "columns": ["mean"],
+    "published": {"none": [20.0], "int8_absmax": [29.48], "nf4_double": [31.07]},
+}
+
+
+@pytest.fixture
+def paper(tmp_path, synthetic, write):
+    """A sweep over quantization with ``losses`` {scheme: by seed} and ``claims``."""
+
+    def build(losses, claims, change=lambda stored_trial: None):
+        trials = []
+        for scheme, values in losses.items():
+            for seed, loss in enumerate(values):
+                stored_trial = {**synthetic(scheme, 2, seed), "metrics": {"val/loss": loss}}
+                change(stored_trial)
+                write(tmp_path / stored_trial["trial"], stored_trial)
+                trials.append({"trial": stored_trial["trial"], "folder": stored_trial["trial"]})
+        axes = {"quantization": list(losses), "seed": [0, 1, 2]}
+        record.write_sweep(
+            tmp_path, {"name": "p", "axes": axes, "trials": trials, "paper": {**PAPER, "claims": claims}}
+        )
+        return tmp_path
+
+    return build

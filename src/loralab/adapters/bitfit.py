@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta, Saved, freeze, modules_to_save, save_modules
+from loralab.adapters.targets import within
 from loralab.errors import ConfigError
 from loralab.spec import spec
 
@@ -26,7 +27,7 @@ class BitFit(AdapterSpec):
         freeze(model)
         adapter = self.makes(model, self)
         saved = modules_to_save(model, self.modules_to_save)
-        own = {name: bias for name, bias in biases(model).items() if not _within(name, saved)}
+        own = {name: bias for name, bias in biases(model).items() if not within(name, saved)}
         if saved and not own:
             raise ConfigError(
                 f"adapter=bitfit: {type(model).__name__} has no biases, so {', '.join(saved)} alone would train, which "
@@ -55,15 +56,11 @@ def biases(model: nn.Module) -> dict[str, Tensor]:
     return {name: bias for name, bias in own.items() if bias is not None and bias.dim() == 1}
 
 
-def _within(name: str, modules: list[str]) -> bool:
-    return any(f"{name}.".startswith(f"{one}.") for one in modules)
-
-
 def _name_unreachable(model: nn.Module, adapter: Adapter) -> None:
     """Warns of biases that a model adds by itself, where no layer's output shows them."""
     trained = {id(bias) for bias in biases(model).values()}
     given = [(name, one) for name, one in model.named_parameters() if name.endswith("bias")]
-    left = [name for name, one in given if id(one) not in trained and not _within(name, adapter.module_names)]
+    left = [name for name, one in given if id(one) not in trained and not within(name, adapter.module_names)]
     if left:
         log.warning(
             "adapter=bitfit leaves %d biases as they are, since no layer adds them to its output: %s",

@@ -10,12 +10,10 @@ the base's dropout, its residual and its norm.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import MinLen
-from pydantic import Strict
 from torch import Tensor, nn
 
 from loralab.adapters.base import (
@@ -32,11 +30,10 @@ from loralab.adapters.base import (
 from loralab.adapters.dropout import keyed_dropout, length_of
 from loralab.adapters.grouped import Given, by_part
 from loralab.adapters.projections import projections
+from loralab.adapters.targets import TargetsOrNull
 from loralab.quantization.base import linear_shape
 from loralab.spec import Count, Share, spec
 
-Names = Annotated[list[str], MinLen(1)]
-Pattern = Annotated[str, Strict(), MinLen(1)]
 NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -58,7 +55,7 @@ class Bottleneck(AdapterSpec):
     bottleneck_size: Count = 64
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     dropout: Share = 0.0
-    target_modules: Annotated[Names | Pattern | None, "null, a list of names or a regular expression"] = None
+    target_modules: TargetsOrNull = None
     modules_to_save: Saved = None
 
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:

@@ -24,6 +24,7 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
+from loralab.adapters.seeded import SeededAdapter
 from loralab.adapters.targets import Targets
 from loralab.errors import ConfigError
 from loralab.quantization.base import linear_shape
@@ -70,17 +71,12 @@ class Intrinsic(AdapterSpec):
         return self.dimension - scales
 
 
-class IntrinsicAdapter(Adapter):
-    """Owns ``theta`` (coordinates,), which the deltas of all layers project, and the ``seed`` that P is drawn from: a
-    state of another seed brings its own P."""
-
-    seed: Tensor
+class IntrinsicAdapter(SeededAdapter):
+    """Owns ``theta`` (coordinates,), which the deltas of all layers project; draws P from its seed."""
 
     def __init__(self, model: nn.Module, spec: AdapterSpec, coordinates: int, seed: int) -> None:
-        super().__init__(model, spec)
+        super().__init__(model, spec, seed)
         self.theta = nn.Parameter(torch.zeros(coordinates, device=next(model.parameters()).device))
-        self.register_buffer("seed", torch.tensor(seed, device="cpu"))
-        self.register_load_state_dict_post_hook(lambda adapter, _: adapter.draw())  # type: ignore[attr-defined, no-untyped-call]
 
     def draw(self) -> None:
         """Draws P of every layer from ``seed``."""

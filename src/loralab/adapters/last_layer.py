@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter, AdapterSpec, Saved, SavedModule, freeze, modules_to_save, save_modules
 from loralab.adapters.blocks import last_stack
+from loralab.adapters.targets import within
 from loralab.errors import ConfigError
 from loralab.quantization.base import is_frozen, is_linear
 from loralab.spec import Count, spec
@@ -37,7 +38,7 @@ class LastLayer(AdapterSpec):
         adapter = self.makes(model, self)
         saved = modules_to_save(model, self.modules_to_save)
         for name in trained_leaves(model, self.layers):
-            if not any(f"{name}.".startswith(f"{one}.") for one in saved):
+            if not within(name, saved):
                 adapter.add(name, LeafCopy(model.get_submodule(name)))
         save_modules(adapter, model, self.modules_to_save, seed)
         return adapter

@@ -30,7 +30,7 @@ from loralab.adapters.dropout import length_of
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.fused import Part, lora_update
 from loralab.adapters.grouped import Given
-from loralab.adapters.targets import Excluded, Indexes, Targets, of_blocks, without_excluded
+from loralab.adapters.targets import Indexes, Targets, TargetsOrNull, of_blocks, within, without_excluded
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.quantization.base import dense_weight, linear_shape
 from loralab.spec import Positive, Share, Whole, spec
@@ -60,7 +60,7 @@ class LoRA(AdapterSpec):
     use_dora: bool = False  # a trained length for each row of W + B A (arXiv:2402.09353)
     # of A: loralib's and PEFT's; the paper's (4.1); with B, such that B A = 0 up to rounding
     init_lora_weights: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
-    exclude_modules: Excluded = None
+    exclude_modules: TargetsOrNull = None
     layers_to_transform: Indexes = None
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: Saved = None
@@ -143,7 +143,7 @@ class LoRA(AdapterSpec):
             return
         candidates = names if self.bias == "lora_only" else [name for name, _ in model.named_modules()]
         whole = [name for name, _ in adapter.saved_modules()]  # a copy is computed in their place, biases and all
-        outside = [name for name in candidates if not any(f"{name}.".startswith(f"{one}.") for one in whole)]
+        outside = [name for name in candidates if not within(name, whole)]
         biases = {name: getattr(model.get_submodule(name), "bias", None) for name in outside}
         for name, bias in biases.items():
             if isinstance(bias, Tensor):

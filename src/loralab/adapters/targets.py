@@ -1,6 +1,7 @@
 """Fewer layers than ``target_modules`` names, by PEFT's rules: some excluded, some blocks alone."""
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from annotated_types import MinLen
@@ -13,13 +14,15 @@ from loralab.spec import Natural
 Names = Annotated[list[str], MinLen(1)]
 NamePattern = Annotated[str, Strict(), MinLen(1)]
 Targets = Annotated[Names | NamePattern, "all-linear, a list of names or a regular expression"]
-Excluded = Annotated[
-    Names | NamePattern | None,
-    "null, a list of names or a regular expression",
-]
+TargetsOrNull = Annotated[Names | NamePattern | None, "null, a list of names or a regular expression"]
 Indexes = Annotated[
     Annotated[list[Natural], MinLen(1)] | Natural | None, "null, the number of a block or a list of them"
 ]
+
+
+def within(name: str, modules: Iterable[str]) -> bool:
+    """Whether the layer ``name`` is one of ``modules``, or lies in one of them."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def without_excluded(names: list[str], exclude_modules: Any) -> list[str]:

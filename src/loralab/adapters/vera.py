@@ -18,6 +18,7 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
+from loralab.adapters.seeded import SeededAdapter
 from loralab.adapters.targets import Targets
 from loralab.quantization.base import linear_shape
 from loralab.spec import Count, Positive, spec
@@ -54,15 +55,8 @@ class VeRA(AdapterSpec):
         return adapter
 
 
-class VeRAAdapter(Adapter):
-    """Keeps the ``seed`` that A and B are drawn from in their place: a state of another seed brings its own."""
-
-    seed: Tensor
-
-    def __init__(self, model: nn.Module, spec: AdapterSpec, seed: int) -> None:
-        super().__init__(model, spec)
-        self.register_buffer("seed", torch.tensor(seed, device="cpu"))
-        self.register_load_state_dict_post_hook(lambda adapter, _: adapter.draw())  # type: ignore[attr-defined, no-untyped-call]
+class VeRAAdapter(SeededAdapter):
+    """Draws A and B from its seed."""
 
     def draw(self) -> None:
         """Draws A and B of every shape from ``seed``."""

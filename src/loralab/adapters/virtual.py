@@ -19,6 +19,7 @@ from loralab.adapters import peft
 from loralab.adapters.base import Adapter, AdapterSpec
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.hooks import AdapterHooks, Hook, NotPackable
+from loralab.adapters.targets import within
 from loralab.errors import ArtifactError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -198,9 +199,7 @@ class VirtualAdapter(Adapter):
         if peft.task_type(model) != "SEQ_CLS":
             return {}
         found = {name: head for name, head in model.named_modules() if name.endswith(peft.HEADS)}
-        return {
-            name: head for name, head in found.items() if not any(f"{name}.".startswith(f"{one}.") for one in trained)
-        }
+        return {name: head for name, head in found.items() if not within(name, trained)}
 
 
 def head_key(name: str, key: str) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from loralab.data.base import SPLITS, DataSpec, Row, Splits, make_splits
+from loralab.data.base import DataSpec, Row, Splits, make_splits
 from loralab.data.fields import BadRow, Number, field_of, text_of, typename
-from loralab.data.files import READERS, file_format
+from loralab.data.files import READERS, file_format, split_paths
 from loralab.data.rows import Record, judge, refuse_identical, split_off, warn_of_overlap
 from loralab.errors import ConfigError, DataError, nearest
 from loralab.records import fingerprints
@@ -48,15 +48,14 @@ class Chat(DataSpec):
             )
 
     def source(self) -> str | None:
-        paths = [Path(value).expanduser() for split in SPLITS if (value := getattr(self, split))]
-        return fingerprints.of_files(paths)
+        return fingerprints.of_files(list(split_paths(self).values()))
 
     def splits(self) -> Splits:
         if not self.train:
             raise ConfigError(
                 "data.train is missing: the path of a file of conversations (.jsonl, .gz of one, .parquet)"
             )
-        paths = {split: Path(value).expanduser() for split in SPLITS if (value := getattr(self, split))}
+        paths = split_paths(self)
         read = {split: self._rows(split, path) for split, path in paths.items()}
         rows, skipped = {split: part for split, (part, _) in read.items()}, sum(bad for _, bad in read.values())
         refuse_identical(paths["train"].name, rows["train"], "chat")

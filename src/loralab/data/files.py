@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loralab.data.base import SPLITS, Row, Splits, make_splits
+from loralab.data.base import SPLITS, DataSpec, Row, Splits, make_splits
 from loralab.data.fields import Number
 from loralab.data.parquet import parquet_records
 from loralab.data.rows import VALIDATION_SHARE, Record, RowSpec
@@ -25,6 +25,11 @@ UNCLOSED = "unexpected end of data"  # csv's word for a quote that is
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
+def split_paths(spec: DataSpec) -> dict[str, Path]:
+    """{split: its file} of those that ``train``, ``validation`` and ``test`` name."""
+    return {split: Path(value).expanduser() for split in SPLITS if (value := getattr(spec, split))}
+
+
 @spec("data")
 class Files(RowSpec):
     """Paths are relative to the folder the command was started in."""
@@ -34,15 +39,14 @@ class Files(RowSpec):
     test: str | None = None
 
     def source(self) -> str | None:
-        paths = [Path(value).expanduser() for split in SPLITS if (value := getattr(self, split))]
-        return fingerprints.of_files(paths)
+        return fingerprints.of_files(list(split_paths(self).values()))
 
     def splits(self) -> Splits:
         if not self.train:
             raise ConfigError(
                 "data.train is missing: the path of a .jsonl, .csv or .txt file (or .gz of one), or .parquet"
             )
-        paths = {split: Path(value).expanduser() for split in SPLITS if (value := getattr(self, split))}
+        paths = split_paths(self)
         formats = {split: file_format(path, f"data.{split}") for split, path in paths.items()}
         name = paths["train"].name
         if ".txt" not in formats.values():
