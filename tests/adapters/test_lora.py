@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import RobertaConfig, RobertaForCausalLM
 
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA, LoRADelta
@@ -158,3 +160,14 @@ def test_one_module_to_save_needs_no_list(load_base):
 def test_values_out_of_range_are_refused_with_their_key(changes, says):
     with pytest.raises(ConfigError, match=says):
         LoRA(**changes)
+
+
+def test_a_bias_that_a_head_keeps_under_two_names_is_trained_once():
+    """RoBERTa's decoder: PEFT trains as many biases, and counts as many parameters."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=50, max_position_embeddings=40, is_decoder=True, **sizes)
+    targets = ["query", "value"]
+    ours = LoRA(r=2, bias="all", target_modules=targets).attach(RobertaForCausalLM(config))
+    theirs = get_peft_model(RobertaForCausalLM(config), LoraConfig(r=2, bias="all", target_modules=targets))
+    assert ours.trainable_parameters() == theirs.get_nb_trainable_parameters()[0]
+    assert "lm_head.decoder" in dict(ours.adapted())

@@ -175,6 +175,26 @@ class BiasDelta(nn.Module):
         return by_part(y, slices, lambda own, delta, key: delta(own, own, key))
 
 
+class ChannelBiasDelta(BiasDelta):
+    """The same of a convolution, whose output is (rows, out, positions)."""
+
+    def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
+        return y + self.bias_delta.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+
+
+def biases(model: nn.Module) -> dict[str, Tensor]:
+    """{layer: its bias} of the layers that add it to what they give: those without parts, since BERT's head also keeps
+    its decoder's bias under a name of its own."""
+    leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
+    own = {name: module._parameters.get("bias") for name, module in leaves.items()}
+    return {name: bias for name, bias in own.items() if bias is not None and bias.dim() == 1}
+
+
+def bias_delta(layer: nn.Module, bias: Tensor) -> BiasDelta:
+    """What trains ``bias``, the one that ``layer`` adds to its output."""
+    return ChannelBiasDelta(bias) if isinstance(layer, nn.modules.conv._ConvNd) else BiasDelta(bias)
+
+
 def freeze(model: nn.Module) -> None:
     """No parameter of the base receives a gradient."""
     for parameter in model.parameters():

@@ -3,9 +3,9 @@
 import logging
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta, Saved, freeze, modules_to_save, save_modules
+from loralab.adapters.base import Adapter, AdapterSpec, Saved, bias_delta, biases, freeze, modules_to_save, save_modules
 from loralab.adapters.targets import within
 from loralab.errors import ConfigError
 from loralab.spec import spec
@@ -34,26 +34,10 @@ class BitFit(AdapterSpec):
                 "is no BitFit; valid: a base that has biases, or another adapter"
             )
         for name, bias in own.items():
-            convolves = isinstance(model.get_submodule(name), nn.modules.conv._ConvNd)
-            adapter.add(name, ChannelBiasDelta(bias) if convolves else BiasDelta(bias))
+            adapter.add(name, bias_delta(model.get_submodule(name), bias))
         save_modules(adapter, model, self.modules_to_save, seed)
         _name_unreachable(model, adapter)
         return adapter
-
-
-class ChannelBiasDelta(BiasDelta):
-    """The same of a convolution, whose output is (rows, out, positions)."""
-
-    def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
-        return y + self.bias_delta.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
-
-
-def biases(model: nn.Module) -> dict[str, Tensor]:
-    """{layer: its bias} of the layers that add it to what they give: those without parts, since BERT's head also keeps
-    its decoder's bias under a name of its own."""
-    leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
-    own = {name: module._parameters.get("bias") for name, module in leaves.items()}
-    return {name: bias for name, bias in own.items() if bias is not None and bias.dim() == 1}
 
 
 def _name_unreachable(model: nn.Module, adapter: Adapter) -> None:

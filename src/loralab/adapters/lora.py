@@ -18,7 +18,10 @@ from loralab.adapters.base import (
     Adapter,
     AdapterSpec,
     BiasDelta,
+    ChannelBiasDelta,
     Saved,
+    bias_delta,
+    biases,
     freeze,
     generator_for,
     match_targets,
@@ -141,14 +144,12 @@ class LoRA(AdapterSpec):
     def _train_biases(self, model: nn.Module, adapter: Adapter, names: list[str]) -> None:
         if self.bias == "none":
             return
-        candidates = names if self.bias == "lora_only" else [name for name, _ in model.named_modules()]
         whole = [name for name, _ in adapter.saved_modules()]  # a copy is computed in their place, biases and all
-        outside = [name for name in candidates if not within(name, whole)]
-        biases = {name: getattr(model.get_submodule(name), "bias", None) for name in outside}
-        for name, bias in biases.items():
-            if isinstance(bias, Tensor):
-                adapter.add(name, BiasDelta(bias))
-        if not any(isinstance(bias, Tensor) for bias in biases.values()):
+        chosen = {name: bias for name, bias in biases(model).items() if self.bias == "all" or name in names}
+        trained = {name: bias for name, bias in chosen.items() if not within(name, whole)}
+        for name, bias in trained.items():
+            adapter.add(name, bias_delta(model.get_submodule(name), bias))
+        if not trained:
             log.warning("adapter.bias=%s has no effect: none of these layers of the base has a bias", self.bias)
 
 
@@ -260,7 +261,9 @@ class LoRAAdapter(Adapter):
             return f"what {type(self.lora).__name__} changes in LoRA"
         given = [(name, type(delta)) for name, delta in self.adapted()]
         strange = [
-            f"{kind.__name__} of {name}" for name, kind in given if kind not in (LoRADelta, DoRADelta, BiasDelta)
+            f"{kind.__name__} of {name}"
+            for name, kind in given
+            if kind not in (LoRADelta, DoRADelta, BiasDelta, ChannelBiasDelta)
         ]
         strange += [f"the second {kind.__name__} of {name}" for (name, kind), n in Counter(given).items() if n > 1]
         strange += [name for name, _ in self.named_parameters() if not name.startswith(("deltas.", "saved."))]
