@@ -17,7 +17,7 @@ def probed_anew():
 @pytest.fixture
 def choose(monkeypatch):
     def to(name):
-        monkeypatch.setattr(gemm, "chosen", lambda: name)
+        monkeypatch.setattr(gemm, "product_library", lambda: name)
 
     return to
 
