@@ -320,3 +320,13 @@ def test_a_fault_of_our_own_in_a_trial_says_where_with_debug_and_how_to_see_it_w
     assert "a fault in training_step" in shown
     assert ("in broken" in shown) == bool(flags)
     assert (main.OWN_FAULT in shown) != bool(flags)
+
+
+@pytest.mark.parametrize("word", ["adapter.r=-1", "optimizer.lr=-1"])
+def test_a_wrong_value_is_refused_without_transformers(word, tmp_path):
+    code = (
+        "import sys; from loralab.cli import main; code = main.run(sys.argv[1:]);"
+        "print(code, {'transformers', 'lightning'} & set(sys.modules))"
+    )
+    called = [sys.executable, "-c", code, "train", word]
+    assert subprocess.run(called, cwd=tmp_path, capture_output=True, text=True).stdout == "2 set()\n"

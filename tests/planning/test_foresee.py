@@ -8,11 +8,14 @@ from dataclasses import replace
 import pytest
 
 from loralab.cli import main
+from loralab.data.passes import Fed, Pass
 from loralab.errors import OutOfMemory
 from loralab.memory.budget import PlanSpec
-from loralab.planning import foresee
+from loralab.memory.phases import PhaseMemory
+from loralab.planning import foresee, kept
 from loralab.planning.foresee import Foresight
-from loralab.planning.plan import GIB
+from loralab.planning.plan import GIB, predict_step
+from loralab.planning.trace import Geometry
 from loralab.records import record
 from loralab.running.inputs import encoded_data
 from loralab.running.runner import Runner
@@ -27,11 +30,24 @@ def trial(make_spec):
     return spec, [encoded_data(spec.data, spec.model, spec.model.load_tokenizer(), "cpu")]
 
 
-def test_a_pack_is_traced_once(trial, monkeypatch):
-    spec, data = trial
-    calls = []
-    real = foresee.predict_step
+@pytest.fixture(autouse=True)
+def plans(tmp_path, monkeypatch):
+    """The folder of the cached plans; nothing is known of an earlier process or test."""
+    monkeypatch.setenv("LORALAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "_known", {})
+    return tmp_path / "cache" / "plans"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """One entry for each step that is traced."""
+    calls, real = [], foresee.predict_step
     monkeypatch.setattr(foresee, "predict_step", lambda *a, **k: calls.append(1) or real(*a, **k))
+    return calls
+
+
+def test_a_pack_is_traced_once(trial, calls):
+    spec, data = trial
     foresight = Foresight()
     plans = [foresight.check([spec], data, "cpu") for _ in range(3)]
     assert len(calls) == 1
@@ -103,3 +119,57 @@ def test_a_pass_is_told_in_one_unit(peak, unit, message):
     sentence = foresee.sentence(1, plan)
     assert sentence.startswith(f"largest pass (1 trial): predicted peak {message}")
     assert ("MiB" in sentence) != ("GiB" in sentence)
+
+
+def _geometry(fed, **changes):
+    return Geometry((Pass(3, (fed,)),), False, Pass(1, (Fed((9, 20), (9, 20), 8),)), **changes)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "t5", "distilbert"])
+def test_a_step_in_the_mode_that_a_trace_chose_needs_that_trace_alone(make_spec, calls, family):
+    spec = make_spec(family=family)
+    geometry = _geometry(Fed((32, 20), (1, 1) if family == "distilbert" else (32, 20), 2))
+    foresight = Foresight()
+    chosen = foresight.of([spec], geometry)
+    measured = replace(geometry, mode=chosen.mode)
+    assert foresight.of([spec], measured) is chosen
+    assert len(calls) == 1
+    assert predict_step([spec], measured) == chosen  # what a trace of its own says
+
+
+def test_a_run_traces_the_step_that_it_predicts_and_measures_once(make_spec, calls):
+    spec = make_spec(kind="ragged", plan=PlanSpec(), callbacks={"phases": PhaseMemory})
+    (done,) = Runner().run([spec])
+    assert len(calls) == 1
+    assert done["memory"]["predicted_peak_bytes"] > 0
+
+
+def test_the_next_process_reads_the_plan_and_traces_what_differs(trial, calls, monkeypatch):
+    spec, _ = trial
+    geometry = _geometry(Fed((32, 20), (32, 20), 30))
+    plan = Foresight().of([spec], geometry)
+    monkeypatch.setattr(kept, "_known", {})  # as a new process begins
+    assert Foresight().of([replace(spec, seed=5, optimizer=replace(spec.optimizer, lr=1e-5))], geometry) == plan
+    assert len(calls) == 1
+    others = [
+        replace(spec, adapter=replace(spec.adapter, r=5)),
+        replace(spec, trainer=replace(spec.trainer, gradient_clip_val=None)),
+        replace(spec, optimizer=replace(spec.optimizer, lr_ratio=4.0)),
+        replace(spec, optimizer=replace(spec.optimizer, flat=True)),
+        replace(spec, model=replace(spec.model, config={**spec.model.config, "hidden_size": 32})),
+    ]
+    for number, other in enumerate(others):
+        Foresight().of([other], geometry)
+        assert len(calls) == number + 2
+    Foresight().of([spec], replace(geometry, first=True))
+    assert len(calls) == len(others) + 2
+
+
+def test_a_damaged_plan_is_traced_again(trial, calls, plans, monkeypatch):
+    geometry = _geometry(Fed((32, 20), (32, 20), 30))
+    plan = Foresight().of([trial[0]], geometry)
+    (stored,) = plans.iterdir()
+    stored.write_text(stored.read_text().replace("predicted_peak_bytes", "predicted_bytes"))
+    monkeypatch.setattr(kept, "_known", {})
+    assert Foresight().of([trial[0]], geometry) == plan
+    assert len(calls) == 2

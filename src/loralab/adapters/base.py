@@ -11,7 +11,6 @@ import torch
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
-from loralab.adapters.copies import trainable_copy
 from loralab.adapters.files import WEIGHTS, read_state, write_state
 from loralab.adapters.grouped import Given, by_part
 from loralab.adapters.hooks import AdapterHooks, mix
@@ -151,6 +150,8 @@ class SavedModule(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        from loralab.adapters.copies import trainable_copy  # needs transformers, which a wrong setting does not
+
         self.module = trainable_copy(module)
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:

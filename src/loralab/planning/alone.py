@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loralab.adapters.hooks import AdapterHooks
 from loralab.adapters.lora import LoRA
 from loralab.optim.optimizers import TORCH
 from loralab.planning.kept import kept
 from loralab.planning.plan import LONG, predict_step
-from loralab.planning.sizes import homogeneous_layers
+from loralab.planning.sizes import homogeneous_layers, skeleton
 from loralab.planning.trace import Geometry, trace
 from loralab.training.specs import TrialSpec
 
@@ -27,12 +28,12 @@ Line = tuple[float, float]  # bytes at r: slope, intercept
 
 def peak(spec: TrialSpec, geometry: Geometry) -> int:
     """Peak bytes. Trials that differ only in learning rate, seed or rank share traces, also across processes."""
-    key, on_disk = identity(spec), _is_loralabs(spec)
+    key, on_disk = identity(spec), is_loralabs(spec)
     if not _is_linear_in_rank(spec):
-        plain = (key, _with_class(spec.adapter), geometry)
+        plain = (key, with_class(spec.adapter), geometry)
         return int(kept(plain, lambda: predict_step([spec], geometry).predicted_peak_bytes, on_disk))
     assert isinstance(spec.adapter, LoRA)
-    without_rank = _with_class(dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0, init_lora_weights="kaiming"))
+    without_rank = with_class(dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0, init_lora_weights="kaiming"))
     lines: list[Line] = kept((key, without_rank, geometry), lambda: _lines(spec, geometry), on_disk)
     return at(lines, spec.adapter.r)
 
@@ -48,12 +49,14 @@ def identity(spec: TrialSpec) -> tuple[Any, ...]:
     settings = (type(model), model.task, model.dtype, model.gradient_checkpointing, model.attn_implementation)
     config = model._adjust(model.architecture(), None).to_json_string(use_diff=False)
     untied = model.config.get("tie_word_embeddings")
+    new = sorted(AdapterHooks.of(skeleton(model)).new_parameters)  # which the files of the weights decide too
     steps = (trainer.precision, trainer.val_check_interval is None, trainer.gradient_clip_val is None)
-    quantization = _with_class(spec.quantization)
-    return (*settings, str(model.dropout), config, untied, quantization, optimizer.name, optimizer.flat, *steps)
+    quantization = with_class(spec.quantization)
+    optimizing = (optimizer.name, optimizer.flat, optimizer.lr_ratio)
+    return (*settings, str(model.dropout), config, untied, *new, quantization, *optimizing, *steps)
 
 
-def _is_loralabs(spec: TrialSpec) -> bool:
+def is_loralabs(spec: TrialSpec) -> bool:
     """False for the user's classes and remote code: they may change between runs, so they are not cached on disk."""
     kinds = (type(spec.model), type(spec.quantization), type(spec.adapter))
     return not spec.model.trust_remote_code and all(kind.__module__.startswith("loralab.") for kind in kinds)
@@ -93,6 +96,6 @@ def _crossing(line: Line, steeper: Line) -> float:
     return (line[1] - steeper[1]) / (steeper[0] - line[0]) if steeper[0] > line[0] else float("-inf")
 
 
-def _with_class(spec: Any) -> str:
+def with_class(spec: Any) -> str:
     """repr of ``spec`` with its module: two classes may have the same name."""
     return f"{type(spec)} {spec!r}"

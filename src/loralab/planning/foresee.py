@@ -6,6 +6,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from loralab.errors import OutOfMemory
 from loralab.forward.unpadded import can_unpad
 from loralab.memory.ledgers import Host
 from loralab.planning import alone
+from loralab.planning.kept import kept
 from loralab.planning.plan import GIB, Plan, predict_step
 from loralab.planning.sizes import skeleton
 from loralab.planning.trace import Geometry
@@ -48,14 +50,17 @@ class Foresight:
     def of(self, specs: list[Any], geometry: Geometry) -> Plan | None:
         """The plan of trials that are fed ``geometry``; None where it could not be traced."""
         trials = [(type(spec.adapter), spec.adapter, spec.memory.spiky_every) for spec in specs]
-        key = f"{trials} {specs[0].pack_key} {_without_step(geometry)}"
-        if key not in self._plans:
+        key = f"{trials} {specs[0].pack_key}"
+        step = key + _without_step(geometry)
+        if step not in self._plans:
             try:
-                self._plans[key] = predict_step(specs, geometry)
+                plan = self._plans[step] = _kept_plan(specs, geometry)
+                # the run may say later that it computes in the mode that was traced
+                self._plans.setdefault(key + _without_step(replace(geometry, mode=plan.mode)), plan)
             except Exception as error:
                 log.debug("the memory of trial %s could not be foreseen", specs[0].id, exc_info=error)
-                self._plans[key] = None
-        return self._plans[key]
+                self._plans[step] = None
+        return self._plans[step]
 
     def check(self, specs: list[Any], data: Sequence[Encoded], device: str, held: int = 0) -> Plan | None:
         """The plan of a pack, None where there is none. Raises OutOfMemory (``plan.enforce=false``: warns) if it cannot
@@ -89,6 +94,15 @@ class Foresight:
         except Exception as error:
             log.debug("the memory of trial %s alone could not be foreseen", spec.id, exc_info=error)
             return None
+
+
+def _kept_plan(specs: Sequence[Any], geometry: Geometry) -> Plan:
+    """The plan of ``geometry``; from the disk where an earlier run traced the same step of loralab's own classes."""
+    if not all(map(alone.is_loralabs, specs)):
+        return predict_step(specs, geometry)
+    trials = [(alone.identity(spec), alone.with_class(spec.adapter), spec.memory.spiky_every) for spec in specs]
+    key = ("plan", trials, _without_step(geometry), geometry.scored)
+    return Plan.of(kept(key, lambda: predict_step(specs, geometry).as_dict()))
 
 
 def _largest(spec: Any, data: Encoded, device: str) -> Geometry:

@@ -10,6 +10,7 @@ from typing import Any
 
 from loralab.data.passes import Fed, Pass
 from loralab.errors import ConfigError, nearest
+from loralab.forward.stacked import ForwardMode
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.planning.trace import Geometry, trace
 from loralab.planning.tracker import Segment
@@ -39,6 +40,12 @@ class Plan:
     paged_bytes: int = 0  # optimizer state that can leave the device; not included above
     rows: int = 0
     length: int = 0
+    mode: ForwardMode | None = None  # how the passes are computed
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> "Plan":
+        """From ``as_dict``."""
+        return cls(**{**stored, "mode": stored["mode"] and ForwardMode(**stored["mode"])})
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -77,14 +84,12 @@ def predict_step(pack: Sequence[TrialSpec], geometry: Geometry) -> Plan:
     if layers is not None and layers > LONG:
         short, long = trace(pack, geometry, SHORT), trace(pack, geometry, LONG)
         segments = _extrapolated(_named(short.segments, SHORT), _named(long.segments, LONG), layers)
-        paged = _extrapolate(short.paged, long.paged, layers)
-    else:
-        traced = trace(pack, geometry)
-        segments, paged = traced.segments, traced.paged
-    return _plan(segments, paged, geometry)
+        return _plan(segments, _extrapolate(short.paged, long.paged, layers), geometry, long.mode)
+    traced = trace(pack, geometry)
+    return _plan(traced.segments, traced.paged, geometry, traced.mode)
 
 
-def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry) -> Plan:
+def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry, mode: ForwardMode | None) -> Plan:
     highest = max(segments, key=lambda segment: segment.peak)
     by_phase = {phase: max((s.peak for s in segments if s.phase == phase), default=0) for phase in PHASES}
     needed = device_bytes(highest.peak) if geometry.cuda else highest.peak
@@ -99,6 +104,7 @@ def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry) -> Plan:
         paged_bytes=paged,
         rows=sum(map(len, lengths)),
         length=max(map(max, lengths)),
+        mode=mode,
     )
 
 

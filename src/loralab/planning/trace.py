@@ -79,6 +79,7 @@ class Traced:
     segments: list[Segment]
     paged: int
     levels: NDArray[np.int64]  # bytes alive in each moment of these
+    mode: ForwardMode | None  # that the passes were computed in
 
 
 def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = None) -> Traced:
@@ -191,7 +192,7 @@ class _Step:
         segments = [segment for segment in self.tracker.segments() if segment.phase]
         levels = self.tracker.levels()
         self.tracker.forget()
-        return Traced(segments, paged, levels)
+        return Traced(segments, paged, levels, self.module.forward_pass.mode)
 
     def _convert(self, names: list[str]) -> None:
         """Quantizes the layers ``names`` one by one, as loading does; the other weights are there already."""

@@ -12,7 +12,6 @@ import regex  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.pytorch_utils import Conv1D
 
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.linear import FrozenLinear
@@ -95,11 +94,18 @@ class Quantizer(ABC):
                 f" cannot quantize; valid: finite weights, or quantization.skip_modules=[{name}]"
             )
         frozen = self.pack(weight.detach().contiguous(), getattr(linear, "bias", None))
-        frozen.transposed = isinstance(linear, Conv1D)
+        frozen.transposed = isinstance(linear, conv1d())
         return frozen.train(linear.training)
 
 
 SAME_PRODUCT = frozenset({"FalconLinear"})  # subclasses whose own forward computes the product of nn.Linear
+
+
+def conv1d() -> type[Any]:
+    """transformers' Conv1D. Imported once a model is there: a wrong setting is refused without transformers."""
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D  # type: ignore[no-any-return]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -107,13 +113,13 @@ def is_linear(module: nn.Module) -> bool:
     such as a router that returns several tensors, is none."""
     if isinstance(module, FrozenLinear):
         return True
-    kind = next((kind for kind in (nn.Linear, Conv1D) if isinstance(module, kind)), None)
+    kind = next((kind for kind in (nn.Linear, conv1d()) if isinstance(module, kind)), None)
     return kind is not None and (type(module).forward is kind.forward or type(module).__name__ in SAME_PRODUCT)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features); Conv1D stores its weight as (in, out)."""
-    if isinstance(module, Conv1D):
+    if isinstance(module, conv1d()):
         return int(module.nf), int(module.nx)
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
@@ -124,7 +130,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return layer.dense(layer.dense_dtype)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.t() if isinstance(layer, Conv1D) else weight
+    return weight.t() if isinstance(layer, conv1d()) else weight
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -285,7 +291,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _dense_bits(model: nn.Module) -> float:
     """Bits per weight of the linear layers, or without any of all parameters; nan without parameters."""
-    linears = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linears = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, conv1d()))]
     weights = linears or list(model.parameters())
     elements = sum(w.numel() for w in weights)
     return 8.0 * sum(w.numel() * w.element_size() for w in weights) / elements if elements else math.nan
