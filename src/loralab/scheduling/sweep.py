@@ -53,8 +53,7 @@ class Sweep:
         self.sweep_file = SweepFile(self.folder, header, self.jobs)
         waiting = [job for job in self.jobs if not self._skip(job)]
         try:
-            for pack in self._packs(waiting, options):
-                self._run(pack)
+            self._run_waiting(waiting, options)
         finally:  # a sweep that is stopped leaves no trial in doubt
             for job in waiting:
                 if job.trial not in self.records:
@@ -65,7 +64,7 @@ class Sweep:
     def run_packs(self, packs: Sequence[Sequence[Job]]) -> None:
         """Runs packs that another process has planned; that process writes sweep.json and logs the results."""
         for pack in packs:
-            self._run(list(pack))
+            self._run_pack(list(pack))
 
     def _skip(self, job: Job) -> bool:
         """True if the trial is finished; then its record is taken."""
@@ -87,23 +86,23 @@ class Sweep:
         place = f"{self.sweep_file.places[job.trial]:>{len(str(count))}}/{count}"
         log.info("[%s] %s  %s  %s", place, self.sweep_file.label(job), score, state, extra={"trial": job.trial})
 
-    def _packs(self, waiting: list[Job], options: PackOptions) -> list[list[Job]]:
-        """The packs that are to run in this process, in their order. Where there are several GPUs, packs run on them
-        first, and only what failed there is returned."""
+    def _run_waiting(self, waiting: list[Job], options: PackOptions) -> None:
+        """Runs ``waiting`` in packs: on all GPUs where there are several, and then here what is left of them."""
         for job in waiting:
             job.memory_budget = options.memory_budget
-        if (len(waiting) < 2 or not options.pack) and options.memory_budget is None:
-            return [[job] for job in waiting]
-        planner = _Planner(waiting, self.make_runner(), options)
-        for trial, error in planner.refused.items():
-            job = planner.jobs[trial]
-            self._close(job, job.refuse(error))
-        packs = planner.packs()
-        names = workers.devices(planner.device)
-        if names and len(packs) > 1:
-            self._run_on_devices(packs, planner.weights(packs), names)
-        undone = [[job for job in pack if job.trial not in self.records] for pack in packs]
-        return [pack for pack in undone if pack]
+        packs = [[job] for job in waiting]
+        if (len(waiting) > 1 and options.pack) or options.memory_budget is not None:
+            planner = _Planner(waiting, self.make_runner(), options)
+            for trial, error in planner.refused.items():
+                job = planner.jobs[trial]
+                self._close(job, job.refuse(error))
+            packs = planner.packs()
+            names = workers.devices(planner.device)
+            if names and len(packs) > 1:
+                self._run_on_devices(packs, planner.weights(packs), names)
+        for pack in packs:
+            if left := [job for job in pack if job.trial not in self.records]:
+                self._run_pack(left)
 
     def _run_on_devices(self, packs: list[list[Job]], weights: list[int], names: Sequence[str]) -> None:
         """Runs ``packs`` in a process for each GPU; ``weights``: tokens of each pack."""
@@ -114,32 +113,30 @@ class Sweep:
 
         workers.run([[packs[i] for i in share] for share in shares], names, self.fresh, close)
 
-    def _run(self, jobs: list[Job]) -> None:
-        """Runs a pack. One that fails before its first step is run again in halves (memory) or trial by trial."""
+    def _run_pack(self, jobs: list[Job]) -> None:
+        """Runs a pack. One that fails as a whole is run again in halves (memory) or trial by trial."""
         with train_logs({job.trial: job.folder for job in jobs}):
-            parts = self._run_pack(jobs)
+            parts = self._try_pack(jobs)
         for part in parts:
-            self._run(part)
+            self._run_pack(part)
 
-    def _run_pack(self, jobs: list[Job]) -> list[list[Job]]:
-        """The packs that must run again; empty where every record is final."""
+    def _try_pack(self, jobs: list[Job]) -> list[list[Job]]:
+        """Runs ``jobs`` once, together. The packs that must run again; empty where every record is final."""
         if len(jobs) > 1:
             log.info("%d trials in one pass: %s", len(jobs), ", ".join(job.trial for job in jobs))
         begun = time.monotonic()
-        records = self._run_together(jobs)
-        failed: list[tuple[Job, Record]] = []
-        for job, stored in zip(jobs, records, strict=True):
-            if len(jobs) > 1 and _must_rerun(stored):
-                failed.append((job, stored))
-            else:
+        records = self._records_of(jobs)
+        again = _rerun(records) if len(jobs) > 1 else []
+        for index, (job, stored) in enumerate(zip(jobs, records, strict=True)):
+            if index not in again:
                 self._close(job, stored, _clock((time.monotonic() - begun) / len(jobs)))
-        if not failed:
+        if not again:
             return []
-        undone, first = [job for job, _ in failed], failed[0][1]
+        undone, first = [jobs[index] for index in again], records[again[0]]
         log.warning("%d trials do not run together: %s", len(undone), first["error"])
         return halves(undone) if first["status"] == "out_of_memory" else [[job] for job in undone]
 
-    def _run_together(self, jobs: list[Job]) -> list[Record]:
+    def _records_of(self, jobs: list[Job]) -> list[Record]:
         """The records of one pass over ``jobs``, all of them refusals where one cannot be built or is locked."""
         with ExitStack() as stack:
             try:
@@ -254,9 +251,14 @@ def _schema(folder: Path) -> int:
         return record.SCHEMA
 
 
-def _must_rerun(stored: Record) -> bool:
-    """True if the trial must be rerun with fewer others: its pack failed, or ran out of memory with several."""
-    return bool(stored["status"] == "failed" or (stored["status"] == "out_of_memory" and stored["pack"]["size"] > 1))
+def _rerun(records: Sequence[Record]) -> list[int]:
+    """Indices of the trials of a pack that must run again with fewer others: those that ran out of memory beside
+    others, and those that failed with others; a failure of one trial alone is its own."""
+    failed = [index for index, stored in enumerate(records) if stored["status"] == "failed"]
+    beside = [
+        i for i, stored in enumerate(records) if stored["status"] == "out_of_memory" and stored["pack"]["size"] > 1
+    ]
+    return sorted([*beside, *(failed if len(failed) > 1 else [])])
 
 
 def _clock(seconds: float) -> str:
