@@ -77,11 +77,16 @@ METHODS = {
     "adapterl": Bottleneck(variant="adapterl"),
     "ia3": IA3(),
     "dora": LoRA(r=8, use_dora=True),
+    "embedding": LoRA(r=64, target_modules=["wte", "c_attn"]),
 }
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[] if name in ("dora", "last_layer") else pytest.mark.slow) for name in METHODS]
+    "method",
+    [
+        pytest.param(name, marks=[] if name in ("dora", "last_layer", "embedding") else pytest.mark.slow)
+        for name in METHODS
+    ],
 )
 def test_the_prediction_of_every_method_is_its_measurement(make_spec, real_data, speeches, method):
     data = Files(**speeches, prompt="{q}", target="{a}", batch_size=3)

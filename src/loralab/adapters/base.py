@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -272,16 +272,18 @@ def _named(model: nn.Module, entry: str) -> list[str]:
     return names
 
 
-def match_targets(model: nn.Module, target_modules: Any) -> list[str]:
+def match_targets(
+    model: nn.Module, target_modules: Any, adaptable: Callable[[nn.Module], bool] = is_linear
+) -> list[str]:
     """Names of the layers to adapt, in the model's order.
 
     ``all-linear``: every Linear or Conv1D of the base model, never the LM or a classification head; a list: layers
     whose name is, or ends in, one of the entries; any other string: a regular expression on the whole name (PEFT's
-    rules). Raises ConfigError where nothing matches, naming what there is.
+    rules), of layers that are ``adaptable``. Raises ConfigError where nothing matches, naming what there is.
     """
     if target_modules == "all-linear":
         return base_linears(model)
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    linears = [name for name, module in model.named_modules() if adaptable(module)]
     if isinstance(target_modules, str):
         _check_regex(target_modules)
         found = matching(target_modules, linears, "adapter.target_modules")
@@ -326,7 +328,8 @@ def _nothing_matches(model: nn.Module, missing: list[str], linears: list[str]) -
         others = sorted({kind for name, kind in kinds.items() if _ends(name, entry)} - {"Linear", "Conv1D"})
         if others and not any(_ends(name, entry) for name in linears):
             raise ConfigError(
-                f"adapter.target_modules: {entry!r} is of type {others[0]}; only Linear and Conv1D can be adapted"
+                f"adapter.target_modules: {entry!r} is of type {others[0]}; only Linear and Conv1D can be adapted, and "
+                "the Embedding of the tokens: by adapter=lora without use_dora"
             )
     leaves = Counter(name.rpartition(".")[2] for name in linears)
     listing = ", ".join(f"{leaf} (x{count})" for leaf, count in leaves.items())

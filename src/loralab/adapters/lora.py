@@ -30,12 +30,13 @@ from loralab.adapters.base import (
     save_modules,
 )
 from loralab.adapters.dropout import length_of
+from loralab.adapters.embedding import LoRAEmbeddingDelta, adapted_shape, linear_or_tokens
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.fused import Part, lora_update
 from loralab.adapters.grouped import Given
 from loralab.adapters.targets import Indexes, Targets, TargetsOrNull, of_blocks, within, without_excluded
 from loralab.errors import ArtifactError, ConfigError, nearest
-from loralab.quantization.base import dense_weight, linear_shape
+from loralab.quantization.base import dense_weight, is_linear, linear_shape
 from loralab.spec import Positive, Share, Whole, spec
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class LoRA(AdapterSpec):
         freeze(model)
         adapter = self.makes(model, self)
         names = outside(self._targets(model), modules_to_save(model, self.modules_to_save))
-        shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
+        shapes = {name: adapted_shape(model.get_submodule(name)) for name in names}
         self._check_patterns(names)
         self._warn_of_ranks(shapes)
         _warn_of_misread(model, names)
@@ -110,11 +111,15 @@ class LoRA(AdapterSpec):
         return adapter
 
     def _targets(self, model: nn.Module) -> list[str]:
-        found = without_excluded(match_targets(model, self.target_modules), self.exclude_modules)
+        plain = not self.use_dora and type(self).delta is LoRA.delta  # which alone knows of embeddings
+        matched = match_targets(model, self.target_modules, linear_or_tokens(model) if plain else is_linear)
+        found = without_excluded(matched, self.exclude_modules)
         return of_blocks(found, self.layers_to_transform)
 
-    def delta(self, name: str, layer: nn.Module, device: torch.device) -> "LoRADelta":
-        """What is trained at ``layer``, called ``name``; A is drawn afterwards."""
+    def delta(self, name: str, layer: nn.Module, device: torch.device) -> "LoRADelta | LoRAEmbeddingDelta":
+        """What is trained at ``layer``, called ``name``; its start is drawn afterwards."""
+        if isinstance(layer, nn.Embedding):
+            return LoRAEmbeddingDelta(layer, self.rank(name), self.scaling(name), device)
         out_features, in_features = linear_shape(layer)
         kind = DoRADelta if self.use_dora else LoRADelta
         made = kind(in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device)
@@ -263,19 +268,23 @@ class LoRAAdapter(Adapter):
         strange = [
             f"{kind.__name__} of {name}"
             for name, kind in given
-            if kind not in (LoRADelta, DoRADelta, BiasDelta, ChannelBiasDelta)
+            if kind not in (LoRADelta, DoRADelta, LoRAEmbeddingDelta, BiasDelta, ChannelBiasDelta)
         ]
         strange += [f"the second {kind.__name__} of {name}" for (name, kind), n in Counter(given).items() if n > 1]
         strange += [name for name, _ in self.named_parameters() if not name.startswith(("deltas.", "saved."))]
         return strange[0] if strange else ""
 
-    def _factors(self) -> dict[str, "LoRADelta"]:
-        return {name: delta for name, delta in self.adapted() if isinstance(delta, LoRADelta)}
+    def _factors(self) -> dict[str, "LoRADelta | LoRAEmbeddingDelta"]:
+        kinds = LoRADelta | LoRAEmbeddingDelta
+        return {name: delta for name, delta in self.adapted() if isinstance(delta, kinds)}
 
     def _low_rank(self) -> dict[str, nn.Parameter]:
         """{PEFT's name: tensor} of what is trained beside biases and whole modules."""
         found: dict[str, nn.Parameter] = {}
         for name, delta in self._factors().items():
+            if isinstance(delta, LoRAEmbeddingDelta):
+                found.update({peft.embedding_key(name, own): factor for own, factor in delta.named_parameters()})
+                continue
             found.update(zip(peft.lora_keys(name), (delta.lora_A, delta.lora_B), strict=True))
             if isinstance(delta, DoRADelta):
                 found[peft.magnitude_key(name)] = delta.lora_magnitude_vector

@@ -33,6 +33,11 @@ def lora_keys(name: str) -> tuple[str, str]:
     return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
 
+def embedding_key(name: str, factor: str) -> str:
+    """PEFT's name of a factor of the embedding ``name``: its lora_embedding_A or lora_embedding_B."""
+    return f"{PREFIX}{name}.{factor}"
+
+
 def magnitude_key(name: str) -> str:
     """PEFT's name of DoRA's lengths of layer ``name``."""
     return f"{PREFIX}{name}.lora_magnitude_vector"
@@ -80,10 +85,10 @@ def base_fields(model: nn.Module) -> dict[str, Any]:
 
 
 def transposed(model: nn.Module, names: list[str]) -> bool:
-    """Whether the layers ``names`` keep their weight as (in, out), packed or not."""
-    layers = [model.get_submodule(name) for name in names]
+    """Whether the linear layers among ``names`` keep their weight as (in, out), packed or not."""
+    layers = [layer for layer in map(model.get_submodule, names) if not isinstance(layer, nn.Embedding)]
     kinds = {type(layer).__name__ for layer in layers}
-    return kinds == {"Conv1D"} or all(getattr(layer, "transposed", False) for layer in layers)
+    return kinds == {"Conv1D"} or (bool(layers) and all(getattr(layer, "transposed", False) for layer in layers))
 
 
 def frozen_heads(adapter: Any) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class AdamW:
     weight_decay: NotNegative = 0.0
     betas: Annotated[list[Share], Len(2, 2), "two numbers in [0, 1)"] = field(default_factory=lambda: [0.9, 0.999])
     eps: Positive = 1e-8
-    lr_ratio: Positive = 1.0  # of LoRA's B, over everything else (LoRA+, arXiv:2402.12354)
+    lr_ratio: Positive = 1.0  # of LoRA's B in linear layers, over everything else (LoRA+, arXiv:2402.12354)
     flat: bool = False  # one state buffer for all parameters of a dtype, so that small ranks page and take 8 bits
 
     @property
@@ -53,7 +53,7 @@ class AdamW:
 
     def groups(self, named: Iterable[tuple[str, nn.Parameter]], trial: int = 0) -> list[dict[str, Any]]:
         """The parameter groups of one trial, the ``trial``-th of its pack: one, or with ``lr_ratio`` two, whose second
-        are the ``lora_B``. Raises ConfigError where there are none."""
+        are the ``lora_B`` of linear layers. Raises ConfigError where there are none."""
         given = list(named)
         if self.lr_ratio == 1.0:
             return [{**self.group([one for _, one in given]), TRIAL: trial}]
