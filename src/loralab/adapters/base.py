@@ -66,6 +66,11 @@ class AdapterSpec(ABC):
         """(method, virtual tokens), which all trials of a pass have alike; None: there are none."""
         return (self.method, self.virtual_tokens) if self.virtual_tokens else None
 
+    @property
+    def why_alone(self) -> str:
+        """Why its trials share no pass through the base; empty where they may."""
+        return "" if self.packable else f"adapter={self.method} cannot share a pass"
+
     @abstractmethod
     def attach(self, model: nn.Module, seed: int = 0) -> "Adapter":
         """Freezes ``model`` and returns the trial's trainable parameters, hooked onto it; ``seed`` draws them."""

@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from loralab.adapters import dora, peft
+from loralab.adapters import dora, experts, peft
 from loralab.adapters.base import (
     Adapter,
     AdapterSpec,
@@ -34,7 +34,7 @@ from loralab.adapters.embedding import LoRAEmbeddingDelta, adapted_shape, linear
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.fused import Part, lora_update
 from loralab.adapters.grouped import Given
-from loralab.adapters.targets import Indexes, Targets, TargetsOrNull, of_blocks, within, without_excluded
+from loralab.adapters.targets import Indexes, Names, TargetsOrNull, of_blocks, within, without_excluded
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.quantization.base import dense_weight, is_linear, linear_shape
 from loralab.spec import Positive, Share, Whole, spec
@@ -59,7 +59,8 @@ class LoRA(AdapterSpec):
     r: Rank = 8
     lora_alpha: Positive = 16.0
     lora_dropout: Share = 0.0
-    target_modules: Targets = "all-linear"
+    target_modules: TargetsOrNull = "all-linear"  # null: none but target_parameters
+    target_parameters: Names | None = None  # experts that are one parameter of three dimensions (PEFT's word)
     use_rslora: bool = False  # lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv:2312.03732)
     use_dora: bool = False  # a trained length for each row of W + B A (arXiv:2402.09353)
     # of A: loralib's and PEFT's; the paper's (4.1); with B, such that B A = 0 up to rounding
@@ -72,6 +73,7 @@ class LoRA(AdapterSpec):
     alpha_pattern: dict[str, Positive] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        experts.check_fields(self)
         by_regex = isinstance(self.target_modules, str)
         if self.layers_to_transform is not None and self.target_modules != "all-linear" and by_regex:
             raise ConfigError(
@@ -84,6 +86,10 @@ class LoRA(AdapterSpec):
                 f"adapter.init_lora_weights=orthogonal halves each rank and cannot begin with r={odd[0]}; valid: even "
                 "ranks"
             )
+
+    @property
+    def why_alone(self) -> str:
+        return experts.WHY_ALONE if self.target_parameters else super().why_alone
 
     def rank(self, name: str) -> int:
         """The rank of layer ``name``."""
@@ -99,18 +105,21 @@ class LoRA(AdapterSpec):
         adapter = self.makes(model, self)
         names = outside(self._targets(model), modules_to_save(model, self.modules_to_save))
         shapes = {name: adapted_shape(model.get_submodule(name)) for name in names}
-        self._check_patterns(names)
+        self._check_patterns([*names, *experts.match_parameters(model, self.target_parameters)])
         self._warn_of_ranks(shapes)
         _warn_of_misread(model, names)
         for name in names:
             delta = self.delta(name, model.get_submodule(name), next(model.parameters()).device)
             delta.draw(self.init_lora_weights, generator_for(seed, name))
             adapter.add(name, delta)
+        experts.add_deltas(adapter, self, model, seed)
         save_modules(adapter, model, self.modules_to_save, seed)
         self._train_biases(model, adapter, names)
         return adapter
 
     def _targets(self, model: nn.Module) -> list[str]:
+        if self.target_modules is None:
+            return []
         plain = not self.use_dora and type(self).delta is LoRA.delta  # which alone knows of embeddings
         matched = match_targets(model, self.target_modules, linear_or_tokens(model) if plain else is_linear)
         found = without_excluded(matched, self.exclude_modules)
@@ -264,7 +273,10 @@ class LoRAAdapter(Adapter):
     def lost(self) -> str:
         if type(self.lora) is not LoRA:
             return f"what {type(self.lora).__name__} changes in LoRA"
-        given = [(name, type(delta)) for name, delta in self.adapted()]
+        deltas = [(name, type(delta)) for name, delta in self.adapted()]
+        given = [
+            (name, kind) for name, kind in deltas if kind is not experts.LoRAExpertsDelta
+        ]  # of two parameters each
         strange = [
             f"{kind.__name__} of {name}"
             for name, kind in given
@@ -280,7 +292,7 @@ class LoRAAdapter(Adapter):
 
     def _low_rank(self) -> dict[str, nn.Parameter]:
         """{PEFT's name: tensor} of what is trained beside biases and whole modules."""
-        found: dict[str, nn.Parameter] = {}
+        found = experts.peft_state(self.adapted())
         for name, delta in self._factors().items():
             if isinstance(delta, LoRAEmbeddingDelta):
                 found.update({peft.embedding_key(name, own): factor for own, factor in delta.named_parameters()})
@@ -300,7 +312,8 @@ class LoRAAdapter(Adapter):
     def peft_config(self) -> dict[str, Any]:
         """What adapter_config.json holds."""
         saved = [name for name, _ in self.saved_modules()]
-        return peft.lora_config(self.lora, list(self._factors()), self._model[0], saved)
+        parameters = experts.match_parameters(self._model[0], self.lora.target_parameters)
+        return peft.lora_config(self.lora, list(self._factors()), self._model[0], saved, parameters)
 
     def peft_state(self) -> dict[str, Tensor]:
         """PEFT's names for every tensor the trial trained."""

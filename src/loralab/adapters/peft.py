@@ -53,22 +53,27 @@ def saved_keys(name: str, module: nn.Module) -> dict[str, str]:
     return {f"{PREFIX}{name}.{key}": key for key in module.state_dict()}
 
 
-def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str]) -> dict[str, Any]:
-    """PEFT's LoraConfig as a plain dictionary. ``names``: the layers with A and B; ``saved``: those trained whole."""
-    alphas = {name: _alpha(spec, name) for name in names}
+def lora_config(
+    spec: Any, names: list[str], model: nn.Module, saved: list[str], parameters: list[str]
+) -> dict[str, Any]:
+    """PEFT's LoraConfig as a plain dictionary. ``names``: the layers with A and B; ``saved``: those trained whole;
+    ``parameters``: those that have A and B themselves."""
+    adapted = [*names, *parameters]
+    alphas = {name: _alpha(spec, name) for name in adapted}
     return {
         "peft_type": "LORA",
         "r": spec.r,
         "lora_alpha": spec.lora_alpha,
         "lora_dropout": spec.lora_dropout,
         "target_modules": names,
+        **({"target_parameters": parameters} if parameters else {}),
         "fan_in_fan_out": transposed(model, names),
         "use_rslora": spec.use_rslora,
         "use_dora": spec.use_dora,
         "init_lora_weights": "gaussian" if spec.init_lora_weights == "gaussian" else True,
         "bias": "none" if spec.bias == "none" else "all",
         "modules_to_save": saved or None,
-        "rank_pattern": {name: spec.rank(name) for name in names if spec.rank(name) != spec.r},
+        "rank_pattern": {name: spec.rank(name) for name in adapted if spec.rank(name) != spec.r},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha},
         **base_fields(model),
     }

@@ -60,7 +60,12 @@ def _is_loralabs(spec: TrialSpec) -> bool:
 
 
 def _is_linear_in_rank(spec: TrialSpec) -> bool:
-    if type(spec.adapter) is not LoRA or spec.adapter.rank_pattern or spec.optimizer.name not in (TORCH, "adamw_32bit"):
+    if (
+        type(spec.adapter) is not LoRA
+        or spec.adapter.rank_pattern
+        or spec.adapter.target_parameters
+        or spec.optimizer.name not in (TORCH, "adamw_32bit")
+    ):
         return False
     return (homogeneous_layers([spec]) or 0) <= LONG
 

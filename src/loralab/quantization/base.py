@@ -246,8 +246,8 @@ def name_out_of_reach(found: Mapping[str, int], parameters: int, bits: str = "")
     share = sum(found.values()) / parameters if parameters else 0.0
     if share >= WORTH_NAMING:
         log.warning(
-            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are neither quantized nor "
-            "adapted (adapter=full alone trains them)%s",
+            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are not quantized, and "
+            "trained by adapter=full, or experts by LoRA's adapter.target_parameters, alone%s",
             *(100 * share, f"{sum(found.values()):,}", f"{parameters:,}", ", ".join(found), bits),
         )
 

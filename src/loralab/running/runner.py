@@ -136,13 +136,10 @@ def check_pack(specs: Sequence[TrialSpec]) -> None:
     if len({spec.pack_key for spec in specs}) > 1:
         raise ConfigError("the trials of one pack must share model, quantization, optimizer, precision and intervals")
     for spec in specs:
-        if spec.memory.alone:
-            raise ConfigError(f"trial {spec.id} cannot share a pass: {spec.memory.alone}")
-        if not (spec.adapter.packable and spec.quantization.packable):
-            raise ConfigError(
-                f"trial {spec.id} cannot share a pass: adapter={spec.adapter.method}, "
-                f"quantization={spec.quantization.name}"
-            )
+        if why := spec.memory.alone or spec.adapter.why_alone:
+            raise ConfigError(f"trial {spec.id} cannot share a pass: {why}")
+        if not spec.quantization.packable:
+            raise ConfigError(f"trial {spec.id} cannot share a pass: quantization={spec.quantization.name}")
 
 
 def check_batches(base: Base, trials: Sequence[Trial]) -> None:
