@@ -106,6 +106,8 @@ def test_alpha_follows_r_where_the_sweep_says_so():
 def test_an_override_replaces_the_axis_of_a_sweep():
     arguments = sweep_arguments("rank", ["adapter.r=3"])
     assert [a for a in arguments if a.startswith("adapter.r=")] == ["adapter.r=3"]
+    arguments = sweep_arguments("method", ["+method=lora"])
+    assert [a for a in arguments if a.startswith("+method=")] == ["+method=lora"]
 
 
 def test_the_id_ignores_what_does_not_change_a_result_and_only_that():
