@@ -333,8 +333,8 @@ def _nothing_matches(model: nn.Module, missing: list[str], linears: list[str]) -
         others = sorted({kind for name, kind in kinds.items() if _ends(name, entry)} - {"Linear", "Conv1D"})
         if others and not any(_ends(name, entry) for name in linears):
             raise ConfigError(
-                f"adapter.target_modules: {entry!r} is of type {others[0]}; only Linear and Conv1D can be adapted, and "
-                "the Embedding of the tokens: by adapter=lora without use_dora"
+                f"adapter.target_modules: {entry!r} is of type {others[0]}; valid: Linear and Conv1D, and the "
+                "Embedding of the tokens by adapter=lora without use_dora"
             )
     leaves = Counter(name.rpartition(".")[2] for name in linears)
     listing = ", ".join(f"{leaf} (x{count})" for leaf, count in leaves.items())
