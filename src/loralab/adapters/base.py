@@ -17,7 +17,7 @@ from loralab.adapters.grouped import Given, by_part
 from loralab.adapters.hooks import AdapterHooks, mix
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
-from loralab.quantization.base import base_linears, is_linear, matching
+from loralab.quantization.base import Quantizer, base_linears, is_linear, matching
 from loralab.spec import spec
 
 
@@ -66,6 +66,9 @@ class AdapterSpec(ABC):
         """(method, virtual tokens), which all trials of a pass have alike; None: there are none."""
         return (self.method, self.virtual_tokens) if self.virtual_tokens else None
 
+    def check_quantization(self, quantization: Quantizer) -> None:  # noqa: B027 - most go with all
+        """Raises ConfigError where the method cannot train over a base quantized by ``quantization``."""
+
     @abstractmethod
     def attach(self, model: nn.Module, seed: int = 0) -> "Adapter":
         """Freezes ``model`` and returns the trial's trainable parameters, hooked onto it; ``seed`` draws them."""
@@ -81,6 +84,7 @@ class Adapter(nn.Module):
         self.saved = nn.ModuleDict()
         self._hooks = AdapterHooks.of(model)
         self._model = [model]  # in a list: the base is not a submodule
+        self.note = ""  # what a record should say of its start; empty: nothing
 
     def add(self, name: str, delta: nn.Module, before: bool = False) -> None:
         """Lets ``delta`` change what layer ``name`` of the base gives; ``before``: what it is given."""

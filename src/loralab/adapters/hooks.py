@@ -39,11 +39,15 @@ class AdapterHooks:
     """The hooks on one base model and the slices of the batch under way.
 
     ``new_parameters``: names of the base's parameters that no checkpoint held. ``tokenizer``: the base's; may be None.
+    ``originals``: (model, names of quantized layers) -> their weights (out, in) before quantization, one by one; None
+    where they are not to be had. ``decomposed``: what ``adapters/decomposed.py`` keeps for the next trial.
     """
 
     def __init__(self) -> None:
         self.new_parameters: frozenset[str] = frozenset()
         self.tokenizer: Any = None
+        self.originals: Callable[[nn.Module, list[str]], Iterator[Tensor]] | None = None
+        self.decomposed: dict[tuple[str, str], Any] = {}
         self._slices: tuple[BatchSlice, ...] = ()
         self._drawn = 0  # masks of the pass under way
         self._calls: dict[int, int] = {}  # {salt of a layer: its calls in the pass under way}

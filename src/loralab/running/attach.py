@@ -36,6 +36,7 @@ def attach_trial(base: Base, spec: TrialSpec, data: Encoded, record: dict[str, A
         trainable_parameters=adapter.trainable_parameters(),
         bytes=sum(p.numel() * p.element_size() for p in adapter.parameters()),
         modules=adapter.module_names,
+        note=adapter.note or None,
     )
     record["data"].update(
         name=data.splits.name,
