@@ -40,7 +40,7 @@ class AdapterHooks:
 
     ``new_parameters``: names of the base's parameters that no checkpoint held. ``tokenizer``: the base's; may be None.
     ``originals``: (model, names of quantized layers) -> their weights (out, in) before quantization, one by one; None
-    where they are not to be had. ``decomposed``: what ``adapters/decomposed.py`` keeps for the next trial.
+    where they are not to be had. ``decomposed``: what ``adapters/decomposed.py`` keeps for the next trial of the pack.
     """
 
     def __init__(self) -> None:
