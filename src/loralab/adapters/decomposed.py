@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from loralab.adapters import eva
 from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import ConfigError
 from loralab.quantization.base import dense_weight, is_frozen, linear_shape
@@ -48,14 +49,19 @@ class Decomposition:
 
 @torch.no_grad()
 def begin(init: str, model: nn.Module, deltas: Mapping[str, Any]) -> str:
-    """Starts ``deltas`` {layer: its LoRADelta} by ``init``, pissa or loftq; by loftq those of quantized layers alone.
+    """Starts ``deltas`` {layer: its LoRADelta} by ``init``, pissa, loftq or eva; by loftq those of quantized layers.
 
     Returns what a record should say of it; empty: nothing, as of a model without values (a count, a plan), whose deltas
     stay as they are. Raises ConfigError.
     """
-    _check_ranks(init, model, deltas)
-    if any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in model.parameters()):
+    _check(init, model, deltas)
+    no_values = any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in model.parameters())
+    if no_values or AdapterHooks.of(model).restoring:
         return ""
+    return eva.begin(model, deltas) if init == "eva" else _begin(init, model, deltas)
+
+
+def _begin(init: str, model: nn.Module, deltas: Mapping[str, Any]) -> str:
     quantized = {name: delta for name, delta in deltas.items() if is_frozen(model.get_submodule(name))}
     if init == "loftq" and not quantized:
         raise ConfigError(NO_ERROR)
@@ -74,9 +80,16 @@ def begin(init: str, model: nn.Module, deltas: Mapping[str, Any]) -> str:
     return note
 
 
-def _check_ranks(init: str, model: nn.Module, deltas: Mapping[str, Any]) -> None:
+def _check(init: str, model: nn.Module, deltas: Mapping[str, Any]) -> None:
     for name, delta in deltas.items():
         r, shape = delta.lora_A.shape[0], linear_shape(model.get_submodule(name))
+        if init == "pissa" and not hasattr(delta, "initial_A"):
+            raise ConfigError(
+                f"adapter.init_lora_weights=pissa: {type(delta).__name__} would add the principal part of the weight "
+                "to it a second time; valid: kaiming, gaussian or eva, or a delta derived from PiSSADelta"
+            )
+        if init == "eva":
+            continue
         if r > min(shape):
             raise ConfigError(
                 f"adapter.r={r}: {name} is {shape[0]} x {shape[1]}, and adapter.init_lora_weights={init} takes r of "
@@ -85,7 +98,7 @@ def _check_ranks(init: str, model: nn.Module, deltas: Mapping[str, Any]) -> None
 
 
 def _decompositions(init: str, model: nn.Module, deltas: Mapping[str, Any]) -> Iterator[tuple[Any, Decomposition]]:
-    """(delta, decomposition) of each of ``deltas``. What one trial computes is kept on the base for the next, unless
+    """(delta, decomposition) of each of ``deltas``. What one trial computes is kept for the next of its pack, unless
     that needs a higher rank; to cut it shorter changes no bit."""
     kept: dict[tuple[str, str], Decomposition] = AdapterHooks.of(model).decomposed
     ranks = {name: delta.lora_A.shape[0] for name, delta in deltas.items()}

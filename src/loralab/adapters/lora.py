@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 Rank = Annotated[Whole, Ge(1), Le(2**31 - 1)]
 Start = Annotated[
-    Literal["kaiming", "gaussian", "orthogonal", "pissa", "loftq"],
+    Literal["kaiming", "gaussian", "orthogonal", "pissa", "loftq", "eva"],
     BeforeValidator(lambda value: "kaiming" if value is True else value),  # PEFT's word for it
 ]
 
@@ -130,7 +130,7 @@ class LoRA(AdapterSpec):
             delta = self.delta(name, model.get_submodule(name), next(model.parameters()).device)
             delta.draw(self.init_lora_weights, generator_for(seed, name))
             adapter.add(name, delta)
-        if self.init_lora_weights in ("pissa", "loftq"):
+        if self.init_lora_weights in ("pissa", "loftq", "eva"):
             adapter.note = decomposed.begin(self.init_lora_weights, model, dict(adapter.adapted()))
         save_modules(adapter, model, self.modules_to_save, seed)
         self._train_biases(model, adapter, names)
