@@ -134,6 +134,18 @@ def test_pissas_files_are_a_plain_lora_of_twice_the_rank_over_the_original_base(
         torch.testing.assert_close(merged, ours, rtol=1e-5, atol=1e-5)
 
 
+def test_pissas_a0_and_b0_come_from_the_state_whatever_was_computed(load_base):
+    """Another machine's decomposition may have other signs."""
+    stored = moved(attached(LoRA(r=4, init_lora_weights="pissa"), load_base().model)).state_dict()
+    other = attached(LoRA(r=4, init_lora_weights="pissa"), load_base().model)
+    with torch.no_grad():
+        for buffer in other.buffers():
+            buffer.neg_()
+    other.load_state_dict(stored, strict=True)
+    assert all(map(torch.equal, stored.values(), other.state_dict().values()))
+    assert sum("initial_" in key for key in stored) == 2 * len(other.module_names)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_pissa_adds_to_the_weight_is_what_its_layer_computes(load_base, inputs, family):
     model = load_base(family).model
