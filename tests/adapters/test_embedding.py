@@ -153,7 +153,12 @@ def test_all_linear_leaves_it_out_and_a_regular_expression_may_name_it(load_base
     ("family", "spec", "words"),
     [
         ("llama", LoRA(target_modules=["embed_tokens"], use_dora=True), "'embed_tokens' is of type Embedding; valid"),
-        ("llama", VeRA(target_modules=["q_proj", "embed_tokens"]), "by adapter=lora without use_dora"),
+        ("llama", LoRA(target_modules=["embed_tokens"], init_lora_weights="pissa"), "with a drawn start"),
+        (
+            "llama",
+            VeRA(target_modules=["q_proj", "embed_tokens"]),
+            "by adapter=lora, with a drawn start and without use_dora",
+        ),
         ("llama", Intrinsic(target_modules=["embed_tokens"]), "'embed_tokens' is of type Embedding; valid: Linear"),
         ("gpt2", LoRA(target_modules=["wpe"]), "'wpe' is of type Embedding; .* the Embedding of the tokens"),
         ("t5", LoRA(target_modules=["relative_attention_bias"]), "'relative_attention_bias' is of type Embedding"),

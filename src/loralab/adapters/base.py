@@ -17,7 +17,7 @@ from loralab.adapters.grouped import Given, by_part
 from loralab.adapters.hooks import AdapterHooks, mix
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
-from loralab.quantization.base import base_linears, is_linear, matching
+from loralab.quantization.base import Quantizer, base_linears, is_linear, matching
 from loralab.spec import spec
 
 
@@ -71,6 +71,9 @@ class AdapterSpec(ABC):
         """Why its trials share no pass through the base; empty where they may."""
         return "" if self.packable else f"adapter={self.method} cannot share a pass"
 
+    def check_quantization(self, quantization: Quantizer) -> None:  # noqa: B027 - most go with all
+        """Raises ConfigError where the method cannot train over a base quantized by ``quantization``."""
+
     @abstractmethod
     def attach(self, model: nn.Module, seed: int = 0) -> "Adapter":
         """Freezes ``model`` and returns the trial's trainable parameters, hooked onto it; ``seed`` draws them."""
@@ -86,6 +89,7 @@ class Adapter(nn.Module):
         self.saved = nn.ModuleDict()
         self._hooks = AdapterHooks.of(model)
         self._model = [model]  # in a list: the base is not a submodule
+        self.note = ""  # what a record should say of its start; empty: nothing
 
     def add(self, name: str, delta: nn.Module, before: bool = False) -> None:
         """Lets ``delta`` change what layer ``name`` of the base gives; ``before``: what it is given."""
@@ -334,7 +338,7 @@ def _nothing_matches(model: nn.Module, missing: list[str], linears: list[str]) -
         if others and not any(_ends(name, entry) for name in linears):
             raise ConfigError(
                 f"adapter.target_modules: {entry!r} is of type {others[0]}; valid: Linear and Conv1D, and the "
-                "Embedding of the tokens by adapter=lora without use_dora"
+                "Embedding of the tokens by adapter=lora, with a drawn start and without use_dora"
             )
     leaves = Counter(name.rpartition(".")[2] for name in linears)
     listing = ", ".join(f"{leaf} (x{count})" for leaf, count in leaves.items())

@@ -1,12 +1,13 @@
 """LoRA on an embedding: row i of the table gains scaling * (B A[:, i]), as loralib and PEFT have it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from loralab.adapters.peft import PREFIX
 from loralab.quantization.base import is_linear, linear_shape
 
 
@@ -59,3 +60,13 @@ class LoRAEmbeddingDelta(nn.Module):
     def delta_weight(self) -> Tensor:
         """scaling * (B A)^T, (num_embeddings, embedding_dim): what merging adds to the table."""
         return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).t()
+
+
+def peft_state(adapted: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+    """{PEFT's name: A or B} of the embeddings among ``adapted``."""
+    return {
+        f"{PREFIX}{name}.{factor}": parameter
+        for name, delta in adapted
+        if isinstance(delta, LoRAEmbeddingDelta)
+        for factor, parameter in delta.named_parameters()
+    }

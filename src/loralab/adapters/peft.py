@@ -33,11 +33,6 @@ def lora_keys(name: str) -> tuple[str, str]:
     return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
 
-def embedding_key(name: str, factor: str) -> str:
-    """PEFT's name of a factor of the embedding ``name``: its lora_embedding_A or lora_embedding_B."""
-    return f"{PREFIX}{name}.{factor}"
-
-
 def magnitude_key(name: str) -> str:
     """PEFT's name of DoRA's lengths of layer ``name``."""
     return f"{PREFIX}{name}.lora_magnitude_vector"
@@ -58,12 +53,14 @@ def lora_config(
 ) -> dict[str, Any]:
     """PEFT's LoraConfig as a plain dictionary. ``names``: the layers with A and B; ``saved``: those trained whole;
     ``parameters``: those that have A and B themselves."""
-    adapted = [*names, *parameters]
-    alphas = {name: _alpha(spec, name) for name in adapted}
+    times = spec.plain_rank
+    ranks = {name: times * spec.rank(name) for name in [*names, *parameters]}
+    factor = times**0.5 if spec.use_rslora else times  # of alpha, so that its quotient is the scaling of the trial
+    alphas = {name: factor * spec.alpha(name) for name in ranks}
     return {
         "peft_type": "LORA",
-        "r": spec.r,
-        "lora_alpha": spec.lora_alpha,
+        "r": times * spec.r,
+        "lora_alpha": factor * spec.lora_alpha,
         "lora_dropout": spec.lora_dropout,
         "target_modules": names,
         **({"target_parameters": parameters} if parameters else {}),
@@ -73,8 +70,8 @@ def lora_config(
         "init_lora_weights": "gaussian" if spec.init_lora_weights == "gaussian" else True,
         "bias": "none" if spec.bias == "none" else "all",
         "modules_to_save": saved or None,
-        "rank_pattern": {name: spec.rank(name) for name in adapted if spec.rank(name) != spec.r},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha},
+        "rank_pattern": {name: r for name, r in ranks.items() if r != times * spec.r},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != factor * spec.lora_alpha},
         **base_fields(model),
     }
 
@@ -134,8 +131,3 @@ def task_type(model: nn.Module) -> str:
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-
-
-def _alpha(spec: Any, name: str) -> float:
-    r = spec.rank(name)
-    return float(spec.scaling(name) * (r**0.5 if spec.use_rslora else r))

@@ -32,7 +32,10 @@ def peak(spec: TrialSpec, geometry: Geometry) -> int:
         plain = (key, _with_class(spec.adapter), geometry)
         return int(kept(plain, lambda: predict_step([spec], geometry).predicted_peak_bytes, on_disk))
     assert isinstance(spec.adapter, LoRA)
-    without_rank = _with_class(dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0, init_lora_weights="kaiming"))
+    adapter = dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0)
+    without_rank = _with_class(
+        adapter if adapter.plain_rank > 1 else dataclasses.replace(adapter, init_lora_weights="kaiming")
+    )
     lines: list[Line] = kept((key, without_rank, geometry), lambda: _lines(spec, geometry), on_disk)
     return at(lines, spec.adapter.r)
 

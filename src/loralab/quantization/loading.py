@@ -101,6 +101,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
         self.held = quantization_config.held
         self.names: list[str] = []
         self.frozen: dict[str, nn.Module] = {}
+        self.keys: dict[str, str | None] = {}
         self.error: Exception | None = None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -145,6 +146,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             if isinstance(frozen, FrozenLinear):
                 frozen.bias = layer.bias  # type: ignore[assignment]  # loaded after the weight, perhaps
+                frozen.stored_key = self.keys[name] if self.held is None else None
             replace(model, {id(layer): frozen.train(layer.training)})
         watch_if_asked(model)
         self.remove_quantization_config(model)
@@ -175,8 +177,15 @@ class Stream(ConversionOps):  # type: ignore[misc]
             try:
                 if self.quantizer.error is None:
                     self.quantizer.pack(model.get_submodule(name), name, weight)
+                    self.quantizer.keys[name] = _source_key(key, kwargs)
             except Exception as error:  # the loader would turn it into a RuntimeError of its own
                 self.quantizer.error = error
             if missing is not None:
                 missing.discard(key)
         return {}
+
+
+def _source_key(key: str, given: dict[str, Any]) -> str | None:
+    """The name in the files of the tensor ``key``; None where it was cut or put together from others."""
+    sources, targets = given.get("source_patterns") or [], given.get("target_patterns") or []
+    return str(sources[0]) if targets == [key] and len(sources) == 1 else None

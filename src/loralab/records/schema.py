@@ -35,6 +35,7 @@ class AdapterSection(TypedDict, total=False):
     bytes: Number
     modules: list[str] | None  # names of the layers that it changes
     never_called: list[str] | None  # those of them that no pass has called
+    note: Text  # on its start
 
 
 class OptimizerSection(TypedDict, total=False):

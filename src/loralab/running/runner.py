@@ -73,6 +73,7 @@ class Runner:
         try:
             # one by one, so that the adapters before a refused one are detached too
             trials.extend(attach_trial(base, *parts) for parts in zip(specs, rows, records, strict=True))
+            base.hooks.decomposed.clear()
             check_batches(base, trials)
             for trial in trials:
                 _resume(trial)
