@@ -13,9 +13,10 @@ from loralab.adapters.attached import attached
 from loralab.adapters.export import load, save
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
+from loralab.adapters.low_rank import LoRADelta
 from loralab.errors import ConfigError
 from loralab.models import loading, pretrained
-from loralab.quantization.base import dense_weight
+from loralab.quantization.base import dense_weight, linear_shape
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.int8_blockwise import Int8Blockwise
 from loralab.quantization.none import NoQuantization
@@ -282,10 +283,21 @@ def test_a_dense_base_has_nothing_for_loftq(make_spec, load_base):
     assert "starts B A at what quantization lost of each weight" in record["error"]
 
 
-@pytest.mark.parametrize("init", ["pissa", "loftq"])
-def test_more_ranks_than_singular_values_are_refused(checkpoint, init):
-    with pytest.raises(ConfigError, match="adapter.r=65: model.layers.0.self_attn.q_proj is 64 x 64, .* at most 64"):
+@pytest.mark.parametrize("init", ["pissa", "loftq", "eva"])
+def test_more_ranks_than_directions_are_refused(checkpoint, init):
+    with pytest.raises(
+        ConfigError, match=f"adapter.r=65: model.layers.0.self_attn.q_proj is 64 x 64, .*{init}; valid: at most 64"
+    ):
         attached(LoRA(r=65, init_lora_weights=init), loaded(checkpoint, FourBit()))
+
+
+def test_a_delta_of_ones_own_that_would_add_the_principal_part_again_is_refused(load_base):
+    class Own(LoRA):
+        def delta(self, name, layer, device):
+            return LoRADelta(*reversed(linear_shape(layer)), self.r, self.scaling(name), 0.0, device)
+
+    with pytest.raises(ConfigError, match="init_lora_weights=pissa does not know how LoRADelta of model.layers.0"):
+        Own(r=4, init_lora_weights="pissa").attach(load_base().model)
 
 
 def test_pissa_with_dora_is_refused_and_pefts_true_is_kaiming():

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from loralab.adapters import eva
 from loralab.adapters.hooks import AdapterHooks
+from loralab.adapters.low_rank import LoRADelta, PiSSADelta
 from loralab.errors import ConfigError
 from loralab.quantization.base import dense_weight, is_frozen, linear_shape
 from loralab.quantization.linear import without_autocast
@@ -81,19 +82,19 @@ def _begin(init: str, model: nn.Module, deltas: Mapping[str, Any]) -> str:
 
 
 def _check(init: str, model: nn.Module, deltas: Mapping[str, Any]) -> None:
+    kind = PiSSADelta if init == "pissa" else LoRADelta
     for name, delta in deltas.items():
-        r, shape = delta.lora_A.shape[0], linear_shape(model.get_submodule(name))
-        if init == "pissa" and not hasattr(delta, "initial_A"):
+        if not isinstance(delta, kind):
             raise ConfigError(
-                f"adapter.init_lora_weights=pissa: {type(delta).__name__} would add the principal part of the weight "
-                "to it a second time; valid: kaiming, gaussian or eva, or a delta derived from PiSSADelta"
+                f"adapter.init_lora_weights={init} does not know how {type(delta).__name__} of {name} begins; valid: a "
+                f"delta derived from {kind.__name__}, or init_lora_weights=kaiming"
             )
-        if init == "eva":
-            continue
-        if r > min(shape):
+        r, shape = delta.lora_A.shape[0], linear_shape(model.get_submodule(name))
+        most = shape[1] if init == "eva" else min(shape)
+        if r > most:
             raise ConfigError(
-                f"adapter.r={r}: {name} is {shape[0]} x {shape[1]}, and adapter.init_lora_weights={init} takes r of "
-                f"its {min(shape)} singular values; valid: at most {min(shape)}, for all or by adapter.rank_pattern"
+                f"adapter.r={r}: {name} is {shape[0]} x {shape[1]}, which has {most} principal directions for "
+                f"adapter.init_lora_weights={init}; valid: at most {most}, for all layers or by adapter.rank_pattern"
             )
 
 
