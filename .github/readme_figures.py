@@ -56,6 +56,36 @@ def memory(records: Sequence[Json]) -> str:
     )
 
 
+PLANS = {  # what trains -> its settings
+    "full": ["adapter=full"],
+    "LoRA": ["adapter.r=4"],
+    "QLoRA": ["adapter.r=64", "quantization=nf4_double", "optimizer=paged_adamw"],
+}
+PUBLISHED = {  # LoRA, section 4.2 (GPT-3); QLoRA, abstract (65B): with float32 states, and activations of their own
+    **{("gpt3", "full"): "1.2 TB", ("gpt3", "LoRA"): "350 GB"},
+    **{("llama_65b", "full"): "over 780 GB", ("llama_65b", "QLoRA"): "under 48 GB"},
+}
+
+
+def plans(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Predicted peaks of published sizes on CUDA, by kind, beside what the papers say they take."""
+    lines = [
+        "| base | trained | weights | gradients | state | activations and the rest | peak | paper |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for model in ("llama_7b", "llama_65b", "gpt3"):
+        settings = [f"model={model}", "data.batch_size=1", "model.max_length=512", "model.gradient_checkpointing=true"]
+        for trained, words in PLANS.items():
+            _, out = run("plan", "--json", *settings, *words)
+            found = json.loads(out)
+            kinds = found["by_kind"]
+            parts = [kinds["base"] + kinds["constants"] + kinds["adapter"], kinds["gradients"], kinds["optimizer"]]
+            peak = found["predicted_peak_bytes"]
+            shown = " | ".join(f"{part / 1e9:.1f}" for part in [*parts, peak - sum(parts), peak])
+            lines.append(f"| {model} | {trained} | {shown} | {PUBLISHED.get((model, trained), '')} |")
+    yield "plans", "GB (1e9 bytes); one row of 512 tokens, gradient checkpointing:\n\n" + "\n".join(lines)
+
+
 def quantize(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Some rows of the quantization study of the shipped base."""
     folder = RUNS / "quantize"
@@ -155,7 +185,7 @@ def fill(text: str, blocks: Mapping[str, str]) -> str:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[tuple[str, str]]]] = {
-    **{"quickstart": quickstart, "quantize": quantize, "speed": speed}
+    **{"quickstart": quickstart, "plans": plans, "quantize": quantize, "speed": speed}
 }
 
 

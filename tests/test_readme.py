@@ -31,7 +31,7 @@ def test_every_block_of_figures_says_when_where_and_with_which_versions(name):
 
 def test_the_script_fills_every_block_of_the_readme(figures):
     names = set(re.findall(r"<!-- figures:(\w+) -->", README))
-    assert names == {"quickstart", "memory", "quantize", "speed"}
+    assert names == {"quickstart", "memory", "plans", "quantize", "speed"}
     text = figures.fill(README, dict.fromkeys(names, "new"))
     assert text.count("-->\nnew\n<!--") == len(names)
 

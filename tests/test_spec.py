@@ -156,7 +156,7 @@ def test_a_class_from_elsewhere_gets_objects_of_its_types():
 
 def test_a_type_that_no_setting_has_is_named():
     strange = dataclasses.make_dataclass("Strange", [("layer", nn.Module, None)])
-    with pytest.raises(ConfigError, match=r"mine\.layer: Strange says it is of type Module, which no setting is"):
+    with pytest.raises(ConfigError, match=r"mine\.layer: Strange declares the type Module, by which no setting"):
         make(strange, {"layer": 3}, "mine")
 
 

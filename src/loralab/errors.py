@@ -1,4 +1,4 @@
-"""What can go wrong for a user, one class per exit code. Everything else is loralab's own fault (exit 1)."""
+"""What can go wrong for a user, one class per exit code; every other exception is a fault of loralab (exit 1)."""
 
 import errno
 from collections.abc import Iterable
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 class LoralabError(Exception):
-    """One short paragraph: what, where (dotted key or file:line), the value, what would be valid."""
+    """Its message is one short paragraph: what, where (dotted key or file:line), the value, what would be valid."""
 
     exit_code = 1
     status = "failed"
 
 
 class ConfigError(LoralabError):
-    """Configuration, a base model that is missing or has no weights, remote code refused."""
+    """A wrong configuration, a base model that is missing or has no weights, refused remote code."""
 
     exit_code = 2
 
@@ -46,13 +46,13 @@ class OutOfMemory(LoralabError):  # noqa: N818 - the record's word
 
 
 class DiskError(LoralabError):
-    """Nothing more can be written."""
+    """A file that cannot be written: a full disk, no permission, no such folder."""
 
     exit_code = 7
 
 
 class Interrupted(BaseException):
-    """SIGINT (130) or SIGTERM (143) while a trial ran; like KeyboardInterrupt, no ``except Exception`` holds it."""
+    """SIGINT (130) or SIGTERM (143) while a trial ran; like KeyboardInterrupt, no ``except Exception`` catches it."""
 
     status = "interrupted"
 
@@ -61,31 +61,31 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
-OF_A_PATH = (*(errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),)
+PATH_ERRORS = (
+    *(errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host had no memory left: torch says so in several types and words."""
-    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """Whether the device or the host had no memory left; torch raises several types and messages for that."""
+    messages = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, so that torch is not imported here
-    named = not kinds.isdisjoint(("MemoryError", "OutOfMemoryError"))
-    return named or any(text in str(error) for text in said)
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or any(text in str(error) for text in messages)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the disk or a quota is full: safetensors and torch say so in the words of the operating system."""
+    """Whether the disk or a quota is full; safetensors and torch keep the operating system's message, not its errno."""
     return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
 
 
 def unwritable(path: Path | str, error: OSError) -> DiskError:
-    """The DiskError of a file or a folder that ``error`` kept from being written."""
+    """The DiskError for a file or a folder whose writing raised ``error``."""
     return DiskError(f"{path} cannot be written: {error.strerror or error}")
 
 
 def explain(error: BaseException) -> LoralabError | Interrupted:
-    """Any failure as one of loralab's: out of memory by its name, an unknown one as loralab's own (exit 1).
-
-    What goes wrong while an interruption is being dealt with is still that interruption.
+    """The error of this module for any exception: what raised it where known, else a LoralabError (exit 1) with
+    ``error`` as its cause. An exception that was raised while an interruption was handled is that interruption.
     """
     if isinstance(error, Interrupted):
         return error
@@ -108,7 +108,7 @@ def explain(error: BaseException) -> LoralabError | Interrupted:
         return DiskError(f"the disk is full: {text[:200]}; what was finished before is kept")
     if isinstance(error, FileNotFoundError) and not error.filename:
         return ConfigError("the current folder is gone; valid: start loralab in a folder that exists")
-    if isinstance(error, OSError) and error.filename and error.errno in OF_A_PATH:
+    if isinstance(error, OSError) and error.filename and error.errno in PATH_ERRORS:
         return DiskError(f"{error.filename} cannot be read or written: {error.strerror}")
     wrapped = LoralabError(f"{type(error).__name__}: {text[:500]}")
     wrapped.__cause__ = error
@@ -116,7 +116,7 @@ def explain(error: BaseException) -> LoralabError | Interrupted:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A sentence that helps after an unknown ``name``: the nearest valid one and the list."""
+    """The end of a message on an unknown ``name``: "did you mean NEAREST? valid: ALL", the former where one is near."""
     options = sorted({str(option) for option in valid})
     close = get_close_matches(name, options, n=1, cutoff=0.35)
     hint = f"did you mean {close[0]}? " if close else ""

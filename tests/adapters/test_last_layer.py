@@ -49,6 +49,14 @@ def test_a_norm_and_the_head_train_where_they_are_named(load_base):
     assert [name for name, _ in adapter.saved_modules()] == ["transformer.ln_f"]
 
 
+def test_no_block_is_a_linear_probe(load_any):
+    adapter = attached(LastLayer(layers=0), load_any("distilbert"))
+    assert not list(adapter.adapted())
+    heads = dict(adapter.saved_modules())
+    assert sorted(heads) == ["classifier", "pre_classifier"]
+    assert adapter.trainable_parameters() == sum(p.numel() for head in heads.values() for p in head.parameters()) > 0
+
+
 def test_blocks_below_are_shared(load_base):
     model = load_base("llama").model
     adapters = [attached(LastLayer(layers=n), model) for n in (1, 2)]
@@ -56,7 +64,7 @@ def test_blocks_below_are_shared(load_base):
 
 
 def test_more_blocks_than_there_are_is_refused(load_base):
-    with pytest.raises(ConfigError, match="adapter.layers=3: LlamaForCausalLM has 2 blocks; valid: 1 to 2"):
+    with pytest.raises(ConfigError, match="adapter.layers=3: LlamaForCausalLM has 2 blocks; valid: 0 to 2"):
         attached(LastLayer(layers=3), load_base().model)
 
 

@@ -105,7 +105,7 @@ def test_the_yamls_keys_that_the_class_lacks_are_left_out_and_its_own_are_taken(
         (
             "Odd",
             "adapter.gain=4",
-            "adapter.thing: Odd says it is of type Module, which no setting is checked by; valid: Any",
+            "adapter.thing: Odd declares the type Module, by which no setting can be checked; valid: Any",
         ),
         ("IA4", "adapter.gain=4", "cannot be found"),
     ],

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loralab.forward.head import CHUNK, TERMS, bypassed, frozen_head, hands_on, head_nll
+from loralab.forward.head import CHUNK, MAX_TERMS, bypassed, frozen_head, hands_on, head_nll
 
 
 def head_of(width=8, classes=11, bias=False, dtype=torch.float32):
@@ -28,7 +28,7 @@ def test_losses_predictions_and_gradients_are_those_of_the_dense_way(rows, bias)
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("classes", [11, 3 * TERMS + 5])
+@pytest.mark.parametrize("classes", [11, 3 * MAX_TERMS + 5])
 def test_under_autocast_too(classes):
     """Half precision rounds the products to 8 bits; more classes than are summed at a time are no other case."""
     head, targets = head_of(classes=classes), torch.randint(11, (40,))

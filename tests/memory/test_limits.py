@@ -42,7 +42,10 @@ def test_what_only_a_card_can_do_is_refused_on_a_cpu(make_spec, changes):
 def test_a_measured_trial_shares_its_pass_with_nobody(make_spec, changes):
     records = Runner().run([make_spec("one"), make_spec("two", memory=MemorySpec(**changes))])
     assert [r["exit_code"] for r in records] == [2, 2]
-    assert f"memory.{next(iter(changes))} is set, and a measured trial runs alone" in records[0]["error"]
+    assert (
+        f"memory.{next(iter(changes))} is set, and a trial whose memory is limited or measured runs alone"
+        in records[0]["error"]
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "distilbert"])
@@ -107,7 +110,7 @@ def test_both_arms_get_the_same_automatic_ballast(monkeypatch, paged):
     monkeypatch.setattr(limits, "managed_bytes", lambda optimizers: 4 * GIB if paged else 0)
     card = Card(monkeypatch, used=1 + 20 + 4, reserved=20 if paged else 24)
     ballast = Ballast("auto")
-    ballast._take((30 if paged else 34) * GIB, [])
+    ballast._allocate((30 if paged else 34) * GIB, [])
     assert card.taken == [47.0]
     assert ballast.summary() == {"ballast_bytes": 47 * GIB}
 
@@ -115,16 +118,16 @@ def test_both_arms_get_the_same_automatic_ballast(monkeypatch, paged):
 def test_a_ballast_larger_than_what_is_free_takes_what_is_free_and_says_so(monkeypatch, caplog):
     card = Card(monkeypatch, used=70, reserved=60)
     ballast = Ballast(50)
-    ballast._take(0, [])
+    ballast._allocate(0, [])
     assert card.taken == [9.75]
-    assert "50.00 GiB are wanted and 10.00 GiB are free; 9.75 GiB are taken" in caplog.text
+    assert "50.00 GiB are configured and 10.00 GiB are free; 9.75 GiB are allocated" in caplog.text
 
 
 def test_a_ballast_that_cannot_be_had_is_a_warning(monkeypatch, caplog):
     Card(monkeypatch, used=0, reserved=0)
     monkeypatch.setattr(limits, "SPARE", -90 * GIB)
     ballast = Ballast(85)
-    ballast._take(0, [])
+    ballast._allocate(0, [])
     assert ballast.bytes == 0
     assert "could not be allocated" in caplog.text
 
@@ -133,10 +136,10 @@ def test_the_ballast_comes_after_the_warm_up_once_and_goes_with_the_fit(make_spe
     seen = []
 
     class Watched(Ballast):
-        def _take(self, peak, optimizers):
+        def _allocate(self, peak, optimizers):
             assert len(optimizers[0].state) > 0  # managed state first
             seen.append(peak)
-            self._held = torch.zeros(1)
+            self._block = torch.zeros(1)
 
     for size, every, expected in ((1, 0, 2), ("auto", 3, 3)):
         made, steps = Watched(size, every), []
@@ -151,7 +154,7 @@ def test_the_ballast_comes_after_the_warm_up_once_and_goes_with_the_fit(make_spe
         assert record["status"] == "completed", record["error"]
         assert [taken for _, taken in steps] == [int(step > expected) for step, _ in steps]
         assert seen[0] > 2**20
-        assert made._held is None
+        assert made._block is None
 
 
 def test_a_cap_holds_within_the_fit_and_is_called_simulated(monkeypatch, caplog):

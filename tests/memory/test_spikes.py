@@ -2,7 +2,7 @@
 
 import pytest
 
-from loralab.memory.spikes import HISTORY, KEPT, MIB, Spikes, row
+from loralab.memory.spikes import HISTORY, MAX_RECORDED, MIB, Spikes, row
 
 GIB = 1024 * MIB
 
@@ -81,6 +81,6 @@ def test_the_optimizers_time_is_held_against_ordinary_steps():
 def test_the_record_keeps_the_last_spikes_and_counts_all():
     detector = Spikes(window=10)
     fed(detector, [GIB] * 10)
-    for step in range(2 * KEPT + 2):
+    for step in range(2 * MAX_RECORDED + 2):
         detector.see(step, "backward", 9 * GIB if step % 2 else GIB, 1, 1)
-    assert (len(detector.found), detector.count) == (KEPT, KEPT + 1)
+    assert (len(detector.found), detector.count) == (MAX_RECORDED, MAX_RECORDED + 1)

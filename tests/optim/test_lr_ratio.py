@@ -155,7 +155,9 @@ def test_a_run_that_broke_off_goes_on_with_the_same_bits(make_spec, weights, mon
 
 def test_an_adapter_without_b_is_refused(load_base, make_spec):
     adapter = attached(BitFit(), load_base("phi").model)
-    with pytest.raises(ConfigError, match="optimizer.lr_ratio=16 .* trains no B; valid: 1, or adapter=lora"):
+    with pytest.raises(
+        ConfigError, match="optimizer.lr_ratio=16 .* has no B; valid: optimizer.lr_ratio=1, or adapter=lora"
+    ):
         AdamW(lr_ratio=16.0).groups(adapter.named_parameters())
     (record,) = Runner().run([make_spec("run", "phi", adapter=BitFit(), optimizer=AdamW(lr_ratio=16.0))])
     assert (record["status"], record["exit_code"]) == ("failed", 2)

@@ -4,7 +4,7 @@ import pytest
 
 from loralab.cli import main
 from loralab.models import loading, pretrained
-from loralab.quantization.base import beyond
+from loralab.quantization.base import out_of_reach_weights
 
 SMALL = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 LLAMA = {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -37,7 +37,7 @@ def words(kind, keys):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_no_linear_layer_are_named_with_how_much_they_are(kind):
-    found = beyond(loading.skeleton(pretrained.Random(config={"model_type": kind, **KINDS[kind]})))
+    found = out_of_reach_weights(loading.skeleton(pretrained.Random(config={"model_type": kind, **KINDS[kind]})))
     assert sum(found.values()) == EXPERTS[kind]
     assert any("experts" in name for name in found)
 

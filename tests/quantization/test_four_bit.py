@@ -70,9 +70,9 @@ def relative_error(layer, weight):
 
 @pytest.fixture
 def fresh_probe():
-    kernels.kernel_is_right.cache_clear()
+    kernels.kernel_is_correct.cache_clear()
     yield
-    kernels.kernel_is_right.cache_clear()
+    kernels.kernel_is_correct.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_probe")
@@ -84,21 +84,21 @@ def test_a_kernel_that_counts_blocks_by_rows_is_noticed_and_not_used(monkeypatch
     monkeypatch.setattr(kernels, "_kernel", faulty_kernel)
     assert torch.equal(layer.dense(torch.float32), reference(weight, spec))
     guarded = relative_error(layer, weight)
-    monkeypatch.setattr(kernels, "kernel_is_right", lambda *_: True)
+    monkeypatch.setattr(kernels, "kernel_is_correct", lambda *_: True)
     assert relative_error(layer, weight) > 1.2 * guarded
 
 
 @pytest.mark.usefixtures("fresh_probe")
 @pytest.mark.parametrize(("width", "block_size"), [(96, 64), (352, 64), (384, 256), (64, 128)])
 def test_without_the_guard_the_real_kernel_is_wrong_on_some_cpus(monkeypatch, width, block_size):
-    if kernels.kernel_is_right("nf4", block_size, width, torch.float32, torch.device("cpu")):
+    if kernels.kernel_is_correct("nf4", block_size, width, torch.float32, torch.device("cpu")):
         pytest.skip(
             f"bitsandbytes unpacks width {width} rightly on this CPU ({torch.backends.cpu.get_cpu_capability()})"
         )
     weight = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
     layer = FourBit(block_size=block_size).pack(weight, None)
     guarded = relative_error(layer, weight)
-    monkeypatch.setattr(kernels, "kernel_is_right", lambda *_: True)
+    monkeypatch.setattr(kernels, "kernel_is_correct", lambda *_: True)
     assert relative_error(layer, weight) > 1.2 * guarded
 
 
@@ -120,7 +120,7 @@ def test_equal_statistics_survive_double_quantization():
 
 
 def test_the_probe_leaves_the_random_state_alone():
-    kernels.kernel_is_right.cache_clear()
+    kernels.kernel_is_correct.cache_clear()
     torch.manual_seed(3)
     before = torch.get_rng_state()
     FourBit().pack(torch.ones(8, 96), None).dense(torch.float32)

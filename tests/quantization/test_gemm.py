@@ -9,15 +9,15 @@ from loralab.quantization import gemm
 
 @pytest.fixture(autouse=True)
 def probed_anew():
-    gemm.chosen.cache_clear()
+    gemm.product_library.cache_clear()
     yield
-    gemm.chosen.cache_clear()
+    gemm.product_library.cache_clear()
 
 
 @pytest.fixture
 def choose(monkeypatch):
     def to(name):
-        monkeypatch.setattr(gemm, "chosen", lambda: name)
+        monkeypatch.setattr(gemm, "product_library", lambda: name)
 
     return to
 
@@ -32,19 +32,19 @@ def test_the_faster_is_taken_where_it_is_clearly_faster(monkeypatch, ours, their
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     clock(monkeypatch, ours, theirs)
-    assert gemm.chosen() == name
+    assert gemm.product_library() == name
 
 
 def test_a_product_of_lower_precision_is_never_taken(monkeypatch):
     clock(monkeypatch, 1.0, 9.0)
     monkeypatch.setattr(gemm, "_onednn", lambda x, w, b: F.linear(x.bfloat16(), w.bfloat16()).float())
-    assert gemm.chosen() == "torch"
+    assert gemm.product_library() == "torch"
 
 
 def test_nor_one_whose_rows_hang_on_each_other(monkeypatch):
     clock(monkeypatch, 1.0, 9.0)
     monkeypatch.setattr(gemm, "_onednn", lambda x, w, b: F.linear(x, w) * (1 + 1e-7 * (len(x) % 3)))
-    assert gemm.chosen() == "torch"
+    assert gemm.product_library() == "torch"
 
 
 @pytest.mark.parametrize("name", ["torch", "onednn"])

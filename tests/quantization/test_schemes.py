@@ -179,7 +179,7 @@ def test_values_that_are_not_finite_are_refused_by_the_name_of_the_layer(spec, v
     [
         (FourBit, {"quant_type": "e2m"}, "did you mean e2m1"),
         (FourBit, {"granularity": "column"}, "quantization.granularity='column'"),
-        (FourBit, {"granularity": "tensor", "double_quant": True}, "double_quant = True needs many absmax"),
+        (FourBit, {"granularity": "tensor", "double_quant": True}, "double_quant=true quantizes many absmax"),
         (FourBit, {"quant_storage": "int8"}, "did you mean uint8"),
         (Int8Blockwise, {"block_size": 100}, "quantization.block_size=100"),
         (Int8Product, {"granularity": "block"}, "quantization.granularity='block'"),

@@ -15,18 +15,18 @@ from loralab.adapters.blocks import last_stack
 from loralab.adapters.targets import within
 from loralab.errors import ConfigError
 from loralab.quantization.base import is_frozen, is_linear
-from loralab.spec import Count, spec
+from loralab.spec import Natural, spec
 
 
 @spec("adapter")
 class LastLayer(AdapterSpec):
-    """Trains the last ``layers`` blocks; an encoder-decoder's are those of its decoder."""
+    """Trains the last ``layers`` blocks; an encoder-decoder's are those of its decoder. 0: the new head alone."""
 
     packable: ClassVar[bool] = True
     tokenwise: ClassVar[bool] = True
     layerwise: ClassVar[bool] = True
 
-    layers: Count = 1
+    layers: Natural = 1
     modules_to_save: Saved = None
 
     @property
@@ -37,7 +37,7 @@ class LastLayer(AdapterSpec):
         freeze(model)
         adapter = self.makes(model, self)
         saved = modules_to_save(model, self.modules_to_save)
-        for name in trained_leaves(model, self.layers):
+        for name in trained_leaves(model, self.layers) if self.layers else ():
             if not within(name, saved):
                 adapter.add(name, LeafCopy(model.get_submodule(name)))
         save_modules(adapter, model, self.modules_to_save, seed)
@@ -63,7 +63,7 @@ def trained_leaves(model: nn.Module, layers: int) -> list[str]:
             "valid: another adapter, such as lora"
         )
     if layers > len(blocks):
-        raise ConfigError(f"adapter.layers={layers}: {whose} has {len(blocks)} blocks; valid: 1 to {len(blocks)}")
+        raise ConfigError(f"adapter.layers={layers}: {whose} has {len(blocks)} blocks; valid: 0 to {len(blocks)}")
     inside = next(name for name, module in model.named_modules() if module is blocks)
     last = range(len(blocks) - layers, len(blocks))
     return [name for index in last for name in _leaves(f"{inside}.{index}", blocks[index], whose)]

@@ -26,7 +26,7 @@ from loralab.quantization.base import Quantizer, dense_weight, packed_bytes, qua
 from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.loading import replace
 from loralab.quantization.none import NoQuantization
-from loralab.quantization.sequences import watch_if_asked
+from loralab.quantization.sequences import watch_if_needed
 from loralab.spec import Count, Natural, Whole, spec
 from loralab.training.trainer import TrainerSpec, quiet
 
@@ -208,7 +208,7 @@ class SchemeComparison:
 
     def _swap(self, old: Mapping[str, nn.Module], new: Mapping[str, nn.Module]) -> None:
         replace(self.model, {id(layer): new[name] for name, layer in old.items()})
-        watch_if_asked(self.model)
+        watch_if_needed(self.model)
 
 
 def compare_schemes(

@@ -1,7 +1,7 @@
-"""The base's own dropout, drawn for each trial: masks come from (seed, step, place in the pass), whoever shares it.
+"""The base's own dropout with a mask for each trial, from (seed, step, place in the pass), alone or in a pack.
 
-``nn.Dropout`` and attention (by SDPA) are drawn so. What a model draws by itself is the same generator's for all rows:
-`why_alone` says what of that can be foreseen, and a pack's first batch finds the rest.
+This covers ``nn.Dropout`` and attention by SDPA. Other random numbers that a model draws come from one generator for
+all rows: ``why_alone`` names those that a config shows, and a pack's first batch detects the rest.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from loralab.forward.unpadded import NAME, prepare
 
 
 class KeyedDropout(nn.Dropout):
-    """``nn.Dropout`` of a base; as it was where a pass is nobody's."""
+    """``nn.Dropout`` of a base with each trial's masks; outside of a pass of trials plain ``nn.Dropout``."""
 
     def forward(self, input: Tensor) -> Tensor:
         hooks = AdapterHooks.of(self)
@@ -29,7 +29,7 @@ class KeyedDropout(nn.Dropout):
 
 
 def key_dropout(model: nn.Module) -> None:
-    """From now on the masks of ``model`` follow the keys of a pass. One without dropout is left as it is."""
+    """Changes ``model`` so that its dropout masks follow the trials' keys; a model without dropout stays as it is."""
     if not base_dropout(model):
         return
     for module in model.modules():
@@ -40,22 +40,23 @@ def key_dropout(model: nn.Module) -> None:
 
 
 def base_dropout(model: nn.Module) -> float:
-    """The largest dropout probability inside the base, attention's included."""
+    """The largest dropout probability in the modules of the base, attention's included; 0.0 without dropout."""
     names = ("p", "dropout", "attention_dropout", "dropout_prob", "dropout_rate")
-    found = [getattr(module, name, None) for module in model.modules() for name in names]
-    return max((value for value in found if isinstance(value, float)), default=0.0)
+    values = [getattr(module, name, None) for module in model.modules() for name in names]
+    return max((value for value in values if isinstance(value, float)), default=0.0)
 
 
 def own_dropout(config: Any) -> float:
-    """The largest dropout probability that a base of this config itself would train with."""
+    """The largest dropout probability in a base's config; 0.0 without dropout."""
     return _largest(config, "dropout", "_pdrop")
 
 
 def why_alone(config: Any, attention: str) -> str:
-    """Why masks of such a base cannot be drawn for each trial of a pass; empty where they can, or nobody can say."""
+    """Why a base of ``config`` cannot have a dropout mask for each trial of a pass; empty where it can as far as the
+    config shows."""
     skipped, dropout = _largest(config, "layerdrop"), own_dropout(config)
     if skipped:
-        return f"the base skips layers at random (its config's layerdrop: {skipped:g}), for all rows of a pass alike"
+        return f"the base skips layers at random (its config's layerdrop: {skipped:g}), the same for all rows of a pass"
     if dropout and attention not in ("sdpa", NAME):
         return (
             f"with model.attn_implementation={attention} the base's own dropout ({dropout:g}) cannot be drawn for each "
@@ -65,5 +66,6 @@ def why_alone(config: Any, attention: str) -> str:
 
 
 def _largest(config: Any, *words: str) -> float:
+    """The largest number under a config's keys that contain one of ``words``; 0.0 without any."""
     rates = [value for key, value in vars(config).items() if any(word in key for word in words)]
     return max((float(rate) for rate in rates if isinstance(rate, int | float)), default=0.0)

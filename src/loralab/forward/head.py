@@ -1,8 +1,7 @@
-"""Frozen language-model head and cross-entropy in one function: no logits are kept, none are made where nothing is
-predicted.
+"""Frozen language-model head and cross-entropy in one function: logits are computed at targets only and not stored.
 
-The head has no gradient of its own, so the gradient of its input can be made in the forward pass, chunk by chunk, while
-a chunk's logits are still there. What is kept for the backward pass is one gradient row a target.
+The head has no gradient of its own, so the gradient of its input can be computed in the forward pass, chunk by chunk,
+while a chunk's logits exist. Stored for the backward pass is one gradient row (width,) per target.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -17,12 +16,12 @@ from torch.autograd.function import once_differentiable
 from loralab.adapters.hooks import acts
 from loralab.quantization.linear import without_autocast
 
-CHUNK = 512  # target rows whose logits are there at once
-SPREADS = (1.0, 1e4)  # of made-up logits: a cap is seen far out, a shift near zero
-# A CPU's GEMM rounds a row otherwise where there are few rows, and where it splits a long sum by their number (oneMKL
-# 2024.2 with AVX-512: fewer than 16 rows; sums of 1024 terms and more beside fewer than 192 rows).
-LEAST = 16  # rows of a product
-TERMS = 512  # of a sum at once
+CHUNK = 512  # targets whose logits exist at once
+SPREADS = (1.0, 1e4)  # standard deviations of random logits: large ones show a cap, small ones a shift
+# A CPU's GEMM rounds a row in another way where there are few rows, and where it splits a long sum by their number
+# (oneMKL 2024.2 with AVX-512: fewer than 16 rows; sums of 1024 or more terms with fewer than 192 rows).
+MIN_ROWS = 16  # of a product
+MAX_TERMS = 512  # of one sum
 
 
 class _NLL(torch.autograd.Function):
@@ -32,18 +31,18 @@ class _NLL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses, predictions, gradients = [], [], []
         for rows, labels in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
-            short = max(0, LEAST - len(rows))
-            logits = F.linear(F.pad(rows, (0, 0, 0, short)) if short else rows, weight, bias)
+            missing = max(0, MIN_ROWS - len(rows))
+            logits = F.linear(F.pad(rows, (0, 0, 0, missing)) if missing else rows, weight, bias)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            highest, found = logits.max(-1, keepdim=True)
-            at = F.pad(labels, (0, short))[:, None]
-            chosen = logits.sub_(highest).gather(1, at)
+            highest, predicted = logits.max(-1, keepdim=True)
+            target = F.pad(labels, (0, missing))[:, None]
+            target_logits = logits.sub_(highest).gather(1, target)
             total = logits.exp_().sum(-1, keepdim=True)
-            losses.append((total.log() - chosen)[: len(rows), 0])
-            predictions.append(found[: len(rows), 0])
+            losses.append((total.log() - target_logits)[: len(rows), 0])
+            predictions.append(predicted[: len(rows), 0])
             if ctx.needs_input_grad[0]:
-                logits.div_(total).scatter_add_(1, at, -torch.ones_like(total))  # softmax minus one-hot
-                gradients.append(_summed(logits.to(weight.dtype), weight)[: len(rows)].to(hidden.dtype))
+                logits.div_(total).scatter_add_(1, target, -torch.ones_like(total))  # softmax minus one-hot
+                gradients.append(_times_weight(logits.to(weight.dtype), weight)[: len(rows)].to(hidden.dtype))
         ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
         best = torch.cat(predictions)
         ctx.mark_non_differentiable(best)
@@ -56,15 +55,15 @@ class _NLL(torch.autograd.Function):
         return gradients * grad[:, None].to(gradients.dtype), None, None, None
 
 
-def _summed(logits: Tensor, weight: Tensor) -> Tensor:
-    """``logits @ weight``, (rows, V) by (V, width); on a CPU, in float32, with the same bits beside any number of other
+def _times_weight(logits: Tensor, weight: Tensor) -> Tensor:
+    """``logits @ weight``, (rows, V) by (V, width); on a CPU in float32 a row's bits do not depend on the number of
     rows."""
     kind = logits.device.type
     half = logits.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(kind)
-    if kind != "cpu" or half:  # which would round each part
+    if kind != "cpu" or half:  # each part of the sum would be rounded
         return logits @ weight
-    first, *others = zip(torch.split(logits, TERMS, 1), torch.split(weight, TERMS), strict=True)
-    with without_autocast("cpu"):  # which would round the first product, and refuse the others
+    first, *others = zip(torch.split(logits, MAX_TERMS, 1), torch.split(weight, MAX_TERMS), strict=True)
+    with without_autocast("cpu"):  # it would round the first product and reject addmm_
         total: Tensor = first[0] @ first[1]
         for part, terms in others:
             total.addmm_(part, terms)
@@ -72,16 +71,16 @@ def _summed(logits: Tensor, weight: Tensor) -> Tensor:
 
 
 def head_nll(hidden: Tensor, targets: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
-    """(negative log-likelihood (n,) in float32, predictions (n,)) of hidden (n, width) and targets (n,)."""
+    """hidden (n, width), targets (n,) -> (negative log-likelihood (n,) float32, predicted token ids (n,))."""
     if not len(targets):
         return hidden.sum(-1).float(), targets
-    scored: tuple[Tensor, Tensor] = _NLL.apply(hidden, targets, head.weight, head.bias)  # type: ignore[no-untyped-call]
-    return scored
+    losses_and_predictions: tuple[Tensor, Tensor] = _NLL.apply(hidden, targets, head.weight, head.bias)  # type: ignore[no-untyped-call]
+    return losses_and_predictions
 
 
 def frozen_head(model: nn.Module, owners: Collection[nn.Module] = ()) -> nn.Linear | None:
-    """The model's output embeddings, where they are a plain linear layer that nobody watches or trains, and none of
-    ``owners``, the adapters of a pass, changes."""
+    """The model's output embeddings where they are a frozen nn.Linear without hooks that none of ``owners``, the
+    adapters of a pass, changes; else None."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) is not nn.Linear or head.weight.requires_grad:
         return None
@@ -90,38 +89,38 @@ def frozen_head(model: nn.Module, owners: Collection[nn.Module] = ()) -> nn.Line
 
 @torch.no_grad()
 def hands_on(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> bool:
-    """Whether the model's logits are its head's, bit for bit, whatever they may become in training: nothing scales,
-    caps, shifts or normalizes them. Seen by logits of its own making in the head's place."""
+    """Whether the model returns its head's output as logits, bit for bit, and does not scale, cap, shift or normalize
+    it. Tried with random logits in place of the head's."""
     generator = torch.Generator().manual_seed(0)
     for spread in SPREADS:
-        made: list[Tensor] = []
+        outputs: list[Tensor] = []
 
-        def make(hidden: Tensor, spread: float = spread, made: list[Tensor] = made) -> Tensor:
-            drawn = torch.randn(*hidden.shape[:-1], head.out_features, generator=generator) * spread
-            made.append(drawn.to(hidden))
-            return made[-1]
+        def random_logits(hidden: Tensor, spread: float = spread, outputs: list[Tensor] = outputs) -> Tensor:
+            normal = torch.randn(*hidden.shape[:-1], head.out_features, generator=generator)
+            outputs.append((normal * spread).to(hidden))
+            return outputs[-1]
 
-        head.forward = make  # type: ignore[method-assign,assignment]
+        head.forward = random_logits  # type: ignore[method-assign,assignment]
         try:
             logits = model(**inputs).logits
         finally:
             del head.forward
-        if len(made) != 1 or not torch.equal(logits.float(), made[0].float()):
+        if len(outputs) != 1 or not torch.equal(logits.float(), outputs[0].float()):
             return False
     return True
 
 
 @contextmanager
 def bypassed(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Within, the model hands on what would enter its head, in place of logits; yields what did."""
-    given: list[Tensor] = []
+    """Within, ``head`` returns its input, so that the model returns it as logits; yields a list of the last input."""
+    inputs: list[Tensor] = []
 
-    def same(hidden: Tensor) -> Tensor:
-        given[:] = [hidden]
+    def identity(hidden: Tensor) -> Tensor:
+        inputs[:] = [hidden]
         return hidden
 
-    head.forward = same  # type: ignore[method-assign,assignment]
+    head.forward = identity  # type: ignore[method-assign,assignment]
     try:
-        yield given
+        yield inputs
     finally:
         del head.forward

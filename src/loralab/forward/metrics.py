@@ -1,4 +1,4 @@
-"""What a split is scored by. Losses are sums of negative log-likelihoods over the number of targets."""
+"""The metrics of a split. A loss is the sum of the negative log-likelihoods divided by the number of targets."""
 
 import math
 import warnings
@@ -22,16 +22,15 @@ HIGHER = (
     "token_accuracy",
     "choice_accuracy",
     *SCORES,
-)  # the better, the higher; of the others the lower
+)  # metrics of which a higher value is better; of all others a lower one is
 
 
 def nll(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed negative log-likelihood, predictions, targets) in float32, masked positions left out.
+    """(summed negative log-likelihood () float32, predictions, targets (n,)) at the labels other than -100.
 
-    Causal LM: logits (B, T, V) at t predict labels (B, T) at t + 1; seq2seq: at t; classification: logits (B, C),
-    labels (B,). Targets are flat, one entry a target token (or row), and so are predictions, but those of a classifier,
-    which are its logits. Labels in floating point are regression's: its loss is the squared error of logits (B, 1),
-    which are the predictions.
+    Causal LM: logits (B, T, V) at t predict labels (B, T) at t + 1; seq2seq: at t; predictions are token ids (n,).
+    Classification: logits (B, C), labels (B,); predictions are the logits (n, C). Regression, where labels (B,) are
+    floating point: the loss is the summed squared error of logits (B, 1), which are the predictions (B,).
     """
     if labels.is_floating_point():
         predictions, labels = logits.float().squeeze(-1), labels.float()
@@ -42,16 +41,16 @@ def nll(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor, Tens
 
 
 def target_logits(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
-    """(logits (n, V) in float32, targets (n,)) where there is something to predict."""
+    """(logits (n, V) in float32, targets (n,)) at the labels other than -100; shapes of the arguments: see ``nll``."""
     if task == "causal_lm":
         logits, labels = logits[:, :-1], labels[:, 1:]
-    kept = labels != -100
-    return logits[kept].float(), labels[kept]
+    is_target = labels != -100
+    return logits[is_target].float(), labels[is_target]
 
 
 def names(task: str, generated: bool, tested: bool, documents: bool = False, choices: bool = False) -> list[str]:
-    """The metrics that a run of ``task`` ends with; ``generated``: some rows are completed, ``tested``: the test
-    split, ``documents``: the rows are plain text, ``choices``: they have choices."""
+    """The names of the final metrics of a run of ``task``, such as val/loss; ``generated``: texts are generated,
+    ``tested``: there is a test split, ``documents``: the rows are plain text, ``choices``: they have choices."""
     scores = ["accuracy", "f1", "matthews"] if task == "sequence_classification" else ["token_accuracy", "perplexity"]
     scores = ["pearson", "spearman"] if task == "regression" else scores
     if documents and task == "causal_lm":
@@ -64,6 +63,7 @@ def names(task: str, generated: bool, tested: bool, documents: bool = False, cho
 
 
 def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> None:
+    """Updates a user's metric; a ConfigError that names it where torchmetrics rejects the values."""
     try:
         metric.update(predictions, targets)
     except (ValueError, RuntimeError, IndexError, TypeError) as error:  # such as another number of classes
@@ -71,26 +71,26 @@ def _update(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> 
 
 
 class SplitMetrics:
-    """Accumulates one trial's scores over one split; torchmetrics does the sums."""
+    """Accumulates one trial's metrics over one split, by torchmetrics."""
 
     def __init__(
         self, task: str, num_labels: int, device: torch.device, size: int = 0, own: Mapping[str, Metric] | None = None
     ) -> None:
-        """``size``: UTF-8 bytes of the texts that the split's targets are all tokens of; 0: of no such texts. ``own``:
-        the user's metrics of predictions and targets by name."""
+        """``size``: UTF-8 bytes of the texts where all their tokens are targets, else 0; ``own``: the user's metrics of
+        predictions and targets by name."""
         self.own = {name: metric.to(device) for name, metric in (own or {}).items()}
         self.size, self.count = size, 0
         self.task, self.num_labels, self.device = task, num_labels, device
-        # nan stays nan: by default such a batch is left out of the mean, and "disable" takes every weight for 1
+        # nan must stay nan: torchmetrics leaves such a batch out by default, and "disable" ignores weights
         self.loss = MeanMetric(nan_strategy=math.nan).to(device)
         self.scores: dict[str, Metric] = {}
 
-    def _made(self, targets: Tensor) -> dict[str, Metric]:
-        """What these targets are scored by."""
+    def _task_metrics(self, targets: Tensor) -> dict[str, Metric]:
+        """New metrics beside the loss for such ``targets``, by name."""
         if targets.is_floating_point():
-            # of one row, or of equal predictions, there is no correlation: nan, which the record has as null
+            # the correlation of one row or of equal predictions is nan, which is null in the record
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that Spearman keeps what it ranks
+                warnings.simplefilter("ignore")  # on Spearman's memory for all values
                 return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
         if self.task == "sequence_classification":
             accuracy = MulticlassAccuracy(self.num_labels, average="micro")
@@ -102,11 +102,12 @@ class SplitMetrics:
         return {"token_accuracy": MeanMetric(nan_strategy=math.nan)}
 
     def update(self, loss_sum: Tensor, predictions: Tensor, targets: Tensor) -> None:
+        """Adds a batch as ``nll`` returns it. Raises ConfigError where a user's metric rejects it."""
         count = targets.numel()
         if not count:
             return
         if not self.scores:
-            self.scores = {name: metric.to(self.device) for name, metric in self._made(targets).items()}
+            self.scores = {name: metric.to(self.device) for name, metric in self._task_metrics(targets).items()}
         self.count += count
         self.loss.update(loss_sum / count, weight=count)
         for name, metric in self.own.items():
@@ -120,7 +121,7 @@ class SplitMetrics:
                 metric.update(predictions, targets)
 
     def compute(self, split: str) -> dict[str, float]:
-        """``{"val/loss": ..., "val/perplexity": ..., ...}`` of everything since the last reset."""
+        """{"val/loss": ..., "val/perplexity": ..., ...} of all batches so far."""
         loss = float(self.loss.compute())
         values = {"loss": loss, **{name: float(metric.compute()) for name, metric in self.scores.items()}}
         values |= {name: float(metric.compute()) for name, metric in self.own.items() if self.count}

@@ -1,7 +1,7 @@
-"""Rows without their padding, and attention that keeps rows apart: those of one flat batch, and the trials' masks.
+"""Batches without padding, and the attention that they need: over each row by itself, with each trial's dropout masks.
 
-Everything but attention looks at tokens one by one, so padding is work for nothing: 40% of it at four rows of ordinary
-text. It also makes a trial's figures independent of whoever shares its pass: a row is computed in its own length.
+All layers but attention compute token by token, so the padding, 40% of a batch of four rows of ordinary text, can be
+left out. A row is then computed at its own length, so that a trial's results do not depend on the rows of other trials.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ LENGTHS = "loralab_lengths"  # of the rows of a flat batch, an attribute of its 
 
 
 def can_unpad(model: nn.Module) -> bool:
-    """Whether the model's attention can be handed the rows: SDPA through transformers' interface, causal, full."""
+    """Whether the model's attention can run on flat batches: causal, without a window, SDPA of transformers."""
     config: Any = model.config
     windows = {"full_attention"} != set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = windows or bool(getattr(config, "sliding_window", None))
@@ -29,11 +29,13 @@ def can_unpad(model: nn.Module) -> bool:
 
 
 def prepare(model: nn.Module) -> list[Any]:
-    """Lets the model's attention ask for the rows' lengths and for dropout keys. All else is computed by SDPA. Returns
-    the configs that say so now."""
+    """Replaces SDPA in ``model`` by an attention that calls SDPA for each row of a flat batch, with the trials' dropout
+    keys. Returns the configs that it changed, for ``undo``."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]  # T5's stacks have their own
+    configs: list[Any] = [
+        getattr(module, "config", None) for module in model.modules()
+    ]  # T5's encoder and decoder have their own
     changed = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
     for config in changed:
         config._attn_implementation = NAME
@@ -41,13 +43,13 @@ def prepare(model: nn.Module) -> list[Any]:
 
 
 def undo(changed: list[Any]) -> None:
-    """What ``prepare`` changed: a model that asks for SDPA by its name would compute attention in another way."""
+    """Sets SDPA back in the configs that ``prepare`` changed: models that compare its name take another path else."""
     for config in changed:
         config._attn_implementation = "sdpa"
 
 
 def flatten(inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> dict[str, Any]:
-    """input_ids (rows, T), real tokens first -> input_ids, position_ids (1, tokens), and the lengths as a mask."""
+    """input_ids (rows, T), padded on the right -> input_ids and position_ids (1, tokens), ``mask_of(lengths)``."""
     ids = inputs["input_ids"]
     positions = torch.arange(ids.shape[1], device=ids.device)
     return {
@@ -58,14 +60,15 @@ def flatten(inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> dict[str, A
 
 
 def flat(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(rows, T) -> (1, tokens)."""
+    """x (rows, T) -> (1, tokens): of each row the first ``length`` positions."""
     return torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])[None]
 
 
 def mask_of(lengths: Sequence[int]) -> Tensor:
-    """Models hand a mask of four dimensions on as it is; one that used it in earnest would fail over its shape."""
+    """A mask (1, 1, 0, 0) that carries ``lengths`` to the attention. Models pass a mask of four dimensions on as it is;
+    one that computed with it would fail on its shape."""
     mask = torch.empty(1, 1, 0, 0)
-    mask.loralab_lengths = tuple(lengths)  # type: ignore[attr-defined]
+    setattr(mask, LENGTHS, tuple(lengths))
     return mask
 
 
@@ -74,48 +77,49 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """query (rows, heads, T, width) -> (rows, T, heads, width); of a flat batch, rows = 1 and T = tokens.
 
-    Dropout: torch's own, share by share, its generator set to the share's key."""
+    With dropout each trial's rows are computed by themselves, torch's generator set to the trial's key."""
     hooks = AdapterHooks.of(module)
     keys = hooks.keys() if kwargs.get("dropout") else []
     if not keys:
-        return _attended(module, query, key, value, attention_mask, **kwargs), None
+        return _sdpa(module, query, key, value, attention_mask, **kwargs), None
     bias = kwargs.pop("position_bias", None)
     rows = (hooks.split(x.transpose(1, 2)) for x in (query, key, value))
-    parts = zip(keys, *rows, _apart(hooks, attention_mask), _apart(hooks, bias), strict=True)
-    found = []
-    # flash attention draws other masks, and a row that comes beside shorter ones cannot have it
+    parts = zip(keys, *rows, _by_trial(hooks, attention_mask), _by_trial(hooks, bias), strict=True)
+    outputs = []
+    # not flash attention: it draws other masks, and cannot run a row that is padded
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         for seed, q, k, v, mask, own_bias in parts:
             _generator(query.device).manual_seed(seed)
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            found.append(_attended(module, q, k, v, mask, position_bias=own_bias, **kwargs))
-    return hooks.join(found), None
+            outputs.append(_sdpa(module, q, k, v, mask, position_bias=own_bias, **kwargs))
+    return hooks.join(outputs), None
 
 
-def _apart(hooks: AdapterHooks, mask: Tensor | None) -> Sequence[Tensor | None]:
-    """A mask or a bias (rows or 1, ...) for each share."""
-    lengths: tuple[int, ...] | None = getattr(mask, "loralab_lengths", None)
+def _by_trial(hooks: AdapterHooks, mask: Tensor | None) -> Sequence[Tensor | None]:
+    """A mask or a bias (rows or 1, ...) -> each trial's (its rows or 1, ...)."""
+    lengths: tuple[int, ...] | None = getattr(mask, LENGTHS, None)
     if lengths is not None:
-        waiting = iter(lengths)
-        return [mask_of([next(waiting) for _ in range(part.rows)]) for part in hooks.slices]
+        remaining = iter(lengths)
+        return [mask_of([next(remaining) for _ in range(part.rows)]) for part in hooks.slices]
     return [mask] * len(hooks.slices) if mask is None or mask.shape[0] == 1 else hooks.split(mask)
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """The one that attention kernels draw from."""
+    """The generator that torch's attention kernels on ``device`` use."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator
 
 
-def _attended(
+def _sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
+    """SDPA: query (rows, heads, T, width) -> (rows, T, heads, width); of a flat batch over each row by itself."""
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    lengths: tuple[int, ...] | None = getattr(attention_mask, "loralab_lengths", None)
+    lengths: tuple[int, ...] | None = getattr(attention_mask, LENGTHS, None)
     if lengths is None:
         return sdpa(module, query, key, value, attention_mask, **kwargs)[0]  # type: ignore[no-any-return]
-    if len(set(lengths)) == 1:  # rows of one length need not be taken apart
+    if len(set(lengths)) == 1:  # one call for rows of one length
         rows = [_rows(x, len(lengths)) for x in (query, key, value)]
         return sdpa(module, *rows, None, **kwargs)[0].flatten(0, 1)[None]  # type: ignore[no-any-return]
     parts = zip(*(torch.split(x, list(lengths), 2) for x in (query, key, value)), strict=True)

@@ -1,1 +1,1 @@
-"""Memory measured, limited and told."""
+"""Memory of a run: measured phase by phase, limited, and reported."""

@@ -1,4 +1,4 @@
-"""What the predicted memory of a run is held against."""
+"""The spec of the check of a run's predicted memory against a budget."""
 
 from typing import Literal
 

@@ -1,7 +1,7 @@
-"""Who holds how many bytes: torch's allocator, the driver, the host; and how long a phase took on each device.
+"""Bytes in use by the counts of torch's allocator, the driver and the host, and time on each device.
 
-bitsandbytes' paged state is in none of torch's numbers: it is managed memory, seen by the driver while its pages are
-on the card, and by the host while they are not.
+bitsandbytes' paged state is in none of torch's numbers: it is managed memory, which the driver counts while its pages
+are on the card, and the host while they are not.
 """
 
 import logging
@@ -25,11 +25,11 @@ PROC = ("/proc/self/statm", "/proc/meminfo")
 
 @dataclass(frozen=True)
 class Reading:
-    """One phase's memory. ``peak``: the allocator's on CUDA, the resident set at the phase's end on a CPU."""
+    """One phase's memory in bytes; None where the device has no such count."""
 
-    peak: int
-    reserved: int | None = None  # by torch's caching allocator, at its peak
-    used: int | None = None  # on the card by everyone, as the driver says
+    peak: int  # CUDA: the allocator's peak; CPU: the resident set at the phase's end
+    reserved: int | None = None  # peak of what torch's caching allocator reserved
+    used: int | None = None  # on the card by all processes, as the driver counts
 
 
 class Host:
@@ -40,16 +40,16 @@ class Host:
     retries = 0
 
     def __init__(self) -> None:
-        # kept open: a step may not cost a look-up of the path
-        opened = [os.open(p, os.O_RDONLY | os.O_CLOEXEC) if Path(p).is_file() else None for p in PROC]
-        self._statm, self._meminfo = opened
-        for one in opened:
-            if one is not None:
-                weakref.finalize(self, os.close, one)
+        # open for the whole run: a path look-up at every step would cost time
+        files = [os.open(p, os.O_RDONLY | os.O_CLOEXEC) if Path(p).is_file() else None for p in PROC]
+        self._statm, self._meminfo = files
+        for file in files:
+            if file is not None:
+                weakref.finalize(self, os.close, file)
         self._page = os.sysconf("SC_PAGE_SIZE")
 
     def read(self) -> Reading:
-        """Memory since the last reading."""
+        """The memory of the phase since the last call; on CUDA resets the allocator's peak."""
         return Reading(self.resident())
 
     def resident(self) -> int:
@@ -61,33 +61,34 @@ class Host:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def available(self) -> int | None:
-        """Bytes that the host could still give without swapping; null where it does not say."""
+        """Bytes that the host can give without swapping; None without /proc/meminfo."""
         if self._meminfo is None:
             return None
-        found = re.search(rb"MemAvailable:\s+(\d+) kB", os.pread(self._meminfo, 512, 0))
-        return int(found[1]) * 1024 if found else None
+        match = re.search(rb"MemAvailable:\s+(\d+) kB", os.pread(self._meminfo, 512, 0))
+        return int(match[1]) * 1024 if match else None
 
     def managed_resident(self, managed: int) -> int | None:
-        """How many of the ``managed`` bytes are on the card, by estimate."""
+        """An estimate of how many of the ``managed`` bytes are on the card; None where there is none."""
         return None
 
     def mark(self) -> Any:
-        """A point in the device's time."""
+        """A point in the device's time, for ``passed`` and ``seconds``."""
         return time.perf_counter()
 
     def passed(self, mark: Any) -> bool:
-        """Whether the device has come to ``mark``; asking does not wait."""
+        """Whether the device has reached ``mark``; does not wait for it."""
         return True
 
     def seconds(self, start: Any, end: Any) -> float:
+        """Seconds from one mark to another that the device has reached."""
         return float(end - start)
 
     def wait(self) -> None:
-        """Returns when all that was given to the device is done."""
+        """Blocks until the device has done all work submitted to it."""
 
 
 class Cuda(Host):
-    """A card: three ledgers. Nothing here waits for the device but ``wait``."""
+    """A CUDA device: counts of allocator, driver and host. Only ``wait`` waits for the device."""
 
     device = "cuda"
     instrument = "torch allocator peak"
@@ -115,14 +116,14 @@ class Cuda(Host):
         return Reading(int(allocated.get("peak", 0)), int(reserved.get("peak", 0)), self.used())
 
     def used(self) -> int | None:
-        """Bytes in use on the card by the driver's count; null, and said once, where it does not answer."""
+        """Bytes in use on the card by the driver's count; None, with one warning, where the driver gives none."""
         if self._readable:
             try:
                 free, total = torch.cuda.mem_get_info()
                 return total - free
             except RuntimeError as error:
                 self._readable = False
-                log.warning("the driver does not say how much of the card is used (%s); training goes on", error)
+                log.warning("the driver does not report how much of the card is used (%s); training goes on", error)
         return None
 
     def managed_resident(self, managed: int) -> int | None:
@@ -147,20 +148,22 @@ class Cuda(Host):
 
 
 def other_processes() -> int | None:
-    """Processes that compute on this card beside this one; null, and said, where NVML cannot be read."""
+    """How many other processes compute on this card; None, with a warning, where NVML cannot be read."""
     try:
         text = torch.cuda.list_gpu_processes()
     except Exception as error:  # NVML's own errors, or no library at all
         text = f"{type(error).__name__}: {error}"
-    found = re.findall(r"process\s+\d+ uses", text)
-    if found or "no processes" in text:
-        return max(0, len(found) - 1)  # process ids differ inside a container: count, do not compare
-    log.warning("NVML cannot be read (%s): whether others use this card is not known", " ".join(text.split())[:120])
+    lines = re.findall(r"process\s+\d+ uses", text)
+    if lines or "no processes" in text:
+        return max(0, len(lines) - 1)  # less this process, whose id inside a container is another
+    log.warning(
+        "NVML cannot be read (%s): whether other processes use this card is not known", " ".join(text.split())[:120]
+    )
     return None
 
 
 def managed_bytes(optimizers: Iterable[Any]) -> int:
-    """Bytes of optimizer state in managed memory, as each tensor's own mark says."""
+    """Bytes of optimizer state in managed memory: of the tensors with bitsandbytes' mark ``is_paged``."""
     states = (state for optimizer in optimizers for state in optimizer.state.values())
     values = (value for state in states for value in state.values())
     return sum(value.nbytes for value in values if isinstance(value, Tensor) and getattr(value, "is_paged", False))

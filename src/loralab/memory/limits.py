@@ -1,4 +1,4 @@
-"""Memory taken away on purpose, and snapshots of it: a small card asked for on a larger one, spikes made on demand."""
+"""Less memory on purpose (ballast, cap), spikes on purpose (lengthened batches), and snapshots of the allocations."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -19,16 +19,16 @@ from loralab.spec import Count, Gib, NotNegative, Positive, spec
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 2  # steps before a ballast: the optimizer's managed state is there from the first on
+WARM_UP = 2  # steps before a ballast: the first allocates the optimizer's managed state
 SHORT_OF = 0.5  # share of the optimizer's state that ballast=auto leaves no room for
-SPARE = 256 * MIB  # a ballast never takes the last of what is free
-DUMPS = 3
-EVENTS = 100_000  # allocations that a snapshot's history goes back
+SPARE = 256 * MIB  # free memory that a ballast leaves
+MAX_SNAPSHOTS = 3  # of spikes
+MAX_EVENTS = 100_000  # allocations in the history of a snapshot
 
 
 @spec("memory")
 class MemorySpec:
-    """Ballast, cap and snapshots need a CUDA device; lengthened batches go anywhere."""
+    """Ballast, cap and snapshots need a CUDA device; lengthened batches need none."""
 
     ballast: Annotated[Literal["auto"] | Positive | None, "null, auto or a positive number of GiB"] = None
     cap: Gib | None = None
@@ -36,22 +36,23 @@ class MemorySpec:
     spiky_every: Count | None = None  # null: no batch is lengthened
     spiky_length: Count | None = None
     solo: bool = False
-    prefix_cache: Annotated[NotNegative, "a number of GiB, 0: nothing is kept"] = 1.0  # of host memory
+    prefix_cache: Annotated[NotNegative, "a number of GiB, 0: nothing is kept"] = 1.0  # host memory for blocks' outputs
 
     @property
     def alone(self) -> str:
-        """Why a trial with this cannot share its pass with others; empty where it can."""
+        """Why a trial with this spec cannot share a pass with other trials; empty where it can."""
         keys = [key for key in ("ballast", "cap", "snapshot", "spiky_every") if getattr(self, key) is not None]
         keys += ["solo"] if self.solo else []
-        return f"memory.{keys[0]} is set, and a measured trial runs alone" if keys else ""
+        return f"memory.{keys[0]} is set, and a trial whose memory is limited or measured runs alone" if keys else ""
 
     @property
     def prefix_bytes(self) -> int:
-        """What may be kept of blocks below the lowest adapted one; nothing where memory or time is measured."""
+        """Bytes of host memory for outputs of the blocks below the lowest adapted one; 0 where memory or time is
+        measured."""
         return 0 if self.alone else int(self.prefix_cache * GIB)
 
     def check(self, device: str) -> None:
-        """Raises ConfigError for what only a card can do."""
+        """Raises ConfigError on a CPU where a key is set that needs a CUDA device."""
         for key in ("ballast", "cap", "snapshot"):
             if device == "cpu" and getattr(self, key) is not None:
                 raise ConfigError(
@@ -59,13 +60,13 @@ class MemorySpec:
                 )
 
     def callbacks(self) -> list[Callback]:
-        """What watches or holds memory during the fit."""
-        made: list[Callback] = [] if self.ballast is None else [Ballast(self.ballast, self.spiky_every or 0)]
-        return made if self.snapshot is None else [*made, Snapshots(Path(self.snapshot))]
+        """The Lightning callbacks of ``ballast`` and ``snapshot``, for those that are set."""
+        ballasts = [] if self.ballast is None else [Ballast(self.ballast, self.spiky_every or 0)]
+        return [*ballasts, *([] if self.snapshot is None else [Snapshots(Path(self.snapshot))])]
 
     @contextmanager
     def capped(self) -> Iterator[None]:
-        """Within, torch's allocator has ``cap`` GiB of the card: a simulated smaller card."""
+        """Within, torch's allocator may use ``cap`` GiB of the card, as if it were a smaller one; null: no limit."""
         if self.cap is None:
             yield
             return
@@ -80,19 +81,20 @@ class MemorySpec:
 
     @property
     def continues(self) -> bool:
-        """Whether a run may be taken up in its middle; not one that counts its steps for what it measures."""
+        """Whether a run may be resumed in its middle: not one whose ballast or spikes come at counted steps."""
         return self.ballast is None and self.spiky_every is None
 
     def record(self) -> dict[str, Any]:
-        """What a record says of it beside the configuration; a cap's results are simulated, and say so."""
+        """The fields of a record beside the configuration: with a cap its bytes and the mark "simulated", else none."""
         return {} if self.cap is None else {"cap_bytes": int(self.cap * GIB), "simulated": True}
 
     def spike(self, max_length: int, positions: int | None) -> int:
-        """Tokens of a lengthened row on a base of that architecture."""
+        """Tokens of a lengthened row; ``positions``: the longest sequence of the base, None: no limit."""
         return self.spiky_length or min(4 * max_length, positions or 4 * max_length)
 
     def passes(self, passes: Any, max_length: int, positions: int | None) -> Any:
-        """Training passes, every N-th step's lengthened. Raises ConfigError where no longer batch is possible."""
+        """``passes`` with those of every ``spiky_every``-th step lengthened. Raises ConfigError where the base cannot
+        take a longer batch, or ``spiky_length`` is none."""
         if self.spiky_every is None:
             return passes
         length = self.spike(max_length, positions)
@@ -120,57 +122,58 @@ class Lengthened:
     def __iter__(self) -> Iterator[dict[int, Any]]:
         for index, batches in enumerate(self.passes):
             long = (index // self.passes.micros + 1) % self.every == 0
-            yield {i: self._longer(i, batch) if long else batch for i, batch in batches.items()}
+            yield {i: self._lengthen(i, batch) if long else batch for i, batch in batches.items()}
 
-    def _longer(self, index: int, batch: dict[str, Any]) -> dict[str, Any]:
-        fill = {"input_ids": self.passes.trials[index].pad_token_id, "attention_mask": 0, "labels": -100}
+    def _lengthen(self, index: int, batch: dict[str, Any]) -> dict[str, Any]:
+        padding = {"input_ids": self.passes.trials[index].pad_token_id, "attention_mask": 0, "labels": -100}
         tensors: dict[str, Tensor] = batch["tensors"]
         shape = tensors["input_ids"].shape
-        short = max(0, self.length - shape[1])
+        missing = max(0, self.length - shape[1])
         return {
             **batch,
             "tensors": {  # labels of another shape are not aligned with the tokens
-                key: F.pad(value, (0, short), value=fill[key]) if value.shape == shape else value
+                key: F.pad(value, (0, missing), value=padding[key]) if value.shape == shape else value
                 for key, value in tensors.items()
             },
         }
 
 
 class Ballast(Callback):
-    """One plain allocation that takes memory off the card for the rest of the fit, never more than what is free.
+    """One allocation on the card, of at most what is free, from the end of the warm-up to the end of the fit.
 
-    It comes after the warm-up, when the optimizer's managed state has been allocated. ``auto`` leaves what the warm-up
-    needed beside that state and half of the state: with all of it in torch's own memory the run cannot go on, and a
-    paged one has to evict the other half. Paged or not, the size comes out the same.
+    By then the optimizer's managed state has been allocated. ``auto`` leaves what the warm-up needed without that
+    state, and half of the state: an unpaged optimizer then runs out of memory, and a paged one has to evict the other
+    half. The size is the same for both.
     """
 
     pack_aware = False
 
     def __init__(self, size: float | str, spiky_every: int = 0) -> None:
-        self.size, self.steps = size, max(WARM_UP, spiky_every)  # a warm-up for auto has seen a long batch
+        self.size, self.steps = size, max(WARM_UP, spiky_every)  # auto: a warm-up with a long batch
         self.bytes = 0
-        self._held: Tensor | None = None
+        self._block: Tensor | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._held is None and trainer.global_step == (self.steps if self.size == "auto" else WARM_UP):
-            observer = next((one for one in trainer.callbacks if isinstance(one, PhaseMemory)), None)  # type: ignore[attr-defined]
-            seen = (
-                [observer.peaks.get(phase, 0) for phase in SPLIT] if observer else [torch.cuda.max_memory_allocated()]
-            )
-            self._take(max(seen), trainer.optimizers)
+        if self._block is None and trainer.global_step == (self.steps if self.size == "auto" else WARM_UP):
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            observer = next((callback for callback in callbacks if isinstance(callback, PhaseMemory)), None)
+            peaks = [observer.peaks.get(p, 0) for p in SPLIT] if observer else [torch.cuda.max_memory_allocated()]
+            self._allocate(max(peaks), trainer.optimizers)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._held = None
+        self._block = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._held = None
+        self._block = None
 
     def summary(self) -> dict[str, Any]:
         return {"ballast_bytes": self.bytes}
 
-    def _take(self, peak: int, optimizers: Iterable[Any]) -> None:
+    def _allocate(self, peak: int, optimizers: Iterable[Any]) -> None:
+        """Allocates the ballast; ``peak``: bytes of torch's allocator in the warm-up. Warns where it is smaller than
+        configured, or cannot be allocated."""
         torch.cuda.empty_cache()
         optimizers = list(optimizers)
         state, managed = state_bytes(optimizers), managed_bytes(optimizers)
@@ -183,30 +186,30 @@ class Ballast(Callback):
         size = min(wanted, free - SPARE)
         if size < wanted:
             log.warning(
-                "memory.ballast: %.2f GiB are wanted and %.2f GiB are free; %.2f GiB are taken",
+                "memory.ballast: %.2f GiB are configured and %.2f GiB are free; %.2f GiB are allocated",
                 *(wanted / GIB, free / GIB, max(0, size) / GIB),
             )
         try:
-            self._held = torch.empty(max(0, size), dtype=torch.uint8, device="cuda")
+            self._block = torch.empty(max(0, size), dtype=torch.uint8, device="cuda")
             self.bytes = max(0, size)
         except torch.OutOfMemoryError as error:
-            self._held = torch.empty(0)
+            self._block = torch.empty(0)
             log.warning("memory.ballast could not be allocated (%s); training goes on", " ".join(str(error).split()))
 
 
 def auto_ballast(room: int, need: int, state: int) -> int:
-    """Bytes to take from ``room``, so that ``need`` and all but SHORT_OF of the optimizer's ``state`` still fit."""
+    """Bytes to take from ``room`` bytes, so that ``need`` and all but SHORT_OF of the optimizer's ``state`` fit."""
     return max(0, room - need - int((1 - SHORT_OF) * state))
 
 
 def state_bytes(optimizers: Iterable[Any]) -> int:
-    """Bytes of all optimizer state, wherever it is."""
+    """Bytes of all optimizer state, managed or not, on any device."""
     states = (state for optimizer in optimizers for state in optimizer.state.values())
     return sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor))
 
 
 class Snapshots(Callback):
-    """torch's memory snapshots (pytorch.org/memory_viz opens them): of the first spikes and of out of memory."""
+    """Writes torch's memory snapshots (for pytorch.org/memory_viz) of the first spikes and of out of memory."""
 
     pack_aware = False
 
@@ -222,17 +225,17 @@ class Snapshots(Callback):
             probe.touch()
             probe.unlink()
         except OSError as error:
-            log.warning("memory.snapshot=%s cannot be written (%s); there will be none", self.folder, error.strerror)
+            log.warning("memory.snapshot=%s cannot be written (%s); no snapshot is taken", self.folder, error.strerror)
             return
-        torch.cuda.memory._record_memory_history(max_entries=EVENTS, stacks="python")
+        torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS, stacks="python")
         self._recording = True
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PhaseMemory):
                 callback.on_spike.append(self.spike)
 
     def spike(self, spike: Spike) -> None:
-        """A snapshot with the allocations that led to ``spike``."""
-        if len(self.paths) < DUMPS:
+        """Writes a snapshot with the allocations before ``spike``, of the first MAX_SNAPSHOTS."""
+        if len(self.paths) < MAX_SNAPSHOTS:
             self._dump(f"step{spike.step}_{spike.phase}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

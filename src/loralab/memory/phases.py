@@ -1,9 +1,9 @@
-"""Memory, time and batch of every step, phase by phase, in Lightning's real order.
+"""Memory, time and batch of every step by phase: forward, backward, optimizer.
 
-The closure runs forward, zero_grad, backward, and then the optimizer, all inside ``optimizer.step``: the gradients of
-the step before are alive through the forward pass. On CUDA the peaks are the allocator's; on a CPU they are resident
-sets, and the allocator's true peak comes from two profiled steps and a validation pass, which no timing counts: the
-second step, and the one with the most tokens, which is known beforehand.
+Lightning runs forward, zero_grad, backward and the update in this order inside ``optimizer.step``, so the gradients of
+the step before are alive through the forward pass. On CUDA the peaks are the allocator's. On a CPU they are resident
+sets; the allocator's true peak there comes from two profiled steps, the second and the one with the most tokens, and a
+profiled validation pass, which no timing counts.
 """
 
 import time
@@ -31,7 +31,7 @@ ProfiledStepNumber = Annotated[
 
 @dataclass
 class Step:
-    """One optimizer step. The batch is the largest of its passes: memory is needed for one at a time."""
+    """One optimizer step. Its batch is the largest of its passes, of which one at a time needs memory."""
 
     number: int
     phases: dict[str, Reading] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Step:
     spike: Spike | None = None
 
     def add(self, phase: str, reading: Reading) -> None:
-        """Keeps the higher of two readings of one phase (accumulation)."""
+        """Records the reading of a phase; with gradient accumulation the highest of the step's passes stays."""
         before = self.phases.get(phase)
         if before is None or reading.peak >= before.peak:
             self.phases[phase] = reading
@@ -52,7 +52,8 @@ class Step:
 
 
 class PhaseMemory(Callback):
-    """Each row of metrics.jsonl has the largest value of every series since the row before, so no spike is lost."""
+    """Records memory, times and batch sizes of a run. A row of metrics.jsonl has the largest value of every series
+    since the row before, so every spike is in one."""
 
     pack_aware = True
 
@@ -69,21 +70,21 @@ class PhaseMemory(Callback):
         self.spikes = Spikes(spike_factor, int(spike_floor_mib * MIB), spike_window)
         self.on_spike: list[Callable[[Spike], None]] = []
         self.ledger: ledgers.Host | None = None
-        self.peaks: dict[str, int] = {}  # by phase, in the ledger's instrument
-        self.reserved: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
-        self.extremes: dict[str, int] = {}  # of the whole run
-        self.profiled: dict[str, int] = {}
-        self.batch: dict[str, int] = {}  # that measured_peak_bytes belongs to
-        self.passes: list[Any] = []  # of the profiled step, as the module says what they were fed
-        self.evaluated: Any = None  # the profiled pass of a validation
+        self.peaks: dict[str, int] = {}  # bytes by phase, by the ledger's instrument
+        self.reserved: dict[str, int] = {}  # bytes by phase
+        self.seconds: dict[str, float] = {}  # by phase, of the whole run
+        self.extremes: dict[str, int] = {}  # bytes by record field, of the whole run
+        self.profiled: dict[str, int] = {}  # bytes by phase, of the profiled steps
+        self.batch: dict[str, int] = {}  # of the step that measured_peak_bytes belongs to
+        self.passes: list[Any] = []  # inputs of the profiled step's passes, as the module describes them
+        self.evaluated: Any = None  # the same of the profiled validation pass
         self.excluded_s, self.excluded_tokens = 0.0, dict[int, int]()
         self._rows: dict[str, float] = {}
         self._waiting: deque[Step] = deque()
         self._step = Step(0)
         self._profile: ProfiledStep | None = None
         self._mark: Any = None
-        self._began, self._managed, self._first = 0.0, 0, 0
+        self._profile_start, self._managed, self._first = 0.0, 0, 0
         self.single = False  # the profiled step is the first and only one
         self._due: int | None = None  # the heaviest step, once it is known
         self._due_evaluation: int | None = None
@@ -115,7 +116,7 @@ class PhaseMemory(Callback):
         self._begin("forward")
 
     def _is_due(self, module: Any, number: int) -> bool:
-        """Whether this step is profiled: the one asked for, or the second, the heaviest and a single one."""
+        """Whether the step ``number`` is profiled: the configured one, or the second, the heaviest, and an only one."""
         if self.profiled_step is None:
             return False
         if self.profiled_step != HEAVIEST:
@@ -127,7 +128,7 @@ class PhaseMemory(Callback):
         return number in (self._first + 1, self._due) or (last and number == self._first)
 
     def _start_profile(self, trainer: Trainer, module: LightningModule, batch: dict[int, Any]) -> None:
-        self._began = time.perf_counter()
+        self._profile_start = time.perf_counter()
         self._profile = ProfiledStep(module, trainer.optimizers, batch_tensors(batch))
         self._profile.start()
 
@@ -143,7 +144,7 @@ class PhaseMemory(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step < self._step.number:
-            return  # more passes of this step are to come
+            return  # the step has more passes
         self._close("optimizer")
         step, self._step = self._step, Step(self._step.number)
         if self._profile is not None:
@@ -165,7 +166,7 @@ class PhaseMemory(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.ledger is not None
-        self.ledger.read()  # what came before is not evaluation's
+        self.ledger.read()  # resets the peak, which is training's
         wanted = self.profiled_step is not None and self.ledger.device == "cpu" and "evaluation" not in self.profiled
         self._due_evaluation = pl_module.heaviest_evaluation() if wanted else None  # type: ignore[operator]
 
@@ -182,7 +183,7 @@ class PhaseMemory(Callback):
         profile, self._profile = self._profile, None
         if profile is not None:
             self.profiled.update(profile.stop())
-            self.excluded_s += time.perf_counter() - self._began if trainer.state.fn == "fit" else 0.0
+            self.excluded_s += time.perf_counter() - self._profile_start if trainer.state.fn == "fit" else 0.0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.ledger is not None
@@ -195,21 +196,21 @@ class PhaseMemory(Callback):
         if self.ledger is None:
             return {}
         cuda = self.ledger.device == "cuda"
-        found = self.peaks if cuda else self.profiled
-        told: dict[str, Any] = {
+        peaks = self.peaks if cuda else self.profiled
+        record: dict[str, Any] = {
             "device": self.ledger.device,
             "instrument": self.ledger.instrument if cuda else "torch allocator, profiled steps",
-            "measured_peak_bytes": max(found.values()) if "backward" in found else None,
+            "measured_peak_bytes": max(peaks.values()) if "backward" in peaks else None,
             "measured_batch": dict(self.batch),
-            "by_phase": {phase: found.get(phase) for phase in ("load", *SPLIT, "evaluation")},
+            "by_phase": {phase: peaks.get(phase) for phase in ("load", *SPLIT, "evaluation")},
             "seconds_by_phase": dict(self.seconds),
             "spikes": [asdict(spike) for spike in self.spikes.found],
             "spike_count": self.spikes.count,
             **self.extremes,
         }
-        told["reserved_by_phase" if cuda else "resident_by_phase"] = dict(self.reserved if cuda else self.peaks)
+        record["reserved_by_phase" if cuda else "resident_by_phase"] = dict(self.reserved if cuda else self.peaks)
         others = getattr(self.ledger, "others", None)
-        return {**told, "other_processes": others} if cuda else told
+        return {**record, "other_processes": others} if cuda else record
 
     def _begin(self, phase: str) -> None:
         assert self.ledger is not None
@@ -223,32 +224,32 @@ class PhaseMemory(Callback):
         self._step.add(phase, self.ledger.read())
 
     def _note_batch(self, batch: dict[int, Any]) -> None:
-        """A pack's batches are padded to the longest of them."""
-        shapes = [tuple(one["tensors"]["input_ids"].shape) for one in batch.values()]
+        """Adds a pass's batch {trial: batch} to the step; a pack's batches are all padded to the longest of them."""
+        shapes = [tuple(part["tensors"]["input_ids"].shape) for part in batch.values()]
         rows, longest = sum(shape[0] for shape in shapes), max((shape[1] for shape in shapes), default=0)
         if rows * longest >= self._step.batch.get("padded_tokens", 0):
-            tokens = sum(one["tokens"] for one in batch.values())
+            tokens = sum(part["tokens"] for part in batch.values())
             self._step.batch = {"rows": rows, "padded_tokens": rows * longest, "tokens": tokens, "longest": longest}
         if self._profile is not None:
-            for index, one in batch.items():
-                self.excluded_tokens[index] = self.excluded_tokens.get(index, 0) + one["tokens"]
+            for index, part in batch.items():
+                self.excluded_tokens[index] = self.excluded_tokens.get(index, 0) + part["tokens"]
 
     def _end_profile(self, step: Step) -> None:
-        profile, self._profile = self._profile, None  # first: a signal may come while it is stopped
+        profile, self._profile = self._profile, None  # before stop(), which a signal may interrupt
         assert profile is not None
-        self.profiled = {**self.profiled, "load": profile.held, **profile.stop()}
+        self.profiled = {**self.profiled, "load": profile.resident, **profile.stop()}
         self.batch, step.marks = {"step": step.number, **step.batch}, []
-        self.excluded_s += time.perf_counter() - self._began
+        self.excluded_s += time.perf_counter() - self._profile_start
 
     def _finish(self, step: Step, trainer: Trainer) -> None:
-        """All numbers of a step but its times, which the device may still owe."""
+        """Records all numbers of a step but its times, for which the device may have to go on first."""
         assert self.ledger is not None
         if self.ledger.device == "cuda" and step.phases[step.highest].peak >= max(self.peaks.values(), default=0):
             self.batch = step.batch
         for phase, reading in step.phases.items():
             self._fold(phase, reading)
         if self.ledger.device == "cuda" and step.number % self.every_n_steps in (0, 1):
-            self._managed = ledgers.managed_bytes(trainer.optimizers)  # changes at the first step alone
+            self._managed = ledgers.managed_bytes(trainer.optimizers)  # changes at the first step only
         self._extreme("host_rss", self.ledger.resident())
         self._extreme("host_available", self.ledger.available(), least=True)
         if self._managed:
@@ -260,24 +261,24 @@ class PhaseMemory(Callback):
         step.spike = self.spikes.see(
             step.number, step.highest, peak, batch["rows"], batch["padded_tokens"], self.ledger.retries
         )
-        for tell in self.on_spike if step.spike else ():
-            tell(step.spike)  # type: ignore[arg-type]
+        for listener in self.on_spike if step.spike else ():
+            listener(step.spike)  # type: ignore[arg-type]
         self._waiting.append(step)
         self._resolve()
 
     def _resolve(self) -> None:
-        """Times of the steps that the device has finished; nothing here waits for it."""
+        """Records the times of the steps that the device has finished; does not wait for it."""
         assert self.ledger is not None
         while self._waiting and all(self.ledger.passed(end) for _, _, end in self._waiting[0].marks[-1:]):
             step = self._waiting.popleft()
-            spent: dict[str, float] = {}
+            step_seconds: dict[str, float] = {}
             for phase, start, end in step.marks:
-                spent[phase] = spent.get(phase, 0.0) + self.ledger.seconds(start, end)
-            for phase, seconds in spent.items():
+                step_seconds[phase] = step_seconds.get(phase, 0.0) + self.ledger.seconds(start, end)
+            for phase, seconds in step_seconds.items():
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
                 self._rows[f"time/{phase}_s"] = max(seconds, self._rows.get(f"time/{phase}_s", 0.0))
-            if "optimizer" in spent:
-                self.spikes.time(step.spike, spent["optimizer"])
+            if "optimizer" in step_seconds:
+                self.spikes.time(step.spike, step_seconds["optimizer"])
 
     def _report(self, pl_module: LightningModule, spike: Spike | None) -> None:
         rows = {**self._rows, **(spikes.row(spike) if spike else {})}
@@ -286,7 +287,7 @@ class PhaseMemory(Callback):
         self._rows = {}
 
     def _fold(self, phase: str, reading: Reading) -> None:
-        """The highest so far, of the run and of the row under way."""
+        """Raises the phase's peaks of the run, and of the row under way, to ``reading`` where that is higher."""
         self.peaks[phase] = max(reading.peak, self.peaks.get(phase, 0))
         self._row(f"{phase}_peak", reading.peak)
         if reading.reserved is not None:

@@ -1,4 +1,4 @@
-"""The allocator's true peak on a CPU, where torch keeps no statistics: every allocation of one step, added up."""
+"""The allocator's true peak on a CPU, where torch keeps no statistics: all allocations of one step added up."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -10,20 +10,20 @@ from torch.autograd.profiler import profile, record_function
 
 MARK = "loralab/"
 MEMORY = "[memory]"
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says "profiler_start" on every use, above the level of its errors
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it logs "profiler_start" at every use, at a level above its errors
 
 
 class ProfiledStep:
-    """From ``start`` to ``stop``: bytes alive at the highest moment of each phase that was ``begin``-ed.
+    """The peak of allocated bytes in each phase of one step, of which ``begin`` marks the beginning.
 
-    What was alive before is counted from the tensors themselves: the allocator reports no release of it. Only old
-    gradients are released during a step, all of them before ``backward`` begins.
+    Tensors from before ``start`` are counted by their storages: the profiler reports no release of them. Of these only
+    the old gradients are released during a step, all before ``backward`` begins.
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Any], batch: Iterable[Tensor]) -> None:
         states = (state.values() for optimizer in optimizers for state in optimizer.state.values())
-        held = chain(module.parameters(), module.buffers(), batch, *states)
-        self.held = storage_bytes(value for value in held if isinstance(value, Tensor))
+        values = chain(module.parameters(), module.buffers(), batch, *states)
+        self.resident = storage_bytes(value for value in values if isinstance(value, Tensor))  # without gradients
         self.gradients = storage_bytes(p.grad for p in module.parameters() if p.grad is not None)
         self._profile: Any = profile(profile_memory=True)
 
@@ -36,55 +36,57 @@ class ProfiledStep:
             pass
 
     def stop(self) -> dict[str, int]:
-        """{phase: peak in bytes}."""
+        """Ends the profile and returns {phase: peak in bytes}."""
         self._profile.__exit__(None, None, None)
-        return peaks(events(self._profile), self.held + self.gradients, self.gradients)
+        return peaks(events(self._profile), self.resident + self.gradients, self.gradients)
 
 
 def events(profiled: Any) -> list[tuple[str, int, int]]:
-    """(name of a mark, 0, 0) and ("", address, +-bytes) in the order they happened."""
-    found, nodes = [], list(profiled.kineto_results.experimental_event_tree())
+    """A profile's events in order of time: (phase, 0, 0) where a phase begins, ("", address, bytes) of an allocation,
+    ("", address, -bytes) of a release."""
+    timed, nodes = [], list(profiled.kineto_results.experimental_event_tree())
     while nodes:
         node = nodes.pop()
         nodes += node.children
         if node.name == MEMORY:
-            found.append((node.start_time_ns, "", int(node.extra_fields.ptr), int(node.extra_fields.alloc_size)))
+            timed.append((node.start_time_ns, "", int(node.extra_fields.ptr), int(node.extra_fields.alloc_size)))
         elif node.name.startswith(MARK):
-            found.append((node.start_time_ns, node.name.removeprefix(MARK), 0, 0))
-    return [event[1:] for event in sorted(found)]
+            timed.append((node.start_time_ns, node.name.removeprefix(MARK), 0, 0))
+    return [event[1:] for event in sorted(timed)]
 
 
-def peaks(happened: Iterable[tuple[str, int, int]], level: int, gradients: int) -> dict[str, int]:
-    """{phase: highest level}, from ``level`` bytes on, of which ``gradients`` go before the first backward.
+def peaks(profiled: Iterable[tuple[str, int, int]], level: int, gradients: int) -> dict[str, int]:
+    """{phase: peak in bytes} of the ``events`` of a profile. ``level``: bytes alive at its start, of which
+    ``gradients`` are released before the first backward.
 
-    The release of an address that was not allocated here is passed over: the profiler remembers addresses from one
-    use to the next, and what it says of their sizes is out of date.
+    The release of an address that was not allocated here is ignored: the profiler remembers addresses from one use to
+    the next, with sizes that are out of date.
     """
-    found: dict[str, int] = {}
+    by_phase: dict[str, int] = {}
     alive: dict[int, int] = {}
     phase = ""
-    for mark, address, size in happened:
+    for mark, address, size in profiled:
         if mark:
             phase = mark
-            level -= gradients if phase == "backward" and phase not in found else 0
+            level -= gradients if phase == "backward" and phase not in by_phase else 0
         elif size > 0:
             alive[address] = size
             level += size
         else:
             level -= alive.pop(address, 0)
-        found[phase] = max(level, found.get(phase, 0))
-    found.pop("", None)
-    return found
+        by_phase[phase] = max(level, by_phase.get(phase, 0))
+    by_phase.pop("", None)
+    return by_phase
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes behind ``tensors``, memory that several of them share counted once."""
+    """Bytes of the storages of ``tensors``; one that several of them share counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def batch_tensors(batch: Any) -> Iterator[Tensor]:
-    """The tensors inside nested dicts and lists."""
+    """The tensors inside nested dicts, lists and tuples."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, dict | list | tuple):

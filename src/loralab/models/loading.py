@@ -18,7 +18,7 @@ from loralab.models.pretrained import Pretrained, Random
 from loralab.models.tokenizer import check_vocabulary
 from loralab.models.weights import explained
 from loralab.quantization import gemm
-from loralab.quantization.base import BaseSize, Quantizer, measure, name_out_of_reach
+from loralab.quantization.base import BaseSize, Quantizer, measure, warn_out_of_reach
 from loralab.records import fingerprints
 
 
@@ -74,7 +74,7 @@ def load(
     model = spec.weights(config, quantizer, dtype, device)
     weights.refuse_non_finite(spec._named, model)
     if device == "cpu" and quantizer.name != "none":
-        gemm.chosen()  # now, not within a step that is measured
+        gemm.product_library()  # its probe must not run within a measured step
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     if tokenizer is not None and getattr(model.config, "pad_token_id", None) is None:
@@ -85,7 +85,7 @@ def load(
     size = measure(model)
     overall = f"; over all parameters the base has {size.bits_per_parameter_overall:.2f} bits each"
     bits = f"{overall}, {size.bits_per_parameter:.2f} where it could be quantized"
-    name_out_of_reach(size.out_of_reach, size.parameters, bits)
+    warn_out_of_reach(size.out_of_reach, size.parameters, bits)
     return Base(spec, quantizer, model, tokenizer, size, _unchanged(spec, before))
 
 

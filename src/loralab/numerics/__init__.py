@@ -1,1 +1,1 @@
-"""Quantization as formulas, in plain torch: the reference that the tests hold kernels to."""
+"""Quantization formulas in plain torch: the reference for the kernels."""

@@ -20,7 +20,7 @@ TINY = 1e-36  # below this, 127 / absmax is no longer a finite float32
 
 
 def groups(matrix: Tensor, granularity: str, block_size: int) -> Tensor:
-    """(out, in) -> (groups, group size). Blocks run on from row to row; the last one is zero-padded."""
+    """(out, in) -> (groups, group size). Blocks are consecutive weights across rows; the last is padded with zeros."""
     if granularity == "tensor":
         return matrix.reshape(1, -1)
     if granularity == "row":

@@ -4,8 +4,8 @@
     codes_i = index of the code book value nearest to w_i / absmax_b
     w_i ~ code[codes_i] * absmax_b
 
-QLoRA (arXiv 2305.14314) section 3. The bytes are bitsandbytes' own, but that its 8-bit CPU kernel looks the
-nearest code up in a table and may miss it by 2^-15 of absmax.
+QLoRA (arXiv 2305.14314) section 3. The bytes equal bitsandbytes', except that its 8-bit CPU kernel looks
+the nearest code up in a table and may be off by 2^-15 of absmax.
 """
 
 import torch
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from loralab.numerics.codebooks import dynamic_map
 
-STATISTICS_BLOCK = 256  # QLoRA section 3, "Double Quantization"; bitsandbytes knows no other
+STATISTICS_BLOCK = 256  # QLoRA section 3, "Double Quantization"; the only size in bitsandbytes
 SMALLEST = 1e-38  # keeps the reciprocal of an all-zero block finite
 
 
 def quantize_blockwise(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """weight, n elements; code (k,) -> codes (n,) uint8, absmax (ceil(n / block_size),) float32."""
+    """weight, n elements of any shape; code book (k,) -> codes (n,) uint8, absmax (ceil(n / block_size),) float32."""
     flat = weight.reshape(-1).float()
-    full = flat.numel() - flat.numel() % block_size
-    blocks, rest = flat[:full].view(-1, block_size), flat[full:]
-    absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
+    whole = flat.numel() - flat.numel() % block_size
+    blocks, rest = flat[:whole].view(-1, block_size), flat[whole:]
+    absmax = blocks.abs().amax(dim=1) if whole else flat.new_empty(0)
     scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST))[:, None]).reshape(-1)
     if rest.numel():  # a shorter last block; divided, not multiplied by the reciprocal, as bitsandbytes does
         last = rest.abs().max().clamp(min=SMALLEST)
@@ -38,16 +38,15 @@ def nearest_code(values: Tensor, code: Tensor) -> Tensor:
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, block_size: int) -> Tensor:
-    """codes (n,) uint8 -> (n,) float32."""
+    """codes (n,) uint8, absmax (ceil(n / block_size),), code book (k,) -> values (n,) float32."""
     n = codes.numel()
     values = torch.nn.functional.pad(code[codes.int()], (0, -n % block_size))
     return (values.view(-1, block_size) * absmax[:, None]).view(-1)[:n]
 
 
 def pack_4bit(codes: Tensor) -> Tensor:
-    """codes (n,) below 16 -> (ceil(n / 2), 1) uint8, the first of each pair in the high half, 0 at an odd
-    end.
-    """
+    """codes (n,) uint8 below 16 -> (ceil(n / 2), 1) uint8, the first of a pair in the high 4 bits; an odd n is padded
+    with a 0."""
     even = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
     return (even[::2] << 4 | even[1::2])[:, None]
 
@@ -61,7 +60,7 @@ def unpack_4bit(packed: Tensor, n: int) -> Tensor:
 def double_quantize(absmax: Tensor, block_size: int = STATISTICS_BLOCK) -> tuple[Tensor, Tensor, Tensor]:
     """absmax (b,) -> codes (b,) uint8, second absmax (ceil(b / block_size),) float32, offset () float32.
 
-    The mean is taken off first, because absmax is positive and the map is symmetric. 32 / block_size bits per
+    The offset, the mean, is subtracted first, as absmax is positive and the map symmetric. 32 / block_size bits per
     weight become 8 / block_size + 32 / (256 block_size): 0.5 -> 0.127 at block size 64.
     """
     offset = absmax.mean()
@@ -70,5 +69,5 @@ def double_quantize(absmax: Tensor, block_size: int = STATISTICS_BLOCK) -> tuple
 
 
 def undo_double_quantize(codes: Tensor, second: Tensor, offset: Tensor, block_size: int = STATISTICS_BLOCK) -> Tensor:
-    """-> absmax (b,) float32."""
+    """codes (b,), second absmax and offset of ``double_quantize`` -> absmax (b,) float32."""
     return dequantize_blockwise(codes, second, dynamic_map(codes.device), block_size) + offset

@@ -14,8 +14,7 @@ def nf4_values() -> tuple[float, ...]:
 
     Quantiles of N(0, 1) on an even grid of probabilities, 8 positive, 7 negative and an exact zero, divided
     by the largest. The grid is float32, as in the code that made the published table: with float64 the last
-    digits differ. (Equation 4 of the paper, taken literally, gives infinite ends and another, symmetric
-    table.)
+    digits differ. (Equation 4 of the paper as printed gives infinite ends and another, symmetric table.)
     """
     quantile = NormalDist().inv_cdf
     positive = [quantile(p) for p in torch.linspace(NF4_OFFSET, 0.5, 9)[:-1].tolist()]
@@ -53,9 +52,8 @@ def int4_values() -> tuple[float, ...]:
 def dynamic_values() -> tuple[float, ...]:
     """Signed dynamic 8-bit map (Dettmers 2016, arXiv 1511.04561): 256 ascending values.
 
-    Seven decades, 10^-6 to 1; decade i holds 2^i evenly spaced means of [0.1, 1] times its power of ten, in
-    both signs, plus 0 and 1. Precise near 1 and wide in range, so it suits absmax values, which double
-    quantization stores in it.
+    Seven decades from 10^-6 to 1: decade i has the midpoints of 2^i equal parts of [0.1, 1], times 10^(i - 6), in
+    both signs; besides 0 and 1. Precise near 1 and wide in range, as the absmax values of double quantization need.
     """
     data = [0.0, 1.0]
     for i in range(7):
@@ -79,9 +77,9 @@ _tables: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def table(name: str, device: torch.device | str = "cpu") -> Tensor:
-    """Code book ``name`` on ``device``, float32: 16 values (int4: 15), dynamic 256. One tensor per process."""
+    """Code book ``name`` on ``device``, float32: (16,), int4 (15,), dynamic (256,). One tensor for the process."""
     key = (name, torch.device(device))
-    if type(torch.empty(0)) is not Tensor:  # under fake tensors it would be fake, and must not outlive them
+    if type(torch.empty(0)) is not Tensor:  # in a FakeTensorMode it would be fake, and must not be cached
         return torch.tensor(_VALUES[name], dtype=torch.float32, device=device)
     if key not in _tables:
         with torch.inference_mode(False):
@@ -90,15 +88,15 @@ def table(name: str, device: torch.device | str = "cpu") -> Tensor:
 
 
 def nf4(device: torch.device | str = "cpu") -> Tensor:
-    """(16,) float32, ascending."""
+    """The NF4 code book (16,) float32, ascending."""
     return table("nf4", device)
 
 
 def fp4(device: torch.device | str = "cpu") -> Tensor:
-    """(16,) float32, in code order (not ascending)."""
+    """bitsandbytes' FP4 code book (16,) float32, in code order (not ascending)."""
     return table("fp4", device)
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """(256,) float32, ascending."""
+    """The signed dynamic 8-bit code book (256,) float32, ascending."""
     return table("dynamic", device)

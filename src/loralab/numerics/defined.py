@@ -1,4 +1,4 @@
-"""Numbers for JSON, which knows neither nan nor infinity: null, and a word for why."""
+"""Numbers for JSON, which has neither nan nor infinity: null in their place, with the reason."""
 
 import math
 from collections.abc import Mapping
@@ -6,12 +6,11 @@ from typing import Any
 
 
 def defined(values: Mapping[str, Any], why: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A copy in which floats that are not finite are None, with ``undefined`` {key: word} where a value is None.
-
-    ``why``: words for keys, where the caller knows better than "infinite" or "not a number"."""
-    made = {key: None if _strange(value) else value for key, value in values.items()}
-    words = {key: (why or {}).get(key, _word(values[key])) for key, value in made.items() if value is None}
-    return {**made, "undefined": words} if words else made
+    """A copy of ``values`` with None for floats that are not finite; where a value is None also ``undefined``, {key:
+    reason}. The reason is "infinite" or "not a number", or the one that ``why`` has for the key."""
+    finite = {key: None if _is_not_finite(value) else value for key, value in values.items()}
+    reasons = {key: (why or {}).get(key, _reason(values[key])) for key, value in finite.items() if value is None}
+    return {**finite, "undefined": reasons} if reasons else finite
 
 
 def root(error: float, norm: float) -> float | None:
@@ -19,9 +18,9 @@ def root(error: float, norm: float) -> float | None:
     return math.sqrt(error / norm) if norm else None
 
 
-def _strange(value: Any) -> bool:
+def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _word(value: Any) -> str:
+def _reason(value: Any) -> str:
     return "infinite" if isinstance(value, float) and math.isinf(value) else "not a number"

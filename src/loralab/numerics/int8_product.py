@@ -27,31 +27,31 @@ GRANULARITIES: dict[str, tuple[Granularity, Granularity]] = {
 
 
 def through_int8(matrix: Tensor, granularity: str, zero_point: bool) -> Tensor:
-    """(rows, in) -> the values that its int8 codes stand for, float32."""
+    """matrix (rows, in) -> quantized to int8 and back, (rows, in) float32."""
     if zero_point:
         return affine.dequantize(*affine.quantize(matrix, granularity), granularity)
     return absmax.dequantize(*absmax.quantize(matrix, granularity), granularity)
 
 
 def in_16_bits(matrix: Tensor) -> Tensor:
-    """As it is where it has 16 bits; else float16, or bfloat16 where the largest value is outside float16's range."""
+    """``matrix`` in 16 bits: float16, or bfloat16 where the largest value is outside float16's range; or as it is."""
     if matrix.element_size() == 2:
         return matrix
     if isinstance(matrix, FakeTensor) or not matrix.numel():
         return matrix.half()
-    half = torch.finfo(torch.float16)
-    return matrix.half() if half.tiny <= float(matrix.abs().max()) <= half.max else matrix.bfloat16()
+    limits = torch.finfo(torch.float16)
+    return matrix.half() if limits.tiny <= float(matrix.abs().max()) <= limits.max else matrix.bfloat16()
 
 
 def product(
-    x: Tensor, weight: Tensor, granularity: str, zero_point: bool, threshold: float, sixteen: Tensor | None
+    x: Tensor, weight: Tensor, granularity: str, zero_point: bool, threshold: float, weight_16: Tensor | None
 ) -> Tensor:
-    """x (n, in), one sequence's; weight (out, in) as dequantized -> (n, out) float32.
+    """x (n, in), of one sequence; weight (out, in), dequantized -> y (n, out) float32.
 
-    threshold 0: no column is an outlier. ``sixteen``: the weight (out, in) in 16 bits; None where threshold is 0.
+    threshold 0: no column is an outlier. ``weight_16``: the weight (out, in) in 16 bits; None where threshold is 0.
     """
     outliers = (x.abs() >= threshold).any(dim=0) if threshold else None
-    if outliers is None or sixteen is None or isinstance(x, FakeTensor) or not bool(outliers.any()):
+    if outliers is None or weight_16 is None or isinstance(x, FakeTensor) or not bool(outliers.any()):
         return through_int8(x, GRANULARITIES[granularity][0], zero_point) @ weight.t()
     rest = through_int8(x.masked_fill(outliers, 0.0), GRANULARITIES[granularity][0], zero_point)
-    return rest @ weight.t() + in_16_bits(x[:, outliers]).float() @ sixteen[:, outliers].float().t()
+    return rest @ weight.t() + in_16_bits(x[:, outliers]).float() @ weight_16[:, outliers].float().t()

@@ -1,4 +1,4 @@
-"""Synthetic weights and activations with and without outliers, and what counts as one."""
+"""Synthetic weights and activations with and without outliers, and statistics of a weight's outliers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Generator, Tensor
 
 from loralab.numerics.defined import defined
 
-SIGMA = 0.02  # a common initialization; relative errors do not depend on it
+SIGMA = 0.02  # a common standard deviation at initialization; relative errors do not depend on it
 OUTLIER = 6.0  # in standard deviations
 NORMAL_MEDIAN = 0.6744897501960817  # median |z| of N(0, 1)
 
 
 def gauss(shape: tuple[int, int], random: Generator) -> Tensor:
-    """N(0, SIGMA^2)."""
+    """Normal weights N(0, SIGMA^2), of ``shape`` (out, in) as all synthetic weights."""
     return SIGMA * torch.randn(shape, generator=random)
 
 
@@ -25,20 +25,20 @@ def student_t4(shape: tuple[int, int], random: Generator) -> Tensor:
 
 
 def one_outlier(shape: tuple[int, int], random: Generator) -> Tensor:
-    """Gaussian but for a single weight of 200 SIGMA."""
+    """Normal, with a single weight of 200 SIGMA."""
     weight = gauss(shape, random)
     weight[shape[0] // 2, shape[1] // 2] = 200 * SIGMA
     return weight
 
 
 def sparse_outliers(shape: tuple[int, int], random: Generator) -> Tensor:
-    """Gaussian, one weight in a thousand times 20."""
+    """Normal, with one weight in a thousand (at random) times 20."""
     weight = gauss(shape, random)
     return torch.where(torch.rand(shape, generator=random) < 0.001, 20 * weight, weight)
 
 
 def outlier_columns(shape: tuple[int, int], random: Generator) -> Tensor:
-    """Gaussian, 8 input features times 20: the form that activations' outlier features take (LLM.int8(), section 4)."""
+    """Normal, with 8 input features times 20, as the outlier features of activations are (LLM.int8(), section 4)."""
     weight = gauss(shape, random)
     weight[:, torch.randperm(shape[1], generator=random)[:8]] *= 20
     return weight
@@ -59,14 +59,14 @@ def activations(rows: int, width: int, random: Generator) -> Tensor:
     x = torch.randn(rows, width, generator=random)
     features = torch.randperm(width, generator=random)[: max(1, round(width * 6 / 4096))]
     size = (rows, len(features))
-    loud = 6.0 + 54.0 * torch.rand(size, generator=random)
+    magnitudes = 6.0 + 54.0 * torch.rand(size, generator=random)
     signs = 1.0 - 2.0 * torch.randint(0, 2, size[1:], generator=random)
-    x[:, features] = torch.where(torch.rand(size, generator=random) < 0.75, signs * loud, x[:, features])
+    x[:, features] = torch.where(torch.rand(size, generator=random) < 0.75, signs * magnitudes, x[:, features])
     return x
 
 
 def normal(rows: int, width: int, random: Generator) -> Tensor:
-    """(rows, width) N(0, 1), which never reaches 6."""
+    """(rows, width) N(0, 1), without outlier features: values of 6 and more are as good as impossible."""
     return torch.randn(rows, width, generator=random)
 
 
@@ -74,37 +74,38 @@ ACTIVATIONS: dict[str, Callable[[int, int, Generator], Tensor]] = {"outlier_feat
 
 
 def median(values: Tensor) -> float:
-    """The mean of the two middle ones where their number is even; nan of no values."""
+    """The median, the mean of the two middle values where their number is even; nan of no values."""
     if not values.numel():
         return float("nan")
     return (float(values.median()) - float((-values).median())) / 2
 
 
 def robust_sigma(weight: Tensor) -> float | None:
-    """Standard deviation of the bulk: median |w| over that of N(0, 1), which outliers do not move.
+    """The standard deviation of a normal distribution with the same median |w|, on which outliers have no effect.
 
-    Of the weights other than 0, so that it is that of what a pruned layer has left; None where there are none."""
-    other = weight[weight != 0].abs().double()
-    return median(other) / NORMAL_MEDIAN if other.numel() else None
+    Taken over the weights other than 0, for pruned layers; None where every weight is 0."""
+    nonzero = weight[weight != 0].abs().double()
+    return median(nonzero) / NORMAL_MEDIAN if nonzero.numel() else None
 
 
 def census(weight: Tensor) -> dict[str, Any]:
-    """weight (out, in) -> how far it is from a normal distribution of mean 0. None where ``undefined`` says why."""
-    about = {"shape": list(weight.shape)}
+    """weight (out, in) -> statistics of its outliers, in units of ``robust_sigma``; None where ``undefined`` has the
+    reason."""
+    shape = {"shape": list(weight.shape)}
     keys = ("sigma", "zero_share", "max_over_sigma", "share_over_6_sigma", "kurtosis", "loudest_column")
     sigma, values = robust_sigma(weight), weight.abs().double()
     if sigma is None:
         zeros = dict.fromkeys(keys, "every weight is 0")
-        return defined({**about, **dict.fromkeys(keys), "zero_share": 1.0}, zeros)
+        return defined({**shape, **dict.fromkeys(keys), "zero_share": 1.0}, zeros)
     scaled = values / sigma
     columns = scaled.square().mean(dim=0).sqrt()
     middle = median(columns)
-    found = {
+    statistics = {
         "sigma": sigma,
         "zero_share": float((values == 0).double().mean()),
         "max_over_sigma": float(scaled.max()),
         "share_over_6_sigma": float((scaled > OUTLIER).double().mean()),
-        "kurtosis": float(scaled.pow(4).mean()) / float(scaled.square().mean()) ** 2,  # 3 of a normal one
-        "loudest_column": float(columns.max()) / middle if middle else None,
+        "kurtosis": float(scaled.pow(4).mean()) / float(scaled.square().mean()) ** 2,  # 3 for a normal distribution
+        "loudest_column": float(columns.max()) / middle if middle else None,  # RMS of a column, over the median
     }
-    return defined({**about, **found}, {"loudest_column": "half of the columns are 0"})
+    return defined({**shape, **statistics}, {"loudest_column": "half of the columns are 0"})

@@ -1,4 +1,4 @@
-"""Specs around third-party optimizers and the learning-rate schedules: the bare classes accept nonsense."""
+"""Specs of AdamW and of the learning-rate schedules; the state of each trial of a pack: record, copy, restore."""
 
 import ctypes
 import logging
@@ -28,47 +28,52 @@ BITSANDBYTES = {
 }
 UNPAGED: dict[str, Name] = {"paged_adamw": "adamw_32bit", "paged_adamw_8bit": "adamw_8bit"}
 PAGED_FROM = 100_000  # elements; bitsandbytes pages no smaller state tensor (Optimizer8bit.get_state_buffer)
-FASTER = "lora_B"  # name of the parameters that ``lr_ratio`` is of
-TRIAL = "loralab_trial"  # key of a parameter group: the number of its trial in the pack; without it, the group's own
+LORA_B = "lora_B"  # last part of the names of the parameters whose lr is ``lr`` times ``lr_ratio``
+TRIAL = "loralab_trial"  # key of a parameter group: its trial's number in the pack; absent: the group's own number
 MEMBERS = "loralab_members"  # attribute of a flat buffer: the parameters that are views of it
 
 
 @spec("optimizer")
 class AdamW:
-    """Decoupled weight decay Adam (arXiv:1711.05101): torch's, or one of bitsandbytes' by ``name``."""
+    """Adam with decoupled weight decay (arXiv:1711.05101): torch's, or one of bitsandbytes' by ``name``."""
 
     name: Name = TORCH
-    # beyond the bound, a step size overflows float32 inside torch, which would end the whole pack
+    # a larger lr overflows float32 inside torch, and the exception would end the whole pack
     lr: Annotated[Positive, Le(1e30), "a positive number of at most 1e30"] = 1e-3
     weight_decay: NotNegative = 0.0
     betas: Annotated[list[Share], Len(2, 2), "two numbers in [0, 1)"] = field(default_factory=lambda: [0.9, 0.999])
     eps: Positive = 1e-8
-    lr_ratio: Positive = 1.0  # of LoRA's B in linear layers, over everything else (LoRA+, arXiv:2402.12354)
+    lr_ratio: Positive = (
+        1.0  # lr of LoRA's B in linear layers over that of all other parameters (LoRA+, arXiv:2402.12354)
+    )
     flat: bool = False  # one state buffer for all parameters of a dtype, so that small ranks page and take 8 bits
 
     @property
     def effective_name(self) -> str:
-        """The optimizer that this machine can run: a paged one's unpaged twin where memory cannot be paged."""
+        """The optimizer that this machine can run: where memory cannot be paged, the unpaged one."""
         return UNPAGED.get(self.name, self.name) if cannot_page() else self.name
 
     def groups(self, named: Iterable[tuple[str, nn.Parameter]], trial: int = 0) -> list[dict[str, Any]]:
-        """The parameter groups of one trial, the ``trial``-th of its pack: one, or with ``lr_ratio`` two, whose second
-        are the ``lora_B`` of linear layers. Raises ConfigError where there are none."""
-        given = list(named)
+        """The parameter groups of the ``trial``-th trial of a pack: one group, or where ``lr_ratio`` is not 1 two, of
+        which the second holds the ``lora_B``. Raises ConfigError where ``lr_ratio`` is set and there is no ``lora_B``.
+        """
+        by_kind: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for name, parameter in named:
+            by_kind[self.lr_ratio != 1.0 and name.rpartition(".")[2] == LORA_B].append(parameter)
+        others, lora_b = by_kind.values()
         if self.lr_ratio == 1.0:
-            return [{**self.group([one for _, one in given]), TRIAL: trial}]
-        faster = [one for name, one in given if name.rpartition(".")[2] == FASTER]
-        if not faster:
+            return [{**self.group(others), TRIAL: trial}]
+        if not lora_b:
             raise ConfigError(
-                f"optimizer.lr_ratio={self.lr_ratio:g} is the rate of LoRA's B over that of A, and this adapter trains "
-                "no B; valid: 1, or adapter=lora"
+                f"optimizer.lr_ratio={self.lr_ratio:g} is the learning rate of LoRA's B over that of A, and this "
+                "adapter has no B; valid: optimizer.lr_ratio=1, or adapter=lora"
             )
-        slower = [one for name, one in given if name.rpartition(".")[2] != FASTER]
-        rate = self.lr * self.lr_ratio
-        return [{**self.group(slower), TRIAL: trial}, {**self.group(faster), "lr": rate, TRIAL: trial}]
+        lr = self.lr * self.lr_ratio
+        return [{**self.group(others), TRIAL: trial}, {**self.group(lora_b), "lr": lr, TRIAL: trial}]
 
     def group(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        """A parameter group with this spec's hyper-parameters; ``flat`` turns ``parameters`` into views of buffers."""
+        """A parameter group with this spec's hyper-parameters. With ``flat`` its parameters are the buffers of
+        ``flatten``, and ``parameters`` become views of them."""
         return {
             "params": flatten(parameters) if self.flat else parameters,
             "lr": self.lr,
@@ -78,30 +83,32 @@ class AdamW:
         }
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """One optimizer over the groups of all trials of a pack."""
+        """One optimizer over the groups of all trials of a pack; warns where a paged one can page none of its state.
+
+        Raises ConfigError where ``name`` is one of bitsandbytes' and bitsandbytes cannot be imported."""
         kind: Any = torch.optim.AdamW
         if self.name != TORCH:
             kind = getattr(_bitsandbytes().optim, BITSANDBYTES[self.effective_name])
         buffers = [parameter for group in groups for parameter in group["params"]]
         if any(hasattr(parameter, MEMBERS) for parameter in buffers):
             kind = type(f"Flat{kind.__name__}", (_Flat, kind), {})
-        # one kernel in place of ten a tensor; on CUDA it would do a loss scaler's work, which clipping forbids
+        # one kernel for ten per tensor; CPU only: on CUDA a fused step unscales gradients, which forbids clipping
         fused = {"fused": True} if self.name == TORCH and all(p.device.type == "cpu" for p in buffers) else {}
         optimizer: torch.optim.Optimizer = kind(groups, **fused)
         if self.name in UNPAGED:
             for group in groups:
-                if doubt := _doubt(group["params"]):
-                    _warn_once(f"optimizer={self.name} pages nothing: {doubt}")
+                if reason := _unpaged_reason(group["params"]):
+                    _warn_once(f"optimizer={self.name} pages nothing: {reason}")
             _page_after_resume(optimizer)
         return optimizer
 
 
 def flatten(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """One buffer for each dtype, shape (n,); from now on the parameters are views of it, under their own names."""
-    members: dict[torch.dtype, list[nn.Parameter]] = {}
+    """One buffer (n,) for each dtype, which from now on holds the values: ``parameters`` become views of it."""
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
-        members.setdefault(parameter.dtype, []).append(parameter)
-    return [_buffer(own) for own in members.values()]
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    return [_buffer(members) for members in by_dtype.values()]
 
 
 def _buffer(members: list[nn.Parameter]) -> nn.Parameter:
@@ -114,7 +121,7 @@ def _buffer(members: list[nn.Parameter]) -> nn.Parameter:
 
 
 class _Flat(torch.optim.Optimizer):
-    """Mixed into an optimizer over flat buffers: autograd and clipping see the parameters, the update the buffers."""
+    """Mixed into an optimizer over flat buffers: autograd and clipping use the parameters, the update the buffers."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None
@@ -123,7 +130,7 @@ class _Flat(torch.optim.Optimizer):
                 loss = closure()
         for buffer in self._buffers():
             members = getattr(buffer, MEMBERS)
-            if any(member.grad is not None for member in members):  # none: a trial that left its pack
+            if any(member.grad is not None for member in members):  # all None: the trial has left its pack
                 buffer.grad = torch.cat([_gradient(member) for member in members])
                 for member in members:
                     member.grad = None
@@ -148,7 +155,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 @spec("schedule")
 class Schedule:
-    """Learning rate over optimizer steps: linear warm-up, then constant, linear or cosine decay to zero."""
+    """Learning rate over optimizer steps: linear warm-up, then constant, or linear or cosine decay to zero."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Natural = 0
@@ -159,10 +166,11 @@ class Schedule:
             raise ConfigError("schedule.warmup_steps and schedule.warmup_ratio exclude each other: set one")
 
     def factor(self, max_steps: int) -> Callable[[int], float]:
-        """step (0-based) -> share of lr. Step 0 of a warm-up of w steps runs at 1/w, so no step is lost at zero."""
+        """A function: step (from 0) -> factor of lr, in [0, 1]. A warm-up of w steps begins at 1/w, not at 0, where the
+        first step would change nothing."""
         warmup = self.warmup_steps or math.ceil(self.warmup_ratio * max_steps)
 
-        def at(step: int) -> float:
+        def factor_at(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
             progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
@@ -172,103 +180,105 @@ class Schedule:
                 return 0.5 * (1.0 + math.cos(math.pi * progress))
             return 1.0
 
-        return at
+        return factor_at
 
 
 def describe(optimizer: torch.optim.Optimizer, name: str, index: int = 0) -> dict[str, Any]:
-    """The ``optimizer`` part of the record of the ``index``-th trial: bytes of its own state, of
-    them in 8 bits and really paged.
+    """The ``optimizer`` part of the record of the ``index``-th trial: the bytes of its state, how many of them are
+    8-bit codes, and how many are paged.
 
-    All are counted as they are: from the dtype and the ``is_paged`` mark of each state tensor. ``paging`` is off (not
-    asked for), on, nothing (asked for, and no tensor is), or not applicable (this machine cannot); ``note`` says why.
+    They are counted on the state's tensors, by dtype and bitsandbytes' mark ``is_paged``. ``paging`` is "off" (``name``
+    is no paged optimizer), "on", "nothing" (it is one, and no tensor is paged) or "not applicable" (this machine cannot
+    page); ``note`` is the reason of the last two, else None. Logs a warning where ``build`` could not foresee it.
     """
-    parameters = owned(optimizer, index)
-    held = [optimizer.state[one] for one in parameters if one in optimizer.state]
-    kept = [value for own in held for key, value in own.items() if isinstance(value, Tensor) and key != "step"]
-    states = list({value.data_ptr(): value for value in kept}.values())  # 8-bit tensors share their tables of codes
-    size = sum(value.nbytes for value in states)
-    paged = sum(value.nbytes for value in states if getattr(value, "is_paged", False))
-    found = {
+    parameters = trial_parameters(optimizer, index)
+    values = [item for p in parameters if p in optimizer.state for item in optimizer.state[p].items()]
+    tensors = [value for key, value in values if isinstance(value, Tensor) and key != "step"]
+    tensors = list({tensor.data_ptr(): tensor for tensor in tensors}.values())  # 8-bit states share their code tables
+    size = sum(tensor.nbytes for tensor in tensors)
+    paged = sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
+    record = {
         "name": name,
         "effective_name": name if paged else UNPAGED.get(name, name),
         "state_bytes": size,
-        "eight_bit_bytes": sum(value.numel() for value in states if value.dtype == torch.uint8),
+        "eight_bit_bytes": sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.uint8),
         "paged_bytes": paged,
         "paged_fraction": paged / size if size else 0.0,
         "paging": "on" if paged else "off",
         "note": None,
     }
     if name in UNPAGED and not paged:
-        found["paging"] = "not applicable" if cannot_page() else "nothing"
-        doubt = _doubt(parameters)
-        found["note"] = f"optimizer={name} paged nothing: {doubt or 'no tensor of its state is marked as paged'}"
-        if not doubt:  # else it was told before the first step
-            log.warning("%s", found["note"])
-    return found
+        record["paging"] = "not applicable" if cannot_page() else "nothing"
+        reason = _unpaged_reason(parameters)
+        record["note"] = f"optimizer={name} paged nothing: {reason or 'no tensor of its state is marked as paged'}"
+        if not reason:  # else ``build`` has warned
+            log.warning("%s", record["note"])
+    return record
 
 
-State = dict[int, dict[str, Any]]  # {position of a parameter among its trial's: its state}
+State = dict[int, dict[str, Any]]  # of one trial: {position of a parameter in ``trial_parameters``: its state}
 
 
 def trial_of(groups: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The number of the trial that each parameter group is of."""
+    """For each parameter group the number of its trial in the pack."""
     return [group.get(TRIAL, number) for number, group in enumerate(groups)]
 
 
-def owned(optimizer: torch.optim.Optimizer, index: int) -> list[nn.Parameter]:
-    """What the optimizer updates of the ``index``-th trial: parameters, or flat buffers of them."""
+def trial_parameters(optimizer: torch.optim.Optimizer, index: int) -> list[nn.Parameter]:
+    """The parameters of the ``index``-th trial as the optimizer has them: with ``flat`` their buffers."""
     groups = optimizer.param_groups
-    own = [group["params"] for group, trial in zip(groups, trial_of(groups), strict=True) if trial == index]
-    return [parameter for parameters in own for parameter in parameters]
+    return [p for group, trial in zip(groups, trial_of(groups), strict=True) if trial == index for p in group["params"]]
 
 
 def rate(optimizer: torch.optim.Optimizer, index: int) -> float:
-    """The learning rate of the ``index``-th trial under way; with ``lr_ratio``, of all but B."""
+    """The current learning rate of the ``index``-th trial; with ``lr_ratio`` that of all parameters but LoRA's B."""
     groups = optimizer.param_groups
     return float(groups[trial_of(groups).index(index)]["lr"])
 
 
 def states(optimizer: torch.optim.Optimizer) -> list[State]:
-    """Of each trial, copied to the host; ``restore`` takes it back."""
+    """The optimizer state of each trial of the pack, copied to the host; ``restore`` takes them back."""
     return [state_of(optimizer, index) for index in dict.fromkeys(trial_of(optimizer.param_groups))]
 
 
 def state_of(optimizer: torch.optim.Optimizer, index: int) -> State:
-    """Of one trial, copied to the host."""
-    own, state = owned(optimizer, index), optimizer.state
-    return {place: _hosted(state[one]) for place, one in enumerate(own) if one in state}
+    """The optimizer state of one trial, copied to the host; empty before the first step."""
+    parameters, state = trial_parameters(optimizer, index), optimizer.state
+    return {i: _host_copy(state[parameter]) for i, parameter in enumerate(parameters) if parameter in state}
 
 
-def _hosted(state: Mapping[str, Any]) -> dict[str, Any]:
+def _host_copy(state: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
-def restore(optimizer: torch.optim.Optimizer, kept: Sequence[State]) -> None:
-    """One of ``states`` for each trial, whose hyper-parameters stay; the optimizer moves it where it belongs."""
-    whole = optimizer.state_dict()
+def restore(optimizer: torch.optim.Optimizer, trial_states: Sequence[State]) -> None:
+    """Gives each trial its state of ``states`` back; hyper-parameters stay, and the optimizer moves the tensors to the
+    devices of its parameters."""
+    state_dict = optimizer.state_dict()
     numbers: dict[int, list[int]] = {}
-    for group, trial in zip(whole["param_groups"], trial_of(whole["param_groups"]), strict=True):
+    for group, trial in zip(state_dict["param_groups"], trial_of(state_dict["param_groups"]), strict=True):
         numbers.setdefault(trial, []).extend(group["params"])
-    places = [
-        (number, state[i])
-        for own, state in zip(numbers.values(), kept, strict=True)
-        for i, number in enumerate(own)
+    by_number = {
+        number: state[i]
+        for own_numbers, state in zip(numbers.values(), trial_states, strict=True)
+        for i, number in enumerate(own_numbers)
         if i in state
-    ]
-    if places:
-        optimizer.load_state_dict({**whole, "state": dict(places)})
+    }
+    if by_number:
+        optimizer.load_state_dict({**state_dict, "state": by_number})
 
 
-def _doubt(parameters: Iterable[Tensor]) -> str:
-    """Why nothing of these can be paged; empty where something can."""
+def _unpaged_reason(parameters: Iterable[Tensor]) -> str:
+    """Why none of the state of ``parameters`` can be paged; empty where some of it can."""
     if reason := cannot_page():
-        return f"{reason}; it runs as its unpaged twin"
+        return f"{reason}; the unpaged optimizer runs in its place"
     largest = max((parameter.numel() for parameter in parameters), default=0)
     if largest >= PAGED_FROM:
         return ""
     return (
-        f"bitsandbytes pages no tensor under {PAGED_FROM:,} elements, and the largest here has {largest:,}: this run "
-        "differs in nothing from its unpaged twin. optimizer.flat=true joins tensors, a larger adapter.r widens them"
+        f"bitsandbytes pages no tensor under {PAGED_FROM:,} elements, and the largest here has {largest:,}, so this "
+        "run is the same as with the unpaged optimizer; valid: optimizer.flat=true, which joins the tensors, or a "
+        "larger adapter.r"
     )
 
 
@@ -284,18 +294,18 @@ def cannot_page() -> str:
         return "there is no CUDA device"
     try:
         driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
-        # CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS; without it the device may not touch bitsandbytes' buffers
+        # 89: CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS, both may use managed memory at once
         failed = driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(value), 89, 0)
     except OSError as error:
-        return f"the CUDA driver cannot be asked ({error})"
+        return f"the CUDA driver cannot be loaded ({error})"
     return "" if not failed and value.value == 1 else "the device and the host cannot share managed memory"
 
 
 def repage(optimizer: Any) -> int:
-    """Pages state that a resume turned into ordinary tensors; returns how many tensors it moved.
+    """Moves state that a resume turned into ordinary tensors to managed memory; returns how many tensors it moved.
 
-    bitsandbytes' load_state_dict and Lightning's move to the device each make plain CUDA tensors of it; a deep copy
-    even keeps the mark ``is_paged`` on memory that is not managed, so the page manager's own list decides.
+    bitsandbytes' load_state_dict and Lightning's move to the device each make ordinary CUDA tensors of paged state.
+    Which tensors are managed is the page manager's list, not the mark ``is_paged``, which a deep copy keeps.
     """
     functional, manager = _bitsandbytes().functional, optimizer.page_mng
     managed = {tensor.data_ptr() for tensor in manager.paged_tensors}
@@ -313,18 +323,18 @@ def repage(optimizer: Any) -> int:
 
 
 def _page_after_resume(optimizer: torch.optim.Optimizer) -> None:
-    """Before the first step, when a state, if any was, has been restored and moved for the last time."""
+    """Makes the first step of ``optimizer`` call ``repage`` before it: by then a resumed state has been loaded and
+    moved. Nothing where memory cannot be paged."""
     if cannot_page():
         return
-
     started: list[bool] = []
 
-    def at_first(*_: Any) -> None:
+    def repage_once(*_: Any) -> None:
         if not started and (moved := repage(optimizer)):
             log.info("%d restored tensors of optimizer state are paged again", moved)
         started[:] = [True]
 
-    optimizer.register_step_pre_hook(at_first)
+    optimizer.register_step_pre_hook(repage_once)
 
 
 def _bitsandbytes() -> Any:

@@ -7,7 +7,7 @@ from torch import nn
 from loralab.adapters.attached import check_parameters
 from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta
 from loralab.models import loading, pretrained
-from loralab.quantization.base import Quantizer, beyond, linear_shape, name_out_of_reach, quantizable
+from loralab.quantization.base import Quantizer, linear_shape, out_of_reach_weights, quantizable, warn_out_of_reach
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def count(
     check_parameters(attached, base)
     trainable = attached.trainable_parameters()
     added = trainable - sum(_size(delta) for _, delta in attached.adapted() if isinstance(delta, BiasDelta))
-    name_out_of_reach(beyond(base), total)
+    warn_out_of_reach(out_of_reach_weights(base), total)
     _name_unlike_peft(attached)
     return {
         "trainable_parameters": trainable,

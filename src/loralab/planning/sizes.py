@@ -11,7 +11,7 @@ from loralab.adapters.base import Adapter
 from loralab.adapters.blocks import stack
 from loralab.models import loading, pretrained
 from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED, AdamW
-from loralab.quantization.base import beyond, is_linear, linear_shape, name_out_of_reach, quantizable
+from loralab.quantization.base import is_linear, linear_shape, out_of_reach_weights, quantizable, warn_out_of_reach
 from loralab.training.specs import TrialSpec
 
 EIGHT_BIT_FROM = 4096  # elements; bitsandbytes keeps smaller states in 32 bits (min_8bit_size)
@@ -65,7 +65,7 @@ def sizes(spec: TrialSpec) -> Sizes:
 def name_what_stays(spec: pretrained.Pretrained) -> None:
     """Warns of the weights of the base that are neither quantized nor adapted, where they are many."""
     base = skeleton(spec)
-    name_out_of_reach(beyond(base), sum(parameter.numel() for parameter in base.parameters()))
+    warn_out_of_reach(out_of_reach_weights(base), sum(parameter.numel() for parameter in base.parameters()))
 
 
 def _unflat(spec: TrialSpec) -> AdamW:

@@ -118,8 +118,10 @@ def _trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None, t
     with faked(geometry.cuda), FakeTensorMode(allow_non_fake_inputs=True):
         model = build(spec, layers)
         AdapterHooks.of(model).new_parameters = new
+        # asked now, because it makes a pass: the tracker would count the dense weights that this uses as moved already
+        names = [] if specs[0].quantization.name == "none" else quantizable(model, specs[0].quantization)
         with tracker:
-            return _Step(tracker, model, specs, geometry).run(two_steps)
+            return _Step(tracker, model, specs, geometry, names).run(two_steps)
 
 
 def build(spec: pretrained.Pretrained, layers: int | None) -> nn.Module:
@@ -141,15 +143,16 @@ def build(spec: pretrained.Pretrained, layers: int | None) -> nn.Module:
 class _Step:
     """A pack on its base, and the training step."""
 
-    def __init__(self, tracker: Tracker, model: nn.Module, specs: Sequence[TrialSpec], geometry: Geometry) -> None:
+    def __init__(
+        self, tracker: Tracker, model: nn.Module, specs: Sequence[TrialSpec], geometry: Geometry, names: list[str]
+    ) -> None:
         self.tracker, self.model, self.geometry = tracker, model, geometry
         self.spec, self.phase = specs[0], ""
         self.plugin = precision(self.spec.trainer.precision)
         tracker.mark("load")
-        self._convert()
-        tracker.mark(
-            "load", "adapters"
-        )  # a mark for each part: each peak is linear in the layers, the higher of two is not
+        self._convert(names)
+        # a mark for each part: each peak is linear in the layers, the higher of two is not
+        tracker.mark("load", "adapters")
         trials = [self._trial(spec) for spec in specs]
         # only a CPU computes rows without their padding
         self.module = FineTuner(model, trials, unpad=not geometry.cuda and not any(p.length for p in geometry.passes))
@@ -191,10 +194,9 @@ class _Step:
         self.tracker.forget()
         return Traced(segments, paged, levels)
 
-    def _convert(self) -> None:
-        """Quantizes layer by layer, as loading does; the other weights are there already."""
+    def _convert(self, names: list[str]) -> None:
+        """Quantizes the layers ``names`` one by one, as loading does; the other weights are there already."""
         quantizer = self.spec.quantization
-        names = [] if quantizer.name == "none" else quantizable(self.model, quantizer)
         waiting = {id(self.model.get_submodule(name).weight) for name in names}
         self.tracker.tag((t for _, t in loading.tensors(self.model) if id(t) not in waiting), "base")
         for name in names:

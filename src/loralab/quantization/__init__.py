@@ -1,3 +1,1 @@
-"""Frozen linear layers that hold their weight in few bits, and the hook that fills them while a model
-loads.
-"""
+"""Frozen linear layers with a quantized weight, and the quantization of a model while it loads."""

@@ -1,4 +1,4 @@
-"""What every quantization spec has, which layers it takes, and what a model then weighs."""
+"""The base class of the quantization specs, the layers that they convert, and the size of a base model in bytes."""
 
 import logging
 import math
@@ -21,12 +21,12 @@ from loralab.spec import spec
 
 log = logging.getLogger(__name__)
 
-WORTH_NAMING = 0.01  # share of a base's parameters
-LONGEST_MATCH = 1.0  # seconds that an expression may take over one name
+MIN_WARNED_SHARE = 0.01  # of a base's parameters
+MATCH_TIMEOUT = 1.0  # seconds for a regular expression and one name
 
 
 def check_block(name: str, block_size: int, out_features: int, in_features: int) -> None:
-    """A block larger than the layer would be a per-tensor scale under another name."""
+    """Raises ConfigError where a block is larger than the layer, which would be one scale per tensor in fact."""
     if block_size > out_features * in_features:
         raise ConfigError(
             f"quantization.block_size = {block_size} is larger than {name}, which has {out_features} x {in_features}"
@@ -36,11 +36,11 @@ def check_block(name: str, block_size: int, out_features: int, in_features: int)
 
 @spec("quantization")
 class Quantizer(ABC):
-    """One verb, ``convert``: a dense layer in, a frozen one out. The fields are the keys of the yamls."""
+    """A quantization scheme, its fields the keys of the yamls; ``convert`` turns a dense layer into a frozen one."""
 
     skip_modules: list[str] = field(default_factory=list)  # stay dense: exact name, last part of it, or regex
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the dtype of the layer's input
-    # per_use: the dense weight dies after each use; resident: it is kept
+    # per_use: the dense weight is computed for each use and freed; resident: it stays in memory
     dequantize: Literal["per_use", "resident"] = "per_use"
 
     def __post_init__(self) -> None:
@@ -55,12 +55,12 @@ class Quantizer(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What tables and records call it."""
+        """The scheme's name in tables and records."""
 
     @property
     def packable(self) -> bool:
-        """Whether a row of the batch is computed alike whatever other rows are there. False for every class that does
-        not say so itself: what its parent says is of the parent's arithmetic."""
+        """Whether the result of a row does not depend on the other rows of the batch. False for every class that does
+        not define it itself: a parent's answer is on the parent's arithmetic."""
         return False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -70,17 +70,18 @@ class Quantizer(ABC):
 
     @abstractmethod
     def storage_bits(self, out_features: int, in_features: int) -> int:
-        """Bits of the packed weight and its statistics, code tables not counted; needs no weight."""
+        """Bits of the packed weight with its statistics, without code tables, from the shape alone."""
 
     @abstractmethod
     def pack(self, weight: Tensor, bias: nn.Parameter | None) -> FrozenLinear:
-        """weight (out, in) -> the frozen layer, which holds no reference to ``weight``."""
+        """weight (out, in) -> the frozen layer, which keeps no reference to ``weight``."""
 
     def check(self, name: str, out_features: int, in_features: int) -> None:  # noqa: B027 - most fit all
-        """Raise ConfigError where this scheme does not fit a layer of that shape."""
+        """Raises ConfigError where this scheme cannot quantize a layer of that shape."""
 
     def convert(self, linear: nn.Module, name: str = "the layer") -> nn.Module:
-        """nn.Linear or Conv1D -> frozen layer that owns the same bias object; errors speak of ``name``."""
+        """nn.Linear or Conv1D -> the frozen layer, with the same bias object. Raises ConfigError, which names the layer
+        by ``name``, for a weight that is no matrix, is empty, or is not finite."""
         self.check(name, *linear_shape(linear))
         weight = dense_weight(linear)
         if weight.dim() != 2 or not weight.numel():
@@ -98,12 +99,12 @@ class Quantizer(ABC):
         return frozen.train(linear.training)
 
 
-SAME_PRODUCT = frozenset({"FalconLinear"})  # write their own forward, which computes what nn.Linear's does
+SAME_PRODUCT = frozenset({"FalconLinear"})  # subclasses whose own forward computes the product of nn.Linear
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, transformers' Conv1D, or one of our frozen layers; a subclass that computes something else (a router,
-    which returns several things) is none."""
+    """Whether ``module`` is an nn.Linear, a Conv1D of transformers or a FrozenLinear; a subclass with another forward,
+    such as a router that returns several tensors, is none."""
     if isinstance(module, FrozenLinear):
         return True
     kind = next((kind for kind in (nn.Linear, Conv1D) if isinstance(module, kind)), None)
@@ -118,7 +119,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """Any base layer -> its weight as a matrix (out, in), in the dtype it has or had before quantization."""
+    """The weight of a linear layer as a matrix (out, in), dequantized to the dtype from before quantization."""
     if isinstance(layer, FrozenLinear):
         return layer.dense(layer.dense_dtype)
     weight = layer.weight
@@ -127,18 +128,18 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """One of our packed layers."""
+    """Whether ``module`` is a FrozenLinear."""
     return isinstance(module, FrozenLinear)
 
 
 def base_linears(model: nn.Module) -> list[str]:
-    """Names of every linear layer of the base model, packed or not, in order.
+    """Names of the linear layers of the base model, packed or not, in the model's order.
 
-    Left out: output embeddings and whatever is tied, and everything outside ``model.base_model``, where
-    transformers keeps classification heads.
+    Without the output embeddings, layers with tied weights, and everything outside ``model.base_model``, where
+    transformers has classification heads.
     """
     inside = {id(module) for module in getattr(model, "base_model", model).modules()}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # known before the weights are really tied
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # complete before the weights are tied
     tied_names = {*tied.keys(), *tied.values()}
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -154,10 +155,10 @@ def base_linears(model: nn.Module) -> list[str]:
 
 
 def quantizable(model: nn.Module, spec: Quantizer) -> list[str]:
-    """Names of the layers to convert: ``base_linears`` that are still dense, less the exceptions.
+    """Names of the layers to convert: the ``base_linears`` that are still dense.
 
-    Exceptions are what the model itself keeps in float32 (T5's ``wo``), ``skip_modules``, and layers whose weight the
-    model reads itself (Mamba's ``dt_proj``).
+    Without layers that the model keeps in float32 (T5's ``wo``), ``skip_modules``, and layers whose weight the model
+    uses without calling them (Mamba's ``dt_proj``), for which it warns. Raises ConfigError for a wrong skip_modules.
     """
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     skipped = _skipped(linears, spec.skip_modules)
@@ -171,50 +172,52 @@ def quantizable(model: nn.Module, spec: Quantizer) -> list[str]:
     read = read_weights(model, {name: model.get_submodule(name) for name in names}) if spec.name != "none" else []
     if read:
         log.warning(
-            "%d layers stay dense: %s reads their weight itself and does not call them: %s",
+            "%d layers stay dense, because %s uses their weight without calling them: %s",
             *(len(read), type(model).__name__, ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in read}))),
         )
     return [name for name in names if name not in read]
 
 
 def matching(pattern: str, names: Iterable[str], key: str) -> list[str]:
-    """The names that a regular expression matches whole. Raises ConfigError where that takes seconds (``(.*)*x``)."""
+    """Those of ``names`` that the regular expression of ``key`` matches in full. Raises ConfigError where it is invalid
+    or takes more than MATCH_TIMEOUT for a name, as ``(.*)*x`` does."""
     try:
         compiled = regex.compile(pattern)
-        return [name for name in names if compiled.fullmatch(name, timeout=LONGEST_MATCH)]
+        return [name for name in names if compiled.fullmatch(name, timeout=MATCH_TIMEOUT)]
     except regex.error as error:
         raise ConfigError(f"{key}={pattern!r} is not a valid regular expression ({error})") from None
     except TimeoutError:
         raise ConfigError(
-            f"{key}={pattern!r} is not done with one name after {LONGEST_MATCH:g} s; valid: an expression without a"
+            f"{key}={pattern!r} takes more than {MATCH_TIMEOUT:g} s to match one name; valid: an expression without a"
             " repetition inside a repetition"
         ) from None
 
 
 def _skipped(names: list[str], patterns: list[str]) -> set[str]:
-    found: set[str] = set()
+    """Those of ``names`` that ``patterns`` name or match; ConfigError for a pattern without any."""
+    skipped: set[str] = set()
     for pattern in patterns:
-        hits = {n for n in names if pattern in (n, n.rpartition(".")[2])}
-        hits |= {*matching(pattern, names, "quantization.skip_modules")}
-        if not hits:
+        matches = {n for n in names if pattern in (n, n.rpartition(".")[2])}
+        matches |= {*matching(pattern, names, "quantization.skip_modules")}
+        if not matches:
             last = {n.rpartition(".")[2] for n in names}
             raise ConfigError(
                 f"quantization.skip_modules: {pattern!r} matches no linear layer; {nearest(pattern, last)}"
             )
-        found |= hits
-    return found
+        skipped |= matches
+    return skipped
 
 
 @dataclass(frozen=True)
 class BaseSize:
-    """What a base model weighs."""
+    """The size of a base model."""
 
     parameters: int  # logical: a packed layer counts out * in (+ bias), shared parameters once
     quantized_parameters: int
     bytes: int  # storages of all parameters and buffers, and the code tables once
-    bits_per_parameter: float  # of the quantized layers with statistics; none: the linear layers' dtype
+    bits_per_parameter: float  # of the quantized layers with statistics; without any, of the linear layers
     bits_per_parameter_overall: float = math.nan  # of all parameters, quantized or not
-    out_of_reach: dict[str, int] = field(default_factory=dict)  # {name, * for a number: parameters}, see ``beyond``
+    out_of_reach: dict[str, int] = field(default_factory=dict)  # see ``out_of_reach_weights``
 
     @property
     def share_out_of_reach(self) -> float:
@@ -222,7 +225,7 @@ class BaseSize:
 
 
 def measure(model: nn.Module) -> BaseSize:
-    """Sums what is really stored; works on meta and fake tensors too."""
+    """The size of ``model`` by the tensors that it stores; meta and fake tensors count as real ones."""
     frozen = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     quantized = sum(layer.out_features * layer.in_features for layer in frozen)
     tables = [table for layer in frozen for table in layer.code_tables()]
@@ -234,53 +237,54 @@ def measure(model: nn.Module) -> BaseSize:
         bytes=_bytes([*model.parameters(), *model.buffers(), *tables]),
         bits_per_parameter=packed / quantized if quantized else _dense_bits(model),
         bits_per_parameter_overall=(packed + 8 * _bytes(model.parameters())) / parameters if parameters else math.nan,
-        out_of_reach=beyond(model),
+        out_of_reach=out_of_reach_weights(model),
     )
 
 
-def name_out_of_reach(found: Mapping[str, int], parameters: int, bits: str = "") -> None:
-    """Warns of the weights that nothing takes (``found``: see ``beyond``) where they are many of all ``parameters``.
-
-    ``bits``: what the base weighs, to be said too.
+def warn_out_of_reach(weights: Mapping[str, int], parameters: int, bits: str = "") -> None:
+    """Warns of ``weights``, see ``out_of_reach_weights``, where they have a share of MIN_WARNED_SHARE of all
+    ``parameters``. ``bits``: an addition to the message, on the base's size.
     """
-    share = sum(found.values()) / parameters if parameters else 0.0
-    if share >= WORTH_NAMING:
+    share = sum(weights.values()) / parameters if parameters else 0.0
+    if share >= MIN_WARNED_SHARE:
         log.warning(
-            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are not quantized, and "
-            "trained by adapter=full, or experts by LoRA's adapter.target_parameters, alone%s",
-            *(100 * share, f"{sum(found.values()):,}", f"{parameters:,}", ", ".join(found), bits),
+            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are not quantized; "
+            "only adapter=full trains them, and LoRA's adapter.target_parameters those of experts%s",
+            *(100 * share, f"{sum(weights.values()):,}", f"{parameters:,}", ", ".join(weights), bits),
         )
 
 
-def beyond(model: nn.Module) -> dict[str, int]:
-    """{name, * for a number: parameters} of the weights that no quantizer and no delta takes.
+def out_of_reach_weights(model: nn.Module) -> dict[str, int]:
+    """{name with * for each number: parameters} of the weights that can be neither quantized nor adapted.
 
-    They belong to no linear layer: experts that are one tensor of three dimensions, convolutions, matrices that a model
-    multiplies itself. Embeddings, the output head and what is tied to them, norms and biases are no such weights.
+    They belong to no linear layer: experts in one tensor of three dimensions, convolutions, matrices that a model
+    multiplies itself. Embeddings, weights tied to them, norms and biases are not counted.
     """
-    own = {id(p) for m in model.modules() if is_linear(m) or isinstance(m, nn.Embedding) for p in m.parameters()}
-    found: dict[str, int] = {}
+    reached = {id(p) for m in model.modules() if is_linear(m) or isinstance(m, nn.Embedding) for p in m.parameters()}
+    weights: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in own:
+        if parameter.dim() > 1 and id(parameter) not in reached:
             key = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-            found[key] = found.get(key, 0) + parameter.numel()
-    return found
+            weights[key] = weights.get(key, 0) + parameter.numel()
+    return weights
 
 
 def packed_bytes(layer: nn.Module) -> int:
-    """Bytes of one layer's weight as stored, statistics with it, code tables and bias without."""
+    """Bytes of one layer's weight as stored, with statistics, without code tables and bias."""
     if isinstance(layer, FrozenLinear):
         return _bytes(layer.packed())
     weight = dense_weight(layer)
-    return weight.numel() * weight.element_size()  # its storage may hold others too
+    return weight.numel() * weight.element_size()  # its storage may be larger
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of ``tensors``, shared ones once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 def _dense_bits(model: nn.Module) -> float:
+    """Bits per weight of the linear layers, or without any of all parameters; nan without parameters."""
     linears = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     weights = linears or list(model.parameters())
     elements = sum(w.numel() for w in weights)

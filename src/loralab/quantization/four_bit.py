@@ -28,7 +28,7 @@ class FourBit(Quantizer):
     granularity: Granularity = "block"
     block_size: kernels.KernelBlock = 64  # read where granularity is block
     double_quant: bool = False  # the absmax values in 8 bits, 256 to a second absmax
-    # dtype that the packed bytes are stored as, for sharding that flattens one dtype
+    # dtype of the tensor that holds the packed bytes: sharding needs parameters of one dtype
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     packable = True
 
@@ -36,19 +36,19 @@ class FourBit(Quantizer):
         super().__post_init__()
         if self.double_quant and self.granularity == "tensor":
             raise ConfigError(
-                "quantization.double_quant = True needs many absmax values, and granularity=tensor has one; valid:"
+                "quantization.double_quant=true quantizes many absmax values, and granularity=tensor has one; valid:"
                 " granularity=block or row, or double_quant=false"
             )
 
     @property
     def name(self) -> str:
-        """The data types of the papers by their own names: ``int4_absmax``, ``fp4_e2m1``, ``nf4_double``."""
+        """By the papers' names of the data types, such as ``int4_absmax``, ``fp4_e2m1``, ``nf4_double``."""
         names = {"int4": "int4_absmax", "e2m1": "fp4_e2m1", "e3m0": "fp4_e3m0"}
         granularity = "" if self.granularity == "block" else f"_{self.granularity}"
         return names.get(self.quant_type, self.quant_type) + granularity + ("_double" if self.double_quant else "")
 
     def block(self, out_features: int, in_features: int) -> int:
-        """Weights that share one absmax. A row is a block of its width, a tensor one block."""
+        """The number of weights that share one absmax: of a block, a row (in_features) or the tensor."""
         return {"block": self.block_size, "row": in_features, "tensor": out_features * in_features}[self.granularity]
 
     def check(self, name: str, out_features: int, in_features: int) -> None:
@@ -56,7 +56,7 @@ class FourBit(Quantizer):
         packed, size = -(-out_features * in_features // 2), STORAGE[self.quant_storage].itemsize
         if packed % size:
             raise ConfigError(
-                f"quantization.quant_storage = {self.quant_storage}: the {packed} packed bytes of {name} are not a"
+                f"quantization.quant_storage={self.quant_storage}: the {packed} packed bytes of {name} are not a"
                 f" multiple of its {size}; valid: uint8, or quantization.skip_modules=[{name}]"
             )
 
@@ -64,7 +64,7 @@ class FourBit(Quantizer):
         n = out_features * in_features
         blocks = -(-n // self.block(out_features, in_features))
         statistics = 32 * blocks
-        if self.double_quant:  # one byte a block, its second absmax, the offset
+        if self.double_quant:  # absmax codes, second absmax, offset
             statistics = 8 * blocks + 32 * -(-blocks // blockwise.STATISTICS_BLOCK) + 32
         return 8 * -(-n // 2) + statistics
 
@@ -73,10 +73,10 @@ class FourBit(Quantizer):
 
 
 class FourBitLinear(FrozenLinear):
-    """bitsandbytes' own bytes: codes (ceil(out in / 2), 1) uint8, absmax (blocks,) float32.
+    """bitsandbytes' bytes: codes (ceil(out in / 2), 1) uint8, absmax (blocks,) float32.
 
-    ``quant_storage`` is another dtype for the same bytes. Double: absmax (blocks,) uint8, second_absmax
-    (ceil(blocks / 256),) float32, offset () float32.
+    ``quant_storage`` is another dtype for the bytes of the codes. With double quantization absmax (blocks,) uint8,
+    second_absmax (ceil(blocks / 256),) float32, offset () float32.
     """
 
     codes: Tensor
@@ -85,16 +85,16 @@ class FourBitLinear(FrozenLinear):
     offset: Tensor
 
     def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, spec: FourBit, held: dict[str, Tensor] | None = None
+        self, weight: Tensor, bias: nn.Parameter | None, spec: FourBit, packed: dict[str, Tensor] | None = None
     ) -> None:
-        """``held``: the packed tensors, where there are some already; then only shape and dtype of ``weight`` count."""
+        """``packed``: the packed tensors of a quantized checkpoint; only shape and dtype of ``weight`` count then."""
         super().__init__(weight, bias, spec.compute_dtype, spec.dequantize)
         self.quant_type, self.block_size = spec.quant_type, spec.block(self.out_features, self.in_features)
         self.double_quant = spec.double_quant
         self.scheme = f"{spec.quant_type}, block_size={self.block_size}, double_quant={spec.double_quant}"
-        self.keep(**(self._quantized(weight, spec) if held is None else held))
+        self.keep(**(self._quantize(weight, spec) if packed is None else packed))
 
-    def _quantized(self, weight: Tensor, spec: FourBit) -> dict[str, Tensor]:
+    def _quantize(self, weight: Tensor, spec: FourBit) -> dict[str, Tensor]:
         codes, absmax = kernels.quantize_4bit(weight, self.quant_type, self.block_size)
         if spec.quant_storage != "uint8":
             codes = codes.view(-1).view(STORAGE[spec.quant_storage])[:, None]

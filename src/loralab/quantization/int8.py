@@ -30,7 +30,7 @@ class Int8Absmax(Quantizer):
 
     @property
     def statistics_bits(self) -> int:
-        """Of one group: absmax in float32."""
+        """Bits per group: absmax in float32."""
         return 32
 
     def check(self, name: str, out_features: int, in_features: int) -> None:
@@ -48,7 +48,7 @@ class Int8Absmax(Quantizer):
 
 @spec("quantization")
 class Int8ZeroPoint(Int8Absmax):
-    """W = (codes - zero) * scale: the whole range of a group on all 255 codes, for a zero point of 8 bits more."""
+    """W = (codes - zero) * scale: a group's range from minimum to maximum on all 255 codes; 8 bits more per group."""
 
     packable = True
 
@@ -58,7 +58,7 @@ class Int8ZeroPoint(Int8Absmax):
 
     @property
     def statistics_bits(self) -> int:
-        """Of one group: scale in float32, zero in int8."""
+        """Bits per group: scale in float32, zero in int8."""
         return 40
 
 
@@ -80,11 +80,11 @@ class Int8Linear(FrozenLinear):
             codes, scale, zero = affine.quantize(weight, spec.granularity, spec.block_size)
             self.keep(codes=codes.clone(), scale=scale, zero=zero)  # codes may be a view of a padded tensor
         else:
-            codes, largest = absmax.quantize(weight, spec.granularity, spec.block_size)
-            self.keep(codes=codes.clone(), absmax=largest)
+            codes, group_absmax = absmax.quantize(weight, spec.granularity, spec.block_size)
+            self.keep(codes=codes.clone(), absmax=group_absmax)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        how = (self.granularity, self.block_size)
+        groups = (self.granularity, self.block_size)
         if self.zero_point:
-            return affine.dequantize(self.codes, self.scale, self.zero, *how).to(dtype)
-        return absmax.dequantize(self.codes, self.absmax, *how).to(dtype)
+            return affine.dequantize(self.codes, self.scale, self.zero, *groups).to(dtype)
+        return absmax.dequantize(self.codes, self.absmax, *groups).to(dtype)

@@ -36,7 +36,7 @@ class Int8Blockwise(Quantizer):
 
 
 class BlockwiseLinear(FrozenLinear):
-    """codes (out, in) uint8, absmax (blocks,) float32; blocks run on from row to row."""
+    """codes (out, in) uint8, absmax (blocks,) float32; blocks are consecutive weights across rows."""
 
     codes: Tensor
     absmax: Tensor

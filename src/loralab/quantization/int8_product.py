@@ -1,9 +1,9 @@
 """The int8 products of LLM.int8()'s table 1 (arXiv 2208.07339) as layers: activations are quantized too.
 
-A scale "per tensor" and outlier columns are those of one sequence (s, in), as the paper has X, and of its tokens alone:
-neither padding nor the rows that share a batch change a result. Decomposed products need the outlier columns of W in 16
-bits, and which columns these are only the input says: so they hold all of W in 16 bits beside its codes, and its bytes
-count (the paper, which counts the columns in use, adds 0.1%).
+A scale "per tensor" and outlier columns are taken over the tokens of one sequence (s, in), as the paper has X, so that
+neither padding nor other rows of the batch change a result. Decomposed products need the outlier columns of W in 16
+bits, which depend on the input: the layers hold all of W in 16 bits beside its codes, and its bytes are counted (the
+paper, which counts the columns in use, adds 0.1%).
 """
 
 from typing import Literal
@@ -21,7 +21,7 @@ from loralab.spec import NotNegative, spec
 
 @spec("quantization")
 class Int8Product(Quantizer):
-    """For studies: clear, not fast. threshold 0: no decomposition. The gradient is straight through, dx = dy W."""
+    """For studies, not for speed. threshold 0: no decomposition. The gradient is straight through, dx = dy W."""
 
     granularity: Literal["tensor", "row", "vector"] = "vector"  # see numerics/int8_product.py
     zero_point: bool = False
@@ -34,12 +34,12 @@ class Int8Product(Quantizer):
 
     @property
     def packable(self) -> bool:
-        """Scales per tensor and outlier columns are taken over whole sequences, which a shared pass may take apart."""
+        """False with scales per tensor or outlier columns: they are over whole sequences, which a pack may split."""
         return self.granularity != "tensor" and self.threshold == 0
 
     @property
     def weights(self) -> Int8Absmax:
-        """How W is stored."""
+        """The scheme in which W is stored."""
         kind = Int8ZeroPoint if self.zero_point else Int8Absmax
         return kind(
             self.skip_modules, self.compute_dtype, self.dequantize, int8_product.GRANULARITIES[self.granularity][1]
@@ -54,22 +54,22 @@ class Int8Product(Quantizer):
 
 
 class Int8ProductLinear(Int8Linear, SequenceLinear):
-    """Stored as Int8Linear, decomposed ones also as ``sixteen`` (out, in); the product sees x through int8 as well."""
+    """Stored as Int8Linear, with a threshold also as ``weight_16`` (out, in); x is quantized in the product."""
 
-    sixteen: Tensor
+    weight_16: Tensor
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, spec: Int8Product) -> None:
         super().__init__(weight, bias, spec.weights)
         self.spec = spec
         self.scheme = spec.name
-        self.asks = not spec.packable
+        self.per_sequence = not spec.packable
         if spec.threshold:
-            self.keep(sixteen=int8_product.in_16_bits(weight).clone())
+            self.keep(weight_16=int8_product.in_16_bits(weight).clone())
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.unpacked(torch.float32)
-        if self.asks:
-            y = self.sequences.each(x, self.out_features, lambda own: self._product(own, weight))
+        if self.per_sequence:
+            y = self.sequences.each(x, self.out_features, lambda sequence: self._product(sequence, weight))
         else:
             y = self._product(x.reshape(-1, self.in_features), weight)
         y = y if bias is None else y + bias
@@ -77,5 +77,5 @@ class Int8ProductLinear(Int8Linear, SequenceLinear):
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (n, in) -> (n, out) float32."""
-        sixteen, spec = self.sixteen if self.spec.threshold else None, self.spec
-        return int8_product.product(x, weight, spec.granularity, spec.zero_point, spec.threshold, sixteen)
+        weight_16, spec = self.weight_16 if self.spec.threshold else None, self.spec
+        return int8_product.product(x, weight, spec.granularity, spec.zero_point, spec.threshold, weight_16)

@@ -1,4 +1,4 @@
-"""The one door of this package to bitsandbytes: its functional kernels, and when not to use them."""
+"""The calls of bitsandbytes' kernels, and the cases in which the reference runs in their place."""
 
 import logging
 from functools import cache
@@ -19,26 +19,26 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def import_bitsandbytes() -> Any:
-    """The package. Where the CPU has bf16 instructions it warns that an optional kernel from a hub is missing; loralab
-    chooses its products itself (``gemm``), so that one line is kept from the log."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_the_hubs_kernel)
+    """The module bitsandbytes, imported. On CPUs with bf16 instructions it warns that an optional kernel from a hub is
+    missing; that warning is suppressed, as loralab does not use the kernel (``gemm``). Raises ImportError."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_hub_warning)
     import bitsandbytes
 
     return bitsandbytes
 
 
-def _not_the_hubs_kernel(record: logging.LogRecord) -> bool:
+def _is_no_hub_warning(record: logging.LogRecord) -> bool:
     return "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
 
 
 def bitsandbytes_ops() -> Any:
-    """``torch.ops.bitsandbytes``, after the import that registers them."""
+    """``torch.ops.bitsandbytes``, which the import registers; ConfigError where bitsandbytes cannot be imported."""
     try:
         import_bitsandbytes()
     except ImportError as error:
         raise ConfigError(
             f"quantization: bitsandbytes cannot be imported ({error}); valid: pip install bitsandbytes, or"
-            " quantization=none or int8_absmax, which do without it"
+            " quantization=none or int8_absmax, which do not need it"
         ) from error
     return torch.ops.bitsandbytes
 
@@ -46,7 +46,7 @@ def bitsandbytes_ops() -> Any:
 def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
     """weight, n elements -> packed (ceil(n / 2), 1) uint8, absmax (ceil(n / block_size),) float32.
 
-    By the kernel for the types and block sizes that it has, else by the reference.
+    By the kernel for its types and block sizes, else by the reference.
     """
     if quant_type not in KERNEL_TYPES or block_size not in KERNEL_BLOCKS:
         codes, absmax = blockwise.quantize_blockwise(weight, codebooks.table(quant_type, weight.device), block_size)
@@ -57,14 +57,15 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int) -> tuple[Ten
 
 
 def quantize_8bit(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """weight, n elements -> codes of the dynamic map, uint8 of its shape, absmax (ceil(n / block_size),) float32."""
+    """weight, n elements -> codes of the dynamic map, uint8 in the weight's shape, absmax (ceil(n / block_size),)
+    float32."""
     table = codebooks.dynamic_map(weight.device).clone()  # older CPU kernels write into it
     codes, absmax = bitsandbytes_ops().quantize_blockwise(weight.float(), table, block_size)
     return codes, absmax
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """-> values in the shape of ``codes``."""
+    """codes and absmax of ``quantize_8bit`` -> values in the shape of ``codes``, in ``dtype``."""
     table = codebooks.dynamic_map(codes.device)
     kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
     values: Tensor = bitsandbytes_ops().dequantize_blockwise(codes, absmax, table, block_size, kernel_dtype)
@@ -78,18 +79,19 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def undo_double_quantize(codes: Tensor, second: Tensor, offset: Tensor) -> Tensor:
-    """-> absmax (b,) float32."""
+    """What ``double_quantize`` returned -> absmax (b,) float32."""
     return dequantize_8bit(codes, second, blockwise.STATISTICS_BLOCK, torch.float32) + offset
 
 
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, quant_type: str, block_size: int, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """-> (out, in) in ``dtype``: by the kernel where it is right for this width, else by the reference."""
+    """packed and absmax of ``quantize_4bit`` -> (out, in) in ``dtype``: by the kernel where it is correct, else by the
+    reference."""
     kernel_dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
-    fake = isinstance(packed, FakeTensor)  # has a shape and no values
+    fake = isinstance(packed, FakeTensor)  # no values to compare
     has_kernel = quant_type in KERNEL_TYPES and block_size in KERNEL_BLOCKS
-    if has_kernel and (fake or kernel_is_right(quant_type, block_size, shape[1], kernel_dtype, packed.device)):
+    if has_kernel and (fake or kernel_is_correct(quant_type, block_size, shape[1], kernel_dtype, packed.device)):
         dense = _kernel(packed, absmax, quant_type, block_size, shape, kernel_dtype)
     else:
         dense = _reference(packed, absmax, quant_type, block_size, shape)
@@ -110,14 +112,14 @@ def _reference(packed: Tensor, absmax: Tensor, quant_type: str, block_size: int,
 
 
 @cache
-def kernel_is_right(quant_type: str, block_size: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Ask the kernel itself, once per width: blocks run through the rows, and not every kernel follows.
+def kernel_is_correct(quant_type: str, block_size: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the 4-bit kernel dequantizes rows of ``width`` to the bits of the reference; tried once per width.
 
-    bitsandbytes 0.50.2 on CPUs with AVX-512 gives each row ``width // block_size`` whole blocks, silently,
-    when ``width`` is a multiple of 16 but not of ``block_size`` (NF4 weight error 0.25 instead of 0.09 at 96
-    x 64). On an AVX2 CPU it is right: widths 3 to 1376, every block size, both types, three dtypes. So it is
-    tried out. Odd widths, and blocks of 2048 and 4096, go to the reference unasked: there bitsandbytes leaves
-    its kernel for a torch.compile'd function, which costs seconds at first use and needs a compiler.
+    Blocks run on across rows. bitsandbytes 0.50.2 on CPUs with AVX-512 silently gives each row ``width //
+    block_size`` whole blocks where ``width`` is a multiple of 16 but not of ``block_size`` (NF4 weight error 0.25
+    instead of 0.09 at 96 x 64). On an AVX2 CPU it is correct: widths 3 to 1376, every block size, both types, three
+    dtypes. Odd widths and blocks of 2048 and 4096 are not tried on a CPU and get the reference: bitsandbytes runs a
+    torch.compile'd function there, which takes seconds at first use and needs a compiler.
     """
     if device.type == "cpu" and (width % 2 or block_size >= 2048):
         return False
@@ -125,23 +127,26 @@ def kernel_is_right(quant_type: str, block_size: int, width: int, dtype: torch.d
     n = rows * width
     with torch.inference_mode(False), torch.no_grad():
         packed = (torch.arange((n + 1) // 2, device=device) * 73 % 256).to(torch.uint8)[:, None]
-        blocks = rows * -(-width // block_size)  # room for a kernel that counts its blocks by rows
+        blocks = rows * -(-width // block_size)  # enough for a kernel that has its blocks by row
         absmax = torch.arange(1, blocks + 1, device=device).float()
-        used = absmax[: -(-n // block_size)]
-        got = _kernel(packed, absmax, quant_type, block_size, (rows, width), dtype)
-        right = torch.equal(got, _reference(packed, used, quant_type, block_size, (rows, width)).to(dtype))
-    if not right:
-        log.info("bitsandbytes unpacks %s wrongly at width %d, block %d: bypassed", quant_type, width, block_size)
-    return right
+        dense = _kernel(packed, absmax, quant_type, block_size, (rows, width), dtype)
+        expected = _reference(packed, absmax[: -(-n // block_size)], quant_type, block_size, (rows, width)).to(dtype)
+    if not (correct := torch.equal(dense, expected)):
+        log.info(
+            "bitsandbytes dequantizes %s wrongly at in_features=%d, block_size=%d: loralab's own reference runs in its "
+            "place",
+            *(quant_type, width, block_size),
+        )
+    return correct
 
 
 def quantize_activations(rows: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """rows (n, in) -> codes (n, in) int8, absmax (n,) float32, columns that hold a value >= threshold (or
-    None).
+    """rows (n, in) -> codes (n, in) int8, absmax (n,) float32, indices of the columns with a value >= threshold or
+    None.
 
-    The CUDA kernel takes float16 only; the CPU one writes into its argument and back, hence the copy.
+    The CUDA kernel takes float16 only; the CPU kernel writes into its argument, hence the copy.
     """
-    if isinstance(rows, FakeTensor):  # how many columns hold outliers depends on values
+    if isinstance(rows, FakeTensor):  # the number of outlier columns depends on values
         threshold = 0.0
     source = rows.to(torch.float16, copy=True) if rows.is_cuda else rows.clone()
     codes, absmax, outliers = bitsandbytes_ops().int8_vectorwise_quant(source, threshold)

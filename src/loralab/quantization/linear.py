@@ -1,9 +1,8 @@
-"""The frozen layer that every scheme shares: y = x W^T + b, W unpacked when needed and without a gradient.
+"""The base class of all frozen layers: y = x W^T + b, with W dequantized for each use and without a gradient.
 
-bitsandbytes' own layers are not used: on CPUs its 4-bit layer repacks itself at the first evaluation and
-loses the input's gradient from then on, its 8-bit layer computes something else in training than in
-evaluation, and both show callers a weight whose dtype is uint8 or int8, which transformers' T5 takes for the
-dtype to compute in.
+bitsandbytes' own layers are not used: on CPUs its 4-bit layer repacks itself at the first evaluation, after which the
+input has no gradient; its 8-bit layer computes another product in training than in evaluation; and both have a
+``weight`` of dtype uint8 or int8, to which transformers' T5 then casts its input.
 """
 
 from abc import ABC, abstractmethod
@@ -22,19 +21,19 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """No casts within; nothing is entered where there are none, which a small layer would notice."""
+    """A context without autocast; an empty one where there is none, because entering one costs a small layer time."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class _Product(torch.autograd.Function):
-    """Keeps the layer, neither its dense weight nor its input: dx = dy W, and the layer can make W again."""
+    """Saves the layer for the backward pass, neither dense weight nor input: dx = dy W, with W dequantized again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: "FrozenLinear") -> Tensor:
         ctx.layer, ctx.dtype = layer, layer.compute_dtype_for(x)
         with without_autocast(x.device.type):
             y = layer.product(x.to(ctx.dtype), bias).to(x.dtype)
-        # a view that a function of ours returns must not be written to, and some models do (RoCBert's embeddings)
+        # autograd forbids in-place writes to a view from a custom function, and some models do that (RoCBert)
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -50,11 +49,10 @@ class _Product(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module, ABC):
-    """x (..., in) -> (..., out). Subclasses ``keep`` packed tensors and say how they unpack (``dense``).
+    """x (..., in) -> (..., out). Subclasses store packed tensors with ``keep`` and dequantize them in ``dense``.
 
-    Under autocast x is cast to the autocast dtype first, as nn.Linear does. Then ``compute_dtype`` "auto"
-    computes in x's dtype; a named one casts x to it and the product back. Training and evaluation take the
-    same path.
+    Under autocast x is first cast to the autocast dtype, as nn.Linear does. ``compute_dtype`` "auto" then computes in
+    x's dtype; any other casts x to that dtype and the product back. Training and evaluation compute the same.
     """
 
     bias: nn.Parameter | None
@@ -68,42 +66,45 @@ class FrozenLinear(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.dense_dtype = weight.dtype  # what .weight.dtype answers where compute_dtype is auto
+        self.dense_dtype = weight.dtype  # .weight.dtype where compute_dtype is auto
         self.compute_dtype, self.dequantize = compute_dtype, dequantize
         self.packed_names: list[str] = []
         self.register_parameter("bias", bias)
         self.register_buffer("resident", None, persistent=False)
 
     def keep(self, **tensors: Tensor) -> None:
-        """Store codes and statistics as buffers that ``.to(device)`` moves and checkpoints leave out."""
+        """Stores packed tensors as buffers by name: ``.to(device)`` moves them, and no state dict has them."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
             self.packed_names.append(name)
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """A new (out_features, in_features) tensor: the values that the codes stand for."""
+        """The dequantized weight, a new tensor (out_features, in_features)."""
 
     def code_tables(self) -> list[Tensor]:
-        """Constants shared by all layers of the process."""
+        """The code books that the layer uses, which all layers of the process share."""
         return []
 
     def levels(self) -> tuple[Tensor, int] | None:
-        """Each weight's code (out in,) int64, numbered from the lowest value that a code stands for, and how many codes
-        there are; None where weights have no codes."""
+        """(each weight's code (out in,) int64, in the order of the codes' values from 0; the number of codes); None
+        where weights have no codes."""
         codes = getattr(self, "codes", None)
         return None if codes is None else (codes.reshape(-1).long() - torch.iinfo(codes.dtype).min, 256)
 
     def packed(self) -> list[Tensor]:
-        """Codes and statistics: what counts as this layer's weight."""
+        """The packed tensors: codes and statistics, whose bytes are the weight's."""
         return [getattr(self, name) for name in self.packed_names]
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight: new at each call ("per_use"), or kept ("resident", same values, more memory)."""
+        """The dequantized weight: new at each call ("per_use"), or one that stays in memory ("resident")."""
         if self.dequantize == "per_use":
             return self.dense(dtype)
         if self.resident is None or self.resident.dtype != dtype:
-            with torch.inference_mode(False), torch.no_grad():  # a validation may be the first to come here
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # the first call may be a validation's, in inference mode
                 self.resident = self.dense(dtype)
         return self.resident
 
@@ -111,7 +112,7 @@ class FrozenLinear(nn.Module, ABC):
         return COMPUTE_DTYPES.get(self.compute_dtype, x.dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in) in the compute dtype -> (..., out). No graph is recorded here."""
+        """x (..., in) in the compute dtype -> (..., out), without a graph."""
         return gemm.linear(x, self.unpacked(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class FrozenLinear(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """For code that asks a weight's shape, dtype or device; the values are nan (``dense`` has them)."""
+        """A tensor of nan with the weight's shape, dtype and device, for code that reads these; values: ``dense``."""
         dtype = COMPUTE_DTYPES.get(self.compute_dtype, self.dense_dtype)
         value = torch.full((), torch.nan, dtype=dtype, device=self.packed()[0].device)
         value = value.expand(self.out_features, self.in_features)
@@ -130,16 +131,16 @@ class FrozenLinear(nn.Module, ABC):
         return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLinear":
-        """Packed tensors follow a device but no dtype: .half() would round the float32 statistics. A dense weight that
-        is kept stays where the layer does."""
+        """Packed tensors move to a device, but keep their dtype: .half() would round the float32 statistics. A resident
+        dense weight stays unless the layer moves."""
         before = dict(zip(self.packed_names, self.packed(), strict=True))
-        kept, self.resident = self.resident, None
+        resident, self.resident = self.resident, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             if self._buffers[name].dtype != old.dtype:  # type: ignore[union-attr]
                 self._buffers[name] = old.to(self._buffers[name].device)  # type: ignore[union-attr]
-        if kept is not None and kept.device == self.packed()[0].device:
-            self.resident = kept
+        if resident is not None and resident.device == self.packed()[0].device:
+            self.resident = resident
         return self
 
     def extra_repr(self) -> str:
@@ -148,6 +149,6 @@ class FrozenLinear(nn.Module, ABC):
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Of the dense weights that the layers of ``model`` keep beside their codes."""
+    """Bytes of the dequantized weights that the frozen layers of ``model`` hold beside their codes."""
     layers = (layer for layer in model.modules() if isinstance(layer, FrozenLinear))
     return sum(layer.resident.nbytes for layer in layers if layer.resident is not None)

@@ -3,11 +3,11 @@
     y = (codes(x) codes(W)^T) * absmax(x) absmax(W)^T / 127^2  +  x_O W_O^T  +  b
     O = columns of x with any |x| >= threshold
 
-Weights are per row, activations per token, both absmax int8. W_O is what int8 kept of W, as in bitsandbytes, whose
-method this is; the paper's 16 bits for it are in ``int8_product/absmax_vector_decomposed``. O is taken over the tokens
-of one sequence, as the paper has X, and not over a batch and its padding, as bitsandbytes' kernel does: with one row at
-a time the two are equal. Training and evaluation compute this alike (bitsandbytes' layer does not: on CPUs it is
-weight-only and has no threshold while training). The gradient is straight through: dx = dy W.
+Scales are absmax, per row of W and per token of x. W_O is dequantized from int8, as in bitsandbytes; the paper's 16
+bits for it are in ``int8_product/absmax_vector_decomposed``. O is taken over the tokens of one sequence, as the paper
+has X, and not over a batch with its padding, as bitsandbytes' kernel does: with one row at a time the two are equal.
+Training and evaluation compute this alike (bitsandbytes' layer does not: on CPUs it is weight-only and has no threshold
+while training). The gradient is straight through: dx = dy W.
 """
 
 import torch
@@ -33,7 +33,7 @@ class LLMInt8(Quantizer):
 
     @property
     def packable(self) -> bool:
-        """Outlier columns are found over whole sequences, which a shared pass may take apart."""
+        """False with a threshold: outlier columns are over whole sequences, which a pack may split."""
         return self.threshold == 0
 
     def storage_bits(self, out_features: int, in_features: int) -> int:
@@ -50,33 +50,34 @@ class LLMInt8Linear(SequenceLinear):
     absmax: Tensor
 
     def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, spec: LLMInt8, held: dict[str, Tensor] | None = None
+        self, weight: Tensor, bias: nn.Parameter | None, spec: LLMInt8, packed: dict[str, Tensor] | None = None
     ) -> None:
-        """``held``: the packed tensors, where there are some already; then only shape and dtype of ``weight`` count."""
+        """``packed``: the packed tensors of a quantized checkpoint; of ``weight`` only shape and dtype are used then.
+        Raises ConfigError without bitsandbytes."""
         super().__init__(weight, bias, spec.compute_dtype, spec.dequantize)
-        self.threshold, self.asks = spec.threshold, spec.threshold > 0
+        self.threshold, self.per_sequence = spec.threshold, spec.threshold > 0
         self.scheme = f"LLM.int8(), threshold={spec.threshold}"
-        self.keep(
-            **(dict(zip(("codes", "absmax"), absmax.quantize(weight, "row"), strict=True)) if held is None else held)
-        )
-        kernels.bitsandbytes_ops()  # missing: say so now rather than at the first step
+        if packed is None:
+            packed = dict(zip(("codes", "absmax"), absmax.quantize(weight, "row"), strict=True))
+        self.keep(**packed)
+        kernels.bitsandbytes_ops()  # raises now where it is missing, not at the first step
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return absmax.dequantize(self.codes, self.absmax, "row").to(dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in) -> (..., out), scaled here in float32.
+        """x (..., in) -> (..., out), scaled in float32.
 
-        bitsandbytes' int8_mm_dequant goes through float16 on CUDA, and its constant on CPU is 6.200124e-5, where
-        1 / 127^2 = 6.200012e-5.
+        Not by bitsandbytes' int8_mm_dequant, which uses float16 on CUDA, and on CPU 6.200124e-5 for 1 / 127^2, which
+        is 6.200012e-5.
         """
-        y = self.sequences.each(x, self.out_features, self._product) if self.asks else self._product(x)
+        y = self.sequences.each(x, self.out_features, self._product) if self.per_sequence else self._product(x)
         if bias is not None:
             y = y + bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
-        """x (..., in), with a threshold one sequence's -> (n, out) float32."""
+        """x (..., in), with a threshold of one sequence -> (n, out) float32."""
         rows = x.reshape(-1, self.in_features)
         codes, scale, outliers = kernels.quantize_activations(rows, self.threshold)
         y = kernels.int8_product(codes, self.codes) * (scale[:, None] * (self.absmax / 127.0**2))

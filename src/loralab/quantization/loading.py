@@ -1,9 +1,8 @@
-"""Quantize a transformers model while it loads: each dense weight is packed as it arrives and dies at once.
+"""Quantizes a transformers model while it loads: each dense weight is packed as it is read, and freed at once.
 
-transformers' own loader does the work (shards, renames, tied weights, dtype). It calls ``Stream.convert``
-for the weights that ``LoralabQuantizer`` names; packed layers replace the dense ones at the end, because
-until then the loader re-creates every buffer that is not in the state dict. The model that comes out is an
-ordinary one, without a trace of this.
+transformers' loader reads the files (shards, renames, tied weights, dtype) and calls ``Stream.convert`` for the weights
+that ``LoralabQuantizer`` names. Packed layers replace the dense ones at the end, because until then the loader
+re-creates every buffer that is not in the state dict. The loaded model keeps no reference to the quantizer.
 """
 
 from dataclasses import asdict
@@ -21,35 +20,34 @@ from loralab.quantization import stored
 from loralab.quantization.base import Quantizer, linear_shape, quantizable
 from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.none import NoQuantization
-from loralab.quantization.sequences import watch_if_asked
+from loralab.quantization.sequences import watch_if_needed
 
 METHOD = "loralab"
 
 
 class Source(Protocol):
-    """Layers that are quantized already, in a checkpoint's files."""
+    """The layers of a checkpoint whose files are quantized already."""
 
     def check(self, names: list[str]) -> None:
-        """Raises ConfigError where other layers than ``names`` are."""
+        """Raises ConfigError where the quantized layers are others than ``names``."""
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
-        """One layer's."""
+        """A layer's stored tensors, by what follows the layer's name."""
 
 
-def quantization_config(spec: Quantizer, device: torch.device | str | None = None, held: Source | None = None) -> Any:
-    """For ``from_pretrained(quantization_config=...)``; None, an ordinary load, for NoQuantization.
+def quantization_config(spec: Quantizer, device: torch.device | str | None = None, source: Source | None = None) -> Any:
+    """The argument ``quantization_config`` of ``from_pretrained``; None, for an ordinary load, with NoQuantization.
 
-    ``held``: where the layers come from that are not quantized here, but in the checkpoint.
-
-    ``device``: where weights are packed and stay; move the rest there afterwards with ``model.to(device)``.
+    ``device``: where weights are packed and stay; move the rest there afterwards with ``model.to(device)``. ``source``:
+    the layers of a checkpoint that is quantized already, which are then not quantized here.
     """
-    return None if isinstance(spec, NoQuantization) else LoralabConfig(spec, device, held)
+    return None if isinstance(spec, NoQuantization) else LoralabConfig(spec, device, source)
 
 
 def convert_model(model: nn.Module, spec: Quantizer, device: torch.device | str | None = None) -> list[str]:
-    """Quantize a model that already has its weights, in place; the names of the converted layers.
+    """Quantizes a model that has its weights, in place; returns the names of the converted layers.
 
-    ``device``: where each layer is packed and stays; None: where it is. The rest of the model is not moved.
+    ``device``: where each layer is packed and stays; None: its own device. The rest of the model is not moved.
     """
     names = quantizable(model, spec)
     check_all(model, spec, names)
@@ -57,12 +55,12 @@ def convert_model(model: nn.Module, spec: Quantizer, device: torch.device | str 
         layer = model.get_submodule(name)
         layer = layer if device is None else layer.to(device)
         replace(model, {id(layer): spec.convert(layer, name)})
-    watch_if_asked(model)
+    watch_if_needed(model)
     return names
 
 
 def check_all(model: nn.Module, spec: Quantizer, names: list[str]) -> None:
-    """Every layer against the spec, before any weight is read."""
+    """Raises ConfigError where ``spec`` cannot quantize a layer of ``names``, or there is none; reads no weight."""
     if not names and not isinstance(spec, NoQuantization):
         raise ConfigError(
             f"quantization={spec.name} finds no linear layer to quantize in {type(model).__name__}; valid:"
@@ -73,7 +71,7 @@ def check_all(model: nn.Module, spec: Quantizer, names: list[str]) -> None:
 
 
 def replace(model: nn.Module, frozen: dict[int, nn.Module]) -> None:
-    """Swap modules under every name that they have; ``frozen``: id of the old one -> the new one."""
+    """Replaces modules of ``model`` under each of their names; ``frozen``: {id of the old module: the new one}."""
     names = [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False) if id(m) in frozen]
     for name, old in names:
         model.set_submodule(name, frozen[old])
@@ -81,11 +79,11 @@ def replace(model: nn.Module, frozen: dict[int, nn.Module]) -> None:
 
 @register_quantization_config(METHOD)
 class LoralabConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Carries the spec through ``from_pretrained``."""
+    """Passes the spec through ``from_pretrained`` to LoralabQuantizer."""
 
-    def __init__(self, spec: Quantizer, device: torch.device | str | None = None, held: Source | None = None) -> None:
+    def __init__(self, spec: Quantizer, device: torch.device | str | None = None, source: Source | None = None) -> None:
         self.quant_method = METHOD
-        self.spec, self.device, self.held = spec, device, held
+        self.spec, self.device, self.source = spec, device, source
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "name": self.spec.name, **asdict(self.spec)}
@@ -93,12 +91,12 @@ class LoralabConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Which weights to pack, and the swap at the end."""
+    """Tells transformers' loader which weights to pack, and replaces the layers at the end."""
 
     def __init__(self, quantization_config: LoralabConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.spec, self.device = quantization_config.spec, quantization_config.device
-        self.held = quantization_config.held
+        self.source = quantization_config.source
         self.names: list[str] = []
         self.frozen: dict[str, nn.Module] = {}
         self.keys: dict[str, str | None] = {}
@@ -107,8 +105,8 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.names = quantizable(model, self.spec)
         check_all(model, self.spec, self.names)
-        if self.held is not None:
-            self.held.check(self.names)
+        if self.source is not None:
+            self.source.check(self.names)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         layer, _, parameter = param_name.rpartition(".")
@@ -118,11 +116,12 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
         return Stream(self)
 
     def pack(self, layer: nn.Module, name: str, weight: Tensor) -> None:
-        """``layer`` has its weight on meta; it holds the real one for as long as ``convert`` needs it."""
+        """Adds the frozen layer of ``layer``, whose weight is on meta, to ``frozen``. Raises ConfigError where the
+        checkpoint's ``weight`` has another shape."""
         meta = layer.weight
         assert isinstance(meta, nn.Parameter)
-        if self.held is not None:
-            frozen = stored.restore(self.spec, layer, name, self.held.tensors(name))
+        if self.source is not None:
+            frozen = stored.restore(self.spec, layer, name, self.source.tensors(name))
             self.frozen[name] = frozen.to(self.device or "cpu")
             meta._is_hf_initialized = True  # type: ignore[attr-defined]
             return
@@ -145,10 +144,10 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
             if frozen is None:  # not in the file: stays dense, and in the loading info's missing_keys
                 continue
             if isinstance(frozen, FrozenLinear):
-                frozen.bias = layer.bias  # type: ignore[assignment]  # loaded after the weight, perhaps
-                frozen.stored_key = self.keys[name] if self.held is None else None
+                frozen.bias = layer.bias  # type: ignore[assignment]  # may have been loaded after the weight
+                frozen.stored_key = self.keys[name] if self.source is None else None
             replace(model, {id(layer): frozen.train(layer.training)})
-        watch_if_asked(model)
+        watch_if_needed(model)
         self.remove_quantization_config(model)
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
@@ -164,7 +163,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class Stream(ConversionOps):  # type: ignore[misc]
-    """Takes a dense weight, leaves a packed layer with the quantizer, hands nothing back to the loader."""
+    """The loader's conversion of a dense weight: packs it in the quantizer and returns nothing to the loader."""
 
     def __init__(self, quantizer: LoralabQuantizer) -> None:
         self.quantizer = quantizer
@@ -178,7 +177,7 @@ class Stream(ConversionOps):  # type: ignore[misc]
                 if self.quantizer.error is None:
                     self.quantizer.pack(model.get_submodule(name), name, weight)
                     self.quantizer.keys[name] = _source_key(key, kwargs)
-            except Exception as error:  # the loader would turn it into a RuntimeError of its own
+            except Exception as error:  # the loader would raise a RuntimeError in its place
                 self.quantizer.error = error
             if missing is not None:
                 missing.discard(key)

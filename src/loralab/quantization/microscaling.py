@@ -1,7 +1,6 @@
-"""MXFP4 and NVFP4: E2M1 values in blocks of 32 or 16 with 8-bit scales, references beside the FP4 of QLoRA (table 2).
+"""MXFP4 and NVFP4: E2M1 values in blocks of 32 or 16 with 8-bit scales, to compare with the FP4 of QLoRA (table 2).
 
-They are computed as dense products of the dequantized weight; the tensor cores that multiply them as they stand are
-not used.
+Products are those of the dequantized weight; tensor cores that multiply in these formats are not used.
 """
 
 from typing import Literal
@@ -19,7 +18,7 @@ BLOCK = {"mxfp4": 32, "nvfp4": 16}
 
 @spec("quantization")
 class Microscaled(Quantizer):
-    """Bits per weight, where in_features is a multiple of the block: mxfp4 4.25; nvfp4 4.5, and 32 bits a matrix."""
+    """Bits per weight, where in_features is a multiple of the block: mxfp4 4.25; nvfp4 4.5, and 32 bits per matrix."""
 
     format: Literal["mxfp4", "nvfp4"] = "nvfp4"
     packable = True
@@ -51,8 +50,8 @@ class MicroscaledLinear(FrozenLinear):
         if self.format == "mxfp4":
             self.keep(scales=microscaling.mxfp4_scales(blocks))
         else:
-            scales, whole = microscaling.nvfp4_scales(blocks)
-            self.keep(scales=scales, tensor_scale=whole)
+            scales, tensor_scale = microscaling.nvfp4_scales(blocks)
+            self.keep(scales=scales, tensor_scale=tensor_scale)
         codes = microscaling.scaled_codes(blocks, self._scales()).flatten(1)[:, : self.in_features]
         self.keep(codes=blockwise.pack_4bit(codes.flatten()))
 
@@ -63,9 +62,8 @@ class MicroscaledLinear(FrozenLinear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         codes = blockwise.unpack_4bit(self.codes, self.out_features * self.in_features)
-        blocks = microscaling.in_blocks(
-            microscaling.e2m1_values(codes).view(self.out_features, self.in_features), BLOCK[self.format]
-        )
+        values = microscaling.e2m1_values(codes).view(self.out_features, self.in_features)
+        blocks = microscaling.in_blocks(values, BLOCK[self.format])
         dense = (blocks * self._scales()[..., None]).flatten(1)[:, : self.in_features]
         return dense.to(dtype, memory_format=torch.contiguous_format)
 

@@ -10,7 +10,7 @@ from loralab.spec import spec
 
 @spec("quantization")
 class NoQuantization(Quantizer):
-    """``convert`` freezes the layer and hands it back."""
+    """``convert`` freezes the layer itself and returns it."""
 
     packable = True
 
@@ -18,8 +18,7 @@ class NoQuantization(Quantizer):
         super().__post_init__()
         if self.compute_dtype != "auto":
             raise ConfigError(
-                f"quantization.compute_dtype = {self.compute_dtype!r} has no effect where nothing is"
-                f" quantized; valid: auto"
+                f"quantization.compute_dtype={self.compute_dtype} has no effect where nothing is quantized; valid: auto"
                 " (model.dtype and trainer.precision set the dtype of dense layers)"
             )
 
@@ -28,7 +27,7 @@ class NoQuantization(Quantizer):
         return "none"
 
     def storage_bits(self, out_features: int, in_features: int) -> int:
-        """Of a float32 weight; the real dtype is the checkpoint's and is measured."""
+        """Bits of a float32 weight; the real dtype is the checkpoint's, which ``measure`` counts."""
         return 32 * out_features * in_features
 
     def pack(self, weight: Tensor, bias: nn.Parameter | None) -> FrozenLinear:

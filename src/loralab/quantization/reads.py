@@ -1,6 +1,6 @@
-"""Layers whose weight the model multiplies itself and does not call the layer for, such as Mamba's ``dt_proj``.
+"""Layers whose weight the model multiplies itself without calling the layer, such as Mamba's ``dt_proj``.
 
-A packed layer has no weight to be read, and a delta on its output never acts.
+They cannot be packed, because a packed layer has no dense weight, and an adapter on their output has no effect.
 """
 
 import logging
@@ -18,7 +18,7 @@ from loralab.errors import ConfigError
 log = logging.getLogger(__name__)
 
 KEY = "loralab_reads"
-OWNER = "loralab_owner"  # of a packed layer's weight, which is another tensor at each reading: the layer
+OWNER = "loralab_owner"  # attribute of a packed layer's ``weight``, a new tensor at each access: the layer
 VALUES = frozenset({"T", "mT", "H", "mH", "data", "real"})  # attributes that are a weight's values; others describe it
 DESCRIBING = frozenset(
     {
@@ -40,37 +40,38 @@ DESCRIBING = frozenset(
 
 
 def read_weights(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
-    """Names of those of ``layers`` whose weight a pass of two tokens reads outside of the layer itself. Works on the
-    meta device; none where a pass cannot be made there."""
+    """Names of those of ``layers`` whose weight a pass of two tokens uses outside of the layer; works on meta too.
+    Where the pass fails, those found by then."""
     if KEY not in model.__dict__:
-        model.__dict__[KEY] = _found(model, layers)
-    found: frozenset[str] = model.__dict__[KEY]
-    return [name for name in layers if name in found]
+        model.__dict__[KEY] = _names_read(model, layers)
+    return [name for name in layers if name in model.__dict__[KEY]]
 
 
 def refuse_read(model: nn.Module, packed: dict[str, nn.Module]) -> None:
-    """Raises ConfigError where the model, in earnest now, reads the weight of one of its ``packed`` layers."""
-    found = sorted(_found(model, packed)) if packed else []
-    if found:
-        more = f" and {len(found) - 1} other layers" if len(found) > 1 else ""
-        last = ",".join(sorted({name.rpartition(".")[2] for name in found}))
+    """Raises ConfigError where a pass of the loaded model uses the weight of one of its ``packed`` layers."""
+    names = sorted(_names_read(model, packed)) if packed else []
+    if names:
+        more = f" and {len(names) - 1} other layers" if len(names) > 1 else ""
+        last = ",".join(sorted({name.rpartition(".")[2] for name in names}))
         raise ConfigError(
-            f"quantization: {type(model).__name__} reads the weight of {found[0]}{more} itself and does not call the "
+            f"quantization: {type(model).__name__} reads the weight of {names[0]}{more} itself and does not call the "
             f"layer, so that it cannot be packed; valid: quantization.skip_modules=[{last}], or quantization=none"
         )
 
 
-def _found(model: nn.Module, layers: dict[str, nn.Module]) -> frozenset[str]:
+def _names_read(model: nn.Module, layers: dict[str, nn.Module]) -> frozenset[str]:
+    """Names of those of ``layers`` whose weight a pass of two tokens reads from outside; none that a failed pass had
+    not come to."""
     watch = _Watch(layers)
     training = model.training
     try:
         with torch.no_grad(), watch.calls(), watch:
             model.eval()(**_two_tokens(model))
     except Exception as error:
-        log.debug("no pass to see who reads which weight", exc_info=error)
+        log.debug("the pass that looks for weights read outside of their layer failed", exc_info=error)
     finally:
         model.train(training)
-    return frozenset(watch.found)
+    return frozenset(watch.read)
 
 
 def _two_tokens(model: nn.Module) -> dict[str, Any]:
@@ -81,11 +82,11 @@ def _two_tokens(model: nn.Module) -> dict[str, Any]:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every function that is called with one of the weights."""
+    """Collects in ``read`` the names of the layers whose weight a function takes outside of the layer's call."""
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.layers, self.found = layers, set[str]()
+        self.layers, self.read = layers, set[str]()
         self.names = {id(layer): name for name, layer in layers.items()}
         self.names |= {
             id(weight): name for name, layer in layers.items() if isinstance(weight := layer.weight, nn.Parameter)
@@ -94,7 +95,7 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def calls(self) -> Iterator[None]:
-        """Within, it is known which layer is being called."""
+        """Within, ``within`` has the names of the layers that are being called."""
         handles = []
         for name, layer in self.layers.items():
             handles.append(layer.register_forward_pre_hook(lambda *_, n=name: self.within.append(n)))
@@ -108,15 +109,15 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _describes(func):
             for value in tree_leaves((args, kwargs or {})):
-                whose = getattr(value, OWNER, value) if isinstance(value, Tensor) else None
-                name = self.names.get(id(whose))
+                owner = getattr(value, OWNER, value) if isinstance(value, Tensor) else None
+                name = self.names.get(id(owner))
                 if name is not None and name not in self.within:
-                    self.found.add(name)
+                    self.read.add(name)
         return func(*args, **(kwargs or {}))
 
 
 def _describes(func: Any) -> bool:
-    """Whether a function says what a tensor is like and reads no value of it."""
+    """Whether a function only describes a tensor, such as its shape, and reads none of its values."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(func.__self__, "__name__", "") not in VALUES

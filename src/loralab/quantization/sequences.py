@@ -20,11 +20,11 @@ from loralab.quantization.linear import FrozenLinear
 
 Place = slice | Tensor  # where the tokens of one sequence are among the positions, flattened
 KEY = "loralab_sequences"
-REAL = "loralab_real"  # a mask of decoder_input_ids
+TARGET_MASK = "loralab_real"  # attribute of decoder_input_ids: True where there is a target
 
 
 class Sequences:
-    """The sequences of the pass under way: a hook on the model reads its masks, layers look up what they see."""
+    """The sequences of the current pass, which hooks on the model set from its masks, for the layers to look up."""
 
     def __init__(self) -> None:
         self._places_by_shape: dict[
@@ -33,10 +33,10 @@ class Sequences:
         self._rows, self._padded = 0, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sequences":
-        return self  # a copied layer stays on its model
+        return self  # a copied layer looks up the same model's passes
 
     def of(self, x: Tensor) -> list[Place]:
-        """x (..., in) -> the places of each sequence's tokens in x.reshape(-1, in); padding is nowhere.
+        """x (..., in) -> the places of each sequence's tokens in x.reshape(-1, in), without padding.
 
         A layer called by itself takes each matrix (s, in) for a sequence. Raises ConfigError where the model has
         folded its batch so that sequences cannot be told apart."""
@@ -139,20 +139,20 @@ class Sequences:
 def watch(model: nn.Module) -> Sequences:
     """The ``Sequences`` of ``model``, its hooks set at first use; layers that ask for it have it from now on."""
     if KEY not in model.__dict__:
-        made = model.__dict__[KEY] = Sequences()
-        model.register_forward_pre_hook(made.begin, with_kwargs=True)
+        sequences = model.__dict__[KEY] = Sequences()
+        model.register_forward_pre_hook(sequences.begin, with_kwargs=True)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-            model.get_encoder().register_forward_pre_hook(made.encode, with_kwargs=True)  # type: ignore[operator]
-    found = cast(Sequences, model.__dict__[KEY])
+            model.get_encoder().register_forward_pre_hook(sequences.encode, with_kwargs=True)  # type: ignore[operator]
+    sequences = cast(Sequences, model.__dict__[KEY])
     for layer in model.modules():
         if isinstance(layer, SequenceLinear):
-            layer.sequences = found
-    return found
+            layer.sequences = sequences
+    return sequences
 
 
-def watch_if_asked(model: nn.Module) -> None:
-    """``watch`` where one of the layers asks."""
-    if any(isinstance(layer, SequenceLinear) and layer.asks for layer in model.modules()):
+def watch_if_needed(model: nn.Module) -> None:
+    """``watch`` where a layer of ``model`` computes per sequence."""
+    if any(isinstance(layer, SequenceLinear) and layer.per_sequence for layer in model.modules()):
         watch(model)
 
 
@@ -167,26 +167,26 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     With a mark of the positions that have a target: in a row that is shorter than the batch the token behind its last
     target is read too, which in the longest row is not, so that the ids alone do not say what belongs to a row."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        made: Tensor = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+        ids: Tensor = model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
     elif hasattr(
         module := sys.modules[type(model).__module__], "shift_tokens_right"
     ):  # M2M100, PLBart: as their forward
         shift, config = module.shift_tokens_right, model.config
         start = ("pad_token_id", "decoder_start_token_id")[: len(inspect.signature(shift).parameters) - 1]
-        made = shift(labels, *(getattr(config, key) for key in start))
+        ids = shift(labels, *(getattr(config, key) for key in start))
     else:
         own: Any = model.config
         first = torch.full_like(labels[:, :1], own.decoder_start_token_id)
-        made = torch.cat([first, labels[:, :-1]], 1)
-        made = made.masked_fill(made == -100, 0 if own.pad_token_id is None else own.pad_token_id)
-    setattr(made, REAL, labels != -100)
-    return made
+        ids = torch.cat([first, labels[:, :-1]], 1)
+        ids = ids.masked_fill(ids == -100, 0 if own.pad_token_id is None else own.pad_token_id)
+    setattr(ids, TARGET_MASK, labels != -100)
+    return ids
 
 
 class SequenceLinear(FrozenLinear):
     """A frozen layer whose product may look at all tokens of a sequence."""
 
-    asks = False  # whether it does
+    per_sequence = False  # whether its product does
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -198,18 +198,18 @@ def _first(given: Mapping[str, Any], *names: str) -> Any:
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a call hands over, by name."""
+    """The arguments of a call by name."""
     named: dict[str, Any] = inspect.signature(module.forward).bind_partial(*args).arguments
     return {**named, **kwargs}
 
 
 def _has_free_position(model: nn.Module, ids: Tensor) -> bool:
-    """Whether the encoder has a position more than these."""
+    """Whether the encoder has a position beyond those of ``ids`` (rows, T)."""
     return ids.shape[1] < (getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + 1)  # type: ignore[union-attr,arg-type]
 
 
 def _matrices(x: Tensor) -> list[Place]:
-    """x (..., s, in): each matrix a sequence."""
+    """x (..., s, in) -> the places of each matrix (s, in), taken for a sequence."""
     count, width = x.numel() // x.shape[-1], x.shape[-2] if x.dim() > 1 else 1
     if isinstance(x, FakeTensor):
         return [slice(0, count)]
@@ -220,19 +220,19 @@ def _places(mask: Tensor) -> list[Place]:
     """mask (rows, T), 0 at padding -> the places of each row's tokens."""
     places: list[Place] = []
     for row, own in enumerate(mask.bool().cpu()):
-        found = own.nonzero().flatten() + row * mask.shape[1]
-        first, last = (int(found[0]), int(found[-1])) if len(found) else (0, -1)
-        whole = last - first + 1 == len(found)
-        places.append(slice(first, last + 1) if whole else found.to(mask.device))
+        tokens = own.nonzero().flatten() + row * mask.shape[1]
+        first, last = (int(tokens[0]), int(tokens[-1])) if len(tokens) else (0, -1)
+        contiguous = last - first + 1 == len(tokens)
+        places.append(slice(first, last + 1) if contiguous else tokens.to(mask.device))
     return places
 
 
 def _decoder_mask(given: Mapping[str, Any], model: nn.Module) -> Any:
-    """The one that is given, or the targets' of ``decoder_input_ids`` below, else (generation) all but the pads that
-    nothing follows; the first position is a start."""
+    """The mask (rows, T) of decoder positions: the call's own, or TARGET_MASK, or, in generation, all but the padding
+    at the end of a row; its first position always counts. None without decoder_input_ids or a pad token."""
     ids = given.get("decoder_input_ids")
     mask = _first(given, "decoder_attention_mask")
-    mask = getattr(ids, REAL, None) if mask is None else mask
+    mask = getattr(ids, TARGET_MASK, None) if mask is None else mask
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     if mask is not None or ids is None or padding is None:
         return mask

@@ -1,4 +1,4 @@
-"""Layers that a checkpoint holds quantized by bitsandbytes already: its own bytes in loralab's frozen layers.
+"""Frozen layers from the files of a checkpoint that bitsandbytes quantized, with the same bytes.
 
 4 bits: ``weight`` (n / 2, 1) uint8, ``weight.absmax``, with double quantization ``weight.nested_absmax``, and
 ``weight.quant_state.bitsandbytes__nf4``, JSON in bytes. LLM.int8(): ``weight`` (out, in) int8 and ``SCB`` (out,).
@@ -23,7 +23,7 @@ STATE = "weight.quant_state.bitsandbytes__"
 
 
 def scheme(stored: Mapping[str, Any]) -> str | None:
-    """Which of conf/quantization a config.json's ``quantization_config`` is; None: none that is read."""
+    """The name in conf/quantization of a config.json's ``quantization_config``; None for one that is not read."""
     four, eight = (stored.get(f"load_in_{bits}bit") or stored.get(f"_load_in_{bits}bit") for bits in (4, 8))
     if stored.get("quant_method") not in (None, "bitsandbytes") or bool(four) == bool(eight):
         return None
@@ -35,69 +35,74 @@ def scheme(stored: Mapping[str, Any]) -> str | None:
 
 
 def fits(spec: Quantizer, name: str | None) -> bool:
-    """Whether a run's own scheme is the checkpoint's."""
+    """Whether the run's ``spec`` is the scheme ``name`` of the checkpoint."""
     if isinstance(spec, FourBit):
         return spec.name == name and spec.quant_type in ("nf4", "fp4") and spec.quant_storage == "uint8"
     return isinstance(spec, LLMInt8) and spec.name == name
 
 
-def restore(spec: Quantizer, layer: nn.Module, name: str, held: Mapping[str, Tensor]) -> FrozenLinear:
-    """The frozen layer in place of ``layer``, whose weight is not read; ``held``: the layer's tensors by what follows
-    its name. Raises ConfigError where they are not of ``spec`` or of the layer's shape."""
+def restore(spec: Quantizer, layer: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> FrozenLinear:
+    """The frozen layer for ``layer``, whose weight is not used. ``tensors``: those stored for the layer, by what
+    follows its name. Raises ConfigError where they do not match ``spec`` or the layer's shape."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
     assert isinstance(weight, Tensor)
     shape = linear_shape(layer)
     if isinstance(layer, Conv1D):
-        raise _wrong(name, "is a Conv1D layer, whose quantized weights are not read")
+        raise _refusal(name, "is a Conv1D layer, whose quantized weights are not read")
     dense = torch.empty(shape, dtype=weight.dtype, device="meta")
     frozen: FrozenLinear
     if isinstance(spec, FourBit):
-        frozen = FourBitLinear(dense, bias, spec, _four_bit(spec, name, shape, held))
+        frozen = FourBitLinear(dense, bias, spec, _four_bit(spec, name, shape, tensors))
     else:
         assert isinstance(spec, LLMInt8)
-        frozen = LLMInt8Linear(dense, bias, spec, _int8(name, shape, held))
-    if not all(bool(one.isfinite().all()) for one in frozen.packed() if one.is_floating_point()):
-        raise _wrong(name, "holds statistics that are nan or infinite")
+        frozen = LLMInt8Linear(dense, bias, spec, _int8(name, shape, tensors))
+    if not all(bool(t.isfinite().all()) for t in frozen.packed() if t.is_floating_point()):
+        raise _refusal(name, "holds statistics that are nan or infinite")
     return frozen.train(layer.training)
 
 
-def _four_bit(spec: FourBit, name: str, shape: tuple[int, int], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _four_bit(spec: FourBit, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     key, n = STATE + spec.quant_type, shape[0] * shape[1]
-    if key not in held or "weight.absmax" not in held:
-        raise _wrong(name, f"is not stored as {spec.quant_type}")
-    state = json.loads(bytes(held[key].tolist()))
-    if tuple(state["shape"]) != shape or held["weight"].numel() != -(-n // 2):
-        raise _wrong(name, f"is {tuple(state['shape'])} in the checkpoint and {shape} by its config.json")
+    if key not in tensors or "weight.absmax" not in tensors:
+        raise _refusal(name, f"is not stored as {spec.quant_type}")
+    state = json.loads(bytes(tensors[key].tolist()))
+    if tuple(state["shape"]) != shape or tensors["weight"].numel() != -(-n // 2):
+        raise _refusal(name, f"is {tuple(state['shape'])} in the checkpoint and {shape} by its config.json")
     if state["blocksize"] != spec.block_size:
         raise ConfigError(
             f"quantization.block_size={spec.block_size}: {name} is stored in blocks of {state['blocksize']}; valid: "
             f"quantization.block_size={state['blocksize']}"
         )
-    _check_table(name, held["weight.quant_map"], spec.quant_type)
-    codes, absmax = held["weight"].view(-1, 1), held["weight.absmax"]
+    _check_table(name, tensors["weight.quant_map"], spec.quant_type)
+    codes, absmax = tensors["weight"].view(-1, 1), tensors["weight.absmax"]
     if not spec.double_quant:
         return {"codes": codes, "absmax": absmax.float()}
-    if "weight.nested_absmax" not in held or state["nested_blocksize"] != blockwise.STATISTICS_BLOCK:
-        raise _wrong(name, f"has no double quantization in blocks of {blockwise.STATISTICS_BLOCK}")
-    _check_table(name, held["weight.nested_quant_map"], "dynamic")
+    if "weight.nested_absmax" not in tensors or state["nested_blocksize"] != blockwise.STATISTICS_BLOCK:
+        raise _refusal(name, f"has no double quantization in blocks of {blockwise.STATISTICS_BLOCK}")
+    _check_table(name, tensors["weight.nested_quant_map"], "dynamic")
     offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
-    return {"codes": codes, "absmax": absmax, "second_absmax": held["weight.nested_absmax"].float(), "offset": offset}
+    return {
+        "codes": codes,
+        "absmax": absmax,
+        "second_absmax": tensors["weight.nested_absmax"].float(),
+        "offset": offset,
+    }
 
 
-def _int8(name: str, shape: tuple[int, int], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if "SCB" not in held or held["weight"].dtype != torch.int8:
-        raise _wrong(name, "is not stored as LLM.int8()")
-    if int(held.get("weight_format", torch.zeros(()))) != 0:
-        raise _wrong(name, "is stored in an order of a card's own; valid: weight_format 0, by rows")
-    if tuple(held["weight"].shape) != shape:
-        raise _wrong(name, f"is {tuple(held['weight'].shape)} in the checkpoint and {shape} by its config.json")
-    return {"codes": held["weight"], "absmax": held["SCB"].float()}
+def _int8(name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if "SCB" not in tensors or tensors["weight"].dtype != torch.int8:
+        raise _refusal(name, "is not stored as LLM.int8()")
+    if int(tensors.get("weight_format", torch.zeros(()))) != 0:
+        raise _refusal(name, "is stored in the memory layout of a GPU; valid: weight_format 0, by rows")
+    if tuple(tensors["weight"].shape) != shape:
+        raise _refusal(name, f"is {tuple(tensors['weight'].shape)} in the checkpoint and {shape} by its config.json")
+    return {"codes": tensors["weight"], "absmax": tensors["SCB"].float()}
 
 
 def _check_table(name: str, stored: Tensor, wanted: str) -> None:
     if not torch.equal(stored.float().cpu(), codebooks.table(wanted, torch.device("cpu"))):
-        raise _wrong(name, f"is stored by another code book than {wanted}")
+        raise _refusal(name, f"is stored by another code book than {wanted}")
 
 
-def _wrong(name: str, what: str) -> ConfigError:
+def _refusal(name: str, what: str) -> ConfigError:
     return ConfigError(f"model: {name} {what}; valid: a checkpoint that bitsandbytes quantized, or the dense one")

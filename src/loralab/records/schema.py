@@ -23,7 +23,7 @@ class BaseSection(TypedDict, total=False):
     bytes: Number
     bits_per_parameter: Number  # of the quantized layers
     bits_per_parameter_overall: Number
-    out_of_reach: dict[str, Any] | None  # {parameters, share, names} that are neither quantized nor adapted
+    out_of_reach: dict[str, Any] | None  # {parameters, share, names} of no linear layer
     attn_implementation: Text
 
 
