@@ -118,6 +118,8 @@ YAMLS = sorted(path.stem for path in (data_root() / "conf" / "adapter").glob("*.
 METHODS = {
     **{"own dora": DoRA(r=4), "own bitfit": BitFit(), "own bottleneck": Bottleneck()},
     "dora": LoRA(r=4, use_dora=True),
+    "embedding": LoRA(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "pissa": LoRA(r=4, init_lora_weights="pissa", lora_dropout=0.1),
     "adapterl": bottleneck.Bottleneck(variant="adapterl", bottleneck_size=4, dropout=0.1),
 }
 

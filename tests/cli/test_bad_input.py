@@ -40,7 +40,7 @@ CONFIGURATION = {
     "negative alpha": (["adapter.lora_alpha=-1"], "adapter.lora_alpha must be a positive number"),
     "alpha nan": (["adapter.lora_alpha=nan"], "adapter.lora_alpha must be a positive number, got nan"),
     "dropout": (["adapter.lora_dropout=1.5"], "adapter.lora_dropout must be a number in [0, 1), got 1.5"),
-    "targets": (["adapter.target_modules=[q_prj]"], "did you mean q_proj? there are: q_proj (x2)"),
+    "targets": (["adapter.target_modules=[q_prj]"], "did you mean q_proj? there are: embed_tokens (x1), q_proj (x2)"),
     "target regex": (["adapter.target_modules='q_('"], "not a valid regular expression"),
     "target regex nested": (
         ["adapter.target_modules='(.*)*(.*)*(.*)*x'"],
@@ -50,7 +50,12 @@ CONFIGURATION = {
         ["quantization=nf4", "quantization.skip_modules=['(.*)*(.*)*(.*)*x']"],
         "matches no linear",
     ),
-    "embedding": (["adapter.target_modules=[embed_tokens]"], "is of type Embedding"),
+    "embedding": (["adapter.target_modules=[embed_tokens]", "adapter.use_dora=true"], "is of type Embedding"),
+    "no experts": (["adapter.target_parameters=[down_proj]"], "it has none of three dimensions; valid: null"),
+    "experts with dropout": (
+        ["adapter.target_parameters=[down_proj]", "adapter.lora_dropout=0.1"],
+        "adapter.lora_dropout=0.1 does not go with adapter.target_parameters",
+    ),
     "learning rate": (["optimizer.lr=nan"], "optimizer.lr must be a positive number"),
     "betas": (["optimizer.betas=[0.9]"], "optimizer.betas"),
     "warm-up twice": (["schedule.warmup_steps=2", "schedule.warmup_ratio=0.1"], "exclude each other"),

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from loralab.cli.sweep import sweep_arguments
 from loralab.config.build import SPECS, build, trial_id, trial_spec
 from loralab.config.compose import compose, data_root, plain, sweep_axes
+from loralab.scheduling.dimension import search_of
 
 CONF = data_root() / "conf"
 WHOLE = ("experiment", "method")  # settings of several groups
@@ -73,7 +74,9 @@ def trials(name):
     parsed = parser.parse_overrides([a for a in sweep_arguments(name, []) if not a.startswith("hydra.")])
     every = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
     seed = next((word for word in every[0] if word.startswith("seed=")), None)
-    return [words for words in every if seed is None or seed in words]
+    listed = [words for words in every if seed is None or seed in words]
+    search = search_of(OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml"))
+    return [*listed, *(search.first(listed, "min") if search else [])]
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -106,6 +109,8 @@ def test_alpha_follows_r_where_the_sweep_says_so():
 def test_an_override_replaces_the_axis_of_a_sweep():
     arguments = sweep_arguments("rank", ["adapter.r=3"])
     assert [a for a in arguments if a.startswith("adapter.r=")] == ["adapter.r=3"]
+    arguments = sweep_arguments("method", ["+method=lora"])
+    assert [a for a in arguments if a.startswith("+method=")] == ["+method=lora"]
 
 
 def test_the_id_ignores_what_does_not_change_a_result_and_only_that():

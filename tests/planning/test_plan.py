@@ -85,6 +85,14 @@ def test_the_prediction_is_within_three_percent_of_the_allocator(
     assert abs(error(spec, allocated)) < 0.03
 
 
+def test_what_pissa_keeps_beside_a_and_b_is_counted(make, allocated):
+    plain, pissa = (make(adapter=LoRA(r=32, init_lora_weights=init)) for init in ("kaiming", "pissa"))
+    assert abs(error(pissa, allocated)) < 0.03
+    kept = sizes(pissa).adapter - sizes(plain).adapter
+    assert kept == sizes(plain).adapter == predict(plain, "cpu").by_kind["adapter"]
+    assert predict(pissa, "cpu").by_kind["adapter"] == 2 * kept
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "scheme", "checkpointing", "optimizer"),

@@ -77,11 +77,16 @@ METHODS = {
     "adapterl": Bottleneck(variant="adapterl"),
     "ia3": IA3(),
     "dora": LoRA(r=8, use_dora=True),
+    "embedding": LoRA(r=64, target_modules=["wte", "c_attn"]),
 }
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[] if name in ("dora", "last_layer") else pytest.mark.slow) for name in METHODS]
+    "method",
+    [
+        pytest.param(name, marks=[] if name in ("dora", "last_layer", "embedding") else pytest.mark.slow)
+        for name in METHODS
+    ],
 )
 def test_the_prediction_of_every_method_is_its_measurement(make_spec, real_data, speeches, method):
     data = Files(**speeches, prompt="{q}", target="{a}", batch_size=3)
@@ -93,3 +98,21 @@ def test_the_prediction_of_every_method_is_its_measurement(make_spec, real_data,
     for one in records:
         memory = one["memory"]
         assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
+
+
+MIXTRAL = {
+    **{"model_type": "mixtral", "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256},
+    **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4},
+}
+
+
+def test_the_prediction_of_experts_with_their_own_update_is_its_measurement(make_spec, speeches):
+    data = Files(**speeches, prompt="{q}", target="{a}", batch_size=3)
+    adapter = LoRA(r=8, target_modules=None, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    changes = {"model": pretrained.Random(config=MIXTRAL, **SHORT), "data": data, "max_steps": 4}
+    spec = make_spec(adapter=adapter, callbacks={"memory": PhaseMemory}, **changes)
+    record = Runner().run([replace(spec, plan=PlanSpec())])[0]
+    assert record["error"] is None
+    memory = record["memory"]
+    assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
+    assert memory["alone_peak_bytes"] >= 0.99 * memory["measured_peak_bytes"]

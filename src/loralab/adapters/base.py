@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -16,7 +16,7 @@ from loralab.adapters.grouped import Given, by_part
 from loralab.adapters.hooks import AdapterHooks, mix
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
-from loralab.quantization.base import base_linears, is_linear, matching
+from loralab.quantization.base import Quantizer, base_linears, is_linear, matching
 from loralab.spec import spec
 
 
@@ -65,6 +65,14 @@ class AdapterSpec(ABC):
         """(method, virtual tokens), which all trials of a pass have alike; None: there are none."""
         return (self.method, self.virtual_tokens) if self.virtual_tokens else None
 
+    @property
+    def why_alone(self) -> str:
+        """Why its trials share no pass through the base; empty where they may."""
+        return "" if self.packable else f"adapter={self.method} cannot share a pass"
+
+    def check_quantization(self, quantization: Quantizer) -> None:  # noqa: B027 - most go with all
+        """Raises ConfigError where the method cannot train over a base quantized by ``quantization``."""
+
     @abstractmethod
     def attach(self, model: nn.Module, seed: int = 0) -> "Adapter":
         """Freezes ``model`` and returns the trial's trainable parameters, hooked onto it; ``seed`` draws them."""
@@ -80,6 +88,7 @@ class Adapter(nn.Module):
         self.saved = nn.ModuleDict()
         self._hooks = AdapterHooks.of(model)
         self._model = [model]  # in a list: the base is not a submodule
+        self.note = ""  # what a record should say of its start; empty: nothing
 
     def add(self, name: str, delta: nn.Module, before: bool = False) -> None:
         """Lets ``delta`` change what layer ``name`` of the base gives; ``before``: what it is given."""
@@ -273,16 +282,18 @@ def _named(model: nn.Module, entry: str) -> list[str]:
     return names
 
 
-def match_targets(model: nn.Module, target_modules: Any) -> list[str]:
+def match_targets(
+    model: nn.Module, target_modules: Any, adaptable: Callable[[nn.Module], bool] = is_linear
+) -> list[str]:
     """Names of the layers to adapt, in the model's order.
 
     ``all-linear``: every Linear or Conv1D of the base model, never the LM or a classification head; a list: layers
     whose name is, or ends in, one of the entries; any other string: a regular expression on the whole name (PEFT's
-    rules). Raises ConfigError where nothing matches, naming what there is.
+    rules), of layers that are ``adaptable``. Raises ConfigError where nothing matches, naming what there is.
     """
     if target_modules == "all-linear":
         return base_linears(model)
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    linears = [name for name, module in model.named_modules() if adaptable(module)]
     if isinstance(target_modules, str):
         _check_regex(target_modules)
         found = matching(target_modules, linears, "adapter.target_modules")
@@ -327,7 +338,8 @@ def _nothing_matches(model: nn.Module, missing: list[str], linears: list[str]) -
         others = sorted({kind for name, kind in kinds.items() if _ends(name, entry)} - {"Linear", "Conv1D"})
         if others and not any(_ends(name, entry) for name in linears):
             raise ConfigError(
-                f"adapter.target_modules: {entry!r} is of type {others[0]}; only Linear and Conv1D can be adapted"
+                f"adapter.target_modules: {entry!r} is of type {others[0]}; valid: Linear and Conv1D, and the "
+                "Embedding of the tokens by adapter=lora, with a drawn start and without use_dora"
             )
     leaves = Counter(name.rpartition(".")[2] for name in linears)
     listing = ", ".join(f"{leaf} (x{count})" for leaf, count in leaves.items())

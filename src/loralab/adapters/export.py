@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter, AdapterSpec
 from loralab.adapters.files import weight_bytes
+from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import ArtifactError, ConfigError, unwritable
 
 SPEC = "adapter_spec.json"
@@ -77,7 +78,8 @@ def load(folder: Path, model: nn.Module) -> Adapter:
     try:
         stored = json.loads(path.read_text())
         spec = _spec(stored)
-        adapter = spec.attach(model, int(stored["seed"]))
+        with AdapterHooks.of(model).given(restoring=True):
+            adapter = spec.attach(model, int(stored["seed"]))
         adapter.spec = spec
     except ConfigError as error:
         raise ArtifactError(f"{path}: {error}") from error

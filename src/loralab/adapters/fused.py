@@ -67,13 +67,15 @@ class _Update(torch.autograd.Function):
         dxs = [None] * len(ctx.parts) if dx is None else _views(dx, ctx.parts)
         xs = _views(x.reshape(-1, x.shape[-1]), ctx.parts)
         dys = _views(dy.reshape(-1, dy.shape[-1]), ctx.parts)
-        found: list[Tensor | None] = []
+        trained = any(ctx.needs_input_grad[3:])  # PiSSA's A0 and B0 are not
+        found: list[Tensor | None] = [] if trained else [None] * count
         with without_autocast(x.device.type):
             for part, own, back, out, (a, b), h in zip(ctx.parts, xs, dys, dxs, _pairs(factors), inner, strict=True):
                 back = back.to(ctx.dtype)
                 dh = _scaled(back, b.to(ctx.dtype), part.scaling)
-                found.append(torch.mm(dh.t(), _input(own, part, ctx.dtype)).to(a.dtype))
-                found.append(_scaled(back.t(), h, part.scaling).to(b.dtype))
+                if trained:
+                    found.append(torch.mm(dh.t(), _input(own, part, ctx.dtype)).to(a.dtype))
+                    found.append(_scaled(back.t(), h, part.scaling).to(b.dtype))
                 if out is not None:
                     _into(out, dh, a.to(ctx.dtype), part)
         return None if dx is None else dx.view(x.shape), dy, None, *found

@@ -39,11 +39,19 @@ class AdapterHooks:
     """The hooks on one base model and the slices of the batch under way.
 
     ``new_parameters``: names of the base's parameters that no checkpoint held. ``tokenizer``: the base's; may be None.
+    ``originals``: (model, names of quantized layers) -> their weights (out, in) before quantization, one by one; None
+    where they are not to be had. ``layer_inputs``: of the trial that is attached (``training/layer_inputs.py``); None
+    where it has no rows. ``decomposed``: what a start was computed from, for the next trial of the pack.
+    ``restoring``: whether the adapter that is attached takes up what lies in files, so that its start does not matter.
     """
 
     def __init__(self) -> None:
         self.new_parameters: frozenset[str] = frozenset()
         self.tokenizer: Any = None
+        self.originals: Callable[[nn.Module, list[str]], Iterator[Tensor]] | None = None
+        self.layer_inputs: Any = None
+        self.decomposed: dict[tuple[Any, str], Any] = {}
+        self.restoring = False
         self._slices: tuple[BatchSlice, ...] = ()
         self._drawn = 0  # masks of the pass under way
         self._calls: dict[int, int] = {}  # {salt of a layer: its calls in the pass under way}
@@ -86,6 +94,16 @@ class AdapterHooks:
         before = self._calls.get(salt, 0)
         self._calls[salt] = before + 1
         return before
+
+    @contextmanager
+    def given(self, **values: Any) -> Iterator[None]:
+        """Within, the attributes of these names have other values."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     @contextmanager
     def only(self, part: BatchSlice) -> Iterator[None]:

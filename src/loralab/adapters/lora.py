@@ -4,16 +4,16 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Le
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
-from loralab.adapters import dora, peft
+from loralab.adapters import decomposed, embedding, experts, peft
 from loralab.adapters.base import (
     Adapter,
     AdapterSpec,
@@ -29,18 +29,21 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
-from loralab.adapters.dropout import length_of
+from loralab.adapters.embedding import LoRAEmbeddingDelta
 from loralab.adapters.files import WEIGHTS, read_state
-from loralab.adapters.fused import Part, lora_update
-from loralab.adapters.grouped import Given
-from loralab.adapters.targets import Indexes, Targets, TargetsOrNull, of_blocks, within, without_excluded
+from loralab.adapters.low_rank import DoRADelta, LoRADelta, PiSSADelta
+from loralab.adapters.targets import Indexes, Names, TargetsOrNull, of_blocks, within, without_excluded
 from loralab.errors import ArtifactError, ConfigError, nearest
-from loralab.quantization.base import dense_weight, linear_shape
+from loralab.quantization.base import Quantizer, is_linear, linear_shape
 from loralab.spec import Positive, Share, Whole, spec
 
 log = logging.getLogger(__name__)
 
 Rank = Annotated[Whole, Ge(1), Le(2**31 - 1)]
+Start = Annotated[
+    Literal["kaiming", "gaussian", "orthogonal", "pissa", "loftq", "eva"],
+    BeforeValidator(lambda value: "kaiming" if value is True else value),  # PEFT's word for it
+]
 
 
 @spec("adapter")
@@ -58,11 +61,12 @@ class LoRA(AdapterSpec):
     r: Rank = 8
     lora_alpha: Positive = 16.0
     lora_dropout: Share = 0.0
-    target_modules: Targets = "all-linear"
+    target_modules: TargetsOrNull = "all-linear"  # null: none but target_parameters
+    target_parameters: Names | None = None  # experts that are one parameter of three dimensions (PEFT's word)
     use_rslora: bool = False  # lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv:2312.03732)
     use_dora: bool = False  # a trained length for each row of W + B A (arXiv:2402.09353)
-    # of A: loralib's and PEFT's; the paper's (4.1); with B, such that B A = 0 up to rounding
-    init_lora_weights: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    # of A: loralib's and PEFT's (true); the paper's (4.1); with B, such that B A = 0 up to rounding; see decomposed.py
+    init_lora_weights: Start = "kaiming"
     exclude_modules: TargetsOrNull = None
     layers_to_transform: Indexes = None
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -71,6 +75,7 @@ class LoRA(AdapterSpec):
     alpha_pattern: dict[str, Positive] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        experts.check_fields(self)
         by_regex = isinstance(self.target_modules, str)
         if self.layers_to_transform is not None and self.target_modules != "all-linear" and by_regex:
             raise ConfigError(
@@ -83,6 +88,24 @@ class LoRA(AdapterSpec):
                 f"adapter.init_lora_weights=orthogonal halves each rank and cannot begin with r={odd[0]}; valid: even "
                 "ranks"
             )
+        if self.init_lora_weights == "pissa" and self.use_dora:
+            raise ConfigError(
+                "adapter.use_dora=true does not go with adapter.init_lora_weights=pissa: DoRA rescales the rows of the "
+                "base's weight with B A added, and PiSSA's B A is at first a part of that weight; valid: one of the two"
+            )
+
+    @property  # type: ignore[misc]
+    def start_differs(self) -> str:  # type: ignore[override]
+        """LoftQ begins nearer to the base before its quantization."""
+        return "B A begins as what quantization lost" if self.init_lora_weights == "loftq" else ""
+
+    def check_quantization(self, quantization: Quantizer) -> None:
+        if self.init_lora_weights == "loftq" and quantization.name == "none":
+            raise ConfigError(decomposed.NO_ERROR)
+
+    @property
+    def why_alone(self) -> str:
+        return experts.WHY_ALONE if self.target_parameters else super().why_alone
 
     def rank(self, name: str) -> int:
         """The rank of layer ``name``."""
@@ -91,32 +114,51 @@ class LoRA(AdapterSpec):
     def scaling(self, name: str) -> float:
         """lora_alpha / r of layer ``name``, or lora_alpha / sqrt(r) with rsLoRA."""
         r = self.rank(name)
-        return float(_lookup(self.alpha_pattern, name, self.lora_alpha)) / (math.sqrt(r) if self.use_rslora else r)
+        return self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)
+
+    def alpha(self, name: str) -> float:
+        """lora_alpha of layer ``name``."""
+        return _lookup(self.alpha_pattern, name, self.lora_alpha)
+
+    @property
+    def plain_rank(self) -> int:
+        """How many times r the rank of the plain LoRA in its files is."""
+        return 2 if self.init_lora_weights == "pissa" else 1
 
     def attach(self, model: nn.Module, seed: int = 0) -> Adapter:
         freeze(model)
         adapter = self.makes(model, self)
         names = outside(self._targets(model), modules_to_save(model, self.modules_to_save))
-        shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
-        self._check_patterns(names)
+        shapes = {name: embedding.adapted_shape(model.get_submodule(name)) for name in names}
+        self._check_patterns([*names, *experts.match_parameters(model, self.target_parameters)])
         self._warn_of_ranks(shapes)
         _warn_of_misread(model, names)
         for name in names:
             delta = self.delta(name, model.get_submodule(name), next(model.parameters()).device)
             delta.draw(self.init_lora_weights, generator_for(seed, name))
             adapter.add(name, delta)
+        experts.add_deltas(adapter, self, model, seed)
+        if self.init_lora_weights in ("pissa", "loftq", "eva"):
+            adapter.note = decomposed.begin(self.init_lora_weights, model, dict(adapter.adapted()))
         save_modules(adapter, model, self.modules_to_save, seed)
         self._train_biases(model, adapter, names)
         return adapter
 
     def _targets(self, model: nn.Module) -> list[str]:
-        found = without_excluded(match_targets(model, self.target_modules), self.exclude_modules)
+        if self.target_modules is None:
+            return []
+        drawn = not self.use_dora and self.init_lora_weights in ("kaiming", "gaussian", "orthogonal")
+        plain = drawn and type(self).delta is LoRA.delta  # which alone knows of embeddings
+        matched = match_targets(model, self.target_modules, embedding.linear_or_tokens(model) if plain else is_linear)
+        found = without_excluded(matched, self.exclude_modules)
         return of_blocks(found, self.layers_to_transform)
 
-    def delta(self, name: str, layer: nn.Module, device: torch.device) -> "LoRADelta":
-        """What is trained at ``layer``, called ``name``; A is drawn afterwards."""
+    def delta(self, name: str, layer: nn.Module, device: torch.device) -> "LoRADelta | LoRAEmbeddingDelta":
+        """What is trained at ``layer``, called ``name``; its start is drawn afterwards."""
+        if isinstance(layer, nn.Embedding):
+            return LoRAEmbeddingDelta(layer, self.rank(name), self.scaling(name), device)
         out_features, in_features = linear_shape(layer)
-        kind = DoRADelta if self.use_dora else LoRADelta
+        kind = DoRADelta if self.use_dora else PiSSADelta if self.init_lora_weights == "pissa" else LoRADelta
         made = kind(in_features, out_features, self.rank(name), self.scaling(name), self.lora_dropout, device)
         return made.over(layer) if isinstance(made, DoRADelta) else made
 
@@ -153,86 +195,6 @@ class LoRA(AdapterSpec):
             log.warning("adapter.bias=%s has no effect: none of these layers of the base has a bias", self.bias)
 
 
-class LoRADelta(nn.Module):
-    """The update of one layer: A (r, in) drawn, B (out, r) zero, so that training starts at the base model."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        scaling: float,
-        dropout: float = 0.0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
-        self.scaling, self.dropout = scaling, dropout
-
-    def draw(self, init: str, generator: torch.Generator) -> None:
-        """Fills A: uniform in +-1/sqrt(in) (kaiming, a = sqrt 5) or normal with deviation 1/r (gaussian); with
-        orthogonal A and B, normal along directions of which B takes one half and A the other (PEFT's draw)."""
-        if self.lora_A.is_meta:
-            return
-        r, in_features = self.lora_A.shape
-        if init == "orthogonal":
-            self._draw_orthogonal(generator)
-            return
-        if init == "gaussian":
-            drawn = torch.randn(r, in_features, generator=generator) / r
-        else:
-            drawn = (torch.rand(r, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
-        with torch.no_grad():
-            self.lora_A.copy_(drawn)
-
-    @torch.no_grad()
-    def _draw_orthogonal(self, generator: torch.Generator) -> None:
-        (r, in_features), out_features = self.lora_A.shape, self.lora_B.shape[0]
-        directions = torch.linalg.qr(torch.randn(r, r, generator=generator)).Q
-        self.lora_A.copy_((torch.randn(in_features, r // 2, generator=generator) @ directions[0::2]).t() / 10)
-        self.lora_B.copy_(torch.randn(out_features, r // 2, generator=generator) @ directions[1::2] / 10)
-
-    def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:  # (..., in), (..., out) -> (..., out)
-        return self.forward_grouped(x, y.clone(), [(0, x.numel() // x.shape[-1], self, key)])
-
-    @staticmethod
-    def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:
-        """The updates of several trials, each (start, stop, delta, key) at its own positions, in one function."""
-        length = length_of(x)
-        parts = [Part(start, stop, one.scaling, one.dropout, key, length) for start, stop, one, key in slices]
-        return lora_update(x, y, parts, [f for _, _, one, _ in slices for f in (one.lora_A, one.lora_B)])
-
-    def delta_weight(self) -> Tensor:
-        """scaling * B A, shape (out, in): what merging adds to W."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
-
-class DoRADelta(LoRADelta):
-    """The same with a trained length of each row of W + scaling B A, at first W's own."""
-
-    squares: Tensor
-
-    def over(self, layer: nn.Module) -> "DoRADelta":
-        """Takes the lengths of the rows of ``layer``, which it will act on."""
-        self._layer = [layer]  # in a list: the base is not a submodule
-        self.register_buffer("squares", dora.squared_rows(layer), persistent=False)
-        self.lora_magnitude_vector = nn.Parameter(self.squares.sqrt())
-        return self
-
-    @staticmethod
-    def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:
-        """The same of several trials, whose base's weight is made dense once."""
-        update = LoRADelta.forward_grouped(x, torch.zeros_like(y), slices)
-        return dora.rescaled(slices[0][2]._layer[0], y, update, slices)
-
-    def delta_weight(self) -> Tensor:
-        """What merging adds to W, (out, in)."""
-        weight = dense_weight(self._layer[0]).detach().float()
-        scale = dora.ratio(weight, self)[:, None]
-        return (scale - 1) * weight + scale * super().delta_weight()
-
-
 class LoRAAdapter(Adapter):
     """LoRA's deltas, biases and heads; on disk they are PEFT's, which computes the same logits from them."""
 
@@ -249,8 +211,12 @@ class LoRAAdapter(Adapter):
         if wrong:
             raise ArtifactError(f"{folder / WEIGHTS} and {type(self._model[0]).__name__} do not agree in {wrong[0]}")
         with torch.no_grad():
-            for key, tensor in self._low_rank().items():
-                tensor.copy_(stored[key])
+            for name, delta in self._factors().items():
+                delta.restore(*(stored[key] for key in peft.lora_keys(name)))
+                if isinstance(delta, DoRADelta):
+                    delta.lora_magnitude_vector.copy_(stored[peft.magnitude_key(name)])
+            for key, factor in self._of_tables_and_experts().items():
+                factor.copy_(stored[key])
             for key, (bias, shift) in self._biases().items():
                 shift.bias_delta.copy_(stored[key].to(bias.device) - bias)
         for name, module in self.saved_modules():
@@ -259,11 +225,14 @@ class LoRAAdapter(Adapter):
     def lost(self) -> str:
         if type(self.lora) is not LoRA:
             return f"what {type(self.lora).__name__} changes in LoRA"
-        given = [(name, type(delta)) for name, delta in self.adapted()]
+        deltas = [(name, type(delta)) for name, delta in self.adapted()]
+        given = [
+            (name, kind) for name, kind in deltas if kind is not experts.LoRAExpertsDelta
+        ]  # of two parameters each
         strange = [
             f"{kind.__name__} of {name}"
             for name, kind in given
-            if kind not in (LoRADelta, DoRADelta, BiasDelta, ChannelBiasDelta)
+            if kind not in (LoRADelta, DoRADelta, PiSSADelta, LoRAEmbeddingDelta, BiasDelta, ChannelBiasDelta)
         ]
         strange += [f"the second {kind.__name__} of {name}" for (name, kind), n in Counter(given).items() if n > 1]
         strange += [name for name, _ in self.named_parameters() if not name.startswith(("deltas.", "saved."))]
@@ -272,11 +241,15 @@ class LoRAAdapter(Adapter):
     def _factors(self) -> dict[str, "LoRADelta"]:
         return {name: delta for name, delta in self.adapted() if isinstance(delta, LoRADelta)}
 
-    def _low_rank(self) -> dict[str, nn.Parameter]:
+    def _of_tables_and_experts(self) -> dict[str, nn.Parameter]:
+        """{PEFT's name: A or B}, which PEFT's files hold as they are."""
+        return {**embedding.peft_state(self.adapted()), **experts.peft_state(self.adapted())}
+
+    def _low_rank(self) -> dict[str, Tensor]:
         """{PEFT's name: tensor} of what is trained beside biases and whole modules."""
-        found: dict[str, nn.Parameter] = {}
+        found: dict[str, Tensor] = {**self._of_tables_and_experts()}
         for name, delta in self._factors().items():
-            found.update(zip(peft.lora_keys(name), (delta.lora_A, delta.lora_B), strict=True))
+            found.update(zip(peft.lora_keys(name), delta.plain_factors(), strict=True))
             if isinstance(delta, DoRADelta):
                 found[peft.magnitude_key(name)] = delta.lora_magnitude_vector
         return found
@@ -291,7 +264,10 @@ class LoRAAdapter(Adapter):
     def peft_config(self) -> dict[str, Any]:
         """What adapter_config.json holds."""
         saved = [name for name, _ in self.saved_modules()]
-        return peft.lora_config(self.lora, list(self._factors()), self._model[0], saved)
+        parameters = experts.match_parameters(self._model[0], self.lora.target_parameters)
+        kinds = LoRADelta | LoRAEmbeddingDelta
+        layers = [name for name, delta in self.adapted() if isinstance(delta, kinds)]
+        return peft.lora_config(self.lora, layers, self._model[0], saved, parameters)
 
     def peft_state(self) -> dict[str, Tensor]:
         """PEFT's names for every tensor the trial trained."""

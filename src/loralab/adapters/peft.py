@@ -48,23 +48,30 @@ def saved_keys(name: str, module: nn.Module) -> dict[str, str]:
     return {f"{PREFIX}{name}.{key}": key for key in module.state_dict()}
 
 
-def lora_config(spec: Any, names: list[str], model: nn.Module, saved: list[str]) -> dict[str, Any]:
-    """PEFT's LoraConfig as a plain dictionary. ``names``: the layers with A and B; ``saved``: those trained whole."""
-    alphas = {name: _alpha(spec, name) for name in names}
+def lora_config(
+    spec: Any, names: list[str], model: nn.Module, saved: list[str], parameters: list[str]
+) -> dict[str, Any]:
+    """PEFT's LoraConfig as a plain dictionary. ``names``: the layers with A and B; ``saved``: those trained whole;
+    ``parameters``: those that have A and B themselves."""
+    times = spec.plain_rank
+    ranks = {name: times * spec.rank(name) for name in [*names, *parameters]}
+    factor = times**0.5 if spec.use_rslora else times  # of alpha, so that its quotient is the scaling of the trial
+    alphas = {name: factor * spec.alpha(name) for name in ranks}
     return {
         "peft_type": "LORA",
-        "r": spec.r,
-        "lora_alpha": spec.lora_alpha,
+        "r": times * spec.r,
+        "lora_alpha": factor * spec.lora_alpha,
         "lora_dropout": spec.lora_dropout,
         "target_modules": names,
+        **({"target_parameters": parameters} if parameters else {}),
         "fan_in_fan_out": transposed(model, names),
         "use_rslora": spec.use_rslora,
         "use_dora": spec.use_dora,
         "init_lora_weights": "gaussian" if spec.init_lora_weights == "gaussian" else True,
         "bias": "none" if spec.bias == "none" else "all",
         "modules_to_save": saved or None,
-        "rank_pattern": {name: spec.rank(name) for name in names if spec.rank(name) != spec.r},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha},
+        "rank_pattern": {name: r for name, r in ranks.items() if r != times * spec.r},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != factor * spec.lora_alpha},
         **base_fields(model),
     }
 
@@ -80,10 +87,10 @@ def base_fields(model: nn.Module) -> dict[str, Any]:
 
 
 def transposed(model: nn.Module, names: list[str]) -> bool:
-    """Whether the layers ``names`` keep their weight as (in, out), packed or not."""
-    layers = [model.get_submodule(name) for name in names]
+    """Whether the linear layers among ``names`` keep their weight as (in, out), packed or not."""
+    layers = [layer for layer in map(model.get_submodule, names) if not isinstance(layer, nn.Embedding)]
     kinds = {type(layer).__name__ for layer in layers}
-    return kinds == {"Conv1D"} or all(getattr(layer, "transposed", False) for layer in layers)
+    return kinds == {"Conv1D"} or (bool(layers) and all(getattr(layer, "transposed", False) for layer in layers))
 
 
 def frozen_heads(adapter: Any) -> dict[str, Tensor]:
@@ -124,8 +131,3 @@ def task_type(model: nn.Module) -> str:
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-
-
-def _alpha(spec: Any, name: str) -> float:
-    r = spec.rank(name)
-    return float(spec.scaling(name) * (r**0.5 if spec.use_rslora else r))

@@ -179,7 +179,7 @@ class WithLightning(Peft):
 def start_as_loralab(model: Any, seed: int = 0) -> None:
     """Gives every A of a PEFT model the values that loralab would draw."""
     from loralab.adapters.base import generator_for
-    from loralab.adapters.lora import LoRADelta
+    from loralab.adapters.low_rank import LoRADelta
 
     for name, layer in model.named_modules():
         if "default" in getattr(layer, "lora_A", ()):

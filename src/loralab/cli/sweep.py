@@ -49,7 +49,7 @@ def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
     stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
     axes = OmegaConf.select(stored, "hydra.sweeper.params") or {}
     overridden = {_key(word) for word in overrides}
-    axis_words = [f"{key}={value}" for key, value in axes.items() if key not in overridden]
+    axis_words = [f"{key}={value}" for key, value in axes.items() if _key(key) not in overridden]
     return [f"+sweeps={name}", "hydra.sweeper.params=null", *axis_words, *overrides]
 
 

@@ -91,6 +91,7 @@ def trial_spec(
     _check_keys(content)
     _check_scalars(content)
     specs = {key: build(content[key], key) for key in SPECS}
+    specs["adapter"].check_quantization(specs["quantization"])
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
     metrics = _metrics(content.get("metrics") or {}, specs)
     _check_metric(content["metric"], content["metric_mode"], specs, metrics)

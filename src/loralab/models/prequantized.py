@@ -9,34 +9,21 @@ from torch import Tensor
 
 from loralab.errors import ConfigError
 from loralab.models import weights
+from loralab.models.originals import TensorFiles
 from loralab.quantization import stored
 from loralab.quantization.base import Quantizer
 
 
-class Held:
-    """The quantized layers of a checkpoint; nothing is read before one is asked for."""
-
-    def __init__(self, what: str, path: str) -> None:
-        self.what, self.path = what, path
-
-    @cached_property
-    def _places(self) -> dict[str, Any]:
-        """{name of a tensor: the open file that holds it}."""
-        from safetensors import safe_open
-
-        files = weights.weight_files(self.path)
-        if any(file.suffix != ".safetensors" for file in files):
-            raise ConfigError(f"{self.what}: its quantized weights are read from *.safetensors alone")
-        opened: list[Any] = [safe_open(file, "pt") for file in files]
-        return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no mapping
+class Held(TensorFiles):
+    """The quantized layers of a checkpoint."""
 
     @cached_property
     def layers(self) -> dict[str, list[str]]:
         """{layer: what follows its name in the names of its tensors} of those that are quantized."""
-        marks = [name.partition(f".{stored.STATE}")[0] for name in self._places if stored.STATE in name]
-        marks += [name.removesuffix(".SCB") for name in self._places if name.endswith(".SCB")]
+        marks = [name.partition(f".{stored.STATE}")[0] for name in self.places if stored.STATE in name]
+        marks += [name.removesuffix(".SCB") for name in self.places if name.endswith(".SCB")]
         own: dict[str, list[str]] = {name: [] for name in marks}
-        for tensor in self._places:
+        for tensor in self.places:
             for stem in (tensor.rpartition(".")[0], tensor.partition(".weight")[0]):
                 rest = tensor[len(stem) + 1 :]
                 if stem in own and rest != "bias" and rest not in own[stem]:
@@ -45,7 +32,7 @@ class Held:
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
         """All of a layer's but its bias."""
-        return {rest: self._places[f"{layer}.{rest}"].get_tensor(f"{layer}.{rest}") for rest in self.layers[layer]}
+        return {rest: self.read(f"{layer}.{rest}") for rest in self.layers[layer]}
 
     def check(self, names: list[str]) -> None:
         """Raises ConfigError where the layers that this run's scheme takes are not the quantized ones."""

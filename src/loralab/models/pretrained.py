@@ -1,23 +1,26 @@
 """Load or build a base model, quantized as its weights stream in."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Le
-from torch import nn
+from torch import Tensor, nn
 
 from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import ConfigError
 from loralab.models import architecture, prequantized, weights
 from loralab.models.architecture import auto_class
+from loralab.models.originals import stored_weights
 from loralab.models.tokenizer import load_tokenizer
 from loralab.models.weights import explained
-from loralab.quantization.base import Quantizer
+from loralab.quantization.base import Quantizer, dense_weight
 from loralab.quantization.loading import convert_model, quantization_config
 from loralab.records import fingerprints
 from loralab.spec import Count, Natural, Share, Whole, spec
@@ -168,7 +171,17 @@ class Pretrained:
         if new:
             log.info("%s has no %s: drawn by the seed", self._named, ", ".join(sorted(new)))
         AdapterHooks.of(model).new_parameters = frozenset(new)
+        AdapterHooks.of(model).originals = partial(self._originals, self.fingerprint())
         return model  # type: ignore[no-any-return]
+
+    def _originals(self, fingerprint: str | None, model: nn.Module, names: list[str]) -> Iterator[Tensor]:
+        """Raises ConfigError where the files are no longer those that were loaded (``fingerprint``)."""
+        if self.fingerprint() != fingerprint:
+            raise ConfigError(
+                f"{self._named}: its files have changed since the base was loaded, and the start of the adapter is "
+                "computed from both; valid: weights that stay what they are"
+            )
+        return stored_weights(self._named, self.path, model, names)
 
     def load_tokenizer(self) -> Any:
         """The tokenizer, with a padding token (the end-of-text token where it has none of its own)."""
@@ -221,15 +234,21 @@ class Random(Pretrained):
 
         Drawn on the device it lies there dense before it is packed; a CPU's random numbers are not a card's.
         """
+        again = partial(self._draw_dense, deepcopy(config), dtype, device)
+        model = self._draw_dense(config, dtype, device)
+        AdapterHooks.of(model).new_parameters = weights.beside_base(model)
+        AdapterHooks.of(model).originals = lambda _, names: map(dense_weight, map(again().get_submodule, names))
+        convert_model(model, quantizer, device)
+        return model.to(device)  # type: ignore[no-any-return]
+
+    def _draw_dense(self, config: Any, dtype: torch.dtype | str, device: str) -> Any:
+        """The model before quantization, the same at each call."""
         wanted = torch.float32 if dtype == "auto" else dtype
         where = torch.device(device) if self.drawn_on == "device" and device != "cpu" else nullcontext()
         with torch.random.fork_rng(range(torch.cuda.device_count())), self._building(), where:
             torch.manual_seed(self.draw)
             attention = self.attention(config)
-            model = auto_class(self.task).from_config(config, dtype=wanted, attn_implementation=attention)
-        AdapterHooks.of(model).new_parameters = weights.beside_base(model)
-        convert_model(model, quantizer, device)
-        return model.to(device)  # type: ignore[no-any-return]
+            return auto_class(self.task).from_config(config, dtype=wanted, attn_implementation=attention)
 
 
 def _path(name: str) -> str:

@@ -43,7 +43,9 @@ class AdamW:
     weight_decay: NotNegative = 0.0
     betas: Annotated[list[Share], Len(2, 2), "two numbers in [0, 1)"] = field(default_factory=lambda: [0.9, 0.999])
     eps: Positive = 1e-8
-    lr_ratio: Positive = 1.0  # lr of LoRA's B over that of all other parameters (LoRA+, arXiv:2402.12354)
+    lr_ratio: Positive = (
+        1.0  # lr of LoRA's B in linear layers over that of all other parameters (LoRA+, arXiv:2402.12354)
+    )
     flat: bool = False  # one state buffer for all parameters of a dtype, so that small ranks page and take 8 bits
 
     @property

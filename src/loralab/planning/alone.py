@@ -33,7 +33,10 @@ def peak(spec: TrialSpec, geometry: Geometry) -> int:
         plain = (key, with_class(spec.adapter), geometry)
         return int(kept(plain, lambda: predict_step([spec], geometry).predicted_peak_bytes, on_disk))
     assert isinstance(spec.adapter, LoRA)
-    without_rank = with_class(dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0, init_lora_weights="kaiming"))
+    adapter = dataclasses.replace(spec.adapter, r=1, lora_alpha=1.0)
+    without_rank = with_class(
+        adapter if adapter.plain_rank > 1 else dataclasses.replace(adapter, init_lora_weights="kaiming")
+    )
     lines: list[Line] = kept((key, without_rank, geometry), lambda: _lines(spec, geometry), on_disk)
     return at(lines, spec.adapter.r)
 
@@ -63,7 +66,12 @@ def is_loralabs(spec: TrialSpec) -> bool:
 
 
 def _is_linear_in_rank(spec: TrialSpec) -> bool:
-    if type(spec.adapter) is not LoRA or spec.adapter.rank_pattern or spec.optimizer.name not in (TORCH, "adamw_32bit"):
+    if (
+        type(spec.adapter) is not LoRA
+        or spec.adapter.rank_pattern
+        or spec.adapter.target_parameters
+        or spec.optimizer.name not in (TORCH, "adamw_32bit")
+    ):
         return False
     return (homogeneous_layers([spec]) or 0) <= LONG
 

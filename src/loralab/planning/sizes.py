@@ -47,11 +47,12 @@ def sizes(spec: TrialSpec) -> Sizes:
     adapter.detach()
     width = dtype_bytes if spec.adapter.changes_base else 4
     trained_bytes = sum(trained) * width
+    fixed_bytes = sum(buffer.nbytes for buffer in adapter.buffers())
     trained = groups if spec.optimizer.flat else trained
     states = {n: _state(spec.optimizer.name, n, width) for n in set(trained)}
     return Sizes(
         base=packed + dtype_bytes * dense,
-        adapter=0 if spec.adapter.changes_base else trained_bytes,
+        adapter=0 if spec.adapter.changes_base else trained_bytes + fixed_bytes,
         gradients=trained_bytes,
         optimizer=sum(states[n] for n in trained),
         paged=sum(states[n] for n in trained if n >= PAGED_FROM) if spec.optimizer.name in UNPAGED else 0,

@@ -164,7 +164,8 @@ class _Step:
         tracker.tag((tensor for _, tensor in loading.tensors(model)), "base")
         tracker.mark("load", "optimizer")
         self.optimizer = self._optimizer()
-        tracker.tag(self.module.adapters.parameters(), "adapter")  # they may be views of a new buffer by now
+        adapters = self.module.adapters  # whose parameters may be views of a new buffer by now
+        tracker.tag([*adapters.parameters(), *adapters.buffers()], "adapter")
         self.micros = len(geometry.passes)
         self.trainer = SimpleNamespace(accumulate_grad_batches=self.micros, should_stop=False)
         self.module.trainer = self.trainer  # type: ignore[assignment]

@@ -254,8 +254,8 @@ def warn_out_of_reach(weights: Mapping[str, int], parameters: int, bits: str = "
     share = sum(weights.values()) / parameters if parameters else 0.0
     if share >= MIN_WARNED_SHARE:
         log.warning(
-            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are neither quantized nor "
-            "adapted (only adapter=full trains them)%s",
+            "%.1f%% of the base's parameters (%s of %s: %s) belong to no linear layer: they are not quantized; "
+            "only adapter=full trains them, and LoRA's adapter.target_parameters those of experts%s",
             *(100 * share, f"{sum(weights.values()):,}", f"{parameters:,}", ", ".join(weights), bits),
         )
 

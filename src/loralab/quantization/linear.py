@@ -59,6 +59,7 @@ class FrozenLinear(nn.Module, ABC):
     resident: Tensor | None
     scheme = ""
     transposed = False  # made from a Conv1D, whose weight is (in, out)
+    stored_key: str | None = None  # name of the checkpoint's tensor that is its weight; None: it is not one tensor
 
     def __init__(
         self, weight: Tensor, bias: nn.Parameter | None, compute_dtype: str = "auto", dequantize: str = "per_use"

@@ -99,6 +99,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
         self.source = quantization_config.source
         self.names: list[str] = []
         self.frozen: dict[str, nn.Module] = {}
+        self.keys: dict[str, str | None] = {}
         self.error: Exception | None = None
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -144,6 +145,7 @@ class LoralabQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             if isinstance(frozen, FrozenLinear):
                 frozen.bias = layer.bias  # type: ignore[assignment]  # may have been loaded after the weight
+                frozen.stored_key = self.keys[name] if self.source is None else None
             replace(model, {id(layer): frozen.train(layer.training)})
         watch_if_needed(model)
         self.remove_quantization_config(model)
@@ -174,8 +176,15 @@ class Stream(ConversionOps):  # type: ignore[misc]
             try:
                 if self.quantizer.error is None:
                     self.quantizer.pack(model.get_submodule(name), name, weight)
+                    self.quantizer.keys[name] = _source_key(key, kwargs)
             except Exception as error:  # the loader would raise a RuntimeError in its place
                 self.quantizer.error = error
             if missing is not None:
                 missing.discard(key)
         return {}
+
+
+def _source_key(key: str, given: dict[str, Any]) -> str | None:
+    """The name in the files of the tensor ``key``; None where it was cut or put together from others."""
+    sources, targets = given.get("source_patterns") or [], given.get("target_patterns") or []
+    return str(sources[0]) if targets == [key] and len(sources) == 1 else None

@@ -23,7 +23,7 @@ class BaseSection(TypedDict, total=False):
     bytes: Number
     bits_per_parameter: Number  # of the quantized layers
     bits_per_parameter_overall: Number
-    out_of_reach: dict[str, Any] | None  # {parameters, share, names} that are neither quantized nor adapted
+    out_of_reach: dict[str, Any] | None  # {parameters, share, names} of no linear layer
     attn_implementation: Text
 
 
@@ -35,6 +35,7 @@ class AdapterSection(TypedDict, total=False):
     bytes: Number
     modules: list[str] | None  # names of the layers that it changes
     never_called: list[str] | None  # those of them that no pass has called
+    note: Text  # on its start
 
 
 class OptimizerSection(TypedDict, total=False):

@@ -6,6 +6,7 @@ from loralab.analysis import environments
 from loralab.analysis.arms import Comparison
 from loralab.analysis.claims import source, verdicts
 from loralab.analysis.comparable import apart
+from loralab.analysis.dimension import sentences
 from loralab.analysis.paired import LEVEL
 from loralab.analysis.results import SweepResults
 from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS
@@ -17,6 +18,7 @@ ONE_SEED = "no intervals: with one seed a row, no difference can be told from ch
 def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     """The notes of one table; ``packs_shown``: True if any of its cells is marked as a pack's."""
     yield from _environments(comparison)
+    yield from sentences(comparison.results)
     yield from _separation(comparison)
     yield from _versus(comparison)
     if comparison.differs_in_seeds:

@@ -10,6 +10,7 @@ from typing import Any
 from loralab.analysis.arms import Comparison, comparisons
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
+from loralab.analysis.dimension import answers
 from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
@@ -99,8 +100,15 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
             for arm in comparison.arms
         ],
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],
+        **_dimensions(compared),
         "trials": [_trial(trial) for trial in results.trials],
     }
+
+
+def _dimensions(compared: Sequence[Comparison]) -> dict[str, Any]:
+    """``d90``, where the sweep asks for it: an answer for each set of trials and each setting that they share."""
+    found = [{"of": setting, **answer.plain()} for one in compared for setting, answer in answers(one.results).items()]
+    return {"d90": found} if found else {}
 
 
 def _trial(trial: TrialResult) -> dict[str, Any]:

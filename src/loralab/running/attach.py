@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters.attached import attached
+from loralab.adapters.base import Adapter
 from loralab.data.encoding import Encoded
 from loralab.models.loading import Base
 from loralab.records import record as records
 from loralab.records.environment import environment
+from loralab.training.layer_inputs import LayerInputs
 from loralab.training.specs import TrialSpec
 from loralab.training.trial import Trial
 
@@ -25,9 +27,16 @@ def open_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     return record
 
 
+def attach_adapter(base: Base, spec: TrialSpec, data: Encoded) -> Adapter:
+    """The adapter of ``spec`` at its start, which may be computed from the rows. Raises ConfigError."""
+    inputs = LayerInputs(base.model, data.train, spec.model.task, spec.seed) if len(data.train) else None
+    with base.hooks.given(layer_inputs=inputs):
+        return attached(spec.adapter, base.model, spec.seed)
+
+
 def attach_trial(base: Base, spec: TrialSpec, data: Encoded, record: dict[str, Any]) -> Trial:
     """A trial at its first step, its adapter attached to ``base`` and described in ``record``. Raises ConfigError."""
-    adapter = attached(spec.adapter, base.model, spec.seed)
+    adapter = attach_adapter(base, spec, data)
     base.model.to(spec.trainer.device)
     adapter.to(spec.trainer.device)
     record["base"] = base.record()
@@ -36,6 +45,7 @@ def attach_trial(base: Base, spec: TrialSpec, data: Encoded, record: dict[str, A
         trainable_parameters=adapter.trainable_parameters(),
         bytes=sum(p.numel() * p.element_size() for p in adapter.parameters()),
         modules=adapter.module_names,
+        note=adapter.note or None,
     )
     record["data"].update(
         name=data.splits.name,

@@ -4,13 +4,13 @@ import logging
 import time
 from typing import Any
 
-from loralab.adapters.attached import attached
 from loralab.adapters.hooks import NotPackable
 from loralab.errors import LoralabError, OutOfMemory, explain
 from loralab.models.loading import Base
 from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight
 from loralab.planning.trace import Geometry
+from loralab.running.attach import attach_adapter
 from loralab.running.finish import choose, finish, generate
 from loralab.training import observer
 from loralab.training.first_batch import FirstBatch
@@ -172,7 +172,7 @@ class Fit:
             (rewound if trial.rewind(state) else restarted).append(trial)
         for trial in restarted:
             trial.adapter.detach()
-            trial.restart(attached(trial.spec.adapter, self.base.model, trial.spec.seed))
+            trial.restart(attach_adapter(self.base, trial.spec, trial.data))
         half = len(self.trials) // 2
         if isinstance(why, NotPackable):
             parts = [[trial] for trial in self.trials]

@@ -73,6 +73,7 @@ class Runner:
         try:
             # one by one, so that the adapters before a refused one are detached too
             trials.extend(attach_trial(base, *parts) for parts in zip(specs, rows, records, strict=True))
+            base.hooks.decomposed.clear()
             check_batches(base, trials)
             for trial in trials:
                 _resume(trial)
@@ -136,13 +137,10 @@ def check_pack(specs: Sequence[TrialSpec]) -> None:
     if len({spec.pack_key for spec in specs}) > 1:
         raise ConfigError("the trials of one pack must share model, quantization, optimizer, precision and intervals")
     for spec in specs:
-        if spec.memory.alone:
-            raise ConfigError(f"trial {spec.id} cannot share a pass: {spec.memory.alone}")
-        if not (spec.adapter.packable and spec.quantization.packable):
-            raise ConfigError(
-                f"trial {spec.id} cannot share a pass: adapter={spec.adapter.method}, "
-                f"quantization={spec.quantization.name}"
-            )
+        if why := spec.memory.alone or spec.adapter.why_alone:
+            raise ConfigError(f"trial {spec.id} cannot share a pass: {why}")
+        if not spec.quantization.packable:
+            raise ConfigError(f"trial {spec.id} cannot share a pass: quantization={spec.quantization.name}")
 
 
 def check_batches(base: Base, trials: Sequence[Trial]) -> None:

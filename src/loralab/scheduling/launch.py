@@ -16,6 +16,7 @@ from loralab.config.compose import plain
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.scheduling import dimension
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.session import Session
 from loralab.scheduling.sweep import PackOptions
@@ -46,13 +47,18 @@ def launch(
         configs = _compose_all(context, master, job_overrides, first)
         return [_run_job(context, task_function, master, config) for config in configs]
     _show_own_lines()
+    search = dimension.search_of(master)
+    words: list[Sequence[str]] = [*job_overrides]
+    words += search.first(words, str(master.metric_mode)) if search else []
+    jobs: list[Job] = []
+    records: dict[str, Record] = {}
     with hold(folder):
-        jobs = _jobs(folder, _compose_all(context, master, job_overrides, first))
-        by_trial = {job.trial: job for job in reversed(jobs)}  # the first job of each trial
-        _mention_repeated(jobs, by_trial)
-        distinct = [job for job in jobs if by_trial[job.trial] is job]
-        records = session.sweep(folder, distinct, header(master, master.hydra, folder), options)
-    return [_job_return(job, records[job.trial]) for job in jobs]
+        while words:
+            configs = _compose_all(context, master, words, first + len(jobs))
+            jobs += (more := _jobs(folder, configs))
+            records |= session.sweep(folder, _distinct(more), header(master, master.hydra, folder), options)
+            words = [*dimension.following(search, jobs, records)] if search else []
+    return [_job_return(job, records[job.trial]) for job in jobs[: len(job_overrides)]]
 
 
 def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
@@ -161,6 +167,13 @@ def _finished(folder: Path) -> dict[str, str]:
         if identity_and_place == (record.SCHEMA, "completed", place.name, folder):
             trials[identity.settings_key(stored["config"])] = stored["trial"]
     return trials
+
+
+def _distinct(jobs: Sequence[Job]) -> list[Job]:
+    """The first job of each trial; logs the others."""
+    by_trial = {job.trial: job for job in reversed(jobs)}
+    _mention_repeated(jobs, by_trial)
+    return [job for job in jobs if by_trial[job.trial] is job]
 
 
 def _mention_repeated(jobs: Sequence[Job], first: Mapping[str, Job]) -> None:

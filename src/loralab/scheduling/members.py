@@ -67,8 +67,8 @@ def refusal(member: Member, device: str, memory_budget: float) -> ConfigError | 
 
 def alone(spec: TrialSpec) -> str:
     """Why a trial cannot share a pass; empty where it can."""
-    if not spec.adapter.packable:
-        return f"adapter={spec.adapter.method} cannot share a pass"
+    if spec.adapter.why_alone:
+        return spec.adapter.why_alone
     if not spec.quantization.packable:
         return f"quantization={spec.quantization.name} takes scales or outlier columns over all rows of a pass"
     if spec.memory.alone:
