@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.models import loading, pretrained
 from loralab.quantization.four_bit import FourBit
@@ -129,3 +130,12 @@ def changed(written, tmp_path, name, make):
 def test_damaged_statistics_are_refused(written, tmp_path, name, make, message):
     with pytest.raises(ConfigError, match=message):
         load(changed(written, tmp_path, name, make), FourBit())
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_a_start_from_original_weights_is_refused_where_only_codes_are_stored(written, init):
+    model = load(written["nf4"][0], SCHEMES["nf4"][0])
+    with pytest.raises(
+        ConfigError, match="before quantization is no tensor of the checkpoint, which holds it quantized"
+    ):
+        LoRA(r=4, init_lora_weights=init).attach(model)

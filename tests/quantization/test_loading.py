@@ -27,7 +27,7 @@ from loralab.quantization.four_bit import FourBit
 from loralab.quantization.int8 import Int8Absmax
 from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.llm_int8 import LLMInt8
-from loralab.quantization.loading import convert_model, quantization_config
+from loralab.quantization.loading import _source_key, convert_model, quantization_config
 from loralab.quantization.none import NoQuantization
 
 TOKENS = torch.arange(1, 13).view(2, 6)
@@ -256,3 +256,17 @@ def test_gradients_reach_the_embeddings_as_through_dense_layers(saved, family):
     ours, theirs = (m.get_input_embeddings().weight.grad for m in (quantized, dense))
     assert theirs.abs().sum() > 0
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets", "key"),
+    [
+        (["h.0.q.weight"], ["layers.0.q.weight"], "h.0.q.weight"),  # renamed
+        (["qkv.weight"], ["layers.0.q.weight", "layers.0.k.weight"], None),  # cut
+        (["gate.weight", "up.weight"], ["layers.0.q.weight"], None),  # put together
+        (["c_attn"], ["q"], None),  # patterns of a conversion, no names
+    ],
+)
+def test_a_layer_knows_the_one_tensor_that_it_was_read_from(sources, targets, key):
+    given = {"source_patterns": sources, "target_patterns": targets}
+    assert _source_key("layers.0.q.weight", given) == key
