@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from loralab.adapters.attached import attached
-from loralab.adapters.base import STATED, Adapter, AdapterSpec, BiasDelta, freeze
+from loralab.adapters.base import STATED, Adapter, AdapterSpec, freeze
+from loralab.adapters.biases import BiasDelta
 from loralab.adapters.full import Full, FullAdapter
 from loralab.adapters.lora import LoRA, LoRAAdapter, LoRADelta
 from loralab.errors import ConfigError

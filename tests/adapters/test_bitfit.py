@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, RobertaConfig
 
 from loralab.adapters.attached import attached
-from loralab.adapters.base import BiasDelta, ChannelBiasDelta
+from loralab.adapters.biases import BiasDelta, ChannelBiasDelta
 from loralab.adapters.bitfit import BitFit
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.errors import ConfigError

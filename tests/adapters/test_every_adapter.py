@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from loralab.adapters import bottleneck, peft
 from loralab.adapters.attached import attached
-from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta, freeze, generator_for
+from loralab.adapters.base import Adapter, AdapterSpec, freeze, generator_for
+from loralab.adapters.biases import BiasDelta
 from loralab.adapters.export import load, save
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.hooks import AdapterHooks, BatchSlice

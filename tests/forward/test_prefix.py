@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from loralab.adapters.base import Adapter, BiasDelta
+from loralab.adapters.base import Adapter
+from loralab.adapters.biases import BiasDelta
 from loralab.adapters.blocks import stack
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError

@@ -42,6 +42,7 @@ PEFT_COMPARISON = {
     f"model=llama32_3b adapter.r=10 adapter.target_modules={MLP}": 9_461_760,
     f"model=llama32_3b adapter.r=32 adapter.target_modules={QV} adapter.use_dora=true": 9_289_728,
     f"model=llama32_3b adapter=vera adapter.r=256 adapter.target_modules={QV}": 129_024,
+    f"model=llama32_3b adapter=lora_fa adapter.r=32 adapter.target_modules={QV}": 3_670_016,
     "model=llama32_3b adapter=ia3": 286_720,
     "model=llama32_3b adapter=prompt adapter.num_virtual_tokens=200": 614_400,
     "model=llama32_3b adapter=prefix adapter.num_virtual_tokens=50": 2_867_200,

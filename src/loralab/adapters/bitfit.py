@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from loralab.adapters.base import Adapter, AdapterSpec, Saved, bias_delta, biases, freeze, modules_to_save, save_modules
+from loralab.adapters.base import Adapter, AdapterSpec, Saved, freeze, modules_to_save, save_modules
+from loralab.adapters.biases import bias_delta, biases
 from loralab.adapters.targets import within
 from loralab.errors import ConfigError
 from loralab.spec import spec

@@ -17,11 +17,7 @@ from loralab.adapters import decomposed, embedding, experts, peft
 from loralab.adapters.base import (
     Adapter,
     AdapterSpec,
-    BiasDelta,
-    ChannelBiasDelta,
     Saved,
-    bias_delta,
-    biases,
     freeze,
     generator_for,
     match_targets,
@@ -29,6 +25,7 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
+from loralab.adapters.biases import BiasDelta, ChannelBiasDelta, bias_delta, biases
 from loralab.adapters.embedding import LoRAEmbeddingDelta
 from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.low_rank import DoRADelta, LoRADelta, PiSSADelta

@@ -21,7 +21,8 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
-from loralab.adapters.lora import LoRA, LoRAAdapter, LoRADelta, Rank
+from loralab.adapters.lora import LoRA, LoRAAdapter, Rank
+from loralab.adapters.low_rank import LoRADelta
 from loralab.adapters.targets import Targets
 from loralab.quantization.base import linear_shape
 from loralab.spec import Positive, spec

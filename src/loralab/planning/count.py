@@ -5,7 +5,8 @@ import logging
 from torch import nn
 
 from loralab.adapters.attached import check_parameters
-from loralab.adapters.base import Adapter, AdapterSpec, BiasDelta
+from loralab.adapters.base import Adapter, AdapterSpec
+from loralab.adapters.biases import BiasDelta
 from loralab.models import loading, pretrained
 from loralab.quantization.base import Quantizer, linear_shape, out_of_reach_weights, quantizable, warn_out_of_reach
 
