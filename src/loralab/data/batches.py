@@ -46,7 +46,7 @@ class Stream:
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
 
     def take(self, k: int) -> list[int]:
-        """The indices of the next ``k`` samples."""
+        """The indices of the next ``k`` samples. Raises DataError where there are none."""
         if self.n < 1:
             raise DataError("there is no training row to draw from")
         taken: list[int] = []

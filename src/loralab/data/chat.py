@@ -12,7 +12,7 @@ from typing import Any, Literal
 from loralab.data.base import DataSpec, Row, Splits, make_splits
 from loralab.data.fields import BadRow, Number, field_of, text_of, typename
 from loralab.data.files import READERS, file_format, split_paths
-from loralab.data.rows import Record, judge, refuse_identical, split_off, warn_of_overlap
+from loralab.data.rows import Record, refuse_identical, report_bad_rows, split_off, warn_of_overlap
 from loralab.errors import ConfigError, DataError, nearest
 from loralab.records import fingerprints
 from loralab.spec import Natural, Text, spec
@@ -74,21 +74,22 @@ class Chat(DataSpec):
             )
         rows: list[Row] = []
         problems: list[str] = []
-        for record in _told_of_tools(READERS[ending](path, [])):
+        for record in _warn_of_tools(READERS[ending](path, [])):
             try:
                 rows.append(row_of(record, self.messages))
             except BadRow as problem:
                 problems.append(f"{record.where}: {problem}")
-        judge(split, len(rows) + len(problems), problems, self.on_bad_row)
+        report_bad_rows(split, len(rows) + len(problems), problems, self.on_bad_row)
         return rows, len(problems)
 
 
-def _told_of_tools(records: Iterable[Record]) -> Iterator[Record]:
-    told = False
+def _warn_of_tools(records: Iterable[Record]) -> Iterator[Record]:
+    """Yields ``records``; logs one warning at the first that lists tools."""
+    warned = False
     for record in records:
-        if record.fields.get("tools") and not told:
-            told = True
-            log.warning("%s: the field 'tools' is not read: the template is told of no tools", record.where)
+        if record.fields.get("tools") and not warned:
+            warned = True
+            log.warning("%s: the field 'tools' is not read: the template is given no tools", record.where)
         yield record
 
 
@@ -111,7 +112,7 @@ def row_of(record: Record, key: str) -> Row:
 
 
 def message_of(given: Any, place: str) -> dict[str, str]:
-    """``role`` and ``content`` of a message in either spelling, or BadRow."""
+    """``role`` and ``content`` of a message in either spelling; ``place`` names it in errors. Raises BadRow."""
     if not isinstance(given, Mapping):
         raise BadRow(f"{place} is {_kind(given)}, an object with role and content is wanted")
     unread = [key for key in UNREAD if given.get(key) is not None]

@@ -18,7 +18,7 @@ SHOWN = 20  # classes named in a message
 FEWEST_SINGLES = 10  # classes of one row each, from which they are remarked
 
 
-def spelled(text: str) -> str:
+def normalized(text: str) -> str:
     """A class's name without white space or invisible marks around it, in Unicode's composed form (NFC)."""
     name = unicodedata.normalize("NFC", text)
     seen = [at for at, letter in enumerate(name) if not letter.isspace() and unicodedata.category(letter) != "Cf"]
@@ -27,7 +27,7 @@ def spelled(text: str) -> str:
 
 def key_of(text: str) -> str:
     """What equal classes have in common: 1.0 is the number 1."""
-    name = spelled(text)
+    name = normalized(text)
     if NUMBER.fullmatch(name) and re.search(r"[.eE]", name) and not fractional(name) and len(name) < 16:
         return str(int(float(name)))
     return name
@@ -39,13 +39,13 @@ def fractional(text: str) -> bool:
 
 
 def label_of(fields: Mapping[str, Any], name: str) -> str:
-    """The label as it is spelled. Raises BadRow."""
+    """The label of a record, normalized. Raises BadRow where it is no text or number, empty, or not finite."""
     value = field_of(fields, name)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow(f"field {name!r} is {typename(value)}; {NAME_OR_NUMBER}")
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRow(f"field {name!r} is {value}; {NAME_OR_NUMBER}")
-    if not (text := spelled(str(value))):
+    if not (text := normalized(str(value))):
         raise BadRow(f"field {name!r} is empty; {NAME_OR_NUMBER}")
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise BadRow(f"field {name!r} holds a NUL character or bytes that are not UTF-8; {NAME_OR_NUMBER}")
@@ -64,7 +64,7 @@ class Classes:
     """The classes of a data set by name; ``given``: the order is the user's or the data set's own."""
 
     def __init__(self, column: str, names: Iterable[str] = ()) -> None:
-        self.column, self.names = column, [spelled(str(name)) for name in names]
+        self.column, self.names = column, [normalized(str(name)) for name in names]
         self.given = bool(self.names)
         self._index()
 
@@ -87,9 +87,9 @@ class Classes:
         numbers = all(re.fullmatch(r"[+-]?[0-9]+", key) and len(key) < 16 for key in found)
         self.names = sorted(found, key=(lambda key: (int(key), key)) if numbers else None)
         self._index()
-        self._name_alike()
+        self._warn_of_case()
 
-    def _name_alike(self) -> None:
+    def _warn_of_case(self) -> None:
         """One line where names differ in their case alone."""
         alike: dict[str, list[str]] = {}
         for name in self.names:

@@ -56,12 +56,12 @@ def split_of(relative_path: str) -> str:
 
 def python_files(root: Path) -> list[Path]:
     """Python files below ``root``, sorted, without tests, code pages and generated build data."""
-    found = []
+    paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
         python = [name for name in names if name.endswith(".py")]
-        found += [Path(folder, name) for name in python if not name.startswith(("_sysconfigdata", "test_"))]
-    return sorted(found)
+        paths += [Path(folder, name) for name in python if not name.startswith(("_sysconfigdata", "test_"))]
+    return sorted(paths)
 
 
 def read_source(path: Path) -> str | None:
