@@ -94,6 +94,7 @@ def trial_spec(
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
     metrics = _metrics(content.get("metrics") or {}, specs)
     _check_metric(content["metric"], content["metric_mode"], specs, metrics)
+    _check_packing(specs)
     from loralab.training.specs import TrialSpec  # imports torch and Lightning: after the checks
 
     return TrialSpec(
@@ -178,6 +179,22 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping
     if higher is not None and mode != best:
         which = "higher" if best == "max" else "lower"
         raise ConfigError(f"metric_mode={mode} would rank a worse {metric} first: {which} is better; valid: {best}")
+
+
+def _check_packing(specs: Mapping[str, Any]) -> None:
+    """Raises ConfigError where rows cannot share a sequence whatever the base."""
+    model, data, adapter = specs["model"], specs["data"], specs["adapter"]
+    reasons = {
+        f"model.task={model.task} has no sequences that rows could share; valid: causal_lm": model.task != "causal_lm",
+        "plain text is cut into full sequences already": data.documents,
+        f"adapter={adapter.method} needs rows of their own, with their padding; valid: lora, or another method that "
+        "says tokenwise": not adapter.tokenwise,
+        "memory.spiky_every pads rows to a length, and packed ones have no padding; valid: memory.spiky_every=null": (
+            specs["memory"].spiky_every is not None
+        ),
+    }
+    if data.packing and (reason := next((reason for reason, refused in reasons.items() if refused), "")):
+        raise ConfigError(f"data.packing=true: {reason}" + ("" if "valid" in reason else "; valid: data.packing=false"))
 
 
 def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

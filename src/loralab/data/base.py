@@ -69,6 +69,7 @@ class DataSpec:
 
     batch_size: Annotated[Count, Le(2**20)] = 8  # no machine holds more
     limit: Count | None = None  # the first N rows of each split
+    packing: bool = False  # several training rows in a sequence of model.max_length, which batch_size counts then
     generate_rows: Natural = 0  # rows of the held-out split that are also scored by generation
     generation: dict[str, Any] = field(default_factory=dict)  # of transformers' GenerationConfig; empty: greedy
     rouge: Literal["unicode", "published"] = "unicode"  # words that ROUGE counts: of every script, or a-z and 0-9
