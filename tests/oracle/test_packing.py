@@ -17,8 +17,13 @@ def relative_error(ours, theirs):
     return math.sqrt(wrong / sum(float(grad.double().square().sum()) for grad in theirs.values()))
 
 
-@pytest.mark.parametrize("scheme", ["dense", "nf4"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+QUICK = {("llama", "nf4"), ("gpt2", "dense"), ("phi", "dense")}
+CASES = [(family, scheme) for family in ("llama", "gpt2", "phi") for scheme in ("dense", "nf4")]
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_losses_and_gradients_of_packed_rows_are_those_of_separate_rows(lab, curve, family, scheme):
     case, watch = lab("causal_lm", family, scheme), Watch()
     data = case.data(batch_size=2, packing=True)

@@ -9,9 +9,14 @@ from loralab.adapters.lora import LoRA
 from loralab.cli import main
 from loralab.data.batches import permutation
 from loralab.data.encoding import IGNORE, Example, encode
+from loralab.data.passes import BatchShape, Pass
 from loralab.memory.budget import PlanSpec
 from loralab.memory.phases import PhaseMemory
 from loralab.optim.optimizers import AdamW
+from loralab.planning import trace
+from loralab.planning.plan import predict_step
+from loralab.quantization.four_bit import FourBit
+from loralab.quantization.none import NoQuantization
 from loralab.running.runner import Runner
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.module import FineTuner
@@ -30,9 +35,7 @@ def trials(make_spec, make_data):
                 adapter=LoRA(r=2 + 2 * index, lora_dropout=0.1 * index),
                 optimizer=AdamW(lr=1e-2),
                 data=make_data("ragged", batch_size=1 + index, packing=True),
-                accumulate_grad_batches=2,
-                max_steps=6,
-                **changes,
+                **{"accumulate_grad_batches": 2, "max_steps": 6, **changes},
             )
             for index in range(2)
         ]
@@ -57,7 +60,7 @@ def test_packed_rows_in_a_pack_of_trials_are_bit_identical_to_the_trials_alone(t
     assert [one["metrics"] for one in records[:2]] == [one["metrics"] for one in records[2:]]
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_broke_off_within_an_epoch_goes_on_bit_for_bit(trials, weights, monkeypatch, step):
     whole, again = trials("whole"), trials("again", callbacks={"c": lambda: Checkpoint(None, every_n_steps=1)})
     Runner().run(whole)
@@ -131,16 +134,30 @@ def test_rows_longer_than_a_sequence_are_cut_as_without_packing(make_spec, make_
     assert records[0]["metrics"] == records[1]["metrics"]  # a sequence is a row then
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_prediction_and_measurement_agree(trials, size):
-    observed = {"memory": PhaseMemory}
-    specs = [replace(spec, plan=PlanSpec()) for spec in trials("planned", callbacks=observed)[:size]]
+@pytest.mark.parametrize(
+    ("size", "micros"), [(1, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
+def test_prediction_and_measurement_agree(trials, size, micros):
+    changes = {"callbacks": {"memory": PhaseMemory}, "accumulate_grad_batches": micros, "max_steps": 3}
+    specs = [replace(spec, plan=PlanSpec()) for spec in trials("planned", **changes)[:size]]
     for record in Runner().run(specs):
         assert record["error"] is None
         memory = record["memory"]
         assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
         if size == 1:
             assert memory["alone_peak_bytes"] >= 0.99 * memory["measured_peak_bytes"]
+
+
+@pytest.mark.parametrize("scheme", [NoQuantization(), FourBit()])
+def test_a_trace_of_fewer_rows_finds_the_same_bytes(trials, monkeypatch, scheme):
+    spec = replace(trials("traced")[0], quantization=scheme)
+    lengths = tuple(3 + (7 * i) % 11 for i in range(32))
+    geometry = trace.Geometry((Pass(1, (BatchShape(lengths, lengths, 90),)),), cuda=False)
+    fewer = predict_step([spec], geometry)
+    assert fewer.rows == 32
+    monkeypatch.setattr(trace, "PACKED_ROWS", 1000)
+    every = predict_step([spec], geometry)
+    assert (fewer.predicted_peak_bytes, fewer.by_phase) == (every.predicted_peak_bytes, every.by_phase)
 
 
 REFUSED = {

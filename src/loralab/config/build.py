@@ -182,19 +182,23 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping
 
 
 def _check_packing(specs: Mapping[str, Any]) -> None:
-    """Raises ConfigError where rows cannot share a sequence whatever the base."""
+    """Raises ConfigError for data.packing=true where rows cannot share a sequence whatever the base."""
     model, data, adapter = specs["model"], specs["data"], specs["adapter"]
-    reasons = {
-        f"model.task={model.task} has no sequences that rows could share; valid: causal_lm": model.task != "causal_lm",
-        "plain text is cut into full sequences already": data.documents,
-        f"adapter={adapter.method} needs rows of their own, with their padding; valid: lora, or another method that "
-        "says tokenwise": not adapter.tokenwise,
-        "memory.spiky_every pads rows to a length, and packed ones have no padding; valid: memory.spiky_every=null": (
-            specs["memory"].spiky_every is not None
-        ),
-    }
-    if data.packing and (reason := next((reason for reason, refused in reasons.items() if refused), "")):
-        raise ConfigError(f"data.packing=true: {reason}" + ("" if "valid" in reason else "; valid: data.packing=false"))
+    if not data.packing:
+        return
+    if model.task != "causal_lm":
+        reason = f"model.task={model.task} has no sequences that rows could share; valid: causal_lm"
+    elif data.documents:
+        reason = "plain text is cut into full sequences already; valid: false"
+    elif not adapter.tokenwise:
+        reason = (
+            f"adapter={adapter.method} needs rows of their own, with their padding; valid: lora, or data.packing=false"
+        )
+    elif specs["memory"].spiky_every is not None:
+        reason = "memory.spiky_every pads rows, and packed ones have no padding; valid: memory.spiky_every=null"
+    else:
+        return
+    raise ConfigError(f"data.packing=true: {reason}")
 
 
 def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

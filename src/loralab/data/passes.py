@@ -32,6 +32,16 @@ class BatchShape:
             labels = tuple(int(n) for n in (own != IGNORE).sum(1))
         return cls(inputs, labels, batch["target_tokens"])
 
+    def in_fewer_rows(self, most: int) -> "BatchShape":
+        """As many tokens and targets in ``most`` rows of unequal lengths; itself where it has no more rows."""
+        if len(self.inputs) <= most:
+            return self
+        bounds = np.linspace(0, len(self.inputs), most + 1).astype(np.int64)
+        inputs, labels = (np.add.reduceat(column, bounds[:-1]) for column in (self.inputs, self.labels))
+        if len(set(inputs.tolist())) == 1:
+            inputs[:2] += (1, -1)
+        return BatchShape(tuple(inputs.tolist()), tuple(labels.tolist()), self.targets)
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -46,6 +56,16 @@ class Pass:
     def tokens(self) -> int:
         """Tokens of all rows, without padding."""
         return sum(n for batch in self.present for n in batch.inputs)
+
+    def in_fewer_rows(self, most: int) -> "Pass":
+        """As many tokens, targets and padded positions in at most ``most`` unequal rows a batch: without padding and
+        with fused attention, memory depends on tokens alone. Itself where all rows have one length."""
+        lengths = [n for batch in self.present for n in batch.inputs]
+        batches = tuple(batch and batch.in_fewer_rows(most) for batch in self.batches)
+        fewer = sum(len(batch.inputs) for batch in batches if batch is not None)
+        if fewer == len(lengths) or len(set(lengths)) == 1:
+            return self
+        return Pass(self.step, batches, -(-len(lengths) * max(lengths) // fewer))
 
     @property
     def present(self) -> list[BatchShape]:

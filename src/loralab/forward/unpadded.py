@@ -53,7 +53,7 @@ def flatten(inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> dict[str, A
     return {
         "input_ids": flat(ids, lengths),
         "position_ids": torch.cat([positions[:length] for length in lengths])[None],
-        "attention_mask": mask_of(lengths),
+        "attention_mask": mask_of(lengths, ids.device),
     }
 
 
@@ -62,9 +62,9 @@ def flat(x: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])[None]
 
 
-def mask_of(lengths: Sequence[int]) -> Tensor:
+def mask_of(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Models hand a mask of four dimensions on as it is; one that used it in earnest would fail over its shape."""
-    mask = torch.empty(1, 1, 0, 0)
+    mask = torch.empty(1, 1, 0, 0, device=device)
     mask.loralab_lengths = tuple(lengths)  # type: ignore[attr-defined]
     return mask
 

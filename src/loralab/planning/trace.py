@@ -26,6 +26,7 @@ from loralab.adapters.hooks import AdapterHooks
 from loralab.data.passes import BatchShape, Pass
 from loralab.errors import ConfigError
 from loralab.forward import stacked
+from loralab.forward.dropout import own_dropout
 from loralab.forward.stacked import ForwardMode
 from loralab.forward.unpadded import prepare
 from loralab.models import loading, pretrained
@@ -43,6 +44,7 @@ from loralab.training.trial import Trial
 
 log = logging.getLogger(__name__)
 
+PACKED_ROWS = 8  # of a batch that are traced: attention's operations are traced row by row
 CUDA_BLOCK = 512  # bytes every block of CUDA's caching allocator is a multiple of (c10/cuda/CUDACachingAllocator)
 
 
@@ -92,6 +94,10 @@ def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = N
     if specs[0].quantization.name != "none" or specs[0].optimizer.name != TORCH:
         with suppress(ConfigError):  # imported now: under fake tensors its tables would be fake for good
             bitsandbytes_ops()
+    config = specs[0].model._adjust(specs[0].model.architecture(), None)
+    if specs[0].data.packing and not geometry.cuda and not own_dropout(config):  # a fused kernel, linear in a row
+        passes = tuple(shape.in_fewer_rows(PACKED_ROWS) for shape in geometry.passes)
+        geometry = dataclasses.replace(geometry, passes=passes)
     with quiet():
         try:
             traced = _trace(specs, geometry, layers, two_steps) or _trace(specs, geometry, layers, True)
@@ -151,8 +157,9 @@ class _Step:
             "load", "adapters"
         )  # a mark for each part: each peak is linear in the layers, the higher of two is not
         trials = [self._trial(spec) for spec in specs]
-        # without packing only a CPU computes rows without their padding
-        unpad = (not geometry.cuda or self.spec.data.packing) and not any(p.length for p in geometry.passes)
+        # without packing only a CPU computes rows without their padding, and that not of lengthened ones
+        unpad = not geometry.cuda and not any(p.length for p in geometry.passes)
+        unpad = unpad or self.spec.data.packing
         self.module = FineTuner(model, trials, unpad=unpad)
         self.module.forward_pass.mode = geometry.mode
         if geometry.mode is not None and geometry.mode.unpadded:
