@@ -1,11 +1,12 @@
 """Rows that share sequences: which rows a batch holds, a pack is its trials alone, a run goes on, what is refused."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from loralab.adapters.lora import LoRA
+from loralab.adapters.base import Adapter
+from loralab.adapters.lora import LoRA, LoRADelta
 from loralab.cli import main
 from loralab.data.batches import permutation
 from loralab.data.encoding import IGNORE, Example, encode
@@ -158,6 +159,30 @@ def test_a_trace_of_fewer_rows_finds_the_same_bytes(trials, monkeypatch, scheme)
     monkeypatch.setattr(trace, "PACKED_ROWS", 1000)
     every = predict_step([spec], geometry)
     assert (fewer.predicted_peak_bytes, fewer.by_phase) == (every.predicted_peak_bytes, every.by_phase)
+
+
+class Looking(LoRADelta):
+    """Reads the token before, which may be another row's."""
+
+    def forward(self, x, y, key):
+        return super().forward(torch.roll(x, 1, dims=-2), y, key)
+
+
+@dataclass(frozen=True)
+class Untrue(LoRA):
+    """Says that it acts token by token, and does not."""
+
+    tokenwise = True
+    makes = Adapter
+
+    def delta(self, name, layer, device):
+        return Looking(layer.in_features, layer.out_features, self.r, 1.0)
+
+
+def test_an_adapter_through_which_rows_see_each_other_is_refused_at_the_first_batch(trials):
+    (record,) = Runner().run([replace(trials("untrue")[0], adapter=Untrue(r=2))])
+    assert record["status"] == "failed"
+    assert "with this adapter, does not compute each as it is alone" in record["error"]
 
 
 REFUSED = {

@@ -208,11 +208,11 @@ class Forward:
 
 
 def no_packing(config: Any, attention: str) -> ConfigError:
-    """The error of a base whose rows of one sequence would not be computed as each alone. ``attention``: its kind."""
+    """The error where the rows of a sequence are not computed as each is alone. ``attention``: its implementation."""
     return ConfigError(
-        "data.packing=true: the rows of a sequence must not see each other, and a base of model_type="
-        f"{config.model_type} with model.attn_implementation={attention} does not compute each as it is alone; valid: "
-        "data.packing=false, or a causal base with full attention by sdpa, and position_ids"
+        "data.packing=true: the rows of a sequence must not see each other, and this base (model_type="
+        f"{config.model_type}, model.attn_implementation={attention}), with this adapter, does not compute each as it "
+        "is alone; valid: data.packing=false, or a causal base with full attention by sdpa, and position_ids"
     )
 
 
