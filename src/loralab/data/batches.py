@@ -20,8 +20,8 @@ def collate(examples: Sequence[Example], task: str, pad_token_id: int) -> dict[s
     inputs = _pad([example.input_ids for example in examples], pad_token_id)
     mask = _pad([[1] * len(example.input_ids) for example in examples], 0)
     if task == "sequence_classification":
-        own = [example.labels[0] for example in examples]
-        labels = torch.tensor(own, dtype=torch.float32 if isinstance(own[0], float) else torch.int64)
+        classes = [example.labels[0] for example in examples]
+        labels = torch.tensor(classes, dtype=torch.float32 if isinstance(classes[0], float) else torch.int64)
     else:
         labels = _pad([example.labels for example in examples], IGNORE)
     types = [example.token_type_ids for example in examples if example.token_type_ids is not None]

@@ -99,26 +99,25 @@ def row_of(record: Record, key: str) -> Row:
     if record.problem:
         raise BadRow(record.problem)
     fields = record.fields
-    given = field_of(fields, SHAREGPT if key not in fields and SHAREGPT in fields else key)
-    if not isinstance(given, list):
-        raise BadRow(f"field {key!r} is {_kind(given)}, a list of messages is wanted")
-    messages = [message_of(one, f"message {number}") for number, one in enumerate(given, 1)]
-    turns = [place for place, one in enumerate(messages) if one["role"] == "assistant"]
+    values = field_of(fields, SHAREGPT if key not in fields and SHAREGPT in fields else key)
+    if not isinstance(values, list):
+        raise BadRow(f"field {key!r} is {_kind(values)}, a list of messages is wanted")
+    messages = [message_of(value, f"message {number}") for number, value in enumerate(values, 1)]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise BadRow(f"no turn of the assistant among {len(messages)} messages, so there is nothing to learn")
-    kept = messages[: turns[-1] + 1]
-    target = "".join(kept[place]["content"] for place in turns)
-    return Row(json.dumps(kept, ensure_ascii=False), target, where=record.where)
+    target = "".join(messages[index]["content"] for index in turns)
+    return Row(json.dumps(messages[: turns[-1] + 1], ensure_ascii=False), target, where=record.where)
 
 
-def message_of(given: Any, place: str) -> dict[str, str]:
+def message_of(value: Any, place: str) -> dict[str, str]:
     """``role`` and ``content`` of a message in either spelling; ``place`` names it in errors. Raises BadRow."""
-    if not isinstance(given, Mapping):
-        raise BadRow(f"{place} is {_kind(given)}, an object with role and content is wanted")
-    unread = [key for key in UNREAD if given.get(key) is not None]
+    if not isinstance(value, Mapping):
+        raise BadRow(f"{place} is {_kind(value)}, an object with role and content is wanted")
+    unread = [key for key in UNREAD if value.get(key) is not None]
     if unread:
         raise BadRow(f"{place} holds {unread[0]!r}, which is not read; valid: its text as content")
-    role, content = (given[key] if given.get(key) is not None else given.get(other) for key, other in SPELLINGS)
+    role, content = (value[key] if value.get(key) is not None else value.get(other) for key, other in SPELLINGS)
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"{place} has the role {role!r}; {nearest(str(role), ROLES)}")
     if not isinstance(content, str) or isinstance(content, Number):

@@ -159,8 +159,7 @@ def write_training_keys(root: Path, path: Path = TRAINING_KEYS) -> int:
     keys = set[bytes]()
     for source in mining.python_files(root):
         if mining.split_of(source.relative_to(root).as_posix()) == "train":
-            found = mining.functions(mining.read_source(source) or "")
-            for function in found:
+            for function in mining.functions(mining.read_source(source) or ""):
                 keys |= {function.key} if len(function.code) >= 40 else set()
                 keys |= {function.answer_key} if first_line(function) else set()
     path.write_bytes(b"".join(sorted(keys)))

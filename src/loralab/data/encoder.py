@@ -48,7 +48,7 @@ class Encoder:
             return self.classes(rows)
         prompts, targets = self.token_ids([row.prompt for row in rows]), self.targets(rows)
         pair = self.causal if self.task == "causal_lm" else self.seq2seq
-        return [pair(one, other, row.where) for one, other, row in zip(prompts, targets, rows, strict=True)]
+        return [pair(prompt, target, row.where) for prompt, target, row in zip(prompts, targets, rows, strict=True)]
 
     def targets(self, rows: Sequence[Row]) -> list[list[int]]:
         """Token ids of each row's target, as they follow its prompt; not truncated, no special tokens added."""
@@ -64,13 +64,13 @@ class Encoder:
             prompt = prompt[len(self.prefix) :]
         target = self.with_eos(target, where)
         room = max(0, self.max_length - len(self.prefix) - len(target))
-        kept = prompt[len(prompt) - room :] if room < len(prompt) else prompt
-        head = self.prefix + kept
+        truncated_prompt = prompt[len(prompt) - room :] if room < len(prompt) else prompt
+        head = self.prefix + truncated_prompt
         ids = (head + target)[: self.max_length]
         labels = ([IGNORE] * len(head) + target)[: self.max_length]
         # the first position is never predicted: a causal loss shifts the labels by one
         counted = sum(label != IGNORE for label in labels[1:])
-        return Example(ids, labels, counted, len(head) + len(target) > len(ids) or len(kept) < len(prompt))
+        return Example(ids, labels, counted, len(head) + len(target) > len(ids) or room < len(prompt))
 
     def with_eos(self, target: list[int], where: str = "") -> list[int]:
         """``target`` and one end-of-text token; adds a notice where the template wrote it. ``where``: file:line."""
@@ -100,18 +100,18 @@ class Encoder:
         texts, paired = [row.prompt for row in rows], any(row.pair is not None for row in rows)
         pairs = [row.pair or "" for row in rows] if paired else None
         options = {"truncation": True, "max_length": self.max_length, "return_attention_mask": False}
-        made = self.tokenizer(texts, pairs, **options)
-        cut = [{key: made[key][place] for key in made} for place in range(len(rows))]
-        for place in self.quoting.quoted_tokens(texts) | self.quoting.quoted_tokens(pairs or []):
-            cut[place] = self.quoting.framed(texts[place], pairs[place] if pairs else None, **options)
+        encoded = self.tokenizer(texts, pairs, **options)
+        inputs = [{key: encoded[key][index] for key in encoded} for index in range(len(rows))]
+        for index in self.quoting.quoted_tokens(texts) | self.quoting.quoted_tokens(pairs or []):
+            inputs[index] = self.quoting.framed(texts[index], pairs[index] if pairs else None, **options)
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=paired)
         seconds = self.token_ids(pairs) if pairs else [[]] * len(rows)
-        lengths = [len(one) + len(other) for one, other in zip(self.token_ids(texts), seconds, strict=True)]
+        lengths = [len(ids) + len(second) for ids, second in zip(self.token_ids(texts), seconds, strict=True)]
         return [
             Example(
-                one["input_ids"], [_label(row)], 1, length > room, one.get("token_type_ids") if self.typed else None
+                own["input_ids"], [_label(row)], 1, length > room, own.get("token_type_ids") if self.typed else None
             )
-            for one, row, length in zip(cut, rows, lengths, strict=True)
+            for own, row, length in zip(inputs, rows, lengths, strict=True)
         ]
 
     def blocks(self, rows: Sequence[Row]) -> Blocks:
@@ -127,11 +127,11 @@ class Encoder:
         """Token ids, nothing cut, no special tokens but a template's; ``target``: as what a decoder writes."""
         if not texts:
             return []
-        given: dict[str, Any] = {"text_target" if target else "text": list(texts)}
-        encoded = self.tokenizer(**given, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        named: dict[str, Any] = {"text_target" if target else "text": list(texts)}
+        encoded = self.tokenizer(**named, add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
-        for place in self.quoting.quoted_tokens(texts):
-            ids[place] = self.quoting.ids(texts[place], target=target)
+        for index in self.quoting.quoted_tokens(texts):
+            ids[index] = self.quoting.ids(texts[index], target=target)
         return ids
 
     def continuation_ids(self, texts: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
@@ -189,8 +189,8 @@ def ids_behind(head: list[int], whole: list[int]) -> list[int]:
 
 def marks_start(tokenizer: Any) -> bool:
     """Whether a text's first word is encoded as one that follows a space."""
-    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a a"))
-    return bool(one) and two == one + one
+    word, two_words = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a a"))
+    return bool(word) and two_words == word + word
 
 
 def special_affixes(tokenizer: Any, target: bool = False) -> tuple[list[int], list[int]]:

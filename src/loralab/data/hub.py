@@ -85,8 +85,8 @@ def _library() -> Any:
 def _records(part: Any, name: str, named: Mapping[str, list[str]]) -> Iterator[Record]:
     """A record a row, from 0; ``named``: {column: the class names that its numbers are replaced by}."""
     for index, fields in enumerate(part):
-        own = {key: names[fields[key]] for key, names in named.items() if _is_class_index(fields.get(key), names)}
-        yield Record({**fields, **own}, f"{name}:{index}")
+        classes = {key: names[fields[key]] for key, names in named.items() if _is_class_index(fields.get(key), names)}
+        yield Record({**fields, **classes}, f"{name}:{index}")
 
 
 def _is_class_index(value: Any, names: list[str]) -> bool:

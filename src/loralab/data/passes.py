@@ -28,8 +28,8 @@ class BatchShape:
         inputs = tuple(int(n) for n in tensors["attention_mask"].sum(1))
         labels = inputs
         if task != "causal_lm":
-            own = tensors["labels"].reshape(len(inputs), -1)
-            labels = tuple(int(n) for n in (own != IGNORE).sum(1))
+            by_row = tensors["labels"].reshape(len(inputs), -1)
+            labels = tuple(int(n) for n in (by_row != IGNORE).sum(1))
         return cls(inputs, labels, batch["target_tokens"])
 
     def in_fewer_rows(self, most: int) -> "BatchShape":
@@ -84,12 +84,12 @@ class Rows:
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Rows":
         """The counts of ``examples``, made once for the trials that share them."""
-        kept = _counted.get(id(examples))
-        if kept is None or kept[0] is not examples:
+        cached = _counted.get(id(examples))
+        if cached is None or cached[0] is not examples:
             if len(_counted) > 3:
                 _counted.clear()
-            kept = _counted[id(examples)] = (examples, _count(examples))
-        return kept[1]
+            cached = _counted[id(examples)] = (examples, _count(examples))
+        return cached[1]
 
     def shape(self, rows: Sequence[int] | Numbers) -> BatchShape:
         """The shape of a batch of ``rows``, indices in this order."""
@@ -251,13 +251,13 @@ def fullest(rows: Rows, batch_size: int, packing_length: int | None = None) -> B
     if packing_length is None:
         return rows.shape(np.tile(order, -(-batch_size // len(order)))[:batch_size])
     batch: list[int] = []
-    waiting: list[int] = []
+    unused: list[int] = []
     for _ in range(batch_size):
-        left = packing_length
-        kept: list[int] = []
-        for row in waiting or order.tolist():
-            fits = rows.inputs[row] <= left or left == packing_length
-            left -= int(rows.inputs[row]) if fits else 0
-            (batch if fits else kept).append(row)
-        waiting = kept
+        room = packing_length
+        longer: list[int] = []  # than the room that is left
+        for row in unused or order.tolist():
+            fits = rows.inputs[row] <= room or room == packing_length
+            room -= int(rows.inputs[row]) if fits else 0
+            (batch if fits else longer).append(row)
+        unused = longer
     return rows.shape(batch)

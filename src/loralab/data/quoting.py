@@ -21,9 +21,9 @@ class Quoting:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        own = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.specials: dict[str, int] = {name: number for name, number in {**own, **known}.items() if name}
+        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        by_role = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.specials: dict[str, int] = {name: number for name, number in {**by_role, **added}.items() if name}
 
     def quoted_tokens(self, texts: Sequence[str]) -> dict[int, str]:
         """{index of a text: the first special token that it quotes}; texts that quote none are left out."""
@@ -82,33 +82,33 @@ class Quoting:
     def _fast_copy(self) -> Any:
         from tokenizers import Tokenizer
 
-        made = copy.deepcopy(self.tokenizer)
+        copied = copy.deepcopy(self.tokenizer)
         parts = json.loads(self.tokenizer.backend_tokenizer.to_str())
         names = {name: _private_name(number) for name, number in self.specials.items()}
         for token in parts["added_tokens"]:
             if token["content"] in names:
                 token.update(content=names[token["content"]], special=False, normalized=False)
         _rename(parts["model"], names)
-        made._tokenizer = Tokenizer.from_str(json.dumps(parts))
-        return made
+        copied._tokenizer = Tokenizer.from_str(json.dumps(parts))
+        return copied
 
     def _slow_copy(self) -> Any:
-        made = copy.copy(self.tokenizer)
-        added = {number: copy.copy(token) for number, token in made._added_tokens_decoder.items()}
+        copied = copy.copy(self.tokenizer)
+        added = {number: copy.copy(token) for number, token in copied._added_tokens_decoder.items()}
         for token in added.values():
             if token.content in self.specials:
                 token.content = _private_name(self.specials[token.content])
-        made._added_tokens_decoder = added
-        made._added_tokens_encoder = {token.content: number for number, token in added.items()}
+        copied._added_tokens_decoder = added
+        copied._added_tokens_encoder = {token.content: number for number, token in added.items()}
         # the unknown token keeps its name: unknown words are looked up by it
-        names = {name: _private_name(number) for name, number in self.specials.items() if name != made.unk_token}
-        roles = made._special_tokens_map.items()
-        made._special_tokens_map = {role: names.get(str(own), own) for role, own in roles}
-        made._extra_special_tokens = [names.get(str(own), own) for own in made._extra_special_tokens]
-        made.tokens_trie = type(made.tokens_trie)()
+        names = {name: _private_name(number) for name, number in self.specials.items() if name != copied.unk_token}
+        roles = copied._special_tokens_map.items()
+        copied._special_tokens_map = {role: names.get(str(token), token) for role, token in roles}
+        copied._extra_special_tokens = [names.get(str(token), token) for token in copied._extra_special_tokens]
+        copied.tokens_trie = type(copied.tokens_trie)()
         for token in added.values():
-            made.tokens_trie.add(token.content)
-        return made
+            copied.tokens_trie.add(token.content)
+        return copied
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
@@ -121,8 +121,8 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if "merges" in model:
-        parts = [one.split(" ") if isinstance(one, str) else one for one in model["merges"]]
-        model["merges"] = [one for one in parts if names.keys().isdisjoint((*one, "".join(one)))]
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [merge for merge in merges if names.keys().isdisjoint((*merge, "".join(merge)))]
 
 
 def _private_name(number: int) -> str:

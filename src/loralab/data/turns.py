@@ -52,7 +52,7 @@ class Turns:
         while len(ids) > self.max_length and starts:
             ids, mask = self.tokens(_messages_from(messages, starts.pop(0)), where)
         ids, mask = ids[-self.max_length :], mask[-self.max_length :]
-        labels = [one if own else IGNORE for one, own in zip(ids, mask, strict=True)]
+        labels = [token if scored else IGNORE for token, scored in zip(ids, mask, strict=True)]
         # the first position is never predicted: a causal loss shifts the labels by one
         return Example(ids, labels, sum(label != IGNORE for label in labels[1:]), long)
 
@@ -64,9 +64,9 @@ class Turns:
         return ids, mask
 
     def _tokens_by_tags(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
-        made = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        mask = [bool(one) for one in made["assistant_masks"]]
-        turns = sum(one["role"] == "assistant" for one in messages)
+        encoded = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        mask = [bool(value) for value in encoded["assistant_masks"]]
+        turns = sum(message["role"] == "assistant" for message in messages)
         stretches = sum(own and not before for before, own in zip([False, *mask], mask, strict=False))
         # where the tokenizer has no token for a turn's last letter, transformers' mask runs on to the end of the row
         if stretches < turns:
@@ -74,19 +74,19 @@ class Turns:
                 f"{where}: the template's generation tags mark {stretches} stretches of tokens, and the assistant has "
                 f"{turns} turns; valid: tags that end with a letter that the tokenizer keeps"
             )
-        return list(made["input_ids"]), mask
+        return list(encoded["input_ids"]), mask
 
     def _tokens_by_turns(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
         whole = self._render(messages, where, tokenize=False)
         spans = [
-            self._span(messages, place, whole, where)
-            for place, one in enumerate(messages)
-            if one["role"] == "assistant"
+            self._span(messages, index, whole, where)
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant"
         ]
-        made = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         # a token of two parts is the assistant's, as it is in transformers' own mask
-        mask = [any(a < stop and start < b for start, stop in spans) for a, b in made["offset_mapping"]]
-        return list(made["input_ids"]), mask
+        mask = [any(a < stop and start < b for start, stop in spans) for a, b in encoded["offset_mapping"]]
+        return list(encoded["input_ids"]), mask
 
     def _span(self, messages: Messages, place: int, whole: str, where: str) -> tuple[int, int]:
         """(start, stop) in characters of the turn at ``place`` in ``whole``. Raises DataError."""
@@ -110,7 +110,7 @@ class Turns:
 
 def _later_user_turns(messages: Messages) -> list[int]:
     """Indices of the user's turns but the first: where a shorter conversation may begin."""
-    return [place for place, one in enumerate(messages) if one["role"] == "user"][1:]
+    return [index for index, message in enumerate(messages) if message["role"] == "user"][1:]
 
 
 def _messages_from(messages: Messages, start: int) -> Messages:
