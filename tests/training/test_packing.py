@@ -10,7 +10,7 @@ from loralab.adapters.lora import LoRA, LoRADelta
 from loralab.cli import main
 from loralab.data.batches import permutation
 from loralab.data.encoding import IGNORE, Example, encode
-from loralab.data.passes import BatchShape, Pass
+from loralab.data.passes import BatchShape, Feed, Pass, Rows, Weighing, fullest, heaviest
 from loralab.memory.budget import PlanSpec
 from loralab.memory.phases import PhaseMemory
 from loralab.optim.optimizers import AdamW
@@ -20,6 +20,7 @@ from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
 from loralab.running.runner import Runner
 from loralab.training.checkpoint import Checkpoint
+from loralab.training.cursor import DataCursor
 from loralab.training.module import FineTuner
 from loralab.training.trial import Trial
 
@@ -94,6 +95,24 @@ def test_the_record_says_rows_sequences_and_how_full_they_are(trials):
     assert record["data"]["rows"]["train"] == len(lengths)
     epochs = record["time"]["tokens"] / sum(lengths)  # 6 steps of 2 x 2 sequences
     assert epochs == pytest.approx(24 / sequences, rel=0.1)
+
+
+def test_the_heaviest_pass_is_the_one_with_the_most_tokens(trials):
+    specs = trials("heavy", max_steps=9)
+    data = encode(specs[0].data.splits(), specs[0].model.load_tokenizer(), "causal_lm", 64)
+    tokens = {}
+    for spec in specs:
+        cursor = DataCursor(data, "causal_lm", 0, spec.seed, spec.data.batch_size, 2, 64)
+        for step in range(9):
+            for batch in cursor.step_batches():
+                key = (step + 1, batch["micro"])
+                tokens[key] = tokens.get(key, 0) + batch["tokens"]
+    passes = heaviest([Feed.of(spec, data.train) for spec in specs], Weighing(flat=True))
+    step, _ = max(tokens, key=tokens.get)
+    assert [shape.step for shape in passes] == [step, step]
+    assert [shape.tokens for shape in passes] == [tokens[step, 0], tokens[step, 1]]
+    most = fullest(Rows.of(data.train), 2, 64)
+    assert max(cursor.peek(step)["tokens"] for step in range(9)) <= sum(most.inputs) <= 2 * 64
 
 
 @pytest.fixture
