@@ -169,7 +169,7 @@ def greedy(base, adapter, prompt, room):
 
     writer = Writer(base.model, base.tokenizer, adapter, base.spec.task, 64)
     suffix = writer.encoder.suffix if base.spec.task == "seq2seq_lm" else []
-    ids = torch.tensor([[*writer.encoder.prefix, *writer.encoder.plain([prompt])[0], *suffix]])
+    ids = torch.tensor([[*writer.encoder.prefix, *writer.encoder.token_ids([prompt])[0], *suffix]])
     written = torch.tensor([writer.start], dtype=torch.long)
     skipped = written.shape[1]
     for _ in range(room):

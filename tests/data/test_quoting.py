@@ -7,7 +7,7 @@ import transformers
 
 from loralab.data.base import Row, make_splits
 from loralab.data.encoding import Encoder, encode
-from loralab.data.fields import Filled, Template
+from loralab.data.fields import Template, TemplateText
 from loralab.data.files import Files
 from loralab.data.tokenizer import train_tokenizer
 
@@ -128,7 +128,7 @@ def special(tokenizer, ids):
 @pytest.mark.parametrize("text", ["a </s> text", "</s>", "a</s>text", "some <pad></s> text", "</s", "<pad>a"])
 def test_what_a_row_quotes_is_text(kind, text):
     make, tokenizer = kind
-    (ids,) = Encoder(tokenizer, "causal_lm", 64).plain([text])
+    (ids,) = Encoder(tokenizer, "causal_lm", 64).token_ids([text])
     assert ids
     assert special(tokenizer, ids) == []
     if make in LOSSLESS:
@@ -138,7 +138,9 @@ def test_what_a_row_quotes_is_text(kind, text):
 @pytest.mark.parametrize("text", ["a text", "some <other> text / with marks", "s"])
 def test_a_text_that_quotes_none_is_the_tokenizers_own(kind, text):
     _, tokenizer = kind
-    assert Encoder(tokenizer, "causal_lm", 64).plain([text]) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert Encoder(tokenizer, "causal_lm", 64).token_ids([text]) == [
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+    ]
 
 
 @pytest.mark.parametrize("template", ["{q}</s>some", "</s>{q}", "some </s> {q} </s> text", "{q}</s></s>"])
@@ -147,7 +149,7 @@ def test_what_a_template_writes_is_special_and_what_its_fields_quote_is_not(kind
     encoder = Encoder(tokenizer, "causal_lm", 64)
     count = template.count("</s>")
     plain, quoting = (Template(template, "prompt").render({"q": q}) for q in ("a text", "a </s> text"))
-    ordinary, quoted = encoder.plain([plain])[0], encoder.plain([quoting])[0]
+    ordinary, quoted = encoder.token_ids([plain])[0], encoder.token_ids([quoting])[0]
     assert ordinary == tokenizer(str(plain), add_special_tokens=False)["input_ids"]
     assert special(tokenizer, ordinary) == special(tokenizer, quoted) == [tokenizer.eos_token_id] * count
     # what stands before the field and behind it is what it is in a row that quotes nothing
@@ -163,7 +165,7 @@ def test_what_a_template_writes_is_special_and_what_its_fields_quote_is_not(kind
 def test_the_tokenizer_itself_stays_as_it_was(kind):
     _, tokenizer = kind
     before = tokenizer("a </s> text")["input_ids"]
-    Encoder(tokenizer, "causal_lm", 64).plain(["a </s> text", Filled("a </s> text", ((0, 6),))])
+    Encoder(tokenizer, "causal_lm", 64).token_ids(["a </s> text", TemplateText("a </s> text", ((0, 6),))])
     assert tokenizer("a </s> text")["input_ids"] == before
     assert tokenizer.eos_token_id in before
 
@@ -205,7 +207,7 @@ def test_a_template_may_end_its_target_itself(caplog):
     (made,) = encoder.examples([Row("q", written, where="d.jsonl:1")])
     assert made.labels.count(tokenizer.eos_token_id) == 1
     assert made.input_ids == encoder.examples([Row("q", "b")])[0].input_ids
-    encoder.tell()
+    encoder.log_notices()
     assert "d.jsonl:1 ends in '</s>', which ends every target: it is there once" in caplog.text
 
 
@@ -221,5 +223,5 @@ def test_a_first_token_that_the_template_writes_is_there_once(caplog):
     (made,) = encoder.examples([Row(written, "b", where="d.jsonl:1")])
     assert made.input_ids == encoder.examples([Row("abc", "b")])[0].input_ids
     assert made.input_ids.count(tokenizer.pad_token_id) == 1
-    encoder.tell()
+    encoder.log_notices()
     assert "d.jsonl:1 begins with '<pad>', which the tokenizer puts there itself" in caplog.text

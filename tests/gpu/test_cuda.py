@@ -146,3 +146,15 @@ def test_a_run_on_the_card_learns_and_leaves_a_whole_record(trained, curve, tmp_
     assert losses[-1] < losses[0]
     assert all(stored["memory"]["by_phase"][phase] > 0 for phase in ("forward", "backward", "optimizer"))
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_packed_rows_have_the_losses_on_the_card_that_they_have_on_a_cpu(trained, curve, tmp_path):
+    lines = (json.dumps({"q": f"row {i}", "a": "word " * (1 + i % 5)}) + "\n" for i in range(40))
+    (tmp_path / "short.jsonl").write_text("".join(lines))
+    words = ["data.train=short.jsonl", "data.validation=short.jsonl", "data.text=null", "data.packing=true"]
+    words += ["data.prompt='{q}'", "data.target='{a}'", "trainer.precision=32-true"]
+    stored, on_card = trained(*words), curve(tmp_path / "run")
+    assert stored["data"]["packing"]["sequences"] < stored["data"]["packing"]["rows"]
+    assert stored["memory"]["predicted_peak_bytes"] == pytest.approx(stored["memory"]["measured_peak_bytes"], rel=0.05)
+    trained(*words, "trainer=cpu", "--fresh")
+    assert on_card == pytest.approx(curve(tmp_path / "run"), rel=1e-3)

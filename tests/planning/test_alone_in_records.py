@@ -8,7 +8,7 @@ import pytest
 from loralab.adapters.full import Full
 from loralab.adapters.lora import LoRA
 from loralab.data.files import Files
-from loralab.data.passes import Fed, Pass
+from loralab.data.passes import BatchShape, Pass
 from loralab.memory.budget import PlanSpec
 from loralab.memory.phases import PhaseMemory
 from loralab.optim.optimizers import AdamW
@@ -59,7 +59,7 @@ def forget(monkeypatch):
 
 def fed(rows, length, cuda=False):
     """A step of full rows."""
-    return Geometry((Pass(0, (Fed((length,) * rows, (length,) * rows, rows * (length - 1)),)),), cuda)
+    return Geometry((Pass(0, (BatchShape((length,) * rows, (length,) * rows, rows * (length - 1)),)),), cuda)
 
 
 def test_sixteen_trials_over_four_ranks_cost_two_traces_and_none_in_the_next_process(planned, traces, monkeypatch):

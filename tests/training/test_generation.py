@@ -8,7 +8,7 @@ import torch
 
 from loralab.adapters.lora import LoRA
 from loralab.data.base import Row
-from loralab.data.fields import Filled
+from loralab.data.fields import TemplateText
 from loralab.errors import ConfigError
 from loralab.forward.texts import rouge_l, scores
 from loralab.running.runner import Runner
@@ -211,7 +211,7 @@ def test_a_special_token_in_a_target_is_read_alike_on_both_sides(load_base):
         return out
 
     handle = base.model.register_forward_hook(forward, with_kwargs=True)
-    target = Filled("<call>x<done>", ((0, 6), (7, 13)))
+    target = TemplateText("<call>x<done>", ((0, 6), (7, 13)))
     writer = Writer(base.model, base.tokenizer, None, "causal_lm", 64)
     assert score(writer, [Row("q", target)]) == 1.0
     table[ids[0]] = ids[2]  # leaves the call out

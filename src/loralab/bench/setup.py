@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from loralab.bench.processes import ProcessError, Row, WorkerProcess
-from loralab.data.batches import Stream
+from loralab.data.batches import permutation
 from loralab.data.docstrings import Docstrings
 from loralab.data.encoding import encode
 from loralab.data.files import Files
@@ -69,7 +69,7 @@ def prepare(folder: Path, device: str, threads: int) -> BenchmarkSetup:
     model = SHIPPED_FOLDER if device == "cpu" else _write_llama(folder / "llama_1b")
     tokenizer = Pretrained(name_or_path=str(SHIPPED_FOLDER)).load_tokenizer()
     encoded = encode(Files(**files).splits(), tokenizer, "causal_lm", MAX_LENGTH)
-    train = [encoded.train[i] for i in Stream(len(encoded.train), seed=0).take(len(encoded.train))]
+    train = [encoded.train[i] for i in permutation(len(encoded.train), seed=0, epoch=0)]
     words = [
         *("model=hf", f"model.name_or_path={model}", f"model.max_length={MAX_LENGTH}", *device_words(device)),
         *("data=files", *(f"data.{key}={value}" for key, value in files.items())),

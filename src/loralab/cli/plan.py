@@ -17,11 +17,13 @@ def run(arguments: Arguments) -> int:
 
     spec = trial_spec(compose(arguments.overrides(), config_dir=arguments.config_dir), Path())
     from loralab.planning import plan as planning
+    from loralab.planning.foresee import check_packing
     from loralab.planning.sizes import name_what_stays
     from loralab.training.trainer import quiet
 
     quiet()
     name_what_stays(spec.model)
+    check_packing(spec)
     device = "cuda" if spec.plan.device == "auto" else spec.plan.device
     predicted = planning.predict(spec, device)
     if arguments.json:

@@ -95,6 +95,7 @@ def trial_spec(
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
     metrics = _metrics(content.get("metrics") or {}, specs)
     _check_metric(content["metric"], content["metric_mode"], specs, metrics)
+    _check_packing(specs)
     from loralab.training.specs import TrialSpec  # imports torch and Lightning: after the checks
 
     return TrialSpec(
@@ -179,6 +180,26 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping
     if higher is not None and mode != best:
         which = "higher" if best == "max" else "lower"
         raise ConfigError(f"metric_mode={mode} would rank a worse {metric} first: {which} is better; valid: {best}")
+
+
+def _check_packing(specs: Mapping[str, Any]) -> None:
+    """Raises ConfigError for data.packing=true where rows cannot share a sequence whatever the base."""
+    model, data, adapter = specs["model"], specs["data"], specs["adapter"]
+    if not data.packing:
+        return
+    if model.task != "causal_lm":
+        reason = f"model.task={model.task} has no sequences that rows could share; valid: causal_lm"
+    elif data.documents:
+        reason = "plain text is cut into full sequences already; valid: false"
+    elif not adapter.tokenwise:
+        reason = (
+            f"adapter={adapter.method} needs rows of their own, with their padding; valid: lora, or data.packing=false"
+        )
+    elif specs["memory"].spiky_every is not None:
+        reason = "memory.spiky_every pads rows, and packed ones have no padding; valid: memory.spiky_every=null"
+    else:
+        return
+    raise ConfigError(f"data.packing=true: {reason}")
 
 
 def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

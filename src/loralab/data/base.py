@@ -27,7 +27,7 @@ DECODING = (  # of transformers' GenerationConfig; what frames a text is trainin
 class Row:
     """One example: a prompt and its continuation, a text (or two) and its label, or a document.
 
-    All of it is plain text: a special token that it quotes is none, but where a template wrote it (``fields.Filled``).
+    All of it is plain text: a special token is one only where a template wrote it (``fields.TemplateText``).
     """
 
     prompt: str  # pairs: the source text; labels, scores: the text; text: ""; chat: the messages in JSON
@@ -69,6 +69,7 @@ class DataSpec:
 
     batch_size: Annotated[Count, Le(2**20)] = 8  # no machine holds more
     limit: Count | None = None  # the first N rows of each split
+    packing: bool = False  # several training rows in a sequence of model.max_length, which batch_size counts then
     generate_rows: Natural = 0  # rows of the held-out split that are also scored by generation
     generation: dict[str, Any] = field(default_factory=dict)  # of transformers' GenerationConfig; empty: greedy
     rouge: Literal["unicode", "published"] = "unicode"  # words that ROUGE counts: of every script, or a-z and 0-9
@@ -93,17 +94,17 @@ class DataSpec:
         raise NotImplementedError
 
     def as_scores(self) -> Self:
-        """What regression reads; here itself."""
+        """The spec whose labels are read as real-valued scores, for regression; here itself."""
         return self
 
     def source(self) -> str | None:
-        """16 hex digits of what the rows are read from, by which a rerun knows that they are the same: here of the
-        files that the fields name. None where there is nothing, or not on this machine. Reads no row."""
-        named = [value for one in fields(self) if isinstance(value := getattr(self, one.name), str)]
+        """16 hex digits of what the rows are read from, here the files that the fields name: equal where they are the
+        same. None where there are no files, or not on this machine. Reads no row."""
+        named = [value for field_ in fields(self) if isinstance(value := getattr(self, field_.name), str)]
         return fingerprints.of_files(path for value in named if (path := Path(value).expanduser()).is_file())
 
     def sample(self, model: Any, tokenizer: Any, task: str, max_length: int) -> Any:
-        """Draw encoded rows from the unquantized base."""
+        """The encoded rows drawn from the unquantized base, where ``from_base``."""
         raise NotImplementedError
 
 
@@ -130,7 +131,7 @@ def make_splits(
     labels: Iterable[str] = (),
     skipped: int = 0,
 ) -> Splits:
-    """Cut to ``limit``, weigh and fingerprint."""
+    """The splits, each cut to its first ``limit`` rows, with their fingerprint and the UTF-8 bytes of their targets."""
     cut = {split: rows.get(split, [])[:limit] for split in SPLITS}
     return Splits(
         name=name,

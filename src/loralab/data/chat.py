@@ -12,7 +12,7 @@ from typing import Any, Literal
 from loralab.data.base import DataSpec, Row, Splits, make_splits
 from loralab.data.fields import BadRow, Number, field_of, text_of, typename
 from loralab.data.files import READERS, file_format, split_paths
-from loralab.data.rows import Record, judge, refuse_identical, split_off, warn_of_overlap
+from loralab.data.rows import Record, refuse_identical, report_bad_rows, split_off, warn_of_overlap
 from loralab.errors import ConfigError, DataError, nearest
 from loralab.records import fingerprints
 from loralab.spec import Natural, Text, spec
@@ -74,21 +74,22 @@ class Chat(DataSpec):
             )
         rows: list[Row] = []
         problems: list[str] = []
-        for record in _told_of_tools(READERS[ending](path, [])):
+        for record in _warn_of_tools(READERS[ending](path, [])):
             try:
                 rows.append(row_of(record, self.messages))
             except BadRow as problem:
                 problems.append(f"{record.where}: {problem}")
-        judge(split, len(rows) + len(problems), problems, self.on_bad_row)
+        report_bad_rows(split, len(rows) + len(problems), problems, self.on_bad_row)
         return rows, len(problems)
 
 
-def _told_of_tools(records: Iterable[Record]) -> Iterator[Record]:
-    told = False
+def _warn_of_tools(records: Iterable[Record]) -> Iterator[Record]:
+    """Yields ``records``; logs one warning at the first that lists tools."""
+    warned = False
     for record in records:
-        if record.fields.get("tools") and not told:
-            told = True
-            log.warning("%s: the field 'tools' is not read: the template is told of no tools", record.where)
+        if record.fields.get("tools") and not warned:
+            warned = True
+            log.warning("%s: the field 'tools' is not read: the template is given no tools", record.where)
         yield record
 
 
@@ -98,26 +99,25 @@ def row_of(record: Record, key: str) -> Row:
     if record.problem:
         raise BadRow(record.problem)
     fields = record.fields
-    given = field_of(fields, SHAREGPT if key not in fields and SHAREGPT in fields else key)
-    if not isinstance(given, list):
-        raise BadRow(f"field {key!r} is {_kind(given)}, a list of messages is wanted")
-    messages = [message_of(one, f"message {number}") for number, one in enumerate(given, 1)]
-    turns = [place for place, one in enumerate(messages) if one["role"] == "assistant"]
+    values = field_of(fields, SHAREGPT if key not in fields and SHAREGPT in fields else key)
+    if not isinstance(values, list):
+        raise BadRow(f"field {key!r} is {_kind(values)}, a list of messages is wanted")
+    messages = [message_of(value, f"message {number}") for number, value in enumerate(values, 1)]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise BadRow(f"no turn of the assistant among {len(messages)} messages, so there is nothing to learn")
-    kept = messages[: turns[-1] + 1]
-    target = "".join(kept[place]["content"] for place in turns)
-    return Row(json.dumps(kept, ensure_ascii=False), target, where=record.where)
+    target = "".join(messages[index]["content"] for index in turns)
+    return Row(json.dumps(messages[: turns[-1] + 1], ensure_ascii=False), target, where=record.where)
 
 
-def message_of(given: Any, place: str) -> dict[str, str]:
-    """``role`` and ``content`` of a message in either spelling, or BadRow."""
-    if not isinstance(given, Mapping):
-        raise BadRow(f"{place} is {_kind(given)}, an object with role and content is wanted")
-    unread = [key for key in UNREAD if given.get(key) is not None]
+def message_of(value: Any, place: str) -> dict[str, str]:
+    """``role`` and ``content`` of a message in either spelling; ``place`` names it in errors. Raises BadRow."""
+    if not isinstance(value, Mapping):
+        raise BadRow(f"{place} is {_kind(value)}, an object with role and content is wanted")
+    unread = [key for key in UNREAD if value.get(key) is not None]
     if unread:
         raise BadRow(f"{place} holds {unread[0]!r}, which is not read; valid: its text as content")
-    role, content = (given[key] if given.get(key) is not None else given.get(other) for key, other in SPELLINGS)
+    role, content = (value[key] if value.get(key) is not None else value.get(other) for key, other in SPELLINGS)
     if not isinstance(role, str) or role not in ROLES:
         raise BadRow(f"{place} has the role {role!r}; {nearest(str(role), ROLES)}")
     if not isinstance(content, str) or isinstance(content, Number):

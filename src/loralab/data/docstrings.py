@@ -40,8 +40,8 @@ class Docstrings(DataSpec):
     """Some 5,000 training pairs and 500 held-out ones; split by file, so no function leaks."""
 
     def source(self) -> str | None:
-        """Of all mined rows: they change with the Python that runs."""
-        return _rows_of(mining.stdlib_root())
+        """16 hex digits of all mined rows: they change with the Python that runs."""
+        return _fingerprint_of_rows(mining.stdlib_root())
 
     def splits(self) -> Splits:
         root = mining.stdlib_root()
@@ -62,7 +62,7 @@ def mine(root: Path) -> Mined:
     A held-out function that is also a training function, here or in the Python that the shipped base was
     trained with, is dropped.
     """
-    found: Mined = {split: [] for split in SPLITS}
+    mined: Mined = {split: [] for split in SPLITS}
     keys = {split: set[bytes]() for split in SPLITS}
     seen = {split: set[bytes]() for split in SPLITS}
     pending: list[tuple[str, mining.Function, Row]] = []
@@ -84,8 +84,8 @@ def mine(root: Path) -> Mined:
         if function.key in seen[split] or not forbidden[split].isdisjoint((function.key, function.answer_key)):
             continue
         seen[split].add(function.key)
-        found[split].append(row)
-    return {split: sorted(rows, key=lambda row: hash_order(row.where)) for split, rows in found.items()}
+        mined[split].append(row)
+    return {split: sorted(rows, key=lambda row: hash_order(row.where)) for split, rows in mined.items()}
 
 
 def first_line(function: mining.Function) -> str | None:
@@ -111,7 +111,7 @@ def training_keys() -> set[bytes]:
 
 
 def load_or_mine(root: Path) -> Mined:
-    """Mined rows from the user's cache, mined anew where there are none or they are damaged."""
+    """Mined rows by split, from the user's cache; where that is missing or damaged they are mined and cached."""
     path = cache_path(root)
     rows = _read_cache(path)
     if rows is None:
@@ -121,12 +121,12 @@ def load_or_mine(root: Path) -> Mined:
 
 
 @cache
-def _rows_of(root: Path) -> str:
+def _fingerprint_of_rows(root: Path) -> str:
     return fingerprint(load_or_mine(root))
 
 
 def cache_path(root: Path) -> Path:
-    """Keyed by the interpreter, its library's place, and the code that mines."""
+    """The cache file: its name is a hash of the interpreter, its library's place, and the code that mines."""
     digest = hashlib.sha256(f"{sys.version}\0{root}\0".encode())
     for part in (Path(__file__), Path(mining.__file__), TRAINING_KEYS):
         digest.update(part.read_bytes() if part.is_file() else b"")
@@ -159,8 +159,7 @@ def write_training_keys(root: Path, path: Path = TRAINING_KEYS) -> int:
     keys = set[bytes]()
     for source in mining.python_files(root):
         if mining.split_of(source.relative_to(root).as_posix()) == "train":
-            found = mining.functions(mining.read_source(source) or "")
-            for function in found:
+            for function in mining.functions(mining.read_source(source) or ""):
                 keys |= {function.key} if len(function.code) >= 40 else set()
                 keys |= {function.answer_key} if first_line(function) else set()
     path.write_bytes(b"".join(sorted(keys)))

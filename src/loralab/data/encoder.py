@@ -11,7 +11,7 @@ import numpy as np
 
 from loralab.data.base import Row
 from loralab.data.examples import IGNORE, Blocks, Example
-from loralab.data.fields import Filled, written
+from loralab.data.fields import TemplateText, template_spans
 from loralab.data.quoting import Quoting
 from loralab.errors import ConfigError, DataError
 
@@ -39,52 +39,53 @@ class Encoder:
             self.target_prefix, self.target_suffix = special_affixes(tokenizer, target=True)
         self.quoting = Quoting(tokenizer)
         self.marks_start = task == "causal_lm" and marks_start(tokenizer)
-        self.told: dict[str, list[tuple[str, str]]] = {}  # {what is to be said: (where, token) of the rows}
+        self.notices: dict[str, list[tuple[str, str]]] = {}  # {bos, eos or quoted: (file:line, token) of each row}
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """One example a row, in order."""
-        self._note_quoted(rows)
+        self._add_quoted_notices(rows)
         if self.task == "sequence_classification":
             return self.classes(rows)
-        prompts, targets = self.plain([row.prompt for row in rows]), self.targets(rows)
+        prompts, targets = self.token_ids([row.prompt for row in rows]), self.targets(rows)
         pair = self.causal if self.task == "causal_lm" else self.seq2seq
-        return [pair(one, other, row.where) for one, other, row in zip(prompts, targets, rows, strict=True)]
+        return [pair(prompt, target, row.where) for prompt, target, row in zip(prompts, targets, rows, strict=True)]
 
     def targets(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Of each row, nothing cut, nothing around them."""
+        """Token ids of each row's target, as they follow its prompt; not truncated, no special tokens added."""
         targets = [row.target for row in rows]
         if self.task == "causal_lm":
-            return self.continuations([row.prompt for row in rows], targets)
-        return self.plain(targets, target=True)
+            return self.continuation_ids([row.prompt for row in rows], targets)
+        return self.token_ids(targets, target=True)
 
     def causal(self, prompt: list[int], target: list[int], where: str = "") -> Example:
         """prefix + prompt + target + eos; the loss is on target and eos."""
         if self.prefix and prompt[: len(self.prefix)] == self.prefix:
-            self._note("bos", where, self.prefix)
+            self._add_notice("bos", where, self.prefix)
             prompt = prompt[len(self.prefix) :]
-        target = self.ended(target, where)
+        target = self.with_eos(target, where)
         room = max(0, self.max_length - len(self.prefix) - len(target))
-        kept = prompt[len(prompt) - room :] if room < len(prompt) else prompt
-        head = self.prefix + kept
+        truncated_prompt = prompt[len(prompt) - room :] if room < len(prompt) else prompt
+        head = self.prefix + truncated_prompt
         ids = (head + target)[: self.max_length]
         labels = ([IGNORE] * len(head) + target)[: self.max_length]
         # the first position is never predicted: a causal loss shifts the labels by one
         counted = sum(label != IGNORE for label in labels[1:])
-        return Example(ids, labels, counted, len(head) + len(target) > len(ids) or len(kept) < len(prompt))
+        return Example(ids, labels, counted, len(head) + len(target) > len(ids) or room < len(prompt))
 
-    def ended(self, target: list[int], where: str = "") -> list[int]:
-        """With the end of text behind it, unless the template wrote it there."""
+    def with_eos(self, target: list[int], where: str = "") -> list[int]:
+        """``target`` and one end-of-text token; adds a notice where the template wrote it. ``where``: file:line."""
         if target and target[-1] == self.eos:
-            self._note("eos", where, [self.eos])
+            self._add_notice("eos", where, [self.eos])
             return target
         return [*target, self.eos]
 
     def seq2seq(self, prompt: list[int], target: list[int], where: str = "") -> Example:
-        """Source and target, each with its special tokens, each at most max_length long."""
+        """Source and target, each with its special tokens, each of at most ``max_length`` tokens: the source loses its
+        start, the target its end."""
         room = max(0, self.max_length - len(self.prefix) - len(self.suffix))
         end = self.target_suffix or [self.eos]
         if target[-len(end) :] == end:
-            self._note("eos", where, end)
+            self._add_notice("eos", where, end)
             target = target[: -len(end)]
         wanted = self.target_prefix + target
         labels = wanted[: max(0, self.max_length - len(end))] + end
@@ -92,100 +93,104 @@ class Encoder:
         return Example(ids, labels, len(labels), room < len(prompt) or len(labels) < len(wanted) + len(end))
 
     def classes(self, rows: Sequence[Row]) -> list[Example]:
-        """The text, or the pair, as the tokenizer itself frames and truncates it (its truncation_side)."""
+        """Classification: the text, or the pair, as the tokenizer itself frames and truncates it (its truncation_side).
+        Raises DataError for a row without a label."""
         if not rows:
             return []
         texts, paired = [row.prompt for row in rows], any(row.pair is not None for row in rows)
         pairs = [row.pair or "" for row in rows] if paired else None
         options = {"truncation": True, "max_length": self.max_length, "return_attention_mask": False}
-        made = self.tokenizer(texts, pairs, **options)
-        cut = [{key: made[key][place] for key in made} for place in range(len(rows))]
-        for place in self.quoting.quoted(texts) | self.quoting.quoted(pairs or []):
-            cut[place] = self.quoting.framed(texts[place], pairs[place] if pairs else None, **options)
+        encoded = self.tokenizer(texts, pairs, **options)
+        inputs = [{key: encoded[key][index] for key in encoded} for index in range(len(rows))]
+        for index in self.quoting.quoted_tokens(texts) | self.quoting.quoted_tokens(pairs or []):
+            inputs[index] = self.quoting.framed(texts[index], pairs[index] if pairs else None, **options)
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=paired)
-        seconds = self.plain(pairs) if pairs else [[]] * len(rows)
-        lengths = [len(one) + len(other) for one, other in zip(self.plain(texts), seconds, strict=True)]
+        seconds = self.token_ids(pairs) if pairs else [[]] * len(rows)
+        lengths = [len(ids) + len(second) for ids, second in zip(self.token_ids(texts), seconds, strict=True)]
         return [
             Example(
-                one["input_ids"], [_label(row)], 1, length > room, one.get("token_type_ids") if self.typed else None
+                own["input_ids"], [_label(row)], 1, length > room, own.get("token_type_ids") if self.typed else None
             )
-            for one, row, length in zip(cut, rows, lengths, strict=True)
+            for own, row, length in zip(inputs, rows, lengths, strict=True)
         ]
 
     def blocks(self, rows: Sequence[Row]) -> Blocks:
         """Documents joined by eos (one before the first: its first token is predicted too), then cut."""
-        self._note_quoted(rows)
+        self._add_quoted_notices(rows)
         parts = [np.array([self.eos], np.int32)]
         for start in range(0, len(rows), DOCUMENTS_PER_CALL):
             documents = [row.target for row in rows[start : start + DOCUMENTS_PER_CALL]]
-            parts += [np.array([*document, self.eos], np.int32) for document in self.plain(documents)]
+            parts += [np.array([*document, self.eos], np.int32) for document in self.token_ids(documents)]
         return Blocks(np.concatenate(parts) if rows else np.empty(0, np.int32), self.max_length)
 
-    def plain(self, texts: Sequence[str], target: bool = False) -> list[list[int]]:
+    def token_ids(self, texts: Sequence[str], target: bool = False) -> list[list[int]]:
         """Token ids, nothing cut, no special tokens but a template's; ``target``: as what a decoder writes."""
         if not texts:
             return []
-        given: dict[str, Any] = {"text_target" if target else "text": list(texts)}
-        encoded = self.tokenizer(**given, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        named: dict[str, Any] = {"text_target" if target else "text": list(texts)}
+        encoded = self.tokenizer(**named, add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
-        for place in self.quoting.quoted(texts):
-            ids[place] = self.quoting.ids(texts[place], target=target)
+        for index in self.quoting.quoted_tokens(texts):
+            ids[index] = self.quoting.ids(texts[index], target=target)
         return ids
 
-    def continuations(self, texts: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
+    def continuation_ids(self, texts: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
         """Targets behind their prompts, ``texts``; where a tokenizer marks the first word of a text by a space, that of
         the whole text is marked, not the target's."""
-        alone = self.plain(targets)
+        separate = self.token_ids(targets)
         if not self.marks_start:
-            return alone
-        prompts = self.plain(texts)
-        behind = [at for at, prompt in enumerate(prompts) if prompt]
-        whole = self.plain([joined(texts[at], targets[at]) for at in behind])
-        found = {at: after(prompts[at], ids) for at, ids in zip(behind, whole, strict=True)}
+            return separate
+        prompts = self.token_ids(texts)
+        prompted = [index for index, prompt in enumerate(prompts) if prompt]
+        whole = self.token_ids([concatenated(texts[index], targets[index]) for index in prompted])
+        continued = {index: ids_behind(prompts[index], ids) for index, ids in zip(prompted, whole, strict=True)}
         # where a target would change its prompt's last token: behind a line break, which is part of no word
-        changed = [at for at in behind if not found[at]]
-        (end,) = self.plain(["\n"])
-        broken = self.plain([joined("\n", targets[at]) for at in changed])
-        found.update({at: after(end, ids) for at, ids in zip(changed, broken, strict=True)})
-        return [found.get(at) or ids for at, ids in enumerate(alone)]
+        changed = [index for index in prompted if not continued[index]]
+        (line_break,) = self.token_ids(["\n"])
+        broken = self.token_ids([concatenated("\n", targets[index]) for index in changed])
+        continued.update({index: ids_behind(line_break, ids) for index, ids in zip(changed, broken, strict=True)})
+        return [continued.get(index) or ids for index, ids in enumerate(separate)]
 
-    def _note_quoted(self, rows: Sequence[Row]) -> None:
-        found: dict[int, str] = {}
+    def _add_quoted_notices(self, rows: Sequence[Row]) -> None:
+        tokens: dict[int, str] = {}
         for key in ("prompt", "pair") if self.task == "sequence_classification" else ("prompt", "target"):
-            found = self.quoting.quoted([getattr(row, key) or "" for row in rows]) | found
-        if found:
-            self.told.setdefault("quoted", []).extend((rows[place].where, found[place]) for place in sorted(found))
+            tokens = self.quoting.quoted_tokens([getattr(row, key) or "" for row in rows]) | tokens
+        if tokens:
+            self.notices.setdefault("quoted", []).extend((rows[index].where, tokens[index]) for index in sorted(tokens))
 
-    def _note(self, what: str, where: str, ids: list[int]) -> None:
-        self.told.setdefault(what, []).append((where, self.tokenizer.decode(ids)))
+    def _add_notice(self, kind: str, where: str, ids: list[int]) -> None:
+        self.notices.setdefault(kind, []).append((where, self.tokenizer.decode(ids)))
 
-    def tell(self) -> None:
-        """One line for each thing that rows have been found to hold."""
-        says = {
+    def log_notices(self) -> None:
+        """Logs one warning for each kind of notice: its first row, and how many rows have it."""
+        messages = {
             "quoted": "%s quotes the special token %r, read as text%s",
             "bos": "%s begins with %r, which the tokenizer puts there itself: it is there once%s",
             "eos": "%s ends in %r, which ends every target: it is there once%s",
         }
-        for what, found in self.told.items():
-            rows = len({where for where, _ in found})
-            log.warning(says[what], found[0][0] or "a row", found[0][1], f" (so do {rows} rows)" if rows > 1 else "")
+        for kind, notices in self.notices.items():
+            rows = len({where for where, _ in notices})
+            log.warning(
+                messages[kind], notices[0][0] or "a row", notices[0][1], f" (so do {rows} rows)" if rows > 1 else ""
+            )
 
 
-def joined(first: str, second: str) -> str:
-    """One text of two, each knowing what its template wrote."""
-    spans = (*written(first), *((start + len(first), stop + len(first)) for start, stop in written(second)))
-    return Filled(first + second, spans) if spans else first + second
+def concatenated(first: str, second: str) -> str:
+    """``first + second``; a TemplateText where a template wrote part of either."""
+    shifted = [(start + len(first), stop + len(first)) for start, stop in template_spans(second)]
+    spans = (*template_spans(first), *shifted)
+    return TemplateText(first + second, spans) if spans else first + second
 
 
-def after(head: list[int], whole: list[int]) -> list[int]:
+def ids_behind(head: list[int], whole: list[int]) -> list[int]:
     """What follows ``head`` in ``whole``; empty where that does not begin with it."""
     return whole[len(head) :] if whole[: len(head)] == head else []
 
 
 def marks_start(tokenizer: Any) -> bool:
     """Whether a text's first word is encoded as one that follows a space."""
-    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a a"))
-    return bool(one) and two == one + one
+    word, two_words = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "a a"))
+    return bool(word) and two_words == word + word
 
 
 def special_affixes(tokenizer: Any, target: bool = False) -> tuple[list[int], list[int]]:

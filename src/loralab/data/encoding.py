@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from loralab.data.base import SPLITS, Splits
 from loralab.data.encoder import Encoder, special_affixes
 from loralab.data.examples import IGNORE, Blocks, Example, statistics
-from loralab.data.fields import written
+from loralab.data.fields import template_spans
 from loralab.data.turns import Turns
 from loralab.errors import ConfigError, DataError
 
@@ -95,7 +95,7 @@ def encode(splits: Splits, tokenizer: Any, task: str, max_length: int, typed: bo
     for split in SPLITS:
         rows = splits[split]
         parts[split] = encoder.blocks(rows) if splits.kind == "text" else form.examples(rows)
-    encoder.tell()
+    encoder.log_notices()
     if splits.kind == "text":
         _warn_of_unknown(splits.name, [part for part in parts.values() if isinstance(part, Blocks)], tokenizer)
     for split in ("train", "validation"):
@@ -131,7 +131,7 @@ def _check_pairs(splits: Splits, tokenizer: Any, task: str) -> None:
         return
     if first.pair is not None and task != "sequence_classification":
         raise ConfigError(f"data.text is a pair of texts, which model.task={task} cannot read; valid: one template")
-    separator, spans = tokenizer.sep_token, written(first.prompt)
+    separator, spans = tokenizer.sep_token, template_spans(first.prompt)
     if separator and task == "sequence_classification" and any(separator in first.prompt[a:b] for a, b in spans):
         log.warning(
             "data.text writes the separator %r by hand, so the model is told of one text; data.text=['{a}', '{b}'] is "

@@ -21,24 +21,24 @@ class Number(str):
     __slots__ = ()
 
 
-class Filled(str):
-    """A text that knows which parts of it its template wrote, (start, stop) each; the rest are a row's fields."""
+class TemplateText(str):
+    """A text and the (start, stop) of each part that its template wrote; the rest are a row's fields."""
 
-    __slots__ = ("written",)
-    written: Spans
+    __slots__ = ("template_spans",)
+    template_spans: Spans
 
-    def __new__(cls, text: str, written: Spans) -> "Filled":
-        made = super().__new__(cls, text)
-        made.written = written
-        return made
+    def __new__(cls, text: str, template_spans: Spans) -> "TemplateText":
+        instance = super().__new__(cls, text)
+        instance.template_spans = template_spans
+        return instance
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Filled, (str(self), self.written)
+        return TemplateText, (str(self), self.template_spans)
 
 
-def written(text: str) -> Spans:
+def template_spans(text: str) -> Spans:
     """The parts of ``text`` that a template wrote; of a plain str none."""
-    return text.written if isinstance(text, Filled) else ()
+    return text.template_spans if isinstance(text, TemplateText) else ()
 
 
 class Template:
@@ -62,22 +62,22 @@ class Template:
 
     @property
     def fields(self) -> list[str]:
+        """Names of the columns it reads, in order."""
         return [name for _, name in self.parts if name is not None]
 
-    def filled_from(self, text: str, key: str, columns: Sequence[str]) -> "Template":
-        """Itself, or where it has no field: the column of that name. ConfigError where there is none."""
+    def use_column(self, text: str, key: str, columns: Sequence[str]) -> None:
+        """Changes a template without a field into the column named ``text``. Raises ConfigError where there is none."""
         if self.fields or not self.parts:
-            return self
+            return
         if text not in columns:
             raise ConfigError(
                 f"data.{key}={text!r} has no {{field}}, so every row would be the same, and there is no column of "
                 f"that name; {nearest(text, columns)}"
             )
         self.parts = [("", text)]
-        return self
 
     def render(self, fields: Mapping[str, Any]) -> str:
-        """The text, or BadRow; ``Filled`` where the template wrote some of it."""
+        """The text of a record; a TemplateText where the template wrote some of it. Raises BadRow."""
         text = ""
         spans: list[tuple[int, int]] = []
         for literal, name in self.parts:
@@ -85,11 +85,11 @@ class Template:
                 start = spans.pop()[0] if spans and spans[-1][1] == len(text) else len(text)
                 spans.append((start, len(text) + len(literal)))
             text += literal + (text_of(fields, name) if name is not None else "")
-        return Filled(text, tuple(spans)) if spans else text
+        return TemplateText(text, tuple(spans)) if spans else text
 
 
 def text_of(fields: Mapping[str, Any], name: str) -> str:
-    """A field as text; numbers as they are written."""
+    """A field as text; a number as it is written. Raises BadRow for other values, NUL characters and invalid UTF-8."""
     value = field_of(fields, name)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow(f"field {name!r} is {typename(value)}, text is wanted")
@@ -104,7 +104,7 @@ def text_of(fields: Mapping[str, Any], name: str) -> str:
 
 
 def field_of(fields: Mapping[str, Any], name: str) -> Any:
-    """The value of a field, or BadRow."""
+    """The value of a field. Raises BadRow, with the nearest name, where it is missing."""
     if name not in fields:
         close = nearest(name, map(str, fields)).partition("valid:")[0].strip()
         has = ", ".join(map(str, fields)) or "nothing"

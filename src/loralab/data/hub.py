@@ -83,13 +83,13 @@ def _library() -> Any:
 
 
 def _records(part: Any, name: str, named: Mapping[str, list[str]]) -> Iterator[Record]:
-    """``named``: {column: the names of its numbers}."""
+    """A record a row, from 0; ``named``: {column: the class names that its numbers are replaced by}."""
     for index, fields in enumerate(part):
-        own = {key: names[fields[key]] for key, names in named.items() if _is_place(fields.get(key), names)}
-        yield Record({**fields, **own}, f"{name}:{index}")
+        classes = {key: names[fields[key]] for key, names in named.items() if _is_class_index(fields.get(key), names)}
+        yield Record({**fields, **classes}, f"{name}:{index}")
 
 
-def _is_place(value: Any, names: list[str]) -> bool:
+def _is_class_index(value: Any, names: list[str]) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names)
 
 

@@ -56,12 +56,12 @@ def split_of(relative_path: str) -> str:
 
 def python_files(root: Path) -> list[Path]:
     """Python files below ``root``, sorted, without tests, code pages and generated build data."""
-    found = []
+    paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
         python = [name for name in names if name.endswith(".py")]
-        found += [Path(folder, name) for name in python if not name.startswith(("_sysconfigdata", "test_"))]
-    return sorted(found)
+        paths += [Path(folder, name) for name in python if not name.startswith(("_sysconfigdata", "test_"))]
+    return sorted(paths)
 
 
 def read_source(path: Path) -> str | None:
@@ -96,13 +96,13 @@ def functions(source: str) -> Iterator[Function]:
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Function:
     docstring = ast.get_docstring(node) or ""
     start, end = node.lineno, node.end_lineno or node.lineno
-    kept = list(range(start, end + 1))
+    numbers = list(range(start, end + 1))
     cut = (0, 0)
     first = node.body[0]
     if docstring and first.lineno > start and _alone(first, lines):
         cut = (first.lineno, first.end_lineno or first.lineno)
-        kept = [number for number in kept if not cut[0] <= number <= cut[1]]
-    code = "\n".join(lines[number - 1][_indent(lines[number - 1], node.col_offset) :] for number in kept)
+        numbers = [number for number in numbers if not cut[0] <= number <= cut[1]]
+    code = "\n".join(lines[number - 1][_indent(lines[number - 1], node.col_offset) :] for number in numbers)
     if cut == (0, 0):
         docstring = ""
     return Function(node.name, code.rstrip(), docstring, start, len(node.body) - bool(docstring), cut)

@@ -1,4 +1,4 @@
-"""What the model is shown of a data set: its first training rows in words, so that a wrong template meets the eye."""
+"""What the model is shown of a data set: its first training rows in words, so that a wrong template is seen."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def preview(encoded: Encoded, tokenizer: Any, rows: int = 2) -> str:
 
 
 def _end(encoded: Encoded, index: int, tokenizer: Any) -> str:
-    """Whether the end of a target is learnt."""
+    """The words about the end of a target: learnt, cut off, or none (classification)."""
     if encoded.task == "sequence_classification":
         return ""
     if isinstance(encoded.train, Blocks):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from loralab.data.fields import written
+from loralab.data.fields import template_spans
 
 MARK = "\U0010fffd"  # the last private letter of Unicode
 
@@ -21,91 +21,94 @@ class Quoting:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        own = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.specials: dict[str, int] = {name: number for name, number in {**own, **known}.items() if name}
+        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        by_role = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.specials: dict[str, int] = {name: number for name, number in {**by_role, **added}.items() if name}
 
-    def quoted(self, texts: Sequence[str]) -> dict[int, str]:
-        """{place: the first special token that the text quotes} of those that do."""
-        there = "\n".join(texts)
-        names = [name for name in self.specials if name in there]
+    def quoted_tokens(self, texts: Sequence[str]) -> dict[int, str]:
+        """{index of a text: the first special token that it quotes}; texts that quote none are left out."""
+        joined = "\n".join(texts)
+        names = [name for name in self.specials if name in joined]
         if not names:
             return {}
         pattern = _any_of(names)
-        found: dict[int, str] = {}
-        for place, text in enumerate(texts):
-            own = next((one[0] for one in pattern.finditer(text) if not _within(text, one.span())), None)
-            if own is not None:
-                found[place] = own
-        return found
+        tokens: dict[int, str] = {}
+        for index, text in enumerate(texts):
+            token = next((match[0] for match in pattern.finditer(text) if not _in_template(text, match.span())), None)
+            if token is not None:
+                tokens[index] = token
+        return tokens
 
-    def marked(self, text: str) -> str:
-        """With the private names of the special tokens that the template wrote."""
+    def with_private_names(self, text: str) -> str:
+        """``text``, its template's special tokens replaced by their private names."""
         pattern = _any_of(list(self.specials))
 
-        def name(one: re.Match[str]) -> str:
-            return _private(self.specials[one[0]]) if _within(text, one.span()) else one[0]
+        def private_name(match: re.Match[str]) -> str:
+            return _private_name(self.specials[match[0]]) if _in_template(text, match.span()) else match[0]
 
-        return pattern.sub(name, text)
+        return pattern.sub(private_name, text)
 
     def ids(self, text: str, **options: Any) -> list[int]:
         """Token ids of a text that quotes special tokens, nothing around them."""
         if self.fast:
-            ids: list[int] = self.private.backend_tokenizer.encode(self.marked(text), add_special_tokens=False).ids
-            return ids
+            backend = self.private_tokenizer.backend_tokenizer
+            return list(backend.encode(self.with_private_names(text), add_special_tokens=False).ids)
         key = "text_target" if options.get("target") else "text"
-        given: list[int] = self.private(**{key: self.marked(text)}, add_special_tokens=False)["input_ids"]
-        return self._unmade(given, text)
+        encoded = self.private_tokenizer(**{key: self.with_private_names(text)}, add_special_tokens=False)
+        return self._with_unknown(encoded["input_ids"], text)
 
     def framed(self, text: str, pair: str | None, **options: Any) -> dict[str, list[int]]:
         """As the tokenizer itself frames a text, or a pair, that quotes special tokens."""
-        return dict(self.private(self.marked(text), None if pair is None else self.marked(pair), **options))
+        second = None if pair is None else self.with_private_names(pair)
+        return dict(self.private_tokenizer(self.with_private_names(text), second, **options))
 
-    def _unmade(self, ids: list[int], text: str) -> list[int]:
+    def _with_unknown(self, ids: list[int], text: str) -> list[int]:
         """A word tokenizer without parts of words takes a quoted special token for the word of that name."""
         unknown = self.tokenizer.unk_token_id
-        meant = {number for name, number in self.specials.items() if _private(number) in self.marked(text)}
-        return [unknown if one in self.specials.values() and one not in meant else one for one in ids]
+        named = self.with_private_names(text)
+        in_template = {number for number in self.specials.values() if _private_name(number) in named}
+        quoted = set(self.specials.values()) - in_template
+        return [unknown if number in quoted else number for number in ids]
 
     @property
     def fast(self) -> bool:
         return bool(self.tokenizer.is_fast)
 
     @cached_property
-    def private(self) -> Any:
-        """The copy."""
+    def private_tokenizer(self) -> Any:
+        """The copy of the tokenizer in which special tokens have private names."""
         return self._fast_copy() if self.fast else self._slow_copy()
 
     def _fast_copy(self) -> Any:
         from tokenizers import Tokenizer
 
-        made = copy.deepcopy(self.tokenizer)
+        copied = copy.deepcopy(self.tokenizer)
         parts = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        names = {name: _private(number) for name, number in self.specials.items()}
+        names = {name: _private_name(number) for name, number in self.specials.items()}
         for token in parts["added_tokens"]:
             if token["content"] in names:
                 token.update(content=names[token["content"]], special=False, normalized=False)
         _rename(parts["model"], names)
-        made._tokenizer = Tokenizer.from_str(json.dumps(parts))
-        return made
+        copied._tokenizer = Tokenizer.from_str(json.dumps(parts))
+        return copied
 
     def _slow_copy(self) -> Any:
-        made = copy.copy(self.tokenizer)
-        added = {number: copy.copy(token) for number, token in made._added_tokens_decoder.items()}
+        copied = copy.copy(self.tokenizer)
+        added = {number: copy.copy(token) for number, token in copied._added_tokens_decoder.items()}
         for token in added.values():
             if token.content in self.specials:
-                token.content = _private(self.specials[token.content])
-        made._added_tokens_decoder = added
-        made._added_tokens_encoder = {token.content: number for number, token in added.items()}
+                token.content = _private_name(self.specials[token.content])
+        copied._added_tokens_decoder = added
+        copied._added_tokens_encoder = {token.content: number for number, token in added.items()}
         # the unknown token keeps its name: unknown words are looked up by it
-        names = {name: _private(number) for name, number in self.specials.items() if name != made.unk_token}
-        roles = made._special_tokens_map.items()
-        made._special_tokens_map = {role: names.get(str(own), own) for role, own in roles}
-        made._extra_special_tokens = [names.get(str(own), own) for own in made._extra_special_tokens]
-        made.tokens_trie = type(made.tokens_trie)()
+        names = {name: _private_name(number) for name, number in self.specials.items() if name != copied.unk_token}
+        roles = copied._special_tokens_map.items()
+        copied._special_tokens_map = {role: names.get(str(token), token) for role, token in roles}
+        copied._extra_special_tokens = [names.get(str(token), token) for token in copied._extra_special_tokens]
+        copied.tokens_trie = type(copied.tokens_trie)()
         for token in added.values():
-            made.tokens_trie.add(token.content)
-        return made
+            copied.tokens_trie.add(token.content)
+        return copied
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
@@ -118,11 +121,11 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if "merges" in model:
-        parts = [one.split(" ") if isinstance(one, str) else one for one in model["merges"]]
-        model["merges"] = [one for one in parts if names.keys().isdisjoint((*one, "".join(one)))]
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [merge for merge in merges if names.keys().isdisjoint((*merge, "".join(merge)))]
 
 
-def _private(number: int) -> str:
+def _private_name(number: int) -> str:
     return f"{MARK}{number}{MARK}"
 
 
@@ -130,6 +133,6 @@ def _any_of(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
-def _within(text: str, span: tuple[int, int]) -> bool:
+def _in_template(text: str, span: tuple[int, int]) -> bool:
     """Whether the template wrote this part."""
-    return any(start <= span[0] and span[1] <= stop for start, stop in written(text))
+    return any(start <= span[0] and span[1] <= stop for start, stop in template_spans(text))

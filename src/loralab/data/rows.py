@@ -89,21 +89,21 @@ class RowSpec(DataSpec):
             raise ConfigError(f"data.choices={self.choices!r} {problem}; valid: answers such as [A, B, C, D]")
 
     @property
-    def given(self) -> dict[str, str]:
+    def template_texts(self) -> dict[str, str]:
         """{key: template as it is written} of those that are set."""
         texts = self.text if isinstance(self.text, list) else [self.text]
-        given = {"prompt": self.prompt, "target": self.target, **dict(zip(("text", "pair"), texts, strict=False))}
-        return {key: text for key, text in given.items() if text is not None}
+        by_key = {"prompt": self.prompt, "target": self.target, **dict(zip(("text", "pair"), texts, strict=False))}
+        return {key: text for key, text in by_key.items() if text is not None}
 
     def templates(self) -> dict[str, Template]:
         """{key: template} of those that are set. Raises ConfigError."""
-        return {key: Template(text, KEYS.get(key, key)) for key, text in self.given.items()}
+        return {key: Template(text, KEYS.get(key, key)) for key, text in self.template_texts.items()}
 
     def as_scores(self) -> Self:
-        """Itself, with the label read as a real-valued score."""
-        made = copy.copy(self)
-        object.__setattr__(made, "scores", True)
-        return made
+        """A copy that reads the label as a real-valued score."""
+        copied = copy.copy(self)
+        object.__setattr__(copied, "scores", True)
+        return copied
 
     @property
     def kind(self) -> str:
@@ -160,7 +160,7 @@ class Reader:
         """The good rows of a split; DataError for bad ones (on_bad_row=error) or none left."""
         records = list(records)
         if any(not record.problem for record in records):
-            self.fill(records)
+            self.use_columns(records)
         if self.spec.kind == "labels" and not self.classes.names:
             self.classes.infer(record.fields for record in records)
         rows: list[Row] = []
@@ -170,40 +170,41 @@ class Reader:
                 rows.append(self.row(record))
             except BadRow as problem:
                 problems.append(f"{record.where}: {problem}")
-        judge(split, len(records), problems, self.spec.on_bad_row)
+        report_bad_rows(split, len(records), problems, self.spec.on_bad_row)
         self.skipped += len(problems)
         return rows
 
-    def fill(self, records: Sequence[Record]) -> None:
-        """A template that is the bare name of a column becomes that column."""
+    def use_columns(self, records: Sequence[Record]) -> None:
+        """Changes each template that is the bare name of a column into that column. Raises ConfigError."""
         if all(template.fields for template in self.templates.values()):
             return
         columns = list(dict.fromkeys(str(name) for record in records for name in record.fields))
         for key, template in self.templates.items():
-            template.filled_from(self.spec.given[key], KEYS.get(key, key), columns)
+            template.use_column(self.spec.template_texts[key], KEYS.get(key, key), columns)
 
     def row(self, record: Record) -> Row:
-        """One row, or BadRow."""
+        """The row of a record. Raises BadRow."""
         if record.problem:
             raise BadRow(record.problem)
-        made = {key: template.render(record.fields) for key, template in self.templates.items()}
-        for key, text in made.items():
+        texts = {key: template.render(record.fields) for key, template in self.templates.items()}
+        for key, text in texts.items():
             if not text.strip() and self.templates[key].parts:
                 raise BadRow(f"{key} is empty (fields {', '.join(self.templates[key].fields)})")
         if self.spec.kind == "pairs":
-            choices = choices_of(record.fields, self.spec.choices, made["target"])
-            return Row(made.get("prompt", ""), made["target"], where=record.where, choices=choices)
+            choices = choices_of(record.fields, self.spec.choices, texts["target"])
+            return Row(texts.get("prompt", ""), texts["target"], where=record.where, choices=choices)
         if self.spec.label is None:
-            return Row("", made["text"], where=record.where)
+            return Row("", texts["text"], where=record.where)
         if self.spec.scores:
             score, text = score_of(record.fields, self.spec.label)
-            return Row(made["text"], text, score, record.where, made.get("pair"))
+            return Row(texts["text"], text, score, record.where, texts.get("pair"))
         label = self.classes.index(label_of(record.fields, self.spec.label))
-        return Row(made["text"], self.classes.names[label], label, record.where, made.get("pair"))
+        return Row(texts["text"], self.classes.names[label], label, record.where, texts.get("pair"))
 
 
-def judge(split: str, read: int, problems: list[str], on_bad_row: str) -> None:
-    """Bad rows are an error, or a warning; a split without a good one is always an error."""
+def report_bad_rows(split: str, read: int, problems: list[str], on_bad_row: str) -> None:
+    """Raises DataError for bad rows (``on_bad_row=skip``: logs a warning), and for a split without one good row.
+    ``read``: rows of the split; ``problems``: a message for each bad one."""
     shown = "\n  ".join(problems[:SHOWN])
     if problems and on_bad_row == "error":
         raise DataError(
@@ -248,7 +249,7 @@ def refuse_identical(name: str, rows: Sequence[Row], kind: str) -> None:
 
 
 def warn_of_overlap(splits: Splits) -> None:
-    """Counts the held-out rows that are also training rows."""
+    """Logs, for validation and test, how many rows are also training rows."""
     known = {(row.prompt, row.pair, row.target) for row in splits.train}
     for split in ("validation", "test"):
         count = sum((row.prompt, row.pair, row.target) in known for row in splits[split])

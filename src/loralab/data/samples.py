@@ -35,7 +35,10 @@ class Samples(DataSpec):
         return None
 
     def sample(self, model: nn.Module, tokenizer: Any, task: str, max_length: int) -> Encoded:
-        """Sampled on the model's own device; the same seed gives the same rows on the same kind of device."""
+        """Rows sampled on the model's own device; the same ``draw`` gives the same rows on the same kind of device.
+
+        Raises DataError for other tasks, ConfigError where a row would be longer than ``max_length`` tokens.
+        """
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if task != "causal_lm" or start is None:
             raise DataError(f"data=samples draws text from a causal language model, but model.task={task}")
@@ -59,7 +62,7 @@ class Samples(DataSpec):
             torch.manual_seed(self.draw)
             for first in range(0, total, AT_ONCE):
                 prompt = torch.full((min(AT_ONCE, total - first), 1), start, device=device)
-                made = model.eval().generate(  # type: ignore[operator]
+                sampled = model.eval().generate(  # type: ignore[operator]
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=self.tokens,
@@ -71,6 +74,6 @@ class Samples(DataSpec):
                     eos_token_id=None,  # an end-of-text token is a token like any other here
                     pad_token_id=start,
                 )
-                ids += made.tolist()
+                ids += sampled.tolist()
         model.train(training)
         return ids

@@ -54,7 +54,7 @@ class PythonSource(DataSpec):
     strip_docstrings: Annotated[Number, Ge(0), Le(1), "a share from 0 to 1"] = 0.0
 
     def source(self) -> str | None:
-        """Of the Python that runs and the versions of the packages that are installed."""
+        """16 hex digits of the Python that runs and the versions of the installed packages."""
         return _installed()
 
     @property
@@ -127,7 +127,7 @@ def _installed() -> str:
 
 
 class HeldOut:
-    """Knows a copy of a held-out function, also reformatted, redocumented, or edited under its docstring."""
+    """Finds copies of held-out functions, also reformatted, redocumented, or edited under their docstring."""
 
     def __init__(self, documents: list[Row]) -> None:
         self.keys: set[bytes] = set()
@@ -136,19 +136,20 @@ class HeldOut:
             for function in mining.functions(document.target):
                 if summary := first_line(function):
                     self.keys.add(function.answer_key)
-                    self.needles.add(_bare(summary))
+                    self.needles.add(_bare_line(summary))
                 if summary or len(function.code) >= COPY_LENGTH:
                     self.keys.add(function.key)
-                    self.needles.add(max(map(_bare, function.code.split("\n")), key=len))
+                    self.needles.add(max(map(_bare_line, function.code.split("\n")), key=len))
 
     def copied_in(self, text: str) -> bool:
-        """Parses only a text that has a function's longest line, or its summary, from the held-out files."""
-        if self.needles.isdisjoint(_bare(line) for line in text.split("\n")):
+        """Whether ``text`` holds a copy. Only a text with the longest line or the summary of a held-out function is
+        parsed."""
+        if self.needles.isdisjoint(_bare_line(line) for line in text.split("\n")):
             return False
         return any(not self.keys.isdisjoint((each.key, each.answer_key)) for each in mining.functions(text))
 
 
-def _bare(line: str) -> str:
+def _bare_line(line: str) -> str:
     """The line without comments, space and outer quotes."""
     return mining.COMMENTS_AND_SPACE.sub("", line).strip("'\"r")
 

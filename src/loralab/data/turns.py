@@ -40,7 +40,7 @@ class Turns:
 
     def example(self, messages: Messages, where: str) -> Example:
         """A conversation that is too long loses its first turns, whole, but the system's; then its first tokens."""
-        quoted = self.quoting.quoted([one["content"] for one in messages])
+        quoted = self.quoting.quoted_tokens([one["content"] for one in messages])
         if quoted:
             place, token = next(iter(quoted.items()))
             raise DataError(
@@ -48,25 +48,25 @@ class Turns:
                 "be told from; valid: messages without it"
             )
         ids, mask = self.tokens(messages, where)
-        long, starts = len(ids) > self.max_length, _later_starts(messages)
+        long, starts = len(ids) > self.max_length, _later_user_turns(messages)
         while len(ids) > self.max_length and starts:
-            ids, mask = self.tokens(_from(messages, starts.pop(0)), where)
+            ids, mask = self.tokens(_messages_from(messages, starts.pop(0)), where)
         ids, mask = ids[-self.max_length :], mask[-self.max_length :]
-        labels = [one if own else IGNORE for one, own in zip(ids, mask, strict=True)]
+        labels = [token if scored else IGNORE for token, scored in zip(ids, mask, strict=True)]
         # the first position is never predicted: a causal loss shifts the labels by one
         return Example(ids, labels, sum(label != IGNORE for label in labels[1:]), long)
 
     def tokens(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
         """(token ids, whether the assistant writes each)."""
-        ids, mask = self._tagged(messages, where) if self.tagged else self._grown(messages, where)
+        ids, mask = self._tokens_by_tags(messages, where) if self.tagged else self._tokens_by_turns(messages, where)
         if not any(mask):
             raise DataError(f"{where}: the template marks not one token as the assistant's")
         return ids, mask
 
-    def _tagged(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
-        made = self._rendered(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        mask = [bool(one) for one in made["assistant_masks"]]
-        turns = sum(one["role"] == "assistant" for one in messages)
+    def _tokens_by_tags(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
+        encoded = self._render(messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        mask = [bool(value) for value in encoded["assistant_masks"]]
+        turns = sum(message["role"] == "assistant" for message in messages)
         stretches = sum(own and not before for before, own in zip([False, *mask], mask, strict=False))
         # where the tokenizer has no token for a turn's last letter, transformers' mask runs on to the end of the row
         if stretches < turns:
@@ -74,24 +74,24 @@ class Turns:
                 f"{where}: the template's generation tags mark {stretches} stretches of tokens, and the assistant has "
                 f"{turns} turns; valid: tags that end with a letter that the tokenizer keeps"
             )
-        return list(made["input_ids"]), mask
+        return list(encoded["input_ids"]), mask
 
-    def _grown(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
-        whole = self._rendered(messages, where, tokenize=False)
+    def _tokens_by_turns(self, messages: Messages, where: str) -> tuple[list[int], list[bool]]:
+        whole = self._render(messages, where, tokenize=False)
         spans = [
-            self._span(messages, place, whole, where)
-            for place, one in enumerate(messages)
-            if one["role"] == "assistant"
+            self._span(messages, index, whole, where)
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant"
         ]
-        made = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         # a token of two parts is the assistant's, as it is in transformers' own mask
-        mask = [any(a < stop and start < b for start, stop in spans) for a, b in made["offset_mapping"]]
-        return list(made["input_ids"]), mask
+        mask = [any(a < stop and start < b for start, stop in spans) for a, b in encoded["offset_mapping"]]
+        return list(encoded["input_ids"]), mask
 
     def _span(self, messages: Messages, place: int, whole: str, where: str) -> tuple[int, int]:
-        """(start, stop) of the turn at ``place`` in ``whole``."""
-        head = self._rendered(messages[:place], where, tokenize=False, add_generation_prompt=True) if place else ""
-        grown = self._rendered(messages[: place + 1], where, tokenize=False)
+        """(start, stop) in characters of the turn at ``place`` in ``whole``. Raises DataError."""
+        head = self._render(messages[:place], where, tokenize=False, add_generation_prompt=True) if place else ""
+        grown = self._render(messages[: place + 1], where, tokenize=False)
         if not whole.startswith(grown) or not grown.startswith(head):
             raise DataError(
                 f"{where}: the tokenizer's chat template writes the messages before message {place + 1} otherwise than "
@@ -99,7 +99,7 @@ class Turns:
             )
         return len(head), len(grown)
 
-    def _rendered(self, messages: Messages, where: str, **options: Any) -> Any:
+    def _render(self, messages: Messages, where: str, **options: Any) -> Any:
         from jinja2 import TemplateError
 
         try:
@@ -108,12 +108,12 @@ class Turns:
             raise DataError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from None
 
 
-def _later_starts(messages: Messages) -> list[int]:
-    """Where a shorter conversation may begin: at each turn of the user but the first."""
-    return [place for place, one in enumerate(messages) if one["role"] == "user"][1:]
+def _later_user_turns(messages: Messages) -> list[int]:
+    """Indices of the user's turns but the first: where a shorter conversation may begin."""
+    return [index for index, message in enumerate(messages) if message["role"] == "user"][1:]
 
 
-def _from(messages: Messages, start: int) -> Messages:
-    """The system's words, which lead, and what begins at ``start``."""
-    leads = [one for one in messages[:1] if one["role"] in ("system", "developer")]
-    return [*leads, *messages[start:]]
+def _messages_from(messages: Messages, start: int) -> Messages:
+    """A leading system or developer message, and the messages from ``start`` on."""
+    system = [message for message in messages[:1] if message["role"] in ("system", "developer")]
+    return [*system, *messages[start:]]

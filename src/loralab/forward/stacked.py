@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.perturbed import moderate, perturbed
-from loralab.errors import is_out_of_memory
+from loralab.errors import ConfigError, is_out_of_memory
 from loralab.forward.graph import evaluated, reached, reads_positions
 from loralab.forward.head import bypassed, frozen_head, hands_on, head_nll
 from loralab.forward.metrics import nll
@@ -56,8 +56,9 @@ class ForwardMode:
 class Forward:
     """The base of a pack, called with stacked batches."""
 
-    def __init__(self, model: nn.Module, task: str, unpad: bool = True) -> None:
-        self.model, self.task, self.unpad = model, task, unpad
+    def __init__(self, model: nn.Module, task: str, unpad: bool = True, packing: bool = False) -> None:
+        """``unpad``: padding may be left out; ``packing``: it must be, on any device: rows share sequences."""
+        self.model, self.task, self.unpad, self.packing = model, task, unpad, packing
         self.hooks = AdapterHooks.of(model)
         self.mode: ForwardMode | None = None
 
@@ -127,7 +128,8 @@ class Forward:
         """The way for this base and these adapters; under fake tensors whatever its shape allows."""
         owners = [part.owner for part in slices]
         fused_cross_entropy = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
-        unpadded = self.task == "causal_lm" and self.unpad and labels.device.type == "cpu" and can_unpad(self.model)
+        unpadded = self.task == "causal_lm" and self.unpad and can_unpad(self.model)
+        unpadded = unpadded and (self.packing or labels.device.type == "cpu")
         changed = prepare(self.model) if unpadded else []
         if isinstance(labels, FakeTensor):
             return ForwardMode(unpadded, fused_cross_entropy)
@@ -149,6 +151,9 @@ class Forward:
             ):
                 break
             log.info("this base is not computed %s: its losses would differ", mode)
+        if self.packing and not mode.unpadded:
+            config: Any = self.model.config
+            raise no_packing(config, config._attn_implementation)
         return mode
 
     def _logits_are_the_heads(self, two_rows: dict[str, Tensor]) -> bool:
@@ -200,6 +205,15 @@ class Forward:
             return False
         finally:
             self.model.train(training)
+
+
+def no_packing(config: Any, attention: str) -> ConfigError:
+    """The error where the rows of a sequence are not computed as each is alone. ``attention``: its implementation."""
+    return ConfigError(
+        "data.packing=true: the rows of a sequence must not see each other, and this base (model_type="
+        f"{config.model_type}, model.attn_implementation={attention}), with this adapter, does not compute each as it "
+        "is alone; valid: data.packing=false, or a causal base with full attention by sdpa, and position_ids"
+    )
 
 
 def lengths_of(mask: Tensor) -> list[int]:

@@ -55,7 +55,7 @@ def flatten(inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> dict[str, A
     return {
         "input_ids": flat(ids, lengths),
         "position_ids": torch.cat([positions[:length] for length in lengths])[None],
-        "attention_mask": mask_of(lengths),
+        "attention_mask": mask_of(lengths, ids.device),
     }
 
 
@@ -64,10 +64,10 @@ def flat(x: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])[None]
 
 
-def mask_of(lengths: Sequence[int]) -> Tensor:
+def mask_of(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
     """A mask (1, 1, 0, 0) that carries ``lengths`` to the attention. Models pass a mask of four dimensions on as it is;
     one that computed with it would fail on its shape."""
-    mask = torch.empty(1, 1, 0, 0)
+    mask = torch.empty(1, 1, 0, 0, device=device)
     setattr(mask, LENGTHS, tuple(lengths))
     return mask
 

@@ -13,8 +13,11 @@ CAPPED = frozenset(
 )  # an expert takes so many tokens of a batch, or of the one before, and drops the others
 
 
-def check_rows(model: nn.Module, task: str, rows: Iterable[Sequence[int]], batch_size: int, packed: bool) -> None:
-    """Raises ConfigError where the loss of one of ``rows``, token ids, would depend on the rows beside it."""
+def check_rows(model: nn.Module, task: str, rows: Iterable[Sequence[int]], batch_size: int, together: bool) -> None:
+    """Raises ConfigError where the loss of one of ``rows``, token ids, would depend on the rows beside it.
+
+    ``together``: rows of several trials, or of one packed sequence, are in a batch whatever its size.
+    """
     config: Any = model.config
     if config.model_type in CAPPED:
         raise ConfigError(
@@ -22,7 +25,7 @@ def check_rows(model: nn.Module, task: str, rows: Iterable[Sequence[int]], batch
             " number of tokens of a whole batch, so that a row's loss depends on the rows beside it; valid: a base"
             " whose experts take every token"
         )
-    turned = _turned_by_the_longest(config) if batch_size > 1 or packed else None
+    turned = _turned_by_the_longest(config) if batch_size > 1 or together else None
     if task == "causal_lm" and turned is None:  # behind a row comes nothing that it could see
         return
     kept = list(rows)
@@ -51,5 +54,5 @@ def _check_rotation(room: int, shortest: int, longest: int, batch_size: int) -> 
             f"data.batch_size={batch_size}: the base's positions (rope_type=longrope) turn all rows of a batch by its "
             f"longest, and the data has rows of {shortest} to {longest} tokens, on both sides of "
             f"original_max_position_embeddings={room}; valid: model.max_length={room}, or data.batch_size=1 with "
-            "hydra.launcher.pack=off"
+            "data.packing=false and hydra.launcher.pack=off"
         )

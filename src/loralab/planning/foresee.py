@@ -14,6 +14,7 @@ import torch
 from loralab.data.encoding import Encoded
 from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, heaviest_evaluation
 from loralab.errors import OutOfMemory
+from loralab.forward.stacked import no_packing
 from loralab.forward.unpadded import can_unpad
 from loralab.memory.ledgers import Host
 from loralab.planning import alone
@@ -23,6 +24,20 @@ from loralab.planning.sizes import skeleton
 from loralab.planning.trace import Geometry
 
 log = logging.getLogger(__name__)
+
+
+def check_packing(spec: Any) -> None:
+    """Raises ConfigError where data.packing is set and the base's attention cannot keep a sequence's rows apart.
+
+    Reads no weight; that the base does keep them apart is checked on the first batch.
+    """
+    if not spec.data.packing:
+        return
+    model = skeleton(spec.model)
+    config: Any = model.config
+    attention = spec.model.attention(config) or config._attn_implementation
+    if attention != "sdpa" or not can_unpad(model):
+        raise no_packing(config, attention)
 
 
 class Foresight:
@@ -108,7 +123,7 @@ def _kept_plan(specs: Sequence[Any], geometry: Geometry) -> Plan:
 def _largest(spec: Any, data: Encoded, device: str) -> Geometry:
     """A step on the largest batch that the rows can make, and the heaviest validation pass where that is larger: a
     smaller one needs less than the step, which also has gradients, states and graph."""
-    step = Pass(0, (fullest(Rows.of(data.train), spec.data.batch_size),))
+    step = Pass(0, (fullest(Rows.of(data.train), spec.data.batch_size, spec.packing_length),))
     _, evaluation = heaviest_evaluation([(data.validation, spec.data.batch_size)], _weighing([spec], device)) or (
         0,
         None,
@@ -121,7 +136,7 @@ def _largest(spec: Any, data: Encoded, device: str) -> Geometry:
 
 def _sizes(shape: Pass) -> tuple[int, ...]:
     """Tokens of the inputs and of the labels, then the same with padding."""
-    columns = [[n for fed in shape.taking for n in getattr(fed, kind)] for kind in ("inputs", "labels")]
+    columns = [[n for batch in shape.present for n in getattr(batch, kind)] for kind in ("inputs", "labels")]
     return (*map(sum, columns), *(len(column) * max(column) for column in columns))
 
 
@@ -139,14 +154,14 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
     spiky = None
     if memory.spiky_every is not None:
         spiky = memory.spiky_every, memory.spike(first.model.length, first.room)
-    unpadded = first.model.task == "causal_lm" and device == "cpu" and spiky is None
+    unpadded = first.model.task == "causal_lm" and (device == "cpu" or first.data.packing) and spiky is None
     unpadded = unpadded and all(s.adapter.tokenwise for s in specs) and first.model.attn_implementation != "eager"
     return Weighing(unpadded and can_unpad(skeleton(first.model)), first.model.task == "seq2seq_lm", spiky)
 
 
 def _without_step(geometry: Geometry) -> str:
     """A key of ``geometry`` without the number of the step."""
-    passes = [(shape.fed, shape.length) for shape in (*geometry.passes, geometry.evaluation) if shape is not None]
+    passes = [(shape.batches, shape.length) for shape in (*geometry.passes, geometry.evaluation) if shape is not None]
     return f"{passes} {len(geometry.passes)} {geometry.cuda} {geometry.ragged} {geometry.mode} {geometry.first}"
 
 

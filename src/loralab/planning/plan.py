@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loralab.data.passes import Fed, Pass
+from loralab.data.passes import BatchShape, Pass
 from loralab.errors import ConfigError, nearest
 from loralab.forward.stacked import ForwardMode
 from loralab.planning.sizes import homogeneous_layers, sizes
@@ -68,14 +68,14 @@ def predict(
     """
     pack = list(spec) if isinstance(spec, Sequence) else [spec]
     counts = [rows or trial.data.batch_size for trial in pack]
-    fed = tuple(_full(n, length or trial.model.length, targets) for n, trial in zip(counts, pack, strict=True))
+    batches = tuple(_full(n, length or trial.model.length, targets) for n, trial in zip(counts, pack, strict=True))
     micros = min(2, pack[0].trainer.accumulate_grad_batches)  # further ones need no more memory
     ragged = sum(counts) > 1 if ragged is None else ragged
-    return predict_step(pack, Geometry((Pass(0, fed),) * micros, device != "cpu", ragged=ragged))
+    return predict_step(pack, Geometry((Pass(0, batches),) * micros, device != "cpu", ragged=ragged))
 
 
-def _full(rows: int, length: int, targets: float) -> Fed:
-    return Fed((length,) * rows, (length,) * rows, max(1, round(targets * rows * length)))
+def _full(rows: int, length: int, targets: float) -> BatchShape:
+    return BatchShape((length,) * rows, (length,) * rows, max(1, round(targets * rows * length)))
 
 
 def predict_step(pack: Sequence[TrialSpec], geometry: Geometry) -> Plan:
@@ -93,7 +93,7 @@ def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry, mode: For
     highest = max(segments, key=lambda segment: segment.peak)
     by_phase = {phase: max((s.peak for s in segments if s.phase == phase), default=0) for phase in PHASES}
     needed = device_bytes(highest.peak) if geometry.cuda else highest.peak
-    lengths = [fed.inputs for fed in geometry.passes[0].taking]
+    lengths = [batch.inputs for batch in geometry.passes[0].present]
     return Plan(
         device="cuda" if geometry.cuda else "cpu",
         predicted_peak_bytes=highest.peak,

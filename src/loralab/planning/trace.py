@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from loralab.adapters.attached import check_parameters
 from loralab.adapters.blocks import stack
 from loralab.adapters.hooks import AdapterHooks
-from loralab.data.passes import Fed, Pass
+from loralab.data.passes import BatchShape, Pass
 from loralab.errors import ConfigError
 from loralab.forward import stacked
+from loralab.forward.dropout import own_dropout
 from loralab.forward.stacked import ForwardMode
 from loralab.forward.unpadded import prepare
 from loralab.models import loading, pretrained
@@ -43,6 +44,7 @@ from loralab.training.trial import Trial
 
 log = logging.getLogger(__name__)
 
+PACKED_ROWS = 8  # of a batch that are traced: attention's operations are traced row by row
 CUDA_BLOCK = 512  # bytes every block of CUDA's caching allocator is a multiple of (c10/cuda/CUDACachingAllocator)
 
 
@@ -68,7 +70,7 @@ class Geometry:
         """True if attention gets a mask of the padding, where padding is computed."""
         if self.ragged is not None:
             return self.ragged
-        lengths = [length for shape in self.passes for fed in shape.taking for length in fed.inputs]
+        lengths = [length for shape in self.passes for batch in shape.present for length in batch.inputs]
         return min(lengths) < max(*lengths, *(shape.length or 0 for shape in self.passes))
 
 
@@ -93,6 +95,10 @@ def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = N
     if specs[0].quantization.name != "none" or specs[0].optimizer.name != TORCH:
         with suppress(ConfigError):  # imported now: under fake tensors its tables would be fake for good
             bitsandbytes_ops()
+    config = specs[0].model._adjust(specs[0].model.architecture(), None)
+    if specs[0].data.packing and not geometry.cuda and not own_dropout(config):  # a fused kernel, linear in a row
+        passes = tuple(shape.in_fewer_rows(PACKED_ROWS) for shape in geometry.passes)
+        geometry = dataclasses.replace(geometry, passes=passes)
     with quiet():
         try:
             traced = _trace(specs, geometry, layers, two_steps) or _trace(specs, geometry, layers, True)
@@ -155,8 +161,10 @@ class _Step:
         # a mark for each part: each peak is linear in the layers, the higher of two is not
         tracker.mark("load", "adapters")
         trials = [self._trial(spec) for spec in specs]
-        # only a CPU computes rows without their padding
-        self.module = FineTuner(model, trials, unpad=not geometry.cuda and not any(p.length for p in geometry.passes))
+        # without packing only a CPU computes rows without their padding, and that not of lengthened ones
+        unpad = not geometry.cuda and not any(p.length for p in geometry.passes)
+        unpad = unpad or self.spec.data.packing
+        self.module = FineTuner(model, trials, unpad=unpad)
         self.module.forward_pass.mode = geometry.mode
         if geometry.mode is not None and geometry.mode.unpadded:
             prepare(model)
@@ -225,22 +233,30 @@ class _Step:
         return optimizer
 
     def _pass(self, shape: Pass) -> dict[int, dict[str, Any]]:
-        return {index: self._batch(fed, shape.length) for index, fed in enumerate(shape.fed) if fed is not None}
+        return {
+            index: self._batch(batch, shape.length) for index, batch in enumerate(shape.batches) if batch is not None
+        }
 
-    def _batch(self, fed: Fed, length: int | None) -> dict[str, Any]:
-        rows, width = len(fed.inputs), length or max(fed.inputs)
+    def _batch(self, batch: BatchShape, length: int | None) -> dict[str, Any]:
+        rows, width = len(batch.inputs), length or max(batch.inputs)
         ids = torch.ones(rows, width, dtype=torch.int64)
         task = self.spec.model.task
-        shape = {"sequence_classification": (rows,), "seq2seq_lm": (rows, max(fed.labels))}.get(task, (rows, width))
+        shape = {"sequence_classification": (rows,), "seq2seq_lm": (rows, max(batch.labels))}.get(task, (rows, width))
         tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.ones(shape).long()}
         self.tracker.tag(tensors.values(), "activations")
-        return {"tensors": tensors, "rows": rows, "step_targets": fed.targets, "tokens": sum(fed.inputs), "micro": 0}
+        return {
+            "tensors": tensors,
+            "rows": rows,
+            "step_targets": batch.targets,
+            "tokens": sum(batch.inputs),
+            "micro": 0,
+        }
 
     def _losses(self, number: int, training: bool) -> Any:
         """The losses of one pass; its lengths and targets are set, since fake tensors have no values."""
         shape, batches = self.shapes[number], self.passes[number]
         self.tracker.targets = _targets(shape, self.spec.model.task, batches)
-        lengths = [n for fed in shape.taking for n in fed.inputs]
+        lengths = [n for batch in shape.present for n in batch.inputs]
         with patch.object(stacked, "lengths_of", lambda _: lengths):
             return self.module.training_step(batches, number) if training else self.module.losses(batches, False)
 
@@ -317,15 +333,15 @@ class _Step:
 
 def _targets(shape: Pass, task: str, batches: dict[int, dict[str, Any]]) -> dict[int, int]:
     """{number of positions: how many of them are targets}: of the whole pass, flat or padded, and of each trial."""
-    taking = shape.taking
+    present = shape.present
     if task == "sequence_classification":
         return {}
-    rows = [len(fed.inputs) for fed in taking]
+    rows = [len(batch.inputs) for batch in present]
     width = max(batch["tensors"]["labels"].shape[1] for batch in batches.values())
-    targets = {count * width: fed.targets for count, fed in zip(rows, taking, strict=True)}
-    targets |= {sum(fed.inputs): fed.targets for fed in taking}
-    total = sum(fed.targets for fed in taking)
-    return targets | {sum(rows) * width: total, sum(sum(fed.inputs) for fed in taking): total}
+    targets = {count * width: batch.targets for count, batch in zip(rows, present, strict=True)}
+    targets |= {sum(batch.inputs): batch.targets for batch in present}
+    total = sum(batch.targets for batch in present)
+    return targets | {sum(rows) * width: total, sum(sum(batch.inputs) for batch in present): total}
 
 
 def precision(name: str) -> Precision:

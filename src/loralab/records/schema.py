@@ -109,6 +109,7 @@ class DataSection(TypedDict, total=False):
     max_length: Number
     rows: dict[str, int] | None
     truncated: Number
+    packing: dict[str, float] | None  # rows, sequences and fill of the first epoch, where rows are packed
     id2label: dict[Any, str] | None
     label2id: dict[str, int] | None
     generation: dict[str, Any] | None

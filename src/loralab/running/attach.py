@@ -58,7 +58,18 @@ def attach_trial(base: Base, spec: TrialSpec, data: Encoded, record: dict[str, A
     if labels := data.splits.labels if spec.model.task == "sequence_classification" else []:
         label2id = {name: index for index, name in enumerate(labels)}
         record["data"].update(id2label=dict(enumerate(labels)), label2id=label2id)
-    return Trial(spec, adapter, data, _pad_token_id(base), record)
+    trial = Trial(spec, adapter, data, _pad_token_id(base), record)
+    if spec.packing_length is not None:
+        record["data"]["packing"] = _packing(trial, spec.packing_length)
+    return trial
+
+
+def _packing(trial: Trial, length: int) -> dict[str, float]:
+    """Rows and sequences of the first epoch, and the share of the sequences' ``length`` tokens that rows fill."""
+    order = trial.data_cursor.order
+    sequences = order.count()
+    fill = int(order.lengths.sum()) / (sequences * length) if sequences else 0.0
+    return {"rows": len(order.lengths), "sequences": sequences, "fill": round(fill, 4)}
 
 
 def _pad_token_id(base: Base) -> int:

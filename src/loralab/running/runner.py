@@ -12,7 +12,7 @@ from loralab.errors import ConfigError, Interrupted, LoralabError, explain
 from loralab.forward.head import frozen_head
 from loralab.models.batching import check_rows
 from loralab.models.loading import Base
-from loralab.planning.foresee import Foresight
+from loralab.planning.foresee import Foresight, check_packing
 from loralab.records import record
 from loralab.running.attach import attach_trial, open_record
 from loralab.running.finish import close_record
@@ -59,6 +59,7 @@ class Runner:
         check_pack(specs)
         for spec in specs:
             spec.check_positions()
+            check_packing(spec)
         specs[0].trainer.check_precision()
         specs[0].memory.check(specs[0].trainer.device)
         data += [self.inputs.data(spec) for spec in specs]
@@ -147,7 +148,7 @@ def check_batches(base: Base, trials: Sequence[Trial]) -> None:
     """Raises ConfigError where the loss of a row would depend on the rows beside it."""
     for trial in trials:
         rows = (example.input_ids for split in ("train", "validation", "test") for example in trial.data[split])
-        check_rows(base.model, trial.task, rows, trial.spec.data.batch_size, len(trials) > 1)
+        check_rows(base.model, trial.task, rows, trial.spec.data.batch_size, len(trials) > 1 or trial.spec.data.packing)
 
 
 def _resume(trial: Trial) -> None:

@@ -23,14 +23,16 @@ class Members:
         self._costs: dict[Any, tuple[int, int]] = {}
 
     def member(self, spec: TrialSpec, data: Any) -> Member:
-        """``spec`` as a Member: tokens for rows of the mean length, memory for the longest row of ``data``."""
+        """``spec`` as a Member: tokens for rows of the mean length, memory for the longest row of ``data``; with
+        data.packing both for full sequences."""
         train = data.tokens["train"]
-        length = train["tokens"] / max(1, train["rows"])
+        full = spec.packing_length and min(spec.packing_length, train["tokens"])
+        length = full or train["tokens"] / max(1, train["rows"])
         # ending together: a record is written when its pack ends
         pack_key = (*spec.pack_key, spec.trainer.max_steps, spec.trainer.test, spec.data.generate_rows > 0)
         # one that needs padding would bring it to the others, whose dropout masks it changes
         pack_key = (*pack_key, spec.adapter.tokenwise)
-        base, each = self._cost(spec, max(2, train["longest"]))
+        base, each = self._cost(spec, max(2, full or train["longest"]))
         return Member(spec.id, pack_key, round(spec.data.batch_size * length), alone(spec), base, each)
 
     def _cost(self, spec: TrialSpec, length: int) -> tuple[int, int]:

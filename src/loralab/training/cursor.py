@@ -1,10 +1,14 @@
 """The position of a trial in its data: which rows each optimizer step takes, as batches."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
-from loralab.data.batches import Stream, collate
+import numpy as np
+
+from loralab.data.batches import Order, collate
 from loralab.data.encoding import IGNORE, Encoded, Example
+from loralab.data.passes import Rows
 
 Batch = dict[str, Any]
 
@@ -16,33 +20,48 @@ class DataCursor:
     trials share are found.
     """
 
-    def __init__(self, data: Encoded, task: str, pad_token_id: int, seed: int, batch_size: int, micros: int) -> None:
-        """``micros``: micro-batches of an optimizer step (trainer.accumulate_grad_batches)."""
+    def __init__(
+        self,
+        data: Encoded,
+        task: str,
+        pad_token_id: int,
+        seed: int,
+        batch_size: int,
+        micros: int,
+        packing_length: int | None = None,
+    ) -> None:
+        """``micros``: micro-batches of an optimizer step (trainer.accumulate_grad_batches). ``packing_length``: a
+        training batch is of ``batch_size`` packed sequences of at most so many tokens; None: of as many rows."""
         self.data, self.task, self.pad_token_id = data, task, pad_token_id
-        self.seed, self.batch_size, self.micros = seed, batch_size, micros
-        self.seek(0)
+        self.seed, self.batch_size, self.micros, self.packing_length = seed, batch_size, micros, packing_length
+        self.step = 0
+
+    @cached_property
+    def order(self) -> Order:
+        """The order of the training rows."""
+        return Order(Rows.of(self.data.train).inputs, self.seed, self.packing_length)
 
     def seek(self, step: int) -> None:
         """Moves to the position after ``step`` optimizer steps."""
         self.step = step
-        self._stream = self._stream_at(step)
-
-    def _stream_at(self, step: int) -> Stream:
-        return Stream(len(self.data.train), self.seed, position=step * self.batch_size * self.micros)
 
     def peek(self, step: int) -> Batch:
         """The first micro-batch after ``step`` optimizer steps; the cursor does not move."""
-        batch = self._batch(self.data.train, self._stream_at(step).take(self.batch_size))
+        batch = next(self._training_batches(step, 1))
         return {**batch, "step_targets": batch["target_tokens"], "micro": 0}
 
     def step_batches(self) -> Iterator[Batch]:
         """The micro-batches of the next optimizer step; ``step_targets`` counts the target tokens of the whole step."""
-        size = self.batch_size
-        chosen = self._stream.take(size * self.micros)
-        batches = [self._batch(self.data.train, chosen[i * size : (i + 1) * size]) for i in range(self.micros)]
+        batches = list(self._training_batches(self.step, self.micros))
+        self.step += 1
         targets = sum(batch["target_tokens"] for batch in batches)
         for micro, batch in enumerate(batches):
             yield {**batch, "step_targets": targets, "micro": micro}
+
+    def _training_batches(self, step: int, count: int) -> Iterator[Batch]:
+        rows, starts = self.order.take(step * self.micros * self.batch_size, count, self.batch_size)
+        for chosen in np.split(rows, starts[1:]):
+            yield self._batch(self.data.train, chosen.tolist())
 
     def evaluation_batches(self, split: str) -> Iterator[Batch]:
         """All rows of the split, in their order."""

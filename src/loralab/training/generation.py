@@ -147,7 +147,7 @@ def complete(
     writer = Writer(model, tokenizer, adapter, task, length)
     prefix, suffix = writer.encoder.prefix, writer.encoder.suffix if task == "seq2seq_lm" else []
     budget = max(1, length - len(prefix) - len(suffix) - (0 if task == "seq2seq_lm" else room))
-    heads = [[*prefix, *ids[-budget:], *suffix] for ids in writer.encoder.plain(prompts)]
+    heads = [[*prefix, *ids[-budget:], *suffix] for ids in writer.encoder.token_ids(prompts)]
     return [writer.text(ids) for ids in writer.complete(heads, [room] * len(heads))]
 
 

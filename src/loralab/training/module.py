@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from loralab.adapters.hooks import BatchSlice
-from loralab.data.passes import Fed, Feed, Pass, Weighing, heaviest, heaviest_evaluation
+from loralab.data.passes import BatchShape, Feed, Pass, Weighing, heaviest, heaviest_evaluation
 from loralab.errors import ConfigError
 from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
@@ -42,7 +42,8 @@ class FineTuner(LightningModule):
         self.adapters = nn.ModuleList([trial.adapter for trial in trials])
         self.prefix = Prefix(model, [t.adapter for t in trials], [t.data for t in trials], prefix_bytes, prefix_states)
         self.task = trials[0].task
-        self.forward_pass = Forward(model, self.task, unpad and all(t.adapter.spec.tokenwise for t in trials))
+        unpad = unpad and all(t.adapter.spec.tokenwise for t in trials)
+        self.forward_pass = Forward(model, self.task, unpad, packing=any(t.spec.data.packing for t in trials))
         self.split = "val"
         self._scores: list[SplitMetrics] = []
         self._running: dict[int, float] = {}  # {trial: loss} of the optimizer step under way
@@ -208,7 +209,7 @@ class FineTuner(LightningModule):
 
     def fed(self, batches: Mapping[int, Batch]) -> Pass:
         """The shapes of ``batches``, a pass of the step under way."""
-        parts = [Fed.of(batches[i], self.task) if i in batches else None for i in range(len(self.trials))]
+        parts = [BatchShape.of(batches[i], self.task) if i in batches else None for i in range(len(self.trials))]
         width = max(batch["tensors"]["input_ids"].shape[1] for batch in batches.values())
         longest = max(length for part in parts if part for length in part.inputs)
         step = max(self.trials[i].step for i in batches) + 1

@@ -61,6 +61,11 @@ class TrialSpec:
         found = architecture.positions(self.model.architecture())
         return None if found is None else found - self.adapter.virtual_tokens
 
+    @property
+    def packing_length(self) -> int | None:
+        """Tokens that a packed training sequence holds at most; None where a sequence is one row."""
+        return self.model.length if self.data.packing else None
+
     def check_positions(self) -> None:
         """Raises ConfigError where the longest row would not fit behind the adapter's virtual tokens."""
         taken = self.adapter.virtual_tokens
@@ -80,5 +85,11 @@ class TrialSpec:
         return (
             *map(type, parts),  # two classes may have the same name
             *(repr(self.model), repr(self.quantization), self.optimizer.name, self.optimizer.flat),
-            *(trainer.accumulate_grad_batches, trainer.val_check_interval, trainer.precision, trainer.accelerator),
+            *(
+                self.data.packing,
+                trainer.accumulate_grad_batches,
+                trainer.val_check_interval,
+                trainer.precision,
+                trainer.accelerator,
+            ),
         )

@@ -45,7 +45,9 @@ class Trial:
         trainer = self.spec.trainer
         self.early_stopping = EarlyStopping(trainer.patience, self.spec.metric_mode)
         sizes = (self.spec.data.batch_size, trainer.accumulate_grad_batches)
-        self.data_cursor = DataCursor(self.data, self.task, self.pad_token_id, self.spec.seed, *sizes)
+        self.data_cursor = DataCursor(
+            self.data, self.task, self.pad_token_id, self.spec.seed, *sizes, self.spec.packing_length
+        )
         self._reset_cursor()
 
     def _reset_cursor(self) -> None:
