@@ -20,7 +20,7 @@ from loralab.adapters.base import Adapter
 from loralab.adapters.blocks import stack
 from loralab.errors import is_out_of_memory
 from loralab.forward.dropout import base_dropout
-from loralab.forward.unpadded import mask_of
+from loralab.forward.unpadded import LENGTHS, mask_of
 from loralab.quantization.sequences import watched
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Pass:
         return value
 
     def _narrow_flat(self, value: Any) -> Any:
-        if hasattr(value, "loralab_lengths"):
+        if hasattr(value, LENGTHS):
             return mask_of([self.lengths[place] for place in self._fed])
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[:2] == (1, sum(self.lengths)):
             rows = torch.split(value, self.lengths, 1)
@@ -168,7 +168,7 @@ class Prefix:
         masks = [batch["tensors"]["attention_mask"] for batch in batches.values()]
         lengths = [length for mask in masks for length in mask.sum(1).tolist()]
         ids = inputs["input_ids"]
-        flat = hasattr(inputs["attention_mask"], "loralab_lengths")
+        flat = hasattr(inputs["attention_mask"], LENGTHS)
         kind = ids.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         padding = (0, True) if flat else (ids.shape[1], min(lengths) == ids.shape[1])

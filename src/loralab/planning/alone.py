@@ -56,7 +56,7 @@ def identity(spec: TrialSpec) -> tuple[Any, ...]:
     steps = (trainer.precision, trainer.val_check_interval is None, trainer.gradient_clip_val is None)
     quantization = with_class(spec.quantization)
     optimizing = (optimizer.name, optimizer.flat, optimizer.lr_ratio)
-    return (*settings, str(model.dropout), config, untied, *new, quantization, *optimizing, *steps)
+    return (*settings, str(model.dropout), config, untied, *new, quantization, *optimizing, *steps, spec.data.packing)
 
 
 def is_loralabs(spec: TrialSpec) -> bool:

@@ -97,8 +97,7 @@ def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = N
             bitsandbytes_ops()
     config = specs[0].model._adjust(specs[0].model.architecture(), None)
     if specs[0].data.packing and not geometry.cuda and not own_dropout(config):  # a fused kernel, linear in a row
-        passes = tuple(shape.in_fewer_rows(PACKED_ROWS) for shape in geometry.passes)
-        geometry = dataclasses.replace(geometry, passes=passes)
+        geometry = dataclasses.replace(geometry, passes=tuple(p.in_fewer_rows(PACKED_ROWS) for p in geometry.passes))
     with quiet():
         try:
             traced = _trace(specs, geometry, layers, two_steps) or _trace(specs, geometry, layers, True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.hooks import AdapterHooks
-from loralab.data.batches import Stream, collate
+from loralab.data.batches import collate, permutation
 from loralab.data.examples import Example
 from loralab.quantization.base import linear_shape
 from loralab.quantization.sequences import decoder_input_ids
@@ -47,7 +47,7 @@ class LayerInputs:
         handles = [own.layer.register_forward_pre_hook(own, with_kwargs=True) for own in moments]
         try:
             with evaluating(self.model), AdapterHooks.of(self.model).batch():
-                for row in Stream(len(self.train), self.seed).take(min(ROWS, len(self.train))):
+                for row in permutation(len(self.train), self.seed, 0)[:ROWS]:
                     self.model(**self._inputs(self.train[row]))
         finally:
             for handle in handles:
