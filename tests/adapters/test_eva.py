@@ -9,7 +9,7 @@ from loralab.adapters.attached import attached
 from loralab.adapters.export import load, save
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
-from loralab.data.batches import Stream, collate
+from loralab.data.batches import collate, permutation
 from loralab.errors import ConfigError
 from loralab.models.feeding import encoded_rows
 from loralab.quantization.four_bit import FourBit
@@ -50,7 +50,7 @@ def test_a_is_the_principal_directions_of_all_inputs_of_the_layer(fed, family, s
             lambda _, args, seen=seen: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).double())
         )
         with torch.no_grad():
-            for row in Stream(len(inputs.train), 0).take(len(inputs.train)):
+            for row in permutation(len(inputs.train), 0, 0)[: len(inputs.train)]:
                 model(**inputs._inputs(inputs.train[row]))
         handle.remove()
         x = torch.cat(seen)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from loralab.cli import main
-from loralab.data.passes import Fed, Pass
+from loralab.data.passes import BatchShape, Pass
 from loralab.errors import OutOfMemory
 from loralab.memory.budget import PlanSpec
 from loralab.memory.phases import PhaseMemory
@@ -122,13 +122,13 @@ def test_a_pass_is_told_in_one_unit(peak, unit, message):
 
 
 def _geometry(fed, **changes):
-    return Geometry((Pass(3, (fed,)),), False, Pass(1, (Fed((9, 20), (9, 20), 8),)), **changes)
+    return Geometry((Pass(3, (fed,)),), False, Pass(1, (BatchShape((9, 20), (9, 20), 8),)), **changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "t5", "distilbert"])
 def test_a_step_in_the_mode_that_a_trace_chose_needs_that_trace_alone(make_spec, calls, family):
     spec = make_spec(family=family)
-    geometry = _geometry(Fed((32, 20), (1, 1) if family == "distilbert" else (32, 20), 2))
+    geometry = _geometry(BatchShape((32, 20), (1, 1) if family == "distilbert" else (32, 20), 2))
     foresight = Foresight()
     chosen = foresight.of([spec], geometry)
     measured = replace(geometry, mode=chosen.mode)
@@ -146,7 +146,7 @@ def test_a_run_traces_the_step_that_it_predicts_and_measures_once(make_spec, cal
 
 def test_the_next_process_reads_the_plan_and_traces_what_differs(trial, calls, monkeypatch):
     spec, _ = trial
-    geometry = _geometry(Fed((32, 20), (32, 20), 30))
+    geometry = _geometry(BatchShape((32, 20), (32, 20), 30))
     plan = Foresight().of([spec], geometry)
     monkeypatch.setattr(kept, "_known", {})  # as a new process begins
     assert Foresight().of([replace(spec, seed=5, optimizer=replace(spec.optimizer, lr=1e-5))], geometry) == plan
@@ -166,7 +166,7 @@ def test_the_next_process_reads_the_plan_and_traces_what_differs(trial, calls, m
 
 
 def test_a_damaged_plan_is_traced_again(trial, calls, plans, monkeypatch):
-    geometry = _geometry(Fed((32, 20), (32, 20), 30))
+    geometry = _geometry(BatchShape((32, 20), (32, 20), 30))
     plan = Foresight().of([trial[0]], geometry)
     (stored,) = plans.iterdir()
     stored.write_text(stored.read_text().replace("predicted_peak_bytes", "predicted_bytes"))
