@@ -170,3 +170,12 @@ def test_a_head_tied_to_the_embeddings_is_adapted_with_a_warning_and_merges_afte
     assert losses["untied and merged"] == pytest.approx(losses["adapted"], rel=1e-5)
     assert losses["merged as it is"] != pytest.approx(losses["adapted"], rel=1e-3)  # what the warning is about
     assert AdapterHooks.of(base).slices == ()
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_a_new_head_trains_in_bfloat16(make_spec, family):
+    losses = [
+        Runner().run([make_spec(precision, family, precision=precision)])[0]["metrics"]["val/loss"]
+        for precision in ("bf16-true", "32-true")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)

@@ -164,7 +164,7 @@ class SavedModule(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
         cast = x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)  # embeddings are given ids
-        own: Tensor = self.module(x.float() if cast else x)
+        own: Tensor = self.module(x.to(next(self.module.parameters()).dtype) if cast else x)
         return own.to(y.dtype)
 
 
