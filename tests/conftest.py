@@ -90,6 +90,12 @@ def _quick_trainers():
     registry.entry_points = functools.cache(registry.entry_points)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_writes():
+    """No test asks what outlasts a power cut, so none waits for the disk."""
+    os.fsync = lambda file: None
+
+
 @pytest.fixture(autouse=True)
 def _no_handlers_left():
     """Hydra gives the root logger handlers on streams that end with the test."""
