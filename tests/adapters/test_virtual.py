@@ -276,8 +276,8 @@ def test_a_run_in_bfloat16_trains_scores_and_writes_text(
 ):
     written = family != "roberta"
     data = make_data("pairs" if written else "labels", **({"generate_rows": 3} if written else {}))
-    changes = {"quantization": SCHEMES[scheme], "data": data, "precision": precision, "max_steps": 10}
-    changes["val_check_interval"] = 5
+    changes = {"quantization": SCHEMES[scheme], "data": data, "precision": precision, "max_steps": 20}
+    changes["val_check_interval"] = 10
     spec = make_spec(family=family, adapter=method(num_virtual_tokens=4), **changes)
     (record,) = Runner().run([spec])
     assert record["status"] == "completed", record["error"]
