@@ -19,6 +19,7 @@ import pytest
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is there, as the command line has it
 os.environ["COLUMNS"] = "100"  # of terminal tables; a test process is told other widths
 import torch
+from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from lightning.fabric.utilities import registry
@@ -82,6 +83,17 @@ def _parsed_once(load_config):
         return copy.deepcopy(parsed[key])
 
     return load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_modes():
+    """Hydra composes once more to see ``hydra.mode``, which no yaml of ours sets; here only where a word may."""
+    get_mode = Hydra.get_mode
+
+    def mode(hydra, config_name, overrides):
+        return get_mode(hydra, config_name, overrides) if any("hydra.mode" in word for word in overrides) else None
+
+    Hydra.get_mode = mode
 
 
 @pytest.fixture(scope="session", autouse=True)
