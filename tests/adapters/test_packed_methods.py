@@ -33,7 +33,7 @@ def test_packed_is_solo_over_nf4(make_spec, make_data, weights, family, method):
         data = make_data(KINDS[family])
         adapters = [METHODS[method], LoRA(r=2), METHODS[method]]
         return [
-            make_spec(f"{prefix}{i}", family, adapter=own, seed=i, data=data, quantization=FourBit())
+            make_spec(f"{prefix}{i}", family, adapter=own, seed=i, data=data, quantization=FourBit(), max_steps=2)
             for i, own in enumerate(adapters)
         ]
 
@@ -44,6 +44,6 @@ def test_packed_is_solo_over_nf4(make_spec, make_data, weights, family, method):
     for one, other in zip(packed, solo, strict=True):
         Runner().run([other])
         ours, theirs = weights(one.folder), weights(other.folder)
-        tolerance = 0 if family == "llama" else 1e-3  # of four steps of 1e-2
+        tolerance = 0 if family == "llama" else 5e-4  # of two steps of 1e-2
         for key, expected in theirs.items():
             torch.testing.assert_close(ours[key], expected, rtol=0, atol=tolerance, msg=key)

@@ -222,7 +222,7 @@ def test_trials_of_one_pack_train_as_alone_and_the_log_says_who_goes_apart(metho
     adapters = [method(num_virtual_tokens=4), LoRA(r=4), method(num_virtual_tokens=4), method(num_virtual_tokens=6)]
 
     def four(prefix):
-        rates = {"optimizer": AdamW(lr=2e-2), "val_check_interval": 2}
+        rates = {"optimizer": AdamW(lr=2e-2), "val_check_interval": 2, "max_steps": 3}
         return [make_spec(f"{prefix}{i}", family, adapter=own, seed=i, **rates) for i, own in enumerate(adapters)]
 
     packed, solo = four("packed"), four("solo")
@@ -257,7 +257,8 @@ def test_the_bases_own_dropout_is_drawn_for_each_trial(method, make_spec, make_m
 
     def two(prefix):
         adapter = method(num_virtual_tokens=4)
-        return [make_spec(f"{prefix}{i}", family, adapter=adapter, seed=i, model=model) for i in range(2)]
+        changes = {"adapter": adapter, "model": model, "max_steps": 2}
+        return [make_spec(f"{prefix}{i}", family, seed=i, **changes) for i in range(2)]
 
     packed, solo = two("packed"), two("solo")
     assert [one["pack"]["size"] for one in Runner().run(packed)] == [2, 2]

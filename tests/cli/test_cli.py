@@ -38,6 +38,8 @@ def test_help_answers_in_half_a_second_and_imports_nothing_heavy(words):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         after = resource.getrusage(resource.RUSAGE_CHILDREN)  # its own CPU time: others may be busy too
         best = min(best, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        if best < 0.5:
+            break
     assert out.splitlines()[-1] == "False False False False"
     assert f"loralab {words[0] if len(words) > 1 else 'train'}" in out
     assert best < 0.5

@@ -19,7 +19,7 @@ SWEEPS = sorted(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loaders():
     """Hydra's loader, the quick one over it, and the configuration of a sweep."""
     register_resolvers()

@@ -17,7 +17,7 @@ from loralab.config import staleness
 from loralab.config.build import build
 from loralab.config.compose import compose, plain
 from loralab.errors import Interrupted
-from loralab.models import pretrained
+from loralab.quantization.none import NoQuantization
 from loralab.records import record
 from loralab.records.fingerprints import of_pretrained
 from loralab.reporting.listing import listing
@@ -27,10 +27,19 @@ from loralab.training.module import FineTuner
 FAST = ["data.limit=6", "trainer.max_steps=1", "data.batch_size=2"]
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, make_model):
+    """The folder of a small base and its tokenizer."""
+    folder, spec = tmp_path_factory.mktemp("drawn"), make_model()
+    spec.weights(spec.prepared_config(None), NoQuantization(), "auto", "cpu").save_pretrained(folder)
+    spec.load_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def base(tmp_path):
-    """A copy of the shipped base."""
-    shutil.copytree(pretrained.SHIPPED_FOLDER, tmp_path / "base")
+def base(drawn, tmp_path):
+    """A copy of that base."""
+    shutil.copytree(drawn, tmp_path / "base")
     return tmp_path / "base"
 
 

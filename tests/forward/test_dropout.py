@@ -24,7 +24,7 @@ MORE_FAMILIES = ["roberta", "distilbert", "bert"]
 FAMILIES = ["gpt2", "t5", *MORE_FAMILIES]
 SCHEMES = {"none": {}, "nf4": {"quantization": FourBit(quant_type="nf4")}}
 BERT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-STEPS = 30
+STEPS = 12
 
 
 @pytest.fixture

@@ -110,12 +110,12 @@ def test_a_pack_with_a_prefix_trains_like_each_trial_alone_without(
         name_or_path=str(real_data / "weights" / "stories260K-hf"), max_length=64, dtype="float32"
     )
     count = len(stack(loading.skeleton(model)))
-    shared = {"data": make_data("ragged", batch_size=4), "max_steps": 110, "model": model, "memory": OFF}
+    shared = {"data": make_data("ragged", batch_size=4), "max_steps": 30, "model": model, "memory": OFF}
     specs = [
         vary(spec, adapter=vary(spec.adapter, target_modules=rf".*\.layers\.{count - 1}\..*"))
         for spec in trials(make_spec, **shared)
     ]
-    full = [4] * 110 + [4, 3]  # of one trial, not of four; and its validation
+    full = [4] * 30 + [4, 3]  # of one trial, not of four; and its validation
     completed(specs)
     assert seen == full
     seen.clear()

@@ -125,20 +125,23 @@ def test_a_larger_batch_has_a_larger_peak(make_spec, make_data):
 
 
 def test_the_profiled_step_is_in_no_timing(make_spec, monkeypatch):
-    stop = phases.ProfiledStep.stop
+    stop, passed = phases.ProfiledStep.stop, [0.0]
 
     def slow(self):
-        time.sleep(3.0)
+        passed[0] += 1000.0
         return stop(self)
 
+    for name in ("monotonic", "perf_counter"):
+        real = getattr(time, name)
+        monkeypatch.setattr(time, name, lambda real=real: real() + passed[0])
     monkeypatch.setattr(phases.ProfiledStep, "stop", slow)
     for steps, left_out in ((3, 1), (HEAVIEST, 2)):  # the second and the one with the most targets of equal rows
         observed = {"memory": lambda steps=steps: PhaseMemory(profiled_step=steps)}
         record = Runner().run([make_spec(f"{steps}", callbacks=observed, val_check_interval=2)])[0]
-        assert record["time"]["train_s"] < 2.5  # the validation within the fit is profiled too
+        assert record["time"]["train_s"] < 500  # the validation within the fit is profiled too
         timed = record["time"]["tokens"] * (4 - left_out) / 4
         assert record["time"]["tokens_per_s"] == pytest.approx(timed / record["time"]["train_s"])
-        assert max(record["memory"]["seconds_by_phase"].values()) < 2.5
+        assert max(record["memory"]["seconds_by_phase"].values()) < 500
 
 
 def test_a_run_of_one_step_has_a_peak_and_no_speed(make_spec):

@@ -21,7 +21,7 @@ from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.none import NoQuantization
 from loralab.running.runner import Runner
 
-STEPS, RATE = 30, 0.01
+STEPS, RATE = 15, 0.01
 QUANTIZERS = {"dense": NoQuantization(), "nf4": FourBit(block_size=32)}  # the smallest layer has 32 weights
 
 

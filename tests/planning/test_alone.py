@@ -24,18 +24,25 @@ def traced(tmp_path, monkeypatch):
     return ranks
 
 
+@pytest.fixture
+def make(make_spec, make_model):
+    """A trial over a base of one layer, of the fields that differ."""
+    model = make_model(config={"num_hidden_layers": 1})
+    return lambda **changes: make_spec(model=model, **changes)
+
+
 @pytest.mark.parametrize("quantization", [None, FourBit(double_quant=True)], ids=["none", "nf4_double"])
-def test_any_rank_is_within_a_thousandth_of_its_own_trace(make_spec, traced, quantization):
+def test_any_rank_is_within_a_thousandth_of_its_own_trace(make, traced, quantization):
     changes = {} if quantization is None else {"quantization": quantization}
     for r in (1, 16, 128):
-        spec = make_spec(adapter=LoRA(r=r), **changes)
+        spec = make(adapter=LoRA(r=r), **changes)
         whole = predict_step([spec], GEOMETRY).predicted_peak_bytes
         assert alone.peak(spec, GEOMETRY) == pytest.approx(whole, rel=0.001)
     assert traced == list(alone.RANKS)
 
 
-def test_rate_seed_alpha_folder_and_rank_share_the_traces_and_another_process_too(make_spec, traced, tmp_path):
-    spec = make_spec(adapter=LoRA(r=4))
+def test_rate_seed_alpha_folder_and_rank_share_the_traces_and_another_process_too(make, traced, tmp_path):
+    spec = make(adapter=LoRA(r=4))
     first = alone.peak(spec, GEOMETRY)
     other = replace(spec, seed=7, folder=tmp_path / "other", optimizer=replace(spec.optimizer, lr=1e-5))
     assert alone.peak(other, GEOMETRY) == first

@@ -46,9 +46,9 @@ def head(width):
         ("phi2", ["q_proj", "k_proj", "v_proj", "dense"], 32, 20_971_520),
         ("phi2", ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"], 32, 47_185_920),
         ("llama_7b", "all-linear", 64, 159_907_840),
-        ("llama2_13b", "all-linear", 64, 250_347_520),
-        ("llama_33b", "all-linear", 64, 487_587_840),
-        ("llama_65b", "all-linear", 64, 799_539_200),
+        pytest.param("llama2_13b", "all-linear", 64, 250_347_520, marks=pytest.mark.slow),
+        pytest.param("llama_33b", "all-linear", 64, 487_587_840, marks=pytest.mark.slow),
+        pytest.param("llama_65b", "all-linear", 64, 799_539_200, marks=pytest.mark.slow),
         ("llama2_70b", "all-linear", 64, 828_375_040),
     ],
 )

@@ -24,9 +24,9 @@ MIB = 2**20
 
 
 @pytest.fixture
-def trial(make_spec):
-    """A spec that is planned, and its data."""
-    spec = replace(make_spec(), plan=PlanSpec())
+def trial(make_spec, make_model):
+    """A spec of one layer that is planned, and its data."""
+    spec = replace(make_spec(model=make_model(config={"num_hidden_layers": 1})), plan=PlanSpec())
     return spec, [encoded_data(spec.data, spec.model, spec.model.load_tokenizer(), "cpu")]
 
 
@@ -59,10 +59,10 @@ def test_a_pack_is_traced_once(trial, calls):
 
 def test_what_cannot_fit_is_refused_or_warned_of(trial, caplog):
     spec, data = trial
-    small = replace(spec, plan=PlanSpec(budget_gib=1 * MIB / GIB))
+    small = replace(spec, plan=PlanSpec(budget_gib=0.1 * MIB / GIB))
     with pytest.raises(OutOfMemory, match="predicted to need"):
         Foresight().check([small], data, "cpu")
-    warned = replace(spec, plan=PlanSpec(budget_gib=1 * MIB / GIB, enforce=False))
+    warned = replace(spec, plan=PlanSpec(budget_gib=0.1 * MIB / GIB, enforce=False))
     with caplog.at_level(logging.WARNING):
         assert Foresight().check([warned], data, "cpu") is not None
     assert "plan.enforce=false" in caplog.text
@@ -125,9 +125,12 @@ def _geometry(fed, **changes):
     return Geometry((Pass(3, (fed,)),), False, Pass(1, (BatchShape((9, 20), (9, 20), 8),)), **changes)
 
 
+DEPTH = {"gpt2": "n_layer", "t5": "num_layers", "distilbert": "n_layers"}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "t5", "distilbert"])
-def test_a_step_in_the_mode_that_a_trace_chose_needs_that_trace_alone(make_spec, calls, family):
-    spec = make_spec(family=family)
+def test_a_step_in_the_mode_that_a_trace_chose_needs_that_trace_alone(make_spec, make_model, calls, family):
+    spec = make_spec(family=family, model=make_model(family, config={DEPTH.get(family, "num_hidden_layers"): 1}))
     geometry = _geometry(BatchShape((32, 20), (1, 1) if family == "distilbert" else (32, 20), 2))
     foresight = Foresight()
     chosen = foresight.of([spec], geometry)

@@ -50,8 +50,20 @@ PEFT_COMPARISON = {
 }
 
 
+SLOW = {  # another size of the same method and model is beside it
+    f"model=gpt3 adapter.r=1 adapter.target_modules={QV}",
+    f"model=gpt3 adapter.r=64 adapter.target_modules={QV}",
+    "model=gpt3 adapter=bottleneck adapter.variant=houlsby adapter.bottleneck_size=1",
+    f"model=llama32_3b adapter.r=32 adapter.target_modules={QV}",
+}
+
+
 @pytest.mark.parametrize(
-    ("overrides", "published"), [*LORA_PAPER.items(), *EXPERIMENTS.items(), *PEFT_COMPARISON.items()]
+    ("overrides", "published"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if case[0] in SLOW else [])
+        for case in [*LORA_PAPER.items(), *EXPERIMENTS.items(), *PEFT_COMPARISON.items()]
+    ],
 )
 def test_count_is_the_published_one(overrides, published):
     config = plain(compose(overrides.split()))

@@ -88,9 +88,10 @@ METHODS = {
         for name in METHODS
     ],
 )
-def test_the_prediction_of_every_method_is_its_measurement(make_spec, real_data, speeches, method):
+def test_the_prediction_of_every_method_is_its_measurement(make_spec, speeches, method):
     data = Files(**speeches, prompt="{q}", target="{a}", batch_size=3)
-    changes = {"model": bases(real_data)["gpt2"], "quantization": FourBit(), "data": data, "max_steps": 4}
+    model = pretrained.Random(config={**GPT2, "n_layer": 2}, **SHORT)
+    changes = {"model": model, "quantization": FourBit(), "data": data, "max_steps": 4}
     observed = {"memory": PhaseMemory}
     pack = [make_spec(f"{n}", adapter=METHODS[method], seed=n, callbacks=observed, **changes) for n in range(2)]
     records = Runner().run([replace(spec, plan=PlanSpec()) for spec in pack])

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loralab.errors import ArtifactError, DiskError
@@ -215,6 +215,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.text(max_size=5), JSON, max_size=3))
 def test_any_json_metrics_survive_writing(tmp_path_factory, metrics):
     folder = tmp_path_factory.mktemp("run")

@@ -75,7 +75,12 @@ def assert_equal(ours, theirs, records, expected, weights):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "flat"), [("adamw", False), ("adamw", True), ("adamw_8bit", False), ("adamw_8bit", True)]
+    ("optimizer", "flat"),
+    [
+        ("adamw", False),
+        ("adamw_8bit", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("adamw", True), ("adamw_8bit", False))),
+    ],
 )
 def test_out_of_memory_halves_a_pack_and_no_finished_step_is_lost_or_made_twice(
     four, passes, weights, caplog, optimizer, flat

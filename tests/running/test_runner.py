@@ -56,8 +56,15 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("quantization", [None, NF4], ids=["none", "nf4"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("quantization", "accumulate"),
+    [
+        pytest.param(None, 1, id="none-1"),
+        pytest.param(NF4, 2, id="nf4-2"),
+        pytest.param(None, 2, id="none-2", marks=pytest.mark.slow),
+        pytest.param(NF4, 1, id="nf4-1", marks=pytest.mark.slow),
+    ],
+)
 def test_two_unlike_trials_in_a_pack_equal_two_solo_runs_bit_for_bit(
     make_spec, make_data, curve, weights, quantization, accumulate
 ):

@@ -37,32 +37,28 @@ def seen(folder):
     return [re.search(r"CUDA_VISIBLE_DEVICES=(\S+)", text)[1] for text in logs]
 
 
-def test_two_devices_give_what_one_process_gives(sweep, weights, tmp_path, capsys):
-    code, apart = sweep("apart", "seed=0,1", "adapter.r=2,3", names="5,3")
-    assert code == 0
+def test_two_devices_give_what_one_process_gives_and_a_failing_trial_its_own_code(sweep, weights, tmp_path, capsys):
+    words = ["adapter.target_modules=[q_proj],[nope]", "seed=0,1,2,3"]
+    code, apart = sweep("apart", *words, names="5,3")
+    assert code == 2
     message = capsys.readouterr().err
     assert seen(tmp_path / "apart") == ["3", "5"]
+    done = {trial: one for trial, one in apart.items() if one["status"] == "completed"}
+    assert sorted(one["status"] for one in apart.values()) == ["completed"] * 4 + ["failed"] * 4
     pids = {one["pid"] for one in apart.values()}
     assert len(pids) == 2
     assert os.getpid() not in pids
-    assert sorted(one["pack"]["size"] for one in apart.values()) == [2] * 4
-    assert len(re.findall(r"^\[\d/4\] .*val/loss", message, re.MULTILINE)) == 4
-    assert [one["status"] for one in record.read_sweep(tmp_path / "apart")["trials"]] == ["completed"] * 4
-    _, together = sweep("together", "seed=0,1", "adapter.r=2,3")
-    assert apart.keys() == together.keys()
+    assert sorted(one["pack"]["size"] for one in done.values()) == [2] * 4
+    assert len(re.findall(r"^\[\d/8\] .*val/loss", message, re.MULTILINE)) == 4
+    listed = [one["status"] for one in record.read_sweep(tmp_path / "apart")["trials"]]
+    assert sorted(listed) == ["completed"] * 4 + ["failed"] * 4
+    _, together = sweep("together", "adapter.target_modules=[q_proj]", words[1])
+    assert done.keys() == together.keys()
     for trial, one in together.items():
-        assert apart[trial]["metrics"] == one["metrics"]
+        assert done[trial]["metrics"] == one["metrics"]
         ours, theirs = weights(tmp_path / "apart" / trial), weights(tmp_path / "together" / trial)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_a_failing_trial_is_told_by_its_own_code_and_finished_ones_are_skipped(sweep, capsys):
-    words = ["adapter.target_modules=[q_proj],[nope]", "seed=0,1,2"]
-    code, records = sweep("s", *words, names="0,1")
-    assert code == 2
-    assert sorted(one["status"] for one in records.values()) == ["completed"] * 3 + ["failed"] * 3
-    done = {trial: one for trial, one in records.items() if one["status"] == "completed"}
-    code, after = sweep("s", *words)
+    code, after = sweep("apart", *words)  # finished ones are skipped
     assert code == 2
     assert all(after[trial] == one for trial, one in done.items())
 

@@ -256,7 +256,7 @@ def test_a_trial_with_callbacks_of_the_users_own_begins_anew(make_spec, stop, cu
 
 
 def test_killed_hard_and_called_again(tiny_arguments, tmp_path):
-    words = ["train", *tiny_arguments, "callbacks=default", "trainer.max_steps=400"]
+    words = ["train", *tiny_arguments, "callbacks=default", "trainer.max_steps=100"]
     words += ["callbacks.checkpoint.every_n_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]
     command = [sys.executable, "-m", "loralab.cli.main", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -272,4 +272,4 @@ def test_killed_hard_and_called_again(tiny_arguments, tmp_path):
     done = record.read(tmp_path / "run")
     assert done["resumed_from"] >= 1
     steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "train/loss" in row]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 101))
