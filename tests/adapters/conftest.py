@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from loralab.adapters.hooks import BatchSlice
+from loralab.forward.stacked import Forward
 from loralab.models import loading, pretrained
 from loralab.quantization.base import dense_weight, is_frozen
 from loralab.quantization.four_bit import FourBit
@@ -71,3 +73,34 @@ def dense_twin(load_any):
         return twin
 
     return make
+
+
+@pytest.fixture
+def curves():
+    """(our losses, PEFT's) of six steps of AdamW on one batch: of an adapter, and of the PEFT model beside it."""
+
+    def train(model, adapter, theirs, inputs, labels, rate):
+        forward = Forward(model, "causal_lm")
+
+        def ours():
+            (scores,) = forward(dict(inputs), labels, [BatchSlice(adapter, 2, 1)])
+            return scores[0] / len(scores[2])
+
+        trained = [p for p in theirs.parameters() if p.requires_grad]
+        return (
+            _losses(ours, list(adapter.parameters()), rate),
+            _losses(lambda: theirs(**inputs, labels=labels).loss, trained, rate),
+        )
+
+    return train
+
+
+def _losses(loss_now, parameters, rate):
+    optimizer, losses = torch.optim.AdamW(parameters, lr=rate), []
+    for _ in range(6):
+        loss = loss_now()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

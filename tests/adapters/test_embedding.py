@@ -11,7 +11,6 @@ from loralab.adapters.intrinsic import Intrinsic
 from loralab.adapters.lora import LoRA
 from loralab.adapters.vera import VeRA
 from loralab.errors import ConfigError
-from loralab.forward.stacked import Forward
 from loralab.planning.count import count
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
@@ -89,7 +88,7 @@ def test_a_row_gains_its_own_column_of_b_a(load_base):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_it_trains_as_pefts_and_the_padding_token_and_a_tied_head_stay_the_bases(load_base, family, caplog):
+def test_it_trains_as_pefts_and_the_padding_token_and_a_tied_head_stay_the_bases(load_base, curves, family, caplog):
     base, other = base_of(load_base, family), base_of(load_base, family).model
     for model in (base.model, other):
         model.get_input_embeddings().padding_idx = 3
@@ -109,22 +108,9 @@ def test_it_trains_as_pefts_and_the_padding_token_and_a_tied_head_stay_the_bases
     ids = torch.randint(2, 250, (2, 9), generator=generator)
     ids[:, 2] = 3
     inputs, labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.clone()
-    curves, forward = [], Forward(base.model, "causal_lm")
-    for parameters in (list(adapter.parameters()), [p for p in theirs.parameters() if p.requires_grad]):
-        optimizer, own = torch.optim.AdamW(parameters, lr=3e-2), []
-        for _ in range(6):
-            if curves:
-                loss = theirs(**inputs, labels=labels).loss
-            else:
-                (scores,) = forward(dict(inputs), labels, [BatchSlice(adapter, 2, 1)])
-                loss = scores[0] / len(scores[2])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            own.append(float(loss))
-        curves.append(own)
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert curves[0][-1] < curves[0][0] - 0.2
+    ours, pefts = curves(base.model, adapter, theirs, inputs, labels, 3e-2)
+    assert ours == pytest.approx(pefts, rel=1e-4)
+    assert ours[-1] < ours[0] - 0.2
     assert not tables(adapter)[0].lora_embedding_A[:, 3].any()
     assert tables(adapter)[0].lora_embedding_A[:, ids[0, 0]].any()
 

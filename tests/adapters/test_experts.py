@@ -9,7 +9,6 @@ from loralab.adapters.export import load, save
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
-from loralab.forward.stacked import Forward
 from loralab.planning.count import count
 from loralab.quantization.four_bit import FourBit
 from loralab.running.runner import Runner
@@ -80,7 +79,7 @@ def test_a_merged_expert_computes_the_same(load_base, inputs, kind):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_it_trains_as_pefts(load_base, kind):
+def test_it_trains_as_pefts(load_base, curves, kind):
     base, other = (load_base(config=config_of(kind)) for _ in range(2))
     adapter = attached(LoRA(r=4, lora_alpha=16, target_modules=None, target_parameters=BOTH), base.model, 5)
     config = LoraConfig(r=4, lora_alpha=16, target_modules=[], target_parameters=BOTH)
@@ -93,21 +92,8 @@ def test_it_trains_as_pefts(load_base, kind):
             parameter.copy_(stored[name])
     ids = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(0))
     inputs, labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.clone()
-    curves, forward = [], Forward(base.model, "causal_lm")
-    for parameters in (list(adapter.parameters()), list(trained.values())):
-        optimizer, own = torch.optim.AdamW(parameters, lr=1e-2), []
-        for _ in range(6):
-            if curves:
-                loss = theirs(**inputs, labels=labels).loss
-            else:
-                (scores,) = forward(dict(inputs), labels, [BatchSlice(adapter, 2, 1)])
-                loss = scores[0] / len(scores[2])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            own.append(loss.item())
-        curves.append(own)
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    ours, pefts = curves(base.model, adapter, theirs, inputs, labels, 1e-2)
+    assert ours == pytest.approx(pefts, rel=1e-4)
     assert curves[0][-1] < curves[0][0] - 0.2
 
 

@@ -9,10 +9,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from loralab.adapters.attached import attached
-from loralab.adapters.hooks import AdapterHooks, BatchSlice
+from loralab.adapters.hooks import AdapterHooks
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
-from loralab.forward.stacked import Forward
 from loralab.models import loading, pretrained
 from loralab.planning.count import count
 from loralab.quantization.four_bit import FourBit
@@ -39,7 +38,7 @@ def start_alike(adapter, theirs):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_that_are_trained_whole_train_as_pefts(load_base, tied, caplog):
+def test_embeddings_that_are_trained_whole_train_as_pefts(load_base, curves, tied, caplog):
     base = load_base("llama", config={"tie_word_embeddings": tied})
     other = load_base("llama", config={"tie_word_embeddings": tied}).model
     adapter = attached(LoRA(r=4, modules_to_save=["embed_tokens"], target_modules=["q_proj"]), base.model)
@@ -47,24 +46,9 @@ def test_embeddings_that_are_trained_whole_train_as_pefts(load_base, tied, caplo
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     theirs = get_peft_model(other, config)
     start_alike(adapter, theirs)
-    losses = []
-    inputs, labels = batch()
-    forward = Forward(base.model, "causal_lm")
-    for parameters in (adapter.parameters(), [p for p in theirs.parameters() if p.requires_grad]):
-        optimizer, own = torch.optim.AdamW(list(parameters), lr=RATE), []
-        for _ in range(6):
-            if losses:
-                loss = theirs(**inputs, labels=labels).loss
-            else:
-                (scores,) = forward(dict(inputs), labels, [BatchSlice(adapter, 2, 1)])
-                loss = scores[0] / len(scores[2])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            own.append(float(loss))
-        losses.append(own)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][-1] < 0.9 * losses[0][0]
+    ours, pefts = curves(base.model, adapter, theirs, *batch(), RATE)
+    assert ours == pytest.approx(pefts, rel=1e-4)
+    assert ours[-1] < 0.9 * ours[0]
 
 
 def test_a_run_trains_embeddings_whole_and_exports_them(make_spec, weights):

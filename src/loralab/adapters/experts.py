@@ -1,7 +1,6 @@
 """LoRA on experts that are one parameter of three dimensions: each gains its own scaling * B A (PEFT's
 ``target_parameters``). A module computes with W + scaling B A in place of W, whatever it does with it."""
 
-import math
 from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.base import generator_for
 from loralab.adapters.hooks import AdapterHooks, Hook, NotPackable
+from loralab.adapters.low_rank import drawn
 from loralab.adapters.peft import PREFIX
 from loralab.errors import ConfigError, nearest
 from loralab.quantization.linear import without_autocast
@@ -59,15 +59,10 @@ class LoRAExpertsDelta(nn.Module):
 
     @torch.no_grad()
     def draw(self, init: str, generator: torch.Generator) -> None:
-        """Fills A: uniform in +-1/sqrt(in) (kaiming), or normal with deviation 1/r (gaussian)."""
-        if self.lora_A.is_meta:
-            return
+        """Fills A of every expert as LoRA draws it."""
         rows, in_features = self.lora_A.shape
-        if init == "gaussian":
-            drawn = torch.randn(rows, in_features, generator=generator) * self.experts / rows
-        else:
-            drawn = (torch.rand(rows, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
-        self.lora_A.copy_(drawn)
+        if not self.lora_A.is_meta:
+            self.lora_A.copy_(drawn(init, rows, in_features, rows // self.experts, generator))
 
     def weight(self, frozen: Tensor) -> Tensor:
         """``frozen`` with each expert's update added, in its shape and dtype."""

@@ -223,9 +223,8 @@ class LoRAAdapter(Adapter):
         if type(self.lora) is not LoRA:
             return f"what {type(self.lora).__name__} changes in LoRA"
         deltas = [(name, type(delta)) for name, delta in self.adapted()]
-        given = [
-            (name, kind) for name, kind in deltas if kind is not experts.LoRAExpertsDelta
-        ]  # of two parameters each
+        # experts have a delta for each of their two parameters
+        given = [(name, kind) for name, kind in deltas if kind is not experts.LoRAExpertsDelta]
         strange = [
             f"{kind.__name__} of {name}"
             for name, kind in given

@@ -89,10 +89,8 @@ class LoRAFAAdapter(LoRAAdapter):
         super().export(folder)
 
     def lost(self) -> str:
-        kinds = [
-            f"{type(delta).__name__} of {name}" for name, delta in self.adapted() if type(delta) is not LoRAFADelta
-        ]
-        return next(iter(kinds), "")
+        strange = (f"{type(own).__name__} of {name}" for name, own in self.adapted() if type(own) is not LoRAFADelta)
+        return next(strange, "")
 
 
 LoRAFA.makes = LoRAFAAdapter

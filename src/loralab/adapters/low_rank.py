@@ -13,6 +13,14 @@ from loralab.adapters.grouped import Given
 from loralab.quantization.base import dense_weight
 
 
+def drawn(init: str, rows: int, in_features: int, r: int, generator: torch.Generator) -> Tensor:
+    """The start of A (rows, in), of one or several matrices of ``r`` rows: uniform in +-1/sqrt(in) (kaiming, a = sqrt
+    5), or normal with deviation 1/r (gaussian)."""
+    if init == "gaussian":
+        return torch.randn(rows, in_features, generator=generator) / r
+    return (torch.rand(rows, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
+
+
 class LoRADelta(nn.Module):
     """The update of one layer: A (r, in) drawn, B (out, r) zero, so that training starts at the base model."""
 
@@ -31,20 +39,16 @@ class LoRADelta(nn.Module):
         self.scaling, self.dropout = scaling, dropout
 
     def draw(self, init: str, generator: torch.Generator) -> None:
-        """Fills A: uniform in +-1/sqrt(in) (kaiming, a = sqrt 5) or normal with deviation 1/r (gaussian); with
-        orthogonal A and B, normal along directions of which B takes one half and A the other (PEFT's draw)."""
+        """Fills A as ``drawn`` says; with orthogonal A and B, normal along directions of which B takes one half and A
+        the other (PEFT's draw)."""
         if self.lora_A.is_meta:
             return
         r, in_features = self.lora_A.shape
         if init == "orthogonal":
             self._draw_orthogonal(generator)
             return
-        if init == "gaussian":
-            drawn = torch.randn(r, in_features, generator=generator) / r
-        else:
-            drawn = (torch.rand(r, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
         with torch.no_grad():
-            self.lora_A.copy_(drawn)
+            self.lora_A.copy_(drawn(init, r, in_features, r, generator))
 
     @torch.no_grad()
     def _draw_orthogonal(self, generator: torch.Generator) -> None:

@@ -15,13 +15,8 @@ ID_LENGTH = 10
 VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # sections that do not change what a trial computes
 VOLATILE_KEYS = {"trainer": ("test",), "memory": ("snapshot",)}  # nor do these: what else is measured, where it goes
 PATHS = {"data": ("train", "validation", "test"), "model": ("name_or_path", "tokenizer")}
-UNORDERED = (
-    "target_modules",
-    "target_parameters",
-    "exclude_modules",
-    "layers_to_transform",
-    "skip_modules",
-)  # sets of names
+# sets of names
+UNORDERED = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "skip_modules")
 FIRST_WINS = ("rank_pattern", "alpha_pattern")  # mappings whose order decides
 # A section of this class with nothing but defaults is left out, so that a new section changes no trial's id.
 USUAL = {

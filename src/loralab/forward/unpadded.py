@@ -33,9 +33,8 @@ def prepare(model: nn.Module) -> list[Any]:
     keys. Returns the configs that it changed, for ``undo``."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    configs: list[Any] = [
-        getattr(module, "config", None) for module in model.modules()
-    ]  # T5's encoder and decoder have their own
+    # of every module: T5's encoder and decoder have their own
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     changed = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
     for config in changed:
         config._attn_implementation = NAME

@@ -113,11 +113,10 @@ class Foresight:
 
 def _kept_plan(specs: Sequence[Any], geometry: Geometry) -> Plan:
     """The plan of ``geometry``; from the disk where an earlier run traced the same step of loralab's own classes."""
-    if not all(map(alone.is_loralabs, specs)):
-        return predict_step(specs, geometry)
+    on_disk = all(map(alone.is_loralabs, specs))
     trials = [(alone.identity(spec), alone.with_class(spec.adapter), spec.memory.spiky_every) for spec in specs]
     key = ("plan", trials, _without_step(geometry), geometry.scored)
-    return Plan.of(kept(key, lambda: predict_step(specs, geometry).as_dict()))
+    return Plan.of(kept(key, lambda: predict_step(specs, geometry).as_dict(), on_disk))
 
 
 def _largest(spec: Any, data: Encoded, device: str) -> Geometry:

@@ -170,9 +170,10 @@ class Fit:
         restarted: list[Trial] = []
         for trial, state in zip(self.trials, self.states, strict=True):
             (rewound if trial.rewind(state) else restarted).append(trial)
-        for trial in restarted:
-            trial.adapter.detach()
-            trial.restart(attach_adapter(self.base, trial.spec, trial.data))
+        with self.base.hooks.given(decomposed={}):
+            for trial in restarted:
+                trial.adapter.detach()
+                trial.restart(attach_adapter(self.base, trial.spec, trial.data))
         half = len(self.trials) // 2
         if isinstance(why, NotPackable):
             parts = [[trial] for trial in self.trials]

@@ -72,9 +72,9 @@ class Runner:
         check_labels(base, rows)
         trials: list[Trial] = []
         try:
-            # one by one, so that the adapters before a refused one are detached too
-            trials.extend(attach_trial(base, *parts) for parts in zip(specs, rows, records, strict=True))
-            base.hooks.decomposed.clear()
+            with base.hooks.given(decomposed={}):  # for these trials alone
+                # one by one, so that the adapters before a refused one are detached too
+                trials.extend(attach_trial(base, *parts) for parts in zip(specs, rows, records, strict=True))
             check_batches(base, trials)
             for trial in trials:
                 _resume(trial)
