@@ -8,6 +8,7 @@ import pytest
 
 from loralab.adapters.bitfit import BitFit
 from loralab.adapters.bottleneck import Bottleneck
+from loralab.adapters.full import Full
 from loralab.adapters.ia3 import IA3
 from loralab.adapters.last_layer import LastLayer
 from loralab.adapters.lora import LoRA
@@ -99,6 +100,19 @@ def test_the_prediction_of_every_method_is_its_measurement(make_spec, speeches, 
     for one in records:
         memory = one["memory"]
         assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
+
+
+def test_the_prediction_of_full_fine_tuning_is_its_measurement_to_the_byte(make_spec, speeches):
+    data = Files(**speeches, prompt="{q}", target="{a}", batch_size=3)
+    changes = {"model": pretrained.Random(config=GPT2, **SHORT), "data": data, "max_steps": 4}
+    spec = make_spec(adapter=Full(), callbacks={"memory": PhaseMemory}, **changes)
+    record = Runner().run([replace(spec, plan=PlanSpec())])[0]
+    memory = record["memory"]
+    assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=1e-5)
+    assert sum(memory["predicted_by_kind"].values()) == memory["predicted_peak_bytes"]
+    trained, stored = 4 * record["adapter"]["trainable_parameters"], memory["predicted_by_kind"]
+    assert stored["optimizer"] == pytest.approx(2 * trained, rel=1e-3)  # two moments
+    assert stored["adapter"] == pytest.approx(trained, rel=1e-3)
 
 
 MIXTRAL = {

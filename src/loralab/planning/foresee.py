@@ -164,6 +164,13 @@ def _without_step(geometry: Geometry) -> str:
     return f"{passes} {len(geometry.passes)} {geometry.cuda} {geometry.ragged} {geometry.mode} {geometry.first}"
 
 
+def predicted(plan: Plan | None) -> dict[str, Any]:
+    """The fields of a record's ``memory`` that are known before a step."""
+    if plan is None:
+        return {"predicted_peak_bytes": None, "predicted_by_kind": None}
+    return {"predicted_peak_bytes": plan.predicted_peak_bytes, "predicted_by_kind": plan.by_kind}
+
+
 def free_bytes(device: str) -> float:
     """Bytes that a new run could take; infinite where that is unknown."""
     if device == "cuda":

@@ -63,6 +63,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.nothing_masked if args[0].dtype == torch.bool else 1
         if func is aten.index.Tensor and any(t is not None and t.dtype == torch.bool for t in args[1]):
             args = (args[0], self._nonzero(args[1]))
+        if func in (aten.index_put.default, aten._unsafe_index_put.default) and args[3:] == (True,):
+            func = aten.index_put_.default  # of real tensors, the backward of an index adds into its zeros in place
         out = func(*args, **(kwargs or {}))
         for leaf in out if isinstance(out, (list, tuple)) else (out,):
             for tensor in (leaf,) if isinstance(leaf, Tensor) else tree_leaves(leaf):

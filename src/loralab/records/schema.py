@@ -58,6 +58,7 @@ class MemorySection(TypedDict, total=False):
     device: Text
     alone_peak_bytes: Number
     predicted_peak_bytes: Number
+    predicted_by_kind: dict[str, int] | None  # what lies in memory at that peak (planning/tracker.py)
     measured_peak_bytes: Number
     by_phase: dict[str, Any] | None
     spikes: list[dict[str, Any]] | None

@@ -13,7 +13,7 @@ from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import MISSING, STALE, TrialResult
 from loralab.analysis.values import canonical, flatten, label
-from loralab.reporting import memory, svg
+from loralab.reporting import cost, memory, svg
 from loralab.reporting.figures import figures
 from loralab.reporting.html import Tile, duration, render
 from loralab.reporting.notes import differing, messages, notes, undecided
@@ -68,6 +68,7 @@ def _section(comparison: Comparison, one_of_several: bool) -> dict[str, Any]:
         "columns": shown,
         "strips": _strips(comparison.arms),
         "notes": [*fixed, *_reading(comparison, shown), *notes(comparison)],
+        "cost": cost.section(comparison),
         "memory": memory.section(comparison),
         "figures": figures(comparison),
     }

@@ -14,7 +14,8 @@ from loralab.analysis.dimension import answers
 from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
-from loralab.reporting.layout import terminal_width
+from loralab.reporting import cost
+from loralab.reporting.layout import markdown_table, terminal_width
 from loralab.reporting.notes import general, messages, notes
 from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
@@ -94,7 +95,7 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
         "held_fixed": held_fixed(results),
         "notes": [*general(results, compared), *(note for comparison in compared for note in notes(comparison))],
         "arms": [
-            {"set": about, **as_plain(arm)}
+            {"set": about, **as_plain(arm), **cost.plain(arm)}
             for comparison in compared
             for about in [subject(comparison.results)]
             for arm in comparison.arms
@@ -137,6 +138,8 @@ def _markdown(results: SweepResults, compared: Sequence[Comparison]) -> str:
         lines += [f"## {subject(comparison.results)}", ""] if len(compared) > 1 else []
         lines += [f"{measure(comparison)}.", "", markdown(comparison)]
         lines += [*(f"- {note}" for note in notes(comparison)), ""]
+        titles, rows = cost.table(comparison)
+        lines += [markdown_table(titles, rows), f"{cost.READING}.", ""] if rows else []
     footer = [*messages(results, compared), *(f"held fixed: {text}" for text in held_fixed(results))]
     footer += [f"{term}: {text}" for term, text in {**provenance.header, **provenance.provenance}.items() if text]
     lines += [f"- {text}" for text in footer]

@@ -48,7 +48,7 @@ def columns(comparison: Comparison) -> list[Column]:
         *([_average("bits overall", "base.bits_per_parameter_overall", "{:.3f}".format)] * _partly_quantized(arms)),
         _average("base size", "base.bytes", memory),
         _average("trainable", "adapter.trainable_parameters", "{:,.0f}".format),
-        _column("peak alone", lambda arm: arm.alone_peak, memory),
+        column("peak alone", lambda arm: arm.alone_peak, memory),
         _measured("peak memory", lambda arm: arm.measured("memory.measured_peak_bytes", largest=True), memory),
         _measured("train s", lambda arm: arm.measured("time.train_s"), "{:.1f}".format),
         _measured("tokens/s", lambda arm: arm.speed, "{:,.0f}".format),
@@ -129,12 +129,13 @@ def _difference_text(arm: Arm) -> str:
     return arm.difference.text + (f" {SIGNIFICANT}" if arm.difference.verdict(arm.results.mode) else "")
 
 
-def _column(title: str, number: Number, show: Format) -> Column:
+def column(title: str, number: Number, show: Format) -> Column:
+    """``-`` where there is no number."""
     return Column(title, lambda arm: "-" if (value := number(arm)) is None else show(value), number)
 
 
 def _average(title: str, key: str, show: Format) -> Column:
-    return _column(title, lambda arm: arm.means.get(key), show)
+    return column(title, lambda arm: arm.means.get(key), show)
 
 
 def _measured(title: str, number: Number, show: Format) -> Column:

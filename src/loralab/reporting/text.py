@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
-from loralab.reporting.layout import WIDTH, aligned, natural_width, wrapped
+from loralab.reporting import cost
+from loralab.reporting.layout import WIDTH, aligned, markdown_table, natural_width, wrapped
 from loralab.reporting.notes import messages, notes
 from loralab.reporting.provenance import question
 from loralab.reporting.table import VERSUS, Column, columns, score_text, seeds_text
@@ -26,19 +27,25 @@ def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: in
         fitted = _fit(comparison, width)
         lines += [*wrapped(measure(comparison), width), "", *fitted]
         lines += _paragraphs(notes(comparison, any("(pack of" in line for line in fitted)), width)
+        lines += _cost(comparison, width)
     footer = messages(results, comparisons)
     footer += [f"{trial.status}: {results.describe(trial)}: {trial.reason}" for trial in results.broken]
     lines += _paragraphs(footer, width)
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
+def _cost(comparison: Comparison, width: int) -> list[str]:
+    """Wider than the terminal is better than less of it: a line is cut there, as of the results."""
+    titles, rows = cost.table(comparison)
+    table = aligned(titles, rows, range(len(comparison.results.short), len(titles)))
+    return ["", *(line[:width] for line in table), "", *wrapped(cost.READING, width)] if rows else []
+
+
 def markdown(comparison: Comparison) -> str:
     """The same table for a README or an issue."""
     shown = columns(comparison)
     titles = _titles(comparison, list(comparison.results.short.values()), shown)
-    lines = [titles, ["---"] * len(titles)]
-    lines += [[*arm.values.values(), *_cells(arm, shown)] for arm in comparison.arms]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return markdown_table(titles, [[*arm.values.values(), *_cells(arm, shown)] for arm in comparison.arms])
 
 
 def measure(comparison: Comparison) -> str:

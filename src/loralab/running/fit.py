@@ -8,7 +8,7 @@ from loralab.adapters.hooks import NotPackable
 from loralab.errors import LoralabError, OutOfMemory, explain
 from loralab.models.loading import Base
 from loralab.optim import optimizers
-from loralab.planning.foresee import Foresight
+from loralab.planning.foresee import Foresight, predicted
 from loralab.planning.trace import Geometry
 from loralab.running.attach import attach_adapter
 from loralab.running.finish import choose, finish, generate
@@ -152,7 +152,7 @@ class Fit:
             memory = trial.record["memory"]
             memory["alone_peak_bytes"] = self.foresight.alone(trial.spec, trial.data)
             if plan is not None:
-                memory["predicted_peak_bytes"] = plan.predicted_peak_bytes
+                memory.update(predicted(plan))
 
     def _geometry(self, profiler: Any) -> Geometry:
         """The passes of the measured step, and the forward mode they were computed in."""

@@ -12,7 +12,7 @@ from loralab.errors import ConfigError, Interrupted, LoralabError, explain
 from loralab.forward.head import frozen_head
 from loralab.models.batching import check_rows
 from loralab.models.loading import Base
-from loralab.planning.foresee import Foresight, check_packing
+from loralab.planning.foresee import Foresight, check_packing, predicted
 from loralab.records import record
 from loralab.running.attach import attach_trial, open_record
 from loralab.running.finish import close_record
@@ -67,7 +67,7 @@ class Runner:
         plan = self.foresight.check(specs, rows, specs[0].trainer.device, self.inputs.base_bytes)
         for stored, trial_data in zip(records, data, strict=True):
             stored["data"].update(source=trial_data.source, tokenizer=trial_data.tokenizer)
-            stored["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
+            stored["memory"].update(predicted(plan))
         base = self.inputs.base(specs[0], rows[0])
         check_labels(base, rows)
         trials: list[Trial] = []
@@ -105,7 +105,7 @@ class Runner:
             device, step = specs[0].trainer.device, trials[0].step
             plan = self.foresight.plan(specs, rows, device, step) if specs[0].plan.record else None
             for trial in trials:
-                trial.record["memory"]["predicted_peak_bytes"] = plan.predicted_peak_bytes if plan else None
+                trial.record["memory"].update(predicted(plan))
 
     def _close(
         self, specs: list[TrialSpec], records: list[dict[str, Any]], data: list[TrialData], error: BaseException
