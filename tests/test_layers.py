@@ -21,6 +21,7 @@ FLOORS = [
     {"planning"},
     {"running"},
     {"config"},
+    {"artifacts"},
     {"scheduling", "analysis"},
     {"reporting", "hydra_plugins"},
     {"bench"},

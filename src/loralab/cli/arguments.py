@@ -42,10 +42,11 @@ class Arguments(argparse.Namespace):
     command: "Command"
     words: list[str]
     hydra: list[str]
-    help = version = debug = json = fresh = preview = evaluate = quick = False
+    help = version = debug = json = fresh = preview = evaluate = quick = base = False
     resume: str | None = None
     out: str | None = None
     budget: str | None = None
+    prompt: str | None = None
 
     @property
     def many(self) -> bool:

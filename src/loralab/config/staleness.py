@@ -4,7 +4,7 @@ Nothing is loaded: fingerprints of the files are compared. What is not on this m
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,27 @@ def of_record(stored: Mapping[str, Any], known: Known | None = None) -> str:
     config = stored["config"]
     if stored["schema"] < 2 or not all(isinstance(config.get(part), Mapping) for part in ("model", "data")):
         return ""  # schema 1 took other fingerprints
-    content = {part: _placed(config[part], stored.get("cwd")) for part in ("model", "data")}
-    return _changed(stored, content, {} if known is None else known)
+    return _changed(stored, placed(config, stored.get("cwd")), {} if known is None else known)
 
 
-def _placed(node: Mapping[str, Any], cwd: Any) -> dict[str, Any]:
-    """``node`` with its relative paths below ``cwd``, the folder where the run was started."""
+def base_changed(stored: Mapping[str, Any]) -> str:
+    """Whether base or tokenizer have changed since a record was written, in words; empty where they have not."""
+    content = placed(stored["config"], stored.get("cwd"))
+    return _said(_compared(stored, content)[:2], {})
+
+
+def placed(config: Mapping[str, Any], cwd: Any) -> dict[str, Any]:
+    """``config`` with the relative paths of its model and data below ``cwd``, the folder where the run was started."""
     if not isinstance(cwd, str):
-        return dict(node)
-    return {key: _below(Path(cwd), value) if key in _PATHS else value for key, value in node.items()}
+        return dict(config)
+    nodes = {part: config[part] for part in ("model", "data")}
+    return {
+        **config,
+        **{
+            part: {key: _below(Path(cwd), value) if key in _PATHS else value for key, value in node.items()}
+            for part, node in nodes.items()
+        },
+    }
 
 
 def _below(cwd: Path, value: Any) -> Any:
@@ -68,15 +80,20 @@ def _below(cwd: Path, value: Any) -> Any:
 
 def _changed(stored: Mapping[str, Any], content: Mapping[str, Any], known: Known) -> str:
     """``the data files have changed since``; ``known``: see ``of_record``."""
+    changed_files = [f"{file} has changed" for file in sources.changed(stored["code"].get("sources") or {})]
+    return _said(_compared(stored, content), known, changed_files)
+
+
+def _said(compared: Iterable[Compared], known: Known, also: Iterable[str] = ()) -> str:
     changes = []
-    for message, before, fingerprint, node in _compared(stored, content):
+    for message, before, fingerprint, node in compared:
         if not before:
             continue
         key = (fingerprint.__name__, json.dumps(node, sort_keys=True, default=repr))
         if key not in known:
             known[key] = _present(fingerprint, node)
         changes += [message] if known[key] not in (None, before) else []
-    changes += [f"{file} has changed" for file in sources.changed(stored["code"].get("sources") or {})]
+    changes += also
     return f"{' and '.join(changes)} since" if changes else ""
 
 

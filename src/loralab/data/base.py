@@ -77,7 +77,7 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         if self.generation:
-            _check_generation(self.generation)
+            check_generation(self.generation)
 
     @property
     def documents(self) -> bool:
@@ -108,12 +108,15 @@ class DataSpec:
         raise NotImplementedError
 
 
-def _check_generation(options: dict[str, Any]) -> None:
-    """Raises ConfigError for what transformers' GenerationConfig does not know, or that is not one text a row."""
+def check_generation(options: dict[str, Any], where: str = "data.generation.") -> None:
+    """Raises ConfigError for what transformers' GenerationConfig does not know, or that is not one text a row.
+
+    ``where``: before the name of an option in the message.
+    """
     from transformers import GenerationConfig
 
     if unknown := [key for key in options if key not in DECODING]:
-        raise ConfigError(f"data.generation.{unknown[0]} is not an option of decoding; {nearest(unknown[0], DECODING)}")
+        raise ConfigError(f"{where}{unknown[0]} is not an option of decoding; {nearest(unknown[0], DECODING)}")
     try:
         GenerationConfig(**options).validate()
     except (ValueError, TypeError) as error:

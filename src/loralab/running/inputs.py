@@ -73,9 +73,10 @@ class Inputs:
         """The rows of ``spec`` in token ids."""
         return self.data(spec).encoded
 
-    def base(self, spec: TrialSpec, data: Encoded) -> loading.Base:
-        """The base of ``spec`` on its device, frozen and quantized. Raises ConfigError."""
-        labels, device = len(data.splits.labels) or None, spec.trainer.device
+    def base(self, spec: TrialSpec, labels: int | None) -> loading.Base:
+        """The base of ``spec`` on its device, frozen and quantized. ``labels``: how many the data has; None: it has
+        none. Raises ConfigError."""
+        device = spec.trainer.device
         classes = (type(spec.model), type(spec.quantization))  # two classes may have the same name
         key = (*classes, repr(spec.model), repr(spec.quantization), labels, device, spec.trainer.precision)
         if self._base is None or key != self._base_key:

@@ -68,7 +68,7 @@ class Runner:
         for stored, trial_data in zip(records, data, strict=True):
             stored["data"].update(source=trial_data.source, tokenizer=trial_data.tokenizer)
             stored["memory"].update(predicted(plan))
-        base = self.inputs.base(specs[0], rows[0])
+        base = self.inputs.base(specs[0], len(rows[0].splits.labels) or None)
         check_labels(base, rows)
         trials: list[Trial] = []
         try:

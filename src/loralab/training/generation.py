@@ -43,11 +43,13 @@ class Writer:
         task: str,
         length: int,
         options: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
-        """``options``: of transformers' GenerationConfig, in place of greedy decoding; ``adapter`` None: the base."""
+        """``options``: of transformers' GenerationConfig, in place of greedy decoding; ``adapter`` None: the base;
+        ``seed``: of sampling, the same for each batch."""
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
         self.task, self.length, self.options = task, length, dict(options or {})
-        self.encoder = Encoder(tokenizer, task, length)
+        self.encoder, self.seed = Encoder(tokenizer, task, length), seed
         self.ends = [self.encoder.eos, *self.encoder.target_suffix[:1]]
         self.device = next(model.parameters()).device
         self.start = self._start() if task == "seq2seq_lm" else []
@@ -98,7 +100,7 @@ class Writer:
         devices = [self.device] if self.device.type == "cuda" else []
         config, previous = self._config(room), self.model.generation_config
         with evaluating(self.model), AdapterHooks.of(self.model).batch(*slices), torch.random.fork_rng(devices):
-            torch.manual_seed(0)  # sampling gives the same each time
+            torch.manual_seed(self.seed)  # sampling gives the same each time
             self.model.generation_config = config  # generate() falls back on it for what its argument leaves open
             try:
                 out = self.model.generate(**inputs, generation_config=config)  # type: ignore[operator]

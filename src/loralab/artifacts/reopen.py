@@ -1,0 +1,122 @@
+"""A finished run opened again: its base as it was trained on, with its adapter attached."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loralab.adapters import export
+from loralab.adapters.base import Adapter
+from loralab.adapters.hooks import BatchSlice
+from loralab.config import staleness
+from loralab.config.build import trial_spec
+from loralab.errors import ArtifactError, ConfigError
+from loralab.models.loading import Base
+from loralab.records import record as records
+from loralab.running.inputs import Inputs
+from loralab.training.generation import evaluating
+from loralab.training.specs import TrialSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenRun:
+    """``spec``: as the run's configuration has it, on a device of this machine."""
+
+    folder: Path
+    record: dict[str, Any]
+    spec: TrialSpec
+    base: Base
+    adapter: Adapter
+
+    @property
+    def model(self) -> nn.Module:
+        """The base with the adapter's hooks, which act within ``adapted``."""
+        return self.base.model
+
+    @contextmanager
+    def adapted(self, rows: int) -> Iterator[None]:
+        """Within, a forward pass of ``rows`` rows goes through the adapter, in evaluation mode without gradients."""
+        with evaluating(self.model), self.base.hooks.batch(BatchSlice(self.adapter, rows)):
+            yield
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Within, a forward pass is the base's own."""
+        with evaluating(self.model):
+            yield
+
+    def close(self) -> None:
+        """Detaches the adapter; the base is as it was."""
+        self.adapter.detach()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The record of a run that has left an adapter. Raises ArtifactError where it has none."""
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder; expected the folder of a run, with result.json and adapter/")
+    if not (folder / records.RESULT).exists() and (below := records.find(folder)):
+        raise ArtifactError(
+            f"{folder} is no run but holds {len(below)}: name one of them, as in {below[0]} (loralab ls {folder})"
+        )
+    record = records.read(folder)
+    if not (folder / "adapter" / export.SPEC).exists():
+        ended = f"it is {record['status']}" + (f": {record['error']}" if record["error"] else "")
+        raise ArtifactError(f"{folder} has no adapter ({ended}); valid: a completed run, with adapter/{export.SPEC}")
+    return record
+
+
+def spec_of(folder: Path, record: Mapping[str, Any]) -> TrialSpec:
+    """The spec of a record, its relative paths taken from where the run was started. A GPU that this machine lacks is
+    replaced by its CPU. Raises ConfigError or ArtifactError where the record's configuration is none of today's."""
+    config = staleness.placed(record["config"], record.get("cwd"))
+    try:
+        spec = trial_spec(
+            config,
+            folder,
+            record["overrides"],
+            record["choices"],
+        )
+    except ConfigError as error:
+        raise ArtifactError(f"{folder / records.RESULT}: its configuration is not valid today: {error}") from error
+    try:
+        device = spec.trainer.device
+    except ConfigError:
+        device = "cpu"
+        log.warning("%s was trained on a GPU; this machine has none, so it runs on the CPU", folder)
+    if device == "cpu":
+        precision = "bf16-mixed" if spec.trainer.precision == "16-mixed" else spec.trainer.precision
+        spec = replace(spec, trainer=replace(spec.trainer, accelerator="cpu", precision=precision))
+    return spec
+
+
+def open_run(folder: Path, inputs: Inputs | None = None, quantization: Any = None) -> OpenRun:
+    """The run in ``folder`` with its base loaded and its adapter attached.
+
+    ``inputs``: keeps the base for the next run that shares it; None: loads it anew. ``quantization``: another than the
+    run's, for the same weights; None: the run's. Raises ArtifactError where the run has no adapter, where base or
+    tokenizer have changed since, or where the adapter does not fit; ConfigError where the base cannot be loaded.
+    """
+    record = read_run(folder)
+    spec = spec_of(folder, record)
+    if quantization is not None:
+        spec = replace(spec, quantization=quantization)
+    if changed := staleness.base_changed(record):
+        raise ArtifactError(f"{folder} does not fit its base any more: {changed}")
+    labels = len(record["data"].get("id2label") or ()) or None
+    base = (inputs or Inputs()).base(spec, labels)
+    if base.fingerprint != record["base"]["fingerprint"] and None not in (
+        base.fingerprint,
+        record["base"]["fingerprint"],
+    ):
+        raise ArtifactError(
+            f"{folder} does not fit its base any more: its weights are not those that it was trained on"
+        )
+    adapter = export.load(folder / "adapter", base.model)
+    adapter.to(spec.trainer.device)
+    return OpenRun(folder, record, spec, base, adapter)

@@ -1,0 +1,75 @@
+"""What an opened run makes of a prompt: a completion, or the probabilities of a classifier's classes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.adapters.base import Adapter
+from loralab.artifacts.reopen import OpenRun
+from loralab.data.base import Row, check_generation
+from loralab.data.chat import Chat
+from loralab.data.encoder import Encoder
+from loralab.errors import ConfigError
+from loralab.training.generation import Writer
+
+NEW_TOKENS = 64  # where neither the command nor data.generation says how many
+
+
+def completion(run: OpenRun, prompt: str, options: Mapping[str, Any], seed: int = 0, adapted: bool = True) -> str:
+    """The text that the run writes behind ``prompt``, decoded as ``data.generation`` of the run and ``options`` say
+    (transformers' GenerationConfig; greedy without either). ``adapted`` False: the base without its adapter.
+
+    Raises ConfigError for an unknown option, or a prompt that leaves no room for a token.
+    """
+    chosen = {**run.spec.data.generation, **options}
+    check_generation(chosen, where="")
+    adapter: Adapter | None = run.adapter if adapted else None
+    length = room_of(run)
+    writer = Writer(run.model, run.base.tokenizer, adapter, run.spec.model.task, length, chosen, seed)
+    head = _head(run, writer.encoder, prompt)
+    free = length - (0 if writer.task == "seq2seq_lm" else len(head))
+    if free < 1 or len(head) > length:
+        raise ConfigError(f"the prompt has {len(head)} tokens, and {run.base.record()['name']} has room for {length}")
+    (ids,) = writer.complete([head], [min(free, int(chosen.get("max_new_tokens", NEW_TOKENS)))])
+    return str(run.base.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def class_probabilities(run: OpenRun, prompt: str, adapted: bool = True) -> dict[str, float]:
+    """{class: probability} of a classifier, the likeliest first; of a regression ``{"score": value}``.
+
+    Raises ConfigError for a text that is longer than the base reads.
+    """
+    (example,) = Encoder(run.base.tokenizer, run.spec.model.task, room_of(run) + 1).examples([Row(prompt, "0")])
+    if len(example.input_ids) > room_of(run):
+        raise ConfigError(
+            f"the prompt has {len(example.input_ids)} tokens or more, and there is room for {room_of(run)}"
+        )
+    ids = torch.tensor([example.input_ids], device=next(run.model.parameters()).device)
+    with run.adapted(1) if adapted else run.bare():
+        logits: Tensor = run.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
+    if len(logits) == 1:
+        return {"score": float(logits[0])}
+    names: Any = run.record["data"]["id2label"]
+    shares = logits.softmax(0).tolist()
+    named = {str(names.get(str(index), index)): share for index, share in enumerate(shares)}
+    return dict(sorted(named.items(), key=lambda item: -item[1]))
+
+
+def room_of(run: OpenRun) -> int:
+    """Tokens of prompt and completion together (seq2seq: of each): the base's positions; where it has no bound,
+    model.max_length or more."""
+    return run.spec.room or max(run.spec.model.length, 2**15)
+
+
+def _head(run: OpenRun, encoder: Encoder, prompt: str) -> list[int]:
+    """The prompt in token ids, framed as a training row's; of a chat as the user's turn."""
+    if isinstance(run.spec.data, Chat):
+        messages = [{"role": "user", "content": prompt}]
+        return list(run.base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    (ids,) = encoder.token_ids([prompt])
+    if run.spec.data.documents:
+        return ids or [encoder.eos]
+    suffix = encoder.suffix if encoder.task == "seq2seq_lm" else []
+    return [*encoder.prefix, *ids, *suffix] or [encoder.eos]
