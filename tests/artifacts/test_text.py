@@ -47,6 +47,8 @@ def test_sampling_follows_its_seed_and_the_base_alone_writes_other_text(finished
 def test_class_probabilities_are_those_of_peft(finished, base_folder):
     opened = open_run(finished("distilbert"))
     ours = class_probabilities(opened, "alpha beta")
+    with pytest.raises(ConfigError, match="the prompt is longer than the 512 tokens"):
+        class_probabilities(opened, "a" * 513)
     opened.close()
     base = AutoModelForSequenceClassification.from_pretrained(base_folder("distilbert"), num_labels=3)
     model = PeftModel.from_pretrained(base, opened.folder / "adapter").eval()

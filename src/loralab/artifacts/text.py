@@ -41,11 +41,10 @@ def class_probabilities(run: OpenRun, prompt: str, adapted: bool = True) -> dict
 
     Raises ConfigError for a text that is longer than the base reads.
     """
-    (example,) = Encoder(run.base.tokenizer, run.spec.model.task, room_of(run) + 1).examples([Row(prompt, "0")])
-    if len(example.input_ids) > room_of(run):
-        raise ConfigError(
-            f"the prompt has {len(example.input_ids)} tokens or more, and there is room for {room_of(run)}"
-        )
+    room = room_of(run)
+    (example,) = Encoder(run.base.tokenizer, run.spec.model.task, room).examples([Row(prompt, label=0)])
+    if example.truncated:
+        raise ConfigError(f"the prompt is longer than the {room} tokens that {run.base.record()['name']} has room for")
     ids = torch.tensor([example.input_ids], device=next(run.model.parameters()).device)
     with run.adapted(1) if adapted else run.bare():
         logits: Tensor = run.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
