@@ -52,7 +52,7 @@ MORE = {
 TASKS = {"t5": "seq2seq_lm", "distilbert": "sequence_classification", "roberta": "sequence_classification"}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_collections():
     """Tests that ask whether an object died collect garbage: what the session holds anyway is not looked through."""
     gc.collect()
