@@ -3,7 +3,6 @@
 The sweep's numbers are synthetic: none of them is a result of loralab.
 """
 
-import copy
 import functools
 import gc
 import json
@@ -18,10 +17,8 @@ import pytest
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is there, as the command line has it
 os.environ["COLUMNS"] = "100"  # of terminal tables; a test process is told other widths
+import compositions
 import torch
-from hydra._internal.hydra import Hydra
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.plugins import Plugins
 from lightning.fabric.utilities import registry
 
 from loralab.adapters.lora import LoRA
@@ -55,7 +52,7 @@ MORE = {
 TASKS = {"t5": "seq2seq_lm", "distilbert": "sequence_classification", "roberta": "sequence_classification"}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_collections():
     """Tests that ask whether an object died collect garbage: what the session holds anyway is not looked through."""
     gc.collect()
@@ -64,36 +61,8 @@ def _quick_collections():
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_compositions():
-    """Hydra parses each yaml in every composition; here each once for as long as its file stays as it is."""
-    Plugins.instance()
-    for scheme in ("file", "pkg"):
-        source = SourcesRegistry.instance().resolve(scheme)
-        source.load_config = _parsed_once(source.load_config)
-
-
-def _parsed_once(load_config):
-    parsed = {}
-
-    def load(source, config_path):
-        file = Path(source.path, source._normalize_file_name(config_path))
-        stat = file.stat() if file.is_file() else None  # None: within a package
-        key = source.provider, file, stat and (stat.st_mtime_ns, stat.st_size)
-        if key not in parsed:
-            parsed[key] = load_config(source, config_path)
-        return copy.deepcopy(parsed[key])
-
-    return load
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quick_modes():
-    """Hydra composes once more to see ``hydra.mode``, which no yaml of ours sets; here only where a word may."""
-    get_mode = Hydra.get_mode
-
-    def mode(hydra, config_name, overrides):
-        return get_mode(hydra, config_name, overrides) if any("hydra.mode" in word for word in overrides) else None
-
-    Hydra.get_mode = mode
+    """Hydra reads and merges the same files in every composition; here once for each choice of them."""
+    compositions.keep()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -267,22 +267,34 @@ def goes_another_way(spec, fresh):
     return "lm_head" in fresh(spec).adapter.layers() or not spec.tokenwise
 
 
+CHANGES = {"optimizer": AdamW(lr=2e-2), "val_check_interval": 2, "max_steps": 3}
+
+
 @pytest.fixture(scope="module")
-def lora_alone(tmp_path_factory):
-    """The folder of the plain LoRA that is beside every method in its pack, run alone by the first test."""
-    return tmp_path_factory.mktemp("alone") / "lora"
+def finished(tmp_path_factory):
+    """{adapter and seed: the trial that ran alone with them}, each run by the first test that compares with it."""
+    return tmp_path_factory.mktemp("alone"), {}
 
 
-def test_packed_is_solo_bit_for_bit_with_deltas_that_are_not_zero(spec, fresh, make_spec, make_data, curve, lora_alone):
+@pytest.fixture
+def alone(finished, make_spec):
+    folder, found = finished
+
+    def run(adapter, seed):
+        key = repr(adapter), seed
+        if key not in found:
+            spec = make_spec(f"{len(found)}", FAMILY, adapter=adapter, seed=seed, **CHANGES)
+            found[key] = replace(spec, folder=folder / spec.id)
+            completed([found[key]])
+        return found[key]
+
+    return run
+
+
+def test_packed_is_solo_bit_for_bit_with_deltas_that_are_not_zero(spec, fresh, make_spec, curve, alone):
     """Beside plain LoRA too, whose kernel takes a whole stack of its own kind."""
     adapters = [spec, LoRA(r=4, lora_dropout=0.1), spec]
-    changes = {"optimizer": AdamW(lr=2e-2), "data": make_data("pairs"), "val_check_interval": 2, "max_steps": 3}
-
-    def three(prefix):
-        return [make_spec(f"{prefix}{i}", FAMILY, adapter=own, seed=i, **changes) for i, own in enumerate(adapters)]
-
-    packed, solo = three("packed"), three("solo")
-    solo[1] = replace(solo[1], folder=lora_alone)
+    packed = [make_spec(f"{i}", FAMILY, adapter=own, seed=i, **CHANGES) for i, own in enumerate(adapters)]
     if not spec.packable:
         (refused, *_) = Runner().run(packed)
         assert (refused["status"], refused["exit_code"]) == ("failed", 2)
@@ -290,19 +302,12 @@ def test_packed_is_solo_bit_for_bit_with_deltas_that_are_not_zero(spec, fresh, m
         return
     sizes = [one["pack"]["size"] for one in completed(packed)]
     assert sizes == ([2, 1, 2] if goes_another_way(spec, fresh) else [3, 3, 3])
-    for one in solo:
-        if not one.folder.exists():
-            completed([one])
-    assert_same(packed, solo, curve)
+    assert_same(packed, [alone(own, seed=i) for i, own in enumerate(adapters)], curve)
 
 
-def test_a_run_that_broke_off_goes_on_with_the_same_bits(spec, make_spec, monkeypatch, curve):
-    def one(name):
-        checkpoint = {"checkpoint": lambda: Checkpoint(None, 1)}
-        return make_spec(name, FAMILY, adapter=spec, callbacks=checkpoint, max_steps=3)
-
-    whole, again = one("whole"), one("again")
-    completed([whole])
+def test_a_run_that_broke_off_goes_on_with_the_same_bits(spec, make_spec, monkeypatch, curve, alone):
+    checkpoint = {"checkpoint": lambda: Checkpoint(None, 1)}
+    again = make_spec("again", FAMILY, adapter=spec, callbacks=checkpoint, **CHANGES)
     real = FineTuner.training_step
 
     def broken(self, batches, index):
@@ -314,4 +319,4 @@ def test_a_run_that_broke_off_goes_on_with_the_same_bits(spec, make_spec, monkey
     assert Runner().run([again])[0]["status"] == "failed"
     monkeypatch.setattr(FineTuner, "training_step", real)
     assert completed([again])[0]["resumed_from"] == 2
-    assert_same([again], [whole], curve)
+    assert_same([again], [alone(spec, seed=0)], curve)

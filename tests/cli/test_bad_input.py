@@ -288,6 +288,7 @@ def test_a_run_whose_gradient_vanishes_is_exit_5(tmp_path, monkeypatch, capsys):
     """At this learning rate every position becomes the same: the loss is ln(vocabulary) and nothing moves any more."""
     monkeypatch.chdir(tmp_path)
     words = ["trainer=cpu", "trainer.max_steps=5", "data.limit=6", "data.batch_size=2", "logger=none", "callbacks=none"]
+    words.append("plan.record=false")
     assert main.run(["train", *words, "optimizer.lr=1e6", "hydra.run.dir=run"]) == 5
     assert "the gradient is exactly zero at step" in capsys.readouterr().err
     assert record.read(tmp_path / "run")["status"] == "diverged"

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 from hydra import initialize_config_dir
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -78,3 +80,25 @@ def test_what_hydra_refuses_is_refused_in_its_words(loaders, words):
     with pytest.raises(type(expected.value)) as found:
         quick.load_sweep_config(master, words)
     assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_what_these_tests_keep_of_a_composition_is_what_hydra_makes_anew(loaders, monkeypatch, mode):
+    words = [
+        "model=random",
+        "+model.config.a=1",
+        "~callbacks.progress",
+        "hydra/launcher=packed",
+        "adapter.r=3",
+        "seed=2",
+    ]
+    kept = [loaders[0].load_configuration("train", words, run_mode=mode) for _ in range(2)]
+    monkeypatch.setattr(config_loader_impl, "create_defaults_list", config_loader_impl.create_defaults_list.__wrapped__)
+    merge = ConfigLoaderImpl._compose_config_from_defaults_list
+    monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", merge.__wrapped__)
+    monkeypatch.setattr(OverridesParser, "parse_rule", OverridesParser.parse_rule.__wrapped__)
+    anew = loaders[0].load_configuration("train", words, run_mode=mode)
+    for config in kept:
+        assert OmegaConf.to_container(config, resolve=False) == OmegaConf.to_container(anew, resolve=False)
+        assert OmegaConf.is_struct(config) == OmegaConf.is_struct(anew)
+        assert OmegaConf.get_type(config.hydra) == OmegaConf.get_type(anew.hydra)

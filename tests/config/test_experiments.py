@@ -110,7 +110,13 @@ def test_it_trains_offline_on_its_architecture(name, tmp_path, folder_of, make_m
         *(f"+model.config={{model_type: {kind}, vocab_size: 258, {SMALL[kind]}}}", "model.dtype=float32"),
         *("model.gradient_checkpointing=false", f"data.name={folder_of(source, columns, label)}"),
         *("++data.config_name=null", "data.validation=validation", "data.batch_size=2", *generated),
-        *("trainer.max_steps=2", "trainer.accumulate_grad_batches=1", "trainer=cpu", "logger=none"),
+        *(
+            "trainer.max_steps=2",
+            "trainer.accumulate_grad_batches=1",
+            "trainer=cpu",
+            "logger=none",
+            "plan.record=false",
+        ),
     )
     (record,) = Runner().run([spec])
     assert record["status"] == "completed", record["error"]

@@ -1,13 +1,11 @@
 """A sweep loses nothing: one failure stops no other trial, and what is finished is never run again."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from forked import Forked
 
 from loralab.cli import main
 from loralab.cli.sweep import resumed
@@ -15,6 +13,7 @@ from loralab.config.build import trial_id
 from loralab.config.compose import compose
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.training.module import FineTuner
 
 FAST = ["hydra/launcher=packed", "data.limit=6"]
 
@@ -203,14 +202,12 @@ def test_resume_of_a_folder_without_a_sweep_is_refused(tmp_path, capsys):
 
 @pytest.fixture
 def start(tiny_arguments, folder, tmp_path):
-    """Starts a sweep in a process of its own, which no test leaves behind."""
-    command = [sys.executable, "-m", "loralab.cli.main", "train", "-m", *tiny_arguments, f"hydra.sweep.dir='{folder}'"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    """Starts a sweep in a process of its own, which no test leaves behind; its messages are in tmp_path/stderr."""
+    words = ["train", "-m", *tiny_arguments, f"hydra.sweep.dir='{folder}'"]
     started = []
 
-    def run(*words):
-        started.append(subprocess.Popen([*command, *words], cwd=tmp_path, env=environment, **quiet))
+    def run(*more):
+        started.append(Forked(lambda: main.run([*words, *more]), cwd=tmp_path, stderr=tmp_path / "stderr"))
         return started[-1]
 
     yield run
@@ -237,33 +234,39 @@ def running_one(folder):
     return "completed" in states and "running" in states
 
 
-def test_after_kill_9_the_same_command_finishes_the_rest(start, sweep, folder):
-    words = ["seed=0,1,2", "trainer.max_steps=2", *FAST]
-    slow = start(*words)
-    until(lambda: len(record.read_sweep(folder)["trials"]) == 3)
-    assert statuses(folder)[-1] != "completed"  # listed before they run
-    until(lambda: any(record.read(found)["status"] == "completed" for found in record.find(folder)))
-    slow.kill()
-    slow.communicate()
-    done = {f.name for f in record.find(folder) if record.read(f)["status"] == "completed"}
+def test_after_kill_9_the_same_command_finishes_the_rest(start, sweep, folder, monkeypatch):
+    words, real = ["seed=0,1,2", "hydra.launcher.pack=off"], FineTuner.training_step
+
+    def first_trials_only(*given):
+        while any(record.read(found)["status"] == "completed" for found in record.find(folder)):
+            time.sleep(0.05)
+        return real(*given)
+
+    monkeypatch.setattr(FineTuner, "training_step", first_trials_only)
+    killed = start(*FAST, *words)
+    monkeypatch.setattr(FineTuner, "training_step", real)
+    until(lambda: running_one(folder))
+    assert len(statuses(folder)) == 3  # listed before they run
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
     before = times(folder)
-    assert len(done) > 0
-    assert sweep("seed=0,1,2") == 0
+    (done,) = {f.name for f in record.find(folder) if record.read(f)["status"] == "completed"}
+    assert sweep(*words) == 0
     assert statuses(folder) == ["completed"] * 3
-    assert all(times(folder)[name] == before[name] for name in done)
+    after = times(folder)
+    assert [name for name in before if after[name] == before[name]] == [done]
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_signal_ends_the_sweep_with_its_code_and_keeps_what_is_done(start, folder, number, code):
+def test_a_signal_ends_the_sweep_with_its_code_and_keeps_what_is_done(start, folder, tmp_path, number, code):
     running = start("trainer.max_steps=2,100000", *FAST)
     until(lambda: running_one(folder))
     time.sleep(0.5)
     running.send_signal(number)
-    _, message = running.communicate(timeout=60)
-    assert running.returncode == code
-    assert "1 trials are left: loralab sweep --resume" in message
+    assert running.wait() == code
+    assert "1 trials are left: loralab sweep --resume" in (tmp_path / "stderr").read_text()
     assert statuses(folder) == ["completed", "interrupted"]
     states = [record.read(found)["status"] for found in record.find(folder)]
     assert sorted(states) == ["completed", "interrupted"]

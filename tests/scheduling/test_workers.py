@@ -4,11 +4,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 from loralab.cli import main
 from loralab.records import record
@@ -31,13 +32,37 @@ def sweep(tiny_arguments, tmp_path, monkeypatch):
     return run
 
 
+def copied(command, env):
+    """The process of a device as a copy of this one."""
+    return Forked(lambda: workers.main(Path(command[-1])), env=env)
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Processes of devices are started by ``by[device]``, which is given the command and its ``env``."""
+    real = subprocess.Popen
+
+    def install(**by):
+        def popen(command, **options):
+            mine = "loralab.scheduling.workers" in command
+            begin = by.get(f"device_{options['env']['CUDA_VISIBLE_DEVICES']}", real) if mine else real
+            return begin(command, **options)
+
+        monkeypatch.setattr(workers.subprocess, "Popen", popen)
+
+    return install
+
+
 def seen(folder):
     """CUDA_VISIBLE_DEVICES of each process, from its own log."""
     logs = [path.read_text() for path in sorted(folder.glob("device-*.log"))]
     return [re.search(r"CUDA_VISIBLE_DEVICES=(\S+)", text)[1] for text in logs]
 
 
-def test_two_devices_give_what_one_process_gives_and_a_failing_trial_its_own_code(sweep, weights, tmp_path, capsys):
+def test_two_devices_give_what_one_process_gives_and_a_failing_trial_its_own_code(
+    sweep, weights, tmp_path, capsys, start
+):
+    start(device_3=copied)  # that of device 5 is a new interpreter
     words = ["adapter.target_modules=[q_proj],[nope]", "seed=0,1,2,3"]
     code, apart = sweep("apart", *words, names="5,3")
     assert code == 2
@@ -63,15 +88,8 @@ def test_two_devices_give_what_one_process_gives_and_a_failing_trial_its_own_cod
     assert all(after[trial] == one for trial, one in done.items())
 
 
-def test_what_a_process_that_died_has_left_runs_in_this_one(sweep, monkeypatch, capsys):
-    real = subprocess.Popen
-
-    def start(command, **options):
-        died = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-        mine = "loralab.scheduling.workers" in command and options["env"]["CUDA_VISIBLE_DEVICES"] == "1"
-        return real(died if mine else command, **options)
-
-    monkeypatch.setattr(workers.subprocess, "Popen", start)
+def test_what_a_process_that_died_has_left_runs_in_this_one(sweep, start, capsys):
+    start(device_0=copied, device_1=lambda command, env: Forked(lambda: os.kill(os.getpid(), signal.SIGKILL)))
     code, records = sweep("s", "seed=0,1,2,3", names="0,1")
     assert code == 0
     assert [one["status"] for one in records.values()] == ["completed"] * 4
@@ -82,22 +100,20 @@ def test_what_a_process_that_died_has_left_runs_in_this_one(sweep, monkeypatch, 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_a_signal_reaches_every_process_and_leaves_records(tiny_arguments, tmp_path, number, code):
-    command = [sys.executable, "-m", "loralab.cli.main", "train", "-m", *tiny_arguments, *WORDS]
-    command += ["hydra.sweep.dir=s", "seed=0,1,2,3", "trainer.max_steps=100000"]
-    environment = {**os.environ, workers.STAND_IN: "0,1", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    running = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+def test_a_signal_reaches_every_process_and_leaves_records(tiny_arguments, tmp_path, start, number, code):
+    start(device_0=copied, device_1=copied)
+    words = ["train", "-m", *tiny_arguments, *WORDS, "hydra.sweep.dir=s", "seed=0,1,2,3", "trainer.max_steps=100000"]
+    options = {"env": {workers.STAND_IN: "0,1"}, "cwd": tmp_path, "stderr": tmp_path / "stderr"}
+    running = Forked(lambda: main.run(words), **options)
     try:
         end = time.monotonic() + 90
         while time.monotonic() < end and len(list(tmp_path.glob("s/*/metrics.jsonl"))) < 4:
             time.sleep(0.1)
         running.send_signal(number)
-        _, message = running.communicate(timeout=60)
+        assert running.wait() == code
     finally:
         running.kill()
-    assert running.returncode == code
-    assert "4 trials are left: loralab sweep --resume s" in message
+    assert "4 trials are left: loralab sweep --resume s" in (tmp_path / "stderr").read_text()
     records = [record.read(folder) for folder in record.find(tmp_path / "s")]
     assert [one["status"] for one in records] == ["interrupted"] * 4
     for pid in {one["pid"] for one in records}:

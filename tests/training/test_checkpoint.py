@@ -1,16 +1,14 @@
 """A run that was killed goes on from its checkpoint, bit for bit; one that cannot begins anew."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
+from forked import Forked
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
@@ -279,16 +277,15 @@ def test_a_trial_with_callbacks_of_the_users_own_begins_anew(make_spec, stop, cu
 def test_killed_hard_and_called_again(tiny_arguments, tmp_path):
     words = ["train", *tiny_arguments, "callbacks=default", "trainer.max_steps=100"]
     words += ["callbacks.checkpoint.every_n_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "loralab.cli.main", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = Forked(lambda: main.run(words))
     kept, metrics = path(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (kept.is_file() and metrics.read_text().count("\n") >= 4):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert main.run(words) == 0
     done = record.read(tmp_path / "run")
     assert done["resumed_from"] >= 1

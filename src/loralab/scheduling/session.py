@@ -5,7 +5,8 @@ import os
 import shlex
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,8 @@ class Session:
         sys.argv = ["loralab", *quoted(forced(arguments))]
         conf = str(data_root() / "conf")
         try:
-            hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
+            with _composed_once(arguments):
+                hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
         except Interrupted as stopped:
             raise self._with_how_to_resume(stopped) from stopped
         if self.error is not None:
@@ -145,3 +147,23 @@ class Session:
 def _score(job: Job, stored: Record) -> str:
     value = job.value(stored)
     return f"{job.content.get('metric')} {value:.4f}" if value is not None else ""
+
+
+@contextmanager
+def _composed_once(arguments: list[str]) -> Iterator[None]:
+    """Keeps Hydra from composing everything once more to see ``hydra.mode``, where nothing can have set it.
+
+    No yaml of loralab's sets it: only a word can, or a yaml of the user's.
+    """
+    users = ("hydra.mode", "hydra.searchpath", "--config-dir", "--config-name")
+    if any(name in word for word in arguments for name in users):
+        yield
+        return
+    from hydra._internal.hydra import Hydra
+
+    original = Hydra.get_mode
+    Hydra.get_mode = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        Hydra.get_mode = original
