@@ -112,19 +112,23 @@ def chosen(names: list[str], pattern: str | None) -> list[str]:
     matched = [name for name in names if name == pattern or name.endswith(f".{pattern}")]
     matched = matched or matching(pattern, names, "--layers")
     if not matched:
-        raise ConfigError(f"--layers {pattern} names no adapted layer; {nearest(pattern, set(types(names).values()))}")
+        raise ConfigError(
+            f"--layers {pattern} names no adapted layer; {nearest(pattern, (_leaf(name) for name in names))}"
+        )
     return matched
 
 
 def types(names: list[str]) -> dict[str, str]:
     """{name: what it is called in every block}: ``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``."""
     starred = {name: _NUMBER.sub("*", name).split(".") for name in names}
-    shared = 0
-    while len({tuple(parts[: shared + 1]) for parts in starred.values()}) == 1 and all(
-        len(parts) > shared + 1 for parts in starred.values()
-    ):
-        shared += 1
+    kept = min(len(parts) - 1 - (parts[-1] == "*") for parts in starred.values())  # a type has a word
+    heads = [tuple(parts[:kept]) for parts in starred.values()]
+    shared = next((depth for depth in range(kept) if len({head[depth] for head in heads}) > 1), kept)
     return {name: ".".join(parts[shared:]) for name, parts in starred.items()}
+
+
+def _leaf(name: str) -> str:
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
 
 
 def _sources(opened: OpenRun) -> Iterator[tuple[str, Source]]:
