@@ -4,6 +4,7 @@ matrices."""
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from safetensors.torch import load_file
 from scipy.linalg import subspace_angles
 from transformers import AutoModelForCausalLM
 
+from loralab.adapters.attached import attached
+from loralab.adapters.hooks import AdapterHooks, BatchSlice
+from loralab.adapters.lora import LoRA
 from loralab.analysis import subspace_runs
-from loralab.analysis.updates import open_updates
+from loralab.analysis.updates import open_updates, sources_of
 from loralab.cli.main import run
 from loralab.running.inputs import Inputs
 
@@ -66,6 +70,35 @@ def test_the_base_with_the_updates_added_computes_what_the_run_computes(finished
         expected = opened.model(**given).logits
     assert (ours - expected).abs().max() < 1e-5
     assert (bare - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])  # whose experts are (out, in), and (in, out)
+def test_every_expert_has_an_update_of_its_own(load_base, inputs, kind):
+    sizes = {
+        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+        "gpt_oss": {"num_local_experts": 4, "head_dim": 32, "intermediate_size": 32},
+    }
+    base, given = load_base(config={"model_type": kind, "num_key_value_heads": 2, **sizes[kind]}), inputs()
+    adapter = attached(LoRA(r=2, target_modules=["q_proj"], target_parameters=["gate_up_proj"]), base.model)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        with AdapterHooks.of(base.model).batch(BatchSlice(adapter, 2)):
+            expected = base.model.eval()(**given).logits
+        spec = SimpleNamespace(adapter=adapter.spec, seed=0)
+        found = dict(sources_of(SimpleNamespace(adapter=adapter, model=base.model, spec=spec)))
+        updates = {name: source.read() for name, source in found.items()}
+        adapter.detach()
+        for name, update in updates.items():
+            *path, last = name.split(".")
+            assert tuple(update.matrix().shape) == found[name].shape
+            if last.isdigit():
+                weight = base.model.get_parameter(".".join(path))[int(last)]
+                weight += update.matrix().t() if kind == "gpt_oss" else update.matrix()
+            else:
+                base.model.get_submodule(name).weight += update.matrix()
+        assert len(updates) == 2 * (4 + 1)
+        assert (base.model(**given).logits - expected).abs().max() < 1e-5
 
 
 def test_an_update_is_what_peft_merges(finished, base_folder):

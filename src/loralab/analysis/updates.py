@@ -94,7 +94,7 @@ def open_updates(folder: Path, inputs: Inputs) -> OpenUpdates:
         original = inputs.base(opened.spec, labels).model
         sources = {name: _replaced(original, opened.model, name) for name in base_linears(original)}
     else:
-        sources = dict(_sources(opened))
+        sources = dict(sources_of(opened))
     if not sources:
         opened.close()
         raise ConfigError(
@@ -131,7 +131,8 @@ def _leaf(name: str) -> str:
     return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
 
 
-def _sources(opened: OpenRun) -> Iterator[tuple[str, Source]]:
+def sources_of(opened: OpenRun) -> Iterator[tuple[str, Source]]:
+    """(name, update) of every matrix that the adapter adds to; an expert has the name of its parameter and a number."""
     for name, delta in opened.adapter.adapted():
         layer = opened.model.get_submodule(name)
         if isinstance(delta, LoRAExpertsDelta):
