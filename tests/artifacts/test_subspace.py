@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.linalg import subspace_angles
 from transformers import AutoModelForCausalLM
 
@@ -242,3 +242,17 @@ def test_wrong_words_are_one_sentence_and_write_nothing(finished, tmp_path, word
     assert run(["subspace", *(str(folders.get(word, word)) for word in words)]) == code
     assert text in capsys.readouterr().err
     assert not list(tmp_path.rglob("subspace*.json"))
+
+
+def test_values_that_are_not_finite_and_a_file_that_cannot_be_written_are_said(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished("llama", FEW), tmp_path / "run")
+    (folder / "subspace.json").mkdir()
+    assert run(["subspace", str(folder)]) == 7
+    assert "subspace.json cannot be written" in capsys.readouterr().err
+    path = folder / "adapter" / "adapter_model.safetensors"
+    state = load_file(path)
+    name = "model.layers.1.self_attn.v_proj"
+    state[f"base_model.model.{name}.lora_B.weight"][0, 0] = float("nan")
+    save_file(state, path)
+    assert run(["subspace", str(folder)]) == 4
+    assert f"the update of {name} holds nan or infinite values" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from loralab.adapters.low_rank import LoRADelta
 from loralab.adapters.vera import VeRADelta
 from loralab.analysis.subspaces import SINGLE, Spectrum, product_spectrum, spectrum
 from loralab.artifacts.reopen import OpenRun, open_run
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.quantization.base import base_linears, dense_weight, is_linear, linear_shape, matching
 from loralab.running.inputs import Inputs
 from loralab.training.specs import TrialSpec
@@ -80,8 +80,14 @@ class OpenUpdates:
     sources: dict[str, Source]
 
     def read(self, name: str) -> Update:
+        """The update of one matrix. Raises ArtifactError where it is not finite."""
         with torch.no_grad():
-            return self.sources[name].read()
+            update = self.sources[name].read()
+        if not bool(torch.isfinite(update.matrix()).all()):
+            raise ArtifactError(
+                f"{self.run.folder}: the update of {name} holds nan or infinite values; valid: finite ones"
+            )
+        return update
 
 
 def open_updates(folder: Path, inputs: Inputs) -> OpenUpdates:

@@ -6,6 +6,7 @@ from typing import Any
 
 from loralab.analysis import subspace_sweep
 from loralab.analysis.results import SweepResults
+from loralab.analysis.subspace_runs import DIRECTIONS
 from loralab.analysis.subspaces import INTRUDERS_OF
 from loralab.analysis.trials import TrialResult
 from loralab.reporting.layout import aligned, markdown_table, wrapped
@@ -19,15 +20,15 @@ COLUMNS: dict[str, tuple[str, str]] = {  # figure: (title, format)
     "projected": ("|U'WV|", "{:.4g}"),
     "projected_own": ("W's own", "{:.4g}"),
     "projected_random": ("random", "{:.3g}"),
-    "amplification": ("amplif.", "{:.2f}"),
+    "amplification": ("amplif.", "{:.3g}"),
     "intruders": ("intruders", "{:.2f}"),
 }
 ENDS = ("relative_frobenius", "effective_rank", "amplification", "intruders")
 MATRICES = {"A": "A", "A_start": "A's start", "B": "B", "delta_left": "dW left", "delta_right": "dW right"}
 READING = (
-    "|.|: Frobenius norms; U, V: the first r singular vectors of dW, of W itself, or random ones (LoRA, table 7); "
-    f"amplif.: |dW| / |U'WV|; intruders: of the first {INTRUDERS_OF} left singular vectors of W + dW, mean of the "
-    f"layers (arXiv 2410.21228); {UNDEFINED}: dW is 0"
+    "|.|: Frobenius norms; U, V: the first r singular vectors of dW, of W itself, or random ones (LoRA, table 7; "
+    f"{DIRECTIONS} where a method has no r); amplif.: |dW| / |U'WV|; intruders: of the first {INTRUDERS_OF} left "
+    f"singular vectors of W + dW, mean of the layers (arXiv 2410.21228); {UNDEFINED}: dW is 0"
 )
 PHI = (
     "phi(i, j): how much of i directions of the first lies within j of the second, 0 to 1 (LoRA, equation 4); in "
