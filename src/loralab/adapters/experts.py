@@ -66,18 +66,18 @@ class LoRAExpertsDelta(nn.Module):
 
     def weight(self, frozen: Tensor) -> Tensor:
         """``frozen`` with each expert's update added, in its shape and dtype."""
-        b, a = (factor.to(frozen.dtype) for factor in self._by_expert())
+        b, a = (factor.to(frozen.dtype) for factor in self.by_expert())
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
         with without_autocast(frozen.device.type):
             return torch.baddbmm(frozen, left, right, alpha=self.scaling)
 
     def delta_weight(self) -> Tensor:
         """What merging adds to the parameter, in its shape."""
-        b, a = self._by_expert()
+        b, a = self.by_expert()
         update = self.scaling * (b @ a)
         return update.mT if self.transposed else update
 
-    def _by_expert(self) -> tuple[Tensor, Tensor]:
+    def by_expert(self) -> tuple[Tensor, Tensor]:
         """B (experts, out, r) and A (experts, r, in)."""
         b = self.lora_B.view(len(self.lora_B), -1, self.experts).permute(2, 0, 1)
         return b, self.lora_A.view(self.experts, -1, self.lora_A.shape[1])

@@ -47,6 +47,7 @@ class Arguments(argparse.Namespace):
     out: str | None = None
     budget: str | None = None
     prompt: str | None = None
+    layers: str | None = None
 
     @property
     def many(self) -> bool:

@@ -30,6 +30,7 @@ def check_axes(overrides: list[str]) -> None:
 
 def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     """Hands over to Hydra and returns the exit code; of a sweep the table is printed and the page written."""
+    from loralab.cli.subspace import after_sweep
     from loralab.cli.terminal import show_report
     from loralab.scheduling.session import Session
 
@@ -46,6 +47,7 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     session = Session(fresh=arguments.fresh, many=many, flags=flags)
     code = session.run([*(["-m"] if many else []), *flags, *overrides])
     if many and session.folder is not None:
+        after_sweep(session.folder)
         show_report(session.folder)
     return code
 

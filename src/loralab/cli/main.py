@@ -18,12 +18,14 @@ from loralab.cli.ls import LS
 from loralab.cli.plan import PLAN
 from loralab.cli.quantize import QUANTIZE
 from loralab.cli.report import REPORT
+from loralab.cli.subspace import SUBSPACE
 from loralab.cli.sweep import SWEEP
 from loralab.cli.train import TRAIN
 from loralab.errors import Interrupted
 
 COMMANDS = {
-    command.name: command for command in (TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, LS, DOCTOR, BENCH)
+    command.name: command
+    for command in (TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, SUBSPACE, LS, DOCTOR, BENCH)
 }  # in the order of help
 HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
 

@@ -14,7 +14,7 @@ from loralab.analysis.dimension import answers
 from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
-from loralab.reporting import cost
+from loralab.reporting import cost, subspace
 from loralab.reporting.layout import markdown_table, terminal_width
 from loralab.reporting.notes import general, messages, notes
 from loralab.reporting.page import page
@@ -102,6 +102,7 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
         ],
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],
         **_dimensions(compared),
+        **subspace.plain(results),
         "trials": [_trial(trial) for trial in results.trials],
     }
 
@@ -140,6 +141,7 @@ def _markdown(results: SweepResults, compared: Sequence[Comparison]) -> str:
         lines += [*(f"- {note}" for note in notes(comparison)), ""]
         titles, rows = cost.table(comparison)
         lines += [markdown_table(titles, rows), f"{cost.READING}.", ""] if rows else []
+    lines += subspace.markdown(results)
     footer = [*messages(results, compared), *(f"held fixed: {text}" for text in held_fixed(results))]
     footer += [f"{term}: {text}" for term, text in {**provenance.header, **provenance.provenance}.items() if text]
     lines += [f"- {text}" for text in footer]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
-from loralab.reporting import cost
+from loralab.reporting import cost, subspace
 from loralab.reporting.layout import WIDTH, aligned, markdown_table, natural_width, wrapped
 from loralab.reporting.notes import messages, notes
 from loralab.reporting.provenance import question
@@ -28,6 +28,7 @@ def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: in
         lines += [*wrapped(measure(comparison), width), "", *fitted]
         lines += _paragraphs(notes(comparison, any("(pack of" in line for line in fitted)), width)
         lines += _cost(comparison, width)
+    lines += subspace.lines(results, width)
     footer = messages(results, comparisons)
     footer += [f"{trial.status}: {results.describe(trial)}: {trial.reason}" for trial in results.broken]
     lines += _paragraphs(footer, width)

@@ -69,6 +69,8 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
     sweep = OmegaConf.to_container(config.sweep, resolve=True) if config.get("sweep") else {}
     if not isinstance(sweep, dict):
         raise ConfigError(f"sweep={sweep!r} is no group of settings; valid: a sweep file, or null")
+    if not isinstance(wanted := sweep.get("subspace"), bool | None):
+        raise ConfigError(f"sweep.subspace={wanted!r} is no answer; valid: true, false")
     return {
         **{str(key): value for key, value in sweep.items()},
         "name": sweep.get("name") or folder.name,
