@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import subspace_angles
 from scipy.stats import entropy, ortho_group
 
-from loralab.analysis import subspace_sweep, subspaces
+from loralab.analysis import subspace_files, subspaces
 from loralab.analysis.results import read_results
 from loralab.analysis.subspace_runs import layer_figures
 from loralab.analysis.updates import Update, types
@@ -161,7 +161,7 @@ def test_layers_of_all_blocks_have_one_type():
 def test_the_smallest_rank_is_paired_with_the_largest_and_the_first_seed_with_the_others(write_runs):
     folder = write_runs({(r, seed): 3.0 for r in (4, 16, 2) for seed in (0, 1, 2)})
     results = read_results(folder / "runs")
-    found = [(pair.by, pair.first.name, pair.second.name) for pair in subspace_sweep.pairs(results)]
+    found = [(pair.by, pair.first.name, pair.second.name) for pair in subspace_files.pairs(results)]
     assert found == [
         *(("rank", f"2-{seed}", f"16-{seed}") for seed in (0, 1, 2)),
         ("rank and seed", "2-0", "16-1"),
@@ -174,4 +174,4 @@ def test_trials_that_differ_in_more_are_no_pair(write_runs):
         trial["config"]["optimizer"]["lr"] = 0.1 if (r, seed) in ((2, 0), (8, 1)) else 0.2
 
     folder = write_runs({(r, seed): 3.0 for r in (2, 8) for seed in (0, 1)}, other_rate)
-    assert subspace_sweep.pairs(read_results(folder / "runs")) == []
+    assert subspace_files.pairs(read_results(folder / "runs")) == []

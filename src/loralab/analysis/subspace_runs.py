@@ -1,7 +1,5 @@
 """``loralab subspace``: the directions of a run's updates, and how many of them another run shares."""
 
-import hashlib
-import json
 import logging
 import math
 import time
@@ -13,17 +11,15 @@ import torch
 from torch import Tensor
 
 from loralab.analysis import subspaces
+from loralab.analysis.subspace_files import DIRECTIONS, INTRUDER_COSINE, INTRUDERS_OF, SCHEMA, fingerprint
 from loralab.analysis.updates import OpenUpdates, Update, chosen, open_updates, types
 from loralab.artifacts.reopen import read_run
 from loralab.errors import ArtifactError
-from loralab.records import record as records
 from loralab.running.inputs import Inputs
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
 LARGE = 4096 * 4096  # weights of a matrix from which on its decomposition takes minutes
-DIRECTIONS = 64  # of an update that has no r
 DIGITS = 5  # of phi
 AVERAGED = (  # what a summary takes the mean, the least and the most of
     *("frobenius", "relative_frobenius", "spectral", "relative_spectral", "rank", "effective_rank", "stable_rank"),
@@ -37,8 +33,8 @@ DEFINITIONS = {
     "projected": "||U^T W V||_F, U and V the first `directions` singular vectors of Delta W (LoRA, table 7); "
     "projected_own: those of W; projected_random: root of the mean square over random orthonormal ones",
     "amplification": "||Delta W||_F / projected (LoRA, section 7.3)",
-    "intruders": f"of the first {subspaces.INTRUDERS_OF} left singular vectors of W + Delta W those whose largest "
-    f"|cosine| with a left singular vector of W is below {subspaces.INTRUDER_COSINE} (arXiv 2410.21228); cosines: "
+    "intruders": f"of the first {INTRUDERS_OF} left singular vectors of W + Delta W those whose largest "
+    f"|cosine| with a left singular vector of W is below {INTRUDER_COSINE} (arXiv 2410.21228); cosines: "
     "these largest ones",
     "undefined": "null where Delta W is 0, or nothing of W lies along its directions",
 }
@@ -78,7 +74,7 @@ def layer_figures(update: Update) -> dict[str, Any]:
     directions = min(update.r or DIRECTIONS, found.rank)
     projected = subspaces.projected(weight, found.left[:, :directions], found.right[:, :directions])
     tuned = torch.linalg.svd(weight + update.matrix(), full_matrices=False)[0]
-    cosines = subspaces.largest_cosines(tuned[:, : subspaces.INTRUDERS_OF], own_left)
+    cosines = subspaces.largest_cosines(tuned[:, :INTRUDERS_OF], own_left)
     some = directions > 0
     return {
         "shape": list(weight.shape),
@@ -98,7 +94,7 @@ def layer_figures(update: Update) -> dict[str, Any]:
         "projected_own": float(own_values[:directions].square().sum().sqrt()) if some else None,
         "projected_random": subspaces.projected_at_random(own_norm, directions, _shape(weight)) if some else None,
         "amplification": norm / projected if some and projected else None,
-        "intruders": int((cosines < subspaces.INTRUDER_COSINE).sum()),
+        "intruders": int((cosines < INTRUDER_COSINE).sum()),
         "cosines": [round(cosine, DIGITS) for cosine in cosines.tolist()],
     }
 
@@ -227,23 +223,6 @@ def _about(opened: OpenUpdates) -> dict[str, Any]:
         **{"folder": folder.resolve().name, "trial": record["trial"], "seed": record["seed"]},
         **{"method": adapter.method, "base": record["base"]["name"], "result": fingerprint(folder)},
     }
-
-
-def fingerprint(folder: Path) -> str:
-    """Of the run's result.json: another one means that the run has been made again."""
-    return hashlib.sha256((folder / records.RESULT).read_bytes()).hexdigest()[:16]
-
-
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all, a layer a line. Raises DiskError."""
-    head = json.dumps({**content, "layers": None}, indent=1, allow_nan=False).removesuffix('"layers": null\n}')
-    lines = [f"  {json.dumps(name)}: {json.dumps(one, allow_nan=False)}" for name, one in content["layers"].items()]
-    records.replace_text(path, f'{head}"layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
-
-
-def path_of(folder: Path, other: Mapping[str, Any] | None = None) -> Path:
-    """Where the figures of a run lie, or with the record of ``other`` those of the two."""
-    return folder / (f"subspace_{other['trial']}.json" if other is not None else "subspace.json")
 
 
 def _rounded(value: float) -> float:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-INTRUDERS_OF = 10  # the largest singular values of W + Delta W that are looked at
-INTRUDER_COSINE = 0.5  # epsilon
 SINGLE = torch.finfo(torch.float32).eps
 
 

@@ -21,6 +21,7 @@ def run(arguments: Arguments) -> int:
     from loralab.cli.terminal import messages_to_stderr
 
     messages_to_stderr()
+    from loralab.analysis import subspace_files as files
     from loralab.analysis import subspace_runs as runs
     from loralab.artifacts.reopen import read_run
     from loralab.reporting import subspace
@@ -31,11 +32,11 @@ def run(arguments: Arguments) -> int:
     stored = [read_run(folder) for folder in folders]  # all of them before the first base is loaded
     quiet()
     if len(folders) == 1:
-        content, path = runs.measure(folders[0], Inputs(), arguments.layers), runs.path_of(folders[0])
+        content, path = runs.measure(folders[0], Inputs(), arguments.layers), files.path_of(folders[0])
     else:
         content = runs.compare(folders[0], folders[1], Inputs(), arguments.layers)
-        path = runs.path_of(folders[0], stored[1])
-    runs.write(path, content)
+        path = files.path_of(folders[0], stored[1])
+    files.write(path, content)
     if arguments.json:
         print(json.dumps(content, allow_nan=False))
         return 0

@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from loralab.analysis import subspace_sweep
+from loralab.analysis import subspace_files
 from loralab.analysis.results import SweepResults
-from loralab.analysis.subspace_runs import DIRECTIONS
-from loralab.analysis.subspaces import INTRUDERS_OF
+from loralab.analysis.subspace_files import DIRECTIONS, INTRUDERS_OF
 from loralab.analysis.trials import TrialResult
 from loralab.reporting.layout import aligned, markdown_table, wrapped
 
@@ -91,7 +90,7 @@ def markdown(results: SweepResults) -> list[str]:
 
 def plain(results: SweepResults) -> dict[str, Any]:
     """``subspace`` for results.json: the figures by type of layer of every trial and pair."""
-    if not subspace_sweep.asked(results):
+    if not subspace_files.asked(results):
         return {}
     singles = [
         {"trial": trial.record["trial"], "values": trial.values, "types": content["types"]}
@@ -108,19 +107,19 @@ def plain(results: SweepResults) -> dict[str, Any]:
 
 
 def _singles(results: SweepResults) -> list[tuple[TrialResult, dict[str, Any]]]:
-    read = [(trial, subspace_sweep.single(trial)) for trial in results.trials if trial.ok]
+    read = [(trial, subspace_files.single(trial)) for trial in results.trials if trial.ok]
     return [(trial, content) for trial, content in read if content is not None]
 
 
-def _pairs(results: SweepResults) -> list[tuple[subspace_sweep.Pair, dict[str, Any]]]:
-    read = [(pair, subspace_sweep.both(pair)) for pair in subspace_sweep.pairs(results)]
+def _pairs(results: SweepResults) -> list[tuple[subspace_files.Pair, dict[str, Any]]]:
+    read = [(pair, subspace_files.both(pair)) for pair in subspace_files.pairs(results)]
     return [(pair, content) for pair, content in read if content is not None]
 
 
 def _tables(results: SweepResults, brief: bool) -> list[Table]:
     """Of trials and of pairs, averaged over what differs in seed alone, by type of layer. ``brief``: over all layers,
     and of pairs the first matrix with its start alone."""
-    if not subspace_sweep.asked(results):
+    if not subspace_files.asked(results):
         return []
     singles: dict[tuple[str, ...], list[Any]] = {}
     for trial, content in _singles(results):
@@ -169,11 +168,11 @@ def _setting(results: SweepResults, trial: TrialResult) -> str:
     return " ".join(words) or "all trials"
 
 
-def _pair_name(results: SweepResults, pair: subspace_sweep.Pair) -> str:
+def _pair_name(results: SweepResults, pair: subspace_files.Pair) -> str:
     if pair.by == "seed":
         return " ".join([_setting(results, pair.first), "other seed"])
-    ranks = f"r={pair.first.values[subspace_sweep.RANK]} in {pair.second.values[subspace_sweep.RANK]}"
-    rest = [f"{results.short[axis]}={pair.first.values[axis]}" for axis in results.axes if axis != subspace_sweep.RANK]
+    ranks = f"r={pair.first.values[subspace_files.RANK]} in {pair.second.values[subspace_files.RANK]}"
+    rest = [f"{results.short[axis]}={pair.first.values[axis]}" for axis in results.axes if axis != subspace_files.RANK]
     return " ".join([ranks, *rest, *(["other seed"] if pair.by == "rank and seed" else [])])
 
 
