@@ -7,10 +7,11 @@ from typing import Any
 
 from loralab.adapters.export import save
 from loralab.data.encoding import Encoder
-from loralab.errors import DataError, Interrupted, LoralabError, explain
+from loralab.errors import DataError, DiskError, Interrupted, LoralabError, explain
 from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
+from loralab.records import card
 from loralab.records import record as records
 from loralab.training import checkpoint, generation
 from loralab.training.choices import choice_accuracy
@@ -76,6 +77,8 @@ def finish(trial: Trial, base: Base, started: float) -> None:
         best = trial.early_stopping.best
         record["stopped_early"] = {"step": trial.step, "metric": trial.spec.metric, "best": best}
     record["time"]["wall_s"] = time.monotonic() - started
+    if trial.failure is None:
+        _write_card(trial)
     close_record(record, trial.failure)
     for logger in trial.loggers:
         logger.summarize({**trial.metrics, "status": record["status"]})
@@ -100,6 +103,14 @@ def _export(trial: Trial, base: Base) -> None:
         if not isinstance(failure, LoralabError):
             raise
         trial.fail(failure)
+
+
+def _write_card(trial: Trial) -> None:
+    """A card that cannot be written fails the trial, as its adapter would: the next run writes both."""
+    try:
+        card.write(trial.spec.folder / "adapter", trial.record)
+    except DiskError as error:
+        trial.fail(error)
 
 
 def close_record(record: dict[str, Any], failure: LoralabError | Interrupted | None) -> None:
