@@ -78,8 +78,13 @@ def _check(own: Path, run: Path, record: Mapping[str, Any]) -> None:
             raise ArtifactError(f"{own / WEIGHTS} holds nothing of {lost[0]}, which {own / peft.CONFIG} names")
     spec = spec_of(run, record)
     model = skeleton(spec.model, len(record["data"].get("id2label") or ()) or None)
-    if others := peft.misread(model, list(config.get("target_modules") or ())):
-        log.warning("PEFT does not load what was trained at %s, and at %d in all", others[0], len(others))
+    names = list(config.get("target_modules") or ())
+    if others := peft.misread(model, names):
+        log.warning(
+            "PEFT does not load what was trained at %d of the %d layers (%s, ...): it takes them for a mixture's"
+            " experts",
+            *(len(others), len(names), others[0]),
+        )
     if config.get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING"):
         name_unlike_peft(spec.adapter, model)
 

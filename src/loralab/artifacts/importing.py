@@ -210,14 +210,13 @@ def _record(foreign: Foreign, spec: TrialSpec, base: Base, adapter: Adapter, cho
         note=foreign.note,
     )
     record["data"].update(max_length=spec.model.length)
-    if foreign.labels and foreign.labels > 1:
-        names = _class_names(foreign, base, foreign.labels)
+    config: Any = base.model.config
+    if spec.model.task == "sequence_classification" and config.num_labels > 1:
+        names = _class_names(foreign.config.get("id2label") or config.id2label, config.num_labels)
         record["data"].update(id2label=names, label2id={name: place for place, name in names.items()})
     return record
 
 
-def _class_names(foreign: Foreign, base: Base, count: int) -> dict[int, str]:
-    config: Any = base.model.config
-    named = foreign.config.get("id2label") or config.id2label
+def _class_names(named: dict[Any, Any], count: int) -> dict[int, str]:
     found = {int(place): str(name) for place, name in named.items()}
     return found if sorted(found) == list(range(count)) else {place: f"LABEL_{place}" for place in range(count)}

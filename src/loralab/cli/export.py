@@ -34,7 +34,8 @@ EXPORT = Command(
     "BitFit are rewritten for PEFT. Methods that PEFT lacks are refused.",
     usage="RUN --out DIR",
     examples={
-        "loralab export runs/train/TIME --out my-adapter": "for peft.PeftModel.from_pretrained(base, 'my-adapter')"
+        "loralab export runs/train/TIME --out my-adapter": "for peft.PeftModel.from_pretrained(base, 'my-adapter')",
+        "loralab export runs/rank/TRIAL --out my-adapter": "of a sweep's trial",
     },
     writes="DIR, which must be new or empty.",
     run=run,

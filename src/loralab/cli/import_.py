@@ -35,10 +35,9 @@ IMPORT = Command(
     "tuning), or a loralib state dict (RoBERTa's layout), attaches it to its base and writes a run folder, which\n"
     "loralab generate opens. The base is the one that PEFT's file names, or k=v. An option that loralab lacks is\n"
     "refused by its name.",
-    usage="PATH --out DIR [k=v ...]",
+    usage="PATH --out DIR",
     examples={
-        "loralab import my-adapter --out runs/mine": "the base is that of adapter_config.json",
-        "loralab import my-adapter --out runs/mine quantization=nf4 model.name_or_path=./llama": "over another one",
+        "loralab import my-adapter --out runs/mine quantization=nf4 model.name_or_path=./llama": "over that base, quantized",
         "loralab import mnli.bin --out runs/mnli model=roberta_base adapter.lora_alpha=16": "of loralib",
         "loralab import my-adapter --out runs/mine val/accuracy=0.87": "with a number for its record",
     },

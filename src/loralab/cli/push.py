@@ -23,7 +23,10 @@ PUSH = Command(
     about="Uploads RUN/adapter to REPO, which is made where there is none, with the token that HF_TOKEN or\n"
     "hf auth login gives.",
     usage="RUN REPO",
-    examples={"loralab push runs/train/TIME me/llama-docstrings": "public, as the hub's default is"},
+    examples={
+        "loralab push runs/train/TIME me/llama-docstrings": "public, as the hub's default is",
+        "loralab push RUN mine": "below your own name",
+    },
     writes="nothing here.",
     run=run,
 )

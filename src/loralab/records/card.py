@@ -46,12 +46,15 @@ def library(folder: Path) -> str:
     return "transformers" if (folder / "config.json").is_file() else "loralab"
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether ``name`` can be the id of a model or a data set of the hub: no folder of this machine, nothing drawn."""
+def is_hub_id(name: str, cwd: str = "") -> bool:
+    """Whether ``name`` can be the id of a model of the hub: nothing drawn, and no folder of this machine, relative to
+    ``cwd`` or to the current one."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    if not name or name == "random" or (name != fingerprints.SHIPPED and fingerprints.local_folder(name) is not None):
+    if name == fingerprints.SHIPPED:
+        return True
+    if not name or name == "random" or any(map(fingerprints.local_folder, (name, str(Path(cwd) / name)))):
         return False
     try:
         validate_repo_id(name)
@@ -66,7 +69,7 @@ def _front_matter(folder: Path, record: Mapping[str, Any]) -> str:
     base, task = str(record["base"]["name"]), _task(record)
     results = list(_results(record))
     data = ModelCardData(
-        base_model=base if is_hub_id(base) else None,
+        base_model=base if is_hub_id(base, str(record.get("cwd") or "")) else None,
         library_name=library(folder),
         pipeline_tag=TASKS[task][0],
         tags=["loralab", *filter(None, (record["adapter"]["method"], _scheme(record)))],

@@ -7,7 +7,7 @@ from typing import Any
 
 from loralab.adapters.export import save
 from loralab.data.encoding import Encoder
-from loralab.errors import DataError, DiskError, Interrupted, LoralabError, explain
+from loralab.errors import DataError, Interrupted, LoralabError, explain
 from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
@@ -106,11 +106,14 @@ def _export(trial: Trial, base: Base) -> None:
 
 
 def _write_card(trial: Trial) -> None:
-    """A card that cannot be written fails the trial, as its adapter would: the next run writes both."""
+    """A card that cannot be written fails the trial, as its adapter would."""
     try:
         card.write(trial.spec.folder / "adapter", trial.record)
-    except DiskError as error:
-        trial.fail(error)
+    except Exception as error:
+        failure = explain(error)
+        if not isinstance(failure, LoralabError):
+            raise
+        trial.fail(failure)
 
 
 def close_record(record: dict[str, Any], failure: LoralabError | Interrupted | None) -> None:
