@@ -10,6 +10,7 @@ from loralab.adapters.files import weight_bytes
 from loralab.records import card
 from loralab.records import record as records
 from loralab.running.inputs import Inputs
+from loralab.running.runner import Runner
 
 
 def loaded(folder):
@@ -125,3 +126,15 @@ def test_no_secret_and_no_home_is_in_it(described, monkeypatch):
     assert "data.train=rows.jsonl" in text
     assert "data.test=~/else.jsonl" in text
     assert "Path('~/llama').expanduser()" in text
+
+
+def test_a_card_that_cannot_be_written_fails_the_trial_and_keeps_the_adapter(make_spec, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("loralab.records.card.text", full)
+    spec = make_spec(max_steps=1)
+    (record,) = Runner().run([spec])
+    assert (record["status"], record["exit_code"]) == ("failed", 7)
+    assert "README.md cannot be written: No space left" in record["error"]
+    assert (spec.folder / "adapter" / "adapter_model.safetensors").is_file()

@@ -37,7 +37,7 @@ IMPORT = Command(
     "refused by its name.",
     usage="PATH --out DIR",
     examples={
-        "loralab import my-adapter --out runs/mine quantization=nf4 model.name_or_path=./llama": "over that base, quantized",
+        "loralab import my-adapter --out runs/mine quantization=nf4 model.name_or_path=./llama": "over NF4",
         "loralab import mnli.bin --out runs/mnli model=roberta_base adapter.lora_alpha=16": "of loralib",
         "loralab import my-adapter --out runs/mine val/accuracy=0.87": "with a number for its record",
     },
