@@ -101,6 +101,15 @@ def test_the_record_says_where_the_run_is_from_and_that_it_is_no_trial_of_a_swee
     assert import_adapter(adapter, tmp_path / "run")["metrics"] == {}
 
 
+def test_the_card_of_an_import_claims_no_training_of_its_own(adapter, tmp_path):
+    """The record's configuration is whole, so that it can be opened; optimizer, steps and seed are those of nobody."""
+    import_adapter(adapter, tmp_path / "run", ["val/loss=2.5"])
+    text = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "Numbers that were given with the import." in text
+    for claimed in ("optimizer", "max_steps", "seed", "loralab train"):
+        assert claimed not in text
+
+
 def test_generate_writes_with_an_imported_adapter_what_peft_writes(adapter, base_folder, tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert run(["import", str(adapter), "--out", folder]) == 0
@@ -112,6 +121,17 @@ def test_generate_writes_with_an_imported_adapter_what_peft_writes(adapter, base
     ids = tokenizer("alpha ", return_tensors="pt", add_special_tokens=False)
     made = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     assert ours == tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_what_the_configuration_leaves_out_is_pefts_default(adapter, bases, inputs, tmp_path):
+    """PEFT's lora_alpha is 8, loralab's 16."""
+    folder, base = shutil.copytree(adapter, tmp_path / "peft"), bases("llama", "none")
+    stored = json.loads((folder / CONFIG).read_text())
+    kept = ("peft_type", "task_type", "target_modules", "base_model_name_or_path")
+    (folder / CONFIG).write_text(json.dumps({**{key: stored[key] for key in kept}, "r": 4}))
+    import_adapter(folder, tmp_path / "run", ["trainer=cpu"])
+    ours = logits_of_run(tmp_path / "run", inputs(), base.inputs)
+    assert float((in_peft(base.plain, folder, inputs()) - ours).abs().max()) < 1e-5
 
 
 def configured(folder, **values):
@@ -136,6 +156,9 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: configured(f, r=5), 4, rf"{KEY} is \(4, 64\), not \(5, 64\)"),
         (lambda f: configured(f, target_modules=["q_proj"]), 4, "it has more than the adapter of its configuration"),
         (lambda f: configured(f, target_modules=["c_attn"]), 4, "'c_attn' matches no linear layer"),
+        (lambda f: configured(f, target_modules=["q_proj", 1]), 4, "a value of another kind than PEFT writes"),
+        (lambda f: configured(f, rank_pattern=[1]), 4, r"adapter\.rank_pattern must be"),
+        (lambda f: configured(f, modules_to_save="norm"), 4, "it lacks .*input_layernorm.weight"),
         (lambda f: configured(f, r=0), 4, r"adapter\.r must be"),
         (lambda f: weighed(f, lambda s: s[KEY].fill_(float("nan"))), 4, f"{KEY} is not finite"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), 4, "cannot be read"),

@@ -57,11 +57,10 @@ def _without_base(foreign: Foreign, model: nn.Module) -> dict[str, Tensor]:
     Raises ArtifactError where they are not those of ``model``.
     """
     state = dict(foreign.state)
-    whole = tuple(foreign.config.get("modules_to_save") or ())
     for get in ("get_input_embeddings", "get_output_embeddings"):
         table = getattr(model, get)()
         names = [name for name, module in model.named_modules() if module is table] if table is not None else []
-        for name in [name for name in names if not name.endswith(whole)]:
+        for name in [name for name in names if not name.endswith(foreign.whole)]:
             for key in (f"{foreign.prefix}{name}.weight", f"{foreign.prefix}{name}.base_layer.weight"):
                 if key not in state:
                     continue
@@ -162,7 +161,7 @@ def _without_vera(foreign: Foreign, model: nn.Module) -> Foreign:
 
 def _drawn(config: dict[str, Any], largest: list[int]) -> tuple[Tensor, Tensor]:
     """PEFT's matrices for layers of at most ``largest``, (out, in): uniform in +- sqrt(6 / columns)."""
-    generator, r = torch.Generator().manual_seed(int(config["projection_prng_key"])), int(config["r"])
+    generator, r = torch.Generator().manual_seed(int(config.get("projection_prng_key", 0))), int(config.get("r", 256))
     pair = []
     for shape in ((r, largest[1]), (largest[0], r)):
         bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))

@@ -32,6 +32,7 @@ TAKEN = {  # by loralab under the same name
     "PROMPT_TUNING": ("num_virtual_tokens",),
     "VERA": ("r", *LOW_RANK),
 }
+DEFAULTS: dict[str, dict[str, Any]] = {"LORA": {"r": 8, "lora_alpha": 8}, "VERA": {"r": 256}}  # PEFT's
 STARTS = {  # init_lora_weights of files whose A and B stand beside the base as it is
     *(True, False, None, "gaussian", "orthogonal", "eva"),
     *("pissa", "loftq"),  # beside another base: see converted.py
@@ -70,6 +71,12 @@ class Foreign:
     def prefix(self) -> str:
         """What PEFT puts before the names of the base's modules."""
         return "base_model." if self.kind.endswith("_TUNING") else peft.PREFIX
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The ends of the names of modules that it trains whole, besides a classifier's head."""
+        named = self.config.get("modules_to_save") or ()
+        return (named,) if isinstance(named, str) else tuple(named)
 
     @property
     def task(self) -> str | None:
@@ -120,7 +127,7 @@ def method_of(foreign: Foreign) -> Method:
             f"{foreign.weights.parent}: peft_type={kind} is no method of loralab's; {nearest(kind, OPTIONS)}"
         )
     _refuse_unknown(foreign)
-    given = {key: config[key] for key in TAKEN[kind] if config.get(key) is not None}
+    given = {**DEFAULTS.get(kind, {}), **{key: config[key] for key in TAKEN[kind] if config.get(key) is not None}}
     for key in ("target_modules", "exclude_modules", "feedforward_modules", "target_parameters"):
         if isinstance(given.get(key), list):
             given[key] = sorted(given[key]) or None
@@ -172,7 +179,7 @@ def saved_modules(foreign: Foreign, names: Mapping[str, Any]) -> list[str]:
     """Those of the modules ``names`` that the adapter holds whole: whose name ends in an entry of its modules_to_save,
     and of a classifier its head (PEFT's rule)."""
     heads = peft.HEADS if foreign.task == "sequence_classification" else ()
-    entries = (*(foreign.config.get("modules_to_save") or ()), *heads)
+    entries = (*foreign.whole, *heads)
     found: list[str] = []
     for name in names:
         if name.endswith(entries) and not any(name.startswith(f"{whole}.") for whole in found):

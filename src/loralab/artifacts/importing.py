@@ -3,7 +3,8 @@
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,16 @@ def import_adapter(path: Path, out: Path, words: Sequence[str] = ()) -> dict[str
         raise ArtifactError(f"{path}: no such file or folder; valid: a PEFT adapter's folder, or a loralib state dict")
     chosen = _chosen(words, loralib)
     foreign = read_loralib(path, chosen.lora_alpha) if loralib else read_peft(path)
-    method = method_of(foreign)
+    with readable(foreign):
+        method, labels = method_of(foreign), foreign.labels
     settings = [*_settings(foreign, method, chosen), *chosen.settings]
     content = plain(compose(settings), [])
-    content["model"].update({"num_labels": 1} if foreign.labels == 1 else {})
+    content["model"].update({"num_labels": 1} if labels == 1 else {})
     spec = _spec(content, out, foreign, method, words)
-    base = Inputs().base(spec, foreign.labels)
-    foreign, method = converted(foreign, method, base.model)
-    saved = saved_modules(foreign, dict(base.model.named_modules()))
+    base = Inputs().base(spec, labels)
+    with readable(foreign):
+        foreign, method = converted(foreign, method, base.model)
+        saved = saved_modules(foreign, dict(base.model.named_modules()))
     method = replace(method, fields={**method.fields, "modules_to_save": saved})
     spec = _spec(content, out, foreign, method, words)
     adapter = _attached(foreign, spec, base, saved)
@@ -81,6 +84,18 @@ def import_adapter(path: Path, out: Path, words: Sequence[str] = ()) -> dict[str
         records.write(partial, record)
     adapter.detach()
     return record
+
+
+@contextmanager
+def readable(foreign: Foreign) -> Iterator[None]:
+    """Within, values of another kind than PEFT writes are an ArtifactError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"{foreign.weights.parent} cannot be used: a value of another kind than PEFT writes ({reason})"
+        ) from error
 
 
 def _chosen(words: Sequence[str], loralib: bool) -> Words:
@@ -166,7 +181,8 @@ def _attached(foreign: Foreign, spec: TrialSpec, base: Base, saved: list[str]) -
             own = read_state(folder / WEIGHTS)
             state = foreign.state
             if KEY in own and KEY in state:
-                state = {**state, KEY: virtual_tokens(foreign, own[KEY])}
+                with readable(foreign):
+                    state = {**state, KEY: virtual_tokens(foreign, own[KEY])}
             _check_state(where, own, state)
             write_state({key: state[key].to(own[key].dtype) for key in own}, folder / WEIGHTS)
             adapter.restore(folder)
@@ -212,7 +228,8 @@ def _record(foreign: Foreign, spec: TrialSpec, base: Base, adapter: Adapter, cho
     record["data"].update(max_length=spec.model.length)
     config: Any = base.model.config
     if spec.model.task == "sequence_classification" and config.num_labels > 1:
-        names = _class_names(foreign.config.get("id2label") or config.id2label, config.num_labels)
+        with readable(foreign):
+            names = _class_names(foreign.config.get("id2label") or config.id2label, config.num_labels)
         record["data"].update(id2label=names, label2id={name: place for place, name in names.items()})
     return record
 

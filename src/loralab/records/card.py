@@ -20,7 +20,9 @@ TASKS = {  # loralab's word: (the hub's, transformers' class)
     "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
 }
 SPLITS = {"val": "validation"}
-GROUPS = ("adapter", "optimizer", "schedule", "trainer", "quantization")
+GROUPS = ("adapter", "quantization", "optimizer", "schedule", "trainer")
+OF_TRAINING = GROUPS[2:]  # no settings of an adapter that was trained elsewhere
+LISTED = 8  # entries of a setting
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
@@ -105,11 +107,13 @@ def _sections(folder: Path, record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Results"
     yield _metric_table(record)
     yield "## Settings"
-    config = record["config"]
-    yield "\n".join(f"- {group}: {_settings(config.get(group))}" for group in GROUPS if config.get(group))
+    groups = {
+        group: record["config"].get(group) for group in GROUPS if _trained_here(record) or group not in OF_TRAINING
+    }
+    yield "\n".join(f"- {group}: {_settings(node)}" for group, node in groups.items() if node)
     yield "## How to load it"
     yield _loading(folder, record)
-    if record["overrides"] and (record["time"] or {}).get("steps") is not None:
+    if record["overrides"] and _trained_here(record):
         yield "## How to train it again"
         yield f"```console\n{rerun(record)}\n```"
 
@@ -145,14 +149,27 @@ def _metric_table(record: Mapping[str, Any]) -> str:
     if not metrics:
         return "None were measured."
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items())
-    return f"| metric | value |\n|---|---:|\n{rows}\n\nOne run with one seed ({record['seed']}): no interval."
+    seed = f"One run with one seed ({record['seed']}): no interval."
+    origin = seed if _trained_here(record) else "Numbers that were given with the import."
+    return f"| metric | value |\n|---|---:|\n{rows}\n\n{origin}"
 
 
 def _settings(node: Any) -> str:
     values = {key: value for key, value in node.items() if key != "_target_" and value not in (None, "", [], {})}
-    return (
-        ", ".join(f"{key}={value}" for key, value in values.items()) or str(node.get("_target_", "")).rpartition(".")[2]
-    )
+    return ", ".join(f"{key}={_short(value)}" for key, value in values.items()) or _class(node)
+
+
+def _short(value: Any) -> str:
+    long = isinstance(value, list) and len(value) > LISTED
+    return f"{len(value)} entries ({value[0]}, ...)" if long else str(value)
+
+
+def _class(node: Mapping[str, Any]) -> str:
+    return str(node.get("_target_") or "").rpartition(".")[2]
+
+
+def _trained_here(record: Mapping[str, Any]) -> bool:
+    return (record["time"] or {}).get("steps") is not None
 
 
 def _loading(folder: Path, record: Mapping[str, Any]) -> str:
@@ -205,7 +222,7 @@ def _task(record: Mapping[str, Any]) -> str:
 
 def _scheme(record: Mapping[str, Any]) -> str:
     """The option of the group quantization, or the name of the class; empty without quantization."""
-    target = str((record["config"].get("quantization") or {}).get("_target_") or "").rpartition(".")[2]
+    target = _class(record["config"].get("quantization") or {})
     name = (record["choices"] or {}).get("quantization") or target
     return "" if target == "NoQuantization" else name
 
