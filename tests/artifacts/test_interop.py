@@ -46,7 +46,7 @@ OURS = {
     "heads": ["adapter.r=4"],
     "bitfit": ["adapter=bitfit"],
 }
-BY = {"ia3": 1.0, "vera": 0.4}  # how far from their start they are moved; T5's logits are ten times those of the others
+BY = {"ia3": 1.0, "vera": 0.4}  # how far from their start they are moved; T5's logits are the largest
 SHAPES = {"distilbert": {"token_dim": 64, "num_attention_heads": 2, "num_layers": 2}}  # which PEFT does not find
 VARIANTS = ("lora", "rslora", "fa", "dora", "pissa", "loftq")
 TYPES = {"causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS"}
