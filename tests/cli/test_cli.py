@@ -194,7 +194,7 @@ def test_a_run_folder_holds_what_the_contract_lists(tiny_arguments, tmp_path, mo
     folder = tmp_path / "a run"
     names = {path.name for path in folder.iterdir()}
     assert {"result.json", "metrics.jsonl", "config.yaml", "adapter", "train.log"} <= names
-    files = {"adapter_config.json", "adapter_model.safetensors", "adapter_spec.json"}
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "adapter_spec.json"}
     assert {p.name for p in (folder / "adapter").iterdir()} == files
     stored = record.read(folder)
     assert (stored["status"], stored["time"]["steps"], stored["config"]["adapter"]["r"]) == ("completed", 2, 2)

@@ -287,7 +287,7 @@ def test_the_folder_of_a_run_is_exactly_the_one_named(tiny_arguments, tmp_path):
     names = {path.name for path in target.iterdir()}
     assert {"result.json", "metrics.jsonl", "config.yaml", "train.log", "adapter"} <= names
     assert {path.name for path in (target / "adapter").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "adapter_spec.json")
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "adapter_spec.json")
     }
     assert json.loads((target / "result.json").read_text())["status"] == "completed"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from loralab.adapters.biases import BiasDelta
 from loralab.adapters.files import WEIGHTS, write_state
 
 CONFIG = "adapter_config.json"
@@ -94,11 +95,13 @@ def transposed(model: nn.Module, names: list[str]) -> bool:
 
 
 def frozen_heads(adapter: Any) -> dict[str, Tensor]:
-    """The base's own classification head: PEFT looks for one in every classifier's adapter."""
+    """The base's own classification head: PEFT looks for one in every classifier's adapter. A bias that is trained in
+    it is written over the base's."""
     model = adapter._model[0]
     if task_type(model) != "SEQ_CLS":
         return {}
-    trained = set(adapter.module_names)
+    trained = {name for name, delta in adapter.adapted() if not isinstance(delta, BiasDelta)}
+    trained |= dict(adapter.saved_modules()).keys()
     heads = [(name, head) for name, head in model.named_modules() if name.endswith(HEADS)]
     return {
         key: head.get_parameter(inside).detach()

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -83,11 +82,7 @@ class TrialResult:
     @property
     def rerun(self) -> str:
         """The command that runs it again, in the folder where it was started."""
-        overrides, seed = list(self.record["overrides"]), self.record["seed"]
-        seeded = seed is None or any(word.lstrip("+").startswith("seed=") for word in overrides)
-        command = shlex.join(["loralab", "train", *overrides, *([] if seeded else [f"seed={seed}"])])
-        masked = any(records.MASK in word for word in overrides)
-        return f"{command}  # {records.MASK} hides a secret" if masked else command
+        return records.rerun(self.record)
 
     @property
     def ended(self) -> str:

@@ -13,9 +13,12 @@ from loralab.cli.arguments import parse as parse_words
 from loralab.cli.bench import BENCH
 from loralab.cli.count import COUNT
 from loralab.cli.doctor import DOCTOR
+from loralab.cli.export import EXPORT
 from loralab.cli.generate import GENERATE
+from loralab.cli.import_ import IMPORT
 from loralab.cli.ls import LS
 from loralab.cli.plan import PLAN
+from loralab.cli.push import PUSH
 from loralab.cli.quantize import QUANTIZE
 from loralab.cli.report import REPORT
 from loralab.cli.subspace import SUBSPACE
@@ -25,7 +28,10 @@ from loralab.errors import Interrupted
 
 COMMANDS = {
     command.name: command
-    for command in (TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, SUBSPACE, LS, DOCTOR, BENCH)
+    for command in (
+        *(TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, SUBSPACE, EXPORT, IMPORT, PUSH),
+        *(LS, DOCTOR, BENCH),
+    )
 }  # in the order of help
 HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
 

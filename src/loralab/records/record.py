@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -99,6 +100,14 @@ def find(root: Path) -> list[Path]:
             below.clear()
         below[:] = sorted(name for name in below if name not in _NOT_RUN_FOLDERS and not name.startswith("."))
     return sorted(runs)
+
+
+def rerun(record: Mapping[str, Any]) -> str:
+    """The command that runs a trial again, in the folder where it was started."""
+    overrides, seed = list(record["overrides"]), record["seed"]
+    seeded = seed is None or any(word.lstrip("+").startswith("seed=") for word in overrides)
+    command = shlex.join(["loralab", "train", *overrides, *([] if seeded else [f"seed={seed}"])])
+    return f"{command}  # {MASK} hides a secret" if any(MASK in word for word in overrides) else command
 
 
 def write_sweep(folder: Path, sweep: Mapping[str, Any]) -> None:

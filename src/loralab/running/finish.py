@@ -11,6 +11,7 @@ from loralab.errors import DataError, Interrupted, LoralabError, explain
 from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
+from loralab.records import card
 from loralab.records import record as records
 from loralab.training import checkpoint, generation
 from loralab.training.choices import choice_accuracy
@@ -76,6 +77,8 @@ def finish(trial: Trial, base: Base, started: float) -> None:
         best = trial.early_stopping.best
         record["stopped_early"] = {"step": trial.step, "metric": trial.spec.metric, "best": best}
     record["time"]["wall_s"] = time.monotonic() - started
+    if trial.failure is None:
+        _write_card(trial)
     close_record(record, trial.failure)
     for logger in trial.loggers:
         logger.summarize({**trial.metrics, "status": record["status"]})
@@ -95,6 +98,17 @@ def _export(trial: Trial, base: Base) -> None:
         trial.record["adapter"]["bytes"] = save(trial.adapter, folder, trial.spec.seed)
         if trial.spec.adapter.changes_base:
             base.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        failure = explain(error)
+        if not isinstance(failure, LoralabError):
+            raise
+        trial.fail(failure)
+
+
+def _write_card(trial: Trial) -> None:
+    """A card that cannot be written fails the trial, as its adapter would."""
+    try:
+        card.write(trial.spec.folder / "adapter", trial.record)
     except Exception as error:
         failure = explain(error)
         if not isinstance(failure, LoralabError):
