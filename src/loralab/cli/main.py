@@ -15,6 +15,7 @@ from loralab.cli.count import COUNT
 from loralab.cli.doctor import DOCTOR
 from loralab.cli.generate import GENERATE
 from loralab.cli.ls import LS
+from loralab.cli.merge import MERGE
 from loralab.cli.plan import PLAN
 from loralab.cli.quantize import QUANTIZE
 from loralab.cli.report import REPORT
@@ -23,7 +24,8 @@ from loralab.cli.train import TRAIN
 from loralab.errors import Interrupted
 
 COMMANDS = {
-    command.name: command for command in (TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, LS, DOCTOR, BENCH)
+    command.name: command
+    for command in (TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, MERGE, LS, DOCTOR, BENCH)
 }  # in the order of help
 HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
 
