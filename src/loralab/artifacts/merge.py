@@ -7,7 +7,7 @@ requantized: the first one quantized again by the run's quantizer.
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,28 +106,31 @@ class _Work:
     chosen: str
     partial: Path
     damage: Damage | None
+    notes: list[str] = field(default_factory=list)
 
     def result(self, request: Request) -> dict[str, Any]:
-        run, damage_ = self.run, self.damage
-        base = damage_.base(self.merger.before) if damage_ else None
+        """What merge.json holds; the chosen way is written on the way."""
+        run, measuring = self.run, self.damage
+        base = measuring.base(self.merger.before) if measuring else None
         ways: dict[str, Any] = {}
         changes: dict[str, dict[str, Change]] = {}
-        notes: list[str] = []
-        for way in self.merger.ways if damage_ else [self.chosen]:
+        written: dict[str, Any] = {}
+        for way in self.merger.ways if measuring else [self.chosen]:
             try:
                 merged = self.merger.merge(way)
             except ConfigError as error:
                 if way == self.chosen:
                     raise
                 ways[way] = {"undefined": {"loss": str(error)}}
+                self.notes.append(f"{way}: not merged, since {error}")
                 continue
-            changes[way] = merged.changes
-            ways[way] = damage.weights(merged.changes)
-            if damage_:
-                ways[way] = _joined(ways[way], damage_.merged(merged))
-            log.info("%s: merged%s", way, " and measured" if damage_ else "")
+            changes[way], ways[way] = merged.changes, damage.weights(merged.changes)
+            if measuring:
+                ways[way] = _joined(ways[way], measuring.merged(merged))
+            log.info("%s: merged%s", way, " and measured" if measuring else "")
             if way == self.chosen:
-                written, notes = self._write(merged)
+                written = self._write(merged)
+        self._note(ORIGINAL in ways)
         return {
             "run": str(run.folder.absolute()),
             "out": str(request.out.absolute()),
@@ -135,41 +138,37 @@ class _Work:
             "base": {key: run.record["base"][key] for key in ("name", "fingerprint")},
             "quantization": run.spec.quantization.name,
             **written,
-            "measured": damage_.about if damage_ else None,
+            "measured": measuring.about if measuring else None,
             "without_adapter": base,
             "ways": ways,
             "layers": dict(damage.layers(changes)),
-            "notes": [*notes, *self._notes(ways)],
+            "notes": self.notes,
             "versions": environment()["versions"],
         }
 
-    def _write(self, merged: Merged) -> tuple[dict[str, Any], list[str]]:
+    def _write(self, merged: Merged) -> dict[str, Any]:
+        """What was written, and how."""
         packed, why = None, ""
         if self.chosen == REQUANTIZED:
             packed, why = merged_files.packed_config(self.run, list(self.merger.frozen), self.merger.dtype)
         with merged.on():
             merged_files.save(self.run, merged, self.partial, packed)
         dtype = str(self.merger.dtype).removeprefix("torch.")
-        written = {"written": self.chosen, "format": "bitsandbytes" if packed else "dense", "dtype": dtype}
-        notes = (
-            [f"the requantized weights are written as the dense {dtype} values of their codes: {why}"] if why else []
-        )
+        if why:
+            self.notes.append(f"the requantized weights are written as the dense {dtype} values of their codes: {why}")
         if merged.untied:
-            notes.append("a weight that two layers of the base share is two weights now, since one of them changed")
-        return {**written, "untied": merged.untied}, notes
+            self.notes.append("a weight that layers of the base share is one for each of them now: they differ")
+        kind = "bitsandbytes" if packed else "dense"
+        return {"written": self.chosen, "format": kind, "dtype": dtype, "untied": merged.untied}
 
-    def _notes(self, ways: dict[str, Any]) -> list[str]:
-        notes = []
+    def _note(self, onto_original: bool) -> None:
+        spec = self.run.spec.adapter
         if any(type(layer).product is not FrozenLinear.product for layer in self.merger.frozen.values()):
-            notes.append(ROUNDED)
-        if ORIGINAL in ways and (differs := self.run.spec.adapter.start_differs):
-            notes.append(f"{self.run.spec.adapter.method}: {differs}, which the original weights have not lost")
-        notes += [
-            f"{way} could not be merged: {one['undefined']['loss']}" for way, one in ways.items() if len(one) == 1
-        ]
+            self.notes.append(ROUNDED)
+        if onto_original and spec.start_differs:
+            self.notes.append(f"original: {spec.start_differs}, and the original weights have not lost it")
         if self.damage and self.damage.about["changed"]:
-            notes.append("the validation rows are not those of the run: its data has changed since")
-        return notes
+            self.notes.append("the validation rows are not those of the run: its data has changed since")
 
 
 def _joined(weights: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
