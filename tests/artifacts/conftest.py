@@ -80,6 +80,9 @@ def opened(make_spec, make_model, tmp_path):
         labels = classes if model.task == "sequence_classification" else {}
         spec = make_spec(family=family, model=model, adapter=adapter_spec, quantization=quantizer)
         base = loading.load(model, quantizer, model.load_tokenizer(), len(labels) or None)
+        for name, parameter in base.model.named_parameters():
+            if name.endswith("bias"):  # drawn as zeros
+                parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
         untouched = copy.deepcopy(base.model) if adapter_spec.changes_base else base.model
         adapter = attached(adapter_spec, base.model, 5)
         generator = torch.Generator().manual_seed(9)

@@ -1,10 +1,7 @@
-"""Merged folders, opened by plain transformers, compute what the run does; PEFT's merges agree."""
-
-import json
+"""Of every method and kind of base: the merged folder, opened by plain transformers, computes what the run does."""
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -12,7 +9,6 @@ from transformers import (
 )
 
 from loralab.adapters.bitfit import BitFit
-from loralab.adapters.export import save as export
 from loralab.adapters.full import Full
 from loralab.adapters.ia3 import IA3
 from loralab.adapters.intrinsic import Intrinsic
@@ -21,7 +17,9 @@ from loralab.adapters.lora import LoRA
 from loralab.adapters.lora_fa import LoRAFA
 from loralab.adapters.vera import VeRA
 from loralab.artifacts import merged_files
-from loralab.artifacts.swap import DENSE, Merger, merged_in_memory
+from loralab.artifacts.swap import Merger
+from loralab.quantization.four_bit import FourBit
+from loralab.quantization.int8 import Int8ZeroPoint
 
 PLAIN = {
     "causal_lm": AutoModelForCausalLM,
@@ -66,6 +64,14 @@ CASES = {
     "classifier bitfit": ("roberta", BitFit()),
     "classifier lora_fa": ("roberta", LoRAFA(r=4)),
     "classifier last_layer": ("roberta", LastLayer()),
+    "quantized": ("llama", LoRA(r=4, init_lora_weights="pissa"), FourBit(double_quant=True)),
+    "quantized dora": ("llama", LoRA(r=4, use_dora=True), Int8ZeroPoint()),
+    "quantized module": ("llama", LoRA(r=4, modules_to_save=["lm_head", "norm"]), FourBit()),
+    "quantized Conv1D": ("gpt2", LoRA(r=4, bias="all", modules_to_save=["h.1.attn.c_proj"]), FourBit()),
+    "quantized Conv1D ia3": ("gpt2", IA3(), FourBit()),
+    "quantized last_layer": ("gpt2", LastLayer(), FourBit()),
+    "quantized encoder-decoder": ("t5", VeRA(r=16), FourBit(quant_type="fp4")),
+    "quantized classifier": ("roberta", BitFit(), FourBit()),
 }
 
 
@@ -88,12 +94,13 @@ def plain(task, folder):
 
 @pytest.mark.parametrize("case", CASES)
 def test_plain_transformers_computes_the_runs_logits_from_the_folder(opened, inputs, tmp_path, case):
-    family, adapter = CASES[case]
+    family, adapter, *quantizer = CASES[case]
     family, changes = MODELS.get(family, (family, {}))
-    run = opened(family, adapter, **changes)
+    run = opened(family, adapter, *quantizer, **changes)
     given = inputs(run.spec.model.task)
     before, wanted = run.base_logits(given), adapted(run, given)
-    merged = Merger(run, torch.float32).merge(DENSE)
+    merger = Merger(run, torch.float32)
+    merged = merger.merge(merger.ways[0])
     with merged.on():
         merged_files.save(run, merged, tmp_path / "merged", None)
     model = plain(run.spec.model.task, tmp_path / "merged")

@@ -1,6 +1,5 @@
 """A merged base as a folder that plain transformers opens; it is there whole or not at all."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from loralab.models.weights import quiet_loading
 from loralab.quantization import stored
 from loralab.quantization.linear import FrozenLinear
 
-FIGURES = "merge.json"
+FIGURES, GENERATION = "merge.json", "generation_config.json"
 
 
 def check_free(folder: Path) -> None:
@@ -73,19 +72,16 @@ def save(run: OpenRun, merged: Merged, folder: Path, packed: dict[str, Any] | No
     written dense. The model keeps its own config.
     """
     model: Any = run.model
-    config, generation = model.config, getattr(model, "generation_config", None)
+    config: Any = model.config
+    generation: Any = getattr(model, "generation_config", None)
     model.config = _config(run, merged, packed)
     try:
-        state = state_of(model, packed is not None)
+        if generation is not None:
+            model.generation_config = GenerationConfig()  # transformers does not write one that its rules refuse
         with quiet_loading():
-            model.config.dtype = dtype = _first_dtype(state)
-            _own_generation(model, generation)
-            model.save_pretrained(folder, state_dict=_apart(state) if merged.untied else state)
-            if generation is not None and (folder / "generation_config.json").exists():
-                generation.to_json_file(folder / "generation_config.json")  # also one that its own rules refuse
-            stored_config = json.loads((folder / "config.json").read_text())
-            stored_config["dtype"] = str(dtype).removeprefix("torch.")
-            (folder / "config.json").write_text(json.dumps(stored_config, indent=2, sort_keys=True) + "\n")
+            model.save_pretrained(folder, state_dict=state_of(merged, packed is not None))
+        if (folder / GENERATION).exists():
+            generation.to_json_file(folder / GENERATION)
         run.base.tokenizer.save_pretrained(folder)
     except OSError as error:
         raise unwritable(folder, error) from error
@@ -93,15 +89,6 @@ def save(run: OpenRun, merged: Merged, folder: Path, packed: dict[str, Any] | No
         model.config = config
         if generation is not None:
             model.generation_config = generation
-
-
-def _own_generation(model: Any, generation: Any) -> None:
-    if generation is not None:
-        model.generation_config = GenerationConfig()
-
-
-def _first_dtype(state: dict[str, Tensor]) -> torch.dtype:
-    return next(value.dtype for value in state.values() if value.is_floating_point())
 
 
 def _config(run: OpenRun, merged: Merged, packed: dict[str, Any] | None) -> Any:
@@ -126,24 +113,19 @@ def _config(run: OpenRun, merged: Merged, packed: dict[str, Any] | None) -> Any:
     return config
 
 
-def state_of(model: nn.Module, packed: bool) -> dict[str, Tensor]:
-    """The state of a model with, of quantized layers, the codes (``packed``) or the values that they stand for."""
-    state = model.state_dict()
-    dtype = _first_dtype(state)
-    for name, layer in model.named_modules(remove_duplicate=False):
+def state_of(merged: Merged, packed: bool) -> dict[str, Tensor]:
+    """The state of the model that ``merged`` is on, with, of quantized layers, their codes (``packed``) or the values
+    that these stand for. Where it is untied every tensor has memory of its own, so that none is left out as shared."""
+    state = merged.model.state_dict()
+    for name, layer in merged.model.named_modules(remove_duplicate=False):
         if not isinstance(layer, FrozenLinear):
             continue
         if packed:
             state.update({f"{name}.{rest}": value for rest, value in stored.tensors(layer).items()})
         else:
-            weight = dense_values(layer).to(dtype)
+            weight = dense_values(layer).to(merged.dtype)
             state[f"{name}.weight"] = (weight.t() if layer.transposed else weight).contiguous()
-    return state
-
-
-def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor with memory of its own: a config that ties nothing wants each name in the files."""
-    return {name: value.clone() for name, value in state.items()}
+    return {name: value.clone() for name, value in state.items()} if merged.untied else state
 
 
 def packed_config(run: OpenRun, names: list[str], dtype: torch.dtype) -> tuple[dict[str, Any] | None, str]:

@@ -27,11 +27,11 @@ DENSE, DEQUANTIZED, ORIGINAL, REQUANTIZED = "merged", "dequantized", "original",
 
 @dataclass
 class Change:
-    """One merged parameter beside the base's: sums of squares over its weights, in float64."""
+    """One merged parameter beside the base's: sums over its weights, in float64."""
 
     shape: list[int]
-    delta: float  # of what the run adds to the base's value
-    error: float  # of how far the merged value is from base + delta
+    delta: float  # squares of what the run adds to the base's value
+    error: float  # squares of how far the merged value is from base + delta
     kept: float | None = None  # of a requantized weight: inner product of the change that arrived with the delta
     codes: int = 0  # of a requantized weight, and how many are not the base's
     codes_changed: int = 0
@@ -46,6 +46,7 @@ class Merged:
     """
 
     model: nn.Module
+    dtype: torch.dtype
     modules: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)  # (the base's, the one in its place)
     parameters: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = field(default_factory=list)
     changes: dict[str, Change] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class Merger:
     def merge(self, way: str) -> Merged:
         """The adapter merged in ``way``, not yet put into the model. Raises ConfigError where the original weights
         cannot be read, the scheme cannot take a merged weight, or ``dtype`` cannot hold it."""
-        made, ties = Merged(self.model), Ties(self.model)
+        made, ties = Merged(self.model, self.dtype), Ties(self.model)
         originals = self._originals() if way == ORIGINAL else {}
         placed: dict[str, nn.Parameter] = {}
         layers: dict[str, nn.Module] = {}
@@ -145,12 +146,16 @@ class Merger:
         """{quantized layer: its weight (out, in) before quantization}."""
         read = AdapterHooks.of(self.model).originals
         if read is None:
-            raise ConfigError("nothing says where the weights of this base were before quantization")
-        names = list(self.frozen)
-        return {
-            name: weight.to(self.frozen[name].packed()[0].device)
-            for name, weight in zip(names, read(self.model, names), strict=True)
-        }
+            raise ConfigError(
+                "--onto original: nothing says where the weights of this base lie that were quantized; valid: --onto "
+                "dequantized"
+            )
+        try:
+            weights = zip(self.frozen.items(), read(self.model, list(self.frozen)), strict=True)
+            return {name: weight.to(layer.packed()[0].device) for (name, layer), weight in weights}
+        except ConfigError as error:  # which speaks of a start that is computed from them
+            reason = str(error).partition("; valid: ")[0]
+            raise ConfigError(f"--onto original: {reason}; valid: --onto dequantized") from error
 
     def _own(self, name: str, originals: dict[str, Tensor]) -> dict[str, Tensor]:
         own = parameters_of(self.model, name)
@@ -202,10 +207,10 @@ class Merger:
         """``wanted``, what the run computes with, and ``merged``, beside the base's value."""
         owner, _, parameter = name.rpartition(".")
         base = parameters_of(self.before, owner)[parameter]
-        delta = wanted.double() - base
-        found = Change(list(wanted.shape), _squares(delta), _squares(merged.double() - wanted))
+        delta, error = wanted - base, merged - wanted
+        found = Change(list(wanted.shape), _product(delta, delta), _product(error, error))
         if way == REQUANTIZED and owner in self.frozen and parameter == "weight":
-            found.kept = float(((merged.double() - base) * delta).sum())
+            found.kept = _product(merged - base, delta)
             before, after = (one.levels() for one in (self.frozen[owner], layer))  # type: ignore[union-attr, operator]
             if before is not None and after is not None:
                 found.codes, found.codes_changed = before[0].numel(), int((before[0] != after[0]).sum())
@@ -243,5 +248,5 @@ def _plain(layer: FrozenLinear, weight: Tensor) -> nn.Module:
     return made.train(layer.training)  # type: ignore[no-any-return]
 
 
-def _squares(values: Tensor) -> float:
-    return float(values.square().sum())
+def _product(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum(dtype=torch.float64))
