@@ -202,3 +202,48 @@ def test_what_is_written_is_what_was_asked_for(merged_run, base_folder):
     assert (found["written"], found["dtype"], found["measured"]) == ("original", "bfloat16", None)
     assert {one.dtype for one in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_a_base_that_lies_quantized_has_no_original_weights(merged_run, arguments, tmp_path, capsys):
+    _, base, _ = merged_run("nf4", "--requantize", "--no-measure")
+    words = [word for word in arguments("llama") if not word.startswith("model.name_or_path")]
+    run = tmp_path / "run"
+    given = [f"model.name_or_path={base}", "quantization=nf4", f"hydra.run.dir={run}"]
+    assert loralab(["train", *words, *given]) == 0
+    assert loralab(["merge", str(run), "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert set(found["ways"]["original"]) == {"undefined"}
+    assert any("original: not merged, since --onto original: " in note for note in found["notes"])
+    assert found["ways"]["dequantized"]["kl"] < 1e-10
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    capsys.readouterr()
+    assert loralab(["merge", str(run), "--out", str(tmp_path / "again"), "--onto", "original"]) == 2
+    assert "which holds it quantized, or fused with others; valid: --onto dequantized" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def test_notes_say_where_a_way_is_no_fair_one(finished, tmp_path):
+    run = finished("llama", "quantization=llm_int8", "adapter.init_lora_weights=loftq", "optimizer.lr=0.001")
+    assert loralab(["merge", str(run), "--out", str(tmp_path / "out"), "--rows", "2"]) == 0
+    notes = json.loads((tmp_path / "out" / "merge.json").read_text())["notes"]
+    assert any("rounds what enters a layer as well" in note for note in notes)
+    assert "original: B A begins as what quantization lost, and the original weights have not lost it" in notes
+
+
+def test_a_regression_has_squared_errors_and_no_divergence(finished, tmp_path, rows):
+    scores = {}
+    for split in ("train", "validation"):
+        texts = [json.loads(line)["t"] for line in rows["labels", split].read_text().splitlines()]
+        scores[split] = tmp_path / f"{split}.jsonl"
+        scores[split].write_text("".join(json.dumps({"t": t, "y": place / 7}) + "\n" for place, t in enumerate(texts)))
+    files = [f"data.{split}={path}" for split, path in scores.items()]
+    scored = ["model.task=sequence_classification", "model.num_labels=1", "data.text='{t}'", "data.label=y"]
+    words = [*scored, "data.prompt=null", "data.target=null", *files, "optimizer.lr=0.01"]
+    run = finished("llama", "quantization=nf4", *words)
+    assert loralab(["merge", str(run), "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "merge.json").read_text())
+    recorded = json.loads((run / "result.json").read_text())["metrics"]["val/loss"]
+    assert found["measured"]["loss"] == pytest.approx(recorded, rel=1e-4)
+    assert found["ways"]["dequantized"]["loss"] == pytest.approx(recorded, rel=1e-4)
+    assert found["ways"]["original"]["kl"] is None
+    assert found["ways"]["original"]["undefined"]["kl"] == "a score is no distribution"

@@ -167,6 +167,12 @@ class _Work:
             self.notes.append(ROUNDED)
         if onto_original and spec.start_differs:
             self.notes.append(f"original: {spec.start_differs}, and the original weights have not lost it")
+        unused = self.run.adapter.never_called() if self.damage else []
+        if unused:
+            self.notes.append(
+                f"the base never calls {unused[0]} ({len(unused)} such layers): in the run its update has no effect, "
+                "and merged it may have one"
+            )
         if self.damage and self.damage.about["changed"]:
             self.notes.append("the validation rows are not those of the run: its data has changed since")
 

@@ -117,7 +117,10 @@ MERGE = Command(
             "transformers does not read as such) as the dense values of its codes",
         ),
         Flag(
-            ("--dtype",), "of dense weights (that of the base's checkpoint)", "DTYPE", choices=("float32", "bfloat16")
+            ("--dtype",),
+            "of all that is written dense (that of the base's checkpoint)",
+            "DTYPE",
+            choices=("float32", "bfloat16"),
         ),
         Flag(("--rows",), f"validation rows to measure on ({ROWS})", "N"),
         Flag(("--no-measure",), "merges without measuring, and without the run's data"),
