@@ -23,10 +23,10 @@ Within = Callable[[int], AbstractContextManager[None]]  # number of rows -> a co
 
 
 class Damage:
-    """Compares models over the first validation rows of a run, each with the run itself."""
+    """Compares models over validation rows of a run, each with the run itself."""
 
     def __init__(self, run: OpenRun, data: Encoded, rows: int) -> None:
-        """``rows``: at most so many are taken."""
+        """``rows``: at most so many are taken, at even distances, since a split may be in some order."""
         self.run, self.task = run, run.spec.model.task
         self.rows = min(rows, len(data.validation))
         self.about = {
@@ -37,9 +37,8 @@ class Damage:
             "changed": data.splits.fingerprint != run.record["data"]["fingerprint"],
         }
         size, pad = run.spec.data.batch_size, pad_token_id(run.base)
-        starts = range(0, self.rows, size)
-        chosen = [[data.validation[i] for i in range(start, min(start + size, self.rows))] for start in starts]
-        self.batches = [collate(batch, self.task, pad) for batch in chosen]
+        chosen = [data.validation[place * len(data.validation) // self.rows] for place in range(self.rows)]
+        self.batches = [collate(chosen[at : at + size], self.task, pad) for at in range(0, self.rows, size)]
 
     def base(self, model: nn.Module) -> dict[str, Any]:
         """``loss`` and ``kl`` of ``model``, the base without the adapter; also sets ``about``'s ``targets`` and the

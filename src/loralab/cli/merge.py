@@ -56,7 +56,10 @@ def render(result: Mapping[str, Any]) -> str:
         used = [place for place in range(6) if place < 3 or any(row[place] != "-" for row in rows)]
         shown = [[row[place] for place in used] for row in rows]
         lines += ["", *aligned([titles[place] for place in used], shown, range(1, len(used)))]
-        lines += ["", f"on {about['rows']} of {about['of']} validation rows, {about['targets']:,} targets; *: written"]
+        rows_used = (
+            f"on {about['rows']} of {about['of']} validation rows at even distances, {about['targets']:,} targets"
+        )
+        lines += ["", f"{rows_used}; *: written"]
         lines += wrapped(
             "weight error: RMS of the difference to what the run computes with / RMS of the delta, of the weights that "
             "the run changes",
@@ -122,7 +125,7 @@ MERGE = Command(
             "DTYPE",
             choices=("float32", "bfloat16"),
         ),
-        Flag(("--rows",), f"validation rows to measure on ({ROWS})", "N"),
+        Flag(("--rows",), f"validation rows to measure on, at even distances ({ROWS})", "N"),
         Flag(("--no-measure",), "merges without measuring, and without the run's data"),
         JSON,
     ),
