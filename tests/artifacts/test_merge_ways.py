@@ -21,6 +21,7 @@ from loralab.quantization.four_bit import FourBit
 from loralab.quantization.int8 import Int8Absmax
 from loralab.quantization.llm_int8 import LLMInt8
 from loralab.quantization.none import NoQuantization
+from loralab.quantization.stored import unfit_for_cpus
 from loralab.running.inputs import Inputs
 
 SCHEMES = {"nf4": FourBit(), "nf4_double": FourBit(double_quant=True), "int8": Int8Absmax(), "llm_int8": LLMInt8()}
@@ -102,6 +103,14 @@ def test_requantized_is_a_checkpoint_that_transformers_and_loralab_open(opened, 
         torch.testing.assert_close(ours.eval()(**given).logits, wanted, rtol=1e-5, atol=1e-5)
         difference = theirs(**given).logits.float() - wanted
     assert difference.norm() < 0.02 * wanted.norm()  # on some CPUs bitsandbytes computes in bfloat16
+
+
+def test_codes_that_bitsandbytes_cannot_use_on_some_cpus_are_known():
+    found = [one.convert(torch.nn.Linear(64, n)) for one in (FourBit(), LLMInt8()) for n in (64, 40)]
+    assert [unfit_for_cpus(layer) for layer in found] == [False, True, False, False]
+    codes, state = functional.quantize_4bit(torch.randn(40, 64), quant_type="nf4")
+    with pytest.raises(AssertionError, match="divisible"):
+        functional._convert_weight_packed_for_cpu(codes, state)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from loralab.artifacts.reopen import OpenRun, open_run, read_run, spec_of
 from loralab.artifacts.swap import DENSE, DEQUANTIZED, ORIGINAL, REQUANTIZED, Change, Merged, Merger
 from loralab.data.encoding import Encoded
 from loralab.errors import ConfigError, DataError
+from loralab.quantization import stored
 from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.none import NoQuantization
 from loralab.records.environment import environment
@@ -156,6 +157,12 @@ class _Work:
         dtype = str(self.merger.dtype).removeprefix("torch.")
         if why:
             self.notes.append(f"the requantized weights are written as the dense {dtype} values of their codes: {why}")
+        unfit = [name for name, layer in self.merger.frozen.items() if packed and stored.unfit_for_cpus(layer)]
+        if unfit:
+            self.notes.append(
+                f"bitsandbytes computes with {unfit[0]} ({len(unfit)} such layers) on GPUs, not on CPUs with bfloat16 "
+                f"instructions, since its output features are no multiple of {stored.CPU_ROWS}"
+            )
         if merged.untied:
             self.notes.append("a weight that layers of the base share is one for each of them now: they differ")
         kind = "bitsandbytes" if packed else "dense"

@@ -20,6 +20,7 @@ from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.llm_int8 import LLMInt8, LLMInt8Linear
 
 STATE = "weight.quant_state.bitsandbytes__"
+CPU_ROWS = 32  # output features that bitsandbytes' 4-bit product on CPUs with bfloat16 instructions takes at once
 
 
 def scheme(stored: Mapping[str, Any]) -> str | None:
@@ -120,6 +121,11 @@ def tensors(layer: FrozenLinear) -> dict[str, Tensor]:
         state.update(nested_blocksize=blockwise.STATISTICS_BLOCK, nested_dtype="float32", nested_offset=offset)
     packed = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
     return {**found, STATE + layer.quant_type: packed}
+
+
+def unfit_for_cpus(layer: FrozenLinear) -> bool:
+    """Whether bitsandbytes' own layer cannot compute with these codes on some CPUs, as it can on a GPU."""
+    return isinstance(layer, FourBitLinear) and layer.out_features % CPU_ROWS > 0
 
 
 def written_config(spec: Quantizer, dense: list[str], dtype: torch.dtype) -> dict[str, Any] | None:
