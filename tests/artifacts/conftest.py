@@ -1,10 +1,16 @@
 """Finished runs over bases that lie in folders, so that plain transformers and PEFT can open them too."""
 
-import pytest
+import copy
 
+import pytest
+import torch
+
+from loralab.adapters.attached import attached
+from loralab.artifacts.reopen import OpenRun
 from loralab.cli.main import run
 from loralab.models import loading
 from loralab.quantization.none import NoQuantization
+from loralab.training.generation import evaluating
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +64,40 @@ def finished(arguments, tmp_path_factory):
         return made[key]
 
     return folder
+
+
+@pytest.fixture
+def opened(make_spec, make_model, tmp_path):
+    """A run that was never trained: its adapter's parameters are moved far from their start.
+
+    (family, adapter's spec, quantizer, further fields of the base's spec) -> the OpenRun; ``base_logits`` of it are the
+    base's from before the adapter came.
+    """
+
+    def make(family, adapter_spec, quantizer=None, **changes):
+        quantizer, model = quantizer or NoQuantization(), make_model(family, **changes)
+        classes = {str(place): name for place, name in enumerate(["no", "yes", "maybe"])}
+        labels = classes if model.task == "sequence_classification" else {}
+        spec = make_spec(family=family, model=model, adapter=adapter_spec, quantization=quantizer)
+        base = loading.load(model, quantizer, model.load_tokenizer(), len(labels) or None)
+        for name, parameter in base.model.named_parameters():
+            if name.endswith("bias"):  # drawn as zeros
+                parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+        untouched = copy.deepcopy(base.model) if adapter_spec.changes_base else base.model
+        adapter = attached(adapter_spec, base.model, 5)
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                size = float(parameter.square().mean().sqrt()) or 0.3
+                parameter.add_(0.3 * size * torch.randn(parameter.shape, generator=generator))
+        record = {"data": {"id2label": labels, "fingerprint": ""}, "base": base.record()}
+        run = OpenRun(tmp_path / "run", record, spec, base, adapter)
+
+        def base_logits(given):
+            with evaluating(untouched):
+                return untouched(**given).logits
+
+        run.base_logits = base_logits
+        return run
+
+    return make

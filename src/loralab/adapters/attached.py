@@ -40,8 +40,8 @@ def _name_ties(adapter: Adapter, model: nn.Module) -> None:
     for name, other in ties(model, adapter.layers()) if not adapter.spec.changes_base else []:
         log.warning(
             "adapter=%s: the weight of %s is also that of %s, which stays the base's (as PEFT has it); merged into the "
-            "one weight, the update would change both. To merge, untie first: %s.weight = "
-            "torch.nn.Parameter(%s.weight.clone()) and config.tie_word_embeddings=False",
+            "one weight, the update would change both. loralab merge makes two of it; to merge otherwise, untie first: "
+            "%s.weight = torch.nn.Parameter(%s.weight.clone()) and config.tie_word_embeddings=False",
             *(adapter.spec.method, name, other, name, name),
         )
 

@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -15,7 +15,7 @@ from loralab.adapters.files import WEIGHTS, read_state, write_state
 from loralab.adapters.hooks import AdapterHooks, mix
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
-from loralab.quantization.base import Quantizer, base_linears, is_linear, matching
+from loralab.quantization.base import Quantizer, base_linears, dense_weight, is_linear, matching
 from loralab.spec import spec
 
 
@@ -42,6 +42,7 @@ class AdapterSpec(ABC):
     size_field: ClassVar[str] = ""  # the whole number that its parameters grow with, such as r; empty: there is none
     changes_base: ClassVar[bool] = False  # the base cannot serve another trial afterwards
     start_differs: ClassVar[str] = ""  # why training does not begin at the base model; empty: it does
+    unmergeable: ClassVar[str] = ""  # why no weight of the base can hold what it trains; empty: nothing forbids it
     makes: ClassVar[type["Adapter"]]  # what ``attach`` returns, whose ``export`` writes the files; Adapter
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -114,6 +115,24 @@ class Adapter(nn.Module):
         for key, module in self.saved.items():
             yield key.replace("/", "."), cast(SavedModule, module).module
 
+    def merged(self, own: Callable[[str], dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """(name, value) of every parameter of the base that would have to change for the bare base to compute what it
+        computes with this adapter, whatever the values of ``own``.
+
+        ``own``: name of a layer -> its parameters. They and the values are float32, a linear layer's weight as (out,
+        in). Only for an adapter that ``merging.check_adapter`` lets pass.
+        """
+        for key, deltas in self.deltas.items():
+            name = key.replace("/", ".")
+            before = own(name)
+            after = dict(before)
+            for delta in cast(nn.ModuleList, deltas):
+                after.update(delta.merged(after))  # type: ignore[operator]
+            yield from ((f"{name}.{one}", value) for one, value in after.items() if value is not before.get(one))
+        for key, module in self.saved.items():
+            for one, value in cast(SavedModule, module).merged({}).items():
+                yield f"{key.replace('/', '.')}.{one}", value
+
     @property
     def module_names(self) -> list[str]:
         """Names of the adapted layers, then of those trained whole."""
@@ -166,6 +185,12 @@ class SavedModule(nn.Module):
         cast = x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)  # embeddings are given ids
         own: Tensor = self.module(x.to(next(self.module.parameters()).dtype) if cast else x)
         return own.to(y.dtype)
+
+    def merged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every parameter of the copy, by its name within it."""
+        found = {name: parameter.detach() for name, parameter in self.module.named_parameters(remove_duplicate=False)}
+        weights = {f"{name}.weight".lstrip("."): part for name, part in self.module.named_modules()}
+        return {name: dense_weight(weights[name]).detach() if name in weights else one for name, one in found.items()}
 
 
 def freeze(model: nn.Module) -> None:

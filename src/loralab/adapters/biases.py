@@ -1,6 +1,6 @@
 """A layer's own bias, trained: for BitFit, and for LoRA's ``bias``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ class BiasDelta(nn.Module):
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
         return y + self.bias_delta.to(y.dtype)
 
+    def merged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The bias with the difference added."""
+        return {"bias": own["bias"] + self.bias_delta}
+
     @staticmethod
     def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:
         """The shifts of several trials, each (start, stop, delta, key) at its own positions."""
@@ -29,6 +33,8 @@ class ChannelBiasDelta(BiasDelta):
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:
         return y + self.bias_delta.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+
+    merged = BiasDelta.merged
 
 
 def biases(model: nn.Module) -> dict[str, Tensor]:

@@ -50,6 +50,9 @@ class Bottleneck(AdapterSpec):
     tokenwise: ClassVar[bool] = True
     layerwise: ClassVar[bool] = True
     size_field: ClassVar[str] = "bottleneck_size"
+    unmergeable: ClassVar[str] = (
+        "what follows a layer is a function with a non-linearity, which no weight of the layer computes"
+    )
 
     variant: Literal["houlsby", "pfeiffer", "adapterl"] = "houlsby"
     bottleneck_size: Count = 64

@@ -34,9 +34,9 @@ def row_norms(weight: Tensor, squares: Tensor, low_rank: Any) -> Tensor:
     return (squares + 2 * scaling * mixed + scaling**2 * own).clamp_min(0).sqrt()
 
 
-def ratio(weight: Tensor, delta: Any) -> Tensor:
-    """m / ||W + scaling B A||, (out,); 1 where a row has no length."""
-    norms = row_norms(weight, delta.squares, delta)
+def ratio(weight: Tensor, delta: Any, squares: Tensor) -> Tensor:
+    """m / ||W + scaling B A||, (out,); 1 where a row has no length. ``squares``: those of the rows of W."""
+    norms = row_norms(weight, squares, delta)
     whole = norms > 0
     return torch.where(whole, delta.lora_magnitude_vector / torch.where(whole, norms, 1.0), 1.0)
 
@@ -50,7 +50,7 @@ def rescaled(layer: nn.Module, y: Tensor, update: Tensor, slices: Sequence[Given
     updates = iter([flat[start:stop] for start, stop, _, _ in slices])
 
     def change(own: Tensor, delta: Any, key: int | None) -> Tensor:
-        scale = ratio(weight, delta)
+        scale = ratio(weight, delta, delta.squares)
         product = own if bias is None else own - bias.detach().to(own.dtype)
         return (own + (scale - 1) * product + scale * next(updates)).to(own.dtype)
 

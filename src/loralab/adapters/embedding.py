@@ -1,6 +1,6 @@
 """LoRA on an embedding: row i of the table gains scaling * (B A[:, i]), as loralib and PEFT have it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,10 @@ class LoRAEmbeddingDelta(nn.Module):
     def delta_weight(self) -> Tensor:
         """scaling * (B A)^T, (num_embeddings, embedding_dim): what merging adds to the table."""
         return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).t()
+
+    def merged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The table with the update added."""
+        return {"weight": own["weight"] + self.delta_weight()}
 
 
 def peft_state(adapted: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:

@@ -1,7 +1,7 @@
 """LoRA on experts that are one parameter of three dimensions: each gains its own scaling * B A (PEFT's
 ``target_parameters``). A module computes with W + scaling B A in place of W, whatever it does with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -76,6 +76,10 @@ class LoRAExpertsDelta(nn.Module):
         b, a = self.by_expert()
         update = self.scaling * (b @ a)
         return update.mT if self.transposed else update
+
+    def merged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameter with every expert's update added."""
+        return {self.parameter: own[self.parameter] + self.delta_weight()}
 
     def by_expert(self) -> tuple[Tensor, Tensor]:
         """B (experts, out, r) and A (experts, r, in)."""

@@ -1,9 +1,10 @@
 """Full fine-tuning: every parameter of the base trains. The yardstick every adapter is held against."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter, AdapterSpec
 from loralab.errors import ConfigError
@@ -49,6 +50,11 @@ class FullAdapter(Adapter):
     def restore(self, folder: Path) -> None:
         stored = type(self.model).from_pretrained(folder)  # type: ignore[attr-defined]
         self.model.load_state_dict(stored.state_dict(), strict=True)
+
+    def merged(self, own: Callable[[str], dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Every layer's own parameters: the base is what was trained."""
+        for name, _ in self.model.named_modules():
+            yield from ((f"{name}.{one}".lstrip("."), value) for one, value in own(name).items())
 
     def lost(self) -> str:
         base = {id(parameter) for parameter in self.model.parameters()}

@@ -1,7 +1,7 @@
 """(IA)3: keys, values and what enters an MLP's last projection, each times a trained vector (Liu et al. 2022,
 arXiv:2205.05638, section 3.3)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -92,6 +92,13 @@ class IA3Delta(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:  # y (..., width) -> (..., width)
         return (y * self.ia3_l).to(y.dtype)
+
+    def merged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weight's columns scaled, or its rows and the bias."""
+        if self.entering:
+            return {"weight": own["weight"] * self.ia3_l}
+        bias = {"bias": own["bias"] * self.ia3_l} if "bias" in own else {}
+        return {"weight": own["weight"] * self.ia3_l[:, None], **bias}
 
     @staticmethod
     def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:

@@ -6,6 +6,7 @@ permutation, G normal numbers, H a Walsh-Hadamard matrix. Its columns have lengt
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -118,6 +119,10 @@ class ProjectedDelta(nn.Module):
         """(out, in) float32: what is added to the layer's weight."""
         weight: Tensor = _Fastfood.apply(self._adapter[0].theta, self)  # type: ignore[no-untyped-call]
         return weight if self.scale is None else self.scale * weight
+
+    def merged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weight with the update added."""
+        return {"weight": own["weight"] + self.delta_weight()}
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:  # (..., in), (..., out) -> (..., out)
         return y + linear(x, self.delta_weight().to(x.dtype)).to(y.dtype)

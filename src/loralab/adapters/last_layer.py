@@ -53,6 +53,8 @@ class LeafCopy(SavedModule):
         flat = super().forward(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), key)
         return flat.view(y.shape)
 
+    merged = SavedModule.merged
+
 
 def trained_leaves(model: nn.Module, layers: int) -> list[str]:
     """Names of the modules that hold the parameters of the last ``layers`` blocks. Raises ConfigError."""

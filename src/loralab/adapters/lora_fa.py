@@ -74,6 +74,8 @@ class LoRAFADelta(LoRADelta):
         inner = linear(x.to(self.lora_A.dtype), self.lora_A)  # autograd keeps no x for an A without a gradient
         return y + linear(self.scaling * inner, self.lora_B).to(y.dtype)
 
+    merged = LoRADelta.merged
+
 
 class LoRAFAAdapter(LoRAAdapter):
     """On disk it is PEFT's LoRA, which computes the same logits from A and B."""

@@ -1,7 +1,7 @@
 """The updates of one layer: LoRA's, DoRA's, and PiSSA's."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,10 @@ class LoRADelta(nn.Module):
         a, b = self.plain_factors()
         return self.scaling * (b @ a)
 
+    def merged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weight with the update added."""
+        return {"weight": own["weight"] + self.delta_weight()}
+
 
 class DoRADelta(LoRADelta):
     """The same with a trained length of each row of W + scaling B A, at first W's own."""
@@ -117,8 +121,14 @@ class DoRADelta(LoRADelta):
     def delta_weight(self) -> Tensor:
         """What merging adds to W, (out, in)."""
         weight = dense_weight(self._layer[0]).detach().float()
-        scale = dora.ratio(weight, self)[:, None]
+        scale = dora.ratio(weight, self, self.squares)[:, None]
         return (scale - 1) * weight + scale * super().delta_weight()
+
+    def merged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of the given weight with scaling B A added, each as long as it was trained to be."""
+        weight = own["weight"]
+        scale = dora.ratio(weight, self, weight.square().sum(1))[:, None]
+        return {"weight": scale * (weight + super().delta_weight())}
 
 
 class PiSSADelta(LoRADelta):
@@ -159,6 +169,8 @@ class PiSSADelta(LoRADelta):
         super().restore(a[:r], b[:, :r])
         self.initial_A.copy_(a[r:])
         self.initial_B.copy_(-b[:, r:])
+
+    merged = LoRADelta.merged
 
     @staticmethod
     def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:

@@ -41,6 +41,9 @@ class Prefix(AdapterSpec):
 
     packable: ClassVar[bool] = True
     size_field: ClassVar[str] = "num_virtual_tokens"
+    unmergeable: ClassVar[str] = (
+        "its keys and values are those of tokens that no row has, and depend on no weight of the base"
+    )
     start_differs: ClassVar[str] = "every token attends to the prefix from the first step on"
 
     num_virtual_tokens: Count = 20

@@ -39,6 +39,9 @@ class Prompt(AdapterSpec):
 
     packable: ClassVar[bool] = True
     size_field: ClassVar[str] = "num_virtual_tokens"
+    unmergeable: ClassVar[str] = (
+        "its embeddings stand before those of a row's tokens, as inputs that no weight of the base makes"
+    )
     start_differs: ClassVar[str] = "every token attends to the prompt from the first step on"
 
     num_virtual_tokens: Count = 20

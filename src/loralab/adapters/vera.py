@@ -1,6 +1,7 @@
 """VeRA: y = W x + Lambda_b B Lambda_d A x with A and B random (Kopiczko et al. 2024, arXiv 2310.11454, eq. 2)."""
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -103,3 +104,7 @@ class VeRADelta(nn.Module):
     def delta_weight(self) -> Tensor:
         """Lambda_b B Lambda_d A, shape (out, in): what merging adds to W."""
         return (self.vera_lambda_b[:, None] * self.shared.vera_B * self.vera_lambda_d) @ self.shared.vera_A
+
+    def merged(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weight with the update added."""
+        return {"weight": own["weight"] + self.delta_weight()}

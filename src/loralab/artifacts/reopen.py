@@ -39,6 +39,11 @@ class OpenRun:
         """The base with the adapter's hooks, which act within ``adapted``."""
         return self.base.model
 
+    @property
+    def labels(self) -> int | None:
+        """How many classes its data has; None: none."""
+        return _labels(self.record)
+
     @contextmanager
     def adapted(self, rows: int) -> Iterator[None]:
         """Within, a forward pass of ``rows`` rows goes through the adapter, in evaluation mode without gradients."""
@@ -108,8 +113,7 @@ def open_run(folder: Path, inputs: Inputs | None = None, quantization: Any = Non
         spec = replace(spec, quantization=quantization)
     if changed := staleness.base_changed(record):
         raise ArtifactError(f"{folder} does not fit its base any more: {changed}")
-    labels = len(record["data"].get("id2label") or ()) or None
-    base = (inputs or Inputs()).base(spec, labels)
+    base = (inputs or Inputs()).base(spec, _labels(record))
     if base.fingerprint != record["base"]["fingerprint"] and None not in (
         base.fingerprint,
         record["base"]["fingerprint"],
@@ -120,3 +124,7 @@ def open_run(folder: Path, inputs: Inputs | None = None, quantization: Any = Non
     adapter = export.load(folder / "adapter", base.model)
     adapter.to(spec.trainer.device)
     return OpenRun(folder, record, spec, base, adapter)
+
+
+def _labels(record: Mapping[str, Any]) -> int | None:
+    return len(record["data"].get("id2label") or ()) or None

@@ -42,12 +42,15 @@ class Arguments(argparse.Namespace):
     command: "Command"
     words: list[str]
     hydra: list[str]
-    help = version = debug = json = fresh = preview = evaluate = quick = base = False
+    help = version = debug = json = fresh = preview = evaluate = quick = base = requantize = no_measure = False
     resume: str | None = None
     out: str | None = None
     budget: str | None = None
     prompt: str | None = None
     layers: str | None = None
+    onto: str | None = None
+    dtype: str | None = None
+    rows: str | None = None
 
     @property
     def many(self) -> bool:

@@ -17,6 +17,7 @@ from loralab.cli.export import EXPORT
 from loralab.cli.generate import GENERATE
 from loralab.cli.import_ import IMPORT
 from loralab.cli.ls import LS
+from loralab.cli.merge import MERGE
 from loralab.cli.plan import PLAN
 from loralab.cli.push import PUSH
 from loralab.cli.quantize import QUANTIZE
@@ -29,7 +30,7 @@ from loralab.errors import Interrupted
 COMMANDS = {
     command.name: command
     for command in (
-        *(TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, SUBSPACE, EXPORT, IMPORT, PUSH),
+        *(TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, MERGE, SUBSPACE, EXPORT, IMPORT, PUSH),
         *(LS, DOCTOR, BENCH),
     )
 }  # in the order of help

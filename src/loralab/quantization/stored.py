@@ -1,4 +1,4 @@
-"""Frozen layers from the files of a checkpoint that bitsandbytes quantized, with the same bytes.
+"""Frozen layers from the files of a checkpoint that bitsandbytes quantized, with the same bytes, and the way back.
 
 4 bits: ``weight`` (n / 2, 1) uint8, ``weight.absmax``, with double quantization ``weight.nested_absmax``, and
 ``weight.quant_state.bitsandbytes__nf4``, JSON in bytes. LLM.int8(): ``weight`` (out, in) int8 and ``SCB`` (out,).
@@ -20,6 +20,7 @@ from loralab.quantization.linear import FrozenLinear
 from loralab.quantization.llm_int8 import LLMInt8, LLMInt8Linear
 
 STATE = "weight.quant_state.bitsandbytes__"
+CPU_ROWS = 32  # output features that bitsandbytes' 4-bit product on CPUs with bfloat16 instructions takes at once
 
 
 def scheme(stored: Mapping[str, Any]) -> str | None:
@@ -97,6 +98,56 @@ def _int8(name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> d
     if tuple(tensors["weight"].shape) != shape:
         raise _refusal(name, f"is {tuple(tensors['weight'].shape)} in the checkpoint and {shape} by its config.json")
     return {"codes": tensors["weight"], "absmax": tensors["SCB"].float()}
+
+
+def tensors(layer: FrozenLinear) -> dict[str, Tensor]:
+    """What ``restore`` reads: the tensors of a layer by what follows its name, without its bias."""
+    if isinstance(layer, LLMInt8Linear):
+        form = torch.zeros((), dtype=torch.uint8)  # by rows
+        return {"weight": layer.codes, "SCB": layer.absmax, "weight_format": form}
+    assert isinstance(layer, FourBitLinear)
+    state: dict[str, Any] = {
+        "quant_type": layer.quant_type,
+        "blocksize": layer.block_size,
+        "dtype": str(layer.dense_dtype).removeprefix("torch."),
+        "shape": [layer.out_features, layer.in_features],
+    }
+    found = {"weight": layer.codes, "weight.absmax": layer.absmax}
+    found["weight.quant_map"] = codebooks.table(layer.quant_type, layer.codes.device).clone()
+    if layer.double_quant:
+        found["weight.nested_absmax"] = layer.second_absmax
+        found["weight.nested_quant_map"] = codebooks.table("dynamic", layer.codes.device).clone()
+        offset = float(layer.offset)
+        state.update(nested_blocksize=blockwise.STATISTICS_BLOCK, nested_dtype="float32", nested_offset=offset)
+    packed = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    return {**found, STATE + layer.quant_type: packed}
+
+
+def unfit_for_cpus(layer: FrozenLinear) -> bool:
+    """Whether bitsandbytes' own layer cannot compute with these codes on some CPUs, as it can on a GPU."""
+    return isinstance(layer, FourBitLinear) and layer.out_features % CPU_ROWS > 0
+
+
+def written_config(spec: Quantizer, dense: list[str], dtype: torch.dtype) -> dict[str, Any] | None:
+    """config.json's ``quantization_config`` of a checkpoint whose layers are quantized by ``spec`` but for ``dense``,
+    by transformers' names; None for a scheme that bitsandbytes does not read. ``dtype``: of its products."""
+    if not fits(spec, spec.name):
+        return None
+    common = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": dense}
+    if isinstance(spec, LLMInt8):
+        return {**common, "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": spec.threshold}
+    assert isinstance(spec, FourBit)
+    if spec.granularity != "block":
+        return None
+    return {
+        **common,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": spec.quant_type,
+        "bnb_4bit_use_double_quant": spec.double_quant,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+    }
 
 
 def _check_table(name: str, stored: Tensor, wanted: str) -> None:

@@ -58,7 +58,7 @@ def attach_trial(base: Base, spec: TrialSpec, data: Encoded, record: dict[str, A
     if labels := data.splits.labels if spec.model.task == "sequence_classification" else []:
         label2id = {name: index for index, name in enumerate(labels)}
         record["data"].update(id2label=dict(enumerate(labels)), label2id=label2id)
-    trial = Trial(spec, adapter, data, _pad_token_id(base), record)
+    trial = Trial(spec, adapter, data, pad_token_id(base), record)
     if spec.packing_length is not None:
         record["data"]["packing"] = _packing(trial, spec.packing_length)
     return trial
@@ -72,7 +72,7 @@ def _packing(trial: Trial, length: int) -> dict[str, float]:
     return {"rows": len(order.lengths), "sequences": sequences, "fill": round(fill, 4)}
 
 
-def _pad_token_id(base: Base) -> int:
+def pad_token_id(base: Base) -> int:
     """The token that rows are padded with. A causal classifier finds the last token of a row by its config's
     pad_token_id, so that is used; where it is not a token of the base, the config is given the tokenizer's."""
     config: Any = base.model.config
