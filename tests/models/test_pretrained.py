@@ -44,6 +44,21 @@ def test_a_saved_model_comes_back_from_its_folder(saved, family, quantizer):
         assert again.size.bytes < base.size.bytes
 
 
+def test_weights_that_the_config_narrows_are_named_and_asking_keeps_them(saved, caplog):
+    _, spec, folder = saved()
+    loading.load(spec, NoQuantization(), None)
+    assert "are stored in" not in caplog.text
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, "dtype": "bfloat16"}))
+    narrowed = loading.load(spec, NoQuantization(), None).model
+    assert narrowed.dtype == torch.bfloat16
+    assert "of its 21 tensors are stored in float32 and loaded in bfloat16, since its config.json says" in caplog.text
+    caplog.clear()
+    kept = loading.load(replace(spec, dtype="float32"), NoQuantization(), None).model
+    assert kept.dtype == torch.float32
+    assert "are stored in" not in caplog.text
+
+
 def test_weights_that_are_not_there_are_named(saved):
     _, spec, folder = saved()
     (folder / "model.safetensors").unlink()

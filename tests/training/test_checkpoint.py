@@ -20,6 +20,7 @@ from loralab.errors import ConfigError, Interrupted
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.records import record
 from loralab.running.runner import Runner
+from loralab.training import checkpoint
 from loralab.training.checkpoint import Checkpoint, path
 from loralab.training.module import FineTuner
 
@@ -206,6 +207,26 @@ def test_what_does_not_belong_to_the_trial_is_not_taken_up(make_spec, make_data,
     assert done["status"] == "completed"
     assert "resumed_from" not in done
     assert len(curve(mine.folder)) == 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_32bit", "adamw_8bit"])
+def test_a_file_holds_no_more_than_its_tensors_and_one_that_does_is_named(make_spec, optimizer, caplog, monkeypatch):
+    sizes = []
+    whole = checkpoint._check_size
+    monkeypatch.setattr(checkpoint, "_check_size", lambda *args: (sizes.append(args), whole(*args)))
+    every = {"checkpoint": lambda: Checkpoint(minutes=None, every_n_steps=1)}
+    specs = [make_spec(f"{r}", adapter=LoRA(r=r), optimizer=AdamW(name=optimizer), callbacks=every) for r in (4, 32)]
+    records = Runner().run(specs)
+    assert [one["status"] for one in records] == ["completed"] * 2, records
+    assert sizes
+    assert "written whole" not in caplog.text
+    folder = specs[0].folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    state = {"adapter": {"a": torch.zeros(2**20)[:16]}}
+    torch.save(state, folder / "last.pt")
+    whole(folder / "last.pt", state)
+    assert f"{folder / 'last.pt'} has 4,19" in caplog.text
+    assert "and the tensors in it 64: some are parts of larger ones" in caplog.text
 
 
 def test_bad_settings_are_refused():

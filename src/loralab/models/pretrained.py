@@ -165,6 +165,8 @@ class Pretrained:
             )
         if not seen:  # downloaded by now
             weights.check_files(self._named, self.path, held is not None)
+        if dtype == "auto":
+            weights.name_narrowed(self._named, self.path, model)
         if held is not None:
             info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not held.is_read(key)}
         new = weights.refuse_differences(self._named, model, info, self.task)

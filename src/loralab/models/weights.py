@@ -16,6 +16,8 @@ from torch import nn
 from loralab.data.hub import hub_reachable
 from loralab.errors import ConfigError, LoralabError, is_disk_full, is_out_of_memory
 
+log = logging.getLogger(__name__)
+
 # in transformers' order
 WEIGHT_FILES = [f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 SIZES = (
@@ -218,6 +220,25 @@ def check_files(what: str, path: str, quantized: bool = False) -> bool:
                     " valid: weights in floating point"
                 )
     return bool(files)
+
+
+def name_narrowed(what: str, path: str, model: nn.Module) -> None:
+    """Warns of weights that were stored wider than they were loaded, since the config.json beside them says so: of
+    dtype=auto, transformers believes the config and not the files."""
+    from transformers.modeling_utils import load_state_dict
+
+    loaded: torch.dtype = model.dtype  # type: ignore[assignment]
+    stored = [
+        tensor.dtype for file in weight_files(path) for tensor in load_state_dict(file, map_location="meta").values()
+    ]
+    wider = [dtype for dtype in stored if dtype.is_floating_point and dtype.itemsize > loaded.itemsize > 1]
+    if wider:
+        held, kept = (str(dtype).removeprefix("torch.") for dtype in (max(wider, key=lambda one: one.itemsize), loaded))
+        log.warning(
+            "%s: %d of its %d tensors are stored in %s and loaded in %s, since its config.json says dtype=%s; "
+            "model.dtype=%s keeps them as they are",
+            *(what, len(wider), len(stored), held, kept, kept, held),
+        )
 
 
 def weight_files(path: str) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils._pytree import tree_leaves
 
 from loralab.errors import Interrupted
 from loralab.optim.optimizers import State, state_of
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 2
+OVERHEAD = 1024  # bytes of a tensor's own file and entry in a checkpoint
 WORTH_SECONDS = 60.0  # of training since the last file, from which its end is written too
 
 
@@ -106,9 +108,21 @@ def write(trial: "Trial", optimizer: State) -> None:
             torch.save({"format": FORMAT, "made_on": _made_on(trial), **state}, file)
             file.flush()
             os.fsync(file.fileno())
+        _check_size(partial, state)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check_size(file: Path, state: Any) -> None:
+    """Warns of a file larger than the tensors of ``state`` explain: of a view torch writes the whole storage."""
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    held, written = sum(tensor.numel() * tensor.element_size() for tensor in tensors), file.stat().st_size
+    if written > 1.1 * held + OVERHEAD * (len(tensors) + 64):
+        log.warning(
+            "%s has %s bytes, and the tensors in it %s: some are parts of larger ones, which were written whole",
+            *(path(file.parent.parent), f"{written:,}", f"{held:,}"),
+        )
 
 
 def resume(trial: "Trial") -> bool:

@@ -17,6 +17,7 @@ from loralab.adapters.hooks import NotPackable
 from loralab.adapters.perturbed import moderate, perturbed
 from loralab.errors import ConfigError
 from loralab.forward.dropout import base_dropout, why_alone
+from loralab.training import unchanged
 from loralab.training.passes import padded_alike
 from loralab.training.trial import Trial
 
@@ -32,10 +33,12 @@ class FirstBatch(Callback):
 
     def __init__(self) -> None:
         self._passed = self._stepped = False
+        self._before: dict[str, Tensor] = {}  # the base's bits until the first step is over
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         trials = module.trials
+        self._before = _base_bits(module)
         if len(trials) < 2 or any(trial.record["pack"].get("halved") for trial in trials):
             return
         config: Any = module.model.config
@@ -82,6 +85,17 @@ class FirstBatch(Callback):
             if trial.alive:
                 _name_unreached(trial)
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """After the first step: raises ConfigError where the base is not what it was."""
+        if not self._before or not self._stepped:
+            return
+        before, self._before = self._before, {}
+        if names := unchanged.changed(before, _base_bits(pl_module)):
+            raise ConfigError(
+                f"the first step changed {len(names)} tensors of the frozen base ({_some(names)}), which other trials "
+                "share and no adapter file holds; valid: a base, an adapter and callbacks that leave them as they are"
+            )
+
 
 def _packed_and_alone(module: Any, batches: Mapping[int, Any]) -> tuple[dict[int, float], dict[int, float]]:
     """{trial: loss} of one pass of all trials, and of one pass of each alone; all adapters perturbed."""
@@ -124,6 +138,10 @@ def _name_uncalled(trial: Trial, model: str) -> None:
     )
 
 
+def _base_bits(module: Any) -> dict[str, Tensor]:
+    return unchanged.bits(module.model, {id(parameter) for parameter in module.adapters.parameters()})
+
+
 def _name_unreached(trial: Trial) -> None:
     uncalled = tuple(
         f"{part}.{name.replace('.', '/')}." for name in trial.adapter.never_called() for part in ("deltas", "saved")
@@ -134,7 +152,15 @@ def _name_unreached(trial: Trial) -> None:
         trial.fail(_untrained(trial))
         return
     names = [name for name in without if not name.startswith(uncalled)]
-    if names:
+    if names and trial.spec.model.gradient_checkpointing:
+        trial.fail(
+            ConfigError(
+                f"model.gradient_checkpointing=true: no gradient reached {len(names)} of the adapter's "
+                f"{len(parameters)} parameters in the first step, though their layers were called ({_some(names)}): "
+                "the base recomputes them outside of the graph; valid: model.gradient_checkpointing=false"
+            )
+        )
+    elif names:
         log.warning(
             "%s: no gradient reached %d of the adapter's %d parameters in the first step, and nothing trains them "
             "unless a later one does: %s",
