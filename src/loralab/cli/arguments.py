@@ -47,6 +47,9 @@ class Arguments(argparse.Namespace):
     out: str | None = None
     budget: str | None = None
     prompt: str | None = None
+    methods: str | None = None
+    shapes: str | None = None
+    passes: str | None = None
     onto: str | None = None
     dtype: str | None = None
     rows: str | None = None

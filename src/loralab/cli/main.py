@@ -14,6 +14,7 @@ from loralab.cli.bench import BENCH
 from loralab.cli.count import COUNT
 from loralab.cli.doctor import DOCTOR
 from loralab.cli.generate import GENERATE
+from loralab.cli.latency import LATENCY
 from loralab.cli.ls import LS
 from loralab.cli.merge import MERGE
 from loralab.cli.plan import PLAN
@@ -25,7 +26,7 @@ from loralab.errors import Interrupted
 
 COMMANDS = {
     command.name: command
-    for command in (TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, MERGE, LS, DOCTOR, BENCH)
+    for command in (TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, MERGE, LATENCY, LS, DOCTOR, BENCH)
 }  # in the order of help
 HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?
 
