@@ -48,6 +48,9 @@ class Arguments(argparse.Namespace):
     budget: str | None = None
     prompt: str | None = None
     layers: str | None = None
+    methods: str | None = None
+    shapes: str | None = None
+    passes: str | None = None
     onto: str | None = None
     dtype: str | None = None
     rows: str | None = None
