@@ -26,6 +26,7 @@ FLOORS = [
     {"reporting", "hydra_plugins"},
     {"bench"},
     {"cli"},
+    {"api"},
 ]
 FENCES = {
     "bitsandbytes": {"quantization", "optim", "bench"},
@@ -35,7 +36,7 @@ FENCES = {
     "peft": {"bench"},
     "rich": {"cli", "reporting", "training"},
     "filelock": {"records"},
-    "pandas": {"analysis", "reporting"},
+    "pandas": {"analysis", "reporting", "api"},
     "scipy": {"analysis"},
     "jinja2": {"data", "reporting"},
     "pydantic": {"spec", "adapters", "data", "records"},

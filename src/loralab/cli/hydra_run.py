@@ -42,14 +42,19 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
         return complete(flags, overrides)
     if not set(SHOWING).isdisjoint(flags):
         return _show(flags, overrides, many)
-    if many and not any(word.startswith("hydra/launcher=") for word in overrides):
-        overrides = [*overrides, "hydra/launcher=packed"]
+    overrides = packed(overrides) if many else overrides
     session = Session(fresh=arguments.fresh, many=many, flags=flags)
     code = session.run([*(["-m"] if many else []), *flags, *overrides])
     if many and session.folder is not None:
         after_sweep(session.folder)
         show_report(session.folder)
     return code
+
+
+def packed(overrides: list[str]) -> list[str]:
+    """With the launcher that runs trials in packs, unless they name one."""
+    named = any(word.startswith("hydra/launcher=") for word in overrides)
+    return overrides if named else [*overrides, "hydra/launcher=packed"]
 
 
 def _check_flags(flags: list[str]) -> None:

@@ -8,14 +8,15 @@ from loralab.cli.arguments import CONFIG_DIR, JSON, Arguments, Command
 
 if TYPE_CHECKING:
     from loralab.planning.plan import Plan
+    from loralab.training.specs import TrialSpec
 
 
-def run(arguments: Arguments) -> int:
-    """Traces a training step, without weights, data or a GPU."""
+def planned(overrides: list[str], config_dir: str | None = None) -> "tuple[TrialSpec, Plan]":
+    """The spec of a run and its plan. Raises ConfigError."""
     from loralab.config.build import trial_spec
     from loralab.config.compose import compose
 
-    spec = trial_spec(compose(arguments.overrides(), config_dir=arguments.config_dir), Path())
+    spec = trial_spec(compose(overrides, config_dir=config_dir), Path())
     from loralab.planning import plan as planning
     from loralab.planning.foresee import check_packing
     from loralab.planning.sizes import name_what_stays
@@ -24,15 +25,21 @@ def run(arguments: Arguments) -> int:
     quiet()
     name_what_stays(spec.model)
     check_packing(spec)
-    device = "cuda" if spec.plan.device == "auto" else spec.plan.device
-    predicted = planning.predict(spec, device)
+    return spec, planning.predict(spec, "cuda" if spec.plan.device == "auto" else spec.plan.device)
+
+
+def run(arguments: Arguments) -> int:
+    """Traces a training step, without weights, data or a GPU."""
+    spec, predicted = planned(arguments.overrides(), arguments.config_dir)
+    from loralab.planning import plan as planning
+
     if arguments.json:
         print(json.dumps(predicted.as_dict()))
         return 0
     print(render(predicted), flush=True)
     budget = spec.plan.budget_gib or 0.0
     for what in planning.WHATS if budget else ():  # each a bisection of traces: a minute or so for a large model
-        fits = planning.largest(spec, budget * planning.GIB, what, device)
+        fits = planning.largest(spec, budget * planning.GIB, what, predicted.device)
         print(f"largest {what} in {budget:g} GiB, the rest as it is: {fits:,}", flush=True)
     return 0
 

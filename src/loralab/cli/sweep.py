@@ -26,10 +26,15 @@ def _take_name(arguments: Arguments) -> str:
     names = [word for word in arguments.words if "=" not in word and not word.startswith("~")]
     if len(names) != 1:
         raise ConfigError("loralab sweep needs the name of one sweep; valid: " + ", ".join(sweep_names()))
-    if names[0] not in sweep_names():
-        raise ConfigError(f"there is no sweep {names[0]!r}; {nearest(names[0], sweep_names())}")
+    check_name(names[0])
     arguments.words.remove(names[0])
     return names[0]
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError where there is no such sweep."""
+    if name not in sweep_names():
+        raise ConfigError(f"there is no sweep {name!r}; {nearest(name, sweep_names())}")
 
 
 def sweep_names() -> list[str]:

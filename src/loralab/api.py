@@ -1,0 +1,191 @@
+"""loralab from Python and a notebook: what ``import loralab`` gives, each name imported when it is first used.
+
+Errors are the exceptions of ``loralab.errors``, with the text that the command line prints.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from loralab import errors
+from loralab.records.schema import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+    from loralab.planning.plan import Plan
+    from loralab.scheduling.session import Session
+
+Folder = str | Path
+
+
+def train(overrides: Sequence[str] = (), fresh: bool = False) -> Record:
+    """One run, as ``loralab train`` makes it; returns its record, which is also in its folder (``hydra.run.dir``).
+
+    ``overrides``: Hydra's k=v; ``fresh``: a finished run in that folder is made again. Raises the error that the run
+    ended with.
+    """
+    _check_words(overrides)
+    session = _run([*overrides], fresh, many=False)
+    (record,) = session.records
+    if record["error"]:
+        raise _error(record)
+    return cast(Record, record)
+
+
+def sweep(name: str, overrides: Sequence[str] = (), fresh: bool = False) -> list[Record]:
+    """The sweep ``name`` of sweeps/, as ``loralab sweep`` runs it: what is finished is not run again unless ``fresh``.
+
+    Returns the records of its trials in their order, also of those that failed (``status``, ``error``). Its folder then
+    has the report as well.
+    """
+    from loralab.cli import hydra_run
+    from loralab.cli.subspace import after_sweep
+    from loralab.cli.sweep import check_name, sweep_arguments
+    from loralab.reporting.report import report
+
+    _check_words(overrides)
+    check_name(name)
+    hydra_run.check_axes([*overrides])
+    session = _run(hydra_run.packed(sweep_arguments(name, [*overrides])), fresh, many=True)
+    if session.folder is not None:
+        after_sweep(session.folder)
+        report(session.folder)
+    return cast(list[Record], session.records)
+
+
+def plan(overrides: Sequence[str] = ()) -> "Plan":
+    """The predicted memory of a run, without weights; of CUDA unless ``plan.device=cpu`` is among ``overrides``."""
+    from loralab.cli.plan import planned
+
+    _check_words(overrides)
+    with _translated([*overrides]):
+        return planned([*overrides])[1]
+
+
+def results(folder: Folder) -> "pd.DataFrame":
+    """A row a trial of the sweep or run in ``folder``: trial, folder, status, seed, then under their dotted names what
+    its record says, its choices, its configuration and its metrics (``adapter.r``, ``val/loss``). What a record lacks
+    is missing. Raises ArtifactError where there is no record."""
+    from loralab.analysis.results import read_results
+
+    return read_results(_existing(folder)).frame.copy()
+
+
+def summary(folder: Folder) -> "pd.DataFrame":
+    """The page's table: a row for each configuration in the order of the axes, over its seeds. Beside the axes it has
+    ``mean``, ``std``, ``n``, the paired difference to the baseline with its interval, and costs (as results.json)."""
+    import pandas as pd
+
+    from loralab.analysis.arms import comparisons
+    from loralab.analysis.comparable import subject
+    from loralab.analysis.results import read_results
+    from loralab.reporting.cost import plain
+    from loralab.reporting.table import as_plain
+
+    results_read = read_results(_existing(folder))
+    rows = []
+    for comparison in comparisons(results_read):
+        for arm in comparison.arms:
+            row = {**as_plain(arm), **plain(arm)}
+            values, difference = row.pop("values"), row.pop("difference") or {}
+            against = {f"difference_{key}": difference.get(key) for key in ("mean", "low", "high", "p")}
+            rows.append({"set": subject(comparison.results), **values, **row, **against})
+    return pd.DataFrame(rows)
+
+
+def curves(folder: Folder) -> "pd.DataFrame":
+    """A row for each line of the trials' metrics.jsonl: trial, folder, step and what was logged at it."""
+    import pandas as pd
+
+    from loralab.analysis.results import read_results
+
+    rows = [
+        {"trial": trial.record["trial"], "folder": trial.name, **json.loads(line)}
+        for trial in read_results(_existing(folder)).trials
+        if (path := trial.folder / "metrics.jsonl").is_file()
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    return pd.DataFrame(rows)
+
+
+def load(run: Folder) -> "tuple[nn.Module, Any]":
+    """(model, tokenizer) of a finished run: the base in evaluation mode with the adapter acting on every pass, ready
+    for ``model(**inputs)`` and ``model.generate``. Raises ArtifactError where the run has no adapter, or its base has
+    changed since; ConfigError where the base cannot be loaded."""
+    from loralab.adapters.hooks import BatchSlice
+    from loralab.artifacts.reopen import open_run
+    from loralab.training.trainer import quiet
+
+    quiet()
+    opened = open_run(Path(run).expanduser())
+    opened.base.hooks.begin_pass((BatchSlice(opened.adapter, 1),))  # one owner of all rows, however many
+    model: Any = opened.model.eval()
+    model.config.use_cache = True  # training has no use for it
+    if hasattr(model, "generation_config"):
+        model.generation_config.use_cache = True
+    return model, opened.base.tokenizer
+
+
+def _run(words: list[str], fresh: bool, many: bool) -> "Session":
+    from loralab.scheduling.session import Session
+
+    session = Session(fresh=fresh, many=many)
+    with _untouched(), _translated(words):
+        session.run([*(["-m"] if many else []), *words])
+    return session
+
+
+@contextmanager
+def _untouched() -> Iterator[None]:
+    """Hydra sets up logging and reads sys.argv; both are the caller's again afterwards."""
+    root, arguments = logging.getLogger(), sys.argv
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
+        sys.argv, root.handlers[:] = arguments, handlers
+        root.setLevel(level)
+
+
+@contextmanager
+def _translated(words: list[str]) -> Iterator[None]:
+    """Hydra's errors in loralab's words, as the command line has them."""
+    from loralab.cli.hydra_errors import translate
+
+    try:
+        yield
+    except Exception as error:
+        translated = translate(error, words)
+        if type(translated) is errors.LoralabError or translated is error:  # a fault of loralab's own
+            raise
+        raise translated from error
+
+
+def _check_words(overrides: Sequence[str]) -> None:
+    if isinstance(overrides, str):
+        raise errors.ConfigError(f"overrides={overrides!r} is one text; valid: a list of them, as in [{overrides!r}]")
+    for word in overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise errors.ConfigError(f"{word!r} is not understood; settings are key=value")
+
+
+def _existing(folder: Folder) -> Path:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise errors.ArtifactError(f"{path}: no such folder; expected the folder of a sweep or of a run")
+    return path
+
+
+def _error(record: dict[str, Any]) -> errors.LoralabError:
+    """The exception of a failed run's exit code."""
+    kinds = {kind.exit_code: kind for kind in errors.LoralabError.__subclasses__()}
+    return kinds.get(int(record["exit_code"] or 1), errors.LoralabError)(str(record["error"]))

@@ -1,0 +1,133 @@
+"""What ``import loralab`` gives: the command line's runs, records as frames, a run's model ready for use."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import loralab
+from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a sweep of two ranks and two seeds, made once."""
+    return tmp_path_factory.mktemp("api") / "rank"
+
+
+@pytest.fixture
+def swept(runs, tiny_arguments):
+    words = [word for word in tiny_arguments if not word.startswith("adapter.r=")]
+    if not runs.exists():
+        loralab.sweep("rank", [*words, "adapter.r=2,4", "seed=0,1", f"hydra.sweep.dir={runs}"])
+    return runs
+
+
+def test_importing_it_imports_nothing_heavy_and_its_names_are_there():
+    script = "import loralab, sys; print(sorted({'torch', 'hydra', 'pandas'} & set(sys.modules)), dir(loralab))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("[] ")
+    assert all(name in out for name in loralab.__all__)
+    assert not hasattr(loralab, "nothing")
+
+
+def test_train_returns_the_record_and_leaves_the_process_as_it_was(tiny_arguments, tmp_path):
+    before = sys.argv, logging.getLogger().level, logging.getLogger().handlers[:]
+    record = loralab.train([*tiny_arguments, f"hydra.run.dir={tmp_path / 'run'}"])
+    assert (sys.argv, logging.getLogger().level, logging.getLogger().handlers[:]) == before
+    assert record["status"] == "completed"
+    assert record["metrics"] == json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    pid = record["pid"]
+    assert loralab.train([*tiny_arguments, f"hydra.run.dir={tmp_path / 'run'}"])["pid"] == pid
+
+
+def test_a_sweep_as_frames(swept):
+    frame = loralab.results(swept)
+    assert list(frame["adapter.r"]) == [2, 2, 4, 4]
+    assert set(frame["status"]) == {"completed"}
+    stored = {path.parent.name: json.loads(path.read_text()) for path in swept.glob("*/result.json")}
+    assert dict(zip(frame["trial"], frame["val/loss"], strict=True)) == {
+        trial: record["metrics"]["val/loss"] for trial, record in stored.items()
+    }
+    table = loralab.summary(swept)
+    means = frame.groupby("adapter.r")["val/loss"].mean()
+    assert list(table["mean"]) == pytest.approx([means[2], means[4]])
+    assert list(table["n"]) == [2, 2]
+    assert table["difference_mean"][1] == pytest.approx(means[4] - means[2])
+    lines = loralab.curves(swept)
+    assert set(lines["trial"]) == set(frame["trial"])
+    assert lines["train/loss"].notna().sum() == 4 * 2
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_a_loaded_run_computes_and_writes_what_peft_does(tiny_arguments, base, tmp_path, method):
+    words = [word for word in tiny_arguments if not word.startswith(("model", "+model", "adapter.r"))]
+    words += ["model=hf", f"model.name_or_path={base}", "model.max_length=64", f"adapter={method}", "optimizer.lr=0.05"]
+    loralab.train([*words, f"hydra.run.dir={tmp_path / 'run'}"])
+    model, tokenizer = loralab.load(tmp_path / "run")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "adapter").eval()
+    given = tokenizer(["alpha beta", "gamma zetas"], return_tensors="pt", padding=True, return_token_type_ids=False)
+    with torch.no_grad():
+        for rows in (slice(0, 1), slice(0, 2)):
+            some = {key: value[rows] for key, value in given.items()}
+            assert (model(**some).logits - plain(**some).logits).abs().max() < 1e-5
+    prompt = tokenizer("alpha ", return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    ours = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=1)
+    expected = prompt
+    for _ in range(6):  # PEFT's own generate fails with a prefix under transformers 5
+        with torch.no_grad():
+            following = plain(input_ids=expected).logits[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, following], 1)
+    assert ours.tolist() == expected.tolist()
+
+
+@pytest.fixture
+def base(tmp_path, make_model):
+    from loralab.models import loading
+    from loralab.quantization.none import NoQuantization
+
+    spec = make_model()
+    made = loading.load(spec, NoQuantization(), spec.load_tokenizer())
+    made.model.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_plan_is_the_commands(tiny_arguments):
+    planned = loralab.plan([*tiny_arguments, "plan.device=cpu"])
+    assert planned.device == "cpu"
+    assert sum(planned.by_kind.values()) == planned.predicted_peak_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "text"),
+    [
+        (lambda _: loralab.train(["adapter.r=0"]), ConfigError, "adapter.r must be at least 1, got 0"),
+        (lambda _: loralab.train(["adapter.rr=2"]), ConfigError, "adapter.rr"),
+        (lambda _: loralab.train("adapter.r=2"), ConfigError, "is one text; valid: a list"),
+        (lambda _: loralab.train(["rank"]), ConfigError, "'rank' is not understood"),
+        (lambda _: loralab.sweep("rnak"), ConfigError, "there is no sweep 'rnak'; did you mean rank"),
+        (lambda f: loralab.results(f / "no"), ArtifactError, "no: no such folder"),
+        (lambda f: loralab.results(f), ArtifactError, "nothing to report"),
+        (lambda f: loralab.summary(f), ArtifactError, "nothing to report"),
+        (lambda f: loralab.load(f), ArtifactError, "result.json"),
+        (lambda f: loralab.train(["data=files", f"data.train={f}/none.jsonl", "data.text='{a}'"]), DataError, "none"),
+    ],
+)
+def test_errors_are_typed_and_say_what_the_command_line_says(call, kind, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=text):
+        call(tmp_path)
+
+
+def test_a_run_that_failed_raises_its_error(tiny_arguments, tmp_path):
+    words = [*tiny_arguments, "optimizer.lr=1e30", "trainer.max_steps=9", f"hydra.run.dir={tmp_path / 'run'}"]
+    with pytest.raises(LoralabError) as raised:
+        loralab.train(words)
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (raised.value.exit_code, str(raised.value)) == (stored["exit_code"], stored["error"])
