@@ -52,9 +52,14 @@ class OpenRun:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Within, a forward pass is the base's own."""
+        """Within, a forward pass is the base's own; of a run that has trained the base itself it is the run's."""
         with evaluating(self.model):
             yield
+
+    def untrained(self) -> "OpenRun":
+        """Itself, or where the run has trained the base itself one over that base as it was, which is loaded anew:
+        ``bare`` of it is the base before training."""
+        return replace(self, base=Inputs().base(self.spec, self.labels)) if self.spec.adapter.changes_base else self
 
     def close(self) -> None:
         """Detaches the adapter; the base is as it was."""

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from loralab.adapters.base import Adapter
 from loralab.artifacts.reopen import OpenRun
-from loralab.data.base import Row, check_generation
+from loralab.data.base import Row
 from loralab.data.chat import Chat
+from loralab.data.decoding import SAMPLING, check_generation
 from loralab.data.encoder import Encoder
 from loralab.errors import ConfigError
 from loralab.training.generation import Writer
@@ -21,10 +22,13 @@ def completion(run: OpenRun, prompt: str, options: Mapping[str, Any], seed: int 
     """The text that the run writes behind ``prompt``, decoded as ``data.generation`` of the run and ``options`` say
     (transformers' GenerationConfig; greedy without either). ``adapted`` False: the base without its adapter.
 
-    Raises ConfigError for an unknown option, or a prompt that leaves no room for a token.
+    Raises ConfigError for an unknown option, a wrong value, one of sampling without do_sample, or a prompt that leaves
+    no room for a token.
     """
     chosen = {**run.spec.data.generation, **options}
-    check_generation(chosen, where="")
+    check_generation(chosen, key="")
+    if (idle := [key for key in SAMPLING if options.get(key) is not None]) and not chosen.get("do_sample"):
+        raise ConfigError(f"{idle[0]}={options[idle[0]]} is of sampling, and decoding is greedy; valid: do_sample=true")
     adapter: Adapter | None = run.adapter if adapted else None
     length = room_of(run)
     writer = Writer(run.model, run.base.tokenizer, adapter, run.spec.model.task, length, chosen, seed)
@@ -32,7 +36,7 @@ def completion(run: OpenRun, prompt: str, options: Mapping[str, Any], seed: int 
     free = length - (0 if writer.task == "seq2seq_lm" else len(head))
     if free < 1 or len(head) > length:
         raise ConfigError(f"the prompt has {len(head)} tokens, and {run.base.record()['name']} has room for {length}")
-    (ids,) = writer.complete([head], [min(free, int(chosen.get("max_new_tokens", NEW_TOKENS)))])
+    (ids,) = writer.complete([head], [min(free, chosen.get("max_new_tokens") or NEW_TOKENS)])
     return str(run.base.tokenizer.decode(ids, skip_special_tokens=True))
 
 

@@ -13,10 +13,10 @@ def run(arguments: Arguments) -> int:
     """One run after the other; those that share a base load it once."""
     if arguments.prompt is None:
         raise ConfigError("loralab generate needs --prompt TEXT")
-    folders = [Path(word) for word in arguments.words if "=" not in word]
+    folders = [Path(word) for word in arguments.words if _names_folder(word)]
     if not folders:
         raise ConfigError("loralab generate needs the folder of a run; loralab ls shows which there are")
-    options, seed = _options([word for word in arguments.words if "=" in word])
+    options, seed = _options([word for word in arguments.words if not _names_folder(word)])
     from loralab.cli.terminal import messages_to_stderr
 
     messages_to_stderr()
@@ -28,6 +28,11 @@ def run(arguments: Arguments) -> int:
     made = _made(folders, prompt, options, seed, arguments.base)
     print(json.dumps({"prompt": prompt, "runs": made}) if arguments.json else _render(made))
     return 0
+
+
+def _names_folder(word: str) -> bool:
+    """Whether it is the folder of a run, which may have ``=`` in its name, and no setting."""
+    return "=" not in word or Path(word).is_dir()
 
 
 def _made(folders: list[Path], prompt: str, options: Mapping[str, Any], seed: int, base: bool) -> list[dict[str, Any]]:
@@ -42,10 +47,11 @@ def _made(folders: list[Path], prompt: str, options: Mapping[str, Any], seed: in
         opened = open_run(folder, inputs)
         classifies = opened.spec.model.task == "sequence_classification"
         for adapted in (False, True) if base and place == 0 else (True,):
+            asked = opened if adapted else opened.untrained()
             answer = (
-                {"classes": class_probabilities(opened, prompt, adapted)}
+                {"classes": class_probabilities(asked, prompt, adapted)}
                 if classifies
-                else {"text": completion(opened, prompt, options, seed, adapted)}
+                else {"text": completion(asked, prompt, options, seed, adapted)}
             )
             made.append({"run": str(folder) if adapted else "the base", **answer})
         opened.close()
@@ -57,11 +63,19 @@ def _made(folders: list[Path], prompt: str, options: Mapping[str, Any], seed: in
 def _options(words: list[str]) -> tuple[dict[str, Any], int]:
     """Options of decoding and the seed. Raises ConfigError."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
-    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    try:
+        options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    except (YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{' '.join(words)} cannot be read ({reason}); valid: as in top_p=0.9 do_sample=true"
+        ) from error
     seed = options.pop("seed", 0)
-    if not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r} is not a seed; valid: a whole number from 0")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed!r} is not a seed; valid: a whole number from 0 to {2**63 - 1}")
     return options, seed
 
 

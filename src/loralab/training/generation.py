@@ -113,7 +113,7 @@ class Writer:
     def _config(self, room: int) -> Any:
         from transformers import GenerationConfig
 
-        bound = min(room, int(self.options.get("max_new_tokens", room)))
+        bound = min(room, int(self.options.get("max_new_tokens") or room))
         tokens = {"eos_token_id": sorted(set(self.ends)), "pad_token_id": self.tokenizer.pad_token_id}
         start = {"decoder_start_token_id": self.start[0]} if self.start else {}
         return GenerationConfig(**{"use_cache": True, **tokens, **start, **self.settings(), "max_new_tokens": bound})
