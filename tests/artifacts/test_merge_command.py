@@ -97,6 +97,9 @@ def test_full_fine_tuning_is_measured_against_the_base_that_it_changed(finished,
     assert found["measured"]["loss"] < found["without_adapter"]["loss"]
     assert found["ways"]["merged"] == {"loss": found["measured"]["loss"], "kl": 0.0, "weight_error": 0.0}
     assert found["base"]["fingerprint"] == run.record["base"]["fingerprint"]
+    out, found = merged("gpt2", "adapter=full")  # whose head is its embedding: one tensor, as in its base
+    assert set(load_file(out / "model.safetensors")) == set(load_file(base_folder("gpt2") / "model.safetensors"))
+    assert not found["untied"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

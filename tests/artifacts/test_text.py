@@ -1,6 +1,7 @@
 """Texts and classes of opened runs beside plain transformers and PEFT."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loralab.artifacts.reopen import open_run
-from loralab.artifacts.text import class_probabilities, completion
+from loralab.artifacts.text import _head, class_probabilities, completion
 from loralab.cli.main import run
+from loralab.data.base import Row
+from loralab.data.encoder import Encoder
 from loralab.errors import ConfigError
 
 PLAIN = {"llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
@@ -32,6 +35,40 @@ def test_a_completion_is_what_peft_generates(finished, base_folder, family, beam
     opened.close()
     expected = {"max_new_tokens": 12, "num_beams": beams, "do_sample": False}
     assert ours == peft_text(family, base_folder(family), opened.folder, "alpha beta ", **expected)
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_special_tokens_of_a_prompt_are_special_as_those_of_a_template(finished, base_folder, family):
+    opened = open_run(finished(family))
+    prompt = f"alpha {opened.base.tokenizer.eos_token}beta"
+    made = completion(opened, prompt, {"max_new_tokens": 12})
+    assert made == peft_text(family, base_folder(family), opened.folder, prompt, max_new_tokens=12, do_sample=False)
+    plain = replace(opened.spec.data, prompt=f"alpha {opened.base.tokenizer.eos_token}{{q}}")
+    row = Row(plain.templates()["prompt"].render({"q": "beta"}), "gamma")
+    opened.close()
+    encoder = Encoder(opened.base.tokenizer, opened.spec.model.task, 64)
+    (example,) = encoder.examples([row])
+    head = _head(opened, encoder, prompt)
+    assert head == example.input_ids[: len(head)]
+    assert opened.base.tokenizer.eos_token_id in head[:-1]
+
+
+def test_a_start_that_the_prompt_writes_itself_is_not_doubled(finished):
+    opened = open_run(finished("llama"))
+    opened.close()
+    encoder = Encoder(opened.base.tokenizer, "causal_lm", 64)
+    encoder.prefix = [encoder.eos]  # as of a tokenizer that puts it in front
+    assert _head(opened, encoder, f"{opened.base.tokenizer.eos_token}a") == _head(opened, encoder, "a")
+
+
+def test_a_classifier_of_pairs_takes_no_single_text_and_none_an_option_of_decoding(finished, capsys):
+    opened = open_run(finished("roberta"))
+    opened.close()
+    paired = replace(opened, spec=replace(opened.spec, data=replace(opened.spec.data, text=["{t}", "{t}"])))
+    assert run(["generate", str(opened.folder), "--prompt", "alpha", "top_p=0.5"]) == 2
+    assert "classifies, and top_p= is of decoding" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="classifies pairs of texts, data.text=.* and --prompt is one text"):
+        class_probabilities(paired, "alpha")
 
 
 def test_sampling_follows_its_seed_and_the_base_alone_writes_other_text(finished):

@@ -12,6 +12,8 @@ from loralab.data.base import Row
 from loralab.data.chat import Chat
 from loralab.data.decoding import SAMPLING, check_generation
 from loralab.data.encoder import Encoder
+from loralab.data.fields import TemplateText
+from loralab.data.rows import RowSpec
 from loralab.errors import ConfigError
 from loralab.training.generation import Writer
 
@@ -43,8 +45,13 @@ def completion(run: OpenRun, prompt: str, options: Mapping[str, Any], seed: int 
 def class_probabilities(run: OpenRun, prompt: str, adapted: bool = True) -> dict[str, float]:
     """{class: probability} of a classifier, the likeliest first; of a regression ``{"score": value}``.
 
-    Raises ConfigError for a text that is longer than the base reads.
+    Raises ConfigError for a text that is longer than the base reads, and for a run that classifies pairs.
     """
+    if isinstance(run.spec.data, RowSpec) and isinstance(run.spec.data.text, list):
+        raise ConfigError(
+            f"{run.folder} classifies pairs of texts, data.text={run.spec.data.text}, and --prompt is one text; valid: "
+            "a run whose data.text is one template"
+        )
     room = room_of(run)
     (example,) = Encoder(run.base.tokenizer, run.spec.model.task, room).examples([Row(prompt, label=0)])
     if example.truncated:
@@ -71,8 +78,9 @@ def _head(run: OpenRun, encoder: Encoder, prompt: str) -> list[int]:
     if isinstance(run.spec.data, Chat):
         messages = [{"role": "user", "content": prompt}]
         return list(run.base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    (ids,) = encoder.token_ids([prompt])
+    (ids,) = encoder.token_ids([TemplateText(prompt, ((0, len(prompt)),))])  # special tokens in it are special
     if run.spec.data.documents:
         return ids or [encoder.eos]
     suffix = encoder.suffix if encoder.task == "seq2seq_lm" else []
-    return [*encoder.prefix, *ids, *suffix] or [encoder.eos]
+    written = encoder.task == "causal_lm" and ids[: len(encoder.prefix)] == encoder.prefix  # in the prompt itself
+    return [*([] if written else encoder.prefix), *ids, *suffix] or [encoder.eos]

@@ -46,6 +46,8 @@ def _made(folders: list[Path], prompt: str, options: Mapping[str, Any], seed: in
     for place, folder in enumerate(folders):
         opened = open_run(folder, inputs)
         classifies = opened.spec.model.task == "sequence_classification"
+        if classifies and options:
+            raise ConfigError(f"{folder} classifies, and {next(iter(options))}= is of decoding; valid: no such setting")
         for adapted in (False, True) if base and place == 0 else (True,):
             asked = opened if adapted else opened.untrained()
             answer = (
@@ -94,7 +96,8 @@ GENERATE = Command(
     name="generate",
     summary="text (or the classes) that the adapter of a run gives a prompt",
     about="Completes a prompt with the adapter of a run, greedily unless the run's data.generation or k=v say\n"
-    "otherwise; a classifier gives the probabilities of its classes. In --prompt \\n and \\t mean newline and tab.",
+    "otherwise; a classifier gives the probabilities of its classes. In --prompt \\n and \\t mean newline and tab;\n"
+    "special tokens in it are special, but not in a chat's turn or a text that is classified.",
     usage="RUN --prompt TEXT",
     examples={
         "loralab generate runs/train/TIME --prompt 'def add(a, b):'": "greedy, 64 new tokens",
