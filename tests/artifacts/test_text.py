@@ -151,6 +151,8 @@ def test_a_run_may_have_an_equals_sign_in_its_name(finished, tmp_path, capsys):
         (["do_sample=true", "top_p.x=2"], "top_p must be a number above 0, at most 1 or null, got {'x': 2}"),
         (["repetition_penalty=0"], "repetition_penalty must be a positive number or null, got 0"),
         (["bad_words_ids=3"], "bad_words_ids must be a list of lists of token ids or null, got 3"),
+        (["bad_words_ids=[]"], "bad_words_ids must be a list of lists of token ids or null, got []"),
+        (["bad_words_ids=[[99999]]"], "decoding with {'bad_words_ids': [[99999]]} is refused: The model vocabulary"),
         (["top_p=0.9"], "top_p=0.9 is of sampling, and decoding is greedy; valid: do_sample=true"),
         (["min_new_tokens=9", "max_new_tokens=4"], "min_new_tokens=9 is more than max_new_tokens=4"),
         (["seed=99999999999999999999"], "seed=99999999999999999999 is not a seed"),

@@ -15,6 +15,7 @@ from loralab.adapters.base import Adapter
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.data.base import Row
 from loralab.data.encoding import IGNORE, Encoder
+from loralab.errors import ConfigError
 from loralab.quantization.sequences import decoder_input_ids
 
 FEWEST, SPARE = 8, 4  # new tokens at least; more than the longest target, to see a completion that does not end
@@ -104,6 +105,8 @@ class Writer:
             self.model.generation_config = config  # generate() falls back on it for what its argument leaves open
             try:
                 out = self.model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+            except ValueError as error:  # of an option that does not fit the base, such as a token that it lacks
+                raise ConfigError(f"decoding with {self.options} is refused: {' '.join(str(error).split())}") from error
             finally:
                 self.model.generation_config = previous
         skipped = len(self.start) if self.start else inputs["input_ids"].shape[1]
