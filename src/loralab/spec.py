@@ -190,7 +190,7 @@ def refusal(error: ValidationError, owner: Any, key: str) -> ConfigError:
     if fault["type"] in UNKNOWN_KEY:
         return _unknown_key(owner, place, key)
     path, hint = _key_path(owner, place)
-    where, value = ".".join([key, *path]), value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
+    where, value = _joined(key, path), value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
     if fault["type"].startswith("missing"):
         return ConfigError(f"{where} is missing; valid: {_valid_text(hint) or 'a value'}")
     if get_origin(_plain_type(hint)) is Literal:
@@ -200,12 +200,17 @@ def refusal(error: ValidationError, owner: Any, key: str) -> ConfigError:
     return ConfigError(f"{where} must be {wanted}, got {value}" if wanted else f"{where}={value}: {fault['msg']}")
 
 
+def _joined(key: str, path: Sequence[str]) -> str:
+    """``key`` may be empty: the names of ``path`` stand alone."""
+    return ".".join(filter(None, [key, *path]))
+
+
 def _unknown_key(owner: Any, place: Sequence[int | str], key: str) -> ConfigError:
     path, inner = _key_path(owner, place[:-1])
     names = [name for name in _names(inner) if name != "self"]
     title = inner.__qualname__.partition(".")[0] if isfunction(inner) else inner.__name__
     valid = nearest(str(place[-1]), names) if names else "it has none"
-    return ConfigError(f"{'.'.join([key, *path, str(place[-1])])} is not an option of {title}; {valid}")
+    return ConfigError(f"{_joined(key, [*path, str(place[-1])])} is not an option of {title}; {valid}")
 
 
 def _key_path(hint: Any, place: Sequence[int | str]) -> tuple[list[str], Any]:

@@ -68,6 +68,23 @@ def test_a_folder_or_a_file_that_is_there_is_left_as_it_is(finished, tmp_path, c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
 
 
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_the_folder_one_stands_in_and_one_behind_a_link_are_written(finished, tmp_path, monkeypatch, command, capsys):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "here")
+    words = [command, str(finished("llama")), *(["--no-measure"] if command == "merge" else []), "--out"]
+    assert run([*words, "."]) == run([*words, str(tmp_path / "link")]) == 0
+    assert {one.name for one in (tmp_path / "here").iterdir()} == {one.name for one in (tmp_path / "there").iterdir()}
+    assert list((tmp_path / "there").glob("*model.safetensors"))
+    capsys.readouterr()
+    assert run([*words, str(tmp_path / "lost")]) == 2
+    assert "lost leads nowhere, and nothing is overwritten" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "lost", "there"]
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

@@ -228,8 +228,8 @@ def test_a_head_that_neither_base_nor_adapter_holds_is_refused(base_folder, base
         (["adapter.r=8"], "adapter.r is what the files say"),
         (["adapter=ia3"], "adapter is what the files say"),
         (["nonsense"], "'nonsense' is not understood"),
-        (["val/loss=low"], "val/loss='low' must be a number"),
-        (["quantization=nf5"], "nf5"),
+        (["val/loss=nan"], "val/loss='nan' must be a finite number"),
+        (["val/loss=low"], "val/loss='low' must be a finite number"),
     ],
 )
 def test_words_that_contradict_the_file_are_refused(adapter, tmp_path, capsys, words, says):

@@ -97,6 +97,9 @@ def test_full_fine_tuning_is_measured_against_the_base_that_it_changed(finished,
     assert found["measured"]["loss"] < found["without_adapter"]["loss"]
     assert found["ways"]["merged"] == {"loss": found["measured"]["loss"], "kl": 0.0, "weight_error": 0.0}
     assert found["base"]["fingerprint"] == run.record["base"]["fingerprint"]
+    out, found = merged("gpt2", "adapter=full")  # whose head is its embedding: one tensor, as in its base
+    assert set(load_file(out / "model.safetensors")) == set(load_file(base_folder("gpt2") / "model.safetensors"))
+    assert not found["untied"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -190,9 +193,9 @@ def test_nothing_is_overwritten(finished, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    assert merge(finished("llama"), tmp_path / "full") == 4
+    assert merge(finished("llama"), tmp_path / "full") == 2
     assert "full is not empty, and nothing is overwritten" in capsys.readouterr().err
-    assert merge(finished("llama"), tmp_path / "file") == 4
+    assert merge(finished("llama"), tmp_path / "file") == 2
     assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert merge(finished("llama"), tmp_path / "empty", "--no-measure") == 0

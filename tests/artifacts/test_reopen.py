@@ -1,13 +1,16 @@
 """A run opened again computes what it computed when it was trained; what does not fit is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from loralab.artifacts.exporting import export_run
 from loralab.artifacts.reopen import open_run, read_run
 from loralab.errors import ArtifactError
 from loralab.running.inputs import Inputs
@@ -80,6 +83,43 @@ def test_what_has_no_adapter_or_no_fitting_base_is_refused(finished, base_folder
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x11")
     with pytest.raises(ArtifactError, match="the weights of .* have changed since"):
         open_run(copy)
+
+
+def test_a_file_of_the_adapter_runs_nothing(finished, tmp_path):
+    copy = shutil.copytree(finished("llama"), tmp_path / "copy")
+    path = copy / "adapter" / "adapter_spec.json"
+    stored = {**json.loads(path.read_text()), "class": "os.mkdir", "fields": {"path": str(tmp_path / "made")}}
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ArtifactError, match="os.mkdir is not an adapter's spec"):
+        open_run(copy)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"config": {}}, "damaged: its config has no model"),
+        ({"trial": "../../elsewhere"}, "damaged: '../../elsewhere' is no name of a trial"),
+    ],
+)
+def test_a_damaged_record_is_refused(finished, tmp_path, change, says):
+    copy = shutil.copytree(finished("llama"), tmp_path / "copy")
+    record = json.loads((copy / "result.json").read_text())
+    (copy / "result.json").write_text(json.dumps({**record, **change}))
+    with pytest.raises(ArtifactError, match=re.escape(says)):
+        open_run(copy)
+
+
+def test_values_that_are_not_finite_are_neither_opened_nor_exported(finished, tmp_path):
+    copy = shutil.copytree(finished("llama"), tmp_path / "copy")
+    path = copy / "adapter" / "adapter_model.safetensors"
+    state = load_file(path)
+    next(value for name, value in state.items() if "lora_B" in name)[0, 0] = float("nan")
+    save_file(state, path)
+    for use in (open_run, lambda folder: export_run(folder, tmp_path / "out")):
+        with pytest.raises(ArtifactError, match="lora_B.* holds nan or infinite values"):
+            use(copy)
+    assert not (tmp_path / "out").exists()
 
 
 def test_relative_paths_are_those_of_where_the_run_was_started(arguments, base_folder, tmp_path, monkeypatch):

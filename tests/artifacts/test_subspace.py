@@ -252,7 +252,8 @@ def test_values_that_are_not_finite_and_a_file_that_cannot_be_written_are_said(f
     path = folder / "adapter" / "adapter_model.safetensors"
     state = load_file(path)
     name = "model.layers.1.self_attn.v_proj"
-    state[f"base_model.model.{name}.lora_B.weight"][0, 0] = float("nan")
+    for factor in ("lora_A", "lora_B"):  # finite, and their product is not
+        state[f"base_model.model.{name}.{factor}.weight"][0, 0] = 1e30
     save_file(state, path)
     assert run(["subspace", str(folder)]) == 4
     assert f"the update of {name} holds nan or infinite values" in capsys.readouterr().err

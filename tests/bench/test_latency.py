@@ -75,6 +75,7 @@ def test_the_command_shows_each_arm(capsys):
         (["--passes", "0"], "--passes 0 is no number of passes"),
         (["--methods", "lora,nothing"], "nothing"),
         (["--methods", "lora,qlora"], "method=qlora brings a base of its own"),
+        (["adapter=vera", "--methods", "lora"], "adapter=vera would be measured under the name of each method"),
         (["--shapes", "1x2000"], "no shape fits: the base has room for 1008 tokens"),
     ],
 )

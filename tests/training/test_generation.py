@@ -188,7 +188,8 @@ def test_what_is_asked_for_is_used_as_transformers_uses_it(load_base):
         ({"num_beam": 2}, r"data\.generation\.num_beam is not an option.*num_beams"),
         ({"eos_token_id": 2}, r"data\.generation\.eos_token_id is not an option"),
         ({"num_return_sequences": 2}, r"data\.generation\.num_return_sequences is not an option"),
-        ({"max_new_tokens": -3}, r"data\.generation=.*transformers refuses it"),
+        ({"max_new_tokens": -3}, r"data\.generation\.max_new_tokens must be at least 1, or null, got -3"),
+        ({"num_beams": 2, "early_stopping": "soon"}, r"data\.generation\.early_stopping"),
     ],
 )
 def test_an_option_of_generation_that_there_is_not_is_refused(make_data, options, message):

@@ -145,11 +145,10 @@ def _plain(value: Any) -> str:
 def _spec(stored: dict[str, Any]) -> AdapterSpec:
     module, _, name = str(stored["class"]).rpartition(".")
     kind = getattr(import_module(module), name)
-    hints = get_type_hints(kind)
-    spec = kind(**{key: _revived(hints.get(key), value) for key, value in stored["fields"].items()})
-    if not isinstance(spec, AdapterSpec):
+    if not (isinstance(kind, type) and issubclass(kind, AdapterSpec)):  # before it is called: it may be any function
         raise TypeError(f"{stored['class']} is not an adapter's spec")
-    return spec
+    hints = get_type_hints(kind)
+    return kind(**{key: _revived(hints.get(key), value) for key, value in stored["fields"].items()})
 
 
 def _revived(kind: Any, value: Any) -> Any:

@@ -71,6 +71,8 @@ def _lacking(run: Path, method: str) -> str:
 def _check(own: Path, run: Path, record: Mapping[str, Any]) -> None:
     """Raises ArtifactError where the files are damaged or do not belong together; warns of what PEFT would not load."""
     config, state = read_json(own / peft.CONFIG), read_state(own / WEIGHTS)
+    if broken := [name for name, value in state.items() if not bool(torch.isfinite(value).all())]:
+        raise ArtifactError(f"{own / WEIGHTS}: {broken[0]} holds nan or infinite values; valid: finite ones")
     if config.get("peft_type") == "LORA":
         parameters = [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
         parts = [key.partition(".lora_")[0].removesuffix(".base_layer") for key in state]

@@ -1,5 +1,6 @@
 """An adapter of PEFT or loralib becomes a run folder: composed, attached to its base, checked against it, written."""
 
+import math
 import os
 import re
 import tempfile
@@ -120,9 +121,12 @@ def _chosen(words: Sequence[str], loralib: bool) -> Words:
 
 def _number(key: str, value: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        raise ConfigError(f"{key}={value!r} must be a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{key}={value!r} must be a finite number")
+    return number
 
 
 def _settings(foreign: Foreign, method: Method, chosen: Words) -> list[str]:

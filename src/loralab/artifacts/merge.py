@@ -16,6 +16,7 @@ import torch
 from loralab.adapters.merging import check_spec
 from loralab.artifacts import damage, merged_files
 from loralab.artifacts.damage import Damage
+from loralab.artifacts.folders import new_folder
 from loralab.artifacts.reopen import OpenRun, open_run, read_run, spec_of
 from loralab.artifacts.swap import DENSE, DEQUANTIZED, ORIGINAL, REQUANTIZED, Change, Merged, Merger
 from loralab.data.encoding import Encoded
@@ -66,18 +67,18 @@ class Request:
 def merge(folder: Path, request: Request) -> dict[str, Any]:
     """Merges the run in ``folder`` into ``request.out`` and returns what ``merge.json`` there holds.
 
-    Raises ConfigError where method or request do not allow it, ArtifactError where the run does not fit its base any
-    more or the folder is taken, DataError where the rows cannot be read, DiskError; nothing is left behind then.
+    Raises ConfigError where method or request do not allow it or the folder is taken, ArtifactError where the run does
+    not fit its base any more, DataError where the rows cannot be read, DiskError; nothing is left behind then.
     """
     quiet()
     spec = spec_of(folder, read_run(folder))
     check_spec(spec.adapter)
     chosen = request.way(spec)
-    with merged_files.becoming(request.out) as partial:
+    with new_folder(request.out) as partial:
         inputs = Inputs()
         rows = _rows(spec, inputs) if request.rows else None
         run = open_run(folder, inputs)
-        before = Inputs().base(run.spec, run.labels).model if run.spec.adapter.changes_base else None
+        before = run.untrained().model if run.spec.adapter.changes_base else None
         dtype = getattr(torch, request.dtype) if request.dtype else _stored_dtype(run)
         merger = Merger(run, dtype, before)
         work = _Work(run, merger, chosen, partial, None if rows is None else Damage(run, rows, request.rows))

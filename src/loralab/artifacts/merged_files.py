@@ -1,9 +1,5 @@
-"""A merged base as a folder that plain transformers opens; it is there whole or not at all."""
+"""A merged base as a folder that plain transformers opens."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from loralab.artifacts.reopen import OpenRun
 from loralab.artifacts.swap import Merged, dense_values
 from loralab.artifacts.ties import untie_config
-from loralab.errors import ArtifactError, unwritable
+from loralab.errors import unwritable
 from loralab.models import loading
 from loralab.models.feeding import name_classes
 from loralab.models.weights import quiet_loading
@@ -24,45 +20,6 @@ from loralab.quantization import stored
 from loralab.quantization.linear import FrozenLinear
 
 FIGURES, GENERATION = "merge.json", "generation_config.json"
-
-
-def check_free(folder: Path) -> None:
-    """Raises ArtifactError where there is something at ``folder``, which would be overwritten."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if os.path.lexists(folder):
-        kind = "is not empty" if folder.is_dir() else "is no folder"
-        raise ArtifactError(f"--out {folder} {kind}, and nothing is overwritten; valid: a new or an empty folder")
-
-
-@contextmanager
-def becoming(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` to write into, which takes its place at the end; after an error nothing is left.
-
-    Raises ArtifactError where ``folder`` is taken, DiskError where it cannot be written.
-    """
-    check_free(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    try:
-        yield partial
-        check_free(folder)  # somebody else may have written it meanwhile
-        _replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    try:
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:
-        raise unwritable(folder, error) from error
 
 
 def save(run: OpenRun, merged: Merged, folder: Path, packed: dict[str, Any] | None) -> None:

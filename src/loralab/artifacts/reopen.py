@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from loralab.adapters import export
@@ -52,9 +53,14 @@ class OpenRun:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Within, a forward pass is the base's own."""
+        """Within, a forward pass is the base's own; of a run that has trained the base itself it is the run's."""
         with evaluating(self.model):
             yield
+
+    def untrained(self) -> "OpenRun":
+        """Itself, or where the run has trained the base itself one over that base as it was, which is loaded anew:
+        ``bare`` of it is the base before training."""
+        return replace(self, base=Inputs().base(self.spec, self.labels)) if self.spec.adapter.changes_base else self
 
     def close(self) -> None:
         """Detaches the adapter; the base is as it was."""
@@ -73,6 +79,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not (folder / "adapter" / export.SPEC).exists():
         ended = f"it is {record['status']}" + (f": {record['error']}" if record["error"] else "")
         raise ArtifactError(f"{folder} has no adapter ({ended}); valid: a completed run, with adapter/{export.SPEC}")
+    if lacking := [part for part in ("model", "data") if not isinstance(record["config"].get(part), Mapping)]:
+        raise ArtifactError(f"{folder / records.RESULT}: damaged: its config has no {lacking[0]}")
     return record
 
 
@@ -105,7 +113,8 @@ def open_run(folder: Path, inputs: Inputs | None = None, quantization: Any = Non
 
     ``inputs``: keeps the base for the next run that shares it; None: loads it anew. ``quantization``: another than the
     run's, for the same weights; None: the run's. Raises ArtifactError where the run has no adapter, where base or
-    tokenizer have changed since, or where the adapter does not fit; ConfigError where the base cannot be loaded.
+    tokenizer have changed since, or where the adapter does not fit or is not finite; ConfigError where the base cannot
+    be loaded.
     """
     record = read_run(folder)
     spec = spec_of(folder, record)
@@ -122,6 +131,10 @@ def open_run(folder: Path, inputs: Inputs | None = None, quantization: Any = Non
             f"{folder} does not fit its base any more: its weights are not those that it was trained on"
         )
     adapter = export.load(folder / "adapter", base.model)
+    for name, value in adapter.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            adapter.detach()
+            raise ArtifactError(f"{folder / 'adapter'}: {name} holds nan or infinite values; valid: finite ones")
     adapter.to(spec.trainer.device)
     return OpenRun(folder, record, spec, base, adapter)
 

@@ -22,7 +22,8 @@ class Ties:
         decoder's bias under one). Returns whether a layer is left that computes with another value than the one that it
         shared a parameter with."""
         untied = False
-        for name, new in list(changed.items()):
+        for name in list(changed):
+            new = changed[name]  # perhaps that of a layer before it
             for other in self.names[id(self.model.get_parameter(name))]:
                 if other == name:
                     continue

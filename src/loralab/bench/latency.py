@@ -55,8 +55,11 @@ def latency(
     """Times of each arm at each of ``shapes`` (rows, tokens), from ``passes`` forward passes each, and the environment.
 
     ``methods``: of ``conf/method``, all over the base of ``overrides``; a method that can be merged is measured merged
-    too. Raises ConfigError for a method that is unknown or has another base, and a shape that the base has no room for.
+    too. Raises ConfigError for a method that is unknown or has another base, an adapter in ``overrides``, and a shape
+    that the base has no room for.
     """
+    if named := [word for word in overrides if word.lstrip("+~").partition("=")[0] in ("adapter", "method")]:
+        raise ConfigError(f"{named[0]} would be measured under the name of each method; valid: --methods NAMES")
     specs = {name: _spec(overrides, name, config_dir) for name in methods}
     first = next(iter(specs.values()))
     for name, spec in specs.items():

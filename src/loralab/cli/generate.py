@@ -13,10 +13,10 @@ def run(arguments: Arguments) -> int:
     """One run after the other; those that share a base load it once."""
     if arguments.prompt is None:
         raise ConfigError("loralab generate needs --prompt TEXT")
-    folders = [Path(word) for word in arguments.words if "=" not in word]
+    folders = [Path(word) for word in arguments.words if _names_folder(word)]
     if not folders:
         raise ConfigError("loralab generate needs the folder of a run; loralab ls shows which there are")
-    options, seed = _options([word for word in arguments.words if "=" in word])
+    options, seed = _options([word for word in arguments.words if not _names_folder(word)])
     from loralab.cli.terminal import messages_to_stderr
 
     messages_to_stderr()
@@ -30,6 +30,11 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
+def _names_folder(word: str) -> bool:
+    """Whether it is the folder of a run, which may have ``=`` in its name, and no setting."""
+    return "=" not in word or Path(word).is_dir()
+
+
 def _made(folders: list[Path], prompt: str, options: Mapping[str, Any], seed: int, base: bool) -> list[dict[str, Any]]:
     from loralab.artifacts.reopen import open_run
     from loralab.artifacts.text import class_probabilities, completion
@@ -41,11 +46,14 @@ def _made(folders: list[Path], prompt: str, options: Mapping[str, Any], seed: in
     for place, folder in enumerate(folders):
         opened = open_run(folder, inputs)
         classifies = opened.spec.model.task == "sequence_classification"
+        if classifies and options:
+            raise ConfigError(f"{folder} classifies, and {next(iter(options))}= is of decoding; valid: no such setting")
         for adapted in (False, True) if base and place == 0 else (True,):
+            asked = opened if adapted else opened.untrained()
             answer = (
-                {"classes": class_probabilities(opened, prompt, adapted)}
+                {"classes": class_probabilities(asked, prompt, adapted)}
                 if classifies
-                else {"text": completion(opened, prompt, options, seed, adapted)}
+                else {"text": completion(asked, prompt, options, seed, adapted)}
             )
             made.append({"run": str(folder) if adapted else "the base", **answer})
         opened.close()
@@ -57,11 +65,19 @@ def _made(folders: list[Path], prompt: str, options: Mapping[str, Any], seed: in
 def _options(words: list[str]) -> tuple[dict[str, Any], int]:
     """Options of decoding and the seed. Raises ConfigError."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
-    options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    try:
+        options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    except (YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{' '.join(words)} cannot be read ({reason}); valid: as in top_p=0.9 do_sample=true"
+        ) from error
     seed = options.pop("seed", 0)
-    if not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r} is not a seed; valid: a whole number from 0")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed!r} is not a seed; valid: a whole number from 0 to {2**63 - 1}")
     return options, seed
 
 
@@ -80,7 +96,8 @@ GENERATE = Command(
     name="generate",
     summary="text (or the classes) that the adapter of a run gives a prompt",
     about="Completes a prompt with the adapter of a run, greedily unless the run's data.generation or k=v say\n"
-    "otherwise; a classifier gives the probabilities of its classes. In --prompt \\n and \\t mean newline and tab.",
+    "otherwise; a classifier gives the probabilities of its classes. In --prompt \\n and \\t mean newline and tab;\n"
+    "special tokens in it are special, but not in a chat's turn or a text that is classified.",
     usage="RUN --prompt TEXT",
     examples={
         "loralab generate runs/train/TIME --prompt 'def add(a, b):'": "greedy, 64 new tokens",

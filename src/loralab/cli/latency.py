@@ -40,6 +40,7 @@ def render(measured: Mapping[str, Any]) -> str:
     about = measured["environment"]
     where = about.get("gpu") if measured["device"] == "cuda" else about.get("cpu")
     text = f"{measured['base']}, quantization={measured['quantization']}; {where}, {measured['threads']} threads"
+    text += "; merged weights are dense" if measured["quantization"] != "none" else ""
     left_out = "".join(f"; {rows} x {tokens} does not fit the base" for rows, tokens in measured["left_out"])
     return f"{table(lines, right=(2, 3, 4, 5, 6))}\n\n{text}{left_out}"
 

@@ -8,19 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Le
 
-from loralab.errors import ConfigError, nearest
+from loralab.data.decoding import check_generation
 from loralab.records import fingerprints
 from loralab.spec import Count, Natural, spec
 
 KINDS = ("pairs", "text", "labels", "scores", "chat")
 SPLITS = ("train", "validation", "test")
-DECODING = (  # of transformers' GenerationConfig; what frames a text is training's
-    *("bad_words_ids", "begin_suppress_tokens", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
-    *("encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty"),
-    *("length_penalty", "max_new_tokens", "min_new_tokens", "min_p", "no_repeat_ngram_size", "num_beams"),
-    *("remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "suppress_tokens"),
-    *("temperature", "top_k", "top_p", "typical_p"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +99,6 @@ class DataSpec:
     def sample(self, model: Any, tokenizer: Any, task: str, max_length: int) -> Any:
         """The encoded rows drawn from the unquantized base, where ``from_base``."""
         raise NotImplementedError
-
-
-def check_generation(options: dict[str, Any], where: str = "data.generation.") -> None:
-    """Raises ConfigError for what transformers' GenerationConfig does not know, or that is not one text a row.
-
-    ``where``: before the name of an option in the message.
-    """
-    from transformers import GenerationConfig
-
-    if unknown := [key for key in options if key not in DECODING]:
-        raise ConfigError(f"{where}{unknown[0]} is not an option of decoding; {nearest(unknown[0], DECODING)}")
-    try:
-        GenerationConfig(**options).validate()
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"data.generation={options}: transformers refuses it: {' '.join(str(error).split())}"
-        ) from None
 
 
 def make_splits(

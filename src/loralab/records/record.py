@@ -174,6 +174,8 @@ def _check_schema(path: Path, schema: Any) -> None:
 
 def _complete(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
     record = blank(str(stored["trial"]))
+    if Path(record["trial"]).name != record["trial"]:  # files are named after it
+        raise ArtifactError(f"{path}: damaged: {record['trial']!r} is no name of a trial")
     for key, value in stored.items():
         default = record.get(key)
         if isinstance(default, dict):

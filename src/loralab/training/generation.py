@@ -15,6 +15,7 @@ from loralab.adapters.base import Adapter
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.data.base import Row
 from loralab.data.encoding import IGNORE, Encoder
+from loralab.errors import ConfigError
 from loralab.quantization.sequences import decoder_input_ids
 
 FEWEST, SPARE = 8, 4  # new tokens at least; more than the longest target, to see a completion that does not end
@@ -104,6 +105,8 @@ class Writer:
             self.model.generation_config = config  # generate() falls back on it for what its argument leaves open
             try:
                 out = self.model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+            except ValueError as error:  # of an option that does not fit the base, such as a token that it lacks
+                raise ConfigError(f"decoding with {self.options} is refused: {' '.join(str(error).split())}") from error
             finally:
                 self.model.generation_config = previous
         skipped = len(self.start) if self.start else inputs["input_ids"].shape[1]
@@ -113,7 +116,7 @@ class Writer:
     def _config(self, room: int) -> Any:
         from transformers import GenerationConfig
 
-        bound = min(room, int(self.options.get("max_new_tokens", room)))
+        bound = min(room, int(self.options.get("max_new_tokens") or room))
         tokens = {"eos_token_id": sorted(set(self.ends)), "pad_token_id": self.tokenizer.pad_token_id}
         start = {"decoder_start_token_id": self.start[0]} if self.start else {}
         return GenerationConfig(**{"use_cache": True, **tokens, **start, **self.settings(), "max_new_tokens": bound})
