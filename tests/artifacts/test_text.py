@@ -66,6 +66,8 @@ def test_a_prompt_without_room_and_an_unknown_option_are_refused(finished):
         completion(opened, "a" * 128, {})
     with pytest.raises(ConfigError, match="top_q is not an option of decoding; did you mean top_p"):
         completion(opened, "a", {"top_q": 1})
+    with pytest.raises(ConfigError, match=r"temperature=0\.5 acts on sampling alone; valid: with do_sample=true"):
+        completion(opened, "a", {"temperature": 0.5})
     opened.close()
 
 

@@ -189,6 +189,11 @@ def test_what_is_asked_for_is_used_as_transformers_uses_it(load_base):
         ({"eos_token_id": 2}, r"data\.generation\.eos_token_id is not an option"),
         ({"num_return_sequences": 2}, r"data\.generation\.num_return_sequences is not an option"),
         ({"max_new_tokens": -3}, r"data\.generation=.*transformers refuses it"),
+        ({"num_beams": 0}, r"data\.generation\.num_beams=0 is out of range; valid: a whole number from 1"),
+        ({"num_beams": 1.5}, r"num_beams=1\.5 is out of range"),
+        ({"do_sample": True, "temperature": -1}, r"temperature=-1 is out of range; valid: a number above 0"),
+        ({"do_sample": True, "top_p": 2.0}, r"top_p=2\.0 is out of range; valid: a number above 0, at most 1"),
+        ({"do_sample": True, "min_p": "x"}, r"min_p=x is out of range; valid: a number from 0 to 1"),
     ],
 )
 def test_an_option_of_generation_that_there_is_not_is_refused(make_data, options, message):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loralab.adapters.base import Adapter
 from loralab.artifacts.reopen import OpenRun
-from loralab.data.base import Row, check_generation
+from loralab.data.base import SAMPLING, Row, check_generation
 from loralab.data.chat import Chat
 from loralab.data.encoder import Encoder
 from loralab.errors import ConfigError
@@ -21,10 +21,15 @@ def completion(run: OpenRun, prompt: str, options: Mapping[str, Any], seed: int 
     """The text that the run writes behind ``prompt``, decoded as ``data.generation`` of the run and ``options`` say
     (transformers' GenerationConfig; greedy without either). ``adapted`` False: the base without its adapter.
 
-    Raises ConfigError for an unknown option, or a prompt that leaves no room for a token.
+    Raises ConfigError for an option that is unknown, out of range or without effect, or a prompt that leaves no room
+    for a token.
     """
     chosen = {**run.spec.data.generation, **options}
     check_generation(chosen, where="")
+    if not chosen.get("do_sample") and (idle := [key for key in SAMPLING if options.get(key) is not None]):
+        raise ConfigError(
+            f"{idle[0]}={options[idle[0]]} acts on sampling alone; valid: with do_sample=true, or without it"
+        )
     adapter: Adapter | None = run.adapter if adapted else None
     length = room_of(run)
     writer = Writer(run.model, run.base.tokenizer, adapter, run.spec.model.task, length, chosen, seed)

@@ -1,7 +1,7 @@
 """Rows of text before any tokenizer has seen them, and the spec that every data set fills in."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -21,6 +21,25 @@ DECODING = (  # of transformers' GenerationConfig; what frames a text is trainin
     *("remove_invalid_values", "renormalize_logits", "repetition_penalty", "sequence_bias", "suppress_tokens"),
     *("temperature", "top_k", "top_p", "typical_p"),
 )
+SAMPLING = ("epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_k", "top_p", "typical_p")  # need do_sample
+
+
+def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and value >= least, f"a whole number from {least}"
+
+
+def _real(holds: Callable[[float], bool], words: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) in (int, float) and holds(value), words
+
+
+RANGES = {  # what transformers finds out while it writes, or takes without a word
+    **dict.fromkeys(("max_new_tokens", "num_beams"), _whole(1)),
+    **dict.fromkeys(("min_new_tokens", "no_repeat_ngram_size", "top_k"), _whole(0)),
+    **dict.fromkeys(("repetition_penalty", "temperature"), _real(lambda value: value > 0, "a number above 0")),
+    **dict.fromkeys(("top_p", "typical_p"), _real(lambda value: 0 < value <= 1, "a number above 0, at most 1")),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), _real(lambda value: 0 <= value < 1, "0 or a number below 1")),
+    "min_p": _real(lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +128,8 @@ class DataSpec:
 
 
 def check_generation(options: dict[str, Any], where: str = "data.generation.") -> None:
-    """Raises ConfigError for what transformers' GenerationConfig does not know, or that is not one text a row.
+    """Raises ConfigError for what transformers' GenerationConfig does not know, what is out of range, or that is not
+    one text a row.
 
     ``where``: before the name of an option in the message.
     """
@@ -121,8 +141,11 @@ def check_generation(options: dict[str, Any], where: str = "data.generation.") -
         GenerationConfig(**options).validate()
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"data.generation={options}: transformers refuses it: {' '.join(str(error).split())}"
+            f"{where.rstrip('.') or 'decoding'}={options}: transformers refuses it: {' '.join(str(error).split())}"
         ) from None
+    for key, (allowed, words) in RANGES.items():
+        if options.get(key) is not None and not allowed(options[key]):
+            raise ConfigError(f"{where}{key}={options[key]} is out of range; valid: {words}")
 
 
 def make_splits(
