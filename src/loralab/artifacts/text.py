@@ -25,11 +25,9 @@ def completion(run: OpenRun, prompt: str, options: Mapping[str, Any], seed: int 
     for a token.
     """
     chosen = {**run.spec.data.generation, **options}
-    check_generation(chosen, where="")
     if not chosen.get("do_sample") and (idle := [key for key in SAMPLING if options.get(key) is not None]):
-        raise ConfigError(
-            f"{idle[0]}={options[idle[0]]} acts on sampling alone; valid: with do_sample=true, or without it"
-        )
+        raise ConfigError(f"{idle[0]}={options[idle[0]]} acts on sampling alone; valid: with do_sample=true")
+    check_generation(chosen, where="")
     adapter: Adapter | None = run.adapter if adapted else None
     length = room_of(run)
     writer = Writer(run.model, run.base.tokenizer, adapter, run.spec.model.task, length, chosen, seed)

@@ -42,7 +42,8 @@ Table = tuple[list[str], list[list[str]]]  # titles, rows
 def of_run(content: Mapping[str, Any], width: int) -> str:
     """The table of one run."""
     about = content["run"]
-    head = f"{about['folder']}: {about['method']} over {about['base']}, {len(content['layers'])} layers; means over n of them"
+    count = len(content["layers"])
+    head = f"{about['folder']}: {about['method']} over {about['base']}, {count} layers; means over n of them"
     titles = ["layer", "n", "rank", *(title for title, _ in COLUMNS.values())]
     rows = [
         [kind, str(group["layers"]), _mean(group, "rank", "{:g}"), *_means(group)]
