@@ -95,3 +95,10 @@ def test_the_command_shows_runs_side_by_side(finished, capsys):
 def test_wrong_words_are_one_sentence(words, code, text, capsys):
     assert run(["generate", *words]) == code
     assert text in capsys.readouterr().err
+
+
+def test_decoding_options_of_a_classifier_are_refused(finished, capsys):
+    folder = str(finished("distilbert"))
+    assert run(["generate", folder, "--prompt", "alpha", "num_beams=3"]) == 2
+    assert f"num_beams is of writing text, and {folder} classifies" in capsys.readouterr().err
+    assert run(["generate", folder, "--prompt", "alpha", "seed=1"]) == 0

@@ -41,6 +41,8 @@ def _made(folders: list[Path], prompt: str, options: Mapping[str, Any], seed: in
     for place, folder in enumerate(folders):
         opened = open_run(folder, inputs)
         classifies = opened.spec.model.task == "sequence_classification"
+        if classifies and options and len(folders) == 1:
+            raise ConfigError(f"{next(iter(options))} is of writing text, and {folder} classifies; valid: without it")
         for adapted in (False, True) if base and place == 0 else (True,):
             answer = (
                 {"classes": class_probabilities(opened, prompt, adapted)}
