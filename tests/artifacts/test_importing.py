@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loralab.analysis.trials import read_trial
 from loralab.artifacts.importing import import_adapter
 from loralab.artifacts.loralib import read_loralib
 from loralab.cli.main import run
@@ -100,11 +99,6 @@ def test_the_record_says_where_the_run_is_from_and_that_it_is_no_trial_of_a_swee
     assert record["trial"] != trial_id(stored["config"])
     shutil.rmtree(tmp_path / "run")
     assert import_adapter(adapter, tmp_path / "run")["metrics"] == {}
-    trial = read_trial(tmp_path / "run")
-    assert (trial.status, trial.reason.startswith("trained elsewhere; loralab import with val/loss=")) == (
-        "imported",
-        True,
-    )
 
 
 def test_the_card_of_an_import_claims_no_training_of_its_own(adapter, tmp_path):
@@ -119,9 +113,8 @@ def test_the_card_of_an_import_claims_no_training_of_its_own(adapter, tmp_path):
 def test_generate_writes_with_an_imported_adapter_what_peft_writes(adapter, base_folder, tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert run(["import", str(adapter), "--out", folder]) == 0
-    said = capsys.readouterr().out
-    assert f"{folder}: lora, 2,048 parameters, imported from {adapter}" in said
-    assert f"over {base_folder('llama')}, quantization=none" in said
+    about = re.escape(f"{folder}: lora, 2,048 parameters, imported from {adapter}")
+    assert re.match(rf"{about}.*, over .*{base_folder('llama')}, quantization=none\n", capsys.readouterr().out)
     assert run(["generate", folder, "--prompt", "alpha ", "max_new_tokens=8", "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)["runs"][0]["text"]
     tokenizer = AutoTokenizer.from_pretrained(base_folder("llama"))
