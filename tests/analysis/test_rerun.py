@@ -1,6 +1,7 @@
 """The command beside a trial runs that very trial: its words compose to the same id."""
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,18 @@ def test_the_command_to_run_again_is_quoted_and_seeded(tmp_path, synthetic, writ
     write(tmp_path / "a", stored_trial)
     (trial,) = read_results(tmp_path).trials
     assert trial.rerun == "loralab train 'data.prompt={a} {b}\\n' seed=7"
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("data.text='{text}'", "\"data.text='{text}'\""),
+        ("adapter.r=4", "adapter.r=4"),
+        ("data.prompt='{q} $HOME'", None),
+        ("data.prompt='a\"b\\n`c`!'", None),
+    ],
+)
+def test_a_word_reads_well_and_the_shell_reads_the_same(word, shown):
+    line = record.shell_line([word])
+    assert shown in (None, line)
+    assert subprocess.run(["bash", "-c", f"printf %s {line}"], capture_output=True, text=True).stdout == word

@@ -106,6 +106,13 @@ def test_a_relative_folder_is_no_model_of_the_hub(described, base_folder):
     assert ModelCard(text, ignore_metadata_errors=False).data.base_model is None
 
 
+@pytest.mark.parametrize(("dtype", "shown"), [("float32", ", dtype='float32')"), ("auto", ")")])
+def test_the_base_is_loaded_with_the_run_s_dtype(described, dtype, shown):
+    """transformers takes the checkpoint's own without it, which for the shipped base is bfloat16."""
+    text = described(base__name="llama", config__model={"task": "causal_lm", "dtype": dtype})
+    assert f"from_pretrained('llama'{shown}\n" in text
+
+
 def test_without_a_finite_metric_there_is_no_model_index(described):
     text = described(metrics={"val/loss": None})
     assert ModelCard(text).data.eval_results is None

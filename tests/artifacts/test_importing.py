@@ -113,7 +113,8 @@ def test_the_card_of_an_import_claims_no_training_of_its_own(adapter, tmp_path):
 def test_generate_writes_with_an_imported_adapter_what_peft_writes(adapter, base_folder, tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert run(["import", str(adapter), "--out", folder]) == 0
-    assert f"{folder}: lora, 2,048 parameters, imported from {adapter}" in capsys.readouterr().out
+    about = re.escape(f"{folder}: lora, 2,048 parameters, imported from {adapter}")
+    assert re.match(rf"{about}.*, over .*{base_folder('llama')}, quantization=none\n", capsys.readouterr().out)
     assert run(["generate", folder, "--prompt", "alpha ", "max_new_tokens=8", "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)["runs"][0]["text"]
     tokenizer = AutoTokenizer.from_pretrained(base_folder("llama"))

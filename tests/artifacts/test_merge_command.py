@@ -253,6 +253,7 @@ def test_the_table_has_the_figures_of_the_file(finished, tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "merge.json").read_text())
     text = capsys.readouterr().out
     assert f"{found['ways']['merged']['loss']:.4f}" in text
+    assert {"delta_rms", *found["ways"]["merged"]} <= set(found["definitions"])
     assert f"on 3 of 7 validation rows at even distances, {found['measured']['targets']} targets" in text
     assert merge(finished("llama"), tmp_path / "again", "--rows", "3", "--json") == 0
     again = json.loads(capsys.readouterr().out)

@@ -194,7 +194,7 @@ def test_ranks_of_one_seed_begin_alike_and_the_table_says_how_much(finished, tmp
         assert not {"B", "delta_left"} & set(figures)  # they are 0
     assert run(["subspace", str(small)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("q_proj"))
-    assert line.split() == ["q_proj", "2", "0", "0", "0.0000", *["-"] * 6, "0.00"]
+    assert line.split() == ["q_proj", "2", "0", "0.000", "0.0000", *["-"] * 6, "0.00"]
     assert "nan" not in (small / "subspace.json").read_text().lower()
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from loralab.analysis.trials import read_trial
 from loralab.errors import ArtifactError
 from loralab.records import record
 from loralab.reporting.listing import listing, render
@@ -82,3 +83,12 @@ def test_a_damaged_trial_is_counted_in_its_sweep(synthetic_sweep, tmp_path):
     (tmp_path / "s" / "none,r=2,seed=0" / "result.json").write_text("")
     (entry,) = listing(tmp_path)
     assert (entry["completed"], entry["failed"], entry["statuses"]["damaged"]) == (10, 2, 1)
+
+
+def test_an_imported_adapter_without_a_metric_is_no_failure(tmp_path, synthetic, write):
+    stored = synthetic("none", 2, 0)
+    write(tmp_path / "a", {**stored, "metrics": {}, "adapter": {**stored["adapter"], "note": "imported from x (PEFT)"}})
+    write(tmp_path / "b", {**stored, "metrics": {}})
+    statuses = {name: read_trial(tmp_path / name).status for name in "ab"}
+    assert statuses == {"a": "imported", "b": "without_result"}
+    assert "trained elsewhere; loralab import with val/loss=VALUE" in read_trial(tmp_path / "a").reason

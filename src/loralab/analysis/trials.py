@@ -18,6 +18,7 @@ MISSING = "missing"  # listed by the sweep, but has left no record yet
 DAMAGED = "damaged"  # has a record that cannot be read
 STALE = "stale"  # completed, on a base, tokenizer or data files that have changed since
 UNSCORED = "without_result"  # completed, but its metric is no finite number
+IMPORTED = "imported"  # trained elsewhere, and its metric was not given
 
 # Of a record's configuration: what must be an object, what must be one value and not a list of several.
 _GROUPS = ("model", "data", "adapter", "optimizer", "trainer", "quantization", "schedule")
@@ -112,6 +113,7 @@ class TrialResult:
             "running": "still running",
             STALE: f"{self.get('stale')}: no result of what is there now; running it again replaces it",
             UNSCORED: f"completed, but {self.metric} is no finite number: that is no result",
+            IMPORTED: f"trained elsewhere; loralab import with {self.metric}=VALUE gives it a result",
         }.get(self.status, "its process is gone" if gone else "no reason recorded")
 
     def curves(self) -> list[Json]:
@@ -160,11 +162,13 @@ def _score(record: Json, metric: str) -> float | None:
 
 def _status(path: Path, record: Json) -> str:
     """The record's; a run whose process is gone from this machine was interrupted, and one that completed without its
-    metric has no result."""
+    metric has no result, unless it was imported."""
     if record["status"] == "completed":
         metric = TrialResult(path, record, "").metric
         expected = "metric" in record["config"] or metric in record["metrics"]
-        return UNSCORED if expected and _score(record, metric) is None else "completed"
+        if not expected or _score(record, metric) is not None:
+            return "completed"
+        return IMPORTED if str(record["adapter"].get("note") or "").startswith("imported from") else UNSCORED
     gone = record["status"] == "running" and record.get("host") == socket.gethostname() and not _alive(record)
     return "interrupted" if gone else str(record["status"])
 

@@ -19,6 +19,20 @@ from loralab.training.generation import evaluating
 
 CHUNK = 64  # targets whose log-probabilities exist at once, in float64
 NO_DELTA = "the run changes none of these weights"
+DEFINITIONS = {  # of merge.json
+    "loss": "mean negative log-likelihood of a target in nats, of a regression the mean squared error; "
+    "the run's own is under measured",
+    "kl": "mean KL(run || the other model) over the targets' positions, in nats",
+    "weight_error": "RMS of (merged weight - weight that the run computes with) / RMS of the delta, which is what the "
+    "run adds to the base's weight; under ways over all weights that the run changes, under layers of each",
+    "codes_changed": "share of the quantized weights whose code is another one than the base's",
+    "delta_kept": "<e, d> / <d, d> of the delta d and of what the requantized weights add to the base's in fact, e; 1: "
+    "all of it, 0: nothing",
+    "delta_rms": "RMS of the delta of one weight",
+    "changed": "true where the validation rows are not those of the run",
+    "untied": "true where layers of the base shared a weight and the merged ones do not",
+    "undefined": "why a figure is null",
+}
 Within = Callable[[int], AbstractContextManager[None]]  # number of rows -> a context for their forward pass
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 REWRITTEN = ("vera", "bitfit")
 LACKING = {  # methods of loralab's own, and what opens them elsewhere
-    "bottleneck": "it is no sum of a low rank, so that nothing can be merged into the base either",
+    "bottleneck": "it puts a non-linear function behind a layer, which no weight of the base can hold either",
     "intrinsic": "loralab merge writes the base with it merged, which transformers opens",
     "last_layer": "loralab merge writes the base with the trained blocks, which transformers opens",
     "full": "RUN/adapter is a whole model, which transformers opens as it is",

@@ -140,6 +140,7 @@ class _Work:
             "base": {key: run.record["base"][key] for key in ("name", "fingerprint")},
             "quantization": run.spec.quantization.name,
             **written,
+            "definitions": damage.DEFINITIONS,
             "measured": measuring.about if measuring else None,
             "without_adapter": base,
             "ways": ways,

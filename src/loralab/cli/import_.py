@@ -24,7 +24,8 @@ def run(arguments: Arguments) -> int:
     out = Path(arguments.out).expanduser()
     record = import_adapter(Path(path).expanduser(), out, words)
     adapter = record["adapter"]
-    print(f"{out}: {adapter['method']}, {adapter['trainable_parameters']:,} parameters, {adapter['note']}")
+    base = f"over {record['base']['name']}, quantization={record['choices'].get('quantization')}"
+    print(f"{out}: {adapter['method']}, {adapter['trainable_parameters']:,} parameters, {adapter['note']}, {base}")
     return 0
 
 
@@ -33,8 +34,8 @@ IMPORT = Command(
     summary="an adapter of PEFT or loralib as a run folder",
     about="Reads adapter_config.json and adapter_model.safetensors of PEFT (LoRA, (IA)3, VeRA, prefix and prompt\n"
     "tuning), or a loralib state dict (RoBERTa's layout), attaches it to its base and writes a run folder, which\n"
-    "loralab generate opens. The base is the one that PEFT's file names, or k=v. An option that loralab lacks is\n"
-    "refused by its name.",
+    "loralab generate opens. The base is the one that PEFT's file names, or k=v. PEFT's files do not say how it\n"
+    "was quantized: quantization=nf4 does. An option that loralab lacks is refused by its name.",
     usage="PATH --out DIR",
     examples={
         "loralab import my-adapter --out runs/mine quantization=nf4 model.name_or_path=./llama": "over NF4",

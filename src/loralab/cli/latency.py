@@ -8,6 +8,11 @@ from typing import Any
 from loralab.cli.arguments import CONFIG_DIR, JSON, Arguments, Command, Flag
 from loralab.errors import ConfigError
 
+READING = (
+    "pass: rows x tokens; over the base: an arm's median time over the base's of the same round of 5 passes, median "
+    "and quartiles of the rounds, so that what slows the whole machine for a while slows both"
+)
+
 
 def run(arguments: Arguments) -> int:
     """Forward passes of every arm in turn, over one base."""
@@ -30,6 +35,7 @@ def run(arguments: Arguments) -> int:
 def render(measured: Mapping[str, Any]) -> str:
     """A table; below it what the ratio is of, and where it was measured."""
     from loralab.cli.terminal import table
+    from loralab.reporting.layout import terminal_width, wrapped
 
     lines = [("pass", "arm", "parameters", "mean", "std", "median", "over the base (quartiles)")]
     for row in measured["rows"]:
@@ -39,10 +45,11 @@ def render(measured: Mapping[str, Any]) -> str:
         lines.append((f"{row['rows']} x {row['tokens']}", row["arm"], f"{row['parameters']:,}", *times, over))
     about = measured["environment"]
     where = about.get("gpu") if measured["device"] == "cuda" else about.get("cpu")
-    text = f"{measured['base']}, quantization={measured['quantization']}; {where}, {measured['threads']} threads"
+    reading = wrapped(READING, terminal_width(), "  ")
+    text = f"{measured['base']}, quantization={measured['quantization']}; {where}, threads: {measured['threads']}"
     text += "; merged weights are dense" if measured["quantization"] != "none" else ""
     left_out = "".join(f"; {rows} x {tokens} does not fit the base" for rows, tokens in measured["left_out"])
-    return f"{table(lines, right=(2, 3, 4, 5, 6))}\n\n{text}{left_out}"
+    return "\n".join([table(lines, right=(2, 3, 4, 5, 6)), "", *reading, f"{text}{left_out}"])
 
 
 def _percent(ratio: float) -> str:

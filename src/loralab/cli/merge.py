@@ -8,6 +8,12 @@ from typing import Any
 from loralab.cli.arguments import JSON, Arguments, Command, Flag
 from loralab.errors import ConfigError
 
+READING = {  # of the table's columns
+    "KL(run || it)": "KL: from the run's predictions to this model's, mean of a target in nats, as the loss is",
+    "weight error": "weight error: RMS of the difference to what the run computes with / RMS of the delta",
+    "codes changed": "codes changed: share of the quantized weights",
+    "delta kept": "delta kept: the part of it that survives quantizing again, <kept, delta> / <delta, delta>",
+}
 ROWS = 64  # as artifacts/merge.py has it, which needs torch
 
 
@@ -60,12 +66,8 @@ def render(result: Mapping[str, Any]) -> str:
             f"on {about['rows']} of {about['of']} validation rows at even distances, {about['targets']:,} targets"
         )
         lines += ["", f"{rows_used}; *: written"]
-        lines += wrapped(
-            "weight error: RMS of the difference to what the run computes with / RMS of the delta, of the weights that "
-            "the run changes",
-            terminal_width(),
-            "  ",
-        )
+        reading = "; ".join(READING[title] for title in (titles[place] for place in used) if title in READING)
+        lines += wrapped(f"delta: what the run adds to a weight; {reading}", terminal_width(), "  ")
     for note in result["notes"]:
         lines += wrapped(note, terminal_width(), "  ")
     return "\n".join(line.rstrip() for line in lines)
@@ -78,7 +80,7 @@ def _mark(way: str, result: Mapping[str, Any]) -> str:
 def _cells(one: Mapping[str, Any]) -> list[str]:
     kl = one.get("kl")
     shares = [_share(one.get(key)) for key in ("weight_error", "codes_changed", "delta_kept")]
-    return [_number(one.get("loss")), "-" if kl is None else f"{kl:.3g}", *shares]
+    return [_number(one.get("loss")), "-" if kl is None else f"{kl:#.3g}", *shares]
 
 
 def _number(value: float | None) -> str:

@@ -34,7 +34,7 @@ def show_report(folder: Path) -> None:
 
     written = report(folder)
     print(written.table)
-    print(f"\nreport: {written.index}")
+    print(f"report: {written.index}")
 
 
 def messages_to_stderr() -> None:

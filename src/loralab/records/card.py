@@ -187,12 +187,18 @@ def _loading(folder: Path, record: Mapping[str, Any]) -> str:
         "from peft import PeftModel",
         f"from transformers import {auto}",
         "",
-        f"base = {auto}.from_pretrained({path}{count})",
+        f"base = {auto}.from_pretrained({path}{count}{_dtype(record)})",
         'model = PeftModel.from_pretrained(base, "this folder")',
     )
     if not _scheme(record):
         return code
     return f"{code}\n\nThe base was quantized ({_scheme(record)}); over another one the outputs are not quite the same."
+
+
+def _dtype(record: Mapping[str, Any]) -> str:
+    """The argument of from_pretrained, which would take the checkpoint's dtype, where the run had one of its own."""
+    dtype = (record["config"].get("model") or {}).get("dtype")
+    return f", dtype={dtype!r}" if dtype in ("float32", "float16", "bfloat16") else ""
 
 
 def _path(base: str) -> tuple[str, list[str]]:

@@ -102,11 +102,17 @@ def find(root: Path) -> list[Path]:
     return sorted(runs)
 
 
+def shell_line(words: Iterable[str]) -> str:
+    """``shlex.join``, with readable double quotes around a word that holds single ones and nothing that double quotes
+    leave special."""
+    return " ".join(f'"{w}"' if "'" in w and not re.search(r'["$`!\\\n]', w) else shlex.quote(w) for w in words)
+
+
 def rerun(record: Mapping[str, Any]) -> str:
     """The command that runs a trial again, in the folder where it was started."""
     overrides, seed = list(record["overrides"]), record["seed"]
     seeded = seed is None or any(word.lstrip("+").startswith("seed=") for word in overrides)
-    command = shlex.join(["loralab", "train", *overrides, *([] if seeded else [f"seed={seed}"])])
+    command = shell_line(["loralab", "train", *overrides, *([] if seeded else [f"seed={seed}"])])
     return f"{command}  # {MASK} hides a secret" if any(MASK in word for word in overrides) else command
 
 

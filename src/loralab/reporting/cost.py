@@ -18,9 +18,11 @@ KINDS = {  # columns, and the kinds of a plan (planning/tracker.py) that each ad
     "activations": ("activations", "logits", "transient"),
 }
 READING = (
-    "Cost of a trial alone: the predicted peak of the step that was measured, split by what lay in memory at that "
-    "moment (gradients are 0 where the peak lies before they exist; state is the optimizer's; activations with logits "
-    "and what an operator needs for a moment); step: seconds of an average step, measured; adapter file: on disk"
+    "Cost of a trial that ran alone: the predicted peak of the step that was measured (peak alone is of the largest "
+    "batch that the data can give), split by what lay in memory at that moment (gradients are 0 where the peak lies "
+    "before they exist; state is the optimizer's; activations with logits and what an operator needs for a moment); "
+    "step: seconds of an average step, measured, without those whose memory was profiled, as train s; adapter file: on "
+    "disk"
 )
 
 

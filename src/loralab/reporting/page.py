@@ -1,7 +1,6 @@
 """The page of a sweep or a run."""
 
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import MISSING, STALE, TrialResult
 from loralab.analysis.values import canonical, flatten, label
+from loralab.records.record import shell_line
 from loralab.reporting import cost, memory, svg
 from loralab.reporting.figures import figures
 from loralab.reporting.html import Tile, duration, render
@@ -46,7 +46,7 @@ def page(results: SweepResults, comparisons: Sequence[Comparison]) -> str:
         tiles=list(_tiles(results, comparisons, provenance)),
         held_fixed=held_fixed(results),
         facts=provenance,
-        command=shlex.join(map(str, command)) if isinstance(command, list) else command,
+        command=shell_line(map(str, command)) if isinstance(command, list) else command,
         notes=messages(results, comparisons),
         sections=[_section(comparison, len(comparisons) > 1) for comparison in comparisons],
         explained=EXPLAINED,

@@ -12,14 +12,14 @@ from loralab.reporting.layout import aligned, markdown_table, wrapped
 
 UNDEFINED = "-"
 COLUMNS: dict[str, tuple[str, str]] = {  # figure: (title, format)
-    "frobenius": ("|dW|", "{:.4g}"),
+    "frobenius": ("|dW|", "{:#.4g}"),
     "relative_frobenius": ("|dW|/|W|", "{:.4f}"),
     "effective_rank": ("eff. rank", "{:.2f}"),
     "stable_rank": ("stable", "{:.2f}"),
-    "projected": ("|U'WV|", "{:.4g}"),
-    "projected_own": ("W's own", "{:.4g}"),
-    "projected_random": ("random", "{:.3g}"),
-    "amplification": ("amplif.", "{:.3g}"),
+    "projected": ("|U'WV|", "{:#.4g}"),
+    "projected_own": ("W's own", "{:#.4g}"),
+    "projected_random": ("random", "{:#.3g}"),
+    "amplification": ("amplif.", "{:#.3g}"),
     "intruders": ("intruders", "{:.2f}"),
 }
 ENDS = ("relative_frobenius", "effective_rank", "amplification", "intruders")
@@ -30,8 +30,9 @@ READING = (
     f"singular vectors of W + dW, mean of the layers (arXiv 2410.21228); {UNDEFINED}: dW is 0"
 )
 PHI = (
-    "phi(i, j): how much of i directions of the first lies within j of the second, 0 to 1 (LoRA, equation 4); in "
-    "brackets what random matrices give; A's start: of A as it was drawn, the same for the ranks of one seed as far "
+    "phi(i, j): how much of the first i directions of one run lies within the first j of the other, 0 to 1 (LoRA, "
+    "equation 4); in brackets what random matrices give; directions: right singular vectors of A, left ones of B, both "
+    "of dW; A's start: of A as it was drawn, the same for the ranks of one seed as far "
     "as the smaller goes"
 )
 
@@ -41,9 +42,8 @@ Table = tuple[list[str], list[list[str]]]  # titles, rows
 def of_run(content: Mapping[str, Any], width: int) -> str:
     """The table of one run."""
     about = content["run"]
-    head = (
-        f"{about['folder']}: {about['method']} over {about['base']}, {len(content['layers'])} layers; means over blocks"
-    )
+    count = len(content["layers"])
+    head = f"{about['folder']}: {about['method']} over {about['base']}, {count} layers; means over n of them"
     titles = ["layer", "n", "rank", *(title for title, _ in COLUMNS.values())]
     rows = [
         [kind, str(group["layers"]), _mean(group, "rank", "{:g}"), *_means(group)]
@@ -65,7 +65,7 @@ def of_pair(content: Mapping[str, Any], width: int) -> str:
         for what in MATRICES
         if what in group
     ]
-    lines = [*wrapped(f"{names[0]} and {names[1]}; phi, means over blocks", width), ""]
+    lines = [*wrapped(f"{names[0]} and {names[1]}; phi, means over n layers", width), ""]
     lines += [*aligned(titles, rows, range(2, len(titles))), "", *wrapped(PHI, width, "  ")]
     for name, only in zip(names, content["only_in"], strict=True):
         if only:
