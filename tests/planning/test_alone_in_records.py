@@ -178,3 +178,15 @@ def test_the_start_waits_for_no_trace_of_a_trial_alone(planned, monkeypatch):
     monkeypatch.setattr(Trial, "finish_step", lambda trial: order.append("step") or advance(trial))
     Runner().run([planned()[0]])
     assert order == ["step"] * 4 + ["alone"]
+
+
+def test_a_batch_with_one_shorter_row_needs_no_more_than_alone_says(planned, tmp_path):
+    """It is as wide as one of the longest rows, and has a mask of its padding as well."""
+    rows = [{"q": "a" * 20, "a": "b" * 43}] * 8 + [{"q": "a" * 20, "a": "b" * 40}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Files(train=str(path), validation=str(path), prompt="{q}", target="{a}", batch_size=8)
+    spec, encoded = planned(adapter=Full(), data=data)
+    lengths = (64,) * 7 + (61,)
+    ragged = Pass(0, (BatchShape(lengths, lengths, 8 * 44),))
+    assert Foresight().alone(spec, encoded) >= predict_step([spec], Geometry((ragged,), False)).predicted_peak_bytes

@@ -12,7 +12,7 @@ from typing import Any, get_origin, get_type_hints
 from torch import Tensor, nn
 
 from loralab.adapters.base import Adapter, AdapterSpec
-from loralab.adapters.files import weight_bytes
+from loralab.adapters.files import readable_as, weight_bytes
 from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import ArtifactError, ConfigError, unwritable
 
@@ -57,6 +57,7 @@ def save(adapter: Adapter, folder: Path, seed: int = 0) -> int:
         partial.mkdir(parents=True)
         owner, failure = _export(adapter, partial)
         (partial / SPEC).write_text(json.dumps(_stored(adapter.spec, seed, owner), indent=2) + "\n")
+        readable_as(partial / SPEC)
         size = weight_bytes(partial)
         _replace(folder, partial)
     except OSError as error:

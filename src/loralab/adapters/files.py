@@ -1,5 +1,6 @@
 """Trained tensors on disk: safetensors, read again after they are written."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def weight_bytes(folder: Path) -> int:
     """Bytes of all files below ``folder`` that are not text."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.suffix not in TEXTS]
     return sum(file.stat().st_size for file in files)
+
+
+def readable_as(file: Path) -> None:
+    """Gives all files beside and below ``file`` its permissions: safetensors makes its own readable by nobody else."""
+    for other in file.parent.rglob("*"):
+        if other.is_file() and other != file:
+            shutil.copymode(file, other)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

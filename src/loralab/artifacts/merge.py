@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from loralab.adapters.files import readable_as
 from loralab.adapters.merging import check_spec
 from loralab.artifacts import damage, merged_files
 from loralab.artifacts.damage import Damage
@@ -84,6 +85,7 @@ def merge(folder: Path, request: Request) -> dict[str, Any]:
         work = _Work(run, merger, chosen, partial, None if rows is None else Damage(run, rows, request.rows))
         result = work.result(request)
         (partial / merged_files.FIGURES).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        readable_as(partial / merged_files.FIGURES)
     return result
 
 

@@ -122,7 +122,8 @@ def _kept_plan(specs: Sequence[Any], geometry: Geometry) -> Plan:
 def _largest(spec: Any, data: Encoded, device: str) -> Geometry:
     """A step on the largest batch that the rows can make, and the heaviest validation pass where that is larger: a
     smaller one needs less than the step, which also has gradients, states and graph."""
-    step = Pass(0, (fullest(Rows.of(data.train), spec.data.batch_size, spec.packing_length),))
+    rows = Rows.of(data.train)
+    step = Pass(0, (fullest(rows, spec.data.batch_size, spec.packing_length),))
     _, evaluation = heaviest_evaluation([(data.validation, spec.data.batch_size)], _weighing([spec], device)) or (
         0,
         None,
@@ -130,7 +131,9 @@ def _largest(spec: Any, data: Encoded, device: str) -> Geometry:
     if evaluation and not any(a > b for a, b in zip(_sizes(evaluation), _sizes(step), strict=True)):
         evaluation = None
     micros = min(2, spec.trainer.accumulate_grad_batches)
-    return Geometry((step,) * micros, device == "cuda", evaluation, scored=evaluation is not None)
+    # a batch of the longest rows but for one is as wide, and needs masks of its padding as well
+    ragged = spec.data.batch_size > 1 and any(len(set(lengths.tolist())) > 1 for lengths in (rows.inputs, rows.labels))
+    return Geometry((step,) * micros, device == "cuda", evaluation, ragged or None, scored=evaluation is not None)
 
 
 def _sizes(shape: Pass) -> tuple[int, ...]:
