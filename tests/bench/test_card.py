@@ -277,7 +277,8 @@ def test_a_process_that_dies_takes_its_waiting_runs_along_and_says_why(open_shor
     made = open_short()
     monkeypatch.setattr(session, "trainer", lambda made: made.worker("engines.Dies"))
     for number, status in ((0, "completed"), (1, "running")):
-        (entry,) = Runner().run([make_spec(f"work/plan{number}", max_steps=1)])
+        name = f"plan{number}"
+        (entry,) = Runner().run([make_spec(name, folder=made.work / name, max_steps=1)])
         record.write(made.work / f"plan{number}", {**entry, "status": status})
     told = []
     session.run_all(made, "plan", told, [Case({"run": str(i)}, []) for i in range(3)])
