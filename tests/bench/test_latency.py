@@ -42,25 +42,38 @@ def logits(monkeypatch):
 
 def test_a_merged_arm_computes_what_its_adapter_does_and_the_base_stays_the_base(logits):
     measured = latency.latency(WORDS, ("lora", "bottleneck", "prefix"), ((2, 16), (1, 2000)), passes=10)
-    assert list(logits) == ["base", "lora", "lora, merged", "bottleneck", "prefix"]
-    assert all(torch.equal(first, second) for first, second in logits.values())
-    base, lora, merged, bottleneck, prefix = (blocks[0] for blocks in logits.values())
+    assert list(logits) == ["base", "base, again", "lora", "lora, merged", "bottleneck", "prefix"]
+    assert all(torch.equal(blocks[0], block) for blocks in logits.values() for block in blocks)
+    base, again, lora, merged, bottleneck, prefix = (blocks[0] for blocks in logits.values())
+    assert torch.equal(base, again)
     assert (merged - lora).abs().max() < 1e-5
     for other in (lora, bottleneck, prefix):
         assert (other - base).abs().max() > 1e-2
     assert measured["left_out"] == [[1, 2000]]
     for row in measured["rows"]:
-        assert (row["rows"], row["tokens"], row["passes"]) == (2, 16, 10)
+        assert (row["rows"], row["tokens"], row["passes"]) == (2, 16, 12)
         bare = row["arm"] == "base"
         assert (row["median_s"], row["over_base"]) == ((0.25, 1.0) if bare else (0.5, 2.0))
-        assert (row["parameters"] == 0) == bare
+        assert (row["parameters"] == 0) == row["arm"].startswith("base")
+
+
+def test_a_steady_drift_is_no_difference():
+    """Each block takes a tenth longer than the one before; the arm itself is as fast as the base."""
+    order = [True, False] * 4
+    clock, own, bare = 1.0, [], []
+    for first in order:
+        for place in (0, 1):
+            (bare if (place == 0) == first else own).append([clock])
+            clock *= 1.1
+    assert latency._over(own, bare) == pytest.approx([1.0] * 4)
+    assert latency._over([[2 * one] for (one,) in own], bare) == pytest.approx([2.0] * 4)
 
 
 def test_the_command_shows_each_arm(capsys):
     words = ["latency", *WORDS, "--methods", "lora", "--shapes", "1x8", "--passes", "10"]
     assert run([*words, "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
-    assert [row["arm"] for row in measured["rows"]] == ["base", "lora", "lora, merged"]
+    assert [row["arm"] for row in measured["rows"]] == ["base", "base, again", "lora", "lora, merged"]
     assert all(0 < row["mean_s"] < 10 for row in measured["rows"])
     assert run(words) == 0
     out = capsys.readouterr().out

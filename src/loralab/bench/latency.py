@@ -32,8 +32,9 @@ from loralab.training.specs import TrialSpec
 METHODS = ("lora", "bottleneck", "pfeiffer", "prefix")
 SHAPES = ((1, 128), (16, 256), (32, 512))  # rows and tokens of a pass, as in the paper
 BASE = "base"
+AGAIN = "base, again"  # what the measurement cannot tell apart
 MERGED = "merged"
-BLOCK = 5  # passes of an arm in a round, behind one that warms up
+BLOCK = 3  # passes of an arm in a round, behind one that warms up
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def latency(
         raise ConfigError(f"no shape fits: the base has room for {min(rooms)} tokens beside the methods' own")
     labels = 2 if first.model.task == "sequence_classification" else None
     base = Inputs().base(first, labels)
-    arms = [Arm(BASE), *(arm for name, spec in specs.items() for arm in _arms(name, spec))]
+    arms = [Arm(BASE), Arm(AGAIN), *(arm for name, spec in specs.items() for arm in _arms(name, spec))]
     return {
         "base": base.record()["name"],
         "device": first.trainer.device,
@@ -103,22 +104,25 @@ def _rows(base: Base, arms: Sequence[Arm], shape: tuple[int, int], passes: int) 
     given = _inputs(base, *shape)
     blocks: dict[str, list[list[float]]] = {arm.name: [] for arm in arms}
     parameters: dict[str, int] = {}
-    for _, arm in interleaved(arms, max(2, -(-passes // BLOCK))):
+    for _, arm in interleaved(arms, 2 * max(2, -(-passes // (2 * BLOCK)))):
         with _ready(base, arm, shape[0]) as count:
             parameters[arm.name] = count
             blocks[arm.name].append(_timed(base, given))
     for arm in arms:
         seconds = [one for block in blocks[arm.name] for one in block]
-        ratios = [
-            statistics.median(own) / statistics.median(bare)
-            for own, bare in zip(blocks[arm.name], blocks[BASE], strict=True)
-        ]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, middle, high = statistics.quantiles(_over(blocks[arm.name], blocks[BASE]), n=4, method="inclusive")
         yield {
             **{"arm": arm.name, "rows": shape[0], "tokens": shape[1], "parameters": parameters[arm.name]},
             **{"passes": len(seconds), "mean_s": statistics.fmean(seconds), "std_s": statistics.stdev(seconds)},
             **{"median_s": statistics.median(seconds), "over_base": middle, "over_base_quartiles": [low, high]},
         }
+
+
+def _over(own: Sequence[Sequence[float]], bare: Sequence[Sequence[float]]) -> list[float]:
+    """The arm's median time over the base's, one ratio for two rounds: the second is in reverse order, so that in their
+    geometric mean what grows steadily meanwhile counts for both alike."""
+    ratios = [statistics.median(one) / statistics.median(other) for one, other in zip(own, bare, strict=True)]
+    return [(there * back) ** 0.5 for there, back in zip(ratios[::2], ratios[1::2], strict=True)]
 
 
 @contextmanager

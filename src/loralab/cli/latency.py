@@ -9,8 +9,9 @@ from loralab.cli.arguments import CONFIG_DIR, JSON, Arguments, Command, Flag
 from loralab.errors import ConfigError
 
 READING = (
-    "pass: rows x tokens; over the base: an arm's median time over the base's of the same round of 5 passes, median "
-    "and quartiles of the rounds, so that what slows the whole machine for a while slows both"
+    "pass: rows x tokens; over the base: an arm's median time over the base's of the same round, the geometric mean of "
+    "a round and the next one, which is in reverse order; median and quartiles of these pairs; base, again: the same "
+    "as base, so what the measurement cannot tell apart"
 )
 
 
@@ -41,7 +42,7 @@ def render(measured: Mapping[str, Any]) -> str:
     for row in measured["rows"]:
         low, high = row["over_base_quartiles"]
         times = [f"{1000 * row[key]:.2f} ms" for key in ("mean_s", "std_s", "median_s")]
-        over = f"{_percent(row['over_base'])} ({_percent(low)} to {_percent(high)})" if row["parameters"] else ""
+        over = f"{_percent(row['over_base'])} ({_percent(low)} to {_percent(high)})" if row["arm"] != "base" else ""
         lines.append((f"{row['rows']} x {row['tokens']}", row["arm"], f"{row['parameters']:,}", *times, over))
     about = measured["environment"]
     where = about.get("gpu") if measured["device"] == "cuda" else about.get("cpu")
