@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from loralab.adapters.lora import LoRA
 from loralab.artifacts import merged_files
 from loralab.artifacts.reopen import open_run
-from loralab.artifacts.swap import DEQUANTIZED, ORIGINAL, REQUANTIZED, Merger, merged_in_memory
+from loralab.artifacts.swap import DEQUANTIZED, ORIGINAL, REQUANTIZED, Merger
 from loralab.cli.main import run as loralab
 from loralab.models import loading
 from loralab.models.pretrained import Pretrained
@@ -70,8 +70,10 @@ def test_unmerging_gives_the_base_back_bit_for_bit(opened, inputs, family, quant
     targets = ["wte", "c_attn", "c_proj"] if family == "gpt2" else "all-linear"
     run, given = opened(family, LoRA(r=4, target_modules=targets), quantizer), inputs()
     before, computed = bits(run.model), [logits(run, given), logits(run, given, 2)]
-    for way in Merger(run, dtype).ways:
-        merged = merged_in_memory(run, way, dtype)
+    merger = Merger(run, dtype)
+    for way in merger.ways:
+        merged = merger.merge(way)
+        merged.put()
         assert (logits(run, given) - computed[0]).abs().max() > 1e-2
         merged.unmerge()
         after = bits(run.model)

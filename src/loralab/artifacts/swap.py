@@ -217,14 +217,6 @@ class Merger:
         return found
 
 
-def merged_in_memory(run: OpenRun, way: str, dtype: torch.dtype = torch.float32) -> Merged:
-    """``run``'s base with its adapter merged in ``way``, put into the model: a bare forward pass is then the run's, and
-    ``unmerge`` gives the base back bit for bit. Raises ConfigError."""
-    made = Merger(run, dtype).merge(way)
-    made.put()
-    return made
-
-
 def parameters_of(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The parameters of layer ``name`` alone in float32; a linear layer's weight as (out, in), dequantized."""
     layer = model.get_submodule(name)

@@ -151,7 +151,7 @@ class Pretrained:
     def weights(self, config: Any, quantizer: Quantizer, dtype: torch.dtype | str, device: str) -> nn.Module:
         """The model on the host or on ``device``, its Linear layers quantized one by one while they are read."""
         held = prequantized.held(self._named, self.path, config, quantizer)
-        seen = weights.check_files(self._named, self.path, held is not None)
+        stored = weights.check_files(self._named, self.path, held is not None)
         with explained(f"{self._named} cannot be loaded", self.path), weights.quiet_loading():
             model, info = auto_class(self.task).from_pretrained(
                 self.path,
@@ -163,10 +163,10 @@ class Pretrained:
                 ignore_mismatched_sizes=True,  # refuse_differences names them
                 output_loading_info=True,
             )
-        if not seen:  # downloaded by now
-            weights.check_files(self._named, self.path, held is not None)
+        if not stored:  # downloaded by now
+            stored = weights.check_files(self._named, self.path, held is not None)
         if dtype == "auto":
-            weights.name_narrowed(self._named, self.path, model)
+            weights.name_narrowed(self._named, stored, model)
         if held is not None:
             info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not held.is_read(key)}
         new = weights.refuse_differences(self._named, model, info, self.task)

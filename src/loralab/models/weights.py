@@ -4,7 +4,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -204,13 +204,14 @@ def lacks_pooler(model: nn.Module, path: str) -> set[str]:
     return names if stored and not any(re.search(r"(^|\.)pooler\.", key) for key in stored) else set()
 
 
-def check_files(what: str, path: str, quantized: bool = False) -> bool:
-    """False where no file is here yet. Raises ConfigError where one cannot be read, or holds a weight in integers:
-    codes that transformers would take for numbers, unless config.json names their scheme (``quantized``)."""
+def check_files(what: str, path: str, quantized: bool = False) -> list[torch.dtype]:
+    """The dtypes of all stored tensors; empty where no file is here yet. Raises ConfigError where one cannot be read or
+    holds a weight in integers: codes that transformers would take for numbers, unless config.json names their
+    scheme (``quantized``)."""
     from transformers.modeling_utils import load_state_dict
 
-    files = weight_files(path)
-    for file in files:
+    dtypes: list[torch.dtype] = []
+    for file in weight_files(path):
         with explained(f"{what} cannot be loaded, {file.name}"):
             tensors = load_state_dict(file, map_location="meta")
         for name, tensor in tensors.items():
@@ -219,18 +220,14 @@ def check_files(what: str, path: str, quantized: bool = False) -> bool:
                     f"{what}: {name} is stored as {tensor.dtype} in {file.name}, and config.json names no quantization;"
                     " valid: weights in floating point"
                 )
-    return bool(files)
+        dtypes += [tensor.dtype for tensor in tensors.values()]
+    return dtypes
 
 
-def name_narrowed(what: str, path: str, model: nn.Module) -> None:
-    """Warns of weights that were stored wider than they were loaded, since the config.json beside them says so: of
+def name_narrowed(what: str, stored: Sequence[torch.dtype], model: nn.Module) -> None:
+    """Warns of weights that were ``stored`` wider than they were loaded, since the config.json beside them says so: of
     dtype=auto, transformers believes the config and not the files."""
-    from transformers.modeling_utils import load_state_dict
-
     loaded: torch.dtype = model.dtype  # type: ignore[assignment]
-    stored = [
-        tensor.dtype for file in weight_files(path) for tensor in load_state_dict(file, map_location="meta").values()
-    ]
     wider = [dtype for dtype in stored if dtype.is_floating_point and dtype.itemsize > loaded.itemsize > 1]
     if wider:
         held, kept = (str(dtype).removeprefix("torch.") for dtype in (max(wider, key=lambda one: one.itemsize), loaded))

@@ -36,7 +36,7 @@ def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: in
 
 
 def _cost(comparison: Comparison, width: int) -> list[str]:
-    """Wider than the terminal is better than less of it: a line is cut there, as of the results."""
+    """The cost table, lines cut at ``width``, and how it is read; empty where there is none."""
     titles, rows = cost.table(comparison)
     table = aligned(titles, rows, range(len(comparison.results.short), len(titles)))
     return ["", *(line[:width] for line in table), "", *wrapped(cost.READING, width)] if rows else []
