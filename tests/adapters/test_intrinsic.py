@@ -35,9 +35,10 @@ def small():
     return model, attached(Intrinsic(dimension=7, target_modules=["0", "2"]), model)
 
 
-def test_the_transform_is_the_walsh_hadamard_matrix():
-    x = torch.randn(64, dtype=torch.float64)
-    np.testing.assert_allclose(hadamard(x).numpy(), matrix(64) @ x.numpy(), rtol=1e-12)
+@pytest.mark.parametrize("size", [1, 2, 16, 32, 64, 4096])
+def test_the_transform_is_the_walsh_hadamard_matrix(size):
+    x = torch.randn(size, dtype=torch.float64)
+    np.testing.assert_allclose(hadamard(x).numpy(), matrix(size) @ x.numpy(), rtol=1e-11, atol=1e-12)
 
 
 def test_the_projection_is_the_product_of_its_matrices(small):
