@@ -10,7 +10,7 @@ import loralab
 SRC = Path(loralab.__file__).parent
 PLUGIN = SRC.parent / "hydra_plugins"
 FLOORS = [
-    {"errors"},
+    {"errors", "quick_imports"},
     {"spec"},
     {"records", "numerics", "memory"},
     {"quantization", "data"},

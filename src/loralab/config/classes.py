@@ -7,6 +7,7 @@ from typing import Any
 
 from loralab.config.words import own_classes
 from loralab.errors import ConfigError
+from loralab.quick_imports import quick_imports
 from loralab.records import sources
 
 
@@ -18,7 +19,8 @@ def target(node: Any, key: str) -> Any:
     if module.partition(".")[0] != "loralab":
         sources.importable()
     try:
-        return getattr(import_module(module), name)
+        with quick_imports():
+            return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}._target_={node['_target_']!r} cannot be found: {error}") from error
 

@@ -39,8 +39,9 @@ class Inputs:
     _data: dict[str, tuple[Encoded, str | None]] = field(default_factory=dict)
 
     def forget_base(self) -> None:
-        self._base, self._base_key = None, ()
-        gc.collect()
+        if self._base is not None:
+            self._base, self._base_key = None, ()
+            gc.collect()
 
     @property
     def base_bytes(self) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loralab.config.words import forced, quoted
 from loralab.errors import ConfigError, DataError, Interrupted
+from loralab.quick_imports import quick_imports
 from loralab.records import record
 from loralab.records.lock import hold
 from loralab.scheduling.job import Job, Record
@@ -61,7 +62,8 @@ class Session:
     def runner(self) -> "Runner":
         """The same Runner for all trials, which keeps the base loaded."""
         if self._runner is None:
-            from loralab.running.runner import Runner
+            with quick_imports():
+                from loralab.running.runner import Runner
 
             self._runner = Runner(progress=not self.many and sys.stderr.isatty())
         return self._runner  # type: ignore[no-any-return]

@@ -1,0 +1,40 @@
+"""Quicker imports give the same modules."""
+
+import gc
+import subprocess
+import sys
+from textwrap import dedent
+
+from loralab.quick_imports import quick_imports
+
+
+def test_the_collector_is_as_it_was_before():
+    with quick_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_scipy_signal_is_left_out_and_can_be_imported_later():
+    script = """
+        import sys
+        from loralab.quick_imports import quick_imports
+
+        with quick_imports():
+            import torchmetrics
+        assert "scipy.signal" not in sys.modules
+        import scipy.signal
+        assert scipy.signal.windows.hamming(3)[1] == 1.0
+    """
+    subprocess.run([sys.executable, "-c", dedent(script)], check=True)
+
+
+def test_a_module_that_needs_scipy_signal_meanwhile_has_it():
+    script = """
+        from loralab.quick_imports import quick_imports
+
+        with quick_imports():
+            from scipy.signal import find_peaks
+            import scipy.signal
+        assert find_peaks([0, 1, 0])[0].tolist() == [1] and scipy.signal.find_peaks is find_peaks
+    """
+    subprocess.run([sys.executable, "-c", dedent(script)], check=True)
