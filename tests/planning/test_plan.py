@@ -243,6 +243,16 @@ def test_the_largest_is_the_last_that_fits(make, monkeypatch, need):
         assert len(asked) <= 40
 
 
+@pytest.mark.parametrize("budget", [5, 13, 31, 34, 1000, 10**12])
+def test_the_largest_is_found_by_few_predictions_where_memory_is_linear(make, monkeypatch, budget):
+    asked = []
+    monkeypatch.setattr(planning, "_need", lambda spec, what, n, device: asked.append(n) or 10 + 3 * n)
+    spec = make()
+    found = largest(spec, budget, "batch_size", present=10 + 3 * spec.data.batch_size)
+    assert found == min(max(0, (budget - 10) // 3), planning.CEILING["batch_size"])
+    assert len(asked) <= 4 and spec.data.batch_size not in asked
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["batch_size", "max_length", "r"])
 def test_the_largest_batch_length_and_rank_fit(make, what):

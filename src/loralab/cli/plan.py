@@ -38,8 +38,8 @@ def run(arguments: Arguments) -> int:
         return 0
     print(render(predicted), flush=True)
     budget = spec.plan.budget_gib or 0.0
-    for what in planning.WHATS if budget else ():  # each a bisection of traces: a minute or so for a large model
-        fits = planning.largest(spec, budget * planning.GIB, what, predicted.device)
+    for what in planning.WHATS if budget else ():  # each a few traces
+        fits = planning.largest(spec, budget * planning.GIB, what, predicted.device, predicted.device_bytes)
         print(f"largest {what} in {budget:g} GiB, the rest as it is: {fits:,}", flush=True)
     return 0
 

@@ -172,31 +172,64 @@ def estimate(
     return int(trials[0].base + trained + states + activations + logits + dense_layer) + constant
 
 
-def largest(spec: TrialSpec, budget: float, what: str, device: str = "cuda") -> int:
+def largest(spec: TrialSpec, budget: float, what: str, device: str = "cuda", present: int | None = None) -> int:
     """The largest batch_size, max_length or r whose ``device_bytes`` stay within ``budget`` bytes; 0: none does.
 
-    Bisection over ``predict``, alternating with secant steps.
+    ``present``: ``device_bytes`` of ``spec`` as it is; None: not known yet. Memory is nearly linear in each of the
+    three, so a few predictions are enough.
     """
     if what not in WHATS:
         raise ConfigError(f"plan: {what!r} is not something that can be fitted; {nearest(what, WHATS)}")
-    low, high = 1 if what != "max_length" else 2, _ceiling(spec, what) + 1
-    low_need = _need(spec, what, low, device)
-    if low_need > budget:
-        return 0
-    secant, probe = True, 4 * _present(spec, what)
-    while high - low > 1:
-        probe = min(max(probe, low + 1), high - 1)
-        need = _need(spec, what, probe, device)
-        slope = (need - low_need) / (probe - low)
-        if need <= budget:
-            low, low_need = probe, need
+    lowest = 1 if what != "max_length" else 2
+    bracket = _Bracket(budget, lowest - 1, _ceiling(spec, what) + 1)
+    begun = _present(spec, what)
+    if present is not None and lowest <= begun < bracket.high:
+        bracket.narrow(begun, present)
+    probe = 2 * begun if bracket.narrowed else begun
+    while bracket.high - bracket.low > 1:
+        probe = min(max(probe, bracket.low + 1), bracket.high - 1)
+        bracket.narrow(probe, _need(spec, what, probe, device))
+        probe = bracket.probe()
+    return bracket.low if bracket.low >= lowest else 0
+
+
+@dataclass
+class _Bracket:
+    """``low`` fits in ``budget`` bytes, unless nothing does, and ``high`` does not."""
+
+    budget: float
+    low: int
+    high: int
+    low_need: int | None = None  # bytes; None: not known
+    high_need: int | None = None
+    slope: float = 0.0  # bytes a unit between the last two values that fit; 0: not known
+    stalled: int = 0  # predictions since the bracket was halved
+
+    @property
+    def narrowed(self) -> bool:
+        return self.low_need is not None or self.high_need is not None
+
+    def narrow(self, value: int, need: int) -> None:
+        """Takes what ``value`` needs."""
+        width = self.high - self.low
+        if need <= self.budget:
+            if self.low_need is not None:
+                self.slope = (need - self.low_need) / (value - self.low)
+            self.low, self.low_need = value, need
         else:
-            high = probe
-        probe = (low + high) // 2
-        if secant and slope > 0:
-            probe = low + int((budget - low_need) / slope)
-        secant = not secant
-    return low
+            self.high, self.high_need = value, need
+        self.stalled = 0 if 2 * (self.high - self.low) <= width else self.stalled + 1
+
+    def probe(self) -> int:
+        """The value to ask about next: where a straight line meets the budget, the middle where that has not helped."""
+        if self.low_need is None:
+            return self.low + 1
+        room = self.budget - self.low_need
+        if self.high_need is None:
+            return self.low + int(room / self.slope) if self.slope > 0 else 4 * self.low
+        if self.stalled > 2 or self.high_need <= self.low_need:
+            return (self.low + self.high) // 2
+        return self.low + int(room * (self.high - self.low) / (self.high_need - self.low_need))
 
 
 def _ceiling(spec: TrialSpec, what: str) -> int:
