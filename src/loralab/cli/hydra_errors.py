@@ -14,6 +14,8 @@ def translate(error: BaseException, words: Sequence[str]) -> LoralabError | Inte
         return ConfigError("a group was set to null or a number; valid: group=OPTION with one of the options of conf/")
     if isinstance(error, ValueError) and "integer string conversion" in str(error):
         return ConfigError(f"a number has too many digits; valid: at most {sys.get_int_max_str_digits()}")
+    if (mark := getattr(error, "problem_mark", None)) is not None:  # YAML's, of a file of the user's
+        return ConfigError(f"{mark.name}:{mark.line + 1}: {getattr(error, 'problem', None) or 'no YAML'}; valid: YAML")
     translated = explain(error)
     if type(translated) is not LoralabError or translated is error:
         return translated
@@ -74,19 +76,28 @@ PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
 
 
 def _missing_option(choice: str, text: str) -> str:
+    from loralab.config.places import data_root
+    from loralab.config.places import options as options_of
+
     group, _, option = choice.rpartition("/")
     listed = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
     options = re.findall(r"[\w./-]+", listed.group(1) if listed else "")
-    return f"{group}={option}: there is no such option; {nearest(option, options)}"
+    shipped = options_of(data_root() / ("" if group.startswith("sweeps") else "conf") / group)
+    own = [name for name in options if name not in shipped]
+    yours = f"; of your own files: {', '.join(own)}" if own else ""
+    return f"{group}={option}: there is no such option; {nearest(option, options)}{yours}"
 
 
 def _neighbours(full: str, words: Sequence[str]) -> str:
     """What may stand beside ``full``, in the configuration with the groups that the command line chose."""
     from omegaconf import DictConfig
 
-    from loralab.config.compose import compose, data_root
+    from loralab.config.compose import compose
+    from loralab.config.places import conf_folders, data_root
 
-    chosen = [w for w in words if (data_root() / "conf" / w.partition("=")[0]).is_dir() and "," not in w]
+    folders = [data_root() / "conf", *conf_folders().values()]
+    groups = [w for w in words if any((place / w.lstrip("+").partition("=")[0]).is_dir() for place in folders)]
+    chosen = [word for word in groups if "," not in word]
     try:
         node: Any = compose([word for word in chosen if "=" in word])
     except Exception:  # the wrong word may be one of those

@@ -44,6 +44,8 @@ class TrialSpec:
     overrides: list[str] = field(default_factory=list)
     choices: dict[str, str] = field(default_factory=dict)
     sweep: str | None = None
+    flags: list[str] = field(default_factory=list)  # see records/schema.py
+    files: list[str] = field(default_factory=list)  # yaml files of the user's own
 
     def sources(self) -> dict[str, str]:
         """{module: fingerprint} of the spec classes that decide the result and are not loralab's."""
