@@ -7,6 +7,7 @@ from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 
 
 class OwnFiles(SearchPathPlugin):  # type: ignore[misc]
@@ -40,6 +41,16 @@ class OwnSource(FileConfigSource):  # type: ignore[misc]
         name = self._normalize_file_name(config_path)
         is_primary = "/" not in name and (data_root() / "conf" / name).is_file()
         return bool(super().is_config(config_path)) and not is_primary
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        from loralab.config.places import shown
+        from loralab.errors import ConfigError
+
+        result = super().load_config(config_path)
+        if not OmegaConf.is_dict(result.config):
+            file = shown(Path(self.path) / self._normalize_file_name(config_path))
+            raise ConfigError(f"{file} holds a list; valid: a mapping, with _target_ and its keys")
+        return result
 
 
 class SweepSource(ConfigSource):  # type: ignore[misc]

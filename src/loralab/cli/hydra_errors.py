@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError, Interrupted, LoralabError, explain, nearest
@@ -12,10 +13,14 @@ def translate(error: BaseException, words: Sequence[str]) -> LoralabError | Inte
     """``error`` as one of loralab's own; ``words``: the command line, whose groups decide which key is nearest."""
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return ConfigError("a group was set to null or a number; valid: group=OPTION with one of the options of conf/")
+    if isinstance(error, ValueError) and "Invalid defaults list in" in str(error):
+        return ConfigError(f"{error}; valid: defaults: with lines such as - override /adapter: lora")
     if isinstance(error, ValueError) and "integer string conversion" in str(error):
         return ConfigError(f"a number has too many digits; valid: at most {sys.get_int_max_str_digits()}")
+    from loralab.config.places import shown
+
     if (mark := getattr(error, "problem_mark", None)) is not None:  # YAML's, of a file of the user's
-        return ConfigError(f"{mark.name}:{mark.line + 1}: {getattr(error, 'problem', None) or 'no YAML'}; valid: YAML")
+        return ConfigError(f"{shown(Path(mark.name))}:{mark.line + 1}: no YAML: {getattr(error, 'problem', None)}")
     translated = explain(error)
     if type(translated) is not LoralabError or translated is error:
         return translated

@@ -70,13 +70,14 @@ def check_own_files(overrides: list[str], config_dir: str | None = None) -> None
         chosen = chosen_by(overrides)
         if not conf_folders() and not (chosen and own_files({"sweeps": chosen})):
             return
+        trials = [_one_trial(overrides, last) for last in (False, True)]
+        settings = [[word for word in words if not word.startswith("hydra")] for words in trials]
         errors = []
-        for last in (False, True):
-            words = [word for word in _one_trial(overrides, last) if not word.startswith("hydra")]
+        for config in [*map(compose, settings)]:  # both: what Hydra refuses is no trial's own fault
             try:
-                trial_spec(compose(words), Path())
+                trial_spec(config, Path())
             except Exception as error:
-                errors.append(translate(error, words))
+                errors.append(translate(error, overrides))
             else:
                 return
     if str(errors[0]) == str(errors[1]):

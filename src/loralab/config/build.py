@@ -54,8 +54,10 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     from loralab.spec import make  # pydantic, which a configuration that is only shown does not need
 
     base = KINDS.get(key.partition(".")[0], "")
-    bases = [f"{each.__module__}.{each.__name__}" for each in getattr(cls, "__mro__", ())]
-    if not (bases and is_dataclass(cls)) or (base and base not in bases):
+    derived = isinstance(cls, type) and (
+        not base or base in [f"{each.__module__}.{each.__name__}" for each in cls.__mro__]
+    )
+    if not (derived and isinstance(cls, type) and is_dataclass(cls)):
         raise ConfigError(
             f"{key}._target_={node['_target_']!r} is no {base.rpartition('.')[2] or 'spec of loralab'}; valid: a"
             f" dataclass derived from {base or 'one'}"

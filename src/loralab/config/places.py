@@ -54,12 +54,10 @@ def own_files(choices: Mapping[str, str]) -> list[str]:
     """The user's files among ``choices`` ({group: option}), relative to the current folder where they lie below it."""
     from loralab.config.sweep_files import locate
 
-    files = [
-        path
-        for group, option in choices.items()
-        for folder in conf_folders().values()
-        if (path := folder / group / f"{option}.yaml").is_file()
-    ]
+    files: list[Path] = []
+    for group, option in choices.items():
+        places = (folder / group / f"{option}.yaml" for folder in conf_folders().values())
+        files += [path for path in places if path.is_file()][:1]
     sweep = locate(choices["sweeps"]) if choices.get("sweeps") else None
     if sweep is not None and not sweep.is_relative_to(data_root() / "sweeps"):
         files.append(sweep)

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,8 @@ class Session:
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
         except Exception as error:  # Hydra would print its own lines about it
             self.error = error
+            if not self.many:
+                _remove_if_empty()
             return None
         self.records.append(stored)
         return job.value(stored)
@@ -151,6 +153,14 @@ class Session:
             command = f"loralab sweep --resume {shlex.quote(str(self.folder))}"
             stopped.args = (f"{stopped}; {left} trials are left: {command}",)
         return stopped
+
+
+def _remove_if_empty() -> None:
+    """Removes the run folder that Hydra has made, where nothing was written into it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    with suppress(OSError):
+        Path(HydraConfig.get().runtime.output_dir).rmdir()
 
 
 def _without_config_dir(arguments: list[str]) -> tuple[str | None, list[str]]:
