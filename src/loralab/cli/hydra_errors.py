@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError, Interrupted, LoralabError, explain, nearest
@@ -17,10 +16,10 @@ def translate(error: BaseException, words: Sequence[str]) -> LoralabError | Inte
         return ConfigError(f"{error}; valid: defaults: with lines such as - override /adapter: lora")
     if isinstance(error, ValueError) and "integer string conversion" in str(error):
         return ConfigError(f"a number has too many digits; valid: at most {sys.get_int_max_str_digits()}")
-    from loralab.config.places import shown
+    if hasattr(error, "problem_mark"):  # YAML's
+        from loralab.config.sweep_files import not_yaml
 
-    if (mark := getattr(error, "problem_mark", None)) is not None:  # YAML's, of a file of the user's
-        return ConfigError(f"{shown(Path(mark.name))}:{mark.line + 1}: no YAML: {getattr(error, 'problem', None)}")
+        return not_yaml(error) or explain(error)
     translated = explain(error)
     if type(translated) is not LoralabError or translated is error:
         return translated

@@ -15,7 +15,7 @@ def run(arguments: Arguments) -> int:
         raise ConfigError("loralab init needs one folder, which is new or empty; valid: loralab init my-lab")
     folder = Path(arguments.words[0]).expanduser()
     written = write(folder)
-    print(f"{folder}: {', '.join(written)}\n\nnext:\n  cd {shlex.quote(str(folder))}\n  loralab sweep first")
+    print(f"written to {folder}: {', '.join(written)}\n\nnext:\n  cd {shlex.quote(str(folder))}\n  loralab sweep first")
     print("  python -m pytest\n  and README.md, which has the rest")
     return 0
 

@@ -146,7 +146,11 @@ def _read(path: Path) -> DictConfig:
         content = OmegaConf.load(path)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{shown(path)} is no text in UTF-8 ({error.reason}); valid: a sweep file in YAML") from error
-    except OSError as error:
+    except Exception as error:
+        if (refusal := not_yaml(error)) is not None:
+            raise refusal from error
+        if not isinstance(error, OSError):
+            raise
         raise ConfigError(f"{shown(path)} cannot be read as a sweep file: {error.strerror or error}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(
@@ -155,6 +159,14 @@ def _read(path: Path) -> DictConfig:
     if not content:
         raise ConfigError(f"{shown(path)} is empty; valid: a mapping with sweep:, settings and hydra.sweeper.params")
     return content
+
+
+def not_yaml(error: BaseException) -> ConfigError | None:
+    """What YAML refuses of a file, with file and line; None where ``error`` is no error of YAML's."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return None
+    return ConfigError(f"{shown(Path(mark.name))}:{mark.line + 1}: no YAML: {getattr(error, 'problem', None)}")
 
 
 def _is_path(chosen: str) -> bool:

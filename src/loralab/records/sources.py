@@ -11,9 +11,10 @@ from loralab.records import fingerprints
 _loaded: dict[str, tuple[ModuleSpec, str]] = {}  # module: its import spec, the fingerprint of its source then
 
 
-def importable() -> None:
-    """Appends the current folder to sys.path, so that its modules can be imported; installed ones go first."""
-    here = str(Path.cwd())
+def importable(folder: str | None = None) -> None:
+    """Appends ``folder``, None: the current one, to sys.path, so that its modules can be imported; installed ones go
+    first."""
+    here = folder or str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
 

@@ -95,7 +95,8 @@ class UniformLinear(FrozenLinear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight, dequantized for each use."""
-        return (self.codes.float() * (self.absmax / self.top)).to(dtype)
+        weight: Tensor = self.codes.float() * (self.absmax / self.top)
+        return weight.to(dtype)
 
 
 # A data set: ``splits`` returns rows of text. Tokenizing, masking of the prompt and batches are loralab's.
@@ -137,7 +138,7 @@ class TokenError(Metric):
         self.count += target.numel()
 
     def compute(self) -> Tensor:
-        return torch.div(self.wrong, self.count)
+        return self.wrong / self.count
 
 
 # A callback: any Lightning callback. One that knows that several trials may train at once says pack_aware.
