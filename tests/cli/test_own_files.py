@@ -40,7 +40,7 @@ def lab(tmp_path, monkeypatch):
         "lr=3.yaml": SWEEP,
         "conf/adapter/mine.yaml": "defaults: [lora]\nr: 3\nlora_alpha: 6.0\n",
         "conf/quantization/nf4.yaml": "defaults: [int8_absmax]\n",
-        "conf/experiment/own.yaml": "# @package _global_\ndefaults:\n  - override /adapter: mine\nseed: 7\n",
+        "conf/experiment/own.yaml": "defaults: [override /adapter: mine]\nseed: 7\n",
         "conf/train.yaml": "another: application\n",
         "conf/main.yaml": "defaults: [train, _self_]\nseed: 5\n",
         "more/adapter/mine.yaml": "defaults: [lora]\nr: 5\n",

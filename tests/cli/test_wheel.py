@@ -69,7 +69,9 @@ def test_the_installed_wheel_composes_from_an_empty_folder_with_a_space(installe
     lab = [[installed, "init", "lab"], [installed, "sweep", "lab/sweeps/first.yaml", "--cfg", "job", "-p", "sweep"]]
     init, shown = (subprocess.run(words, cwd=folder, capture_output=True, text=True) for words in lab)
     assert init.returncode == 0, init.stderr
-    assert "experiment=sums: there is no such option" in shown.stderr  # of another folder's conf, which is not searched here
+    assert (
+        "experiment=sums: there is no such option" in shown.stderr
+    )  # of another folder's conf, which is not searched here
     words = [installed, "sweep", "first", "--cfg", "job", "-p", "sweep"]
     shown = subprocess.run(words, cwd=folder / "lab", capture_output=True, text=True)
     assert "name: first" in shown.stdout, shown.stderr

@@ -9,6 +9,8 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
+WHOLE = ("experiment/", "method/")  # groups of settings of several groups, with or without the line @package _global_
+
 
 class OwnFiles(SearchPathPlugin):  # type: ignore[misc]
     """Puts the user's folders before loralab's in the search path of loralab, and of no other application."""
@@ -50,6 +52,8 @@ class OwnSource(FileConfigSource):  # type: ignore[misc]
         if not OmegaConf.is_dict(result.config):
             file = shown(Path(self.path) / self._normalize_file_name(config_path))
             raise ConfigError(f"{file} holds a list; valid: a mapping, with _target_ and its keys")
+        if config_path.startswith(WHOLE):
+            result.header["package"] = "_global_"
         return result
 
 

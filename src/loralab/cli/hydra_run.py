@@ -46,7 +46,7 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     if not set(SHOWING).isdisjoint(flags):
         return _show(flags, overrides, many)
     if many:
-        check_own_files(overrides, arguments.config_dir)
+        check_own_files(overrides, arguments.config_dir, arguments.config_name)
         overrides = packed(overrides)
     resumes = arguments.resume is not None
     session = Session(fresh=arguments.fresh, many=many, flags=flags, resumes=resumes)
@@ -57,30 +57,33 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     return code
 
 
-def check_own_files(overrides: list[str], config_dir: str | None = None) -> None:
+def check_own_files(overrides: list[str], config_dir: str | None = None, config_name: str | None = None) -> None:
     """Raises ConfigError where files of the user's own make a configuration that no trial can run, as a key that does
-    not exist does: before anything is written. The first and the last trial are tried."""
+    not exist does: before anything is written. The first and the last trial are tried; an option that is nowhere is
+    refused in either."""
+    from hydra.errors import MissingConfigException
+
     from loralab.cli.hydra_errors import translate
     from loralab.config.build import trial_spec
     from loralab.config.compose import compose
     from loralab.config.places import conf_folders, own_files, searched
     from loralab.config.sweep_files import chosen_by
 
+    errors: list[BaseException] = []
     with searched(config_dir):
         chosen = chosen_by(overrides)
-        if not conf_folders() and not (chosen and own_files({"sweeps": chosen})):
+        elsewhere = any(word.startswith("hydra.searchpath") for word in overrides)
+        if elsewhere or not (conf_folders() or (chosen and own_files({"sweeps": chosen}))):
             return
-        trials = [_one_trial(overrides, last) for last in (False, True)]
-        settings = [[word for word in words if not word.startswith("hydra")] for words in trials]
-        errors = []
-        for config in [*map(compose, settings)]:  # both: what Hydra refuses is no trial's own fault
+        for last in (False, True):
+            words = [word for word in _one_trial(overrides, last) if not word.startswith("hydra")]
             try:
-                trial_spec(config, Path())
+                trial_spec(compose(words, config_name or "train"), Path())
+            except MissingConfigException:
+                raise
             except Exception as error:
                 errors.append(translate(error, overrides))
-            else:
-                return
-    if str(errors[0]) == str(errors[1]):
+    if len(errors) == 2 and str(errors[0]) == str(errors[1]) and "HydraConfig was not set" not in str(errors[0]):
         raise errors[0]
 
 

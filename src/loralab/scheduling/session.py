@@ -37,6 +37,7 @@ class Session:
     records: list[Record] = field(default_factory=list)
     error: Exception | None = None
     _overrides: list[str] = field(default_factory=list)  # the words that are not Hydra's own
+    _searched: list[str] = field(default_factory=list)  # those that name folders to search
     _runner: Any = None
 
     def run(self, arguments: list[str]) -> int:
@@ -50,6 +51,7 @@ class Session:
         register_resolvers()
         config_dir, arguments = _without_config_dir(arguments)
         self._overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]
+        self._searched = [word for word in arguments if word.startswith("hydra.searchpath=")]
         sys.argv = ["loralab", *quoted(forced(arguments))]
         conf = str(data_root() / "conf")
         try:
@@ -74,7 +76,7 @@ class Session:
         """Hydra's task: runs ``config`` and returns its metric to the sweeper; None where there is none."""
         try:
             job = Job.running(config)
-            job.flags = self.flags
+            job.flags = [*self.flags, *self._searched]
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
         except Exception as error:  # Hydra would print its own lines about it
             self.error = error
@@ -90,7 +92,7 @@ class Session:
         if self.resumes and not self.records:
             check_begun(folder, jobs)
         for job in jobs:
-            job.flags = self.flags
+            job.flags = [*self.flags, *self._searched]
         records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options)
         self.records += [records[job.trial] for job in jobs]
         return records

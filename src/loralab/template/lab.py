@@ -53,6 +53,10 @@ class Scale(nn.Module):
         """x (..., in) went into the layer, y (..., out) came out; ``key`` is for dropout."""
         return y + y * self.s.to(y.dtype)  # the base may compute in half precision
 
+    def merged(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's weight (out, in) and bias with the scale in them, for ``loralab merge``. Optional."""
+        return {name: ((1 + self.s) * value.T).T for name, value in own.items()}
+
 
 # A quantizer: ``pack`` turns the weight of one dense layer into a frozen layer.
 

@@ -49,7 +49,9 @@ def test_the_adapter_is_its_formula(base):
     assert name == "model.layers.0.self_attn.q_proj"
     with torch.no_grad():
         delta.s.fill_(0.5)
-        assert torch.allclose(delta(x, layer(x), None), x @ (1.5 * layer.weight).T, atol=1e-6)
+        expected = x @ (1.5 * layer.weight).T
+        assert torch.allclose(delta(x, layer(x), None), expected, atol=1e-6)
+        assert torch.allclose(x @ delta.merged({"weight": layer.weight})["weight"].T, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
