@@ -71,6 +71,7 @@ def test_its_sweep_runs_as_it_lies(lab):
         assert [row["step"] for row in rows if "own/adapter_norm" in row] == [5, 10, 15, 20]
         assert one["metrics"]["val/token_error"] == pytest.approx(1 - one["metrics"]["val/token_accuracy"], abs=1e-6)
         assert {"sweeps/first.yaml", "conf/experiment/sums.yaml", "conf/data/sums.yaml"} <= set(one["code"]["files"])
+        assert list(one["code"]["sources"]) == ["lab"]  # also where it is the data set and the metric alone
     uniform = next(one for one in stored if one["choices"]["quantization"] == "uniform")
     none = next(one for one in stored if one["choices"]["quantization"] == "none")
     layers = none["base"]["quantized_parameters"], uniform["base"]["quantized_parameters"]
