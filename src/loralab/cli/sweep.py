@@ -133,13 +133,14 @@ def _key(word: str) -> str:
 
 SWEEP = Command(
     name="sweep",
-    summary="the question in sweeps/NAME.yaml, or --resume DIR; finished trials are skipped",
+    summary="the question in sweeps/NAME.yaml or a FILE.yaml; finished trials are skipped",
     about="Runs every trial of a sweep file that is not finished yet, in packs, and writes the report.\n"
+    "A NAME is looked up in ./sweeps of the current folder, then among loralab's; a FILE ends in .yaml.\n"
     "Settings replace the file's axes and values; with --resume DIR no name is given, and they only say how it runs.",
-    usage="NAME [k=v ...]",
+    usage="NAME|FILE [k=v ...]",
     examples={
-        "loralab sweep rank": "the file's own axes",
-        "loralab sweep rank adapter.r=4,16 seed=0,1,2,3": "the same question, other axes",
+        "loralab sweep rank adapter.r=4,16 seed=0,1,2,3": "the file's question, with other axes than its own",
+        "loralab sweep ./my_sweep.yaml": "a file of your own",
         "loralab sweep --resume runs/rank": "after a crash: what is left",
     },
     writes="a sweep folder, hydra.sweep.dir (runs/NAME): sweep.json, a run folder a trial, and\n"

@@ -54,7 +54,10 @@ class SweepFile:
 def check_begun(folder: Path, jobs: Sequence[Job]) -> None:
     """Raises ConfigError where the sweep in ``folder`` does not list one of ``jobs``, with which it is to be finished:
     a file of the user's that they are made of has changed since it was begun."""
-    listed = {entry.get("trial") for entry in record.read_sweep(folder)["trials"]}
+    stored = record.read_sweep(folder)
+    if stored.get("schema", record.SCHEMA) < record.SCHEMA:  # which named the same trials otherwise
+        return
+    listed = {entry.get("trial") for entry in stored["trials"]}
     other = [job for job in jobs if job.trial not in listed]
     files = own_files(other[0].choices) if other else []
     if not files:
