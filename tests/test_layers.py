@@ -42,7 +42,8 @@ FENCES = {
     "pydantic": {"spec", "adapters", "data", "records"},
 }
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-FILES = sorted([*SRC.rglob("*.py"), *PLUGIN.rglob("*.py")])
+TEMPLATE = SRC / "template"  # what `loralab init` writes is the user's, and on no floor
+FILES = sorted(path for folder in (SRC, PLUGIN) for path in folder.rglob("*.py") if TEMPLATE not in path.parents)
 
 
 def room(path):

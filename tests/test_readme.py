@@ -3,9 +3,14 @@
 import datetime
 import importlib.util
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+
+from loralab.cli import main
+from loralab.records import record
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -87,3 +92,30 @@ def test_the_table_of_groups_names_every_option(group):
     named = set(re.findall(r"`([\w/]+)`", row))
     named |= {f"{name}_tensor" for name in named} if group == "quantization" else set()
     assert options <= named
+
+
+def test_the_lab_of_the_readme_does_what_its_commands_say(tmp_path, monkeypatch, capsys):
+    """Each with fewer steps; its sweep and its tests as they lie: tests/cli/test_init.py."""
+    section = README.partition("## Extending it")[2]
+    commands, sweep = re.search(r"```console\n(.*?)```.*?```yaml\n(.*?)```", section, re.DOTALL).groups()
+    short = ["trainer.max_steps=1", "data.rows=8", "logger=none", "plan.record=false", "callbacks=none"]
+    done = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not Path(entry, "lab.py").exists()])
+    monkeypatch.setitem(sys.modules, "lab", None)  # the tests' own, which is back afterwards
+    del sys.modules["lab"]
+    for line in commands.splitlines():
+        program, *words = shlex.split(line, comments=True)
+        done.append(program)
+        if program == "cd":
+            monkeypatch.chdir(words[0])
+            Path("my_sweep.yaml").write_text(sweep)
+        elif program == "loralab":
+            assert main.run([*words, *(short if words[0] in ("train", "sweep") else [])]) == 0, capsys.readouterr().err
+        else:
+            assert words == ["-m", "pytest"]
+    assert done == ["loralab", "cd", *["loralab"] * 4, "python"]
+    mine = [record.read(place) for place in record.find(Path("runs/my_sweep"))]
+    targets = [one["config"]["adapter"]["target_modules"] for one in mine if one["seed"] == 1]
+    assert sorted(targets, key=str) == [["q_proj", "v_proj"], ["q_proj"], "all-linear"]
+    assert {one["choices"]["quantization"] for one in mine} == {"uniform"}

@@ -38,21 +38,25 @@ def train(overrides: Sequence[str] = (), fresh: bool = False) -> Record:
     return cast(Record, record)
 
 
-def sweep(name: str, overrides: Sequence[str] = (), fresh: bool = False) -> list[Record]:
-    """The sweep ``name`` of sweeps/, as ``loralab sweep`` runs it: what is finished is not run again unless ``fresh``.
+def sweep(name: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> list[Record]:
+    """The sweep ``name`` of ./sweeps or loralab's, or that of a .yaml file, as ``loralab sweep`` runs it: what is
+    finished is not run again unless ``fresh``.
 
     Returns the records of its trials in their order, also of those that failed (``status``, ``error``). Its folder then
     has the report as well.
     """
     from loralab.cli import hydra_run
     from loralab.cli.subspace import after_sweep
-    from loralab.cli.sweep import check_name, sweep_arguments
+    from loralab.cli.sweep import sweep_arguments
+    from loralab.config import sweep_files
     from loralab.reporting.report import report
 
     _check_words(overrides)
-    check_name(name)
+    chosen = sweep_files.choice(str(name))
     hydra_run.check_axes([*overrides])
-    session = _run(hydra_run.packed(sweep_arguments(name, [*overrides])), fresh, many=True)
+    words = sweep_arguments(chosen, [*overrides])
+    hydra_run.check_own_files(words)
+    session = _run(hydra_run.packed(words), fresh, many=True)
     if session.folder is not None:
         after_sweep(session.folder)
         report(session.folder)

@@ -23,7 +23,8 @@ from loralab.adapters.files import WEIGHTS, read_state
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA, LoRAAdapter, LoRADelta
 from loralab.config.build import build
-from loralab.config.compose import compose, data_root, plain
+from loralab.config.compose import compose, plain
+from loralab.config.places import data_root
 from loralab.optim.optimizers import AdamW
 from loralab.planning.count import count
 from loralab.quantization.base import dense_weight

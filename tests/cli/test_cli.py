@@ -115,16 +115,10 @@ def test_a_folder_of_yaml_files_is_searched_before_loralabs_by_commands_that_hyd
         assert found == {"nf4": "int8_absmax", "fp4": "fp4"}
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("train", "nowhere' not found"),
-        *((name, "--config-dir nowhere: there is no such folder") for name in ("plan", "count", "quantize")),
-    ],
-)
-def test_a_folder_of_yaml_files_that_is_not_there_is_exit_2(own_folder, capsys, command, message):
+@pytest.mark.parametrize("command", ["train", "plan", "count", "quantize"])
+def test_a_folder_of_yaml_files_that_is_not_there_is_exit_2(own_folder, capsys, command):
     assert main.run([command, "-cd", "nowhere"]) == 2
-    assert message in capsys.readouterr().err
+    assert "--config-dir nowhere: there is no such folder" in capsys.readouterr().err
 
 
 def test_another_primary_configuration_is_shown_by_its_name(capsys):

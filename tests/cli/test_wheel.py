@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from loralab.cli.init import TEMPLATE
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,6 +50,8 @@ def test_the_wheel_holds_configurations_sweeps_the_base_and_the_page(wheel):
         "loralab/data/docstrings_train.bin",
         "loralab/py.typed",
         "hydra_plugins/loralab_packed/packed_launcher.py",
+        "hydra_plugins/loralab_own/own_files.py",
+        *(f"loralab/template/{path.relative_to(TEMPLATE)}" for path in TEMPLATE.rglob("*.*") if path.suffix != ".pyc"),
     ]
     assert [name for name in wanted if name not in names] == []
     assert "hydra_plugins/__init__.py" not in names
@@ -62,6 +66,15 @@ def test_the_installed_wheel_composes_from_an_empty_folder_with_a_space(installe
     where = subprocess.run([installed, "train", "--info", "searchpath"], cwd=folder, capture_output=True, text=True)
     assert str(ROOT) not in where.stdout
     assert list(folder.iterdir()) == []
+    lab = [[installed, "init", "lab"], [installed, "sweep", "lab/sweeps/first.yaml", "--cfg", "job", "-p", "sweep"]]
+    init, shown = (subprocess.run(words, cwd=folder, capture_output=True, text=True) for words in lab)
+    assert init.returncode == 0, init.stderr
+    assert (
+        "experiment=sums: there is no such option" in shown.stderr
+    )  # of another folder's conf, which is not searched here
+    words = [installed, "sweep", "first", "--cfg", "job", "-p", "sweep"]
+    shown = subprocess.run(words, cwd=folder / "lab", capture_output=True, text=True)
+    assert "name: first" in shown.stdout, shown.stderr
 
 
 def test_help_answers_without_torch():

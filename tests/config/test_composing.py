@@ -13,7 +13,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from loralab.cli.sweep import sweep_arguments
-from loralab.config.compose import data_root, register_resolvers
+from loralab.config.compose import register_resolvers
+from loralab.config.places import data_root
 from loralab.scheduling.composing import Composed
 
 SWEEPS = sorted(

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from loralab.cli.sweep import sweep_arguments
 from loralab.config.build import SPECS, build, trial_id, trial_spec
-from loralab.config.compose import compose, data_root, plain, sweep_axes
+from loralab.config.compose import compose, plain, sweep_axes
+from loralab.config.places import data_root
 from loralab.scheduling.dimension import search_of
 
 CONF = data_root() / "conf"

@@ -9,7 +9,8 @@ import json
 import pytest
 
 from loralab.config.build import trial_spec
-from loralab.config.compose import compose, data_root
+from loralab.config.compose import compose
+from loralab.config.places import data_root
 from loralab.planning.count import count
 from loralab.running.runner import Runner
 

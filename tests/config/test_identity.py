@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from loralab.adapters.lora import LoRA
 from loralab.config import identity
 from loralab.config.build import trial_id, trial_spec
-from loralab.config.compose import compose, data_root, plain
+from loralab.config.compose import compose, plain
 from loralab.config.identity import difference, settings_key
+from loralab.config.places import data_root
 from loralab.records import record
 
 KNOWN = Path(__file__).with_name("spec_defaults.json")

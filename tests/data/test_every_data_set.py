@@ -11,7 +11,8 @@ import types
 import pytest
 
 from loralab.config.build import build
-from loralab.config.compose import compose, data_root, plain
+from loralab.config.compose import compose, plain
+from loralab.config.places import data_root
 from loralab.data import hub, mining
 from loralab.data.base import SPLITS
 

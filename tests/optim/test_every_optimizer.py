@@ -11,7 +11,8 @@ from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from loralab.config.build import build
-from loralab.config.compose import compose, data_root, plain
+from loralab.config.compose import compose, plain
+from loralab.config.places import data_root
 from loralab.optim.optimizers import cannot_page, describe, restore, states
 
 OPTIMIZERS, SCHEDULES = (

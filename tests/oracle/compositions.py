@@ -11,7 +11,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 
-from loralab.config.compose import data_root
+from loralab.config.places import data_root
 
 
 def keep():
@@ -42,11 +42,16 @@ def _loaded_once(load_config):
     return loaded
 
 
-def _sources(repo):
-    """What is searched, as a key; None where a test may write into it."""
-    found = tuple((source.scheme(), source.provider, source.path) for source in repo.get_sources())
-    folders = [path for scheme, _, path in found if scheme == "file"]
-    return found if all(Path(path).is_relative_to(data_root()) for path in folders) else None
+def _sources(repo, read):
+    """What is searched, as a key; None where a test may write into it, or a sweep file by its path is ``read``."""
+    found = [(source.scheme(), source.provider, source.path) for source in repo.get_sources()]
+    folders = [path for scheme, _, path in found if scheme in ("file", "own")]
+    folders += [path for scheme, _, path in found if scheme == "sweeps" and Path(path, "sweeps").is_dir()]
+    if any("sweeps/." in name or "sweeps=." in name or "sweeps//" in name or "sweeps=/" in name for name in read):
+        return None
+    if not all(Path(path).is_relative_to(data_root()) for path in folders):
+        return None
+    return tuple(source for source in found if source[0] != "sweeps")  # the package's, wherever the test is
 
 
 def _listed_once(create):
@@ -55,7 +60,7 @@ def _listed_once(create):
 
     @functools.wraps(create)
     def listed(repo, config_name, overrides_list, prepend_hydra, skip_missing):
-        sources = _sources(repo)
+        sources = _sources(repo, [word.input_line for word in overrides_list])
         if sources is None:
             return create(repo, config_name, overrides_list, prepend_hydra, skip_missing)
         values = Overrides(repo, overrides_list).config_overrides
@@ -74,7 +79,7 @@ def _merged_once(merge):
 
     @functools.wraps(merge)
     def merged(loader, defaults, repo):
-        sources = _sources(repo)
+        sources = _sources(repo, [str(default.config_path) for default in defaults])
         if sources is None:
             return merge(loader, defaults, repo)
         key = sources, tuple(astuple(default) for default in defaults)

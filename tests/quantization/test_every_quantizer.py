@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from loralab.config.build import build
-from loralab.config.compose import compose, data_root, plain
+from loralab.config.compose import compose, plain
+from loralab.config.places import data_root
 from loralab.models import loading
 from loralab.quantization.base import dense_weight, is_frozen, measure
 from loralab.quantization.linear import FrozenLinear

@@ -82,8 +82,8 @@ class TrialResult:
 
     @property
     def rerun(self) -> str:
-        """The command that runs it again, in the folder where it was started."""
-        return records.rerun(self.record)
+        """The command that runs it again, in the folder where it was started; with that folder where it needs it."""
+        return records.rerun_anywhere(self.record)
 
     @property
     def ended(self) -> str:

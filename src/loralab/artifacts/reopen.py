@@ -18,6 +18,7 @@ from loralab.config.build import trial_spec
 from loralab.errors import ArtifactError, ConfigError
 from loralab.models.loading import Base
 from loralab.records import record as records
+from loralab.records import sources
 from loralab.running.inputs import Inputs
 from loralab.training.generation import evaluating
 from loralab.training.specs import TrialSpec
@@ -88,6 +89,8 @@ def spec_of(folder: Path, record: Mapping[str, Any]) -> TrialSpec:
     """The spec of a record, its relative paths taken from where the run was started. A GPU that this machine lacks is
     replaced by its CPU. Raises ConfigError or ArtifactError where the record's configuration is none of today's."""
     config = staleness.placed(record["config"], record.get("cwd"))
+    if record["code"]["sources"]:  # classes of the folder that it was started in
+        sources.importable(record.get("cwd"))
     try:
         spec = trial_spec(
             config,

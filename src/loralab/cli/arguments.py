@@ -62,8 +62,16 @@ class Arguments(argparse.Namespace):
     @property
     def config_dir(self) -> str | None:
         """The folder that ``--config-dir`` names last; None without the flag."""
-        folders = [value for flag, value in pairwise(self.hydra) if flag == "--config-dir"]
-        return folders[-1] if folders else None
+        return self._last("--config-dir")
+
+    @property
+    def config_name(self) -> str | None:
+        """The primary configuration that ``--config-name`` names last; None without the flag."""
+        return self._last("--config-name")
+
+    def _last(self, name: str) -> str | None:
+        values = [value for flag, value in pairwise(self.hydra) if flag == name]
+        return values[-1] if values else None
 
     def overrides(self) -> list[str]:
         """The words, which must all be settings. Raises ConfigError at anything else."""
@@ -167,7 +175,7 @@ INFO = Flag(
     hydra=True,
 )
 CONFIG_DIR = Flag(
-    ("-cd", "--config-dir"), "a folder of your own yaml files, searched before loralab's", "DIR", hydra=True
+    ("-cd", "--config-dir"), "a folder of your own yaml files, searched before ./conf and loralab's", "DIR", hydra=True
 )
 HYDRA = (
     Flag(("--multirun", "-m"), "a trial for each combination of values, as in seed=0,1", hydra=True),

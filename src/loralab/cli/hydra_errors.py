@@ -12,8 +12,14 @@ def translate(error: BaseException, words: Sequence[str]) -> LoralabError | Inte
     """``error`` as one of loralab's own; ``words``: the command line, whose groups decide which key is nearest."""
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return ConfigError("a group was set to null or a number; valid: group=OPTION with one of the options of conf/")
+    if isinstance(error, ValueError) and "Invalid defaults list in" in str(error):
+        return ConfigError(f"{error}; valid: defaults: with lines such as - override /adapter: lora")
     if isinstance(error, ValueError) and "integer string conversion" in str(error):
         return ConfigError(f"a number has too many digits; valid: at most {sys.get_int_max_str_digits()}")
+    if hasattr(error, "problem_mark"):  # YAML's
+        from loralab.config.sweep_files import not_yaml
+
+        return not_yaml(error) or explain(error)
     translated = explain(error)
     if type(translated) is not LoralabError or translated is error:
         return translated
@@ -74,19 +80,28 @@ PAIRS = (("(", ")"), ("[", "]"), ("{", "}"))
 
 
 def _missing_option(choice: str, text: str) -> str:
+    from loralab.config.places import data_root
+    from loralab.config.places import options as options_of
+
     group, _, option = choice.rpartition("/")
     listed = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
     options = re.findall(r"[\w./-]+", listed.group(1) if listed else "")
-    return f"{group}={option}: there is no such option; {nearest(option, options)}"
+    shipped = options_of(data_root() / ("" if group.startswith("sweeps") else "conf") / group)
+    own = [name for name in options if name not in shipped]
+    yours = f"; of your own files: {', '.join(own)}" if own else ""
+    return f"{group}={option}: there is no such option; {nearest(option, options)}{yours}"
 
 
 def _neighbours(full: str, words: Sequence[str]) -> str:
     """What may stand beside ``full``, in the configuration with the groups that the command line chose."""
     from omegaconf import DictConfig
 
-    from loralab.config.compose import compose, data_root
+    from loralab.config.compose import compose
+    from loralab.config.places import conf_folders, data_root
 
-    chosen = [w for w in words if (data_root() / "conf" / w.partition("=")[0]).is_dir() and "," not in w]
+    folders = [data_root() / "conf", *conf_folders().values()]
+    groups = [w for w in words if any((place / w.lstrip("+").partition("=")[0]).is_dir() for place in folders)]
+    chosen = [word for word in groups if "," not in word]
     try:
         node: Any = compose([word for word in chosen if "=" in word])
     except Exception:  # the wrong word may be one of those

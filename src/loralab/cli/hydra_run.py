@@ -1,6 +1,7 @@
 """What ``train`` and ``sweep`` share: their words go to Hydra, and the report of what was a sweep is shown."""
 
 import sys
+from pathlib import Path
 
 from loralab.cli.arguments import Arguments
 from loralab.errors import ConfigError
@@ -8,8 +9,9 @@ from loralab.errors import ConfigError
 SHOWING = ("--cfg", "--info", "--hydra-help")  # flags with which Hydra shows something and runs nothing
 
 
-def check_axes(overrides: list[str]) -> None:
-    """Raises ConfigError for an axis that a later word would quietly replace."""
+def check_axes(overrides: list[str]) -> dict[str, str]:
+    """{key: word} of the axes among ``overrides``. Raises ConfigError for one that a later word would quietly
+    replace."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
@@ -26,6 +28,7 @@ def check_axes(overrides: list[str]) -> None:
             raise ConfigError(f"{axes[key]} and {word} contradict each other; valid: {key} once, with all its values")
         if parsed.is_sweep_override():
             axes[key] = word
+    return axes
 
 
 def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
@@ -42,13 +45,46 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
         return complete(flags, overrides)
     if not set(SHOWING).isdisjoint(flags):
         return _show(flags, overrides, many)
-    overrides = packed(overrides) if many else overrides
-    session = Session(fresh=arguments.fresh, many=many, flags=flags)
+    if many:
+        check_own_files(overrides, arguments.config_dir, arguments.config_name)
+        overrides = packed(overrides)
+    resumes = arguments.resume is not None
+    session = Session(fresh=arguments.fresh, many=many, flags=flags, resumes=resumes)
     code = session.run([*(["-m"] if many else []), *flags, *overrides])
     if many and session.folder is not None:
         after_sweep(session.folder)
         show_report(session.folder)
     return code
+
+
+def check_own_files(overrides: list[str], config_dir: str | None = None, config_name: str | None = None) -> None:
+    """Raises ConfigError where files of the user's own make a configuration that no trial can run, as a key that does
+    not exist does: before anything is written. The first and the last trial are tried; an option that is nowhere is
+    refused in either."""
+    from hydra.errors import MissingConfigException
+
+    from loralab.cli.hydra_errors import translate
+    from loralab.config.build import trial_spec
+    from loralab.config.compose import compose
+    from loralab.config.places import conf_folders, own_files, searched
+    from loralab.config.sweep_files import chosen_by
+
+    errors: list[BaseException] = []
+    with searched(config_dir):
+        chosen = chosen_by(overrides)
+        elsewhere = any(word.startswith("hydra.searchpath") for word in overrides)
+        if elsewhere or not (conf_folders() or (chosen and own_files({"sweeps": chosen}))):
+            return
+        for last in (False, True):
+            words = [word for word in _one_trial(overrides, last) if not word.startswith("hydra")]
+            try:
+                trial_spec(compose(words, config_name or "train"), Path())
+            except MissingConfigException:
+                raise
+            except Exception as error:
+                errors.append(translate(error, overrides))
+    if len(errors) == 2 and str(errors[0]) == str(errors[1]) and "HydraConfig was not set" not in str(errors[0]):
+        raise errors[0]
 
 
 def packed(overrides: list[str]) -> list[str]:
@@ -76,13 +112,21 @@ def _show(flags: list[str], overrides: list[str], many: bool) -> int:
 
 def _first_trial(overrides: list[str]) -> list[str]:
     """The words of a sweep's first trial, for Hydra shows one configuration; stderr says which it is."""
+    words = _one_trial(overrides)
+    if chosen := [word for word in words if word not in overrides]:
+        print(f"the first trial's: {' '.join(chosen)}", file=sys.stderr)
+    return words
+
+
+def _one_trial(overrides: list[str], last: bool = False) -> list[str]:
+    """The words of a sweep's first or ``last`` trial."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     from loralab.config.words import quoted
 
     parsed = OverridesParser.create().parse_overrides(quoted(overrides))
     swept = [override for override in parsed if override.is_discrete_sweep()]
-    words = [f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}" for override in swept]
-    if swept:
-        print(f"the first trial's: {' '.join(words)}", file=sys.stderr)
+    words = [
+        f"{override.get_key_element()}={[*override.sweep_string_iterator()][-1 if last else 0]}" for override in swept
+    ]
     return [*(str(override.input_line) for override in parsed if not override.is_sweep_override()), *words]

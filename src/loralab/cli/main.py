@@ -16,6 +16,7 @@ from loralab.cli.doctor import DOCTOR
 from loralab.cli.export import EXPORT
 from loralab.cli.generate import GENERATE
 from loralab.cli.import_ import IMPORT
+from loralab.cli.init import INIT
 from loralab.cli.latency import LATENCY
 from loralab.cli.ls import LS
 from loralab.cli.merge import MERGE
@@ -32,7 +33,7 @@ COMMANDS = {
     command.name: command
     for command in (
         *(TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, MERGE, SUBSPACE, EXPORT, IMPORT, PUSH),
-        *(LATENCY, LS, DOCTOR, BENCH),
+        *(LATENCY, LS, INIT, DOCTOR, BENCH),
     )
 }  # in the order of help
 HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?

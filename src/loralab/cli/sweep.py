@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from loralab.cli.arguments import FRESH, HYDRA, Arguments, Command, Flag
-from loralab.errors import ArtifactError, ConfigError, nearest
+from loralab.errors import ArtifactError, ConfigError
 
 
 def run(arguments: Arguments) -> int:
@@ -15,47 +15,49 @@ def run(arguments: Arguments) -> int:
     if arguments.resume is not None:
         overrides = begun_in(Path(arguments.resume).expanduser(), arguments)
     else:
-        name = _take_name(arguments)
+        chosen = _take_name(arguments)
         hydra_run.check_axes(arguments.overrides())
-        overrides = sweep_arguments(name, arguments.overrides())
+        overrides = sweep_arguments(chosen, arguments.overrides())
     return hydra_run.run(arguments, overrides, many=True)
 
 
 def _take_name(arguments: Arguments) -> str:
-    """The sweep's name, taken from the words. Raises ConfigError where there is none, or no such sweep."""
-    names = [word for word in arguments.words if "=" not in word and not word.startswith("~")]
+    """The ``+sweeps=`` choice of the sweep that the words name, which is taken from them. Raises ConfigError where they
+    name none, or one that does not exist."""
+    from loralab.config import sweep_files
+
+    names = [word for word in arguments.words if _is_file(word) or ("=" not in word and not word.startswith("~"))]
     if len(names) != 1:
-        raise ConfigError("loralab sweep needs the name of one sweep; valid: " + ", ".join(sweep_names()))
-    check_name(names[0])
+        raise ConfigError(
+            "loralab sweep needs the name of one sweep, or a .yaml file; valid: " + ", ".join(sweep_files.names())
+        )
     arguments.words.remove(names[0])
-    return names[0]
+    return sweep_files.choice(names[0])
 
 
-def check_name(name: str) -> None:
-    """Raises ConfigError where there is no such sweep."""
-    if name not in sweep_names():
-        raise ConfigError(f"there is no sweep {name!r}; {nearest(name, sweep_names())}")
+def _is_file(word: str) -> bool:
+    """Whether it is a file whose name has ``=`` in it, and no setting."""
+    return word.endswith(".yaml") and Path(word).expanduser().is_file()
 
 
-def sweep_names() -> list[str]:
-    """Of the files in sweeps/, without their ending."""
-    from loralab.config.compose import data_root
+def sweep_arguments(chosen: str, overrides: list[str]) -> list[str]:
+    """Hydra's words for the sweep file of a ``+sweeps=`` choice: its axes, each replaced by an override of the same
+    key. Raises ConfigError where neither the file nor ``overrides`` has axes."""
+    from loralab.cli.hydra_run import check_axes
+    from loralab.config import sweep_files
+    from loralab.config.places import shown
 
-    root = data_root() / "sweeps"
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
-
-
-def sweep_arguments(name: str, overrides: list[str]) -> list[str]:
-    """Hydra's words for ``sweeps/NAME.yaml``: its axes, each replaced by an override of the same key."""
-    from omegaconf import OmegaConf
-
-    from loralab.config.compose import data_root
-
-    stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
-    axes = OmegaConf.select(stored, "hydra.sweeper.params") or {}
+    path = sweep_files.locate(chosen)
+    assert path is not None, chosen
+    axes = sweep_files.axes(path)
+    if axes is None and not check_axes(overrides):
+        raise ConfigError(
+            f"{shown(path)} has no axes; valid: hydra.sweeper.params with them, as in adapter.r: [2, 8], axes on the"
+            " command line, as in seed=0,1, or params: {} for one trial"
+        )
     overridden = {_key(word) for word in overrides}
-    axis_words = [f"{key}={value}" for key, value in axes.items() if _key(key) not in overridden]
-    return [f"+sweeps={name}", "hydra.sweeper.params=null", *axis_words, *overrides]
+    axis_words = [f"{key}={value}" for key, value in (axes or {}).items() if _key(key) not in overridden]
+    return [sweep_files.word(chosen), "hydra.sweeper.params=null", *axis_words, *overrides]
 
 
 def begun_in(folder: Path, arguments: Arguments) -> list[str]:
@@ -77,7 +79,20 @@ def begun_in(folder: Path, arguments: Arguments) -> list[str]:
         print(f"the sweep was begun in {cwd}: relative paths are looked up there", file=sys.stderr)
     elif not cwd.is_dir():
         print(f"the sweep was begun in {cwd}, which is gone: relative paths are looked up in {here}", file=sys.stderr)
+    _check_sweep_file(overrides, folder)
     return [*overrides, f"hydra.sweep.dir={folder}"]
+
+
+def _check_sweep_file(overrides: list[str], folder: Path) -> None:
+    """Raises ConfigError where the sweep file that ``overrides`` name is gone."""
+    from loralab.config import sweep_files
+
+    chosen = sweep_files.chosen_by(overrides)
+    if chosen is not None and sweep_files.locate(chosen) is None:
+        raise ConfigError(
+            f"the sweep file {chosen}, with which {folder} was begun, is gone from {Path.cwd()}; valid: the file in its"
+            f" place, as it was; loralab report {folder} shows what is finished"
+        )
 
 
 def resumed(overrides: list[str], more: list[str]) -> list[str]:
@@ -118,13 +133,14 @@ def _key(word: str) -> str:
 
 SWEEP = Command(
     name="sweep",
-    summary="the question in sweeps/NAME.yaml, or --resume DIR; finished trials are skipped",
+    summary="the question in sweeps/NAME.yaml or a FILE.yaml; finished trials are skipped",
     about="Runs every trial of a sweep file that is not finished yet, in packs, and writes the report.\n"
+    "A NAME is looked up in ./sweeps of the current folder, then among loralab's; a FILE ends in .yaml.\n"
     "Settings replace the file's axes and values; with --resume DIR no name is given, and they only say how it runs.",
-    usage="NAME [k=v ...]",
+    usage="NAME|FILE [k=v ...]",
     examples={
-        "loralab sweep rank": "the file's own axes",
-        "loralab sweep rank adapter.r=4,16 seed=0,1,2,3": "the same question, other axes",
+        "loralab sweep rank adapter.r=4,16 seed=0,1,2,3": "the file's question, with other axes than its own",
+        "loralab sweep ./my_sweep.yaml": "a file of your own",
         "loralab sweep --resume runs/rank": "after a crash: what is left",
     },
     writes="a sweep folder, hydra.sweep.dir (runs/NAME): sweep.json, a run folder a trial, and\n"

@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import identity
 from loralab.config.classes import target
-from loralab.config.compose import compose, data_root, plain
+from loralab.config.compose import compose, plain
 from loralab.config.metrics import of_texts, own_metrics
+from loralab.config.places import conf_folders, data_root, options, searched
 from loralab.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ SPECS = (
     *("adapter", "quantization", "optimizer", "schedule", "model", "memory"),
 )
 OTHERS = ("callbacks", "metrics", "seed", "metric", "metric_mode", "sweep")
+KINDS = {  # what a class of a section derives from
+    "adapter": "loralab.adapters.base.AdapterSpec",
+    "quantization": "loralab.quantization.base.Quantizer",
+    "data": "loralab.data.base.DataSpec",
+}
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes of a file's name, characters of a path
 CACHE_SIZE = 4096
 
@@ -47,9 +53,14 @@ def build(node: Mapping[str, Any], key: str) -> Any:
 def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     from loralab.spec import make  # pydantic, which a configuration that is only shown does not need
 
-    if not (isinstance(cls, type) and is_dataclass(cls)):
+    base = KINDS.get(key.partition(".")[0], "")
+    derived = isinstance(cls, type) and (
+        not base or base in [f"{each.__module__}.{each.__name__}" for each in cls.__mro__]
+    )
+    if not (derived and isinstance(cls, type) and is_dataclass(cls)):
         raise ConfigError(
-            f"{key}._target_={node['_target_']!r} is not a loralab spec; valid: a dataclass derived from one"
+            f"{key}._target_={node['_target_']!r} is no {base.rpartition('.')[2] or 'spec of loralab'}; valid: a"
+            f" dataclass derived from {base or 'one'}"
         )
     try:
         return make(cls, {str(name): value for name, value in node.items() if name != "_target_"}, key)
@@ -223,7 +234,7 @@ def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def quantizers(config: DictConfig, config_dir: str | None = None) -> dict[str, Any]:
     """The schemes of a quantization study by name: ``study.schemes``, or the one that ``quantization=`` chooses.
 
-    A scheme is {option: a file of conf/quantization or of ``config_dir``/quantization, any of its keys}; an option of
+    A scheme is {option: a file of conf/quantization, the user's or loralab's, any of its keys}; an option of
     the scheme's own name may be left out. Each spec is built, so that a wrong key is told before a weight is read.
     """
     content = plain(config)
@@ -235,8 +246,9 @@ def quantizers(config: DictConfig, config_dir: str | None = None) -> dict[str, A
 
 
 def _scheme(name: str, keys: dict[str, Any], config_dir: str | None) -> Any:
-    shipped = _options(data_root() / "conf" / "quantization")
-    users = _options(Path(config_dir) / "quantization") if config_dir else {}
+    shipped = options(data_root() / "conf" / "quantization")
+    with searched(config_dir):
+        users = {option for folder in conf_folders().values() for option in options(folder / "quantization")}
     option = str(keys.pop("option", name))
     if option not in {*shipped, *users}:
         valid = nearest(option, sorted({*shipped, *users}))
@@ -247,8 +259,3 @@ def _scheme(name: str, keys: dict[str, Any], config_dir: str | None) -> Any:
         stored = OmegaConf.load(shipped[option])
     node = OmegaConf.merge(stored, keys)
     return build(cast(Any, OmegaConf.to_container(node)), f"study.schemes.{name}")
-
-
-def _options(folder: Path) -> dict[str, Path]:
-    """{option of a group: its yaml file}; empty where there is no such folder."""
-    return {str(path.relative_to(folder).with_suffix("")): path for path in folder.rglob("*.yaml")}

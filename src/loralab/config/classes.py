@@ -1,12 +1,17 @@
 """Imports the classes that ``_target_`` names; finds the yaml keys that a class of the user's does not have."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
+from traceback import extract_tb
+from types import ModuleType
 from typing import Any
 
+from loralab.config.places import shown
 from loralab.config.words import own_classes
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, nearest
 from loralab.quick_imports import quick_imports
 from loralab.records import sources
 
@@ -21,8 +26,43 @@ def target(node: Any, key: str) -> Any:
     try:
         with quick_imports():
             return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}._target_={node['_target_']!r} cannot be found: {error}") from error
+    except Exception as error:  # a module of the user's own may raise anything
+        said = f"{key}._target_={node['_target_']!r} cannot be found: {_why(error, module, name)}"
+        raise ConfigError(said) from error
+
+
+def _why(error: Exception, module: str, name: str) -> str:
+    """Which part of ``module.name`` is missing and where it was searched, or what its import raised and where."""
+    if not module:
+        return "a class is named with its module; valid: MODULE.CLASS, as in lab.Scaled"
+    if isinstance(error, AttributeError) and (found := sys.modules.get(module)) is not None and _is_loaded(found):
+        file, classes = (
+            getattr(found, "__file__", None),
+            [key for key, value in vars(found).items() if getattr(value, "__module__", "") == module],
+        )
+        return f"{module} ({shown(Path(file)) if file else 'built in'}) has no {name}; {nearest(name, classes)}"
+    missing = str(error.name) if isinstance(error, ModuleNotFoundError) else ""
+    if missing and f"{module}.".startswith(f"{missing}."):
+        parent = missing.rpartition(".")[0]
+        if parent:
+            return f"{parent} has no module {missing.rpartition('.')[2]}"
+        here = sorted(path.stem for path in Path.cwd().glob("*.py"))
+        hint = nearest(missing, here).partition("valid: ")[0] if here else ""
+        return f"there is no module {missing}; {hint}searched: {Path.cwd()} and what is installed in {sys.prefix}"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{shown(Path(error.filename))}:{error.lineno}: {error.msg}"
+    return f"{_raised_at(error)}{type(error).__name__}: {error}"
+
+
+def _is_loaded(module: ModuleType) -> bool:
+    """False while, or after, its import raised."""
+    return not getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
+def _raised_at(error: Exception) -> str:
+    """``lab.py:12: `` of the last line below the current folder that ``error`` went through; empty without one."""
+    frames = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(Path.cwd())]
+    return f"{shown(Path(frames[-1].filename))}:{frames[-1].lineno}: " if frames else ""
 
 
 def foreign_keys(config: Mapping[Any, Any], words: Iterable[str]) -> list[tuple[str, str]]:

@@ -7,21 +7,16 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from loralab.config import sweep_files
 from loralab.config.classes import foreign_keys
+from loralab.config.places import data_root, searched
 from loralab.config.words import forced, own_classes, quoted
 from loralab.errors import ConfigError
 
 
-def data_root() -> Path:
-    """The folder that holds conf/ and sweeps/: the package in a wheel, the repository in a checkout."""
-    package = Path(__file__).parents[1]
-    return package if (package / "conf").is_dir() else package.parents[1]
-
-
 def register_resolvers() -> None:
-    """``loralab.root``, ``loralab.mul`` (alpha tied to r), ``loralab.trial_id`` (a trial's folder in a sweep) and
-    ``loralab.rank_for`` (the rank, or what else sets an adapter's size, with that many parameters)."""
-    OmegaConf.register_new_resolver("loralab.root", lambda: str(data_root()), replace=True)
+    """``loralab.mul`` (alpha tied to r), ``loralab.trial_id`` (a trial's folder in a sweep) and ``loralab.rank_for``
+    (the rank, or what else sets an adapter's size, with that many parameters)."""
     OmegaConf.register_new_resolver("loralab.mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("loralab.trial_id", _trial_id, replace=True)
     OmegaConf.register_new_resolver("loralab.rank_for", _rank_for, replace=True)
@@ -71,31 +66,24 @@ def _refusal(error: BaseException | None) -> ConfigError | None:
 def compose(overrides: list[str], name: str = "train", config_dir: str | None = None) -> DictConfig:
     """The configuration of conf/NAME.yaml with ``overrides``, without running anything.
 
-    ``config_dir``: a folder that is searched before conf/, as by Hydra's flag of this name. Raises ConfigError where
-    there is no such folder.
+    ``config_dir``: a folder that is searched before ./conf and loralab's, as by the flag of this name. Raises
+    ConfigError where there is no such folder.
     """
     words = quoted(forced(overrides))
-    config = _composed(words, name, config_dir)
+    with searched(config_dir):
+        config = _composed(words, name)
     with open_dict(config):
         for group, key in foreign_keys(config, words):
             del config[group][key]
     return config
 
 
-def _composed(words: list[str], name: str = "train", config_dir: str | None = None) -> DictConfig:
+def _composed(words: list[str], name: str = "train") -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        if config_dir is not None:
-            folder = Path(config_dir).absolute()
-            if not folder.is_dir():
-                raise ConfigError(f"--config-dir {config_dir}: there is no such folder; valid: a folder of yaml files")
-            loader: Any = GlobalHydra.instance().config_loader()
-            loader.config_search_path.prepend("command-line", f"file://{folder}")
-            loader.repository.initialize_sources(loader.config_search_path)
         return cast(DictConfig, hydra_compose(name, overrides=words, return_hydra_config=name != "train"))
 
 
@@ -109,9 +97,13 @@ def shown(overrides: list[str]) -> list[str]:
     return [*overrides, *(word for group, key in foreign for word in (f"++{group}.{key}=0", f"~{group}.{key}"))]
 
 
-def sweep_axes(name: str) -> list[str]:
-    """The keys that ``sweeps/NAME.yaml`` varies; empty where there is no such file."""
-    path = data_root() / "sweeps" / f"{name}.yaml"
-    if not path.is_file():
+def sweep_axes(chosen: str, folder: Path | None = None) -> list[str]:
+    """The keys that the sweep file of ``+sweeps=`` varies; empty where there is no such file, or none that can be read.
+
+    ``folder``: the one that the sweep was begun in; None: the current one.
+    """
+    path = sweep_files.locate(chosen, folder)
+    try:
+        return [key.lstrip("+") for key in (sweep_files.axes(path) if path else None) or ()]
+    except ConfigError:  # it has changed since the sweep
         return []
-    return [str(key).lstrip("+") for key in OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}]

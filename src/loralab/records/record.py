@@ -110,10 +110,16 @@ def shell_line(words: Iterable[str]) -> str:
 
 def rerun(record: Mapping[str, Any]) -> str:
     """The command that runs a trial again, in the folder where it was started."""
-    overrides, seed = list(record["overrides"]), record["seed"]
+    flags, overrides, seed = list(record.get("flags") or ()), list(record["overrides"]), record["seed"]
     seeded = seed is None or any(word.lstrip("+").startswith("seed=") for word in overrides)
-    command = shell_line(["loralab", "train", *overrides, *([] if seeded else [f"seed={seed}"])])
+    command = shell_line(["loralab", "train", *flags, *overrides, *([] if seeded else [f"seed={seed}"])])
     return f"{command}  # {MASK} hides a secret" if any(MASK in word for word in overrides) else command
+
+
+def rerun_anywhere(record: Mapping[str, Any]) -> str:
+    """``rerun`` for any folder: a trial with files or classes of the user's own begins with the way to them."""
+    needed = record.get("flags") or record["code"].get("files") or record["code"].get("sources")
+    return f"cd {shlex.quote(record['cwd'])} && {rerun(record)}" if needed and record.get("cwd") else rerun(record)
 
 
 def write_sweep(folder: Path, sweep: Mapping[str, Any]) -> None:

@@ -130,9 +130,10 @@ class EnvironmentSection(TypedDict, total=False):
 
 
 class CodeSection(TypedDict, total=False):
-    """Fingerprints of the files that define classes which are not loralab's."""
+    """What is not loralab's: classes and yaml files of the user's own."""
 
-    sources: dict[str, str] | None
+    sources: dict[str, str] | None  # {module: fingerprint of the file that defines its classes}
+    files: list[str] | None  # yaml files, below ``cwd`` or absolute
 
 
 class Record(TypedDict, total=False):
@@ -145,6 +146,7 @@ class Record(TypedDict, total=False):
     exit_code: int | None
     config: dict[str, Any]
     overrides: list[str]
+    flags: list[str] | None  # Hydra's, that say where yaml files are looked up: --config-dir and its folder
     choices: dict[str, Text]
     seed: int | None
     metrics: dict[str, Any]

@@ -11,15 +11,17 @@ from loralab.records import fingerprints
 _loaded: dict[str, tuple[ModuleSpec, str]] = {}  # module: its import spec, the fingerprint of its source then
 
 
-def importable() -> None:
-    """Appends the current folder to sys.path, so that its modules can be imported; installed ones go first."""
-    here = str(Path.cwd())
+def importable(folder: str | None = None) -> None:
+    """Appends ``folder``, None: the current one, to sys.path, so that its modules can be imported; installed ones go
+    first."""
+    here = folder or str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
 
 
-def of(classes: Iterable[type]) -> dict[str, str]:
-    """{module: fingerprint of its file} of the classes, their base classes, and the class that an adapter ``makes``.
+def of(classes: Iterable[type], metrics: Iterable[type] = ()) -> dict[str, str]:
+    """{module: fingerprint of its file} of the classes, their base classes, and the class that an adapter ``makes``; of
+    ``metrics`` that are in no installed package.
 
     Left out are modules of loralab and of Python, those without a file, and base classes in installed packages, whose
     version the record has. A module that this process has imported has the fingerprint from then, even if its file has
@@ -29,6 +31,7 @@ def of(classes: Iterable[type]) -> dict[str, str]:
     concrete = [cls for spec in specs for cls in (spec, getattr(spec, "makes", spec))]
     inherited = {base.__module__ for cls in concrete for base in cls.__mro__}
     names = {spec.__module__ for spec in specs} | {name for name in inherited if not _installed(name)}
+    names |= {metric.__module__ for metric in metrics if not _installed(metric.__module__)}
     foreign = [name for name in sorted(names) if _is_foreign(name)]
     return {name: fingerprint for name in foreign if (fingerprint := _fingerprint(name))}
 

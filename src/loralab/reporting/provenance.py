@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import TrialResult
 from loralab.analysis.values import canonical, is_number, label, sort_key
 from loralab.config.compose import sweep_axes
+from loralab.config.sweep_files import chosen_by
 from loralab.records.record import RESULT
 
 # What a reader asks first; shown where it is one value in all trials.
@@ -116,9 +118,9 @@ def brief(value: Any) -> str:
 def _own_axes(results: SweepResults) -> list[str]:
     """What the sweep file varies besides seeds; empty where there is no sweep file, or it is not here."""
     overrides = results.about.get("overrides")
-    overrides = overrides if isinstance(overrides, list) else []
-    names = [word.partition("=")[2] for word in map(str, overrides) if word.lstrip("+").startswith("sweeps=")]
-    return [axis for name in names[:1] for axis in sweep_axes(name) if axis != "seed"]
+    chosen = chosen_by(list(map(str, overrides))) if isinstance(overrides, list) else None
+    begun_in = Path(str(results.about["cwd"])) if results.about.get("cwd") else None
+    return [axis for axis in sweep_axes(chosen, begun_in) if axis != "seed"] if chosen else []
 
 
 def _further(results: SweepResults) -> list[str]:

@@ -20,7 +20,8 @@ def open_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     """Writes and returns the record of a trial that begins, the ``index``-th of a pack of ``size``."""
     record = records.blank(spec.id, config=spec.config, overrides=spec.overrides, choices=spec.choices, seed=spec.seed)
     record["pack"] = {"size": size, "index": index}
-    record["environment"], record["code"]["sources"] = environment(), spec.sources()
+    record["environment"] = environment()
+    record["code"], record["flags"] = {"sources": spec.sources(), "files": spec.files}, spec.flags
     record["cwd"] = str(Path.cwd())  # what relative paths among the overrides are relative to
     record["pid"], record["host"] = os.getpid(), socket.gethostname()
     records.write(spec.folder, record)

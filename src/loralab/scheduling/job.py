@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from loralab.config import staleness
 from loralab.config.build import trial_id, trial_spec
 from loralab.config.compose import plain
+from loralab.config.places import own_files
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
 from loralab.records.lock import hold
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec
 
 Record = dict[str, Any]
-_PASSED_ON = ("content", "overrides", "choices", "memory_budget")
+_PASSED_ON = ("content", "overrides", "choices", "memory_budget", "flags")
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Job:
     overrides: list[str]
     choices: dict[str, str]
     memory_budget: float | None = None  # GiB, of the launcher
+    flags: list[str] = field(default_factory=list)  # of Hydra's, with which the trial can be called again
 
     @classmethod
     def running(cls, config: DictConfig) -> "Job":
@@ -125,7 +127,7 @@ class Job:
         stack.enter_context(hold(self.folder))
         self.__dict__.pop("_earlier_run", None)
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(self.content)))
-        return self.spec()
+        return replace(self.spec(), flags=self.flags, files=own_files(self.choices))
 
     def refuse(self, error: LoralabError) -> Record:
         """Writes and returns the record of a trial that is not run."""
@@ -140,7 +142,7 @@ class Job:
         refused = record.blank(
             self.trial, config=self.content, overrides=self.overrides, choices=self.choices, seed=seed
         )
-        refused.update(status=error.status, error=str(error), exit_code=error.exit_code)
+        refused.update(status=error.status, error=str(error), exit_code=error.exit_code, flags=self.flags)
         return refused
 
     def value(self, stored: Record) -> float | None:

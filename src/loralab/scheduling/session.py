@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from loralab.records import record
 from loralab.records.lock import hold
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.sweep import PackOptions, Sweep, set_stale_aside
+from loralab.scheduling.sweep_file import check_begun
 
 if TYPE_CHECKING:
     from loralab.running.runner import Runner
@@ -32,10 +33,12 @@ class Session:
     fresh: bool
     many: bool
     flags: list[str] = field(default_factory=list)  # of Hydra's own, with which a resumed sweep is called again
+    resumes: bool = False  # a begun sweep, whose trials it finishes
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     error: Exception | None = None
     _overrides: list[str] = field(default_factory=list)  # the words that are not Hydra's own
+    _searched: list[str] = field(default_factory=list)  # those that name folders to search
     _runner: Any = None
 
     def run(self, arguments: list[str]) -> int:
@@ -43,14 +46,17 @@ class Session:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them
         import hydra
 
-        from loralab.config.compose import data_root, register_resolvers
+        from loralab.config.compose import register_resolvers
+        from loralab.config.places import data_root, searched
 
         register_resolvers()
+        config_dir, arguments = _without_config_dir(arguments)
         self._overrides = [word for word in arguments if not word.startswith(("-", "hydra"))]
+        self._searched = [word for word in arguments if word.startswith("hydra.searchpath=")]
         sys.argv = ["loralab", *quoted(forced(arguments))]
         conf = str(data_root() / "conf")
         try:
-            with _composed_once(arguments):
+            with searched(config_dir), _composed_once(arguments, config_dir):
                 hydra.main(version_base="1.3", config_path=conf, config_name="train")(self.job)()
         except Interrupted as stopped:
             raise self._with_how_to_resume(stopped) from stopped
@@ -72,9 +78,12 @@ class Session:
         """Hydra's task: runs ``config`` and returns its metric to the sweeper; None where there is none."""
         try:
             job = Job.running(config)
+            job.flags = [*self.flags, *self._searched]
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
         except Exception as error:  # Hydra would print its own lines about it
             self.error = error
+            if not self.many:
+                _remove_if_empty()
             return None
         self.records.append(stored)
         return job.value(stored)
@@ -82,6 +91,10 @@ class Session:
     def sweep(self, folder: Path, jobs: list[Job], header: dict[str, Any], options: PackOptions) -> dict[str, Record]:
         """{trial: record} of ``jobs``, each trial once. The caller holds ``folder``."""
         self.folder = folder
+        if self.resumes and not self.records:
+            check_begun(folder, jobs)
+        for job in jobs:
+            job.flags = [*self.flags, *self._searched]
         records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options)
         self.records += [records[job.trial] for job in jobs]
         return records
@@ -146,19 +159,37 @@ class Session:
         return stopped
 
 
+def _remove_if_empty() -> None:
+    """Removes the run folder that Hydra has made, where nothing was written into it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    with suppress(OSError):
+        Path(HydraConfig.get().runtime.output_dir).rmdir()
+
+
+def _without_config_dir(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(the folder of ``--config-dir``, the other words): Hydra would search it behind loralab's folder."""
+    flag, folder, others = "--config-dir", None, list(arguments)
+    while flag in others:
+        place = others.index(flag)
+        folder = others[place + 1]
+        del others[place : place + 2]
+    return folder, others
+
+
 def _score(job: Job, stored: Record) -> str:
     value = job.value(stored)
     return f"{job.content.get('metric')} {value:.4f}" if value is not None else ""
 
 
 @contextmanager
-def _composed_once(arguments: list[str]) -> Iterator[None]:
+def _composed_once(arguments: list[str], config_dir: str | None) -> Iterator[None]:
     """Keeps Hydra from composing everything once more to see ``hydra.mode``, where nothing can have set it.
 
     No yaml of loralab's sets it: only a word can, or a yaml of the user's.
     """
-    users = ("hydra.mode", "hydra.searchpath", "--config-dir", "--config-name")
-    if any(name in word for word in arguments for name in users):
+    users = ("hydra.mode", "hydra.searchpath", "--config-name")
+    if config_dir or any(name in word for word in arguments for name in users):
         yield
         return
     from hydra._internal.hydra import Hydra

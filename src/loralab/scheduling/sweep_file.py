@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ArtifactError
+from loralab.config.places import own_files
+from loralab.errors import ArtifactError, ConfigError
 from loralab.records import record
 from loralab.scheduling.job import Job
 
@@ -48,6 +49,24 @@ class SweepFile:
         """The overrides of the swept axes; all overrides where the trial has none of them."""
         words = [word.lstrip("+") for word in job.overrides]
         return "  ".join([word for word in words if word.split("=")[0] in self.content["axes"]] or words)
+
+
+def check_begun(folder: Path, jobs: Sequence[Job]) -> None:
+    """Raises ConfigError where the sweep in ``folder`` does not list one of ``jobs``, with which it is to be finished:
+    a file of the user's that they are made of has changed since it was begun."""
+    stored = record.read_sweep(folder)
+    if stored.get("schema", record.SCHEMA) < record.SCHEMA:  # which named the same trials otherwise
+        return
+    listed = {entry.get("trial") for entry in stored["trials"]}
+    other = [job for job in jobs if job.trial not in listed]
+    files = own_files(other[0].choices) if other else []
+    if not files:
+        return
+    raise ConfigError(
+        f"{', '.join(files)}: one of these has changed since {folder} was begun: {len(other)} of {len(jobs)} trials are"
+        f" none of those that it lists, as {' '.join(other[0].overrides)}; valid: the files as they were, or the sweep"
+        " by its name, which runs the trials of today's files beside the finished ones"
+    )
 
 
 def swept_axes(trials: Sequence[Sequence[str]]) -> dict[str, list[str]]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from loralab.adapters.base import AdapterSpec
 from loralab.data.base import DataSpec
@@ -44,11 +45,14 @@ class TrialSpec:
     overrides: list[str] = field(default_factory=list)
     choices: dict[str, str] = field(default_factory=dict)
     sweep: str | None = None
+    flags: list[str] = field(default_factory=list)  # see records/schema.py
+    files: list[str] = field(default_factory=list)  # yaml files of the user's own
 
     def sources(self) -> dict[str, str]:
         """{module: fingerprint} of the spec classes that decide the result and are not loralab's."""
         parts = (self.model, self.quantization, self.adapter, self.data, self.optimizer, self.schedule, self.trainer)
-        return sources.of(map(type, parts))
+        metrics = [cast(type, make.func) for make in self.metrics.values() if isinstance(make, partial)]
+        return sources.of(map(type, parts), metrics)
 
     def own_metrics(self, texts: bool) -> dict[str, Any]:
         """The user's metrics newly made, by name: those of generated ``texts``, or of predictions and targets."""
