@@ -52,7 +52,7 @@ def sweep(name: str, overrides: Sequence[str] = (), fresh: bool = False) -> list
     _check_words(overrides)
     check_name(name)
     hydra_run.check_axes([*overrides])
-    session = _run(hydra_run.packed(sweep_arguments(name, [*overrides])), fresh, many=True)
+    session = _run(sweep_arguments(name, [*overrides]), fresh, many=True)
     if session.folder is not None:
         after_sweep(session.folder)
         report(session.folder)

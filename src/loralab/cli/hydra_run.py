@@ -42,19 +42,12 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
         return complete(flags, overrides)
     if not set(SHOWING).isdisjoint(flags):
         return _show(flags, overrides, many)
-    overrides = packed(overrides) if many else overrides
     session = Session(fresh=arguments.fresh, many=many, flags=flags)
     code = session.run([*(["-m"] if many else []), *flags, *overrides])
     if many and session.folder is not None:
         after_sweep(session.folder)
         show_report(session.folder)
     return code
-
-
-def packed(overrides: list[str]) -> list[str]:
-    """With the launcher that runs trials in packs, unless they name one."""
-    named = any(word.startswith("hydra/launcher=") for word in overrides)
-    return overrides if named else [*overrides, "hydra/launcher=packed"]
 
 
 def _check_flags(flags: list[str]) -> None:
@@ -78,11 +71,18 @@ def _first_trial(overrides: list[str]) -> list[str]:
     """The words of a sweep's first trial, for Hydra shows one configuration; stderr says which it is."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from loralab.config.words import quoted
+    from loralab.config.compose import compose
+    from loralab.config.words import forced, quoted
+    from loralab.scheduling.rounds import of_axes
 
-    parsed = OverridesParser.create().parse_overrides(quoted(overrides))
-    swept = [override for override in parsed if override.is_discrete_sweep()]
-    words = [f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}" for override in swept]
-    if swept:
-        print(f"the first trial's: {' '.join(words)}", file=sys.stderr)
-    return [*(str(override.input_line) for override in parsed if not override.is_sweep_override()), *words]
+    words = quoted(forced(overrides))
+    parsed = OverridesParser.create().parse_overrides(words)
+    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+    if not swept:
+        return overrides
+    master = compose([str(override.input_line) for override in parsed if override.get_key_element() not in swept])
+    task = [str(override.input_line) for override in parsed if not override.is_hydra_override()]
+    hydra = [str(override.input_line) for override in parsed if override.is_hydra_override()]
+    first = of_axes(master, task)[0]
+    print(f"the first trial's: {' '.join(word for word in first if word.partition('=')[0] in swept)}", file=sys.stderr)
+    return [*hydra, *first]

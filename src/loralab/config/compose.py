@@ -18,13 +18,26 @@ def data_root() -> Path:
     return package if (package / "conf").is_dir() else package.parents[1]
 
 
+DEFAULTS = {"launcher": "packed", "sweeper": "loralab"}  # of Hydra's own groups
+
+
 def register_resolvers() -> None:
     """``loralab.root``, ``loralab.mul`` (alpha tied to r), ``loralab.trial_id`` (a trial's folder in a sweep) and
-    ``loralab.rank_for`` (the rank, or what else sets an adapter's size, with that many parameters)."""
+    ``loralab.rank_for`` (the rank, or what else sets an adapter's size, with that many parameters); and loralab's own
+    launcher and sweeper, unless a file or a word names another."""
+    _set_hydra_defaults()
     OmegaConf.register_new_resolver("loralab.root", lambda: str(data_root()), replace=True)
     OmegaConf.register_new_resolver("loralab.mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("loralab.trial_id", _trial_id, replace=True)
     OmegaConf.register_new_resolver("loralab.rank_for", _rank_for, replace=True)
+
+
+def _set_hydra_defaults() -> None:
+    from hydra.conf import HydraConf
+    from hydra.core.config_store import ConfigStore
+
+    chosen = [{key: DEFAULTS.get(key, value) for key, value in entry.items()} for entry in HydraConf().defaults]
+    ConfigStore.instance().store(group="hydra", name="config", node=HydraConf(defaults=chosen), provider="loralab")
 
 
 def _trial_id(*, _root_: DictConfig) -> str:
@@ -59,6 +72,14 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
     for group, key in foreign_keys(resolved, words):
         del resolved[group][key]
     return {str(key): value for key, value in resolved.items()}
+
+
+def plain_sweep(config: DictConfig) -> dict[str, Any]:
+    """What the configuration says under ``sweep``, resolved; empty where it says nothing. Raises ConfigError."""
+    sweep = OmegaConf.to_container(config.sweep, resolve=True) if config.get("sweep") else {}
+    if not isinstance(sweep, dict):
+        raise ConfigError(f"sweep={sweep!r} is no group of settings; valid: a sweep file, or null")
+    return {str(key): value for key, value in sweep.items()}
 
 
 def _refusal(error: BaseException | None) -> ConfigError | None:

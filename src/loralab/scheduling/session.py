@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,20 @@ class Session:
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     error: Exception | None = None
+    listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
+    process: int = field(default_factory=os.getpid)
     _overrides: list[str] = field(default_factory=list)  # the words that are not Hydra's own
     _runner: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that a launcher starts: without what is loaded here."""
+        return {**self.__dict__, "_runner": None, "records": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from loralab.config.compose import register_resolvers
+
+        self.__dict__.update(state)
+        register_resolvers()
 
     def run(self, arguments: list[str]) -> int:
         """The exit code of the first trial that failed, else 0. Raises the error of a single run."""
@@ -72,20 +84,41 @@ class Session:
             job = Job.running(config)
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
         except Exception as error:  # Hydra would print its own lines about it
+            if os.getpid() != self.process:
+                raise
             self.error = error
             return None
         self.records.append(stored)
         return job.value(stored)
 
-    def sweep(self, folder: Path, jobs: list[Job], header: dict[str, Any], options: PackOptions) -> dict[str, Record]:
-        """{trial: record} of ``jobs``, each trial once. The caller holds ``folder``."""
-        self.folder = folder
-        records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options)
-        self.records += [records[job.trial] for job in jobs]
+    def sweep(
+        self,
+        folder: Path,
+        jobs: list[Job],
+        header: dict[str, Any],
+        options: PackOptions,
+        launch: Callable[[list[Job]], None] | None = None,
+    ) -> dict[str, Record]:
+        """{trial: record} of ``jobs``, each trial once. The caller holds ``folder``.
+
+        ``launch``: has trials that are not finished run by another launcher, whose processes call ``job``.
+        """
+        self.folder, self.listing, before = folder, launch is not None, list(self.records)
+        records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options, launch)
+        self.records = [*before, *(records[job.trial] for job in jobs)]
         return records
 
     def _run_in_sweep(self, job: Job, config: Any) -> Record:
-        """A trial of a sweep whose loop is another launcher's (hydra/launcher=basic)."""
+        """A trial of a sweep whose launcher is not loralab's."""
+        if self.listing:
+            sweep = Sweep(job.folder.parent, [], self.fresh, self.runner)
+            sweep.run_packs([[job]])
+            return sweep.records[job.trial]
+        if os.getpid() != self.process:
+            raise ConfigError(
+                "only hydra/sweeper=loralab, the default, has trials run in other processes; valid: that one, or"
+                " hydra/launcher=packed"
+            )
         from hydra.core.hydra_config import HydraConfig
 
         from loralab.scheduling.launch import header
