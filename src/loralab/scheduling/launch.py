@@ -80,7 +80,8 @@ def show_own_lines() -> None:
     """Makes loralab's INFO lines visible on the terminal, except those marked ``terminal=False``."""
     logging.getLogger("loralab").setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(TerminalFilter())
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(TerminalFilter())
 
 
 def compose_all(

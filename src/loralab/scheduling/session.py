@@ -111,9 +111,7 @@ class Session:
     def _run_in_sweep(self, job: Job, config: Any) -> Record:
         """A trial of a sweep whose launcher is not loralab's."""
         if self.listing:
-            sweep = Sweep(job.folder.parent, [], self.fresh, self.runner)
-            sweep.run_packs([[job]])
-            return sweep.records[job.trial]
+            return self._run_alone(job)
         if os.getpid() != self.process:
             raise ConfigError(
                 "only hydra/sweeper=loralab, the default, has trials run in other processes; valid: that one, or"
@@ -129,6 +127,18 @@ class Session:
             sweep_header = header(config, HydraConfig.get(), self.folder)
             sweep_header |= {"overrides": self._overrides, "flags": self.flags}
             return sweep.run(sweep_header, PackOptions(pack=False))[job.trial]
+
+    def _run_alone(self, job: Job) -> Record:
+        """A trial that another process lists in sweep.json, where that is not this one."""
+        from loralab.scheduling.launch import show_own_lines
+
+        show_own_lines()
+        sweep = Sweep(job.folder.parent, [], self.fresh, self.runner)
+        sweep.run_packs([[job]])
+        stored = sweep.records[job.trial]
+        text = "trial %s: %s %s, in process %d"
+        log.info(text, job.trial, stored["status"], _score(job, stored), os.getpid(), extra={"terminal": False})
+        return stored
 
     def _run_single(self, job: Job) -> Record:
         self.folder = job.folder
