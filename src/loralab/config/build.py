@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import identity
-from loralab.config.classes import target
+from loralab.config.classes import BARE, target
 from loralab.config.compose import compose, data_root, plain
 from loralab.config.metrics import of_texts, own_metrics
 from loralab.errors import ConfigError, DataError, nearest
@@ -48,6 +48,11 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     from loralab.spec import make  # pydantic, which a configuration that is only shown does not need
 
     if not (isinstance(cls, type) and is_dataclass(cls)):
+        values = {str(name): value for name, value in node.items() if name != "_target_"}
+        if key in BARE:
+            from loralab.optim import foreign
+
+            return foreign.optimizer_of(cls, values) if key == "optimizer" else foreign.schedule_of(cls, values)
         raise ConfigError(
             f"{key}._target_={node['_target_']!r} is not a loralab spec; valid: a dataclass derived from one"
         )
@@ -92,6 +97,7 @@ def trial_spec(
     _check_scalars(content)
     specs = {key: build(content[key], key) for key in SPECS}
     specs["adapter"].check_quantization(specs["quantization"])
+    specs["schedule"].check(specs["trainer"].max_steps, specs["optimizer"].lr)
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
     metrics = _metrics(content.get("metrics") or {}, specs)
     _check_metric(content["metric"], content["metric_mode"], specs, metrics)

@@ -214,12 +214,10 @@ class _Step:
             replace(self.model, {id(layer): quantizer.convert(layer, name)})
 
     def _trial(self, spec: TrialSpec) -> Trial:
-        optimizer = spec.optimizer
-        unpaged = dataclasses.replace(optimizer, name=UNPAGED.get(optimizer.name, optimizer.name))
         adapter = spec.adapter.attach(self.model, spec.seed)
         check_parameters(adapter, self.model)
         data: Any = SimpleNamespace(train=[0])
-        return Trial(dataclasses.replace(spec, optimizer=unpaged), adapter, data, 0, {})
+        return Trial(dataclasses.replace(spec, optimizer=spec.optimizer.unpaged()), adapter, data, 0, {})
 
     def _optimizer(self) -> Any:
         optimizer = self.module.configure_optimizers()["optimizer"]

@@ -71,6 +71,8 @@ def alone(spec: TrialSpec) -> str:
     """Why a trial cannot share a pass; empty where it can."""
     if spec.adapter.why_alone:
         return spec.adapter.why_alone
+    if spec.optimizer.why_alone:
+        return spec.optimizer.why_alone
     if not spec.quantization.packable:
         return f"quantization={spec.quantization.name} takes scales or outlier columns over all rows of a pass"
     if spec.memory.alone:
