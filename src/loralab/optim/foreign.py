@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Le
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
 
@@ -80,10 +81,24 @@ class AnyOptimizer:
         with torch.random.fork_rng(devices=[]):
             return _Tried.of(self)
 
+    def check_traceable(self) -> None:
+        """Raises ConfigError where it cannot be stepped without values, by which its memory is predicted."""
+        try:
+            with FakeTensorMode():
+                _step(self.cls([{"params": (pair := _matrices(0))}], **self.arguments), [pair])
+        except Exception as error:  # of a class of anybody's
+            text = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"optimizer {self.name} cannot be stepped without values, so its memory is not predicted ({text});"
+                " valid: a step that reads no value of a tensor, or plan.record=false"
+            ) from error
+
     @property
     def pack_key(self) -> tuple[Any, ...]:
-        """Equal for trials that one optimizer may serve: those whose other arguments are settings of a group."""
-        whole = {name: value for name, value in self.arguments.items() if name not in self._tried.group_keys}
+        """Equal for trials that one optimizer may serve. All differ in ``lr`` alone, those of torch's own classes also
+        in what is a setting of a group; another class may read the rest from the optimizer itself."""
+        own = self._tried.settings if self.target.startswith("torch.optim.") else {"lr"}
+        whole = {name: value for name, value in self.arguments.items() if name not in own}
         return (self.target, repr(whole))
 
     @property
@@ -98,9 +113,8 @@ class AnyOptimizer:
         return split_groups(self, named, trial)
 
     def group(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        """A parameter group with the arguments that are settings of a group."""
-        own = {name: value for name, value in self.arguments.items() if name in self._tried.group_keys}
-        return {"params": parameters, **own, "lr": self.lr}
+        """A parameter group with all its settings: what it lacks it would have from the pack's first trial."""
+        return {**self._tried.settings, "params": parameters, "lr": self.lr}
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """One optimizer over the groups of all trials of a pack. Raises ConfigError where it refuses them."""
@@ -120,7 +134,7 @@ class _Tried:
     """What stepping small matrices has shown: the settings of a group, state bytes of a float32 parameter, and whether
     trials are ``separate``: each moves in one optimizer to the bit as it moves alone, and all state is by parameter."""
 
-    group_keys: frozenset[str]
+    settings: dict[str, Any]
     bytes_each: float
     separate: bool
 
@@ -129,7 +143,7 @@ class _Tried:
         pairs = [_matrices(trial) for trial in range(2)]
         groups = [{"params": pair, "lr": made.lr * (1 + trial)} for trial, pair in enumerate(pairs)]
         together = made.cls(groups, **made.arguments)
-        keys = frozenset(together.param_groups[0])
+        settings = {key: value for key, value in together.param_groups[0].items() if key != "params"}
         alone = []
         for trial in range(2):
             pair = _matrices(trial)
@@ -144,7 +158,7 @@ class _Tried:
         parameters = {id(matrix) for pair in pairs for matrix in pair}
         by_parameter = all(id(owner) in parameters for owner in together.state)
         held = sum(leaf.nbytes for leaf in tensors(together.state.values()))
-        return cls(keys, held / sum(matrix.numel() for pair in pairs for matrix in pair), same and by_parameter)
+        return cls(settings, held / sum(matrix.numel() for pair in pairs for matrix in pair), same and by_parameter)
 
 
 def tensors(states: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
@@ -181,7 +195,7 @@ def _try(made: AnyOptimizer, key: str) -> None:
         tried = made._tried
     except Exception as error:  # of a class of anybody's
         raise _refused(made.cls, key, error) from error
-    if "lr" not in tried.group_keys:
+    if "lr" not in tried.settings:
         raise ConfigError(f"{key}: {name} has no lr in its parameter groups, which schedule and record need")
 
 

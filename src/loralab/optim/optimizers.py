@@ -59,6 +59,9 @@ class AdamW:
         """The same with all its state on the device."""
         return replace(self, name=UNPAGED.get(self.name, self.name))
 
+    def check_traceable(self) -> None:
+        """Nothing: it reads no value of a tensor."""
+
     @property
     def memory_key(self) -> tuple[Any, ...]:
         """Equal for optimizers with as much state."""
