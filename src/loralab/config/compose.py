@@ -76,9 +76,10 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
 
 def plain_sweep(config: DictConfig) -> dict[str, Any]:
     """What the configuration says under ``sweep``, resolved; empty where it says nothing. Raises ConfigError."""
-    sweep = OmegaConf.to_container(config.sweep, resolve=True) if config.get("sweep") else {}
-    if not isinstance(sweep, dict):
-        raise ConfigError(f"sweep={sweep!r} is no group of settings; valid: a sweep file, or null")
+    asked = config.get("sweep") or OmegaConf.create()
+    if not isinstance(asked, DictConfig):
+        raise ConfigError(f"sweep={asked!r} is no group of settings; valid: a sweep file, or null")
+    sweep = cast(dict[Any, Any], OmegaConf.to_container(asked, resolve=True))
     return {str(key): value for key, value in sweep.items()}
 
 

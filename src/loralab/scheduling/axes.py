@@ -51,9 +51,7 @@ def trials(words: Sequence[str], zipped: Any = None, when: Any = None, loader: A
     axes = _axes(words, loader)
     conditions = _conditions(when, axes)
     rows = [dict(_flat(row)) for row in product(*map(_places, _groups(zipped, axes)))]
-    present = [
-        tuple((name, place) for name, place in row.items() if _holds(name, row, axes, conditions)) for row in rows
-    ]
+    present = [tuple((name, row[name]) for name in axes if _holds(name, row, axes, conditions)) for row in rows]
     _check_each_holds(conditions, present)
     return [[axes[name].values[place].word for name, place in row] for row in dict.fromkeys(present)]
 

@@ -68,9 +68,7 @@ def _text(value: Any) -> str:
     """A value of a yaml file in Hydra's grammar."""
     from hydra.core.override_parser.types import Override, Quote, QuotedString
 
-    from loralab.config.words import in_quotes
-
-    quoted = QuotedString(in_quotes(value), Quote.single) if isinstance(value, str) else value
+    quoted = QuotedString(value, Quote.single) if isinstance(value, str) else value
     return str(Override._get_value_element_as_str(quoted))
 
 
