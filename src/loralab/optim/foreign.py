@@ -143,7 +143,8 @@ class _Tried:
         pairs = [_matrices(trial) for trial in range(2)]
         groups = [{"params": pair, "lr": made.lr * (1 + trial)} for trial, pair in enumerate(pairs)]
         together = made.cls(groups, **made.arguments)
-        settings = {key: value for key, value in together.param_groups[0].items() if key != "params"}
+        group = made.cls(_matrices(0), **made.arguments).param_groups[0]
+        settings = {key: value for key, value in group.items() if key != "params"}
         alone = []
         for trial in range(2):
             pair = _matrices(trial)
