@@ -112,6 +112,13 @@ def test_a_classifiers_run_ends_with_them(make_spec, make_data):
     assert 0.0 <= record["metrics"]["val/auroc"] <= 1.0
 
 
+def test_one_for_another_number_of_classes_is_refused_before_training(make_spec, make_data):
+    spec = make_spec("labels", "distilbert", data=make_data("labels"), metrics={"auroc": lambda: MulticlassAUROC(7)})
+    record = Runner().run([spec])[0]
+    assert record["error"] == "metrics.auroc.num_classes=7, and the base tells 3 apart; valid: 3"
+    assert not record["time"]["steps"]
+
+
 def test_trials_of_one_pass_have_metrics_of_their_own(make_spec, make_data):
     data = make_data("labels")
     one = make_spec("one", "distilbert", data=data, metrics={"auroc": lambda: MulticlassAUROC(3)})

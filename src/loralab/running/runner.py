@@ -17,7 +17,7 @@ from loralab.records import record
 from loralab.running.attach import attach_trial, open_record
 from loralab.running.finish import close_record
 from loralab.running.fit import Fit
-from loralab.running.inputs import Inputs, TrialData, check_labels
+from loralab.running.inputs import Inputs, TrialData, check_labels, check_metrics
 from loralab.training import checkpoint
 from loralab.training.observer import is_pack_aware
 from loralab.training.specs import TrialSpec
@@ -70,6 +70,7 @@ class Runner:
             stored["memory"].update(predicted(plan))
         base = self.inputs.base(specs[0], len(rows[0].splits.labels) or None)
         check_labels(base, rows)
+        check_metrics(base, specs)
         trials: list[Trial] = []
         try:
             with base.hooks.given(decomposed={}):  # for these trials alone
