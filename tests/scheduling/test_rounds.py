@@ -103,6 +103,7 @@ def test_cfg_shows_the_first_trial_without_an_axis_that_it_lacks(here, capsys):
         (["+sweep.when={adapter.r:{seed:7}}"], "which is so in no trial"),
         (["+sweep.when={adapter.r:{seed:1},seed:{adapter.r:2}}"], "is circular"),
         (["optimizer.lr=interval(0,1)"], "an interval has no values"),
+        (["+sweep.zip=[adapter.r,seed]", "hydra/sweeper=basic"], "hydra/sweeper=basic does not know sweep.zip; valid"),
         (["+sweep=3"], "sweep=3 is no group of settings"),
     ],
 )

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Le
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
 
@@ -83,6 +82,8 @@ class AnyOptimizer:
 
     def check_traceable(self) -> None:
         """Raises ConfigError where it cannot be stepped without values, by which its memory is predicted."""
+        from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
+
         try:
             with FakeTensorMode():
                 _step(self.cls([{"params": (pair := _matrices(0))}], **self.arguments), [pair])
@@ -137,6 +138,7 @@ class _Tried:
     settings: dict[str, Any]
     bytes_each: float
     separate: bool
+    paged: bool
 
     @classmethod
     def of(cls, made: AnyOptimizer) -> "_Tried":
@@ -159,7 +161,8 @@ class _Tried:
         parameters = {id(matrix) for pair in pairs for matrix in pair}
         by_parameter = all(id(owner) in parameters for owner in together.state)
         held = sum(leaf.nbytes for leaf in tensors(together.state.values()))
-        return cls(settings, held / sum(matrix.numel() for pair in pairs for matrix in pair), same and by_parameter)
+        each = held / sum(matrix.numel() for pair in pairs for matrix in pair)
+        return cls(settings, each, same and by_parameter, bool(getattr(together, "is_paged", False)))
 
 
 def tensors(states: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
@@ -196,6 +199,11 @@ def _try(made: AnyOptimizer, key: str) -> None:
         tried = made._tried
     except Exception as error:  # of a class of anybody's
         raise _refused(made.cls, key, error) from error
+    if tried.paged:
+        raise ConfigError(
+            f"{key}: {name} keeps its state in paged memory, whose bytes are counted for loralab's own alone; valid:"
+            " optimizer=paged_adamw or paged_adamw_8bit, or a class that pages nothing"
+        )
     if "lr" not in tried.settings:
         raise ConfigError(f"{key}: {name} has no lr in its parameter groups, which schedule and record need")
 

@@ -23,6 +23,7 @@ from loralab.scheduling.train_log import TerminalFilter
 
 log = logging.getLogger(__name__)
 
+OF_SWEEPER = ("zip", "when", "d90")  # what only loralab's sweeper does of what a sweep file says
 BY_TRIAL = "${loralab.trial_id:}"  # hydra.sweep.subdir as conf/train.yaml has it
 
 
@@ -58,6 +59,11 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
     ``hydra``: Hydra's own part of the configuration.
     """
     sweep = plain_sweep(config)
+    sweeper = str(hydra.runtime.choices.get("hydra/sweeper"))
+    if sweeper != "loralab" and (own := [key for key in OF_SWEEPER if sweep.get(key) is not None]):
+        raise ConfigError(
+            f"hydra/sweeper={sweeper} does not know sweep.{own[0]}; valid: hydra/sweeper=loralab, the default"
+        )
     if not isinstance(wanted := sweep.get("subspace"), bool | None):
         raise ConfigError(f"sweep.subspace={wanted!r} is no answer; valid: true, false")
     return {
