@@ -122,7 +122,7 @@ def test_a_process_that_dies_costs_its_trial_alone(sweep, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert code == 4
     assert "ended with RuntimeError: a worker was terminated: [0, -9]" in err
-    assert "its process has left no result in s/" in err
+    assert "there is no result in s/" in err
     assert "loralab sweep --resume s" in err
     assert sorted(listed().values()) == ["completed", "failed"]
     monkeypatch.setattr(Session, "_run_alone", real)

@@ -57,7 +57,8 @@ class _Watch:
 
     def give_up(self) -> None:
         for job in self.waiting:
+            folder = job.folder
             reason = (
-                f"its process has left no result in {job.folder}; valid: loralab sweep --resume {job.folder.parent}"
+                f"there is no result in {folder}: its process died or was never started; valid: loralab sweep --resume"
             )
-            self.close(job, job.refusal(ArtifactError(reason)))
+            self.close(job, job.refusal(ArtifactError(f"{reason} {folder.parent}")))
