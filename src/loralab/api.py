@@ -56,7 +56,7 @@ def sweep(name: str | Path, overrides: Sequence[str] = (), fresh: bool = False) 
     hydra_run.check_axes([*overrides])
     words = sweep_arguments(chosen, [*overrides])
     hydra_run.check_own_files(words)
-    session = _run(hydra_run.packed(words), fresh, many=True)
+    session = _run(words, fresh, many=True)
     if session.folder is not None:
         after_sweep(session.folder)
         report(session.folder)

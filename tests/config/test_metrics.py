@@ -36,8 +36,16 @@ CHRF = given("torchmetrics.text.CHRFScore")
         ([*CLASSIFIER, *given("torch.nn.Linear")], r"is not a torchmetrics metric"),
         ([*CLASSIFIER, "+metrics.own=3"], r"metrics\.own must be"),
         ([*CLASSIFIER, *given("torchmetrics.classification.MulticlassConfusionMatrix", num_classes=2)], "no single"),
+        ([*CLASSIFIER, *given("torchmetrics.MetricCollection")], "is several metrics; valid: each by a metrics.NAME"),
+        ([*CLASSIFIER, *given("torchmetrics.MeanMetric")], "MeanMetric aggregates a value by weights"),
+        ([*CLASSIFIER, *given("torchmetrics.classification.BinaryAUROC")], r"BinaryAUROC cannot be used: .*logits"),
+        ([*CLASSIFIER, *given("torchmetrics.classification.MulticlassROC", num_classes=2)], "no single number"),
+        ([*CLASSIFIER, *given("torchmetrics.wrappers.MinMaxMetric")], r"MinMaxMetric cannot be used: .*base_metric"),
         (["metrics=none", *CHRF], r"CHRFScore scores generated texts.*data\.generate_rows"),
-        ([*CLASSIFIER, *given("torchmetrics.MeanMetric", "accuracy")], "val/accuracy is measured already"),
+        (
+            [*CLASSIFIER, *given("torchmetrics.classification.MulticlassAccuracy", "accuracy", num_classes=2)],
+            "val/accuracy is measured already",
+        ),
         ([*GENERATED, *given("torchmetrics.text.Perplexity")], r"metrics\.own: "),
         ([*CLASSIFIER, *AUROC, "metric=val/own"], "higher is better"),
         ([*CLASSIFIER, "metric=val/own"], "is not measured by this run"),
@@ -102,6 +110,13 @@ def test_a_classifiers_run_ends_with_them(make_spec, make_data):
     record = Runner().run([spec])[0]
     assert record["status"] == "completed", record["error"]
     assert 0.0 <= record["metrics"]["val/auroc"] <= 1.0
+
+
+def test_one_for_another_number_of_classes_is_refused_before_training(make_spec, make_data):
+    spec = make_spec("labels", "distilbert", data=make_data("labels"), metrics={"auroc": lambda: MulticlassAUROC(7)})
+    record = Runner().run([spec])[0]
+    assert record["error"] == "metrics.auroc.num_classes=7, and the base tells 3 apart; valid: 3"
+    assert not record["time"]["steps"]
 
 
 def test_trials_of_one_pass_have_metrics_of_their_own(make_spec, make_data):

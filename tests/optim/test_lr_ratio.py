@@ -10,7 +10,8 @@ from loralab.adapters.bitfit import BitFit
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
-from loralab.optim.optimizers import AdamW, Schedule, describe, rate, restore, states
+from loralab.optim.groups import rate
+from loralab.optim.optimizers import AdamW, Schedule, describe, restore, states
 from loralab.planning.sizes import sizes
 from loralab.running.runner import Runner
 from loralab.training.checkpoint import Checkpoint

@@ -1,13 +1,15 @@
-"""Hydra's own tests of a launcher. A task that is not loralab's runs job by job, in this process."""
+"""Hydra's own tests of a launcher, which ask as much of a sweeper. A task that is not loralab's runs job by job."""
 
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 from hydra.version import VersionBase
 from packaging.version import Version
 
 from hydra_plugins.loralab_packed.packed_launcher import PackedLauncher
+from hydra_plugins.loralab_sweeper.loralab_sweeper import LoralabSweeper
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +28,20 @@ def test_hydra_finds_the_launcher():
     assert PackedLauncher.__name__ in [found.__name__ for found in Plugins.instance().discover(Launcher)]
 
 
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("packed", [])])
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("packed", ["hydra/sweeper=basic"])])
 class TestPacked(LauncherTestSuite):
     """Sweeps of one and two jobs, groups, strictness, resolvers."""
+
+
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"), [("packed", ["hydra/sweeper=loralab"]), ("basic", ["hydra/sweeper=loralab"])]
+)
+class TestSweeper(LauncherTestSuite):
+    """loralab's sweeper under its own launcher and under Hydra's."""
+
+
+def test_hydra_finds_the_sweeper():
+    assert LoralabSweeper.__name__ in [found.__name__ for found in Plugins.instance().discover(Sweeper)]
 
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("packed", BATCHED)])

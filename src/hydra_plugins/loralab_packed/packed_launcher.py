@@ -26,6 +26,8 @@ ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedL
 class PackedLauncher(Launcher):  # type: ignore[misc]
     """Runs a sweep's trials in one process over a base that stays loaded, several to a pass where that pays."""
 
+    packs = True  # it reads and writes a sweep's records itself
+
     def __init__(self, pack: str = "auto", token_budget: int | None = None, memory_budget: float | None = None) -> None:
         self.settings = (pack, token_budget, memory_budget)
 

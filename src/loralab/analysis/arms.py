@@ -198,9 +198,15 @@ def _configuration(results: SweepResults, trial: TrialResult) -> str:
     axes = [axis for axis in results.axes if axis != environments.AXIS]  # where it would have run is not known
     for other in results.trials:
         alike = all(trial.values[axis] == other.values[axis] for axis in axes)
-        if other.record["config"] and alike and UNKNOWN not in trial.values.values():
+        alike = alike and UNKNOWN not in trial.values.values()
+        if other.record["config"] and (alike or _words(trial) == _words(other) != set()):
             return _configuration(results, other)
     return repr([trial.values[axis] for axis in results.axes])
+
+
+def _words(trial: TrialResult) -> set[str]:
+    """The overrides that it was called with, but for its seed."""
+    return {word for word in trial.record["overrides"] if not word.startswith("seed=")}
 
 
 def _level(contenders: Sequence[Arm]) -> float:

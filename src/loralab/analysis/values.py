@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 Json = dict[str, Any]
-UNKNOWN = "?"  # the label of a value that nothing tells
+UNKNOWN = "-"  # the label of a value that nothing tells, and of a setting that a trial does not have
 # No part of what a trial is: trials that differ only here (and by seed) are seeds of one configuration.
 _ASIDE = {
     *("seed", "sweep", "sweeps", "hydra", "logger", "callbacks"),

@@ -35,6 +35,7 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     """Hands over to Hydra and returns the exit code; of a sweep the table is printed and the page written."""
     from loralab.cli.subspace import after_sweep
     from loralab.cli.terminal import show_report
+    from loralab.config.places import searched
     from loralab.scheduling.session import Session
 
     _check_flags(arguments.hydra)
@@ -44,10 +45,10 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
 
         return complete(flags, overrides)
     if not set(SHOWING).isdisjoint(flags):
-        return _show(flags, overrides, many)
+        with searched(arguments.config_dir):
+            return _show(flags, overrides, many)
     if many:
         check_own_files(overrides, arguments.config_dir, arguments.config_name)
-        overrides = packed(overrides)
     resumes = arguments.resume is not None
     session = Session(fresh=arguments.fresh, many=many, flags=flags, resumes=resumes)
     code = session.run([*(["-m"] if many else []), *flags, *overrides])
@@ -87,12 +88,6 @@ def check_own_files(overrides: list[str], config_dir: str | None = None, config_
         raise errors[0]
 
 
-def packed(overrides: list[str]) -> list[str]:
-    """With the launcher that runs trials in packs, unless they name one."""
-    named = any(word.startswith("hydra/launcher=") for word in overrides)
-    return overrides if named else [*overrides, "hydra/launcher=packed"]
-
-
 def _check_flags(flags: list[str]) -> None:
     for flag, example in (("--package", "--cfg job --package adapter"), ("--resolve", "--cfg job --resolve")):
         if flag in flags and "--cfg" not in flags:
@@ -122,11 +117,16 @@ def _one_trial(overrides: list[str], last: bool = False) -> list[str]:
     """The words of a sweep's first or ``last`` trial."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from loralab.config.words import quoted
+    from loralab.config.compose import compose
+    from loralab.config.words import forced, quoted
+    from loralab.scheduling.rounds import of_axes
 
-    parsed = OverridesParser.create().parse_overrides(quoted(overrides))
-    swept = [override for override in parsed if override.is_discrete_sweep()]
-    words = [
-        f"{override.get_key_element()}={[*override.sweep_string_iterator()][-1 if last else 0]}" for override in swept
-    ]
-    return [*(str(override.input_line) for override in parsed if not override.is_sweep_override()), *words]
+    words = quoted(forced(overrides))
+    parsed = OverridesParser.create().parse_overrides(words)
+    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+    if not swept:
+        return overrides
+    master = compose([str(override.input_line) for override in parsed if override.get_key_element() not in swept])
+    task = [str(override.input_line) for override in parsed if not override.is_hydra_override()]
+    hydra = [str(override.input_line) for override in parsed if override.is_hydra_override()]
+    return [*hydra, *of_axes(master, task)[-1 if last else 0]]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import identity
-from loralab.config.classes import target
+from loralab.config.classes import BARE, target
 from loralab.config.compose import compose, plain
 from loralab.config.metrics import of_texts, own_metrics
 from loralab.config.places import conf_folders, data_root, options, searched
@@ -53,6 +53,11 @@ def build(node: Mapping[str, Any], key: str) -> Any:
 def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     from loralab.spec import make  # pydantic, which a configuration that is only shown does not need
 
+    values = {str(name): value for name, value in node.items() if name != "_target_"}
+    if key in BARE and not is_dataclass(cls):
+        from loralab.optim import foreign
+
+        return foreign.optimizer_of(cls, values) if key == "optimizer" else foreign.schedule_of(cls, values)
     base = KINDS.get(key.partition(".")[0], "")
     derived = isinstance(cls, type) and (
         not base or base in [f"{each.__module__}.{each.__name__}" for each in cls.__mro__]
@@ -63,7 +68,7 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
             f" dataclass derived from {base or 'one'}"
         )
     try:
-        return make(cls, {str(name): value for name, value in node.items() if name != "_target_"}, key)
+        return make(cls, values, key)
     except (TypeError, ValueError) as error:  # of a class of the user's own
         raise ConfigError(f"{key}: {cls.__name__} refuses its options: {error}") from error
 
@@ -103,6 +108,7 @@ def trial_spec(
     _check_scalars(content)
     specs = {key: build(content[key], key) for key in SPECS}
     specs["adapter"].check_quantization(specs["quantization"])
+    specs["schedule"].check(specs["trainer"].max_steps, specs["optimizer"].lr)
     callbacks = dict(_callbacks(content.get("callbacks") or {}))
     metrics = _metrics(content.get("metrics") or {}, specs)
     _check_metric(content["metric"], content["metric_mode"], specs, metrics)

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
@@ -65,13 +66,25 @@ def _raised_at(error: Exception) -> str:
     return f"{shown(Path(frames[-1].filename))}:{frames[-1].lineno}: " if frames else ""
 
 
+BARE: dict[str, tuple[str, ...]] = {"optimizer": ("lr", "lr_ratio"), "schedule": ()}
+"""{group that takes a class or function which is no spec: the keys of its yaml that this one is given too}."""
+
+
+def _known(cls: Any, group: str) -> tuple[str, ...]:
+    """The keys of a yaml that ``cls`` is given. Raises TypeError for a class that is of no use there."""
+    if group in BARE and not is_dataclass(cls):
+        given: Iterable[str] = signature(cls).parameters
+        return tuple(key for key in BARE[group] if key in given or key == "lr_ratio")
+    return tuple(field.name for field in fields(cls))
+
+
 def foreign_keys(config: Mapping[Any, Any], words: Iterable[str]) -> list[tuple[str, str]]:
     """(group, key) of the keys of a yaml that the class which ``words`` name for its group does not have."""
     keys: list[tuple[str, str]] = []
     for group, set_keys in own_classes(words).items():
         node = config.get(group)
         try:
-            known = {"_target_", *(field.name for field in fields(target(node, group))), *set_keys}
+            known = {"_target_", *_known(target(node, group), group), *set_keys}
         except (ConfigError, TypeError):  # reported when it is built
             continue
         keys += [(group, str(key)) for key in node or () if key not in known]

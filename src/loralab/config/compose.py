@@ -13,13 +13,25 @@ from loralab.config.places import data_root, searched
 from loralab.config.words import forced, own_classes, quoted
 from loralab.errors import ConfigError
 
+DEFAULTS = {"launcher": "packed", "sweeper": "loralab"}  # of Hydra's own groups
+
 
 def register_resolvers() -> None:
     """``loralab.mul`` (alpha tied to r), ``loralab.trial_id`` (a trial's folder in a sweep) and ``loralab.rank_for``
-    (the rank, or what else sets an adapter's size, with that many parameters)."""
+    (the rank, or what else sets an adapter's size, with that many parameters); and loralab's own launcher and sweeper,
+    unless a file or a word names another."""
+    _set_hydra_defaults()
     OmegaConf.register_new_resolver("loralab.mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("loralab.trial_id", _trial_id, replace=True)
     OmegaConf.register_new_resolver("loralab.rank_for", _rank_for, replace=True)
+
+
+def _set_hydra_defaults() -> None:
+    from hydra.conf import HydraConf
+    from hydra.core.config_store import ConfigStore
+
+    chosen = [{key: DEFAULTS.get(key, value) for key, value in entry.items()} for entry in HydraConf().defaults]
+    ConfigStore.instance().store(group="hydra", name="config", node=HydraConf(defaults=chosen), provider="loralab")
 
 
 def _trial_id(*, _root_: DictConfig) -> str:
@@ -54,6 +66,15 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
     for group, key in foreign_keys(resolved, words):
         del resolved[group][key]
     return {str(key): value for key, value in resolved.items()}
+
+
+def plain_sweep(config: DictConfig) -> dict[str, Any]:
+    """What the configuration says under ``sweep``, resolved; empty where it says nothing. Raises ConfigError."""
+    asked = config.get("sweep") or OmegaConf.create()
+    if not isinstance(asked, DictConfig):
+        raise ConfigError(f"sweep={asked!r} is no group of settings; valid: a sweep file, or null")
+    sweep = cast(dict[Any, Any], OmegaConf.to_container(asked, resolve=True))
+    return {str(key): value for key, value in sweep.items()}
 
 
 def _refusal(error: BaseException | None) -> ConfigError | None:

@@ -8,6 +8,12 @@ from typing import Any
 from loralab.config.classes import target
 from loralab.errors import ConfigError
 
+GIVEN = {
+    "regression": "values (n,) and targets (n,)",
+    "sequence_classification": "logits (n, classes) and classes (n,), with its own arguments",
+    **dict.fromkeys(("causal_lm", "seq2seq_lm"), "token ids (n,) and target ids (n,)"),
+}  # by kind: predictions and targets
+
 
 def own_metrics(
     nodes: Mapping[str, Any], known: list[str], kind: str, generated: bool
@@ -19,10 +25,7 @@ def own_metrics(
             continue
         key = f"metrics.{name}"
         cls = target(node, key)
-        from torchmetrics import Metric
-
-        if not (isinstance(cls, type) and issubclass(cls, Metric)):
-            raise ConfigError(f"{key}._target_={node['_target_']!r} is not a torchmetrics metric")
+        _check_class(cls, key, str(node["_target_"]))
         if name in known or "/" in name:
             raise ConfigError(f"{key}: val/{name} is measured already; valid: another name, without /")
         if of_texts(cls) and not generated:
@@ -33,6 +36,21 @@ def own_metrics(
         make = partial(cls, **{str(option): value for option, value in node.items() if option != "_target_"})
         _try(make, key, kind)
         yield name, make
+
+
+def _check_class(cls: Any, key: str, name: str) -> None:
+    from torchmetrics import Metric, MetricCollection
+    from torchmetrics.aggregation import BaseAggregator
+
+    if isinstance(cls, type) and issubclass(cls, MetricCollection):
+        raise ConfigError(f"{key}._target_={name!r} is several metrics; valid: each by a metrics.NAME of its own")
+    if not (isinstance(cls, type) and issubclass(cls, Metric)):
+        raise ConfigError(f"{key}._target_={name!r} is not a torchmetrics metric")
+    if issubclass(cls, BaseAggregator):
+        raise ConfigError(
+            f"{key}: {cls.__name__} aggregates a value by weights, and is given predictions and targets; valid: a"
+            " metric of these"
+        )
 
 
 def of_texts(cls: Any) -> bool:
@@ -51,7 +69,10 @@ def _try(make: Callable[[], Any], key: str, kind: str) -> None:
             metric.update(*_made_up(metric, kind))
             value = metric.compute()
         except Exception as error:
-            raise ConfigError(f"{key}: {' '.join(str(error).split()) or type(error).__name__}") from error
+            name = getattr(make, "func", make).__name__
+            text = " ".join(str(error).split()) or type(error).__name__
+            given = "texts" if of_texts(getattr(make, "func", make)) else GIVEN[kind]
+            raise ConfigError(f"{key}: {name} cannot be used: {text}; valid: a metric that takes {given}") from error
     if getattr(value, "numel", lambda: 0)() != 1 and not isinstance(value, float | int):
         raise ConfigError(f"{key}: {type(metric).__name__} gives no single number; valid: a metric of one value")
 

@@ -4,15 +4,17 @@ import ctypes
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from functools import cache
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Le, Len
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from loralab.errors import ConfigError
+from loralab.optim.groups import split_groups, trial_of, trial_parameters
 from loralab.quantization.kernels import import_bitsandbytes
 from loralab.spec import Natural, NotNegative, Positive, Share, spec
 
@@ -28,8 +30,6 @@ BITSANDBYTES = {
 }
 UNPAGED: dict[str, Name] = {"paged_adamw": "adamw_32bit", "paged_adamw_8bit": "adamw_8bit"}
 PAGED_FROM = 100_000  # elements; bitsandbytes pages no smaller state tensor (Optimizer8bit.get_state_buffer)
-LORA_B = "lora_B"  # last part of the names of the parameters whose lr is ``lr`` times ``lr_ratio``
-TRIAL = "loralab_trial"  # key of a parameter group: its trial's number in the pack; absent: the group's own number
 MEMBERS = "loralab_members"  # attribute of a flat buffer: the parameters that are views of it
 
 
@@ -46,6 +46,8 @@ class AdamW:
     lr_ratio: Positive = (
         1.0  # lr of LoRA's B in linear layers over that of all other parameters (LoRA+, arXiv:2402.12354)
     )
+    why_alone = ""
+    counts_steps = True  # each state says in which step it was made
     flat: bool = False  # one state buffer for all parameters of a dtype, so that small ranks page and take 8 bits
 
     @property
@@ -53,23 +55,28 @@ class AdamW:
         """The optimizer that this machine can run: where memory cannot be paged, the unpaged one."""
         return UNPAGED.get(self.name, self.name) if cannot_page() else self.name
 
+    def unpaged(self) -> "AdamW":
+        """The same with all its state on the device."""
+        return replace(self, name=UNPAGED.get(self.name, self.name))
+
+    def check_traceable(self) -> None:
+        """Nothing: it reads no value of a tensor."""
+
+    @property
+    def memory_key(self) -> tuple[Any, ...]:
+        """Equal for optimizers with as much state."""
+        return (self.name, self.flat, self.lr_ratio)
+
+    @property
+    def pack_key(self) -> tuple[Any, ...]:
+        """Equal for trials that one optimizer may serve."""
+        return (self.name, self.flat)
+
     def groups(self, named: Iterable[tuple[str, nn.Parameter]], trial: int = 0) -> list[dict[str, Any]]:
         """The parameter groups of the ``trial``-th trial of a pack: one group, or where ``lr_ratio`` is not 1 two, of
         which the second holds the ``lora_B``. Raises ConfigError where ``lr_ratio`` is set and there is no ``lora_B``.
         """
-        by_kind: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        for name, parameter in named:
-            by_kind[self.lr_ratio != 1.0 and name.rpartition(".")[2] == LORA_B].append(parameter)
-        others, lora_b = by_kind.values()
-        if self.lr_ratio == 1.0:
-            return [{**self.group(others), TRIAL: trial}]
-        if not lora_b:
-            raise ConfigError(
-                f"optimizer.lr_ratio={self.lr_ratio:g} is the learning rate of LoRA's B over that of A, and this "
-                "adapter has no B; valid: optimizer.lr_ratio=1, or adapter=lora"
-            )
-        lr = self.lr * self.lr_ratio
-        return [{**self.group(others), TRIAL: trial}, {**self.group(lora_b), "lr": lr, TRIAL: trial}]
+        return split_groups(self, named, trial)
 
     def group(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
         """A parameter group with this spec's hyper-parameters. With ``flat`` its parameters are the buffers of
@@ -165,9 +172,9 @@ class Schedule:
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError("schedule.warmup_steps and schedule.warmup_ratio exclude each other: set one")
 
-    def factor(self, max_steps: int) -> Callable[[int], float]:
-        """A function: step (from 0) -> factor of lr, in [0, 1]. A warm-up of w steps begins at 1/w, not at 0, where the
-        first step would change nothing."""
+    def factor(self, max_steps: int, lr: float = 1.0) -> Callable[[int], float]:
+        """A function: step (from 0) -> factor of lr, in [0, 1], the same for any ``lr``. A warm-up of w steps begins at
+        1/w, not at 0, where the first step would change nothing."""
         warmup = self.warmup_steps or math.ceil(self.warmup_ratio * max_steps)
 
         def factor_at(step: int) -> float:
@@ -182,6 +189,9 @@ class Schedule:
 
         return factor_at
 
+    def check(self, max_steps: int, lr: float) -> None:
+        """Nothing: every step has a rate."""
+
 
 def describe(optimizer: torch.optim.Optimizer, name: str, index: int = 0) -> dict[str, Any]:
     """The ``optimizer`` part of the record of the ``index``-th trial: the bytes of its state, how many of them are
@@ -193,7 +203,8 @@ def describe(optimizer: torch.optim.Optimizer, name: str, index: int = 0) -> dic
     """
     parameters = trial_parameters(optimizer, index)
     values = [item for p in parameters if p in optimizer.state for item in optimizer.state[p].items()]
-    tensors = [value for key, value in values if isinstance(value, Tensor) and key != "step"]
+    leaves = [(key, leaf) for key, value in values for leaf in tree_leaves(value)]
+    tensors = [value for key, value in leaves if isinstance(value, Tensor) and key != "step"]
     tensors = list({tensor.data_ptr(): tensor for tensor in tensors}.values())  # 8-bit states share their code tables
     size = sum(tensor.nbytes for tensor in tensors)
     paged = sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
@@ -219,23 +230,6 @@ def describe(optimizer: torch.optim.Optimizer, name: str, index: int = 0) -> dic
 State = dict[int, dict[str, Any]]  # of one trial: {position of a parameter in ``trial_parameters``: its state}
 
 
-def trial_of(groups: Sequence[Mapping[str, Any]]) -> list[int]:
-    """For each parameter group the number of its trial in the pack."""
-    return [group.get(TRIAL, number) for number, group in enumerate(groups)]
-
-
-def trial_parameters(optimizer: torch.optim.Optimizer, index: int) -> list[nn.Parameter]:
-    """The parameters of the ``index``-th trial as the optimizer has them: with ``flat`` their buffers."""
-    groups = optimizer.param_groups
-    return [p for group, trial in zip(groups, trial_of(groups), strict=True) if trial == index for p in group["params"]]
-
-
-def rate(optimizer: torch.optim.Optimizer, index: int) -> float:
-    """The current learning rate of the ``index``-th trial; with ``lr_ratio`` that of all parameters but LoRA's B."""
-    groups = optimizer.param_groups
-    return float(groups[trial_of(groups).index(index)]["lr"])
-
-
 def states(optimizer: torch.optim.Optimizer) -> list[State]:
     """The optimizer state of each trial of the pack, copied to the host; ``restore`` takes them back."""
     return [state_of(optimizer, index) for index in dict.fromkeys(trial_of(optimizer.param_groups))]
@@ -248,7 +242,10 @@ def state_of(optimizer: torch.optim.Optimizer, index: int) -> State:
 
 
 def _host_copy(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+    copied: dict[str, Any] = tree_map(
+        lambda value: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value, dict(state)
+    )
+    return copied
 
 
 def restore(optimizer: torch.optim.Optimizer, trial_states: Sequence[State]) -> None:

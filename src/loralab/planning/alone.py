@@ -55,14 +55,18 @@ def identity(spec: TrialSpec) -> tuple[Any, ...]:
     new = sorted(AdapterHooks.of(skeleton(model)).new_parameters)  # which the files of the weights decide too
     steps = (trainer.precision, trainer.val_check_interval is None, trainer.gradient_clip_val is None)
     quantization = with_class(spec.quantization)
-    optimizing = (optimizer.name, optimizer.flat, optimizer.lr_ratio)
+    optimizing = optimizer.memory_key
     return (*settings, str(model.dropout), config, untied, *new, quantization, *optimizing, *steps, spec.data.packing)
 
 
 def is_loralabs(spec: TrialSpec) -> bool:
     """False for the user's classes and remote code: they may change between runs, so they are not cached on disk."""
-    kinds = (type(spec.model), type(spec.quantization), type(spec.adapter))
+    kinds = (type(spec.model), type(spec.quantization), type(spec.adapter), _optimizer(spec))
     return not spec.model.trust_remote_code and all(kind.__module__.startswith("loralab.") for kind in kinds)
+
+
+def _optimizer(spec: TrialSpec) -> type:
+    return getattr(spec.optimizer, "cls", type(spec.optimizer))
 
 
 def _is_linear_in_rank(spec: TrialSpec) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from loralab.data.encoding import Encoded
 from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, heaviest_evaluation
-from loralab.errors import OutOfMemory
+from loralab.errors import ConfigError, OutOfMemory
 from loralab.forward.stacked import no_packing
 from loralab.forward.unpadded import can_unpad
 from loralab.memory.ledgers import Host
@@ -45,6 +45,7 @@ class Foresight:
 
     def __init__(self) -> None:
         self._plans: dict[str, Plan | None] = {}
+        self._said: set[str] = set()
 
     def plan(self, specs: list[Any], data: Sequence[Encoded], device: str, start: int = 0) -> Plan | None:
         """The plan of trials that have made ``start`` steps, for the heaviest pass that is still to come; None where
@@ -64,7 +65,9 @@ class Foresight:
 
     def of(self, specs: list[Any], geometry: Geometry) -> Plan | None:
         """The plan of trials that are fed ``geometry``; None where it could not be traced."""
-        trials = [(type(spec.adapter), spec.adapter, spec.memory.spiky_every) for spec in specs]
+        trials = [
+            (type(spec.adapter), spec.adapter, spec.optimizer.memory_key, spec.memory.spiky_every) for spec in specs
+        ]
         key = f"{trials} {specs[0].pack_key}"
         step = key + _without_step(geometry)
         if step not in self._plans:
@@ -72,10 +75,18 @@ class Foresight:
                 plan = self._plans[step] = _kept_plan(specs, geometry)
                 # the run may say later that it computes in the mode that was traced
                 self._plans.setdefault(key + _without_step(replace(geometry, mode=plan.mode)), plan)
+            except ConfigError as error:
+                self._say_once(str(error))
+                self._plans[step] = None
             except Exception as error:
                 log.debug("the memory of trial %s could not be foreseen", specs[0].id, exc_info=error)
                 self._plans[step] = None
         return self._plans[step]
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            log.warning("%s", text)
+        self._said.add(text)
 
     def check(self, specs: list[Any], data: Sequence[Encoded], device: str, held: int = 0) -> Plan | None:
         """The plan of a pack, None where there is none. Raises OutOfMemory (``plan.enforce=false``: warns) if it cannot

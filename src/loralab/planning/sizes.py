@@ -10,6 +10,7 @@ from torch import nn
 from loralab.adapters.base import Adapter
 from loralab.adapters.blocks import stack
 from loralab.models import loading, pretrained
+from loralab.optim.foreign import AnyOptimizer
 from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED, AdamW
 from loralab.quantization.base import is_linear, linear_shape, out_of_reach_weights, quantizable, warn_out_of_reach
 from loralab.training.specs import TrialSpec
@@ -49,7 +50,7 @@ def sizes(spec: TrialSpec) -> Sizes:
     trained_bytes = sum(trained) * width
     fixed_bytes = sum(buffer.nbytes for buffer in adapter.buffers())
     trained = groups if spec.optimizer.flat else trained
-    states = {n: _state(spec.optimizer.name, n, width) for n in set(trained)}
+    states = {n: _state(spec.optimizer, n, width) for n in set(trained)}
     return Sizes(
         base=packed + dtype_bytes * dense,
         adapter=0 if spec.adapter.changes_base else trained_bytes + fixed_bytes,
@@ -68,12 +69,17 @@ def name_what_stays(spec: pretrained.Pretrained) -> None:
     warn_out_of_reach(out_of_reach_weights(base), sum(parameter.numel() for parameter in base.parameters()))
 
 
-def _unflat(spec: TrialSpec) -> AdamW:
-    return replace(spec.optimizer, flat=False)
+def _unflat(spec: TrialSpec) -> AdamW | AnyOptimizer:
+    optimizer = spec.optimizer
+    return replace(optimizer, flat=False) if isinstance(optimizer, AdamW) else optimizer
 
 
-def _state(name: str, n: int, bytes_each: int) -> int:
-    """Bytes of state for n parameters: two moments in their dtype (torch), in float32, or 8 bits with block absmax."""
+def _state(optimizer: AdamW | AnyOptimizer, n: int, bytes_each: int) -> int:
+    """Bytes of state for n parameters: two moments in their dtype (torch), in float32, or 8 bits with block absmax; of
+    another optimizer about what it has for small matrices."""
+    if isinstance(optimizer, AnyOptimizer):
+        return optimizer.state_bytes(n, bytes_each)
+    name = optimizer.name
     if name == TORCH:
         return 2 * bytes_each * n + 4
     if "8bit" not in name or n < EIGHT_BIT_FROM:

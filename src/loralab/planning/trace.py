@@ -90,6 +90,7 @@ def trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None = N
     The gradients and optimizer states that the first step leaves are made without tracing that step. It is traced too
     if it leaves more (weights kept dense) or less (parameters that no batch reaches).
     """
+    specs[0].optimizer.check_traceable()
     two_steps = specs[0].quantization.dequantize == "resident" or specs[0].adapter.changes_base
     two_steps = two_steps and not geometry.first
     if specs[0].quantization.name != "none" or specs[0].optimizer.name != TORCH:
@@ -214,12 +215,10 @@ class _Step:
             replace(self.model, {id(layer): quantizer.convert(layer, name)})
 
     def _trial(self, spec: TrialSpec) -> Trial:
-        optimizer = spec.optimizer
-        unpaged = dataclasses.replace(optimizer, name=UNPAGED.get(optimizer.name, optimizer.name))
         adapter = spec.adapter.attach(self.model, spec.seed)
         check_parameters(adapter, self.model)
         data: Any = SimpleNamespace(train=[0])
-        return Trial(dataclasses.replace(spec, optimizer=unpaged), adapter, data, 0, {})
+        return Trial(dataclasses.replace(spec, optimizer=spec.optimizer.unpaged()), adapter, data, 0, {})
 
     def _optimizer(self) -> Any:
         optimizer = self.module.configure_optimizers()["optimizer"]
@@ -264,6 +263,7 @@ class _Step:
         self.tracker.mark(self.phase, "before")
 
     def _train(self, reported: bool) -> None:
+        @torch.enable_grad()  # as Lightning's: an optimizer may call it without
         def closure() -> None:
             for micro in range(self.micros):
                 self._enter("forward", reported)

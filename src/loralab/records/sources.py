@@ -29,7 +29,7 @@ def of(classes: Iterable[type], metrics: Iterable[type] = ()) -> dict[str, str]:
     """
     specs = list(classes)
     concrete = [cls for spec in specs for cls in (spec, getattr(spec, "makes", spec))]
-    inherited = {base.__module__ for cls in concrete for base in cls.__mro__}
+    inherited = {base.__module__ for cls in concrete for base in getattr(cls, "__mro__", ())}
     names = {spec.__module__ for spec in specs} | {name for name in inherited if not _installed(name)}
     names |= {metric.__module__ for metric in metrics if not _installed(metric.__module__)}
     foreign = [name for name in sorted(names) if _is_foreign(name)]

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import TrialResult
-from loralab.analysis.values import Json, as_number, is_number
+from loralab.analysis.values import UNKNOWN, Json, as_number, is_number
 from loralab.reporting import svg
 from loralab.reporting.table import score_text
 
@@ -182,7 +182,7 @@ def _groups(results: SweepResults, arms: Sequence[Arm], by: list[str]) -> list[G
     """The arms in groups by their value on the axis ``by[0]``; one group of all where ``by`` is empty."""
     if not by:
         return [Group(results.metric, 0, list(arms))]
-    labels = [*results.axes[by[0]], "?"]
+    labels = [*results.axes[by[0]], UNKNOWN]
     arms_of_label = [[arm for arm in arms if arm.values[by[0]] == text] for text in labels]
     names = [f"{results.short[by[0]]} = {text}" if _is_bare(text) else text for text in labels]
     return [Group(names[index], index, members) for index, members in enumerate(arms_of_label) if members]

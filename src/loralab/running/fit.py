@@ -116,8 +116,9 @@ class Fit:
             evaluator.validate(self.module, EvaluationPasses(self.trials, split), verbose=False)
 
     def _describe(self, optimizer: Any) -> None:
-        name = self.spec.optimizer.name
-        self.optimizer_records = [optimizers.describe(optimizer, name, i) for i in range(len(self.trials))]
+        spec = self.spec.optimizer
+        records = [optimizers.describe(optimizer, spec.name, i) for i in range(len(self.trials))]
+        self.optimizer_records = [{**one, "note": one["note"] or spec.why_alone or None} for one in records]
 
     def _record_costs(self, startup: float, seconds: float) -> None:
         """Memory and time are the pack's, the same in each record; the optimizer state is each trial's own.

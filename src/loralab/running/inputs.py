@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,3 +138,15 @@ def check_splits(spec: TrialSpec, data: Encoded) -> None:
                 f"data: the {split} split of {data.splits.name} has not one token to predict;"
                 f" model.max_length={spec.model.length} may leave none of its targets"
             )
+
+
+def check_metrics(base: loading.Base, specs: Sequence[TrialSpec]) -> None:
+    """Raises ConfigError for a metric of the user's that is made for other than the classes of ``base``."""
+    count = int(base.model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    for spec in specs if specs[0].model.task == "sequence_classification" else ():
+        for name, metric in spec.own_metrics(texts=False).items():
+            classes = getattr(metric, "num_classes", None)
+            if classes not in (None, count):
+                raise ConfigError(
+                    f"metrics.{name}.num_classes={classes}, and the base tells {count} apart; valid: {count}"
+                )

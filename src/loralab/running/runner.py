@@ -17,7 +17,7 @@ from loralab.records import record
 from loralab.running.attach import attach_trial, open_record
 from loralab.running.finish import close_record
 from loralab.running.fit import Fit
-from loralab.running.inputs import Inputs, TrialData, check_labels
+from loralab.running.inputs import Inputs, TrialData, check_labels, check_metrics
 from loralab.training import checkpoint
 from loralab.training.observer import is_pack_aware
 from loralab.training.specs import TrialSpec
@@ -70,6 +70,7 @@ class Runner:
             stored["memory"].update(predicted(plan))
         base = self.inputs.base(specs[0], len(rows[0].splits.labels) or None)
         check_labels(base, rows)
+        check_metrics(base, specs)
         trials: list[Trial] = []
         try:
             with base.hooks.given(decomposed={}):  # for these trials alone
@@ -138,7 +139,7 @@ def check_pack(specs: Sequence[TrialSpec]) -> None:
     if len({spec.pack_key for spec in specs}) > 1:
         raise ConfigError("the trials of one pack must share model, quantization, optimizer, precision and intervals")
     for spec in specs:
-        if why := spec.memory.alone or spec.adapter.why_alone:
+        if why := spec.memory.alone or spec.adapter.why_alone or spec.optimizer.why_alone:
             raise ConfigError(f"trial {spec.id} cannot share a pass: {why}")
         if not spec.quantization.packable:
             raise ConfigError(f"trial {spec.id} cannot share a pass: quantization={spec.quantization.name}")

@@ -14,6 +14,7 @@ from loralab.config import staleness
 from loralab.config.build import trial_id, trial_spec
 from loralab.config.compose import plain
 from loralab.config.places import own_files
+from loralab.config.words import own_classes
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
 from loralab.records.lock import hold
@@ -48,7 +49,10 @@ class Job:
         if hydra.job.chdir:
             raise ConfigError("hydra.job.chdir=true would move every relative path; valid: false")
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
-        return cls(content, folder, list(hydra.overrides.task), choices)
+        words = list(hydra.overrides.task)
+        named = {group: content[group] for group in own_classes(words) if group in choices}
+        choices |= {group: str(node["_target_"]) for group, node in named.items() if isinstance(node, dict)}
+        return cls(content, folder, words, choices)
 
     def as_json(self) -> dict[str, Any]:
         """For another process: the fields, nothing that is cached."""

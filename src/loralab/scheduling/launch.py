@@ -12,11 +12,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loralab.config import identity
-from loralab.config.compose import plain
+from loralab.config.compose import plain, plain_sweep
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.records import record
 from loralab.records.lock import hold
-from loralab.scheduling import dimension
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.session import Session
 from loralab.scheduling.sweep import PackOptions
@@ -24,6 +23,7 @@ from loralab.scheduling.train_log import TerminalFilter
 
 log = logging.getLogger(__name__)
 
+OF_SWEEPER = ("zip", "when", "d90")  # what only loralab's sweeper does of what a sweep file says
 BY_TRIAL = "${loralab.trial_id:}"  # hydra.sweep.subdir as conf/train.yaml has it
 
 
@@ -44,21 +44,13 @@ def launch(
     session: Any = getattr(task_function, "__self__", None)
     if not isinstance(session, Session):
         folder.mkdir(parents=True, exist_ok=True)
-        configs = _compose_all(context, master, job_overrides, first)
+        configs = compose_all(context.config_loader, master, job_overrides, first)
         return [_run_job(context, task_function, master, config) for config in configs]
-    _show_own_lines()
-    search = dimension.search_of(master)
-    words: list[Sequence[str]] = [*job_overrides]
-    words += search.first(words, str(master.metric_mode)) if search else []
-    jobs: list[Job] = []
-    records: dict[str, Record] = {}
+    show_own_lines()
     with hold(folder):
-        while words:
-            configs = _compose_all(context, master, words, first + len(jobs))
-            jobs += (more := _jobs(folder, configs))
-            records |= session.sweep(folder, _distinct(more), header(master, master.hydra, folder), options)
-            words = [*dimension.following(search, jobs, records)] if search else []
-    return [_job_return(job, records[job.trial]) for job in jobs[: len(job_overrides)]]
+        jobs = jobs_of(folder, compose_all(context.config_loader, master, job_overrides, first))
+        records = session.sweep(folder, distinct(jobs), header(master, master.hydra, folder), options)
+    return [job_return(job, records[job.trial]) for job in jobs]
 
 
 def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
@@ -66,13 +58,16 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
 
     ``hydra``: Hydra's own part of the configuration.
     """
-    sweep = OmegaConf.to_container(config.sweep, resolve=True) if config.get("sweep") else {}
-    if not isinstance(sweep, dict):
-        raise ConfigError(f"sweep={sweep!r} is no group of settings; valid: a sweep file, or null")
+    sweep = plain_sweep(config)
+    sweeper = str(hydra.runtime.choices.get("hydra/sweeper"))
+    if sweeper != "loralab" and (own := [key for key in OF_SWEEPER if sweep.get(key) is not None]):
+        raise ConfigError(
+            f"hydra/sweeper={sweeper} does not know sweep.{own[0]}; valid: hydra/sweeper=loralab, the default"
+        )
     if not isinstance(wanted := sweep.get("subspace"), bool | None):
         raise ConfigError(f"sweep.subspace={wanted!r} is no answer; valid: true, false")
     return {
-        **{str(key): value for key, value in sweep.items()},
+        **sweep,
         "name": sweep.get("name") or folder.name,
         "question": sweep.get("question"),
         "overrides": list(hydra.overrides.task),
@@ -87,17 +82,18 @@ def _belongs_to_sweep(word: str) -> bool:
     return key.startswith(("hydra/launcher", "hydra.launcher", "hydra.searchpath", "hydra/sweeper", "hydra.sweeper"))
 
 
-def _show_own_lines() -> None:
+def show_own_lines() -> None:
     """Makes loralab's INFO lines visible on the terminal, except those marked ``terminal=False``."""
     logging.getLogger("loralab").setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(TerminalFilter())
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(TerminalFilter())
 
 
-def _compose_all(
-    context: HydraContext, master: DictConfig, job_overrides: Sequence[Sequence[str]], first: int
+def compose_all(
+    loader: Any, master: DictConfig, job_overrides: Sequence[Sequence[str]], first: int
 ) -> list[DictConfig]:
-    loader = context.config_loader
+    """The configuration of each trial. ``loader``: Hydra's; ``first``: the number of the first of them."""
     compose = getattr(loader, "take", loader.load_sweep_config)
     configs: list[DictConfig] = [compose(master, list(overrides)) for overrides in job_overrides]
     for number, config in enumerate(configs, first):
@@ -119,7 +115,8 @@ def _run_job(context: HydraContext, task_function: TaskFunction, master: DictCon
         configure_log(master.hydra.hydra_logging, master.hydra.verbose)
 
 
-def _job_return(job: Job, stored: Record) -> JobReturn:
+def job_return(job: Job, stored: Record) -> JobReturn:
+    """What a sweeper is told of a trial that has been run: its metric, None where it failed."""
     return JobReturn(
         overrides=job.overrides,
         working_dir=str(Path.cwd()),
@@ -140,7 +137,7 @@ def checked_options(pack: str, token_budget: int | None, memory_budget: float | 
     return PackOptions(pack == "auto", token_budget, memory_budget)
 
 
-def _jobs(folder: Path, configs: Sequence[DictConfig]) -> list[Job]:
+def jobs_of(folder: Path, configs: Sequence[DictConfig]) -> list[Job]:
     """A job for each. A trial id is taken from a finished record of the same settings; else its specs are built."""
     finished = _finished(folder)
     jobs = []
@@ -171,7 +168,7 @@ def _finished(folder: Path) -> dict[str, str]:
     return trials
 
 
-def _distinct(jobs: Sequence[Job]) -> list[Job]:
+def distinct(jobs: Sequence[Job]) -> list[Job]:
     """The first job of each trial; logs the others."""
     by_trial = {job.trial: job for job in reversed(jobs)}
     _mention_repeated(jobs, by_trial)

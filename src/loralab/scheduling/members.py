@@ -37,7 +37,14 @@ class Members:
 
     def _cost(self, spec: TrialSpec, length: int) -> tuple[int, int]:
         """(bytes of the base, counted once a pack; bytes that each such trial adds); (0, 0) without an estimate."""
-        key = (spec.pack_key, type(spec.adapter), repr(spec.adapter), spec.data.batch_size, length)
+        key = (
+            spec.pack_key,
+            spec.optimizer.memory_key,
+            type(spec.adapter),
+            repr(spec.adapter),
+            spec.data.batch_size,
+            length,
+        )
         if key not in self._costs:
             device = spec.trainer.device
             try:
@@ -71,6 +78,8 @@ def alone(spec: TrialSpec) -> str:
     """Why a trial cannot share a pass; empty where it can."""
     if spec.adapter.why_alone:
         return spec.adapter.why_alone
+    if spec.optimizer.why_alone:
+        return spec.optimizer.why_alone
     if not spec.quantization.packable:
         return f"quantization={spec.quantization.name} takes scales or outlier columns over all rows of a pass"
     if spec.memory.alone:

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +37,21 @@ class Session:
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     error: Exception | None = None
+    listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
+    process: int = field(default_factory=os.getpid)
     _overrides: list[str] = field(default_factory=list)  # the words that are not Hydra's own
     _searched: list[str] = field(default_factory=list)  # those that name folders to search
     _runner: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that a launcher starts: without what is loaded here."""
+        return {**self.__dict__, "_runner": None, "records": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from loralab.config.compose import register_resolvers
+
+        self.__dict__.update(state)
+        register_resolvers()
 
     def run(self, arguments: list[str]) -> int:
         """The exit code of the first trial that failed, else 0. Raises the error of a single run."""
@@ -81,6 +93,8 @@ class Session:
             job.flags = [*self.flags, *self._searched]
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
         except Exception as error:  # Hydra would print its own lines about it
+            if os.getpid() != self.process:
+                raise
             self.error = error
             if not self.many:
                 _remove_if_empty()
@@ -88,19 +102,36 @@ class Session:
         self.records.append(stored)
         return job.value(stored)
 
-    def sweep(self, folder: Path, jobs: list[Job], header: dict[str, Any], options: PackOptions) -> dict[str, Record]:
-        """{trial: record} of ``jobs``, each trial once. The caller holds ``folder``."""
-        self.folder = folder
+    def sweep(
+        self,
+        folder: Path,
+        jobs: list[Job],
+        header: dict[str, Any],
+        options: PackOptions,
+        launch: Callable[[list[Job]], None] | None = None,
+    ) -> dict[str, Record]:
+        """{trial: record} of ``jobs``, each trial once. The caller holds ``folder``.
+
+        ``launch``: has trials that are not finished run by another launcher, whose processes call ``job``.
+        """
         if self.resumes and not self.records:
             check_begun(folder, jobs)
         for job in jobs:
             job.flags = [*self.flags, *self._searched]
-        records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options)
-        self.records += [records[job.trial] for job in jobs]
+        self.folder, self.listing, before = folder, launch is not None, list(self.records)
+        records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options, launch)
+        self.records = [*before, *(records[job.trial] for job in jobs)]
         return records
 
     def _run_in_sweep(self, job: Job, config: Any) -> Record:
-        """A trial of a sweep whose loop is another launcher's (hydra/launcher=basic)."""
+        """A trial of a sweep whose launcher is not loralab's."""
+        if self.listing:
+            return self._run_alone(job)
+        if os.getpid() != self.process:
+            raise ConfigError(
+                "only hydra/sweeper=loralab, the default, has trials run in other processes; valid: that one, or"
+                " hydra/launcher=packed"
+            )
         from hydra.core.hydra_config import HydraConfig
 
         from loralab.scheduling.launch import header
@@ -111,6 +142,18 @@ class Session:
             sweep_header = header(config, HydraConfig.get(), self.folder)
             sweep_header |= {"overrides": self._overrides, "flags": self.flags}
             return sweep.run(sweep_header, PackOptions(pack=False))[job.trial]
+
+    def _run_alone(self, job: Job) -> Record:
+        """A trial that another process lists in sweep.json, where that is not this one."""
+        from loralab.scheduling.launch import show_own_lines
+
+        show_own_lines()
+        sweep = Sweep(job.folder.parent, [], self.fresh, self.runner)
+        sweep.run_packs([[job]])
+        stored = sweep.records[job.trial]
+        text = "trial %s: %s %s, in process %d"
+        log.info(text, job.trial, stored["status"], _score(job, stored), os.getpid(), extra={"terminal": False})
+        return stored
 
     def _run_single(self, job: Job) -> Record:
         self.folder = job.folder

@@ -17,6 +17,7 @@ from loralab.scheduling.job import Job, Record
 from loralab.scheduling.packs import TOKEN_BUDGET, Pack, halves, plan, spread
 from loralab.scheduling.sweep_file import SweepFile, status_of
 from loralab.scheduling.train_log import train_logs
+from loralab.scheduling.watching import watched
 
 if TYPE_CHECKING:
     from loralab.running.runner import Runner
@@ -42,8 +43,11 @@ class Sweep:
         self.records: dict[str, Record] = {}
         self.sweep_file: SweepFile | None = None  # None in a process of one device: the parent writes it
 
-    def run(self, header: Mapping[str, Any], options: PackOptions) -> dict[str, Record]:
-        """{trial: record} of all jobs. ``header``: what sweep.json says of the sweep.
+    def run(
+        self, header: Mapping[str, Any], options: PackOptions, launch: Callable[[list[Job]], None] | None = None
+    ) -> dict[str, Record]:
+        """{trial: record} of all jobs. ``header``: what sweep.json says of the sweep; ``launch``: runs trials that are
+        not finished elsewhere, each of which leaves its record; None: they run here.
 
         An interruption leaves as an exception, after every record has been written.
         """
@@ -53,7 +57,10 @@ class Sweep:
         self.sweep_file = SweepFile(self.folder, header, self.jobs)
         waiting = [job for job in self.jobs if not self._skip(job)]
         try:
-            self._run_waiting(waiting, options)
+            if launch is None:
+                self._run_waiting(waiting, options)
+            elif waiting:
+                self._launch(waiting, launch)
         finally:  # a sweep that is stopped leaves no trial in doubt
             for job in waiting:
                 if job.trial not in self.records:
@@ -65,6 +72,17 @@ class Sweep:
         """Runs packs that another process has planned; that process writes sweep.json and logs the results."""
         for pack in packs:
             self._run_pack(list(pack))
+
+    def _launch(self, waiting: list[Job], launch: Callable[[list[Job]], None]) -> None:
+        def begin(job: Job) -> None:
+            if self.sweep_file is not None:
+                self.sweep_file.set(job.trial, "running")
+
+        def close(job: Job, stored: Record) -> None:
+            self._close(job, stored, _clock(stored["time"]["wall_s"] or 0.0))
+
+        with watched(waiting, close, begin):
+            launch(waiting)
 
     def _skip(self, job: Job) -> bool:
         """True if the trial is finished; then its record is taken."""

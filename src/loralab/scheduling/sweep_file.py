@@ -70,15 +70,21 @@ def check_begun(folder: Path, jobs: Sequence[Job]) -> None:
 
 
 def swept_axes(trials: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """{swept key: its values in order} over the trials' own overrides."""
+    """{swept key: its values in order} over the trials' own overrides; a key that some trials lack stands where it
+    stands in those that have it."""
     axes: dict[str, list[str]] = {}
-    settings = [dict(word.split("=", 1) for word in overrides if "=" in word) for overrides in trials]
+    order: list[str] = []
+    settings = [dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word) for overrides in trials]
     for overrides in settings:
+        before = ""
         for key, value in overrides.items():
-            values = axes.setdefault(key.lstrip("+"), [])
-            if value not in values:
-                values.append(value)
-    return {key: values for key, values in axes.items() if len(values) > 1 or len(settings) == 1}
+            if key not in axes:
+                axes[key] = []
+                order.insert(order.index(before) + 1 if before else 0, key)
+            if value not in axes[key]:
+                axes[key].append(value)
+            before = key
+    return {key: axes[key] for key in order if len(axes[key]) > 1 or len(settings) == 1}
 
 
 def _entry(folder: Path, job: Job) -> dict[str, Any]:

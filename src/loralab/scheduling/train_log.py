@@ -5,15 +5,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+NAME = "train.log"
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 @contextmanager
 def train_logs(folders: Mapping[str, Path]) -> Iterator[None]:
     """Inside, every log line goes to train.log in each of ``folders`` ({trial: run folder}); a line with
-    ``extra={"trial": id}`` goes to that trial's only."""
+    ``extra={"trial": id}`` goes to that trial's only. Where Hydra writes that file already, it goes on doing so."""
     root = logging.getLogger()
-    handlers = [_handler(trial, folder) for trial, folder in folders.items()]
+    there = [handler.baseFilename for handler in root.handlers if isinstance(handler, logging.FileHandler)]
+    new = {trial: folder for trial, folder in folders.items() if str((folder / NAME).absolute()) not in there}
+    handlers = [_handler(trial, folder) for trial, folder in new.items()]
     for handler in handlers:
         root.addHandler(handler)
     try:
@@ -26,7 +29,7 @@ def train_logs(folders: Mapping[str, Path]) -> Iterator[None]:
 
 def _handler(trial: str, folder: Path) -> logging.Handler:
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "train.log", delay=True, encoding="utf-8")
+    handler = logging.FileHandler(folder / NAME, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter(FORMAT))
     handler.addFilter(lambda line: getattr(line, "trial", trial) == trial)
     return handler

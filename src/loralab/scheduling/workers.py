@@ -58,7 +58,7 @@ class Worker:
         """
         ended = self.process.poll() is not None
         for job in list(self.waiting):
-            if _written(job) == self.before[job.trial]:
+            if written(job) == self.before[job.trial]:
                 continue
             try:
                 stored = record.read(job.folder)
@@ -107,14 +107,14 @@ def _start(packs: Sequence[Sequence[Job]], name: str, fresh: bool) -> Worker:
     jobs = [job for pack in packs for job in pack]
     path = jobs[0].folder.parent / f"device-{name}.json"
     path.write_text(json.dumps({"fresh": fresh, "packs": [[job.as_json() for job in pack] for pack in packs]}))
-    before = {job.trial: _written(job) for job in jobs}
+    before = {job.trial: written(job) for job in jobs}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name}
     process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
     log.info("device %s: %d trials in %d packs, process %d", name, len(jobs), len(packs), process.pid)
     return Worker(name, process, jobs, before)
 
 
-def _written(job: Job) -> int:
+def written(job: Job) -> int:
     """When the job's record was written, in ns; 0 where there is none."""
     path = job.folder / record.RESULT
     return path.stat().st_mtime_ns if path.is_file() else 0

@@ -16,7 +16,8 @@ from loralab.errors import ConfigError
 from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
-from loralab.optim.optimizers import rate, restore, trial_of
+from loralab.optim.groups import rate, trial_of
+from loralab.optim.optimizers import restore
 from loralab.quantization.sequences import decoder_input_ids
 from loralab.training.cursor import Batch
 from loralab.training.passes import stack_batches
@@ -103,6 +104,7 @@ class FineTuner(LightningModule):
             if trial.failure is not None:
                 for parameter in parameters:
                     parameter.grad = None
+            trial.updating = True  # Lightning clips last of all before the update
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -111,6 +113,8 @@ class FineTuner(LightningModule):
         self._norms = {}
         rates = [rate(optimizer, index) for index in range(len(self.trials))]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for trial in self.trials:
+            trial.updating = False
         for index, loss in self._running.items():
             trial = self.trials[index]
             if trial.failure is None:
@@ -164,7 +168,9 @@ class FineTuner(LightningModule):
         restore(optimizer, [trial.optimizer_state for trial in self.trials])
         for trial in self.trials:
             trial.optimizer_state = {}
-        schedule = LambdaLR(optimizer, [self.trials[index].schedule_factor() for index in trial_of(groups)])
+        of_group = zip(groups, trial_of(groups), strict=True)
+        factors = [self.trials[index].schedule_factor(group["lr"]) for group, index in of_group]
+        schedule = LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -13,7 +13,7 @@ from loralab.forward.texts import takes_texts
 from loralab.memory.budget import PlanSpec
 from loralab.memory.limits import MemorySpec
 from loralab.models import architecture, pretrained
-from loralab.optim import optimizers
+from loralab.optim import foreign, optimizers
 from loralab.quantization.base import Quantizer
 from loralab.records import sources
 from loralab.records.wandb import Wandb
@@ -33,8 +33,8 @@ class TrialSpec:
     quantization: Quantizer
     adapter: AdapterSpec
     data: DataSpec
-    optimizer: optimizers.AdamW
-    schedule: optimizers.Schedule
+    optimizer: optimizers.AdamW | foreign.AnyOptimizer
+    schedule: optimizers.Schedule | foreign.AnySchedule
     trainer: TrainerSpec
     logger: Wandb
     memory: MemorySpec = field(default_factory=MemorySpec)
@@ -52,7 +52,7 @@ class TrialSpec:
         """{module: fingerprint} of the spec classes that decide the result and are not loralab's."""
         parts = (self.model, self.quantization, self.adapter, self.data, self.optimizer, self.schedule, self.trainer)
         metrics = [cast(type, make.func) for make in self.metrics.values() if isinstance(make, partial)]
-        return sources.of(map(type, parts), metrics)
+        return sources.of((getattr(part, "cls", type(part)) for part in parts), metrics)
 
     def own_metrics(self, texts: bool) -> dict[str, Any]:
         """The user's metrics newly made, by name: those of generated ``texts``, or of predictions and targets."""
@@ -88,7 +88,7 @@ class TrialSpec:
         parts = (self.model, self.quantization, self.optimizer, self.data, trainer)
         return (
             *map(type, parts),  # two classes may have the same name
-            *(repr(self.model), repr(self.quantization), self.optimizer.name, self.optimizer.flat),
+            *(repr(self.model), repr(self.quantization), self.optimizer.pack_key),
             *(
                 self.data.packing,
                 trainer.accumulate_grad_batches,

@@ -39,6 +39,7 @@ class Trial:
     train_seconds: float = 0.0  # of all its fits
     untimed_tokens: int = 0  # of steps that no timing counts
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # {split: its generated rows}
+    updating: bool = False  # the optimizer has begun to change the parameters and has not ended
     optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
 
     def __post_init__(self) -> None:
@@ -80,9 +81,9 @@ class Trial:
         """The step that it reaches at least, with a validation every ``interval`` steps."""
         return self.early_stopping.certain_steps(self.step, interval, self.max_steps)
 
-    def schedule_factor(self) -> Callable[[int], float]:
-        """The schedule as a function of the steps made from here on."""
-        factor, start = self.spec.schedule.factor(self.max_steps), self.step
+    def schedule_factor(self, lr: float) -> Callable[[int], float]:
+        """The schedule of parameters that begin with the rate ``lr``, as a function of the steps made from here on."""
+        factor, start = self.spec.schedule.factor(self.max_steps, lr), self.step
         return lambda done: factor(start + done)
 
     def finish_step(self) -> None:
@@ -107,12 +108,14 @@ class Trial:
 
     def is_in_step(self, state: State) -> bool:
         """True if an optimizer's state is that of the last finished step, False where an update was cut short."""
+        if not self.spec.optimizer.counts_steps:
+            return not self.updating
         return all(int(moments.get("step", 0)) <= self.step for moments in state.values())
 
     def restart(self, adapter: Adapter) -> None:
         """Goes back to the first step with a newly drawn adapter; rows that were logged are not logged again."""
         self.adapter, self.last_logged_step = adapter, max(self.last_logged_step, self.step)
-        self.step = self.tokens = 0
+        self.step, self.tokens, self.updating = 0, 0, False
         self.optimizer_state, self.last_validated_step, self.metrics, self.predictions = {}, -1, {}, {}
         self.early_stopping = EarlyStopping(self.spec.trainer.patience, self.spec.metric_mode)
         self._reset_cursor()

@@ -1,0 +1,64 @@
+"""Watches the records of trials that other processes run."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from loralab.errors import ArtifactError
+from loralab.records import record
+from loralab.scheduling.job import Job, Record
+from loralab.scheduling.workers import written
+
+POLL = 0.5  # seconds
+
+
+@contextmanager
+def watched(jobs: Sequence[Job], close: Callable[[Job, Record], None], begin: Callable[[Job], None]) -> Iterator[None]:
+    """Inside, ``close`` is called for each of ``jobs`` as its new, final record appears and ``begin`` when it runs.
+
+    Both are called in another thread. After a regular end ``close`` has been called for all: for one that has left no
+    final record with a failure, which is not written, because its process may still live.
+    """
+    watch = _Watch(jobs, close, begin)
+    ended = threading.Event()
+    thread = threading.Thread(target=watch.until, args=(ended,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    watch.look()
+    watch.give_up()
+
+
+class _Watch:
+    def __init__(self, jobs: Sequence[Job], close: Callable[[Job, Record], None], begin: Callable[[Job], None]) -> None:
+        self.waiting, self.close, self.begin = list(jobs), close, begin
+        self.before = {job.trial: written(job) for job in jobs}
+
+    def until(self, ended: threading.Event) -> None:
+        while not ended.wait(POLL):
+            self.look()
+
+    def look(self) -> None:
+        for job in list(self.waiting):
+            if written(job) == self.before[job.trial]:
+                continue
+            try:
+                stored = record.read(job.folder)
+            except ArtifactError:
+                continue
+            if stored["status"] == "running":
+                self.begin(job)
+            else:
+                self.waiting.remove(job)
+                self.close(job, stored)
+
+    def give_up(self) -> None:
+        for job in self.waiting:
+            folder = job.folder
+            reason = (
+                f"there is no result in {folder}: its process died or was never started; valid: loralab sweep --resume"
+            )
+            self.close(job, job.refusal(ArtifactError(f"{reason} {folder.parent}")))
