@@ -56,7 +56,7 @@ def test_a_mirror_that_cannot_start_does_not_stop_a_run(make_spec, monkeypatch, 
 
 def test_a_mirror_that_breaks_on_the_way_does_not_stop_a_run(caplog):
     class Broken:
-        def log(self, row, step):
+        def log(self, row, step, commit):
             raise OSError("gone")
 
     run = mirror.Mirror(Broken())

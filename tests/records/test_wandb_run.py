@@ -152,7 +152,7 @@ class Online:
     def __init__(self, step):
         self.step, self.logged = step, []
 
-    def log(self, row, step):
+    def log(self, row, step, commit):
         self.logged.append((step, row))
 
 

@@ -15,17 +15,18 @@ def run(arguments: Arguments) -> int:
     if arguments.resume is not None:
         overrides = begun_in(Path(arguments.resume).expanduser(), arguments)
     else:
-        name = _take_name(arguments)
+        name = take_name(arguments)
         hydra_run.check_axes(arguments.overrides())
         overrides = sweep_arguments(name, arguments.overrides())
     return hydra_run.run(arguments, overrides, many=True)
 
 
-def _take_name(arguments: Arguments) -> str:
+def take_name(arguments: Arguments) -> str:
     """The sweep's name, taken from the words. Raises ConfigError where there is none, or no such sweep."""
     names = [word for word in arguments.words if "=" not in word and not word.startswith("~")]
     if len(names) != 1:
-        raise ConfigError("loralab sweep needs the name of one sweep; valid: " + ", ".join(sweep_names()))
+        command = f"loralab {arguments.command.name}"
+        raise ConfigError(f"{command} needs the name of one sweep; valid: {', '.join(sweep_names())}")
     check_name(names[0])
     arguments.words.remove(names[0])
     return names[0]

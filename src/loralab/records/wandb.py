@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from loralab.errors import ConfigError, nearest
 from loralab.records.record import SWEEP
-from loralab.records.wandb_run import Labels
+from loralab.records.wandb_run import LONGEST_TAG, Labels
 from loralab.spec import Text, spec
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ ENVIRONMENT = ("online", "offline", "shared", "disabled", *SYNONYMS)  # of WANDB
 HOST = "api.wandb.ai"
 PROJECT = "loralab"
 LONGEST = 128  # characters of a project, a group or a run's name
-LONGEST_TAG = 64
 ID_FILE = "wandb/id"  # in a run folder, until the run is completed
 FORBIDDEN = "/\\#?%:"  # in a project
 LEAN = {"console": "off", "silent": True, "x_disable_stats": True, "disable_git": True, "init_timeout": 20}
@@ -107,7 +106,7 @@ class Wandb:
             return Mirror(None)
         swept = (folder.parent / SWEEP).is_file()
         prefix = os.environ.get("WANDB_NAME", "")
-        options = {
+        options: dict[str, Any] = {
             "project": self._project[1],
             "entity": self._value("entity", "WANDB_ENTITY")[1],
             "group": (self._value("group", "WANDB_RUN_GROUP")[1] or labels.group or "")[:LONGEST] or None,
@@ -157,7 +156,7 @@ class Mirror:
         number, self._row = self._row, self._row + 1
         kept = {key: value for key, value in values.items() if key not in self._left_out}
         if number >= self._first and (kept or not values):
-            self._try(lambda run: run.log({"step": step, **kept}, step=number))
+            self._try(lambda run: run.log({"step": step, **kept}, step=number, commit=True))
 
     def sync(self) -> None:
         """W&B flushes by itself, every second."""

@@ -10,7 +10,7 @@ from loralab.errors import ArtifactError
 from loralab.records.record import PHASES, SWEEP, read_sweep, redact
 
 GIB = 2**30
-LONGEST_NAME = 128  # characters, W&B's bound
+LONGEST_NAME, LONGEST_TAG = 128, 64  # characters, W&B's bounds
 # The resident set of the process, on a CPU: it is read at the end of each phase and is not what the phase needs.
 RESIDENT = frozenset(f"memory/{phase}_peak_gib" for phase in PHASES)
 
