@@ -73,6 +73,8 @@ def test_a_run_is_uploaded_anew_from_its_record(tmp_path, synthetic, write, caps
         (["wandb-sweep", "rank", "adapter.rr=1,2"], 2, "adapter.rr"),
         (["wandb-sweep", "rank", "optimizer.lr=interval(0,1)"], 2, "no values that a grid could try"),
         (["wandb-sweep", "rank", "adapter.r=2", "seed=0"], 2, "W&B's sweeps need an axis"),
+        (["sweep", "rank", "+sweep.tags=lora"], 2, "sweep.tags='lora'; valid: a list of texts of 1 to 64"),
+        (["sweep", "rank", f"+sweep.tags=[{'a' * 65}]"], 2, "valid: a list of texts of 1 to 64 characters"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_paragraph(words, code, said, tmp_path, monkeypatch, capsys, synthetic, write):

@@ -130,10 +130,10 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     for key in ("sweep", "callbacks", "metrics"):
         if not isinstance(content[key], Mapping | None):
             raise ConfigError(f"{key}={content[key]!r} is no group of settings; valid: a mapping, or null")
-    _check_tags((content["sweep"] or {}).get("tags"))
+    check_tags((content["sweep"] or {}).get("tags"))
 
 
-def _check_tags(tags: Any) -> None:
+def check_tags(tags: Any) -> None:
     """Raises ConfigError where W&B would refuse the tags of a sweep."""
     if tags is None:
         return

@@ -12,6 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loralab.config import identity
+from loralab.config.build import check_tags
 from loralab.config.compose import plain
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.records import record
@@ -71,6 +72,7 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"sweep={sweep!r} is no group of settings; valid: a sweep file, or null")
     if not isinstance(wanted := sweep.get("subspace"), bool | None):
         raise ConfigError(f"sweep.subspace={wanted!r} is no answer; valid: true, false")
+    check_tags(sweep.get("tags"))
     return {
         **{str(key): value for key, value in sweep.items()},
         "name": sweep.get("name") or folder.name,
