@@ -1,11 +1,13 @@
-"""The tutorial notebook runs from top to bottom in an empty folder, and lies in the repository without outputs."""
+"""The tutorial notebook and the README's lines of Python run from top to bottom in an empty folder."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / ".github" / "docs" / "tutorial.ipynb"
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / ".github" / "docs" / "tutorial.ipynb"
 
 
 def test_the_tutorial_lies_without_outputs_and_its_cells_are_python():
@@ -34,3 +36,22 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
     assert ours == pytest.approx(trained, rel=1e-5)
     assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
     assert (tmp_path / "runs" / "rank" / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_readmes_lines_of_python_run(tmp_path, monkeypatch):
+    """As they stand, but with fewer steps and rows."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (lines,) = re.findall(r"## From Python and a notebook\n\n```python\n(.*?)```", readme, re.DOTALL)
+    quick = lines.replace("max_steps=60", "max_steps=2").replace('seed=0,1"', 'seed=0,1", "trainer.max_steps=2"')
+    quick = re.sub(r"(?<=[( ])\[(?=\"adapter)", '["data.limit=8", "model.max_length=64", "logger=none", ', quick)
+    assert quick.count("data.limit=8") == 3
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(quick, names)
+    assert names["record"].status == "completed"
+    assert len(names["frame"]) == len(names["records"]) == 4
+    assert (
+        names["model"].generate(names["tokenizer"]("a", return_tensors="pt")["input_ids"], max_new_tokens=2).shape[0]
+        == 1
+    )
