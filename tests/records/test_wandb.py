@@ -172,6 +172,8 @@ def test_trials_of_a_sweep_keep_a_name_and_an_id_of_their_own(monkeypatch, start
     one, two = (started(folder=tmp_path / name, name=name) for name in ("seed=0", "seed=1"))
     assert (one["name"], two["name"]) == ("mine seed=0", "mine seed=1")
     assert one["id"] != two["id"]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")  # an agent of W&B's names the one run that it has begun
+    assert "id" not in started(folder=tmp_path / "by-agent")
 
 
 @pytest.mark.parametrize(

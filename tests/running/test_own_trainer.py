@@ -54,7 +54,7 @@ def spec(make_spec):
 
 
 def same(left, right):
-    return [abs(a - b) < 1e-6 * abs(b) for a, b in zip(left, right, strict=True)]  # Lightning logs float32
+    return [abs(a - b) <= 1e-6 * abs(b) for a, b in zip(left, right, strict=True)]  # Lightning logs float32
 
 
 def test_a_users_trainer_makes_the_steps_of_a_run(spec, make_trainer, curve, tmp_path):
@@ -75,6 +75,19 @@ def test_a_users_trainer_makes_the_steps_of_a_run(spec, make_trainer, curve, tmp
     )
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert "lr-AdamW" in (tmp_path / "csv/lightning_logs/version_0/metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("family", ["t5", "roberta"])
+def test_every_task_has_the_scores_of_a_run(family, make_spec, make_trainer, curve):
+    spec = make_spec(family=family, max_steps=2)
+    (record,) = Runner().run([spec])
+    module, data = module_and_data(spec)
+    logged = Logged()
+    trainer = make_trainer(logged, max_steps=2)
+    trainer.fit(module, data)
+    assert all(same(logged.losses, curve(spec.folder)))
+    (found,) = trainer.validate(module, data, verbose=False)
+    assert all(same(found.values(), [record["metrics"][key] for key in found]))
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_in_the_middle_of_an_epoch(spec, make_trainer, tmp_path):
