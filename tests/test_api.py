@@ -4,14 +4,18 @@ import json
 import logging
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import loralab
 from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
+from loralab.records.record import blank
+from loralab.records.shown import TrialRecord, TrialRecords
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +33,16 @@ def swept(runs, tiny_arguments):
 
 
 def test_importing_it_imports_nothing_heavy_and_its_names_are_there():
-    script = "import loralab, sys; print(sorted({'torch', 'hydra', 'pandas'} & set(sys.modules)), dir(loralab))"
+    """No other library is imported by it: it takes under 0.1 s wherever Python itself starts."""
+    script = """
+import sys, time
+before, begun = set(sys.modules), time.process_time()
+import loralab
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(new - set(sys.stdlib_module_names)), time.process_time() - begun < 0.1, dir(loralab))
+"""
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.startswith("[] ")
+    assert out.startswith("['loralab'] True ")
     assert all(name in out for name in loralab.__all__)
     assert not hasattr(loralab, "nothing")
 
@@ -40,8 +51,10 @@ def test_train_returns_the_record_and_leaves_the_process_as_it_was(tiny_argument
     before = sys.argv, logging.getLogger().level, logging.getLogger().handlers[:]
     record = loralab.train([*tiny_arguments, f"hydra.run.dir={tmp_path / 'run'}"])
     assert (sys.argv, logging.getLogger().level, logging.getLogger().handlers[:]) == before
-    assert record["status"] == "completed"
-    assert record["metrics"] == json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert record["status"] == record.status == "completed"
+    assert record.folder == tmp_path / "run"
+    assert record == json.loads(json.dumps(record))  # a dict
+    assert record["metrics"] == record.metrics == json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     pid = record["pid"]
     assert loralab.train([*tiny_arguments, f"hydra.run.dir={tmp_path / 'run'}"])["pid"] == pid
 
@@ -62,6 +75,51 @@ def test_a_sweep_as_frames(swept):
     lines = loralab.curves(swept)
     assert set(lines["trial"]) == set(frame["trial"])
     assert lines["train/loss"].notna().sum() == 4 * 2
+
+
+def cells(html):
+    """The rows of an HTML table."""
+    head, *rows = ([cell.text or "" for cell in row] for row in ElementTree.fromstring(html).iter("tr"))
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_records_and_plans_are_tables_in_a_notebook(swept, tiny_arguments):
+    words = [word for word in tiny_arguments if not word.startswith("adapter.r=")]
+    records = loralab.sweep("rank", [*words, "adapter.r=2,4", "seed=0,1", f"hydra.sweep.dir={swept}"])  # read again
+    assert [record.folder for record in records] == [swept / record["trial"] for record in records]
+    shown = cells(records._repr_html_())
+    assert [row["name"] for row in shown] == ["r=2 seed=0", "r=2 seed=1", "r=4 seed=0", "r=4 seed=1"]
+    for row, record in zip(shown, records, strict=True):
+        assert float(row["val/loss"]) == pytest.approx(record["metrics"]["val/loss"], rel=1e-4)
+        assert row["trainable parameters"] == f"{record['adapter']['trainable_parameters']:,}"
+        assert "training of its pack, s" in row
+    assert '<td style="text-align: left">r=2 seed=0</td>' in records._repr_html_()
+    assert records[0]["trial"] in records[0]._repr_html_()
+    planned = loralab.plan([*tiny_arguments, "plan.device=cpu"])
+    rows = {row["memory"]: row["GiB"] for row in cells(planned._repr_html_())}
+    assert float(rows["predicted peak, cpu"]) == pytest.approx(planned.predicted_peak_bytes / 2**30, abs=5e-4)
+
+
+def test_what_a_cell_holds_is_text(tmp_path):
+    record = TrialRecord(blank("<b>", overrides=["a=<i>"]), tmp_path)
+    record.update(status="failed", error="no <room>")
+    html = TrialRecords([record])._repr_html_()
+    assert "&lt;b&gt;" in html
+    assert "no &lt;room&gt;" in html
+    assert "<i>" not in html
+    assert TrialRecords()._repr_html_().startswith("<table>")
+
+
+def test_the_module_and_the_data_make_the_steps_of_train(tiny_arguments, tmp_path, curve):
+    words = [*tiny_arguments, "schedule=cosine", "adapter.lora_dropout=0.1"]
+    record = loralab.train([*words, "trainer.max_steps=4", f"hydra.run.dir={tmp_path / 'run'}"])
+    module, data = loralab.lightning(words)
+    options = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    trainer = Trainer(max_steps=4, accelerator="cpu", logger=False, **options)
+    trainer.fit(module, data)
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(curve(record.folder)[-1], rel=1e-6)
+    (scores,) = trainer.validate(module, data, verbose=False)
+    assert scores["val/loss"] == pytest.approx(record.metrics["val/loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
@@ -110,6 +168,8 @@ def test_plan_is_the_commands(tiny_arguments):
         (lambda _: loralab.train(["adapter.r=0"]), ConfigError, "adapter.r must be at least 1, got 0"),
         (lambda _: loralab.train(["adapter.rr=2"]), ConfigError, "adapter.rr"),
         (lambda _: loralab.train("adapter.r=2"), ConfigError, "is one text; valid: a list"),
+        (lambda _: loralab.lightning(["adapter.rr=2"]), ConfigError, "adapter.rr"),
+        (lambda f: loralab.curves(f), ArtifactError, "nothing to report"),
         (lambda _: loralab.train(["rank"]), ConfigError, "'rank' is not understood"),
         (lambda _: loralab.sweep("rnak"), ConfigError, "there is no sweep 'rnak'; did you mean rank"),
         (lambda f: loralab.results(f / "no"), ArtifactError, "no: no such folder"),

@@ -9,23 +9,25 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from loralab import errors
-from loralab.records.schema import Record
+from loralab.records.shown import TrialRecord, TrialRecords
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
     from loralab.planning.plan import Plan
+    from loralab.running.own_trainer import AdapterModule, TrialData
     from loralab.scheduling.session import Session
 
 Folder = str | Path
 
 
-def train(overrides: Sequence[str] = (), fresh: bool = False) -> Record:
-    """One run, as ``loralab train`` makes it; returns its record, which is also in its folder (``hydra.run.dir``).
+def train(overrides: Sequence[str] = (), fresh: bool = False) -> TrialRecord:
+    """One run, as ``loralab train`` makes it; returns its record, the content of ``result.json`` in its ``folder``
+    (``hydra.run.dir``).
 
     ``overrides``: Hydra's k=v; ``fresh``: a finished run in that folder is made again. Raises the error that the run
     ended with.
@@ -35,10 +37,11 @@ def train(overrides: Sequence[str] = (), fresh: bool = False) -> Record:
     (record,) = session.records
     if record["error"]:
         raise _error(record)
-    return cast(Record, record)
+    assert session.folder is not None
+    return TrialRecord(record, session.folder.absolute())
 
 
-def sweep(name: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> list[Record]:
+def sweep(name: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> TrialRecords:
     """The sweep ``name`` of ./sweeps or loralab's, or that of a .yaml file, as ``loralab sweep`` runs it: what is
     finished is not run again unless ``fresh``.
 
@@ -60,7 +63,7 @@ def sweep(name: str | Path, overrides: Sequence[str] = (), fresh: bool = False) 
     if session.folder is not None:
         after_sweep(session.folder)
         report(session.folder)
-    return cast(list[Record], session.records)
+    return TrialRecords(TrialRecord(record, folder) for record, folder in _with_folders(session))
 
 
 def plan(overrides: Sequence[str] = ()) -> "Plan":
@@ -136,6 +139,25 @@ def load(run: Folder) -> "tuple[nn.Module, Any]":
     return model, opened.base.tokenizer
 
 
+def lightning(overrides: Sequence[str] = ()) -> "tuple[AdapterModule, TrialData]":
+    """(module, data) for a ``lightning.Trainer`` of one's own: ``Trainer(max_steps=60).fit(module, data)`` makes the
+    steps of ``loralab.train([*overrides, "trainer.max_steps=60"])``.
+
+    Steps, accumulation, precision, device, validations and loggers are that Trainer's, whatever ``trainer.*``,
+    ``logger.*`` and ``callbacks.*`` say among ``overrides``. Nothing is written but what that Trainer writes;
+    ``module.save_adapter(folder)`` exports. Raises ConfigError, DataError.
+    """
+    from loralab.config.build import trial_spec
+    from loralab.config.compose import compose
+
+    _check_words(overrides)
+    with _translated([*overrides]):
+        spec = trial_spec(compose([*overrides]), Path(), [*overrides])
+        from loralab.running.own_trainer import module_and_data
+
+        return module_and_data(spec)
+
+
 def _run(words: list[str], fresh: bool, many: bool) -> "Session":
     from loralab.scheduling.session import Session
 
@@ -143,6 +165,17 @@ def _run(words: list[str], fresh: bool, many: bool) -> "Session":
     with _untouched(), _translated(words):
         session.run([*(["-m"] if many else []), *words])
     return session
+
+
+def _with_folders(session: "Session") -> Iterator[tuple[dict[str, Any], Path]]:
+    """The records of a sweep's trials, each with the run folder that sweep.json names."""
+    if session.folder is None:
+        return
+    from loralab.records.record import read_sweep
+
+    folder = session.folder.absolute()
+    places = {entry["trial"]: folder / entry["folder"] for entry in read_sweep(folder)["trials"]}
+    yield from ((record, places.get(record["trial"], folder)) for record in session.records)
 
 
 @contextmanager

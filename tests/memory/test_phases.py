@@ -65,6 +65,16 @@ def test_what_is_reported_of_a_step_stands_at_its_number_in_a_pack_too(make_spec
         assert told == {"train/loss": [1, 2, 3, 4], "batch/tokens": [1, 2, 3, 4]}
 
 
+def test_batch_sizes_are_a_trials_own_in_a_pack(make_spec, make_data, curve):
+    observed = {"memory": lambda: PhaseMemory(every_n_steps=2)}
+    specs = [make_spec(f"of-{n}", callbacks=observed, data=make_data(batch_size=n)) for n in (1, 3)]
+    records = Runner().run(specs)
+    assert [record["pack"]["size"] for record in records] == [2, 2]
+    assert [curve(spec.folder, "batch/rows") for spec in specs] == [[1, 1], [3, 3]]
+    assert [curve(spec.folder, "batch/tokens") for spec in specs] == [[25, 25], [75, 75]]
+    assert records[0]["memory"]["measured_batch"]["rows"] == 4  # what the pack's peak belongs to
+
+
 def test_the_batch_is_the_largest_pass_of_the_step(make_spec, curve):
     spec = make_spec(kind="ragged", accumulate_grad_batches=3, callbacks={"memory": lambda: PhaseMemory(1)})
     Runner().run([spec])

@@ -10,6 +10,7 @@ import pytest
 from loralab.errors import ConfigError
 from loralab.records import wandb as mirror
 from loralab.records.wandb import Wandb, key_configured
+from loralab.records.wandb_run import Labels
 from loralab.running.runner import Runner
 
 
@@ -55,7 +56,7 @@ def test_a_mirror_that_cannot_start_does_not_stop_a_run(make_spec, monkeypatch, 
 
 def test_a_mirror_that_breaks_on_the_way_does_not_stop_a_run(caplog):
     class Broken:
-        def log(self, row):
+        def log(self, row, step, commit):
             raise OSError("gone")
 
     run = mirror.Mirror(Broken())
@@ -75,7 +76,7 @@ def test_an_unreachable_server_means_offline(monkeypatch, tmp_path, caplog):
         return type("Run", (), {"id": "x", "log": lambda *a: None, "finish": lambda *a, **k: None})()
 
     monkeypatch.setattr(mirror, "_init", init)
-    run = Wandb(mode="online").start(tmp_path, "name", None, {})
+    run = Wandb(mode="online").start(tmp_path, Labels("name"))
     assert modes == ["online", "offline"]
     assert run.run_id == "x"
     assert "wandb sync" in caplog.text
@@ -96,6 +97,9 @@ def test_an_unknown_mode_is_refused():
         Wandb(mode="onlin")
 
 
+SETTINGS = type("Settings", (), {"sync_dir": "somewhere"})
+
+
 @pytest.fixture
 def started(monkeypatch, tmp_path):
     """Starts a mirror with a stub of W&B and returns what wandb.init was asked for, None where it was not."""
@@ -105,10 +109,10 @@ def started(monkeypatch, tmp_path):
 
         def init(wandb, options, mode):
             asked.append({"mode": mode, **options})
-            return type("Run", (), {"id": "x"})()
+            return type("Run", (), {"id": "x", "offline": mode == "offline", "settings": SETTINGS})()
 
         monkeypatch.setattr(mirror, "_init", init)
-        (spec or Wandb()).start(folder, name, group, {})
+        (spec or Wandb()).start(folder, Labels(name, group))
         return asked[0] if asked else None
 
     return start
@@ -165,9 +169,11 @@ def test_trials_of_a_sweep_keep_a_name_and_an_id_of_their_own(monkeypatch, start
     (tmp_path / "sweep.json").write_text("{}")
     monkeypatch.setenv("WANDB_NAME", "mine")
     monkeypatch.setenv("WANDB_RUN_ID", "one")
-    one, two = started(name="seed=0"), started(name="seed=1")
+    one, two = (started(folder=tmp_path / name, name=name) for name in ("seed=0", "seed=1"))
     assert (one["name"], two["name"]) == ("mine seed=0", "mine seed=1")
     assert one["id"] != two["id"]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")  # an agent of W&B's names the one run that it has begun
+    assert "id" not in started(folder=tmp_path / "by-agent")
 
 
 @pytest.mark.parametrize(
@@ -197,14 +203,14 @@ def test_the_longest_tag_project_and_name_that_are_let_through_are_taken_by_wand
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
     spec = Wandb(tags=["t" * 64], project="p" * 128, group="g" * 128)
-    run = spec.start(tmp_path / "run", "n" * 300, None, {})
+    run = spec.start(tmp_path / "run", Labels("n" * 300))
     assert run.run_id
     run.log(1, {"train/loss": 0.125})
     run.finish()
     written = history(tmp_path / "elsewhere")
     assert "t" * 64 in written
     assert "0.125" in written
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").rglob("*.wandb"))
 
 
 def test_wandbs_own_variables_are_not_overruled(monkeypatch):

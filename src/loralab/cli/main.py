@@ -27,13 +27,15 @@ from loralab.cli.report import REPORT
 from loralab.cli.subspace import SUBSPACE
 from loralab.cli.sweep import SWEEP
 from loralab.cli.train import TRAIN
+from loralab.cli.wandb_sweep import WANDB_SWEEP
+from loralab.cli.wandb_upload import WANDB_UPLOAD
 from loralab.errors import Interrupted
 
 COMMANDS = {
     command.name: command
     for command in (
         *(TRAIN, SWEEP, REPORT, PLAN, COUNT, QUANTIZE, GENERATE, MERGE, SUBSPACE, EXPORT, IMPORT, PUSH),
-        *(LATENCY, LS, INIT, DOCTOR, BENCH),
+        *(LATENCY, LS, INIT, DOCTOR, BENCH, WANDB_SWEEP, WANDB_UPLOAD),
     )
 }  # in the order of help
 HELP = """loralab: what does this choice do to a LoRA or QLoRA fine-tune?

@@ -23,6 +23,8 @@ def run(arguments: Arguments) -> int:
     messages_to_stderr()
     from loralab.analysis.quantization import compare_schemes
     from loralab.records.environment import environment
+    from loralab.records.record import redact
+    from loralab.records.wandb_run import Labels
     from loralab.reporting import quantization
 
     with hold(folder):  # before the work: whether it can be written
@@ -31,8 +33,10 @@ def run(arguments: Arguments) -> int:
         result.update(machine=machine["gpu"] or machine["cpu"], versions=machine["versions"], config=content)
         print(json.dumps(result) if arguments.json else quantization.terminal(result), flush=True)
         index = quantization.write(folder, result)
-        mirror = logger.start(folder, f"quantize {result['weights']}", "quantize", content)
+        labels = Labels(f"quantize {result['weights']}", "quantize", "quantize", config=redact(content))
+        mirror = logger.start(folder, labels)
         mirror.table("quantization/schemes", *quantization.wandb_table(result))
+        mirror.summarize({"status": "completed"})
         mirror.finish()
     if not arguments.json:
         print(f"\nreport: {index}")

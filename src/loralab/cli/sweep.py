@@ -15,22 +15,22 @@ def run(arguments: Arguments) -> int:
     if arguments.resume is not None:
         overrides = begun_in(Path(arguments.resume).expanduser(), arguments)
     else:
-        chosen = _take_name(arguments)
+        chosen = take_name(arguments)
         hydra_run.check_axes(arguments.overrides())
         overrides = sweep_arguments(chosen, arguments.overrides())
     return hydra_run.run(arguments, overrides, many=True)
 
 
-def _take_name(arguments: Arguments) -> str:
+def take_name(arguments: Arguments) -> str:
     """The ``+sweeps=`` choice of the sweep that the words name, which is taken from them. Raises ConfigError where they
     name none, or one that does not exist."""
     from loralab.config import sweep_files
 
     names = [word for word in arguments.words if _is_file(word) or ("=" not in word and not word.startswith("~"))]
     if len(names) != 1:
-        raise ConfigError(
-            "loralab sweep needs the name of one sweep, or a .yaml file; valid: " + ", ".join(sweep_files.names())
-        )
+        command = f"loralab {arguments.command.name}"
+        valid = ", ".join(sweep_files.names())
+        raise ConfigError(f"{command} needs the name of one sweep, or a .yaml file; valid: {valid}")
     arguments.words.remove(names[0])
     return sweep_files.choice(names[0])
 

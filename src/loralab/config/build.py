@@ -15,6 +15,7 @@ from loralab.config.compose import compose, plain
 from loralab.config.metrics import of_texts, own_metrics
 from loralab.config.places import conf_folders, data_root, options, searched
 from loralab.errors import ConfigError, DataError, nearest
+from loralab.records.wandb_run import LONGEST_TAG
 
 if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec
@@ -146,6 +147,15 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     for key in ("sweep", "callbacks", "metrics"):
         if not isinstance(content[key], Mapping | None):
             raise ConfigError(f"{key}={content[key]!r} is no group of settings; valid: a mapping, or null")
+    check_tags((content["sweep"] or {}).get("tags"))
+
+
+def check_tags(tags: Any) -> None:
+    """Raises ConfigError where W&B would refuse the tags of a sweep."""
+    if tags is None:
+        return
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and 1 <= len(tag) <= LONGEST_TAG for tag in tags):
+        raise ConfigError(f"sweep.tags={tags!r}; valid: a list of texts of 1 to {LONGEST_TAG} characters, as in [lora]")
 
 
 def _check_scalars(content: Mapping[str, Any]) -> None:

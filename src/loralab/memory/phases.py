@@ -37,6 +37,7 @@ class Step:
     phases: dict[str, Reading] = field(default_factory=dict)
     marks: list[tuple[str, Any, Any]] = field(default_factory=list)  # (phase, start, end)
     batch: dict[str, int] = field(default_factory=dict)  # rows, padded_tokens, tokens, longest
+    own: dict[int, dict[str, int]] = field(default_factory=dict)  # {trial: the same of its own batch}
     spike: Spike | None = None
 
     def add(self, phase: str, reading: Reading) -> None:
@@ -80,6 +81,7 @@ class PhaseMemory(Callback):
         self.evaluated: Any = None  # the same of the profiled validation pass
         self.excluded_s, self.excluded_tokens = 0.0, dict[int, int]()
         self._rows: dict[str, float] = {}
+        self._own_rows: dict[int, dict[str, float]] = {}  # {trial: its batch sizes}
         self._waiting: deque[Step] = deque()
         self._step = Step(0)
         self._profile: ProfiledStep | None = None
@@ -230,6 +232,10 @@ class PhaseMemory(Callback):
         if rows * longest >= self._step.batch.get("padded_tokens", 0):
             tokens = sum(part["tokens"] for part in batch.values())
             self._step.batch = {"rows": rows, "padded_tokens": rows * longest, "tokens": tokens, "longest": longest}
+        for index, part in batch.items():
+            own, most = _sizes(part), self._step.own.get(index, {})
+            if own["padded_tokens"] >= most.get("padded_tokens", 0):
+                self._step.own[index] = own
         if self._profile is not None:
             for index, part in batch.items():
                 self.excluded_tokens[index] = self.excluded_tokens.get(index, 0) + part["tokens"]
@@ -255,8 +261,9 @@ class PhaseMemory(Callback):
         if self._managed:
             self._extreme("managed", self._managed)
             self._extreme("managed_resident", self.ledger.managed_resident(self._managed))
-        for key, value in step.batch.items():
-            self._rows[f"batch/{key}"] = max(value, self._rows.get(f"batch/{key}", 0))
+        for index, own in step.own.items():
+            row = self._own_rows.setdefault(index, {})
+            row.update({f"batch/{key}": max(value, row.get(f"batch/{key}", 0)) for key, value in own.items()})
         peak, batch = step.phases[step.highest].peak, step.batch
         step.spike = self.spikes.see(
             step.number, step.highest, peak, batch["rows"], batch["padded_tokens"], self.ledger.retries
@@ -282,9 +289,9 @@ class PhaseMemory(Callback):
 
     def _report(self, pl_module: LightningModule, spike: Spike | None) -> None:
         rows = {**self._rows, **(spikes.row(spike) if spike else {})}
-        if rows:
-            pl_module.report(rows)  # type: ignore[operator]
-        self._rows = {}
+        if rows or self._own_rows:
+            pl_module.report(rows, self._own_rows)  # type: ignore[operator]
+        self._rows, self._own_rows = {}, {}
 
     def _fold(self, phase: str, reading: Reading) -> None:
         """Raises the phase's peaks of the run, and of the row under way, to ``reading`` where that is higher."""
@@ -304,3 +311,9 @@ class PhaseMemory(Callback):
     def _row(self, name: str, size: int, least: bool = False) -> None:
         key = f"memory/{name}_gib"
         self._rows[key] = (min if least else max)(size / GIB, self._rows.get(key, size / GIB))
+
+
+def _sizes(part: dict[str, Any]) -> dict[str, int]:
+    """The sizes of one trial's batch, before it is padded to the longest of its pack."""
+    rows, longest = part["tensors"]["input_ids"].shape
+    return {"rows": rows, "padded_tokens": rows * longest, "tokens": part["tokens"], "longest": longest}

@@ -16,6 +16,7 @@ from loralab.planning.trace import Geometry, trace
 from loralab.planning.tracker import Segment
 from loralab.planning.workspace import held_workspaces
 from loralab.records.record import PHASES
+from loralab.records.shown import html_table
 from loralab.training.specs import TrialSpec
 
 GIB = 2**30
@@ -50,6 +51,15 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return dataclasses.asdict(self)
+
+    def _repr_html_(self) -> str:
+        """A table for a notebook."""
+        totals = {f"predicted peak, {self.device}": self.predicted_peak_bytes, "with context": self.device_bytes}
+        kinds = {f"at the peak: {name}": size for name, size in self.by_kind.items()}
+        sizes = {**totals, **{f"peak of {name}": size for name, size in self.by_phase.items()}, **kinds}
+        fits = [f"{card}: {'yes' if fits else 'no'}" for card, fits in self.fits.items()]
+        rows: list[list[Any]] = [[name, round(size / GIB, 3)] for name, size in sizes.items()]
+        return html_table(["memory", "GiB"], [*rows, ["fits in", ", ".join(fits)]])
 
 
 def predict(

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,19 @@ class MetricsFile:
 
     def finish(self, exit_code: int) -> None:
         self._file.close()
+
+
+def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, values) of each complete row, in order; none where there is no file."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                yield int(row.pop("step")), row
+            except (ValueError, KeyError, TypeError, AttributeError):  # cut short when the run was killed
+                continue
 
 
 def _rows_until(path: Path, step: int) -> str:

@@ -1,16 +1,22 @@
-"""The mirror in Weights & Biases: one run for each trial, many in one process. Its errors never stop training."""
+"""The mirror in Weights & Biases: one run for each trial, many in one process. Its errors never stop training.
+
+Row n of metrics.jsonl is W&B's step n, so that a run that is killed and goes on has each row once: what the server has
+already is not sent again, and an offline run is written anew from its first row.
+"""
 
 import logging
 import netrc
 import os
+import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
 from loralab.errors import ConfigError, nearest
 from loralab.records.record import SWEEP
+from loralab.records.wandb_run import LONGEST_TAG, Labels
 from loralab.spec import Text, spec
 
 log = logging.getLogger(__name__)
@@ -20,7 +26,7 @@ ENVIRONMENT = ("online", "offline", "shared", "disabled", *SYNONYMS)  # of WANDB
 HOST = "api.wandb.ai"
 PROJECT = "loralab"
 LONGEST = 128  # characters of a project, a group or a run's name
-LONGEST_TAG = 64
+ID_FILE = "wandb/id"  # in a run folder, until the run is completed
 FORBIDDEN = "/\\#?%:"  # in a project
 LEAN = {"console": "off", "silent": True, "x_disable_stats": True, "disable_git": True, "init_timeout": 20}
 
@@ -38,7 +44,7 @@ class Wandb:
     project: str | None = None  # null: WANDB_PROJECT, else loralab
     entity: str | None = None  # null: WANDB_ENTITY, else the account's own
     group: str | None = None  # null: WANDB_RUN_GROUP, else the sweep's name
-    tags: list[Text] = field(default_factory=list)  # empty: WANDB_TAGS
+    tags: list[Text] = field(default_factory=list)  # empty: WANDB_TAGS; beside those of the sweep
 
     def __post_init__(self) -> None:
         if self.effective_mode == "disabled":
@@ -86,42 +92,71 @@ class Wandb:
             return "logger.tags", list(self.tags)
         return "WANDB_TAGS", [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
 
-    def start(self, folder: Path, name: str, group: str | None, config: Mapping[str, Any]) -> "Mirror":
-        """Starts a run below ``folder/wandb``, or below WANDB_DIR; ``group``: the sweep's name.
+    def start(
+        self, folder: Path, labels: Labels, resumed: bool = False, left_out: Collection[str] = (), anew: bool = False
+    ) -> "Mirror":
+        """Starts a run below ``folder/wandb``, or below WANDB_DIR.
 
-        The Mirror of a run that could not start does nothing.
+        ``resumed``: rows of an earlier process may be on the server. ``left_out``: keys of rows that W&B is not given.
+        ``anew``: a run beside the one that the folder may have. A run that has not completed keeps its id, so that it
+        has one history. The Mirror of a run that could not start does nothing.
         """
         mode = self.effective_mode
         if mode == "disabled":
             return Mirror(None)
         swept = (folder.parent / SWEEP).is_file()
         prefix = os.environ.get("WANDB_NAME", "")
-        options = {
+        options: dict[str, Any] = {
             "project": self._project[1],
             "entity": self._value("entity", "WANDB_ENTITY")[1],
-            "group": (self._value("group", "WANDB_RUN_GROUP")[1] or group or "")[:LONGEST] or None,
-            "tags": self._tags[1] or None,
-            "name": (f"{prefix} {name}" if prefix and swept else prefix or name)[:LONGEST],
-            "config": dict(config),
+            "group": (self._value("group", "WANDB_RUN_GROUP")[1] or labels.group or "")[:LONGEST] or None,
+            "job_type": os.environ.get("WANDB_JOB_TYPE") or labels.job_type,
+            "tags": list(dict.fromkeys([*labels.tags, *self._tags[1]])) or None,
+            "name": (f"{prefix} {labels.name}" if prefix and swept else prefix or labels.name)[:LONGEST],
+            "config": dict(labels.config),
             "dir": os.environ.get("WANDB_DIR") or str(folder),
         }
-        if swept and os.environ.get("WANDB_RUN_ID"):  # one for all trials would be refused
-            options["id"] = uuid.uuid4().hex[:8]
-        return Mirror(_start(options, mode))
+        if _names_the_run(swept):
+            return Mirror(_start(options, mode), left_out)
+        id_file = None if anew else folder / ID_FILE
+        options["id"], known = _kept_id(id_file) if id_file else (_new_id(), False)
+        if resumed and known and mode != "offline":
+            options["resume"] = "allow"
+        run = _start(options, mode)
+        if known and run is not None and run.offline:
+            _forget_offline(Path(options["dir"]), options["id"], but=Path(run.settings.sync_dir))
+        return Mirror(run, left_out, id_file)
 
 
 class Mirror:
-    """A W&B run, or none. An error is logged, ends the mirror and is not raised."""
+    """A W&B run, or none. An error is logged, ends the mirror and is not raised.
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    It is given every row of metrics.jsonl from the first on, also those of an earlier process.
+    """
+
+    def __init__(self, run: Any, left_out: Collection[str] = (), id_file: Path | None = None) -> None:
+        self._run, self._left_out, self._id_file = run, frozenset(left_out), id_file
+        self._row = 0
+        self._first = int(getattr(run, "step", 0) or 0)  # of the rows that the server does not have
+        self._completed = False
 
     @property
     def run_id(self) -> str | None:
         return None if self._run is None else str(self._run.id)
 
+    @property
+    def place(self) -> str:
+        """The address of the run; of an offline one its folder; empty without a run."""
+        if self._run is None:
+            return ""
+        return str(getattr(self._run, "url", None) or Path(self._run.settings.sync_dir))
+
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._try(lambda run: run.log({"trainer/global_step": step, **values}))
+        """Row number n is W&B's step n; its x-axis is the optimizer step."""
+        number, self._row = self._row, self._row + 1
+        kept = {key: value for key, value in values.items() if key not in self._left_out}
+        if number >= self._first and (kept or not values):
+            self._try(lambda run: run.log({"step": step, **kept}, step=number, commit=True))
 
     def sync(self) -> None:
         """W&B flushes by itself, every second."""
@@ -137,11 +172,14 @@ class Mirror:
         self._try(add)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
+        self._completed = values.get("status") == "completed"
         self._try(lambda run: run.summary.update(dict(values)))
 
     def finish(self, exit_code: int = 0) -> None:
         self._try(lambda run: run.finish(exit_code=exit_code))
         self._run = None
+        if self._completed and self._id_file is not None:
+            self._id_file.unlink(missing_ok=True)
 
     def _try(self, action: Any) -> None:
         if self._run is None:
@@ -164,6 +202,37 @@ def key_configured() -> bool:
         return False
 
 
+def _names_the_run(swept: bool) -> bool:
+    """Whether the environment says which run it is: of an agent of W&B's, or a single one. One id for all trials of a
+    sweep would be refused."""
+    return bool(os.environ.get("WANDB_RUN_ID")) and ("WANDB_SWEEP_ID" in os.environ or not swept)
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:8]
+
+
+def _kept_id(file: Path) -> tuple[str, bool]:
+    """(id, True) of the run that was begun in this folder and not completed; else (new id, False), kept in ``file``."""
+    try:
+        if file.is_file() and (kept := file.read_text("utf-8").strip()):
+            return kept, True
+        made = _new_id()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(made, "utf-8")
+    except OSError as error:
+        log.warning("the id of the run in W&B cannot be kept (%s); a resumed run will be a second one", _short(error))
+        made = _new_id()
+    return made, False
+
+
+def _forget_offline(folder: Path, run_id: str, but: Path) -> None:
+    """Removes what an earlier process wrote of this run offline: the run in ``but`` has all of its rows."""
+    for old in folder.glob(f"wandb/offline-run-*-{run_id}"):
+        if old.resolve() != but.resolve():
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def _start(options: dict[str, Any], mode: str) -> Any:
     try:
         import wandb
@@ -178,6 +247,7 @@ def _start(options: dict[str, Any], mode: str) -> Any:
             return None
         where = Path(options["dir"]) / "wandb"
         log.warning("W&B not reachable (%s); logging offline, upload later: wandb sync %s", _short(error), where)
+    options.pop("resume", None)  # the offline run has all rows, and takes the place of what the server has
     return _start(options, "offline")
 
 
@@ -193,7 +263,8 @@ def _init(wandb: Any, options: dict[str, Any], mode: str) -> Any:
         if key in type(settings).model_fields and not _in_environment(key):
             setattr(settings, key, value)
     run = wandb.init(mode=mode, reinit="create_new", settings=settings, **options)
-    run.define_metric("*", step_metric="trainer/global_step")
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
     return run
 
 

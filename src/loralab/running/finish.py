@@ -11,7 +11,7 @@ from loralab.errors import DataError, Interrupted, LoralabError, explain
 from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
-from loralab.records import card
+from loralab.records import card, wandb_run
 from loralab.records import record as records
 from loralab.training import checkpoint, generation
 from loralab.training.choices import choice_accuracy
@@ -81,7 +81,7 @@ def finish(trial: Trial, base: Base, started: float) -> None:
         _write_card(trial)
     close_record(record, trial.failure)
     for logger in trial.loggers:
-        logger.summarize({**trial.metrics, "status": record["status"]})
+        logger.summarize(wandb_run.summary(record))
         if spikes := record["memory"].get("spikes"):
             logger.table("memory/spikes", list(spikes[0]), [list(spike.values()) for spike in spikes])
     records.write(trial.spec.folder, record)

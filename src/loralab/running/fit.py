@@ -10,6 +10,7 @@ from loralab.models.loading import Base
 from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight, predicted
 from loralab.planning.trace import Geometry
+from loralab.records import wandb_run
 from loralab.running.attach import attach_adapter
 from loralab.running.finish import choose, finish, generate
 from loralab.training import observer
@@ -41,9 +42,12 @@ class Fit:
         """The packs in which the trials must go on; empty when every record is closed."""
         for trial in self.trials:
             if not trial.loggers:
-                spec = trial.spec
-                name = " ".join(word for word in spec.overrides if not word.startswith("hydra")) or spec.id
-                trial.open_loggers(spec.logger.start(spec.folder, name[:120], spec.sweep, spec.config))
+                spec, resumed = trial.spec, trial.step > 0
+                named, left_out = (
+                    wandb_run.labels(spec.folder, trial.record),
+                    wandb_run.not_measured(spec.trainer.device),
+                )
+                trial.open_loggers(spec.logger.start(spec.folder, named, resumed, left_out))
         failure = self._train_and_score()
         if failure is not None and len(self.trials) > 1:
             return self._divide(failure)

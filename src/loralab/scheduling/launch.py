@@ -12,6 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loralab.config import identity
+from loralab.config.build import check_tags
 from loralab.config.compose import plain, plain_sweep
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.records import record
@@ -66,6 +67,7 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
         )
     if not isinstance(wanted := sweep.get("subspace"), bool | None):
         raise ConfigError(f"sweep.subspace={wanted!r} is no answer; valid: true, false")
+    check_tags(sweep.get("tags"))
     return {
         **sweep,
         "name": sweep.get("name") or folder.name,

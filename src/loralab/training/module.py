@@ -176,12 +176,15 @@ class FineTuner(LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # stacked first, moved once, in losses()
 
-    def report(self, values: Mapping[str, float]) -> None:
-        """Logs a row for every trial of the pack, at the step under way or else the last one. For callbacks."""
+    def report(self, values: Mapping[str, float], own: Mapping[int, Mapping[str, float]] | None = None) -> None:
+        """Logs a row for every trial of the pack, at the step under way or else the last one. For callbacks.
+
+        ``own``: {index of a trial: values of its own beside those of the pack}."""
         under_way = self._under_way
-        for trial in self.trials:
-            if trial.failure is None:
-                trial.log(values, under_way)
+        for index, trial in enumerate(self.trials):
+            row = {**values, **(own or {}).get(index, {})}
+            if trial.failure is None and row:
+                trial.log(row, under_way)
 
     @property
     def _under_way(self) -> bool:

@@ -11,13 +11,15 @@ from loralab.adapters.hooks import mix
 from loralab.data.encoding import Encoded
 from loralab.errors import DivergedError, LoralabError
 from loralab.optim.optimizers import State
-from loralab.records.jsonl import MetricsFile
+from loralab.records.jsonl import MetricsFile, rows
 from loralab.records.metric_logger import MetricLogger
 from loralab.training.cursor import Batch, DataCursor
 from loralab.training.early_stopping import EarlyStopping
 from loralab.training.specs import TrialSpec
 
 log = logging.getLogger(__name__)
+
+STOPPED = 130  # the exit code of a trial that was interrupted, for its loggers
 
 
 @dataclass
@@ -176,8 +178,12 @@ class Trial:
                 logger.log(step, values)
 
     def open_loggers(self, mirror: MetricLogger) -> None:
-        """metrics.jsonl in the run folder, and ``mirror``."""
-        self.loggers = [MetricsFile(self.spec.folder / "metrics.jsonl", self.step), mirror]
+        """metrics.jsonl in the run folder, and ``mirror``, which is given the rows of an earlier process too."""
+        path = self.spec.folder / "metrics.jsonl"
+        file = MetricsFile(path, self.step)
+        for step, values in rows(path):
+            mirror.log(step, values)
+        self.loggers = [file, mirror]
 
     def sync_loggers(self) -> None:
         """Returns when what was logged is on disk."""
@@ -185,8 +191,9 @@ class Trial:
             logger.sync()
 
     def close_loggers(self) -> None:
+        interrupted = self.failure is None and self.record["status"] == "running"
         for logger in self.loggers:
-            logger.finish(self.failure.exit_code if self.failure else 0)
+            logger.finish(self.failure.exit_code if self.failure else STOPPED if interrupted else 0)
         self.loggers = []
 
     def state_dict(self) -> dict[str, Any]:
