@@ -50,9 +50,9 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
     if not (isinstance(cls, type) and is_dataclass(cls)):
         values = {str(name): value for name, value in node.items() if name != "_target_"}
         if key in BARE:
-            from loralab.optim import foreign
+            from loralab.optim import foreign, schedulers
 
-            return foreign.optimizer_of(cls, values) if key == "optimizer" else foreign.schedule_of(cls, values)
+            return foreign.optimizer_of(cls, values) if key == "optimizer" else schedulers.schedule_of(cls, values)
         raise ConfigError(
             f"{key}._target_={node['_target_']!r} is not a loralab spec; valid: a dataclass derived from one"
         )
