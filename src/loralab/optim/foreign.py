@@ -29,8 +29,8 @@ def optimizer_of(cls: Any, values: Mapping[str, Any], key: str = "optimizer") ->
     """
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(
-            f"{key}._target_={path_of(cls)} is no optimizer; valid: a class derived from torch.optim.Optimizer, or a spec"
-            " of loralab's such as loralab.optim.optimizers.AdamW"
+            f"{key}._target_={path_of(cls)} is no optimizer; valid: a class derived from torch.optim.Optimizer, or a"
+            " spec of loralab's such as loralab.optim.optimizers.AdamW"
         )
     own = {name: value for name, value in values.items() if name != "lr_ratio"}
     arguments = checked(cls, own, key, skip=1, others=("lr_ratio",))

@@ -30,8 +30,8 @@ def schedule_of(target: Any, values: Mapping[str, Any], key: str = "schedule") -
     scheduler = isinstance(target, type) and issubclass(target, LRScheduler)
     if not scheduler and (isinstance(target, type) or not callable(target)):
         raise ConfigError(
-            f"{key}._target_={path_of(target)} is no schedule; valid: a class of torch.optim.lr_scheduler, or a function"
-            " step -> factor"
+            f"{key}._target_={path_of(target)} is no schedule; valid: a class of torch.optim.lr_scheduler, or a"
+            " function step -> factor"
         )
     return AnySchedule(target=path_of(target), arguments=checked(target, values, key, skip=1))
 
