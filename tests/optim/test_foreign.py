@@ -10,8 +10,9 @@ from loralab.adapters.lora import LoRA
 from loralab.config.build import build, trial_id, trial_spec
 from loralab.config.compose import compose, plain
 from loralab.errors import ConfigError
-from loralab.optim.foreign import optimizer_of, schedule_of
+from loralab.optim.foreign import optimizer_of
 from loralab.optim.optimizers import AdamW
+from loralab.optim.schedulers import schedule_of
 from loralab.planning.plan import predict
 from loralab.planning.sizes import sizes
 from loralab.running.runner import Runner
@@ -64,6 +65,18 @@ class Blind(torch.optim.Optimizer):
         return None
 
 
+class Needy(Signs):
+    """Moves what has no gradient."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(0.99)
+        return loss
+
+
 def halving(step, every=4):
     return 0.5 ** (step // every)
 
@@ -89,7 +102,7 @@ HERE = "own_optimizers"
 def _importable(monkeypatch):
     """The classes above under a name that can be imported, as those of a module of the user's are."""
     monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
-    for made in (Signs, Mixing, Blind, halving, falling, below):
+    for made in (Signs, Mixing, Needy, Blind, halving, falling, below):
         monkeypatch.setattr(made, "__module__", HERE)
 
 
@@ -129,11 +142,17 @@ def test_trials_share_a_pass_where_one_optimizer_serves_both_and_then_have_the_b
 
 def test_one_that_mixes_its_groups_runs_alone_and_its_record_says_what_is_not_counted(make_spec):
     spec = make_spec("m", optimizer=optimizer_of(Mixing, {"lr": 1e-3}))
-    assert alone(spec) == f"optimizer {HERE}.Mixing keeps state beside that of its parameters, or mixes its groups"
+    reason = "keeps state beside that of its parameters, mixes its groups, or needs all gradients"
+    assert alone(spec) == f"optimizer {HERE}.Mixing {reason}"
     (record,) = Runner().run([spec])
     assert record["optimizer"]["note"] == alone(spec)
     both = Runner().run([make_spec(name, optimizer=spec.optimizer) for name in "no"])
     assert all("cannot share a pass: optimizer" in one["error"] for one in both)
+
+
+@pytest.mark.parametrize(("cls", "shares"), [(Signs, True), (Mixing, False), (Needy, False), (torch.optim.Adam, True)])
+def test_a_pass_is_shared_where_trials_do_not_feel_each_other(cls, shares):
+    assert bool(optimizer_of(cls, {"lr": 1e-3}).why_alone) != shares
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, Signs])

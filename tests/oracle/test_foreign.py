@@ -5,7 +5,8 @@ import pytest
 import torch
 from lab import Watch, run
 
-from loralab.optim.foreign import optimizer_of, schedule_of
+from loralab.optim.foreign import optimizer_of
+from loralab.optim.schedulers import schedule_of
 
 COUNT, WARM = 8, {"T_max": 8, "eta_min": 0.02}
 

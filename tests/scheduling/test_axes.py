@@ -66,6 +66,11 @@ def test_conditions_follow_from_one_another_and_compare_values_not_spellings():
     assert trials(words, when=when) == [["+c=7", "b=0.1", "a=4"], ["a=5"], ["b=2", "a=4"], ["+c=8", "b=0.1", "a=4"]]
 
 
+def test_axes_may_be_named_with_the_plus_signs_that_they_have():
+    found = trials(["+method=a,b", "++x=1,2", "+x.y=3"], [["+method", "x"]], {"+x.y": {"method": "b"}})
+    assert found == [["+method=a", "++x=1"], ["+method=b", "++x=2", "+x.y=3"]]
+
+
 def test_a_zipped_axis_may_have_a_condition_and_a_repeated_value_stays_two_trials():
     found = trials(["a=1,2", "b=3,4", "q=0,1,1"], [["a", "b"]], {"b": {"q": 1}})
     assert found == [[f"a={a}", *([f"b={b}"] if q else []), f"q={q}"] for a, b in ((1, 3), (2, 4)) for q in (0, 1, 1)]

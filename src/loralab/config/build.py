@@ -56,9 +56,9 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
 
     values = {str(name): value for name, value in node.items() if name != "_target_"}
     if key in BARE and not is_dataclass(cls):
-        from loralab.optim import foreign
+        from loralab.optim import foreign, schedulers
 
-        return foreign.optimizer_of(cls, values) if key == "optimizer" else foreign.schedule_of(cls, values)
+        return foreign.optimizer_of(cls, values) if key == "optimizer" else schedulers.schedule_of(cls, values)
     base = KINDS.get(key.partition(".")[0], "")
     derived = isinstance(cls, type) and (
         not base or base in [f"{each.__module__}.{each.__name__}" for each in cls.__mro__]

@@ -36,9 +36,13 @@ class Value:
 class Axis:
     """A key of the command line with its values; one that is given a single value is an axis of one."""
 
-    name: str
+    key: str  # with plus signs
     values: list[Value]
     swept: bool
+
+    @property
+    def name(self) -> str:
+        return self.key.lstrip("+")
 
 
 def trials(words: Sequence[str], zipped: Any = None, when: Any = None, loader: Any = None) -> list[list[str]]:
@@ -57,14 +61,15 @@ def trials(words: Sequence[str], zipped: Any = None, when: Any = None, loader: A
 
 
 def _axes(words: Sequence[str], loader: Any) -> dict[str, Axis]:
+    """The axes by their keys as they are written, with plus signs."""
     parser = OverridesParser.create(config_loader=loader)
     found = {}
     for override in parser.parse_overrides(list(words)):
         axis = _axis(override)
         if not axis.values:
             raise ConfigError(f"the sweep has no trial: {override.input_line} has no value; valid: at least one")
-        found[override.get_key_element()] = axis
-    return {axis.name: axis for axis in found.values()}
+        found[str(override.get_key_element())] = axis
+    return found
 
 
 def _axis(override: Override) -> Axis:
@@ -72,7 +77,7 @@ def _axis(override: Override) -> Axis:
     name = key.lstrip("+")
     if not override.is_sweep_override():
         value = Value(f"{key}={override.get_value_element_as_str()}", canonical(override.value()))
-        return Axis(name, [value], swept=False)
+        return Axis(key, [value], swept=False)
     if not override.is_discrete_sweep():
         raise ConfigError(
             f"{override.input_line}: an interval has no values to go through; valid: {name}=A,B,C, choice(A,B) or"
@@ -83,7 +88,7 @@ def _axis(override: Override) -> Axis:
     found = [
         Value(f"{key}={text}", canonical(Override._convert_value(v))) for text, v in zip(texts, values, strict=True)
     ]
-    return Axis(name, found, swept=True)
+    return Axis(key, found, swept=True)
 
 
 def canonical(value: Any) -> str:
@@ -97,13 +102,14 @@ def _groups(zipped: Any, axes: Mapping[str, Axis]) -> list[list[Axis]]:
     for names in _zipped_names(zipped):
         group = [axes[_known(name, axes, "sweep.zip")] for name in names]
         lengths = {axis.name: len(axis.values) for axis in group}
-        if repeated := [name for name in names if name in group_of or names.count(name) > 1]:
+        keys = [axis.key for axis in group]
+        if repeated := [axis.name for axis in group if axis.key in group_of or keys.count(axis.key) > 1]:
             raise ConfigError(f"sweep.zip names {repeated[0]} twice; valid: each axis once")
         if len(set(lengths.values())) > 1:
             counted = ", ".join(f"{name} has {length}" for name, length in lengths.items())
             raise ConfigError(f"sweep.zip: {counted} values, and they move together; valid: as many of each")
-        group_of |= dict.fromkeys(names, sorted(group, key=list(axes.values()).index))
-    groups = [group_of.get(name, [axis]) for name, axis in axes.items()]
+        group_of |= dict.fromkeys(keys, sorted(group, key=list(axes.values()).index))
+    groups = [group_of.get(key, [axis]) for key, axis in axes.items()]
     return [group for place, group in enumerate(groups) if group not in groups[:place]]
 
 
@@ -142,10 +148,12 @@ def _malformed(key: str, value: Any, form: str) -> ConfigError:
 
 
 def _known(name: str, axes: Mapping[str, Axis], where: str) -> str:
-    if name not in axes:
+    """The key of the axis ``name``, which may have plus signs. Raises ConfigError where there is none."""
+    key = next((key for key, axis in axes.items() if axis.name == name.lstrip("+")), None)
+    if key is None:
         swept = [axis.name for axis in axes.values() if axis.swept]
         raise ConfigError(f"{where} names {name}, which is no axis of this sweep; {nearest(name, swept)}")
-    return name
+    return key
 
 
 def _check_not_circular(name: str, conditions: Conditions, above: tuple[str, ...]) -> None:
@@ -157,7 +165,7 @@ def _check_not_circular(name: str, conditions: Conditions, above: tuple[str, ...
 
 
 def _places(group: Sequence[Axis]) -> list[list[tuple[str, int]]]:
-    return [[(axis.name, place) for axis in group] for place in range(len(group[0].values))]
+    return [[(axis.key, place) for axis in group] for place in range(len(group[0].values))]
 
 
 def _flat(row: Iterable[list[tuple[str, int]]]) -> list[tuple[str, int]]:

@@ -13,7 +13,7 @@ from loralab.forward.texts import takes_texts
 from loralab.memory.budget import PlanSpec
 from loralab.memory.limits import MemorySpec
 from loralab.models import architecture, pretrained
-from loralab.optim import foreign, optimizers
+from loralab.optim import foreign, optimizers, schedulers
 from loralab.quantization.base import Quantizer
 from loralab.records import sources
 from loralab.records.wandb import Wandb
@@ -34,7 +34,7 @@ class TrialSpec:
     adapter: AdapterSpec
     data: DataSpec
     optimizer: optimizers.AdamW | foreign.AnyOptimizer
-    schedule: optimizers.Schedule | foreign.AnySchedule
+    schedule: optimizers.Schedule | schedulers.AnySchedule
     trainer: TrainerSpec
     logger: Wandb
     memory: MemorySpec = field(default_factory=MemorySpec)
