@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from loralab.config.words import own_classes
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, nearest
 from loralab.records import sources
 
 
@@ -21,6 +22,23 @@ def target(node: Any, key: str) -> Any:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}._target_={node['_target_']!r} cannot be found: {error}") from error
+
+
+def checked(cls: type[Any], node: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The keys of ``node`` as arguments of a class that is no spec. Raises ConfigError for one that it does not have,
+    with the nearest that it has, and for one that is missing."""
+    given = {str(name): value for name, value in node.items() if name != "_target_"}
+    parameters = list(signature(cls).parameters.values())
+    named = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        for name in given:
+            if name not in named:
+                valid = nearest(name, named) if named else "it has none"
+                raise ConfigError(f"{key}.{name} is not an option of {cls.__name__}; {valid}")
+    missing = [one.name for one in parameters if one.name in named and one.default is one.empty]
+    if missing := [name for name in missing if name not in given]:
+        raise ConfigError(f"{key}.{missing[0]} is missing: {cls.__name__} needs it")
+    return given
 
 
 def foreign_keys(config: Mapping[Any, Any], words: Iterable[str]) -> list[tuple[str, str]]:

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ class MetricsFile:
 
     def finish(self, exit_code: int) -> None:
         self._file.close()
+
+
+def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, values) of the rows of a metrics.jsonl; a line that was cut short is left out."""
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            yield int(row.pop("step")), row
 
 
 def _rows_until(path: Path, step: int) -> str:

@@ -1,6 +1,7 @@
 """The interface of what metrics are written to: metrics.jsonl, Weights & Biases, or a logger of the user's."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -21,3 +22,11 @@ class MetricLogger(Protocol):
 
     def finish(self, exit_code: int) -> None:
         """Closes the logger."""
+
+
+class LoggerSpec(Protocol):
+    """The settings of a logger, as the group ``logger`` names them."""
+
+    def start(self, folder: Path, name: str, group: str | None, config: Mapping[str, Any]) -> MetricLogger:
+        """The logger of one trial. ``folder``: of the run; ``group``: the sweep's name. Raises nothing: a logger that
+        cannot start is one that does nothing."""
