@@ -11,6 +11,8 @@ from loralab.config.classes import foreign_keys
 from loralab.config.words import forced, own_classes, quoted
 from loralab.errors import ConfigError
 
+STEPS = 200  # trainer.max_steps in conf/
+
 
 def data_root() -> Path:
     """The folder that holds conf/ and sweeps/: the package in a wheel, the repository in a checkout."""
@@ -58,7 +60,19 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
     assert isinstance(resolved, dict)
     for group, key in foreign_keys(resolved, words):
         del resolved[group][key]
+    _let_epochs_decide(resolved, words)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _let_epochs_decide(config: Any, words: Iterable[str]) -> None:
+    """Without a max_steps of the user's own, trainer.max_epochs alone says when training ends, as in Lightning."""
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or trainer.get("max_epochs") is None:
+        return
+    if trainer.get("max_steps") == STEPS and not any(
+        word.lstrip("+").startswith("trainer.max_steps=") for word in words
+    ):
+        trainer["max_steps"] = -1
 
 
 def _refusal(error: BaseException | None) -> ConfigError | None:

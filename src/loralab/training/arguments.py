@@ -45,6 +45,7 @@ class Harmless:
     enable_autolog_hparams: bool | None = None
 
 
+MOST = 2**31 - 1  # of anything that is counted
 # what Lightning does anyway where they are not given
 USUAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("limit_train_batches", "limit_val_batches", "limit_test_batches"), (1.0,)),
@@ -92,10 +93,11 @@ def split(values: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
             raise ConfigError(
                 f"trainer.{name} is no argument of Lightning's Trainer; {nearest(name, [*own, *PASSED, *FIXED])}"
             )
-    return {
-        **{name: value for name, value in values.items() if name in own},
-        **{"decisive": _given(Decisive, others), "passed": _given(Harmless, others)},
-    }
+    decisive = _given(Decisive, others)
+    fields = {name: value for name, value in values.items() if name in own}
+    if fields.get("max_steps") in (-1, None) and "max_epochs" in decisive:  # Lightning's word for no such end
+        fields["max_steps"] = MOST
+    return {**fields, "decisive": decisive, "passed": _given(Harmless, others)}
 
 
 def _check_fixed(name: str, value: Any) -> None:

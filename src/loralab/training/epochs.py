@@ -28,8 +28,7 @@ def settled(spec: TrialSpec, data: Encoded) -> TrialSpec:
     if not trainer.given(*names) or not len(data.train):
         return spec
     steps = {name: _steps(spec, data, int(given[name])) for name in names[:3] if name in given}
-    ends = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    ends += [steps["max_epochs"]] if "max_epochs" in steps else []
+    ends = [trainer.max_steps, *([steps["max_epochs"]] if "max_epochs" in steps else [])]
     if dev := int(given.get("fast_dev_run", 0)):
         ends.append(math.ceil(dev / trainer.accumulate_grad_batches))
     least = max(int(given.get("min_steps", 0)), steps.get("min_epochs", 0))

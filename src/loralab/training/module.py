@@ -142,6 +142,10 @@ class FineTuner(LightningModule):
         if not any(trial.alive for trial in self.trials):
             self.trainer.should_stop = True
 
+    def on_validation_start(self) -> None:
+        for trial in self.trials:
+            trial.write_held()  # a run that goes on from this step makes the rows of its validation again
+
     def on_validation_epoch_start(self) -> None:
         # as many as the logits: a head may have more classes than the data
         labels = max(2, int(getattr(self.model.config, "num_labels", 2)))

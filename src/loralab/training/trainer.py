@@ -8,13 +8,13 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Le
 from pydantic import BeforeValidator
 
 from loralab.errors import ConfigError
-from loralab.spec import Count, Positive, Whole, spec
+from loralab.spec import Count, Natural, Positive, spec
+from loralab.training.arguments import MOST
 
-MOST = 2**31 - 1  # of anything that is counted
 EACH_TRIALS = (  # Lightning's arguments that trials of one pack may differ in
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches", "gradient_clip_algorithm"),
     *("max_epochs", "min_epochs", "min_steps", "check_val_every_n_epoch"),
@@ -53,7 +53,7 @@ class TrainerSpec:
     """Steps, device, precision, validations. All steps are optimizer steps; ``val_check_interval`` null: at the end."""
 
     accelerator: Annotated[Literal["auto", "cpu", "gpu"], BeforeValidator(_accelerator)] = "auto"
-    max_steps: Annotated[Whole, Ge(-1), Le(MOST)] = 200  # 0: the base is scored as it is; -1: max_epochs decides
+    max_steps: Annotated[Natural, Le(MOST)] = 200  # 0: the base is scored as it is
     accumulate_grad_batches: Annotated[Count, Le(MOST)] = 1
     gradient_clip_val: Positive | None = 1.0
     precision: Annotated[
@@ -75,8 +75,6 @@ class TrainerSpec:
                 raise ConfigError(
                     f"trainer.{key} is about validations on the way: it needs trainer.val_check_interval, which is null"
                 )
-        if self.max_steps == -1 and not self.given("max_epochs", "fast_dev_run"):
-            raise ConfigError("trainer.max_steps=-1 has no end; valid: a number, or +trainer.max_epochs=N beside it")
         if self.val_check_interval is not None and self.given("check_val_every_n_epoch"):
             raise ConfigError(
                 f"trainer.val_check_interval={self.val_check_interval} and trainer.check_val_every_n_epoch both say "
@@ -194,6 +192,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("callbacks.model_summary", "callbacks.timer"):  # what they say was asked for
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+    logging.getLogger("lightning").handlers.clear()  # each line once
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     disable_progress_bar()
     warnings.filterwarnings("ignore", message=r".*gradient_checkpointing_enable. is deprecated")
