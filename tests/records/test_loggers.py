@@ -111,8 +111,8 @@ def test_a_logger_that_fails_or_is_slow_does_not_hurt_a_run(make_spec, curve, ca
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"_target_": "lightning.pytorch.loggers.CSVLogger", "nam": "x"}, "logger.nam is not an option of CSVLogger; did you mean name"),
-        ({"_target_": "lightning.pytorch.callbacks.Timer"}, "logger._target_='lightning.pytorch.callbacks.Timer' is no logger"),
+        ({"_target_": "lightning.pytorch.loggers.CSVLogger", "nam": "x"}, "logger.nam is not an option of CSVLogger"),
+        ({"_target_": "lightning.pytorch.callbacks.Timer"}, "Timer' is no logger"),
         ({"a": {"_target_": "loralab.records.wandb.Wandb", "mod": "x"}}, "logger.a.mod is not an option"),
         ({"a": "wandb"}, "logger.a"),
         ("wandb", "must be one of the options of conf/logger"),

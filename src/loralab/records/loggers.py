@@ -1,5 +1,6 @@
 """Lightning's loggers beside metrics.jsonl: an instance for each trial, which no error and no delay of it holds up."""
 
+import inspect
 import logging
 import queue
 import threading
@@ -46,7 +47,8 @@ class LightningLogger:
 
     def _place(self, folder: Path) -> dict[str, Any]:
         """The arguments that say where it writes: for TensorBoard and CSV a folder of that name in the run folder."""
-        place = {"save_dir": str(folder)}
+        named = inspect.signature(self.cls).parameters
+        place = {"save_dir": str(folder)} if "save_dir" in named else {}
         title = next((NAMES[kind.__name__] for kind in self.cls.__mro__ if kind.__name__ in NAMES), None)
         return {**place, "name": title, "version": ""} if title else place
 

@@ -55,7 +55,8 @@ class Fit:
                 logger: LoggerSpec = Wandb(mode="disabled") if spec.trainer.given("fast_dev_run") else spec.logger
                 trial.open_loggers(logger.start(spec.folder, name[:120], spec.sweep, spec.config))
             trial.merges_rows = self.logs
-        failure = self._train_and_score()
+        with self.spec.trainer.settings_restored():
+            failure = self._train_and_score()
         if failure is not None and len(self.trials) > 1:
             return self._divide(failure)
         if failure is not None:
@@ -111,7 +112,7 @@ class Fit:
                 callback.load_state_dict(deepcopy(state))
         self.module.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
         try:
-            with spec.memory.capped(), spec.trainer.settings_restored():
+            with spec.memory.capped():
                 trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
         except Exception:
             if trainer.optimizers:  # else the error came before it had states
@@ -135,8 +136,7 @@ class Fit:
         if not all(_is_scored(trial, prefix) for trial in self.trials):
             observers = observer.evaluation_observers(self.callbacks)
             evaluator = self.spec.trainer.build(observers, progress=False, evaluating=True)
-            with self.spec.trainer.settings_restored():
-                evaluator.validate(self.module, EvaluationPasses(self.trials, split), verbose=False)
+            evaluator.validate(self.module, EvaluationPasses(self.trials, split), verbose=False)
 
     def _describe(self, optimizer: Any) -> None:
         name = self.spec.optimizer.name

@@ -3,12 +3,20 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 
 from loralab.errors import ConfigError, nearest
-from loralab.spec import Count, Natural, Number, Whole, make, spec
+from loralab.spec import Count, Natural, Whole, before, make, spec
 
-Part = Annotated[Count | Annotated[Number, Ge(1e-9), Le(1.0)] | None, "a number of batches, or a share in (0, 1]"]
+
+def _part(value: Any) -> Any:
+    """1 is one batch and 1.0 all of them, as in Lightning."""
+    if value is None or (type(value) is int and value >= 1) or (type(value) is float and 0 < value <= 1):
+        return value
+    raise ValueError("no part of a split")
+
+
+Part = Annotated[Any, before(_part), "a number of batches (1 is one) or a share in (0, 1] (1.0 is all)"]
 
 
 @spec("trainer", kw_only=True)
@@ -48,7 +56,7 @@ class Harmless:
 MOST = 2**31 - 1  # of anything that is counted
 # what Lightning does anyway where they are not given
 USUAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("limit_train_batches", "limit_val_batches", "limit_test_batches"), (1.0,)),
+    **dict.fromkeys(("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"), (1.0,)),
     **dict.fromkeys(("deterministic", "benchmark", "detect_anomaly"), (False,)),
     "fast_dev_run": (False, 0),
     "gradient_clip_algorithm": ("norm",),

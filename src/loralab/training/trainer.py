@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Le
-from pydantic import BeforeValidator
 
 from loralab.errors import ConfigError
-from loralab.spec import Count, Natural, Positive, spec
+from loralab.spec import Count, Natural, Positive, before, spec
 from loralab.training.arguments import MOST
 
 EACH_TRIALS = (  # Lightning's arguments that trials of one pack may differ in
@@ -52,13 +51,13 @@ def _accelerator(value: Any) -> Any:
 class TrainerSpec:
     """Steps, device, precision, validations. All steps are optimizer steps; ``val_check_interval`` null: at the end."""
 
-    accelerator: Annotated[Literal["auto", "cpu", "gpu"], BeforeValidator(_accelerator)] = "auto"
+    accelerator: Annotated[Literal["auto", "cpu", "gpu"], before(_accelerator)] = "auto"
     max_steps: Annotated[Natural, Le(MOST)] = 200  # 0: the base is scored as it is
     accumulate_grad_batches: Annotated[Count, Le(MOST)] = 1
     gradient_clip_val: Positive | None = 1.0
-    precision: Annotated[
-        Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"], BeforeValidator(_precision)
-    ] = "auto"  # auto: 32-true
+    precision: Annotated[Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"], before(_precision)] = (
+        "auto"  # auto: 32-true
+    )
     val_check_interval: Annotated[Count, Le(MOST)] | None = None
     # validations without a better metric after which a trial ends (null: never)
     patience: Annotated[Count, Le(MOST)] | None = None
