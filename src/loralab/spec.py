@@ -44,7 +44,7 @@ def _text(value: Any) -> Any:
 
 
 def before(function: Callable[[Any], Any]) -> Any:
-    """For a field's ``Annotated``: ``function`` is given the value before it is checked, and returns what is checked."""
+    """For a field's ``Annotated``: ``function`` is given the value as it is set, and returns what is checked."""
     return BeforeValidator(function)
 
 

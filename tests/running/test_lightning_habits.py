@@ -293,3 +293,27 @@ def test_values_are_clipped_one_by_one_where_asked(make_spec, weights):
         assert Runner().run([spec])[0]["status"] == "completed"
     one, other = weights(clipped.folder), weights(normed.folder)
     assert any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_report_says_which_scores_are_of_a_part_and_what_an_adapter_holds(synthetic_results):
+    text = "\n".join(synthetic_results)
+    assert "Scores of 1 of 1 trials are over a part of a split, by a limit of the trainer: the first 4 of 7" in text
+    assert (
+        "holds the state with the best val/loss of all validations, and test scores are of it: step 3 (2.5000)" in text
+    )
+    assert "1 of 1 trials stopped early; " in text
+
+
+@pytest.fixture
+def synthetic_results(tmp_path, synthetic, write):
+    """The notes of a report on one made-up trial."""
+    from loralab.analysis.arms import compare
+    from loralab.analysis.results import load
+    from loralab.reporting.notes import notes
+
+    trial = synthetic("none", 2, 0)
+    trial["data"]["limited"] = {"validation": [4, 7]}
+    trial["best"] = {"metric": "val/loss", "step": 3, "value": 2.5}
+    trial["stopped_early"] = {"step": 4, "metric": None, "best": None, "why": "trainer.max_time ended the training"}
+    write(tmp_path / "a", trial)
+    return list(notes(compare(load(tmp_path))))

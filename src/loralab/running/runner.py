@@ -67,6 +67,7 @@ class Runner:
         rows = [trial_data.encoded for trial_data in data]
         specs = [settled(spec, encoded) for spec, encoded in zip(specs, rows, strict=True)]
         check_pack(specs)  # by their steps too
+        _name_limits(data[0].limited)
         plan = self.foresight.check(specs, rows, specs[0].trainer.device, self.inputs.base_bytes)
         for stored, trial_data in zip(records, data, strict=True):
             stored["data"].update(source=trial_data.source, tokenizer=trial_data.tokenizer)
@@ -126,6 +127,11 @@ class Runner:
             raise failure from error
         if failure.exit_code == 1:
             log.debug("trial %s failed", specs[0].id, exc_info=error)
+
+
+def _name_limits(limited: dict[str, list[int]] | None) -> None:
+    for split, (rows, whole) in (limited or {}).items():
+        log.warning("a limit of the trainer leaves the first %d of %d %s rows", rows, whole, split)
 
 
 def check_pack(specs: Sequence[TrialSpec]) -> None:

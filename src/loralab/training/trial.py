@@ -142,7 +142,7 @@ class Trial:
         self.adapter, self.last_logged_step = adapter, max(self.last_logged_step, self.step)
         self.step = self.tokens = 0
         self.optimizer_state, self.last_validated_step, self.metrics, self.predictions = {}, -1, {}, {}
-        self.best, self.callback_states, self._held = None, {}, (0, {})
+        self.best, self.last, self.callback_states, self._held = None, None, {}, (0, {})
         self._begin_stopping()
         self._reset_cursor()
 
@@ -188,15 +188,18 @@ class Trial:
                 value < before if self.spec.metric_mode == "min" else value > before
             ):
                 return
-        state = {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
-        self.best = Best(self.step, value, state)
+        self.best = Best(self.step, value, self._state())
+
+    def _state(self) -> dict[str, Tensor]:
+        """A copy of the adapter's state on the host."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
 
     def take_best(self) -> None:
         """Sets the adapter to the best state, where it is kept; the last one is then ``self.last``."""
         if self.best is None or self.failure is not None or self.best.step == self.step:
             return
-        state = {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
-        self.last = Best(self.step, self.metrics[self.spec.metric], state)
+        if self.last is None:  # else an earlier fit has done it
+            self.last = Best(self.step, self.metrics[self.spec.metric], self._state())
         self.adapter.load_state_dict(self.best.state, strict=True)
 
     def fail(self, error: LoralabError) -> None:
