@@ -307,8 +307,8 @@ def test_a_report_says_which_scores_are_of_a_part_and_what_an_adapter_holds(synt
 @pytest.fixture
 def synthetic_results(tmp_path, synthetic, write):
     """The notes of a report on one made-up trial."""
-    from loralab.analysis.arms import compare
-    from loralab.analysis.results import load
+    from loralab.analysis.arms import comparisons
+    from loralab.analysis.results import read_results
     from loralab.reporting.notes import notes
 
     trial = synthetic("none", 2, 0)
@@ -316,4 +316,4 @@ def synthetic_results(tmp_path, synthetic, write):
     trial["best"] = {"metric": "val/loss", "step": 3, "value": 2.5}
     trial["stopped_early"] = {"step": 4, "metric": None, "best": None, "why": "trainer.max_time ended the training"}
     write(tmp_path / "a", trial)
-    return list(notes(compare(load(tmp_path))))
+    return [note for comparison in comparisons(read_results(tmp_path)) for note in notes(comparison)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from loralab.config.classes import checked, target
@@ -34,13 +35,15 @@ def _one(node: Any, key: str) -> Any:
     values = {str(name): value for name, value in node.items() if name != "_target_"}
     if isinstance(cls, type) and is_dataclass(cls) and hasattr(cls, "start"):
         return make(cls, values, key)
-    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
     if not (isinstance(cls, type) and issubclass(cls, Logger)):
         raise ConfigError(
             f"{key}._target_={node['_target_']!r} is no logger; valid: a class derived from "
             "lightning.pytorch.loggers.Logger, or a spec with start(folder, name, group, config)"
         )
+    if issubclass(cls, TensorBoardLogger) and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise ConfigError(f"{key}: TensorBoard is not installed: pip install -e '.[tensorboard]'; or logger=csv")
     return LightningLogger(cls, checked(cls, {**_defaults(cls), **node}, key), key)
 
 
