@@ -43,6 +43,11 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, bool) else value
 
 
+def before(function: Callable[[Any], Any]) -> Any:
+    """For a field's ``Annotated``: ``function`` is given the value as it is set, and returns what is checked."""
+    return BeforeValidator(function)
+
+
 Whole = Annotated[int, Strict(), BeforeValidator(_whole)]  # 16.0 is 16; true and "16" are no numbers
 Number = Annotated[float, Strict()]
 Text = Annotated[str, BeforeValidator(_text)]  # YAML reads a trial named true as a bool

@@ -47,7 +47,10 @@ def test_every_option_builds_and_lists_every_key_of_its_spec(group, option):
     content = plain(config)
     node = content[group]
     spec = build(node, group)
-    assert set(node) - {"_target_"} == {one.name for one in fields(spec)}
+    if not str(node.get("_target_")).startswith("loralab."):  # Lightning's loggers have arguments of their own
+        return
+    passed = {"decisive", "passed"} if group == "trainer" else set()  # +trainer.NAME
+    assert set(node) - {"_target_"} == {one.name for one in fields(spec)} - passed
     assert group != "adapter" or spec.method == option  # as tables and records name it
 
 

@@ -259,10 +259,30 @@ def test_lightnings_own_early_stopping_sees_a_lone_trials_metrics(make_spec):
     assert (done["status"], done["time"]["steps"]) == ("completed", 3), done["error"]
 
 
-def test_a_trial_with_callbacks_of_the_users_own_begins_anew(make_spec, stop, curve):
+class Counts(Callback):
+    """Stops the run after five steps that it has counted itself."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.count += 1
+        self.log("counted", float(self.count))
+        trainer.should_stop = trainer.should_stop or self.count == 5
+
+
+class KeptCounts(Counts):
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize(("kind", "goes_on"), [(Counts, False), (KeptCounts, True)])
+def test_a_trial_with_callbacks_of_the_users_own_goes_on_where_they_have_a_state(make_spec, stop, curve, kind, goes_on):
     def mine(name):
-        watch = lambda: EarlyStopping("val/loss", mode="max", patience=4)  # noqa: E731
-        callbacks = {"stop": watch, "checkpoint": lambda: Checkpoint(None, 1)}
+        callbacks = {"mine": kind, "checkpoint": lambda: Checkpoint(None, 1)}
         return make_spec(name, max_steps=9, val_check_interval=1, callbacks=callbacks)
 
     whole, again = mine("whole"), mine("again")
@@ -270,8 +290,9 @@ def test_a_trial_with_callbacks_of_the_users_own_begins_anew(make_spec, stop, cu
     stop(3, RuntimeError("gone"))
     Runner().run([again])
     (done,) = Runner().run([again])
-    assert (done["status"], done["time"]["steps"], "resumed_from" in done) == ("completed", 5, False)
-    assert curve(again.folder) == curve(whole.folder)
+    assert (done["status"], done["time"]["steps"], "resumed_from" in done) == ("completed", 5, goes_on)
+    for key in ("train/loss", "val/loss", "counted"):
+        assert curve(again.folder, key) == curve(whole.folder, key)
 
 
 def test_killed_hard_and_called_again(tiny_arguments, tmp_path):

@@ -91,11 +91,18 @@ class TrialResult:
         if not self.ok:
             return ""
         early, steps, max_steps = self.get("stopped_early"), self.get("time.steps"), self.setting("trainer.max_steps")
+        epochs = self.setting("trainer.max_epochs")
+        if not isinstance(max_steps, int) or max_steps < 0 or epochs:  # how many steps that is depends on the rows
+            max_steps = f"{epochs} epochs" if epochs else steps
+        if isinstance(early, dict) and early.get("why"):
+            return f"stopped early at step {early.get('step')} of {max_steps}: {early['why']}"
         if isinstance(early, dict):
             best = early.get("best")
             value = f"{best:.4f}" if is_number(best) else "its best"
             text = f"stopped early at step {early.get('step')} of {max_steps}"
             return f"{text}: {early.get('metric')} was not better than {value}"
+        if epochs:
+            return "max_epochs"
         return "max_steps" if steps == max_steps or steps is None else f"ended at step {steps} of {max_steps}"
 
     @property

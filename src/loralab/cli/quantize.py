@@ -23,8 +23,8 @@ def run(arguments: Arguments) -> int:
     messages_to_stderr()
     from loralab.analysis.quantization import compare_schemes
     from loralab.records.environment import environment
+    from loralab.records.metric_logger import Labels
     from loralab.records.record import redact
-    from loralab.records.wandb_run import Labels
     from loralab.reporting import quantization
 
     with hold(folder):  # before the work: whether it can be written

@@ -1,17 +1,18 @@
 """From a composed configuration to checked specs: unknown keys and wrong types fail before anything loads."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import identity
+from loralab.config.callbacks import callbacks, stopping
 from loralab.config.classes import BARE, target
 from loralab.config.compose import compose, plain
+from loralab.config.loggers import logger
 from loralab.config.metrics import of_texts, own_metrics
 from loralab.config.places import conf_folders, data_root, options, searched
 from loralab.errors import ConfigError, DataError, nearest
@@ -41,6 +42,12 @@ def build(node: Mapping[str, Any], key: str) -> Any:
 
     ``key``: where ``node`` stands in the configuration. Equal settings give one object.
     """
+    if key == "logger":
+        return logger(node)
+    return _one(node, key)
+
+
+def _one(node: Mapping[str, Any], key: str) -> Any:
     _check_paths(node, key)
     cls = target(node, key)
     cache_key = (cls, key, json.dumps(node, default=repr))
@@ -69,9 +76,18 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
             f" dataclass derived from {base or 'one'}"
         )
     try:
-        return make(cls, values, key)
+        return make(cls, _trainer(cls, values) if key == "trainer" else values, key)
     except (TypeError, ValueError) as error:  # of a class of the user's own
         raise ConfigError(f"{key}: {cls.__name__} refuses its options: {error}") from error
+
+
+def _trainer(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` as fields of ``cls``, a TrainerSpec, with Lightning's other arguments apart."""
+    from loralab.training.arguments import split
+    from loralab.training.trainer import TrainerSpec
+
+    own = [field.name for field in fields(cls) if field.name not in ("decisive", "passed")]
+    return split(values, tuple(own)) if issubclass(cls, TrainerSpec) else values
 
 
 def _check_paths(node: Any, key: str) -> None:
@@ -110,9 +126,10 @@ def trial_spec(
     specs = {key: build(content[key], key) for key in SPECS}
     specs["adapter"].check_quantization(specs["quantization"])
     specs["schedule"].check(specs["trainer"].max_steps, specs["optimizer"].lr)
-    callbacks = dict(_callbacks(content.get("callbacks") or {}))
+    made = callbacks(content.get("callbacks") or {})
     metrics = _metrics(content.get("metrics") or {}, specs)
-    _check_metric(content["metric"], content["metric_mode"], specs, metrics)
+    watchable = _check_metric(content["metric"], content["metric_mode"], specs, metrics)
+    stops = stopping(made, specs["trainer"], watchable) if made else {}
     _check_packing(specs)
     from loralab.training.specs import TrialSpec  # imports torch and Lightning: after the checks
 
@@ -123,7 +140,8 @@ def trial_spec(
         metric=content["metric"],
         metric_mode=content["metric_mode"],
         **specs,
-        callbacks=callbacks,
+        callbacks={name: make for name, make in made.items() if name not in stops},
+        stops=tuple(stops.values()),
         metrics=metrics,
         config=content,
         overrides=list(overrides or []),
@@ -183,7 +201,8 @@ def _kind(model: Any) -> str:
     return "regression" if scores else str(model.task)
 
 
-def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """The names of what every validation on the way measures. Raises ConfigError for a metric that is not measured."""
     from loralab.forward.metrics import HIGHER, names
 
     model, data, trainer = specs["model"], specs["data"], specs["trainer"]
@@ -192,9 +211,10 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping
     task = _kind(model)
     watchable = names(task, False, False, data.documents)
     watchable += [f"val/{name}" for name, make in own.items() if not of_texts(make.func)]
-    if trainer.patience is not None and metric not in watchable:
+    if (trainer.patience is not None or trainer.keep_best) and metric not in watchable:
+        key = "keep_best" if trainer.patience is None else "patience"
         raise ConfigError(
-            f"trainer.patience watches metric={metric!r}, which no validation on the way measures;"
+            f"trainer.{key} watches metric={metric!r}, which no validation on the way measures;"
             f" valid: {', '.join(watchable)}"
         )
     valid = names(task, data.generate_rows > 0, trainer.test, data.documents, data.multiple_choice)
@@ -207,6 +227,7 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping
     if higher is not None and mode != best:
         which = "higher" if best == "max" else "lower"
         raise ConfigError(f"metric_mode={mode} would rank a worse {metric} first: {which} is better; valid: {best}")
+    return watchable
 
 
 def _check_packing(specs: Mapping[str, Any]) -> None:
@@ -227,24 +248,6 @@ def _check_packing(specs: Mapping[str, Any]) -> None:
     else:
         return
     raise ConfigError(f"data.packing=true: {reason}")
-
-
-def _callbacks(nodes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, function that makes the callback): each fit makes its own. Their options are checked now."""
-    for name, node in nodes.items():
-        if node is None:
-            continue
-        cls = target(node, f"callbacks.{name}")
-        from lightning.pytorch import Callback
-
-        if not (isinstance(cls, type) and issubclass(cls, Callback)):
-            raise ConfigError(f"callbacks.{name}._target_={node['_target_']!r} is not a Lightning callback")
-        make = partial(cls, **{str(key): value for key, value in node.items() if key != "_target_"})
-        try:
-            make()
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"callbacks.{name}: {error}") from error
-        yield name, make
 
 
 def quantizers(config: DictConfig, config_dir: str | None = None) -> dict[str, Any]:

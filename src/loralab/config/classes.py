@@ -78,6 +78,23 @@ def _known(cls: Any, group: str) -> tuple[str, ...]:
     return tuple(field.name for field in fields(cls))
 
 
+def checked(cls: type[Any], node: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The keys of ``node`` as arguments of a class that is no spec. Raises ConfigError for one that it does not have,
+    with the nearest that it has, and for one that is missing."""
+    given = {str(name): value for name, value in node.items() if name != "_target_"}
+    parameters = list(signature(cls).parameters.values())
+    named = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        for name in given:
+            if name not in named:
+                valid = nearest(name, named) if named else "it has none"
+                raise ConfigError(f"{key}.{name} is not an option of {cls.__name__}; {valid}")
+    missing = [one.name for one in parameters if one.name in named and one.default is one.empty]
+    if missing := [name for name in missing if name not in given]:
+        raise ConfigError(f"{key}.{missing[0]} is missing: {cls.__name__} needs it")
+    return given
+
+
 def foreign_keys(config: Mapping[Any, Any], words: Iterable[str]) -> list[tuple[str, str]]:
     """(group, key) of the keys of a yaml that the class which ``words`` name for its group does not have."""
     keys: list[tuple[str, str]] = []

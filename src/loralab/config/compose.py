@@ -14,6 +14,7 @@ from loralab.config.words import forced, own_classes, quoted
 from loralab.errors import ConfigError
 
 DEFAULTS = {"launcher": "packed", "sweeper": "loralab"}  # of Hydra's own groups
+STEPS = 200  # trainer.max_steps in conf/
 
 
 def register_resolvers() -> None:
@@ -65,6 +66,7 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
     assert isinstance(resolved, dict)
     for group, key in foreign_keys(resolved, words):
         del resolved[group][key]
+    _let_epochs_decide(resolved, words)
     return {str(key): value for key, value in resolved.items()}
 
 
@@ -75,6 +77,17 @@ def plain_sweep(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"sweep={asked!r} is no group of settings; valid: a sweep file, or null")
     sweep = cast(dict[Any, Any], OmegaConf.to_container(asked, resolve=True))
     return {str(key): value for key, value in sweep.items()}
+
+
+def _let_epochs_decide(config: Any, words: Iterable[str]) -> None:
+    """Without a max_steps of the user's own, trainer.max_epochs alone says when training ends, as in Lightning."""
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or trainer.get("max_epochs") is None:
+        return
+    if trainer.get("max_steps") == STEPS and not any(
+        word.lstrip("+").startswith("trainer.max_steps=") for word in words
+    ):
+        trainer["max_steps"] = -1
 
 
 def _refusal(error: BaseException | None) -> ConfigError | None:

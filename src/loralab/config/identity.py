@@ -13,7 +13,10 @@ from loralab.records.record import SCHEMA, redact
 
 ID_LENGTH = 10
 VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # sections that do not change what a trial computes
-VOLATILE_KEYS = {"trainer": ("test",), "memory": ("snapshot",)}  # nor do these: what else is measured, where it goes
+VOLATILE_KEYS = {
+    "trainer": ("test", "passed"),
+    "memory": ("snapshot",),
+}  # nor do these: what else is measured, where it goes
 PATHS = {"data": ("train", "validation", "test"), "model": ("name_or_path", "tokenizer")}
 # sets of names
 UNORDERED = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "skip_modules")
@@ -29,6 +32,8 @@ USUAL = {
     "model": "Pretrained",
     "memory": "MemorySpec",
 }
+STOPPING = {"mode": "min", "min_delta": 0, "patience": 3, "check_finite": True}  # EarlyStopping's defaults
+SPEECH = ("_target_", "verbose", "strict", "log_rank_zero_only")  # its options that decide nothing
 SCALARS = {"seed": None, "metric": "val/loss", "metric_mode": "min"}
 
 
@@ -42,7 +47,21 @@ def trial_id(specs: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     parts = {key: part for key in USUAL if (part := difference(specs[key], key)) is not None}
     scalars = {key: content[key] for key, usual in SCALARS.items() if content[key] != usual}
     own = {"metrics": plain(metrics)} if (metrics := content.get("metrics")) else {}
-    return _digest({"schema": SCHEMA, **parts, **scalars, **own})
+    stops = {"stops": rules} if (rules := _stops(content)) else {}
+    return _digest({"schema": SCHEMA, **parts, **scalars, **own, **stops})
+
+
+def _stops(content: Mapping[str, Any]) -> list[Any]:
+    """Lightning's EarlyStopping among the callbacks: the one of them that loralab knows to decide a result."""
+    nodes = content.get("callbacks")
+    named = [node for node in (nodes.values() if isinstance(nodes, Mapping) else ()) if isinstance(node, Mapping)]
+    rules = [
+        {str(name): plain(value) for name, value in node.items() if STOPPING.get(str(name), name) != value}
+        for node in named
+        if str(node.get("_target_")).rpartition(".")[2] == "EarlyStopping"
+    ]
+    found = [{name: value for name, value in rule.items() if name not in SPEECH} for rule in rules]
+    return sorted(found, key=lambda rule: json.dumps(rule, sort_keys=True, default=str))
 
 
 def unbuilt_id(content: Mapping[str, Any]) -> str:
@@ -104,7 +123,7 @@ def settings(content: Mapping[str, Any]) -> dict[str, Any]:
     for section, keys in VOLATILE_KEYS.items():
         if isinstance(value := sections.get(section), dict):
             sections[section] = {key: item for key, item in value.items() if key not in keys}
-    return sections
+    return sections | ({"stops": rules} if (rules := _stops(content)) else {})
 
 
 def settings_key(content: Mapping[str, Any]) -> str:

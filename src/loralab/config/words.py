@@ -4,6 +4,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+TRAINER = {  # arguments of Lightning's Trainer that conf/trainer does not list
+    *("max_epochs", "min_epochs", "min_steps", "check_val_every_n_epoch", "max_time", "limit_train_batches"),
+    *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches", "fast_dev_run"),
+    *("gradient_clip_algorithm", "deterministic", "benchmark", "detect_anomaly", "num_sanity_val_steps"),
+    *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "enable_autolog_hparams", "profiler"),
+    *("default_root_dir", "use_distributed_sampler", "sync_batchnorm", "devices", "num_nodes", "strategy"),
+    *("inference_mode", "reload_dataloaders_every_n_epochs", "barebones", "plugins", "model_registry"),
+    *("logger", "callbacks"),
+}
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 TEXTS = (
     *("data.prompt", "data.target", "data.text", "data.label", "model.name_or_path", "model.tokenizer"),
@@ -28,9 +37,18 @@ def own_classes(words: Iterable[str]) -> dict[str, set[str]]:
 
 
 def forced(words: list[str]) -> list[str]:
-    """``words`` with ++ before the keys of a class named among them: Hydra needs it for keys not in the yaml."""
+    """``words`` with ++ before the keys of a class named among them and before the Trainer's arguments: Hydra needs it
+    for keys not in the yaml."""
     named = own_classes(words)
-    return [f"++{word}" if word.partition(".")[0] in named and "=" in word else word for word in words]
+    return [
+        f"++{word}" if (word.partition(".")[0] in named and "=" in word) or _is_trainers(word) else word
+        for word in words
+    ]
+
+
+def _is_trainers(word: str) -> bool:
+    group, _, rest = word.partition(".")
+    return group == "trainer" and rest.partition("=")[0] in TRAINER and "=" in rest
 
 
 def quoted(words: list[str]) -> list[str]:

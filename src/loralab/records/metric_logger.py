@@ -1,7 +1,20 @@
 """The interface of what metrics are written to: metrics.jsonl, Weights & Biases, or a logger of the user's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a run is called, and what it is filtered and grouped by."""
+
+    name: str
+    group: str | None = None
+    job_type: str = "train"
+    tags: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class MetricLogger(Protocol):
@@ -21,3 +34,14 @@ class MetricLogger(Protocol):
 
     def finish(self, exit_code: int) -> None:
         """Closes the logger."""
+
+
+class LoggerSpec(Protocol):
+    """The settings of a logger, as the group ``logger`` names them."""
+
+    def start(
+        self, folder: Path, labels: Labels, resumed: bool = False, left_out: Collection[str] = ()
+    ) -> MetricLogger:
+        """The logger of one trial. ``folder``: of the run; ``resumed``: rows of an earlier process may have been sent;
+        ``left_out``: keys of rows that say nothing on this device. Raises nothing: a logger that cannot start is one
+        that does nothing."""

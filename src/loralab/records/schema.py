@@ -113,6 +113,7 @@ class DataSection(TypedDict, total=False):
     packing: dict[str, float] | None  # rows, sequences and fill of the first epoch, where rows are packed
     id2label: dict[Any, str] | None
     label2id: dict[str, int] | None
+    limited: dict[str, list[int]] | None  # {split: [rows scored or trained on, rows there are]} by a trainer's limit
     generation: dict[str, Any] | None
     rouge: Text
     bleu: Text
@@ -163,7 +164,8 @@ class Record(TypedDict, total=False):
     pid: int | None
     host: Text
     resumed_from: int | None  # the step
-    stopped_early: dict[str, Any] | None  # {step, metric, best}
+    stopped_early: dict[str, Any] | None  # {step, metric, best}; {step, why} where no metric ended it
+    best: dict[str, Any] | None  # trainer.keep_best: {metric, step, value, last_step, last_value, adapter, last}
 
 
 KEYS = {

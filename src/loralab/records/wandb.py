@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loralab.errors import ConfigError, nearest
+from loralab.records.metric_logger import Labels
 from loralab.records.record import SWEEP
-from loralab.records.wandb_run import LONGEST_TAG, Labels
+from loralab.records.wandb_run import LONGEST_TAG
 from loralab.spec import Text, spec
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ class Mirror:
 
     It is given every row of metrics.jsonl from the first on, also those of an earlier process.
     """
+
+    replays = True
 
     def __init__(self, run: Any, left_out: Collection[str] = (), id_file: Path | None = None) -> None:
         self._run, self._left_out, self._id_file = run, frozenset(left_out), id_file

@@ -2,28 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loralab.errors import ArtifactError
+from loralab.records.metric_logger import Labels
 from loralab.records.record import PHASES, SWEEP, read_sweep, redact
 
 GIB = 2**30
 LONGEST_NAME, LONGEST_TAG = 128, 64  # characters, W&B's bounds
 # The resident set of the process, on a CPU: it is read at the end of each phase and is not what the phase needs.
 RESIDENT = frozenset(f"memory/{phase}_peak_gib" for phase in PHASES)
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What a run is called, and what it is filtered and grouped by."""
-
-    name: str
-    group: str | None = None
-    job_type: str = "train"
-    tags: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def labels(folder: Path, record: Mapping[str, Any]) -> Labels:

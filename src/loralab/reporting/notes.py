@@ -28,6 +28,8 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
         )
     yield from _constant(comparison)
     yield from _lengths(comparison)
+    yield from _parts(comparison)
+    yield from _best_states(comparison)
     yield from _packs(comparison, packs_shown)
     if published_source := source(comparison.results):
         yield published_source
@@ -65,6 +67,35 @@ def differing(comparison: Comparison) -> str:
         return f"no row differs from the baseline by its {LEVEL:.0%} interval"
     count = f"{len(signs) - signs.count('')} of {len(signs)}"
     return f"against the baseline, {count} rows' {LEVEL:.0%} intervals exclude 0: {', '.join(counts)}"
+
+
+def _parts(comparison: Comparison) -> Iterator[str]:
+    """Which scores are over a part of a split."""
+    found = [trial.get("data.limited") for arm in comparison.arms for trial in arm.ok]
+    limits = [limited for limited in found if isinstance(limited, dict)]
+    texts = {
+        f"the first {rows[0]} of {rows[1]} {split} rows"
+        for limited in limits
+        for split, rows in limited.items()
+        if split != "train"
+    }
+    if texts:
+        yield (
+            f"Scores of {len(limits)} of {len(found)} trials are over a part of a split, by a limit of the trainer: "
+            f"{', '.join(sorted(texts))}"
+        )
+
+
+def _best_states(comparison: Comparison) -> Iterator[str]:
+    """What adapter/ holds where the best state was kept."""
+    trials = [trial for arm in comparison.arms for trial in arm.ok]
+    kept = [best for trial in trials if isinstance(best := trial.get("best"), dict)]
+    if kept:
+        steps = ", ".join(f"step {best['step']} ({best['value']:.4f})" for best in kept[:3])
+        yield (
+            f"adapter/ of {len(kept)} of {len(trials)} trials holds the state with the best {kept[0]['metric']} of all "
+            f"validations, and test scores are of it: {steps}{', ...' if len(kept) > 3 else ''}; val/ is of the last"
+        )
 
 
 def _separation(comparison: Comparison) -> Iterator[str]:
@@ -124,10 +155,11 @@ def _lengths(comparison: Comparison) -> Iterator[str]:
     stopped = [trial for arm in comparison.arms for trial in arm.ok if trial.get("stopped_early")]
     total = sum(len(arm.ok) for arm in comparison.arms)
     if stopped:
-        patience = " | ".join(dict.fromkeys(str(trial.setting("trainer.patience")) for trial in stopped))
+        given = [patience for trial in stopped if (patience := trial.setting("trainer.patience"))]
+        rule = f" by trainer.patience = {' | '.join(dict.fromkeys(map(str, given)))}" if given else ""
         ends = "; ".join(f"{comparison.results.describe(trial)} {trial.ended}" for trial in stopped[:3])
         ends += f"; and {len(stopped) - 3} more, each in results.csv" if len(stopped) > 3 else ""
-        yield f"{len(stopped)} of {total} trials stopped early by trainer.patience = {patience}; {ends}"
+        yield f"{len(stopped)} of {total} trials stopped early{rule}; {ends}"
     uneven = sum(len(set(arm.steps)) > 1 for arm in comparison.arms)
     if uneven:
         yield f"{uneven} rows average trials of different numbers of steps; see {STEPS}"

@@ -18,6 +18,7 @@ from loralab.training.choices import choice_accuracy
 from loralab.training.trial import Trial
 
 PREDICTIONS = "predictions.jsonl"
+LAST = "adapter_last"  # folder of the last state, where adapter/ holds the best one
 
 
 def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
@@ -73,9 +74,10 @@ def finish(trial: Trial, base: Base, started: float) -> None:
         _export(trial, base)
     if trial.failure is None or trial.last_validated_step == trial.step:  # else the scores are of an earlier state
         record["metrics"] = dict(trial.metrics)
-    if trial.early_stopping.stopped and trial.step < trial.max_steps:
-        best = trial.early_stopping.best
-        record["stopped_early"] = {"step": trial.step, "metric": trial.spec.metric, "best": best}
+    if trial.step < trial.max_steps and trial.failure is None:
+        record["stopped_early"] = _stopped_early(trial)
+    if trial.best is not None:
+        record["best"] = _best(trial)
     record["time"]["wall_s"] = time.monotonic() - started
     if trial.failure is None:
         _write_card(trial)
@@ -89,6 +91,27 @@ def finish(trial: Trial, base: Base, started: float) -> None:
         checkpoint.forget(trial.spec.folder)
 
 
+def _stopped_early(trial: Trial) -> dict[str, Any]:
+    """Why a trial ended before its last step."""
+    rule = trial.stopped_by
+    if rule is None:
+        why = "trainer.max_time or a callback ended the training"
+        return {"step": trial.step, "metric": None, "best": None, "why": why}
+    return {"step": trial.step, "metric": rule.metric, "best": rule.best}
+
+
+def _best(trial: Trial) -> dict[str, Any]:
+    """Which state adapter/ holds where the best one is kept. ``metrics`` holds the last validation, and the test of
+    the state in adapter/."""
+    best, last, metric = trial.best, trial.last, trial.spec.metric
+    assert best is not None
+    return {
+        **{"metric": metric, "step": best.step, "value": best.value},
+        **{"last_step": trial.step, "last_value": trial.metrics.get(metric), "adapter": "adapter"},
+        "last": LAST if last is not None else "adapter",
+    }
+
+
 def _export(trial: Trial, base: Base) -> None:
     """Writes the adapter. An error is the failure of this trial alone; the others are written all the same."""
     folder = trial.spec.folder / "adapter"
@@ -98,6 +121,9 @@ def _export(trial: Trial, base: Base) -> None:
         trial.record["adapter"]["bytes"] = save(trial.adapter, folder, trial.spec.seed)
         if trial.spec.adapter.changes_base:
             base.tokenizer.save_pretrained(folder)
+        if trial.last is not None:
+            trial.adapter.load_state_dict(trial.last.state, strict=True)
+            save(trial.adapter, folder.with_name(LAST), trial.spec.seed)
     except Exception as error:
         failure = explain(error)
         if not isinstance(failure, LoralabError):

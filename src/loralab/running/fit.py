@@ -2,6 +2,7 @@
 
 import logging
 import time
+from copy import deepcopy
 from typing import Any
 
 from loralab.adapters.hooks import NotPackable
@@ -11,12 +12,17 @@ from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight, predicted
 from loralab.planning.trace import Geometry
 from loralab.records import wandb_run
+from loralab.records.metric_logger import LoggerSpec
+from loralab.records.wandb import Wandb
 from loralab.running.attach import attach_adapter
 from loralab.running.finish import choose, finish, generate
 from loralab.training import observer
+from loralab.training.checkpoint import Checkpoint
 from loralab.training.first_batch import FirstBatch
+from loralab.training.lightning_rows import LightningRows
 from loralab.training.module import FineTuner
 from loralab.training.passes import EvaluationPasses, TrainPasses
+from loralab.training.specs import TrialSpec
 from loralab.training.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -30,11 +36,14 @@ class Fit:
         self.base, self.trials, self.started, self.progress = base, trials, started, progress
         self.foresight = foresight
         self.spec = trials[0].spec  # for all that the trials of a pack share
-        self.callbacks = [make() for make in self.spec.callbacks.values()] + self.spec.memory.callbacks()
+        named = made(self.spec)
+        self.callbacks = [*named.values(), *self.spec.memory.callbacks()]
         # quantized layers that are not packable take scales over whole sequences, which a cached prefix would split
         prefix_bytes = self.spec.memory.prefix_bytes if self.spec.quantization.packable else 0
         unpad = self.spec.memory.spiky_every is None  # spikes are made of padding, which must be computed
         self.module = FineTuner(base.model, trials, prefix_bytes, base.prefix_states, unpad)
+        self.module.others = {name: callback for name, callback in named.items() if not observer.is_own(callback)}
+        self.logs = not all(map(observer.is_loralabs, named.values()))  # callbacks that may log by Lightning's ways
         self.optimizer_records: list[dict[str, Any]] = [{} for _ in trials]
         self.states: list[optimizers.State | None] = [trial.optimizer_state for trial in trials]
 
@@ -42,13 +51,14 @@ class Fit:
         """The packs in which the trials must go on; empty when every record is closed."""
         for trial in self.trials:
             if not trial.loggers:
-                spec, resumed = trial.spec, trial.step > 0
-                named, left_out = (
-                    wandb_run.labels(spec.folder, trial.record),
-                    wandb_run.not_measured(spec.trainer.device),
-                )
-                trial.open_loggers(spec.logger.start(spec.folder, named, resumed, left_out))
-        failure = self._train_and_score()
+                spec = trial.spec
+                logger: LoggerSpec = Wandb(mode="disabled") if spec.trainer.given("fast_dev_run") else spec.logger
+                labels = wandb_run.labels(spec.folder, trial.record)
+                left_out = wandb_run.not_measured(spec.trainer.device)
+                trial.open_loggers(logger.start(spec.folder, labels, trial.step > 0, left_out))
+            trial.merges_rows = self.logs
+        with self.spec.trainer.settings_restored():
+            failure = self._train_and_score()
         if failure is not None and len(self.trials) > 1:
             return self._divide(failure)
         if failure is not None:
@@ -69,6 +79,8 @@ class Fit:
                 self._describe(self.module.configure_optimizers()["optimizer"])
             seconds = time.monotonic() - begun
             self._evaluate("val", "validation")
+            for trial in self.trials:
+                trial.take_best()
             if self.spec.trainer.test and any(len(trial.data.test) for trial in self.trials):
                 self._evaluate("test", "test")
         except Exception as error:
@@ -89,8 +101,17 @@ class Fit:
             self._score("val", "validation")
             if not any(trial.alive for trial in self.trials):
                 return
-        trainer = spec.trainer.build([*self.callbacks, FirstBatch()], self.progress)
+        # the checkpoint first, so that no other callback has seen more of the run than it keeps
+        ordered = sorted(self.callbacks, key=lambda callback: not isinstance(callback, Checkpoint))
+        logger = LightningRows(self.module, str(spec.folder)) if self.logs else False
+        # callbacks see the validation of the final state too, as they would in any run of Lightning's
+        validating = bool(self.module.others) and len(self.trials) == 1
+        observers = [*ordered, FirstBatch()]
+        trainer = spec.trainer.build(observers, self.progress, logger=logger, validating=validating, folder=spec.folder)
         count_from(trainer, step)
+        for name, callback in self.module.others.items():
+            if state := self.trials[0].callback_states.get(name):
+                callback.load_state_dict(deepcopy(state))
         self.module.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
         try:
             with spec.memory.capped():
@@ -196,6 +217,19 @@ class Fit:
         return parts
 
 
+def made(spec: TrialSpec) -> dict[str, Any]:
+    """The callbacks of a fit by their names, newly made; Lightning's own files lie in the run folder's checkpoints/."""
+    from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+
+    callbacks = {name: make() for name, make in spec.callbacks.items()}
+    for callback in callbacks.values():
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(spec.folder / "checkpoints")
+    if limit := spec.trainer.decisive.get("max_time"):
+        callbacks["max_time"] = Timer(duration=limit)
+    return callbacks
+
+
 def _is_scored(trial: Trial, prefix: str) -> bool:
     """Whether the trial's present state needs no scoring over the split of ``prefix``."""
     scored = trial.last_validated_step == trial.step if prefix == "val" else f"{prefix}/loss" in trial.metrics
@@ -216,3 +250,4 @@ def count_from(trainer: Any, step: int) -> None:
     loop = trainer.fit_loop.epoch_loop
     loop.batch_progress.total.ready = step * trainer.accumulate_grad_batches
     loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    loop._batches_that_stepped = step

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loralab.data.base import DataSpec
+from loralab.data.base import SPLITS, DataSpec
 from loralab.data.encoding import Encoded
 from loralab.errors import ConfigError, DataError
 from loralab.forward.graph import check_causal
@@ -16,6 +16,7 @@ from loralab.quantization.base import is_frozen
 from loralab.quantization.linear import resident_bytes
 from loralab.quantization.none import NoQuantization
 from loralab.quantization.reads import refuse_read
+from loralab.training import epochs
 from loralab.training.specs import TrialSpec
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class TrialData:
     encoded: Encoded
     source: str | None
     tokenizer: str | None
+    limited: dict[str, list[int]] | None = None  # {split: [rows, of so many]} where the trainer limits a split
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Inputs:
     _base_key: tuple[Any, ...] = ()
     _tokenizers: dict[str, tuple[Any, str | None]] = field(default_factory=dict)
     _data: dict[str, tuple[Encoded, str | None]] = field(default_factory=dict)
+    _parts: dict[Any, Encoded] = field(default_factory=dict)
+    _parts_of: Encoded | None = None
 
     def forget_base(self) -> None:
         if self._base is not None:
@@ -68,8 +72,23 @@ class Inputs:
             encoded = encoded_data(spec.data, spec.model, tokenizer, spec.trainer.device)
             self._data = {key: (encoded, source)}  # one at a time: sweeps seldom change the data
         encoded, source = self._data[key]
-        check_splits(spec, encoded)
-        return TrialData(encoded, source, tokenizer_fingerprint)
+        part = self._limited(encoded, spec)
+        check_splits(spec, part)
+        counts = {split: [len(part[split]), len(encoded[split])] for split in SPLITS}
+        limited = {split: rows for split, rows in counts.items() if rows[0] < rows[1]} or None
+        return TrialData(part, source, tokenizer_fingerprint, limited)
+
+    def _limited(self, whole: Encoded, spec: TrialSpec) -> Encoded:
+        """What the trainer's limits leave of ``whole``; trials with the same limits share the rows."""
+        limits = {name: value for name, value in spec.trainer.decisive.items() if name in epochs.LIMITING}
+        if not limits:
+            return whole
+        key = (id(whole), spec.data.batch_size, repr(limits), spec.metric)
+        if self._parts_of is not whole:
+            self._parts, self._parts_of = {}, whole
+        if key not in self._parts:
+            self._parts[key] = epochs.limited(whole, spec)
+        return self._parts[key]
 
     def rows(self, spec: TrialSpec) -> Encoded:
         """The rows of ``spec`` in token ids."""

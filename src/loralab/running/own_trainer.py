@@ -16,12 +16,12 @@ from loralab.records import record as records
 from loralab.running.attach import attach_trial
 from loralab.running.inputs import Inputs, check_labels
 from loralab.running.runner import check_batches
+from loralab.training.arguments import MOST
 from loralab.training.cursor import Batch
 from loralab.training.first_batch import FirstBatch
 from loralab.training.module import FineTuner
 from loralab.training.passes import EvaluationPasses
 from loralab.training.specs import TrialSpec
-from loralab.training.trainer import MOST
 from loralab.training.trial import Trial
 
 

@@ -19,7 +19,8 @@ from loralab.running.finish import close_record
 from loralab.running.fit import Fit
 from loralab.running.inputs import Inputs, TrialData, check_labels, check_metrics
 from loralab.training import checkpoint
-from loralab.training.observer import is_pack_aware
+from loralab.training.epochs import settled
+from loralab.training.observer import can_go_on
 from loralab.training.specs import TrialSpec
 from loralab.training.trainer import quiet
 from loralab.training.trial import Trial
@@ -64,9 +65,13 @@ class Runner:
         specs[0].memory.check(specs[0].trainer.device)
         data += [self.inputs.data(spec) for spec in specs]
         rows = [trial_data.encoded for trial_data in data]
+        specs = [settled(spec, encoded) for spec, encoded in zip(specs, rows, strict=True)]
+        check_pack(specs)  # by their steps too
+        _name_limits(data[0].limited)
         plan = self.foresight.check(specs, rows, specs[0].trainer.device, self.inputs.base_bytes)
         for stored, trial_data in zip(records, data, strict=True):
             stored["data"].update(source=trial_data.source, tokenizer=trial_data.tokenizer)
+            stored["data"]["limited"] = trial_data.limited
             stored["memory"].update(predicted(plan))
         base = self.inputs.base(specs[0], len(rows[0].splits.labels) or None)
         check_labels(base, rows)
@@ -125,6 +130,11 @@ class Runner:
             log.debug("trial %s failed", specs[0].id, exc_info=error)
 
 
+def _name_limits(limited: dict[str, list[int]] | None) -> None:
+    for split, (rows, whole) in (limited or {}).items():
+        log.warning("a limit of the trainer leaves the first %d of %d %s rows", rows, whole, split)
+
+
 def check_pack(specs: Sequence[TrialSpec]) -> None:
     """Raises ConfigError for trials that cannot be one pack."""
     if not specs:
@@ -157,8 +167,12 @@ def _resume(trial: Trial) -> None:
     spec = trial.spec
     if not spec.memory.continues:
         return
-    if checkpoint.path(spec.folder).is_file() and not all(is_pack_aware(make()) for make in spec.callbacks.values()):
-        log.info("%s begins anew: what its own callbacks hold is in no checkpoint", spec.id)
+    unkept = [name for name, make in spec.callbacks.items() if not can_go_on(make())]
+    if unkept and checkpoint.path(spec.folder).is_file():
+        log.info(
+            "%s begins anew: callbacks.%s has no state_dict, so that what it holds is in no checkpoint",
+            *(spec.id, unkept[0]),
+        )
     elif checkpoint.resume(trial):
         trial.record["resumed_from"] = trial.step
 

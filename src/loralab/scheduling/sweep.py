@@ -21,6 +21,7 @@ from loralab.scheduling.watching import watched
 
 if TYPE_CHECKING:
     from loralab.running.runner import Runner
+    from loralab.training.specs import TrialSpec
 
 log = logging.getLogger(__name__)
 
@@ -179,15 +180,18 @@ class _Planner:
 
     def __init__(self, waiting: Sequence[Job], runner: "Runner", options: PackOptions) -> None:
         from loralab.scheduling.members import Members, refusal, room
+        from loralab.training.epochs import settled
 
         self.jobs, self.runner = {job.trial: job for job in waiting}, runner
         self.device, members = "cpu", Members()
         self.members, self.refused = [], dict[str, LoralabError]()
+        self.specs: dict[str, TrialSpec] = {}  # of the trials that can be built and read
         for job in waiting:
             try:
-                spec = job.spec()
+                rows = runner.inputs.rows(job.spec())
+                spec = self.specs[job.trial] = settled(job.spec(), rows)
                 self.device = spec.trainer.device
-                member = members.member(spec, runner.inputs.rows(spec))
+                member = members.member(spec, rows)
             except LoralabError:
                 continue
             budget = options.memory_budget
@@ -213,13 +217,16 @@ class _Planner:
         """Tokens that each pack is trained with; 1 for a trial whose rows cannot be read."""
         tokens = {member.trial: member.tokens for member in self.members}
         return [
-            sum(tokens[job.trial] * job.spec().trainer.max_steps if job.trial in tokens else 1 for job in pack)
+            sum(
+                tokens[job.trial] * self.specs[job.trial].trainer.max_steps if job.trial in tokens else 1
+                for job in pack
+            )
             for pack in packs
         ]
 
     def _mention_memory(self) -> None:
         """Logs the predicted peak of the pack that needs most by arithmetic; only that one is traced."""
-        specs = [[self.jobs[trial].spec() for trial in pack.trials] for pack in self.planned]
+        specs = [[self.specs[trial] for trial in pack.trials] for pack in self.planned]
         if not specs or not specs[0][0].plan.record:
             return
         from loralab.planning.foresee import sentence

@@ -1,10 +1,12 @@
 """The training state of each trial on disk: a run that was killed goes on from there."""
 
+import io
 import logging
 import os
 import time
 import zipfile
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,8 @@ class Checkpoint(Callback):
     The order of the data and dropout follow from seed and step, and the base is not written. Files are written between
     optimizer steps, when ``minutes`` have passed or a trial has made ``every_n_steps`` since the last time, and when
     the run is interrupted. The last state of a trial that ends before its pack is written too. A file that cannot be
-    written is a warning. The state of other callbacks and of a GradScaler (16-mixed) is not in it.
+    written is a warning. The ``state_dict`` of Lightning's and of the user's own callbacks is in it, as it is when all
+    of them have seen the end of a step. The state of a GradScaler (16-mixed) is not.
     """
 
     pack_aware = True
@@ -43,23 +46,58 @@ class Checkpoint(Callback):
         self.excluded_s = 0.0  # of writing, which is no training
         self._written: dict[str, int] = {}  # {trial: step}
         self._logged: dict[str, int] = {}  # {trial: the last step whose rows are all in metrics.jsonl}
+        self._unkept: set[str] = set()  # callbacks whose state cannot be kept
         self._since = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.monotonic()
         module: Any = pl_module
         self._written = {trial.spec.id: trial.step for trial in module.trials}
+        self._logged = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if not pl_module.others:
+            self._end_step(trainer, pl_module)
+
+    # with other callbacks a step is over when each of them has seen its end, and what they logged is written; the run
+    # calls this callback before all others, so that none of them has seen what comes next
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if pl_module.others:
+            self._end_step(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.others and trainer.optimizers and not trainer.sanity_checking:
+            self._end_step(trainer, pl_module)
+
+    def _end_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
+        if module.others and all(trial.step == self._logged.get(trial.spec.id) for trial in module.trials):
+            return  # within a step, or after its validation
         self._logged = {trial.spec.id: trial.step for trial in module.trials}
+        self._keep_states(module)
         steps = max(step - self._written[trial] for trial, step in self._logged.items())  # since the last file
         timely = self.minutes is not None and time.monotonic() - self._since >= 60 * self.minutes
         if steps and (timely or (self.every_n_steps is not None and steps >= self.every_n_steps)):
             self._write(trainer, module.trials)
 
+    def _keep_states(self, module: Any) -> None:
+        for name, callback in module.others.items():
+            try:
+                state = deepcopy(callback.state_dict())
+                _check_readable(state)
+            except Exception as error:
+                if name not in self._unkept:
+                    log.warning("the state of callbacks.%s is in no checkpoint: %s", name, error)
+                self._unkept.add(name)
+                continue
+            for trial in module.trials:
+                trial.callback_states[name] = state
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
+        if module.others:
+            self._end_step(trainer, pl_module)
         if self._enabled and time.monotonic() - self._since >= WORTH_SECONDS:  # the last validation may take long
             self._write(trainer, module.trials)
 
@@ -88,6 +126,17 @@ class Checkpoint(Callback):
                 log.warning("%s has no checkpoint at step %d: %s", name, trial.step, " ".join(str(error).split())[:200])
         self._since = time.monotonic()
         self.excluded_s += self._since - begun
+
+
+def _check_readable(state: Any) -> None:
+    """Raises an error where a checkpoint with ``state`` could not be read again: torch loads tensors and plain values
+    only."""
+    if not state:
+        return
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    torch.load(buffer, weights_only=True)
 
 
 def path(folder: Path) -> Path:

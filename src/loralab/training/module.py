@@ -21,6 +21,7 @@ from loralab.optim.optimizers import restore
 from loralab.quantization.sequences import decoder_input_ids
 from loralab.training.cursor import Batch
 from loralab.training.passes import stack_batches
+from loralab.training.trainer import TrainerSpec
 from loralab.training.trial import Trial
 
 SPLITS = {"val": "validation", "test": "test"}  # by the prefix of their metrics
@@ -45,11 +46,29 @@ class FineTuner(LightningModule):
         self.task = trials[0].task
         unpad = unpad and all(t.adapter.spec.tokenwise for t in trials)
         self.forward_pass = Forward(model, self.task, unpad, packing=any(t.spec.data.packing for t in trials))
+        self.others: dict[str, Any] = {}  # callbacks that are no Observer, by name
         self.split = "val"
         self._scores: list[SplitMetrics] = []
         self._running: dict[int, float] = {}  # {trial: loss} of the optimizer step under way
         self._norms: dict[int, float] = {}
         self._last: dict[int, float] = {}  # {trial: loss} of the last finished step
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What the trials train, as Lightning's ModelCheckpoint writes it: ``adapters.0.NAME`` of the first trial, and
+        so on; never the base."""
+        return {
+            f"adapters.{index}.{name}": value
+            for index, trial in enumerate(self.trials)
+            for name, value in trial.adapter.state_dict().items()
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Sets the adapters to what ``state_dict`` returned. Raises RuntimeError where a name or a shape differs."""
+        for index, trial in enumerate(self.trials):
+            prefix = f"adapters.{index}."
+            own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+            trial.adapter.load_state_dict(own, strict=strict)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
@@ -94,8 +113,7 @@ class FineTuner(LightningModule):
         for index, trial in enumerate(self.trials):
             parameters = [p for p in trial.adapter.parameters() if p.grad is not None]
             if trial.failure is None and parameters:
-                bound = trial.spec.trainer.gradient_clip_val or float("inf")
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+                norm = _clip(parameters, trial.spec.trainer)
                 if not norm < float("inf"):
                     trial.fail_on_infinite("the gradient")
                 elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
@@ -128,6 +146,10 @@ class FineTuner(LightningModule):
         if not any(trial.alive for trial in self.trials):
             self.trainer.should_stop = True
 
+    def on_validation_start(self) -> None:
+        for trial in self.trials:
+            trial.write_held()  # a run that goes on from this step makes the rows of its validation again
+
     def on_validation_epoch_start(self) -> None:
         # as many as the logits: a head may have more classes than the data
         labels = max(2, int(getattr(self.model.config, "num_labels", 2)))
@@ -145,6 +167,8 @@ class FineTuner(LightningModule):
                 self._scores[index].update(*scored)
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            return
         for trial, scores in zip(self.trials, self._scores, strict=True):
             scored = self.split == "val" and trial.last_validated_step == trial.step  # a trial that has ended
             if trial.failure is None and not scored and len(trial.data[SPLITS[self.split]]):
@@ -176,7 +200,7 @@ class FineTuner(LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # stacked first, moved once, in losses()
 
-    def report(self, values: Mapping[str, float], own: Mapping[int, Mapping[str, float]] | None = None) -> None:
+    def report(self, values: Mapping[str, Any], own: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         """Logs a row for every trial of the pack, at the step under way or else the last one. For callbacks.
 
         ``own``: {index of a trial: values of its own beside those of the pack}."""
@@ -234,6 +258,16 @@ class FineTuner(LightningModule):
             "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "tokens": sum(trial.tokens for trial in self.trials),
         }
+
+
+def _clip(parameters: list[nn.Parameter], settings: TrainerSpec) -> float:
+    """The norm of all gradients before they are clipped, by it or (``gradient_clip_algorithm=value``) each value."""
+    bound = settings.gradient_clip_val or float("inf")
+    if settings.decisive.get("gradient_clip_algorithm", "norm") == "norm":
+        return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, float("inf")))
+    torch.nn.utils.clip_grad_value_(parameters, bound)
+    return norm
 
 
 def _slice(trial: Trial, batch: Batch, training: bool) -> BatchSlice:

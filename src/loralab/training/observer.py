@@ -3,6 +3,13 @@
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+# Lightning's own that look at the pass or the clock, and at no single trial: once a pack
+ONCE_A_PACK = {
+    *("LearningRateMonitor", "DeviceStatsMonitor", "Timer", "ModelSummary", "RichModelSummary"),
+    *("TQDMProgressBar", "RichProgressBar"),
+}
+LIGHTNING = ("lightning.pytorch.callbacks", "pytorch_lightning.callbacks")
+
 
 class Observer(Protocol):
     """A Lightning callback that knows packs: ``pl_module.trials`` are those that train together, and
@@ -17,7 +24,30 @@ class Observer(Protocol):
 
 
 def is_pack_aware(callback: Any) -> bool:
-    return bool(getattr(callback, "pack_aware", False))
+    kind = type(callback)
+    return bool(getattr(callback, "pack_aware", is_lightnings(callback) and kind.__name__ in ONCE_A_PACK))
+
+
+def is_lightnings(callback: Any) -> bool:
+    """Whether the callback's very class is Lightning's own."""
+    return type(callback).__module__.startswith(LIGHTNING)
+
+
+def is_own(callback: Any) -> bool:
+    """Whether it is an Observer: what it logs and holds needs no help of Lightning's."""
+    return hasattr(callback, "pack_aware")
+
+
+def is_loralabs(callback: Any) -> bool:
+    return type(callback).__module__.partition(".")[0] == "loralab"
+
+
+def can_go_on(callback: Any) -> bool:
+    """Whether a run may go on from a checkpoint that holds no more of the callback than its ``state_dict``: loralab's
+    observers, Lightning's own classes, and those that have a ``state_dict``."""
+    from lightning.pytorch import Callback
+
+    return is_own(callback) or is_lightnings(callback) or type(callback).state_dict is not Callback.state_dict
 
 
 def evaluation_observers(callbacks: Iterable[Any]) -> list[Any]:

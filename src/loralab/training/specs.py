@@ -16,7 +16,8 @@ from loralab.models import architecture, pretrained
 from loralab.optim import foreign, optimizers, schedulers
 from loralab.quantization.base import Quantizer
 from loralab.records import sources
-from loralab.records.wandb import Wandb
+from loralab.records.metric_logger import LoggerSpec
+from loralab.training.early_stopping import EarlyStopping
 from loralab.training.trainer import TrainerSpec
 
 
@@ -36,10 +37,11 @@ class TrialSpec:
     optimizer: optimizers.AdamW | foreign.AnyOptimizer
     schedule: optimizers.Schedule | schedulers.AnySchedule
     trainer: TrainerSpec
-    logger: Wandb
+    logger: LoggerSpec
     memory: MemorySpec = field(default_factory=MemorySpec)
     plan: PlanSpec = field(default_factory=lambda: PlanSpec(record=False))
     callbacks: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    stops: tuple[EarlyStopping, ...] = ()  # rules beside trainer.patience, of Lightning's EarlyStopping callbacks
     metrics: Mapping[str, Callable[[], Any]] = field(default_factory=dict)  # torchmetrics' own, by name
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
@@ -96,4 +98,12 @@ class TrialSpec:
                 trainer.precision,
                 trainer.accelerator,
             ),
+            *trainer.shared,
+            *(f"{name}: {_described(make)}" for name, make in sorted(self.callbacks.items())),
         )
+
+
+def _described(make: Any) -> str:
+    """What a callback is made by: equal where it is the same class with the same options."""
+    made = getattr(make, "func", make)
+    return f"{made.__module__}.{made.__qualname__} {getattr(make, 'keywords', {})}"

@@ -2,34 +2,98 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Le
 
 from loralab.errors import ConfigError
-from loralab.spec import Count, Natural, Positive, spec
+from loralab.spec import Count, Natural, Positive, before, spec
+from loralab.training.arguments import MOST
 
-MOST = 2**31 - 1  # of anything that is counted
+EACH_TRIALS = (  # Lightning's arguments that trials of one pack may differ in
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches", "gradient_clip_algorithm"),
+    *("max_epochs", "min_epochs", "min_steps", "check_val_every_n_epoch"),
+)
+PROFILERS = {"simple": "SimpleProfiler", "advanced": "AdvancedProfiler", "pytorch": "PyTorchProfiler"}
+OURS = {"num_sanity_val_steps": 0, "enable_model_summary": False}  # where they are not given
+PASSED_ON = (  # to every Trainer; to that of the training also the others
+    *("deterministic", "benchmark", "detect_anomaly", "sync_batchnorm", "use_distributed_sampler"),
+    *("default_root_dir", "enable_autolog_hparams"),
+)
+SHORT = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true", "64": "64-true"}  # Lightning's other names
+
+
+def _precision(value: Any) -> Any:
+    """The full name of one of Lightning's short ones. Raises ConfigError for double precision."""
+    full = SHORT.get(str(value), value)
+    if full == "64-true":
+        raise ConfigError(
+            f"trainer.precision={value}: adapters are float32, and the frozen base is shared as it was loaded"
+            " (model.dtype); valid: auto, 32-true, bf16-mixed, 16-mixed, bf16-true"
+        )
+    return full
+
+
+def _accelerator(value: Any) -> Any:
+    if value in ("mps", "tpu", "hpu", "xla"):
+        raise ConfigError(
+            f"trainer.accelerator={value}: quantized layers have kernels for the CPU and for CUDA alone, and no record "
+            "of this device would say what its memory held; valid: auto, cpu, gpu"
+        )
+    return "gpu" if value == "cuda" else value
 
 
 @spec("trainer")
 class TrainerSpec:
     """Steps, device, precision, validations. All steps are optimizer steps; ``val_check_interval`` null: at the end."""
 
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Annotated[Literal["auto", "cpu", "gpu"], before(_accelerator)] = "auto"
     max_steps: Annotated[Natural, Le(MOST)] = 200  # 0: the base is scored as it is
     accumulate_grad_batches: Annotated[Count, Le(MOST)] = 1
     gradient_clip_val: Positive | None = 1.0
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "auto"  # auto: 32-true
+    precision: Annotated[Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"], before(_precision)] = (
+        "auto"  # auto: 32-true
+    )
     val_check_interval: Annotated[Count, Le(MOST)] | None = None
     # validations without a better metric after which a trial ends (null: never)
     patience: Annotated[Count, Le(MOST)] | None = None
     log_every_n_steps: Annotated[Count, Le(MOST)] = 1
+    keep_best: bool = False  # export the state that had the best metric of all validations, not the last one
     test: bool = False  # score the test split too, once, at the end
+    # other arguments of Lightning's Trainer, +trainer.NAME=VALUE: see training/arguments.py
+    decisive: dict[str, Any] = field(default_factory=dict)
+    passed: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.patience is not None and self.val_check_interval is None:
-            raise ConfigError("trainer.patience counts validations: it needs trainer.val_check_interval, which is null")
+        for key, given in (("patience", self.patience), ("keep_best", self.keep_best or None)):
+            if given is not None and not self.validates:
+                raise ConfigError(
+                    f"trainer.{key} is about validations on the way: it needs trainer.val_check_interval, which is null"
+                )
+        if self.val_check_interval is not None and self.given("check_val_every_n_epoch"):
+            raise ConfigError(
+                f"trainer.val_check_interval={self.val_check_interval} and trainer.check_val_every_n_epoch both say "
+                "when to validate; valid: one of them"
+            )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validations on the way."""
+        return self.val_check_interval is not None or self.given("check_val_every_n_epoch")
+
+    def given(self, *names: str) -> bool:
+        """Whether one of these arguments of Lightning's Trainer was given, with more than it does anyway."""
+        return any(name in self.decisive or name in self.passed for name in names)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """What trials of one pack must share beside the fields: what their one Trainer is given."""
+        given = {**self.decisive, **self.passed}
+        return tuple(sorted(f"{name}={value}" for name, value in given.items() if name not in EACH_TRIALS))
 
     @property
     def device(self) -> str:
@@ -49,15 +113,30 @@ class TrainerSpec:
         if self.precision == "16-mixed" and self.device == "cpu":
             raise ConfigError("trainer.precision=16-mixed needs a GPU; valid on a CPU: 32-true, bf16-mixed, bf16-true")
 
-    def build(self, callbacks: list[Any], progress: bool, evaluating: bool = False) -> Any:
-        """A Lightning Trainer for one epoch, without Lightning's own logger and checkpoints."""
+    def build(
+        self,
+        callbacks: list[Any],
+        progress: bool,
+        evaluating: bool = False,
+        logger: Any = False,
+        validating: bool = False,
+        folder: Path | None = None,
+    ) -> Any:
+        """A Lightning Trainer for one epoch. ``logger``: where its callbacks' own values go; ``validating``: also
+        where no validation is asked for on the way, one at the end; ``folder``: of a profiler's report."""
         quiet()
         from lightning.pytorch import Trainer
+        from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
         from loralab.training.strategy import InPlace
 
         interval = self.val_check_interval
+        asked = any(isinstance(callback, ProgressBar) for callback in callbacks)
         return Trainer(
+            **{
+                **self._passed(evaluating),
+                "enable_progress_bar": self.passed.get("enable_progress_bar", progress) or asked,
+            },
             accelerator="gpu" if self.device == "cuda" else "cpu",
             devices=1,
             strategy=InPlace("cuda:0" if self.device == "cuda" else "cpu"),
@@ -66,16 +145,42 @@ class TrainerSpec:
             accumulate_grad_batches=self.accumulate_grad_batches,
             val_check_interval=None if interval is None else interval * self.accumulate_grad_batches,
             check_val_every_n_epoch=None if interval is not None else 1,
-            limit_val_batches=1.0 if evaluating or interval is not None else 0,
-            num_sanity_val_steps=0,
+            limit_val_batches=1.0 if evaluating or validating or interval is not None else 0,
             callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
+            logger=logger,
+            profiler=None if evaluating or folder is None else self._profiler(folder),
+            min_steps=self.decisive.get("min_steps") if validating else None,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
             inference_mode=False,  # weights cached in inference mode would break later training steps
-            log_every_n_steps=1,
+            log_every_n_steps=self.log_every_n_steps if logger else 1,
         )
+
+    def _passed(self, evaluating: bool) -> dict[str, Any]:
+        """The arguments that Lightning's Trainer itself is given."""
+        names = PASSED_ON if evaluating else (*PASSED_ON, *OURS)
+        given = {**self.decisive, **self.passed}
+        return {**OURS, **{name: given[name] for name in names if name in given}}
+
+    def _profiler(self, folder: Path) -> Any:
+        """Lightning's profiler of that name, whose report is ``fit-profile.txt`` in ``folder``."""
+        from lightning.pytorch import profilers
+
+        name = self.passed.get("profiler")
+        return getattr(profilers, PROFILERS[name])(dirpath=folder, filename="profile") if name else None
+
+    @contextmanager
+    def settings_restored(self) -> Iterator[None]:
+        """Undoes what Lightning's Trainer sets for the whole process, so that a later trial is not another for it."""
+        import torch
+
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        benchmark = torch.backends.cudnn.benchmark
+        try:
+            yield
+        finally:
+            if self.given("deterministic"):
+                torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.backends.cudnn.benchmark = benchmark
 
 
 def quiet() -> None:
@@ -84,6 +189,9 @@ def quiet() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("callbacks.model_summary", "callbacks.timer"):  # what they say was asked for
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+    logging.getLogger("lightning").handlers.clear()  # each line once
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     disable_progress_bar()
     warnings.filterwarnings("ignore", message=r".*gradient_checkpointing_enable. is deprecated")

@@ -3,8 +3,10 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from loralab.adapters.base import Adapter
 from loralab.adapters.hooks import mix
@@ -20,6 +22,15 @@ from loralab.training.specs import TrialSpec
 log = logging.getLogger(__name__)
 
 STOPPED = 130  # the exit code of a trial that was interrupted, for its loggers
+
+
+@dataclass
+class Best:
+    """The state of an adapter, on the host, that had the best metric of the validations so far."""
+
+    step: int
+    value: float
+    state: dict[str, Tensor]
 
 
 @dataclass
@@ -43,15 +54,25 @@ class Trial:
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # {split: its generated rows}
     updating: bool = False  # the optimizer has begun to change the parameters and has not ended
     optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
+    callback_states: dict[str, Any] = field(default_factory=dict)  # {callback: its state_dict} after the last step
+    merges_rows: bool = False  # rows of one step are written as one, once the step is over
+    last: Best | None = None  # the last state, where the adapter was set back to the best one
+    best: Best | None = None  # of the validations so far, where trainer.keep_best
 
     def __post_init__(self) -> None:
         trainer = self.spec.trainer
-        self.early_stopping = EarlyStopping(trainer.patience, self.spec.metric_mode)
+        self._held: tuple[int, dict[str, Any]] = (0, {})  # the row of a step that may still grow
+        self._begin_stopping()
         sizes = (self.spec.data.batch_size, trainer.accumulate_grad_batches)
         self.data_cursor = DataCursor(
             self.data, self.task, self.pad_token_id, self.spec.seed, *sizes, self.spec.packing_length
         )
         self._reset_cursor()
+
+    def _begin_stopping(self) -> None:
+        spec = self.spec
+        self.early_stopping = EarlyStopping(spec.trainer.patience, spec.metric_mode, metric=spec.metric)
+        self.stops = [self.early_stopping, *(rule.begin() for rule in spec.stops)]
 
     def _reset_cursor(self) -> None:
         """Moves the data cursor to the end of the last finished step."""
@@ -69,7 +90,14 @@ class Trial:
     @property
     def alive(self) -> bool:
         """True if it still trains."""
-        return self.failure is None and not self.early_stopping.stopped and self.step < self.max_steps
+        return self.failure is None and self.stopped_by is None and self.step < self.max_steps
+
+    @property
+    def stopped_by(self) -> EarlyStopping | None:
+        """The rule that ends the trial early; not before trainer.min_steps."""
+        if self.step < self.spec.trainer.decisive.get("min_steps", 0):
+            return None
+        return next((rule for rule in self.stops if rule.stopped), None)
 
     def next_batch(self) -> Batch:
         """The first micro-batch of the next step; the cursor does not move."""
@@ -81,7 +109,7 @@ class Trial:
 
     def certain_steps(self, interval: int) -> int:
         """The step that it reaches at least, with a validation every ``interval`` steps."""
-        return self.early_stopping.certain_steps(self.step, interval, self.max_steps)
+        return min(rule.certain_steps(self.step, interval, self.max_steps) for rule in self.stops)
 
     def schedule_factor(self, lr: float) -> Callable[[int], float]:
         """The schedule of parameters that begin with the rate ``lr``, as a function of the steps made from here on."""
@@ -119,7 +147,8 @@ class Trial:
         self.adapter, self.last_logged_step = adapter, max(self.last_logged_step, self.step)
         self.step, self.tokens, self.updating = 0, 0, False
         self.optimizer_state, self.last_validated_step, self.metrics, self.predictions = {}, -1, {}, {}
-        self.early_stopping = EarlyStopping(self.spec.trainer.patience, self.spec.metric_mode)
+        self.best, self.last, self.callback_states, self._held = None, None, {}, (0, {})
+        self._begin_stopping()
         self._reset_cursor()
 
     def score(self, values: Mapping[str, float]) -> None:
@@ -140,16 +169,43 @@ class Trial:
         """Stores and logs the scores of a validation, which may end the trial by early stopping."""
         self.score(values)
         self.last_validated_step = self.step
-        if self.failure is not None or self.spec.metric not in values:
+        if self.failure is not None:
             return
-        stopping = self.early_stopping
-        if stopping.score(values[self.spec.metric], self.step) and self.step < self.max_steps:
-            log.info(
-                "%s ends at step %d: %s has not been better than %.4g in %d validation%s",
-                *(self.spec.id, self.step, self.spec.metric, stopping.best, stopping.bad_validations),
-                "s" * (stopping.bad_validations > 1),
-                extra={"trial": self.spec.id},
-            )
+        if self.spec.trainer.keep_best and self.spec.metric in values:
+            self._keep_best(values[self.spec.metric])
+        for rule in self.stops:
+            if rule.metric in values and rule.score(values[rule.metric], self.step) and self.step < self.max_steps:
+                self._log_end(rule, values[rule.metric])
+
+    def _log_end(self, rule: EarlyStopping, value: float) -> None:
+        if rule.ended:
+            text = f"{rule.metric} is {value:.4g}"
+        else:
+            count = f"{rule.bad_validations} validation{'s' * (rule.bad_validations > 1)}"
+            text = f"{rule.metric} has not been better than {rule.best:.4g} in {count}"
+        log.info("%s ends at step %d: %s", self.spec.id, self.step, text, extra={"trial": self.spec.id})
+
+    def _keep_best(self, value: float) -> None:
+        """Keeps the present state where its metric is better than that of every validation before."""
+        if self.best is not None:
+            before = self.best.value
+            if self.best.step == self.step or not (
+                value < before if self.spec.metric_mode == "min" else value > before
+            ):
+                return
+        self.best = Best(self.step, value, self._state())
+
+    def _state(self) -> dict[str, Tensor]:
+        """A copy of the adapter's state on the host."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
+
+    def take_best(self) -> None:
+        """Sets the adapter to the best state, where it is kept; the last one is then ``self.last``."""
+        if self.best is None or self.failure is not None or self.best.step == self.step:
+            return
+        if self.last is None:  # else an earlier fit has done it
+            self.last = Best(self.step, self.metrics[self.spec.metric], self._state())
+        self.adapter.load_state_dict(self.best.state, strict=True)
 
     def fail(self, error: LoralabError) -> None:
         """Ends the trial; the others of its pack go on. A first error is not overwritten."""
@@ -170,27 +226,46 @@ class Trial:
             )
         )
 
-    def log(self, values: Mapping[str, float], under_way: bool = False) -> None:
+    def log(self, values: Mapping[str, Any], under_way: bool = False) -> None:
         """Writes a row at the last finished step, or with ``under_way`` at the one that has begun."""
         step = self.step + (under_way and self.alive)
-        if step > self.last_logged_step:
-            for logger in self.loggers:
-                logger.log(step, values)
+        if step <= self.last_logged_step:
+            return
+        if not self.merges_rows:
+            self._write(step, values)
+            return
+        if step != self._held[0]:
+            self.write_held()
+        self._held = step, {**self._held[1], **values}
+
+    def write_held(self) -> None:
+        """Writes the row that was held back for more values of its step."""
+        (step, values), self._held = self._held, (0, {})
+        if values:
+            self._write(step, values)
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        for logger in self.loggers:
+            logger.log(step, values)
 
     def open_loggers(self, mirror: MetricLogger) -> None:
-        """metrics.jsonl in the run folder, and ``mirror``, which is given the rows of an earlier process too."""
+        """metrics.jsonl in the run folder, and ``mirror``, which is given the rows of an earlier process where it
+        ``replays`` them."""
         path = self.spec.folder / "metrics.jsonl"
-        file = MetricsFile(path, self.step)
-        for step, values in rows(path):
-            mirror.log(step, values)
-        self.loggers = [file, mirror]
+        self.loggers = [MetricsFile(path, self.step), mirror]
+        mirrors = [one for one in getattr(mirror, "loggers", [mirror]) if getattr(one, "replays", False)]
+        for step, values in rows(path) if mirrors else ():
+            for one in mirrors:
+                one.log(step, values)
 
     def sync_loggers(self) -> None:
         """Returns when what was logged is on disk."""
+        self.write_held()
         for logger in self.loggers:
             logger.sync()
 
     def close_loggers(self) -> None:
+        self.write_held()
         interrupted = self.failure is None and self.record["status"] == "running"
         for logger in self.loggers:
             logger.finish(self.failure.exit_code if self.failure else STOPPED if interrupted else 0)
@@ -203,16 +278,22 @@ class Trial:
             "tokens": self._finished_tokens,
             "optimizer": self.optimizer_state,
             "early_stopping": self.early_stopping.state_dict(),
+            "stops": [rule.state_dict() for rule in self.stops[1:]],
+            "callbacks": self.callback_states,
+            "best": vars(self.best) if self.best is not None else None,
             "adapter": self.adapter.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from ``state_dict``. Raises an error, and changes nothing, where something is missing."""
         step, tokens, optimizer = int(state["step"]), int(state["tokens"]), dict(state["optimizer"])
-        stopping = replace(self.early_stopping)
-        stopping.load_state_dict(state["early_stopping"])
+        stops = [rule.begin() for rule in self.stops]
+        for rule, stored in zip(stops, [state["early_stopping"], *state.get("stops", [])], strict=True):
+            rule.load_state_dict(stored)
+        best = Best(**kept) if (kept := state.get("best")) else None
+        callbacks = dict(state.get("callbacks", {}))
         self.adapter.load_state_dict(state["adapter"], strict=True)  # last, because it changes the adapter in place
-        self.early_stopping = stopping
+        self.early_stopping, self.stops, self.best, self.callback_states = stops[0], stops, best, callbacks
         self.step, self.tokens, self.optimizer_state = step, tokens, optimizer
         self.untimed_tokens = self.tokens  # another process spent the seconds they took
         self._reset_cursor()
