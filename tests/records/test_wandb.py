@@ -67,19 +67,22 @@ def test_a_mirror_that_breaks_on_the_way_does_not_stop_a_run(caplog):
 
 
 def test_an_unreachable_server_means_offline(monkeypatch, tmp_path, caplog):
-    modes = []
+    modes, ids = [], []
 
     def init(wandb, options, mode):
         modes.append(mode)
         if mode == "online":
             raise ConnectionError("refused")
-        return type("Run", (), {"id": "x", "log": lambda *a: None, "finish": lambda *a, **k: None})()
+        ids.append(options["id"])
+        run = {"id": options["id"], "offline": True, "settings": SETTINGS}
+        return type("Run", (), {**run, "log": lambda *a: None, "finish": lambda *a, **k: None})()
 
     monkeypatch.setattr(mirror, "_init", init)
     run = Wandb(mode="online").start(tmp_path, Labels("name"))
     assert modes == ["online", "offline"]
-    assert run.run_id == "x"
     assert "wandb sync" in caplog.text
+    assert (tmp_path / "wandb" / "id").read_text() == run.run_id == ids[0]  # which a resumed run has
+    assert Wandb(mode="offline").start(tmp_path, Labels("name")).run_id == run.run_id
 
 
 def test_a_key_is_found_in_the_environment_and_in_netrc(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from forked import Forked
@@ -147,10 +148,11 @@ def test_an_interrupted_run_is_not_shown_as_finished(make_spec, read):
 class Online:
     """A run of which the server has the first ``step`` rows."""
 
-    id, offline = "x", False
+    offline = False
 
-    def __init__(self, step):
-        self.step, self.logged = step, []
+    def __init__(self, step, run_id, folder):
+        self.step, self.id, self.logged = step, run_id, []
+        self.settings = SimpleNamespace(sync_dir=folder)
 
     def log(self, row, step, commit):
         self.logged.append((step, row))
@@ -159,11 +161,11 @@ class Online:
 def test_rows_that_the_server_has_are_not_sent_again(tmp_path, monkeypatch):
     from loralab.records import wandb as mirror
 
-    run, asked = Online(step=2), []
+    asked = []
 
     def init(wandb, options, mode):
         asked.append(options)
-        return run
+        return Online(2, options["id"], tmp_path)
 
     monkeypatch.setattr(mirror, "_init", init)
     spec, labels = Wandb(mode="online"), wandb_run.Labels("name")
@@ -173,7 +175,7 @@ def test_rows_that_the_server_has_are_not_sent_again(tmp_path, monkeypatch):
     assert asked[0]["id"] == asked[1]["id"]
     for step in (1, 1, 2, 3):  # two rows of the first step
         resumed.log(step, {"train/loss": float(step)})
-    assert run.logged == [(2, {"step": 2, "train/loss": 2.0}), (3, {"step": 3, "train/loss": 3.0})]
+    assert resumed._run.logged == [(2, {"step": 2, "train/loss": 2.0}), (3, {"step": 3, "train/loss": 3.0})]
 
 
 def named(folder, overrides, choices=None):

@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -120,12 +121,13 @@ class Wandb:
         if _names_the_run(swept):
             return Mirror(_start(options, mode), left_out)
         id_file = None if anew else folder / ID_FILE
-        options["id"], known = _kept_id(id_file) if id_file else (_new_id(), False)
-        if resumed and known and mode != "offline":
-            options["resume"] = "allow"
-        run = _start(options, mode)
-        if known and run is not None and run.offline:
-            _forget_offline(Path(options["dir"]), options["id"], but=Path(run.settings.sync_dir))
+        kept, known = _kept_id(id_file) if id_file else (_new_id(), False)
+        resume = {"resume": "allow"} if resumed and known and mode != "offline" else {}
+        run = _start({**options, **resume, "id": kept}, mode)
+        if run is not None and id_file and run.id != kept:
+            _keep_id(id_file, run.id)
+        if known and run is not None:
+            _forget_offline(Path(options["dir"]), kept, but=Path(run.settings.sync_dir))
         return Mirror(run, left_out, id_file)
 
 
@@ -152,7 +154,7 @@ class Mirror:
         """The address of the run; of an offline one its folder; empty without a run."""
         if self._run is None:
             return ""
-        return str(getattr(self._run, "url", None) or Path(self._run.settings.sync_dir))
+        return str(Path(self._run.settings.sync_dir) if self._run.offline else self._run.url)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Row number n is W&B's step n; its x-axis is the optimizer step."""
@@ -217,16 +219,20 @@ def _new_id() -> str:
 
 def _kept_id(file: Path) -> tuple[str, bool]:
     """(id, True) of the run that was begun in this folder and not completed; else (new id, False), kept in ``file``."""
-    try:
+    with suppress(OSError):
         if file.is_file() and (kept := file.read_text("utf-8").strip()):
             return kept, True
-        made = _new_id()
+    made = _new_id()
+    _keep_id(file, made)
+    return made, False
+
+
+def _keep_id(file: Path, run_id: str) -> None:
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(made, "utf-8")
+        file.write_text(run_id, "utf-8")
     except OSError as error:
         log.warning("the id of the run in W&B cannot be kept (%s); a resumed run will be a second one", _short(error))
-        made = _new_id()
-    return made, False
 
 
 def _forget_offline(folder: Path, run_id: str, but: Path) -> None:
@@ -250,8 +256,9 @@ def _start(options: dict[str, Any], mode: str) -> Any:
             return None
         where = Path(options["dir"]) / "wandb"
         log.warning("W&B not reachable (%s); logging offline, upload later: wandb sync %s", _short(error), where)
-    options.pop("resume", None)  # the offline run has all rows, and takes the place of what the server has
-    return _start(options, "offline")
+    # another id, for W&B's service still holds the one that it could not reach the server with
+    anew = {key: value for key, value in options.items() if key != "resume"} | {"id": _new_id()}
+    return _start(anew, "offline")
 
 
 def _short(error: Exception) -> str:
