@@ -93,10 +93,11 @@ def axes(path: Path) -> dict[str, str] | None:
     for key, value in given.items():
         if value in ([], "", {}):
             raise ConfigError(f"{shown(path)}: the axis {key} has no value; valid: at least one, as in {key}: [1, 2]")
-    return {str(key): _values(value) for key, value in given.items()}
+    return {str(key): axis_values(value) for key, value in given.items()}
 
 
-def _values(value: Any) -> str:
+def axis_values(value: Any) -> str:
+    """The values of an axis in Hydra's grammar: those of a list, one value, or a text that is in it already."""
     if isinstance(value, str):
         return value
     return ",".join(map(grammar, value)) if isinstance(value, list) else grammar(value)

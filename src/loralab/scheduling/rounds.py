@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig, OmegaConf
 
+from loralab.config import sweep_files
 from loralab.config.compose import plain_sweep
 from loralab.scheduling import axes, dimension, elsewhere
 from loralab.scheduling.session import Session
@@ -57,19 +58,9 @@ def of_axes(master: DictConfig, words: Sequence[str], loader: Any = None) -> Tri
 
 
 def axis_word(key: str, values: Any) -> str:
-    """An axis of ``hydra.sweeper.params`` as an override: its text, or the items of a list as values."""
-    if not OmegaConf.is_list(values):
-        return f"{key}={values}"
-    items: Any = OmegaConf.to_container(values, resolve=True)
-    return f"{key}={','.join(map(_text, items))}"
-
-
-def _text(value: Any) -> str:
-    """A value of a yaml file in Hydra's grammar."""
-    from hydra.core.override_parser.types import Override, Quote, QuotedString
-
-    quoted = QuotedString(value, Quote.single) if isinstance(value, str) else value
-    return str(Override._get_value_element_as_str(quoted))
+    """An axis of ``hydra.sweeper.params`` as an override."""
+    given = OmegaConf.to_container(values, resolve=True) if OmegaConf.is_config(values) else values
+    return f"{key}={sweep_files.axis_values(given)}"
 
 
 def run(sweeper: Any, study: Study) -> list[Sequence[JobReturn]]:
