@@ -107,8 +107,8 @@ def _show(flags: list[str], overrides: list[str], many: bool) -> int:
 
 def _first_trial(overrides: list[str]) -> list[str]:
     """The words of a sweep's first trial, for Hydra shows one configuration; stderr says which it is."""
-    words = _one_trial(overrides)
-    if chosen := [word for word in words if word not in overrides]:
+    words, axes = _one_trial(overrides), check_axes(overrides)
+    if chosen := [word for word in words if word.lstrip("+").partition("=")[0] in axes]:
         print(f"the first trial's: {' '.join(chosen)}", file=sys.stderr)
     return words
 

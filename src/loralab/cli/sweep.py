@@ -63,6 +63,7 @@ def sweep_arguments(chosen: str, overrides: list[str]) -> list[str]:
 def begun_in(folder: Path, arguments: Arguments) -> list[str]:
     """The words of a begun sweep, those of its launcher among them. Its flags for Hydra are added to ``arguments``,
     and this process is in its working folder from now on: relative paths mean what they meant."""
+    from loralab.config.places import searched
     from loralab.records import record
 
     stored = record.read_sweep(folder)
@@ -79,7 +80,8 @@ def begun_in(folder: Path, arguments: Arguments) -> list[str]:
         print(f"the sweep was begun in {cwd}: relative paths are looked up there", file=sys.stderr)
     elif not cwd.is_dir():
         print(f"the sweep was begun in {cwd}, which is gone: relative paths are looked up in {here}", file=sys.stderr)
-    _check_sweep_file(overrides, folder)
+    with searched(arguments.config_dir):
+        _check_sweep_file(overrides, folder)
     return [*overrides, f"hydra.sweep.dir={folder}"]
 
 

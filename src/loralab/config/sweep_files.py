@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from loralab.config.places import data_root, options, own, shown
+from loralab.config.places import conf_folders, data_root, options, own, shown
 from loralab.config.words import PLAIN, in_quotes
 from loralab.errors import ConfigError, nearest
 
@@ -44,14 +44,15 @@ def choice(word: str) -> str:
 
 
 def locate(chosen: str, folder: Path | None = None) -> Path | None:
-    """The file of a ``choice``: of its path, in ./sweeps, or in the package. None where there is none.
+    """The file of a ``choice``: of its path, in ./sweeps, below another folder that is searched, or in the package. None where there is none.
 
     ``folder``: the one that relative paths start in; None: the current one.
     """
     if _is_path(chosen):
         path = (folder or Path.cwd()) / f"{chosen}.yaml"
         return path if path.is_file() else None
-    places = [place for place in (own("sweeps", folder), data_root() / "sweeps") if place is not None]
+    searched = [conf / "sweeps" for conf in conf_folders().values()]  # as Hydra does
+    places = [place for place in (own("sweeps", folder), *searched, data_root() / "sweeps") if place is not None]
     return next((path for place in places if (path := place / f"{chosen}.yaml").is_file()), None)
 
 
