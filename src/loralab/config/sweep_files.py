@@ -44,7 +44,8 @@ def choice(word: str) -> str:
 
 
 def locate(chosen: str, folder: Path | None = None) -> Path | None:
-    """The file of a ``choice``: of its path, in ./sweeps, below another folder that is searched, or in the package. None where there is none.
+    """The file of a ``choice``: of its path, in ./sweeps, below another folder that is searched, or in the package.
+    None where there is none.
 
     ``folder``: the one that relative paths start in; None: the current one.
     """
