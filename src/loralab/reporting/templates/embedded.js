@@ -1,0 +1,28 @@
+"use strict";
+// What the page carries in a script element: JSON, packed with gzip where it is large.
+const embedded = async (element) => {
+  if (!element.hasAttribute("data-gzip")) return JSON.parse(element.textContent);
+  const bytes = Uint8Array.from(atob(element.textContent.trim()), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+};
+
+// An element with its attributes and what is in it; a text is put in as a text, whatever it holds.
+const make = (name, attributes = {}, ...inside) => {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (value !== false && value !== null) element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...inside);
+  return element;
+};
+
+// A store's column is a list, or one value of all rows.
+const valueAt = (column, index) => (Array.isArray(column) ? column[index] : column?.all);
+let trialsRead = null;
+const trials = () => {
+  const element = document.querySelector("script.trials");
+  trialsRead ??= element ? embedded(element) : Promise.resolve(null);
+  return trialsRead;
+};
