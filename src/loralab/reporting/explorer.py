@@ -92,8 +92,8 @@ def _front(rows: Sequence[Json], better_x: str | None, better_y: str | None) -> 
 def _chart(groups: Sequence[str], x_title: str, y_title: str) -> "alt.LayerChart":
     import altair as alt
 
-    x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
-    y = charts.y_number("y", y_title)
+    x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(tickCount=6))
+    y = alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(tickCount=6))
     hint = [
         alt.Tooltip("name:N", title="row"),
         alt.Tooltip("x:Q", title=x_title, format=".6~g"),

@@ -157,8 +157,9 @@ def _marks(
     place: "alt.X | None",
     labels: Sequence[str],
     title: str,
+    beside: bool = True,
 ) -> "alt.LayerChart":
-    """Means joined by lines over numbers, side by side over names; intervals, and each seed as a small ring."""
+    """Means joined by lines over numbers, over names side by side where ``beside``; intervals, each seed as a ring."""
     import altair as alt
 
     y = charts.y_number("value", metric, domain)
@@ -173,7 +174,7 @@ def _marks(
                 sort=list(labels),
                 axis=alt.Axis(labelAngle=0 if sum(map(len, labels)) < 60 else -40),
             ),
-            "xOffset": alt.XOffset("group:N", scale=alt.Scale(domain=list(groups))),
+            **({"xOffset": alt.XOffset("group:N", scale=alt.Scale(domain=list(groups)))} if beside else {}),
         }
     )
     means, seeds = (
@@ -271,7 +272,8 @@ def _against_bits(comparison: Comparison) -> Iterator[Figure]:
         for value in arm.scores
     ]
     title = "bits per parameter of the quantized layers (in order, not to scale)"
-    chart = _marks(list(groups), results.metric, None, None, labels, title)
+    beside = len({(row["x"], row["group"]) for row in rows}) > len(labels)
+    chart = _marks(list(groups), results.metric, None, None, labels, title, beside)
     caption = f"One mark per row; left and {results.better} is better; {BAR}; {_seeds(scored)}."
     legends = [Legend("group", "both", list(groups))]
     spec = charts.specification(chart, {"means": rows, "seeds": seeds})

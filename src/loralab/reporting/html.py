@@ -98,9 +98,9 @@ def sort_key(value: float | str | None) -> str:
 
 
 def breakable(text: str, kind: str) -> Markup:
-    """Where a cell may be broken: a name after commas, a figure before an interval or ``(pack of 4)``."""
+    """Where a cell may be broken: a name after commas, dots and underscores, a figure before ``[`` or ``(pack``."""
     if kind.startswith("key"):
-        return escape(text).replace(",", Markup(",<wbr>"))
+        return Markup(re.sub(r"([,._])(?=\S)", r"\1<wbr>", escape(text)))
     return Markup(re.sub(r" (?=\[|\(pack)", " <wbr>", escape(text)))
 
 

@@ -103,10 +103,12 @@ const specified = async (figure, state, width) => {
     for (const encoding of encodings(spec)) encoding.tooltip?.forEach((one) => { one.title = { "x": x.title, "y": y.title }[one.field] ?? one.title; });
   }
   for (const name of figure.axes) {
-    if (state.log.has(name)) channel(name, (one) => { one.scale = { type: "log", nice: false, ...(one.scale?.domain?.every((end) => end > 0) ? { domain: one.scale.domain } : {}) }; });
+    if (state.log.has(name)) channel(name, (one) => { one.scale = { type: "log", nice: false, ...(one.scale?.padding ? { padding: one.scale.padding } : {}), ...(one.scale?.domain?.every((end) => end > 0) ? { domain: one.scale.domain } : {}) }; });
   }
   for (const encoding of encodings(spec)) for (const [name, one] of Object.entries(encoding)) if (LEGENDS.includes(name)) one.legend = null;
-  if (spec.layer) spec.layer = spec.layer.filter(({ data }) => spec.datasets[(data ?? spec.data).name].length);
+  const filled = ({ data, encoding }) => // a layer without rows, or without what it draws of them, is left out
+    spec.datasets[(data ?? spec.data).name].some((row) => [encoding.x, encoding.y].every((one) => !one?.field || (row[one.field] ?? null) !== null));
+  if (spec.layer?.some(filled)) spec.layer = spec.layer.filter(filled);
   spec.width = "container";
   spec.autosize = { type: "fit-x", contains: "padding" };
   const label = { labelColor: colourOf("--soft"), titleColor: colourOf("--ink") };

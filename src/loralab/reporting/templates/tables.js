@@ -141,6 +141,7 @@ const trialTable = (place, store, columns) => {
   table.tHead.append(filterRow(heads, filter));
   place.replaceChildren(make("div", { class: "scroll" }, table), told);
   show();
+  tell();
 };
 
 const setUpTrials = async () => {
@@ -165,3 +166,17 @@ for (const table of document.querySelectorAll("table.sortable")) setUp(table);
 const folded = document.querySelector("details.all-trials");
 folded?.addEventListener("toggle", setUpTrials, { once: true });
 if (folded?.open) setUpTrials();
+
+// A table that is wider than the page says so above it.
+const tell = () => {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const wide = box.scrollWidth > box.clientWidth + 1;
+    const before = box.previousElementSibling;
+    const told = before !== null && before.className === "more";
+    if (wide && !told) box.before(make("p", { class: "more" }, "more columns to the right: scroll the table \u2192"));
+    else if (!wide && told) before.remove();
+  }
+};
+tell();
+addEventListener("resize", tell);
+for (const box of document.querySelectorAll("details")) box.addEventListener("toggle", tell);
