@@ -21,6 +21,7 @@ def trials_of(page):
     head, text = re.search(r'<script([^>]*class="trials")>(.*?)</script>', page, re.S).groups()
     values = _content(head, text)["values"]
     count = next(len(column) for column in values.values() if isinstance(column, list))
+    values = {key: values[column["as"]] if "as" in column else column for key, column in values.items()}
     return {key: column if isinstance(column, list) else [column["all"]] * count for key, column in values.items()}
 
 

@@ -8,7 +8,10 @@ import shutil
 import pytest
 from stored import bare, figure_of, trials_of
 
+from loralab.analysis.arms import comparisons
+from loralab.analysis.results import read_results
 from loralab.records import record
+from loralab.reporting.figures import figures
 from loralab.reporting.report import report
 
 MOST_BYTES = 2_000_000
@@ -100,8 +103,8 @@ def test_drawn_values_are_the_records(synthetic_sweep, tmp_path):
 
 def test_a_line_of_the_explorer_joins_what_no_other_row_beats(synthetic_sweep, tmp_path):
     shutil.copytree(synthetic_sweep, tmp_path / "s")
-    figure = figure_of(report(tmp_path / "s").index.read_text(), "explorer")
-    rows, front = (figure["spec"]["datasets"][name] for name in ("points", "front"))
+    (figure,) = (one for one in figures(comparisons(read_results(tmp_path / "s"))[0]) if one.name == "explorer")
+    rows, front = (figure.spec["datasets"][name] for name in ("points", "front"))
     beaten = [any(a["x"] <= b["x"] and a["y"] <= b["y"] and a != b for a in rows) for b in rows]
     assert sorted(row["name"] for row in front) == sorted(
         row["name"] for row, is_beaten in zip(rows, beaten, strict=True) if not is_beaten

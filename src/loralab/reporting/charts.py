@@ -50,7 +50,8 @@ class Figure:
         """For the page's script."""
         legends = [{"field": one.field, "kind": one.kind, "names": one.names} for one in self.legends]
         about = {"name": self.name, "title": self.title, "kind": self.kind, "axes": self.axes}
-        return {**about, "legends": legends, "spec": self.spec, "store": self.store}
+        spec = {**self.spec, "datasets": {}} if self.store else self.spec
+        return {**about, "legends": legends, "spec": spec, "store": self.store}
 
 
 def specification(chart: "alt.LayerChart", rows: Mapping[str, Sequence[Json]], height: float = HEIGHT) -> Json:

@@ -82,7 +82,7 @@ def chart(metric: str, groups: Sequence[str], dashes: Sequence[str], domain: Seq
         alt.Tooltip("value:Q", title=metric, format=".6~g"),
     ]
     hover = alt.selection_point(name="hover", on="pointerover", nearest=True, fields=["line", "step"], empty=False)
-    width = alt.StrokeWidth("group:O", scale=charts.nested(groups, 3.4, 1.5), legend=None)
+    width = alt.StrokeWidth("group:O", scale=charts.nested(groups, 5, 1.4), legend=None)
 
     def layer(name: str) -> "alt.Chart":
         return alt.Chart(alt.NamedData(name)).encode(x=x, y=y, color=colour, detail="line:N")

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.values import Json, as_number
 from loralab.reporting import charts
-from loralab.reporting.charts import Figure, Legend
-from loralab.reporting.trials import average, quantities
+from loralab.reporting.charts import Figure, Legend, rounded
+from loralab.reporting.trials import average, constant, quantities
+
+MANY = 500  # rows, above which their numbers have six digits
 
 if TYPE_CHECKING:
     import altair as alt
@@ -27,6 +29,10 @@ def figures(comparison: Comparison, groups: Mapping[str, Sequence[Arm]], number:
     group_of = {id(arm): group for group, arms in groups.items() for arm in arms}
     arms = comparison.contenders
     means = {name: [_value(arm, name, one) for arm in arms] for name, one in about.items()}
+    stored = {
+        name: constant([rounded(one) for one in column] if len(arms) > MANY else column)
+        for name, column in means.items()
+    }
     known = [name for name in FIRST if len({value for value in means.get(name, []) if value is not None}) > 1]
     x = next(iter(known), next((name for name in about if name != results.metric), None))
     if x is None or results.metric not in about:
@@ -49,7 +55,7 @@ def figures(comparison: Comparison, groups: Mapping[str, Sequence[Arm]], number:
         "means": {
             "name": [arm.name for arm in arms],
             "group": [group_of.get(id(arm), "?") for arm in arms],
-            "values": means,
+            "values": stored,
         },
         "groups": {arm.name: group_of.get(id(arm), "?") for arm in comparison.arms},
     }

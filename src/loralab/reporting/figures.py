@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BITS = "base.bits_per_parameter"
 MOST_PANELS = 12
+MOST_DASHES = 12
+MOST_SEEDS = 1000  # drawn one by one
 MOST_ROWS = 60  # of a chart with a row for each arm
 BAR = f"bars: the {LEVEL:.0%} interval of the paired difference to the row that each is held against, about the mean"
 VERDICTS = ["better", "worse", "not told apart"]
@@ -25,7 +27,7 @@ def figures(comparison: Comparison, number: int = 0) -> list[Figure]:
     """In the order of the page; a figure that has nothing to show is left out. ``number``: which table of the page."""
     results = comparison.results
     x, others = axis_roles(results)
-    second = x if others else None
+    second = x if others and x and len(results.axes[x]) <= MOST_DASHES else None
     groups = grouped(results, comparison.arms, others[:1] or ([x] if x else []))
     lines = curves.figures(comparison, groups, second, named(results, second) if second else [""])
     any_other = explorer.figures(comparison, groups, number)
@@ -108,6 +110,7 @@ def _metric_panel(comparison: Comparison, arms: list[Arm], x: str, by: list[str]
         if arm and arm.n > 1
         for value in arm.scores
     ]
+    seeds = seeds if len(seeds) <= MOST_SEEDS else []
     rows = {"means": [row for row, _ in means if is_numeric or row["value"] is not None], "seeds": seeds}
     ends = [end for arm in scored for end in arm.extent]
     place = charts.x_number("x", name, numbers) if is_numeric else None
@@ -187,7 +190,7 @@ def _marks(
     rings = seeds.mark_point(filled=False, size=26, opacity=0.6).encode(
         y=y, tooltip=[alt.Tooltip("name:N", title="a seed of"), alt.Tooltip("value:Q", title=metric, format=".6~g")]
     )
-    width = alt.StrokeWidth("group:O", scale=charts.nested(groups, 3.6, 1.6), legend=None)
+    width = alt.StrokeWidth("group:O", scale=charts.nested(groups, 5, 1.4), legend=None)
     lines = [means.mark_line().encode(y=y, strokeWidth=width)] if place else []
     layers = [*lines, bars, rings, marks]
     layers[0] = layers[0].add_params(charts.zoom(("x", "y") if place else ("y",)))
@@ -271,6 +274,7 @@ def _against_bits(comparison: Comparison) -> Iterator[Figure]:
         if arm.n > 1
         for value in arm.scores
     ]
+    seeds = seeds if len(seeds) <= MOST_SEEDS else []
     title = "bits per parameter of the quantized layers (in order, not to scale)"
     beside = len({(row["x"], row["group"]) for row in rows}) > len(labels)
     chart = _marks(list(groups), results.metric, None, None, labels, title, beside)
@@ -285,7 +289,7 @@ def _bits(arm: Arm) -> str:
 
 
 def _caption(arms: Sequence[Arm]) -> str:
-    several = any(arm.n > 1 for arm in arms)
+    several = any(arm.n > 1 for arm in arms) and sum(len(arm.scores) for arm in arms) <= MOST_SEEDS
     bars = f"{BAR}; " if any(arm.reach is not None for arm in arms) else ""
     caption = f"{'Large: mean over seeds; small: each seed; ' if several else ''}{bars}{_seeds(arms)}."
     missing = sum(arm.mean is None for arm in arms)

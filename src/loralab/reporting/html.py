@@ -79,15 +79,17 @@ def _environment() -> Environment:
     return environment
 
 
-def embedded(value: Any, kind: str = "") -> Markup:
-    """A script element that holds the value as JSON, packed with gzip where it is large; no text can end it."""
-    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    name = Markup(' class="{}"').format(kind) if kind else Markup()
-    if len(text) <= PLAIN:
-        safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-        return Markup('<script type="application/json"{}>{}</script>').format(name, Markup(safe))
-    packed = base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
-    return Markup('<script type="text/plain" data-gzip{}>{}</script>').format(name, packed)
+def embedded(value: Any, kind: str = "", name: str = "") -> Markup:
+    """A script element of this class and id that holds the value as JSON, packed with gzip where it is large; no text
+    can end it."""
+    content = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    given = (("class", kind), ("id", name))
+    attributes = Markup().join(Markup(' {}="{}"').format(key, text) for key, text in given if text)
+    if len(content) <= PLAIN:
+        safe = content.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        return Markup('<script type="application/json"{}>{}</script>').format(attributes, Markup(safe))
+    packed = base64.b64encode(gzip.compress(content.encode(), 9, mtime=0)).decode()
+    return Markup('<script type="text/plain" data-gzip{}>{}</script>').format(attributes, packed)
 
 
 def sort_key(value: float | str | None) -> str:

@@ -19,6 +19,7 @@ MEASURED = (
     *("memory.device", "memory.alone_peak_bytes", "memory.predicted_peak_bytes", "memory.measured_peak_bytes"),
     *("time.startup_s", "time.train_s", "time.wall_s", "time.steps", "time.tokens", "time.tokens_per_s", "pack.size"),
 )
+FILES = ("result.json", "train.log", "metrics.jsonl")
 MANY = 2000  # trials, above which a page's times and bytes have six digits
 # What a pack measures is of all its trials at once, and compares with nothing outside it.
 OF_THE_PACK = ("memory.predicted_peak_bytes", "memory.measured_peak_bytes", "time.")
@@ -58,7 +59,7 @@ def rows(results: SweepResults) -> tuple[list[str], list[Json]]:
 def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
     """For the page's script. ``columns``: key, title, whether the table shows it and whether it is a quantity;
     ``values``: of each column a list, or ``{"all": value}``; beside those of results.csv ``set`` (the number of the
-    table), ``arm`` (the row), ``files`` (paths from the page) and ``rerun``."""
+    table), ``arm`` (the row), ``path`` (of the folder, from the page), ``files`` in it and ``rerun``."""
     names, lines = rows(results)
     places = {
         trial.folder: (number, arm.name)
@@ -75,7 +76,8 @@ def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
     values |= {
         "set": [places[trial.folder][0] for trial in results.trials],
         "arm": [places[trial.folder][1] for trial in results.trials],
-        "files": [_files(results.folder, trial) for trial in results.trials],
+        "path": [_path(results.folder, trial) for trial in results.trials],
+        "files": [[name for name in FILES if (trial.folder / name).exists()] for trial in results.trials],
         "rerun": [trial.rerun if trial.record["overrides"] else "" for trial in results.trials],
     }
     about = [
@@ -87,7 +89,7 @@ def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
         }
         for name in columns
     ]
-    return {"columns": about, "values": {name: _constant(column) for name, column in values.items()}}
+    return {"columns": about, "values": _packed(values)}
 
 
 _TITLES = {"time.steps": "steps"}
@@ -134,14 +136,25 @@ def _plain(value: Any, short: bool) -> Any:
     return value if value is None or isinstance(value, int | bool | str) else str(value)
 
 
-def _constant(values: list[Any]) -> Any:
+def _packed(values: dict[str, list[Any]]) -> Json:
+    """Columns of one value, and those that are equal to an earlier one, are not written out."""
+    packed: Json = {}
+    for name, column in values.items():
+        like = next((other for other in packed if name != other and values[other] == column), None)
+        short = constant(column)
+        packed[name] = {"as": like} if like and short is column else short
+    return packed
+
+
+def constant(values: list[Any]) -> Any:
+    """``{"all": value}`` where all are equal, else the list itself."""
     return {"all": values[0]} if len(values) > 1 and all(value == values[0] for value in values) else values
 
 
-def _files(folder: Path, trial: TrialResult) -> list[str]:
-    """The trial's files as seen from the page in ``folder/report``."""
-    paths = [trial.folder / name for name in ("result.json", "train.log", "metrics.jsonl")]
-    return [Path(os.path.relpath(path, folder / "report")).as_posix() for path in paths if path.exists()]
+def _path(folder: Path, trial: TrialResult) -> str:
+    """The trial's folder as seen from the page in ``folder/report``; empty where it lies beside that by its name."""
+    path = Path(os.path.relpath(trial.folder, folder / "report")).as_posix()
+    return "" if path == f"../{trial.name}" else path
 
 
 def average(trials: Sequence[TrialResult], name: str, about: Mapping[str, Any]) -> float | None:

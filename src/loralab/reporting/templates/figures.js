@@ -180,6 +180,7 @@ const setUpFigure = async (element) => {
   const draw = async () => {
     const mine = ++turn;
     const spec = await specified(figure, state, box.clientWidth);
+    await vega();
     if (mine !== turn) return;
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
     const many = Object.values(spec.datasets).some((rows) => rows.length > 4000);

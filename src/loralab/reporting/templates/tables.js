@@ -98,7 +98,8 @@ const setUp = async (table) => {
 // All trials: the table's columns are those of the store that it shows, and those that its reader adds.
 const details = (store, index, width) => {
   const terms = store.columns.map(({ key, title }) => [title, valueAt(store.values[key], index)]).filter(([, value]) => value !== null && value !== "");
-  const links = (valueAt(store.values.files, index) ?? []).map((path) => make("a", { href: path.split("/").map(encodeURIComponent).join("/") }, path.split("/").pop()));
+  const folder = valueAt(store.values.path, index) || `../${valueAt(store.values.folder, index)}`;
+  const links = (valueAt(store.values.files, index) ?? []).map((name) => make("a", { href: [...folder.split("/"), name].map(encodeURIComponent).join("/") }, name));
   const rerun = valueAt(store.values.rerun, index);
   return make("tr", { class: "detail" }, make("td", { colspan: width },
     make("p", {}, ...links.flatMap((link) => [link, " "])),
