@@ -58,7 +58,7 @@ def test_the_page_fetches_nothing(reported):
     assert whole.count('<script id="vega">') == 1
     assert whole.count("window.vegaEmbed") == 1
     links = re.findall(r'href="(.*?)"', text)
-    assert links == ["results.csv", "results.json", "report.md", "figures/"]
+    assert links == ["results.csv", "results.json", "report.md"]
 
 
 def test_the_page_is_balanced_html(reported):

@@ -102,8 +102,8 @@ def sort_key(value: float | str | None) -> str:
 def breakable(text: str, kind: str) -> Markup:
     """Where a cell may be broken: a name after commas, dots and underscores, a figure before ``[`` or ``(pack``."""
     if kind.startswith("key"):
-        return Markup(re.sub(r"([,._])(?=\S)", r"\1<wbr>", escape(text)))
-    return Markup(re.sub(r" (?=\[|\(pack)", " <wbr>", escape(text)))
+        return Markup(re.sub(r"([,._])(?=\S)", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(r" (?=\[|\(pack)", " <wbr>", str(escape(text))))
 
 
 def unbroken(title: str) -> Markup:

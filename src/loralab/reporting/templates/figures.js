@@ -87,6 +87,14 @@ const visible = (figure, state, rows) => {
   return Object.fromEntries(Object.entries(rows).map(([name, all]) => [name, all.filter(keeps)]));
 };
 
+// A title in lines of so many letters.
+const wrapped = (title, room) => title.split(" ").reduce((lines, word) => {
+  const last = lines[lines.length - 1];
+  if (last && last.length + word.length < room) lines[lines.length - 1] = `${last} ${word}`;
+  else lines.push(word);
+  return lines;
+}, []);
+
 const specified = async (figure, state, width) => {
   const datasets = visible(figure, state, await rowsFor(figure, state));
   const spec = JSON.parse(themed(JSON.stringify({ ...figure.spec, datasets: {} })));
@@ -109,10 +117,13 @@ const specified = async (figure, state, width) => {
   const filled = ({ data, encoding }) => // a layer without rows, or without what it draws of them, is left out
     spec.datasets[(data ?? spec.data).name].some((row) => [encoding.x, encoding.y].every((one) => !one?.field || (row[one.field] ?? null) !== null));
   if (spec.layer?.some(filled)) spec.layer = spec.layer.filter(filled);
+  channel("x", (x) => { if (x.title) x.title = wrapped(x.title, (width - 20) / 6.8); });
+  channel("y", (y) => { if (y.title) y.title = wrapped(y.title, 42); });
   spec.width = "container";
   spec.autosize = { type: "fit-x", contains: "padding" };
   const label = { labelColor: colourOf("--soft"), titleColor: colourOf("--ink") };
-  spec.config = { ...spec.config, background: "transparent", axis: { ...spec.config.axis, ...label, labelLimit: Math.max(90, Math.min(260, width * 0.4)) } };
+  const narrow = width < 500 ? { axisX: { titleAnchor: "end" } } : {};
+  spec.config = { ...spec.config, ...narrow, background: "transparent", axis: { ...spec.config.axis, ...label, labelLimit: Math.max(90, Math.min(260, width * 0.4)) } };
   return spec;
 };
 
