@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import browser
 import pytest
@@ -85,11 +86,13 @@ def test_the_wheel_zooms_with_ctrl_and_pointing_tells_a_value(tmp_path, syntheti
     tab.run("scrollTo(0, 0)")
     shown(tab, "differences")
     mark = "document.querySelector('figure[data-figure=differences] .plot svg .mark-symbol path')"
-    place = json.loads(tab.run(f"JSON.stringify({mark}.getBoundingClientRect())"))
-    x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
-    for aside in (30, 0, 1):
-        tab.mouse("mouseMoved", x, y + aside)
-    tab.wait("document.querySelector('#vg-tooltip-element.visible')")
+    visible = "document.querySelector('#vg-tooltip-element.visible') !== null"
+    for aside in range(30):  # what is drawn above it meanwhile moves it
+        place = json.loads(tab.run(f"JSON.stringify({mark}.getBoundingClientRect())"))
+        tab.mouse("mouseMoved", place["x"] + place["width"] / 2, place["y"] + place["height"] / 2 + aside % 2)
+        if tab.run(visible):
+            break
+        time.sleep(0.1)
     assert "paired difference" in tab.run("document.querySelector('#vg-tooltip-element').textContent")
 
 
