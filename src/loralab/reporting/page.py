@@ -19,7 +19,7 @@ from loralab.reporting.notes import differing, messages, notes, undecided
 from loralab.reporting.provenance import Facts, facts, held_fixed, question
 from loralab.reporting.strips import strips
 from loralab.reporting.table import DECOMPOSED, Column, columns, seeds_text
-from loralab.reporting.trials import stored
+from loralab.reporting.trials import MANY, stored
 from loralab.reporting.vega import bundle
 
 MOST_ROWS = 200  # of a table as HTML; further ones are packed, and unfolded by the page's script
@@ -72,6 +72,7 @@ def page(results: SweepResults, comparisons: Sequence[Comparison]) -> Page:
         stale=results.count(STALE) > 0,
         most_rows=MOST_ROWS,
         bundle=bundle() if drawn else "",
+        packed=len(results.trials) > MANY,
     )
     return Page(text, drawn)
 

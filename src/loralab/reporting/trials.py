@@ -20,7 +20,7 @@ MEASURED = (
     *("time.startup_s", "time.train_s", "time.wall_s", "time.steps", "time.tokens", "time.tokens_per_s", "pack.size"),
 )
 FILES = ("result.json", "train.log", "metrics.jsonl")
-MANY = 2000  # trials, above which a page's times and bytes have six digits
+MANY = 2000  # trials, above which a page's times and bytes have six digits, and its Vega is packed
 # What a pack measures is of all its trials at once, and compares with nothing outside it.
 OF_THE_PACK = ("memory.predicted_peak_bytes", "memory.measured_peak_bytes", "time.")
 QUANTITIES = {  # column: title with its unit, divisor
