@@ -77,6 +77,14 @@ def _quick_writes():
     os.fsync = lambda file: None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_figures():
+    """A figure's file is drawn in the tests of it alone (test_vega.py)."""
+    from loralab.reporting import report
+
+    report.drawn = lambda spec, kind: kind.encode()
+
+
 @pytest.fixture(autouse=True)
 def _no_handlers_left():
     """Hydra gives the root logger handlers on streams that end with the test."""

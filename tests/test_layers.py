@@ -36,6 +36,8 @@ FENCES = {
     "peft": {"bench"},
     "rich": {"cli", "reporting", "training"},
     "filelock": {"records"},
+    "altair": {"reporting"},
+    "vl_convert": {"reporting"},
     "pandas": {"analysis", "reporting", "api"},
     "scipy": {"analysis"},
     "jinja2": {"data", "reporting"},

@@ -24,6 +24,7 @@ from loralab.quantization.int8_product import Int8Product
 from loralab.quantization.llm_int8 import LLMInt8
 from loralab.quantization.none import NoQuantization
 from loralab.reporting import quantization
+from loralab.reporting.quantization_figures import figures
 
 QUARTILE = NormalDist().inv_cdf(0.75)
 SCHEMES = {
@@ -63,7 +64,8 @@ def shown(study, schemes):
     result = {"weights": "odd", "schemes": rows, "layers": study.census()}
     result["inputs"] = {"kind": "outlier_features", "of": INPUTS["outlier_features"].format(rows=16)}
     text = json.dumps(result, allow_nan=False)
-    assert quantization.page(result).count("<svg")
+    drawn = list(figures(quantization.fitting(result), list(result["layers"])))
+    assert quantization.page(result, drawn).count("<figure data-figure=") == len(drawn) > 0
     assert len(quantization.wandb_table(result)[1]) == len(schemes)
     return json.loads(text), quantization.terminal(result)
 

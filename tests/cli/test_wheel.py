@@ -46,7 +46,7 @@ def test_the_wheel_holds_configurations_sweeps_the_base_and_the_page(wheel):
         "loralab/tiny/tokenizer.json",
         "loralab/reporting/templates/page.css",
         "loralab/reporting/templates/sweep.html",
-        "loralab/reporting/templates/page.js",
+        "loralab/reporting/templates/figures.js",
         "loralab/data/docstrings_train.bin",
         "loralab/py.typed",
         "hydra_plugins/loralab_packed/packed_launcher.py",

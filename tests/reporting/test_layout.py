@@ -2,6 +2,7 @@
 
 import pytest
 
+from loralab.reporting.html import breakable
 from loralab.reporting.layout import aligned, natural_width, terminal_width, wrapped
 
 ROWS = [["a", "1.5", "[b] :smile:"], ["long name", "-10.25", "x"]]
@@ -32,3 +33,8 @@ def test_long_text_is_wrapped_below_an_indent():
     lines = wrapped("word " * 30, 40, "  ")
     assert all(len(line) <= 40 for line in lines)
     assert all(line.startswith("  word") for line in lines[1:])
+
+
+def test_a_name_may_be_broken_and_is_escaped():
+    assert breakable("last_layer,<b>", "key") == "last_<wbr>layer,<wbr>&lt;b&gt;"
+    assert breakable("1.5 s (pack of 4)", "") == "1.5 s <wbr>(pack of 4)"

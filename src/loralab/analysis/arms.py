@@ -1,7 +1,7 @@
 """Groups trials into arms: one for each configuration, averaged over its seeds only; and compares the arms."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,8 +18,8 @@ from loralab.analysis.values import UNKNOWN, identity, is_number
 @dataclass(frozen=True)
 class Arm:
     """One configuration in one environment. ``means`` and ``largest``: over the completed seeds, of every number that
-    records have; ``best``: separated from every other arm by its paired intervals; ``difference``: to the baseline arm
-    of the same environment."""
+    records have; ``best``: separated from every other arm by its paired intervals; ``difference``: to the arm
+    ``against``, which differs from it in as few axes as can be; ``baseline``: there is none for it."""
 
     results: SweepResults
     trials: list[TrialResult]
@@ -28,6 +28,7 @@ class Arm:
     best: bool = False
     baseline: bool = False
     difference: Difference | None = None
+    against: "Arm | None" = None
 
     @cached_property
     def ok(self) -> list[TrialResult]:
@@ -48,6 +49,14 @@ class Arm:
         """``quantization = nf4, r = 8``."""
         known = [f"{self.results.short[axis]} = {text}" for axis, text in self.values.items() if text != UNKNOWN]
         return ", ".join(known) or "the only row"
+
+    @property
+    def reach(self) -> float | None:
+        """Half the interval of its paired difference, where that may be drawn about its mean: where both arms have the
+        same seeds."""
+        if self.difference is None or self.against is None or set(self.by_seed) != set(self.against.by_seed):
+            return None
+        return self.difference.reach
 
     @property
     def environment(self) -> str:
@@ -79,9 +88,9 @@ class Arm:
 
     @property
     def extent(self) -> list[float]:
-        """What a drawing of its score must include: every seed, and the mean plus and minus one deviation."""
-        mean, std = self.mean or 0.0, self.std or 0.0
-        return [*self.scores, mean - std, mean + std] if self.scores else []
+        """What a drawing of its score must include: every seed, and the ends of the interval about the mean."""
+        mean, reach = self.mean or 0.0, self.reach or 0.0
+        return [*self.scores, mean - reach, mean + reach] if self.scores else []
 
     @cached_property
     def steps(self) -> list[int]:
@@ -214,14 +223,31 @@ def _level(contenders: Sequence[Arm]) -> float:
 
 
 def _compared(arms: list[Arm]) -> list[Arm]:
-    """The arms with their paired difference to the baseline: the first arm of their environment that has a result."""
+    """The arms with their paired difference to the arm that each is held against; the first arm of an environment that
+    has a result is held against none."""
     first = {arm.environment: arm for arm in reversed(arms) if arm.scores}
+    scored = {tuple(arm.values.values()): arm for arm in reversed(arms) if arm.scores}
     result = []
     for arm in arms:
-        baseline = first.get(arm.environment)
-        difference = paired(arm.by_seed, baseline.by_seed) if baseline and arm is not baseline else None
-        result.append(replace(arm, baseline=arm is baseline and len(arms) > 1, difference=difference))
+        other = _against(arm, scored) or first.get(arm.environment)
+        other = None if other is arm or first.get(arm.environment) is arm else other
+        difference = paired(arm.by_seed, other.by_seed) if other else None
+        is_first = len(arms) > 1 and first.get(arm.environment) is arm
+        result.append(replace(arm, baseline=is_first, difference=difference, against=other if difference else None))
     return result
+
+
+def _against(arm: Arm, scored: Mapping[tuple[str, ...], Arm]) -> Arm | None:
+    """Like with like: the scored arm of the same environment that has the first value of one axis and is equal on all
+    others, of the first such axis; None where there is none. So nf4 with r = 8 is held against none with r = 8, and
+    none with r = 8 against none with r = 2."""
+    for axis, labels in arm.results.axes.items():
+        if axis == environments.AXIS or arm.values[axis] == labels[0]:
+            continue
+        values = {**arm.values, axis: labels[0]}
+        if (other := scored.get(tuple(values.values()))) is not None:
+            return other
+    return None
 
 
 def _mark_best(arms: list[Arm], mode: str) -> list[Arm]:

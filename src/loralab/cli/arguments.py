@@ -42,7 +42,7 @@ class Arguments(argparse.Namespace):
     command: "Command"
     words: list[str]
     hydra: list[str]
-    help = version = debug = json = fresh = preview = evaluate = quick = base = requantize = no_measure = False
+    help = version = debug = json = fresh = preview = evaluate = quick = base = requantize = no_measure = watch = False
     resume: str | None = None
     out: str | None = None
     budget: str | None = None
@@ -54,6 +54,7 @@ class Arguments(argparse.Namespace):
     onto: str | None = None
     dtype: str | None = None
     rows: str | None = None
+    port: str | None = None
 
     @property
     def many(self) -> bool:

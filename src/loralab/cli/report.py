@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from loralab.cli.arguments import Arguments, Command
+from loralab.cli.arguments import Arguments, Command, Flag
 from loralab.errors import ConfigError
 
 
@@ -12,8 +12,29 @@ def run(arguments: Arguments) -> int:
 
     if len(arguments.words) != 1:
         raise ConfigError("loralab report needs one folder: a sweep's or a run's")
-    show_report(Path(arguments.words[0]))
+    if arguments.port is not None and not arguments.watch:
+        raise ConfigError(f"--port {arguments.port} is of --watch, which is not given")
+    folder = Path(arguments.words[0])
+    if arguments.watch:
+        return _watch(folder, _port(arguments.port or "0"))
+    show_report(folder, ("svg", "png", "pdf"))
     return 0
+
+
+def _watch(folder: Path, port: int) -> int:
+    """Serves the page until it is interrupted."""
+    from loralab.reporting.watch import address, server
+
+    with server(folder, port) as served:
+        print(f"{address(served)} (for this machine alone; Ctrl-C ends it)", flush=True)
+        served.serve_forever()
+    return 0
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) > 65535:
+        raise ConfigError(f"--port {text} is no port; valid: 0 to 65535, 0 takes a free one")
+    return int(text)
 
 
 REPORT = Command(
@@ -24,7 +45,12 @@ REPORT = Command(
     examples={
         "loralab report runs/rank": "of a sweep",
         "loralab report runs/train/2026-11-26_10-00-00": "of a single run",
+        "loralab report --watch runs/rank": "a page in the browser that follows the sweep",
     },
-    writes="DIR/report/{index.html,results.csv,results.json,report.md}, and a table on stdout.",
+    writes="DIR/report/{index.html,results.csv,results.json,report.md}, figures/*.{svg,png,pdf}, a table on stdout.",
     run=run,
+    own_flags=(
+        Flag(("--watch",), "serves the page to this machine, and writes it anew while the sweep runs"),
+        Flag(("--port",), "of --watch; 0, the default, takes a free one", "N"),
+    ),
 )

@@ -28,11 +28,11 @@ def table(rows: Iterable[Sequence[str]], right: Sequence[int] = (), styles: dict
     return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
 
-def show_report(folder: Path) -> None:
-    """Writes the report of a sweep or a run and prints its table."""
+def show_report(folder: Path, kinds: Sequence[str] = ("svg",)) -> None:
+    """Writes the report of a sweep or a run, its figures as files of ``kinds``, and prints its table."""
     from loralab.reporting.report import report
 
-    written = report(folder)
+    written = report(folder, kinds)
     print(written.table)
     print(f"report: {written.index}")
 

@@ -139,6 +139,6 @@ class Each:
         for logger in self.loggers:
             logger.table(name, columns, rows)
 
-    def finish(self, exit_code: int) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         for logger in self.loggers:
             logger.finish(exit_code)

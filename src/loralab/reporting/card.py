@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from loralab.analysis.values import Json
-from loralab.reporting import svg
-from loralab.reporting.figures import Figure
+from loralab.reporting import charts
+from loralab.reporting.charts import Figure
 from loralab.reporting.html import Cell, Head, Tile, render
 from loralab.reporting.table import MIB
+from loralab.reporting.vega import bundle
 
 SPEED = "name trials step_s tokens_per_s over_alone over_peft peak_bytes loss_difference error"
 # Of each stage: where its rows are, and which of their keys are shown.
@@ -48,7 +49,7 @@ def page(result: Json) -> str:
         for name, stage in result["stages"].items()
     ]
     stages = [_stage(name, stage) for name in STAGES if (stage := result["stages"].get(name))]
-    return render("card.html", title="GPU", rehearsal=result["rehearsal"], tiles=tiles, stages=stages)
+    return render("card.html", title="GPU", rehearsal=result["rehearsal"], tiles=tiles, stages=stages, bundle=bundle())
 
 
 def _stage(name: str, stage: Json) -> Json:
@@ -101,14 +102,14 @@ def _ratios(runs: Sequence[Json]) -> Iterator[Figure]:
     runs = [run for run in runs if run.get("predicted_over_measured")]
     if not runs:
         return
-    ratios = [float(run["predicted_over_measured"]) for run in runs]
-    names = [", ".join(filter(None, (run["model"], run["quantization"], run["case"]))) for run in runs]
-    points: list[svg.Point | None] = [
-        svg.Point(float(index), ratio, [ratio], text=f"{names[index]}: {ratio:.4f}")
-        for index, ratio in enumerate(ratios)
+    rows = [
+        {
+            "name": ", ".join(filter(None, (run["model"], run["quantization"], run["case"]))),
+            "value": float(run["predicted_over_measured"]),
+        }
+        for run in runs
     ]
-    y = svg.scale("predicted / measured peak", [1.0, *ratios])
-    series = [svg.Series("predicted / measured", points, 0)]
-    description = "Predicted over measured peak memory of each run"
-    drawing = svg.chart(series, svg.places("", names), y, joined=False, description=description)
-    yield Figure("Peak memory", "Predicted over measured peak of torch's allocator; 1 is exact.", drawing)
+    chart = charts.by_name("predicted / measured peak", 1.0)
+    spec = charts.specification(chart, {"rows": rows, "at": [{"at": 1}]}, charts.ROW * len(rows) + 10)
+    caption = "Predicted over measured peak of torch's allocator; 1 is exact."
+    yield Figure("peak_memory", "Peak memory", caption, spec)

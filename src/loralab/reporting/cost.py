@@ -1,14 +1,15 @@
 """What training an arm costs, where each trial ran alone: time of a step, predicted peak by kind, bytes on disk."""
 
+from collections.abc import Iterator
 from functools import partial
-
-from markupsafe import Markup
 
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.trials import TrialResult
 from loralab.analysis.values import is_number
-from loralab.reporting.html import Cell, Head, render
-from loralab.reporting.table import Column, column, memory
+from loralab.reporting import charts
+from loralab.reporting.charts import Figure, Legend
+from loralab.reporting.html import Cell, Head, Section, render
+from loralab.reporting.table import MIB, Column, column, memory
 
 KINDS = {  # columns, and the kinds of a plan (planning/tracker.py) that each adds up
     "base": ("base", "constants"),
@@ -52,17 +53,41 @@ def columns(comparison: Comparison) -> list[Column]:
     ]
 
 
-def section(comparison: Comparison) -> Markup:
-    """Of the page; empty where there is nothing to show."""
+def section(comparison: Comparison) -> Section | None:
+    """Of the page; None where there is nothing to show."""
     shown = columns(comparison)
     if not shown:
-        return Markup()
+        return None
     heads = [Head("row", key=True), *(Head(column.title) for column in shown)]
     rows = [
         [Cell(arm.name, arm.name, "key"), *(Cell(column.text(arm), column.number(arm)) for column in shown)]
         for arm in comparison.arms
     ]
-    return render("cost.html", heads=heads, rows=rows, notes=[READING])
+    return Section(render("cost.html", heads=heads, rows=rows, notes=[READING]), list(_figures(comparison)))
+
+
+def _figures(comparison: Comparison) -> Iterator[Figure]:
+    """The peak of each arm, split by what lay in memory."""
+    import altair as alt
+
+    known = [(arm, kinds) for arm in comparison.arms if (kinds := by_kind(arm))]
+    rows = [
+        {"name": arm.name, "kind": title, "order": order, "value": kinds[title] / MIB, "text": memory(kinds[title])}
+        for arm, kinds in known
+        for order, title in enumerate(KINDS)
+    ]
+    chart = alt.Chart(alt.NamedData("rows")).mark_bar(height=15)
+    chart = chart.encode(
+        x=alt.X("value:Q", title="predicted peak memory of the measured step (MiB)", stack=True),
+        y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=charts.LONGEST_LABEL)),
+        color=charts.colour(list(KINDS), "kind"),
+        order="order:Q",
+        tooltip=[alt.Tooltip("name:N", title="row"), alt.Tooltip("kind:N"), alt.Tooltip("text:N", title="memory")],
+    )
+    spec = charts.specification(charts.layers(chart), {"rows": rows}, charts.ROW * len(known) + 10)
+    caption = "Of the completed trial with the highest predicted peak, what lay in memory at that moment."
+    legend = Legend("kind", "colour", list(KINDS))
+    yield Figure("cost", "Peak memory by kind", caption, spec, [legend])
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

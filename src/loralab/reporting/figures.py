@@ -1,44 +1,37 @@
-"""The figures of a comparison and their captions."""
+"""The figures of a comparison: the metric against the axes, paired differences, quality against bits, curves."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-
-from markupsafe import Markup
+from typing import TYPE_CHECKING
 
 from loralab.analysis.arms import Arm, Comparison
+from loralab.analysis.paired import LEVEL
 from loralab.analysis.results import SweepResults
-from loralab.analysis.trials import TrialResult
-from loralab.analysis.values import UNKNOWN, Json, as_number, is_number
-from loralab.reporting import svg
+from loralab.analysis.values import UNKNOWN, Json, as_number
+from loralab.reporting import charts, curves, explorer
+from loralab.reporting.charts import Figure, Legend
 from loralab.reporting.table import score_text
 
-SMOOTH = 0.8
+if TYPE_CHECKING:
+    import altair as alt
+
 BITS = "base.bits_per_parameter"
+MOST_PANELS = 12
+MOST_DASHES = 12
+MOST_SEEDS = 1000  # drawn one by one
+MOST_ROWS = 60  # of a chart with a row for each arm
+BAR = f"bars: the {LEVEL:.0%} interval of the paired difference to the row that each is held against, about the mean"
+VERDICTS = ["better", "worse", "not told apart"]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A drawing with its title, caption and legends."""
-
-    title: str
-    caption: str
-    drawing: Markup
-    legends: list[list[svg.LegendEntry]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Group:
-    """The arms that have one value on an axis; they keep their colour in every figure of the page."""
-
-    name: str
-    colour: int
-    arms: list[Arm]
-
-
-def figures(comparison: Comparison) -> list[Figure]:
-    """Metric against the axes, quality against bits where quantization varies, curves."""
-    return [*_metric(comparison), *_against_bits(comparison), *_curves(comparison)]
+def figures(comparison: Comparison, number: int = 0) -> list[Figure]:
+    """In the order of the page; a figure that has nothing to show is left out. ``number``: which table of the page."""
+    results = comparison.results
+    x, others = axis_roles(results)
+    second = x if others and x and len(results.axes[x]) <= MOST_DASHES else None
+    groups = grouped(results, comparison.arms, others[:1] or ([x] if x else []))
+    lines = curves.figures(comparison, groups, second, named(results, second) if second else [""])
+    any_other = explorer.figures(comparison, groups, number)
+    return [*_metric(comparison), *_differences(comparison), *_against_bits(comparison), *lines, *any_other]
 
 
 def axis_roles(results: SweepResults) -> tuple[str | None, list[str]]:
@@ -49,178 +42,262 @@ def axis_roles(results: SweepResults) -> tuple[str | None, list[str]]:
     return x, [axis for axis in moving if axis != x]
 
 
+def grouped(results: SweepResults, arms: Sequence[Arm], by: Sequence[str]) -> dict[str, list[Arm]]:
+    """The arms by their value on the axis ``by[0]``, as a legend names it, numbers in order; all in one group where
+    ``by`` is empty."""
+    if not by:
+        return {results.metric: list(arms)}
+    labels = in_order([*results.axes[by[0]], UNKNOWN])
+    by_label = {text: [arm for arm in arms if arm.values[by[0]] == text] for text in labels}
+    return {_spoken(results, by[0], text): members for text, members in by_label.items() if members}
+
+
+def named(results: SweepResults, axis: str) -> list[str]:
+    """``r = 8`` for each value of an axis, as its labels are listed."""
+    return [f"{results.short[axis]} = {text}" for text in results.axes[axis]]
+
+
+def in_order(labels: Sequence[str]) -> list[str]:
+    """By size where all but the unknown are numbers; else as they are listed."""
+    numbers = [number for text in labels if text != UNKNOWN and (number := as_number(text)) is not None]
+    is_numeric = len(numbers) == len([text for text in labels if text != UNKNOWN])
+    return (
+        sorted(labels, key=lambda text: as_number(text) or 0.0 if text != UNKNOWN else 1e300)
+        if is_numeric
+        else [*labels]
+    )
+
+
+def _spoken(results: SweepResults, axis: str, text: str) -> str:
+    bare = as_number(text) is not None or text in ("true", "false", "null")
+    return f"{results.short[axis]} = {text}" if bare else text
+
+
 def _metric(comparison: Comparison) -> Iterator[Figure]:
     results, scored = comparison.results, comparison.contenders
     x, others = axis_roles(results)
     if x is None or not scored:
         return
-    y = svg.scale(results.metric, [value for arm in scored for value in arm.extent])
     panels = list(dict.fromkeys(tuple(arm.values[axis] for axis in others[1:]) for arm in scored))
+    shown = 0
     for panel in panels:
         inside = [arm for arm in comparison.arms if tuple(arm.values[axis] for axis in others[1:]) == panel]
         if len(panels) > 1 and sum(bool(arm.scores) for arm in inside) < 2:
             continue  # one mark alone compares nothing
+        shown += 1
+        if shown > MOST_PANELS:
+            return
         title = ", ".join(f"{results.short[axis]} = {text}" for axis, text in zip(others[1:], panel, strict=True))
-        yield _metric_panel(results, inside, x, others[:1], y, title)
+        yield _metric_panel(comparison, inside, x, others[:1], title, shown)
 
 
-def _metric_panel(results: SweepResults, arms: list[Arm], x: str, by: list[str], y: svg.Axis, panel: str) -> Figure:
+def _metric_panel(comparison: Comparison, arms: list[Arm], x: str, by: list[str], panel: str, number: int) -> Figure:
+    results, scored = comparison.results, comparison.contenders
     labels, name = results.axes[x], results.short[x]
-    numbers = [number for text in labels if (number := as_number(text)) is not None]
-    numeric = len(numbers) == len(labels)
-    x_values = numbers if numeric else [float(index) for index in range(len(labels))]
-    labelled = list(zip(labels, x_values, strict=True))
-    groups = _groups(results, arms, by)
-    series = [
-        svg.Series(group.name, [_point(group.arms, x, text, x_value) for text, x_value in labelled], group.colour)
-        for group in groups
+    numbers = [value for text in labels if (value := as_number(text)) is not None]
+    is_numeric = len(numbers) == len(labels)
+    groups = grouped(results, arms, by)
+    means = [
+        _mean(members, x, text, value, group)
+        for group, members in groups.items()
+        for text, value in (
+            sorted(zip(labels, numbers, strict=True), key=lambda one: one[1])
+            if is_numeric
+            else zip(labels, labels, strict=True)
+        )
     ]
+    seeds = [
+        {"x": row["x"], "value": value, "group": row["group"], "name": row["name"]}
+        for row, arm in means
+        if arm and arm.n > 1
+        for value in arm.scores
+    ]
+    seeds = seeds if len(seeds) <= MOST_SEEDS else []
+    rows = {"means": [row for row, _ in means if is_numeric or row["value"] is not None], "seeds": seeds}
+    ends = [end for arm in scored for end in arm.extent]
+    place = charts.x_number("x", name, numbers) if is_numeric else None
+    chart = _marks(
+        list(groups), results.metric, charts.without_spikes(ends) if len(ends) < 100 else None, place, labels, name
+    )
     title = f"{results.metric} against {name}" + (f" ({panel})" if panel else "")
-    drawing = svg.chart(series, _x_axis(name, labels, x_values, numeric), y, joined=numeric, description=title)
-    spread = "Large: mean over seeds; small: each seed; bars: one standard deviation; "
-    caption = f"{spread if any(arm.std is not None for arm in arms) else ''}{_seeds(arms)}."
-    missing = sum(arm.mean is None for arm in arms)
-    if missing:
-        caption += f" {missing} of {len(arms)} rows {'has' if missing == 1 else 'have'} no completed trial."
-    return Figure(title, caption, drawing, [_legend(groups)])
+    legends = [Legend("group", "both", list(groups))] if len(groups) > 1 else []
+    stem = f"metric_{number}" if number > 1 else "metric"
+    return Figure(stem, title, _caption(arms), charts.specification(chart, rows), legends, "y")
+
+
+def _mean(arms: Sequence[Arm], x: str, text: str, value: float | str, group: str) -> tuple[Json, Arm | None]:
+    """The mark of the completed arm at a place, without a value where there is none, or more than one without an axis
+    between them."""
+    scored = [arm for arm in arms if arm.values[x] == text and arm.scores]
+    arm = scored[0] if len(scored) == 1 else None
+    return (
+        ({"x": value, "group": group, "value": None, "name": ""}, None)
+        if arm is None
+        else (
+            {"x": value, "group": group, **mark(arm)},
+            arm,
+        )
+    )
+
+
+def mark(arm: Arm) -> Json:
+    """An arm's mean, the ends of its interval, and what is said of it when it is pointed at."""
+    reach, difference = arm.reach, arm.difference
+    ends = {} if reach is None or arm.mean is None else {"low": arm.mean - reach, "high": arm.mean + reach}
+    told = f"{difference.text} against {arm.against.name}" if difference and arm.against else ""
+    return {"name": arm.name, "value": arm.mean, **ends, "score": f"{score_text(arm)}, n = {arm.n}", "versus": told}
+
+
+def hints(metric: str) -> list["alt.Tooltip"]:
+    import altair as alt
+
+    score, versus = alt.Tooltip("score:N", title=metric), alt.Tooltip("versus:N", title="paired difference")
+    return [alt.Tooltip("name:N", title="row"), score, versus]
+
+
+def _marks(
+    groups: Sequence[str],
+    metric: str,
+    domain: Sequence[float] | None,
+    place: "alt.X | None",
+    labels: Sequence[str],
+    title: str,
+    beside: bool = True,
+) -> "alt.LayerChart":
+    """Means joined by lines over numbers, over names side by side where ``beside``; intervals, each seed as a ring."""
+    import altair as alt
+
+    y = charts.y_number("value", metric, domain)
+    # keyword arguments of all layers: names stand side by side over their place
+    where = (
+        {"x": place}
+        if place
+        else {
+            "x": alt.X(
+                "x:N",
+                title=title,
+                sort=list(labels),
+                axis=alt.Axis(labelAngle=0 if sum(map(len, labels)) < 60 else -40),
+            ),
+            **({"xOffset": alt.XOffset("group:N", scale=alt.Scale(domain=list(groups)))} if beside else {}),
+        }
+    )
+    means, seeds = (
+        alt.Chart(alt.NamedData(name)).encode(color=charts.colour(groups), **where) for name in ("means", "seeds")
+    )
+    bars = means.mark_rule(strokeWidth=1.6).encode(y=charts.y_number("low", metric, domain), y2="high:Q")
+    size = alt.Size("group:O", scale=charts.nested(groups, 150, 60), legend=None)
+    marks = means.mark_point(filled=True, opacity=1, stroke="white", strokeWidth=1)
+    marks = marks.encode(y=y, size=size, shape=charts.shape(groups, "group"), tooltip=hints(metric))
+    rings = seeds.mark_point(filled=False, size=26, opacity=0.6).encode(
+        y=y, tooltip=[alt.Tooltip("name:N", title="a seed of"), alt.Tooltip("value:Q", title=metric, format=".6~g")]
+    )
+    width = alt.StrokeWidth("group:O", scale=charts.nested(groups, 5, 1.4), legend=None)
+    lines = [means.mark_line().encode(y=y, strokeWidth=width)] if place else []
+    layers = [*lines, bars, rings, marks]
+    layers[0] = layers[0].add_params(charts.zoom(("x", "y") if place else ("y",)))
+    return charts.layers(*layers)
+
+
+def _differences(comparison: Comparison) -> Iterator[Figure]:
+    """A row for each arm that is held against another, with the interval of the paired difference."""
+    import altair as alt
+
+    mode, metric = comparison.results.mode, comparison.results.metric
+    arms = [arm for arm in comparison.arms if arm.difference and arm.difference.interval]
+    if not arms:
+        return
+    rows = [_difference(arm, mode) for arm in arms[:MOST_ROWS]]
+    base = alt.Chart(alt.NamedData("rows")).encode(
+        y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=charts.LONGEST_LABEL)),
+        color=alt.Color(
+            "verdict:N",
+            scale=alt.Scale(domain=VERDICTS, range=["#00846a", "#d55e00", "#5f6670"]),
+            legend=alt.Legend(title=None),
+        ),
+        tooltip=[
+            alt.Tooltip("name:N", title="row"),
+            alt.Tooltip("against:N"),
+            alt.Tooltip("text:N", title="paired difference"),
+            alt.Tooltip("p:Q", format=".3~g"),
+            alt.Tooltip("n:Q"),
+        ],
+    )
+    title = f"difference in {metric}; {comparison.results.better} is better"
+    bars = base.mark_rule(strokeWidth=2.5).encode(x=alt.X("low:Q", title=title), x2="high:Q")
+    points = base.mark_point(filled=True, size=80, opacity=1).encode(x=alt.X("value:Q", title=title))
+    zero = alt.Chart(alt.NamedData("zero")).mark_rule(strokeDash=[4, 3], color="#5c6570").encode(x="zero:Q")
+    spec = charts.specification(
+        charts.layers(zero, bars.add_params(charts.zoom(("x",))), points),
+        {"rows": rows, "zero": [{"zero": 0}]},
+        charts.ROW * len(rows) + 10,
+    )
+    left_out = f" The first {MOST_ROWS} of {len(arms)} rows." if len(arms) > MOST_ROWS else ""
+    caption = (
+        f"Mean paired difference over shared seeds with its {LEVEL:.0%} interval, each row against the one that "
+        "differs from it in one axis alone, where there is one; an interval that holds 0 is no finding. "
+        f"{_seeds(arms)}.{left_out}"
+    )
+    legend = Legend("verdict", "fixed", VERDICTS)
+    yield Figure("differences", "Paired differences", caption, spec, [legend])
+
+
+def _difference(arm: Arm, mode: str) -> Json:
+    difference = arm.difference
+    assert difference is not None
+    assert difference.interval is not None
+    low, high = difference.interval
+    other = arm.against.name if arm.against else ""
+    told = {
+        "value": difference.mean,
+        "low": low,
+        "high": high,
+        "text": difference.text,
+        "p": difference.p,
+        "n": difference.n,
+    }
+    return {"name": arm.name, "against": other, "verdict": difference.verdict(mode) or VERDICTS[2], **told}
 
 
 def _against_bits(comparison: Comparison) -> Iterator[Figure]:
+    """A place for each number of bits, in order; they lie too unevenly for a scale."""
     results = comparison.results
     by = [axis for axis in results.axes if axis.split(".")[0] == "quantization"][:1]
     scored = [arm for arm in comparison.contenders if arm.means.get(BITS)]
     if not by or len({arm.means.get(BITS) for arm in scored}) < 2:
         return
+    groups = grouped(results, scored, by)
     labels = sorted({_bits(arm) for arm in scored}, key=float)
-    others = [axis for axis, texts in results.axes.items() if axis != by[0] and 1 < len(texts) <= svg.SHAPES]
-    second = next(iter(others), None)
-    groups = _groups(results, scored, by)
-    series = [
-        svg.Series(group.name, [_mark(arm, labels.index(_bits(arm)), second) for arm in group.arms], group.colour)
-        for group in groups
+    rows = [{"x": _bits(arm), "group": group, **mark(arm)} for group, members in groups.items() for arm in members]
+    seeds = [
+        {"x": _bits(arm), "value": value, "group": group, "name": arm.name}
+        for group, members in groups.items()
+        for arm in members
+        if arm.n > 1
+        for value in arm.scores
     ]
-    x = svg.places("bits per parameter of the quantized layers (in order, not to scale)", labels)
-    y = svg.scale(results.metric, [value for arm in scored for value in arm.extent])
-    title = "Quality against bits per parameter"
-    caption = f"One mark per row; left and {results.better} is better; {_seeds(scored)}."
-    legends = [svg.legend([(group.name, group.colour) for group in groups], round_marks=second is not None)]
-    legends += [svg.shape_legend(_named(results, second))] if second else []
-    yield Figure(title, caption, svg.chart(series, x, y, joined=False, description=title), legends)
+    seeds = seeds if len(seeds) <= MOST_SEEDS else []
+    title = "bits per parameter of the quantized layers (in order, not to scale)"
+    beside = len({(row["x"], row["group"]) for row in rows}) > len(labels)
+    chart = _marks(list(groups), results.metric, None, None, labels, title, beside)
+    caption = f"One mark per row; left and {results.better} is better; {BAR}; {_seeds(scored)}."
+    legends = [Legend("group", "both", list(groups))]
+    spec = charts.specification(chart, {"means": rows, "seeds": seeds})
+    yield Figure("quality_against_bits", "Quality against bits per parameter", caption, spec, legends, "y")
 
 
 def _bits(arm: Arm) -> str:
     return f"{arm.means.get(BITS):.4g}"
 
 
-def _curves(comparison: Comparison) -> Iterator[Figure]:
-    """Training loss (raw and smoothed) and the validation metric, one line per run."""
-    results = comparison.results
-    x, others = axis_roles(results)
-    second = x if others else None
-    styles = dict(zip(results.axes[second], _styles(len(results.axes[second])), strict=True)) if second else {}
-    groups = _groups(results, comparison.arms, others[:1] or ([x] if x else []))
-    runs = [
-        (trial, group.colour, styles.get(arm.values.get(second or "", ""), ""), trial.curves())
-        for group in groups
-        for arm in group.arms
-        for trial in arm.trials
-    ]
-    logged = {colour for _, colour, _, rows in runs if rows}
-    legends = [_legend([group for group in groups if group.colour in logged])]
-    legends += [svg.line_legend(list(zip(_named(results, second), styles.values(), strict=True)))] if second else []
-    for metric, smooth in (("train/loss", SMOOTH), (results.metric, 0.0)):
-        curves = [_curve(results, trial, colour, style, rows, metric) for trial, colour, style, rows in runs]
-        curves = [curve for curve in curves if curve.rows]
-        if curves and (smooth or any(len(curve.rows) > 1 for curve in curves)):
-            yield _curve_figure(results, curves, metric, smooth, legends)
-
-
-def _curve_figure(
-    results: SweepResults, curves: list[svg.Curve], metric: str, smooth: float, legends: list[list[svg.LegendEntry]]
-) -> Figure:
-    values = [value for curve in curves for _, value in curve.rows]
-    y = svg.scale(metric, _without_spikes(values))
-    legend = f"faint: as logged; line: exponential mean ({smooth:g})" if smooth else "as logged"
-    caption = f"One line per run, {len(curves)} of {len(results.trials)} runs; {legend}"
-    caption += "; cross: not completed" if any(curve.broken for curve in curves) else ""
-    outside = sum(not y.low <= value <= y.high for value in values)
-    beyond = "1 value beyond the axis touches" if outside == 1 else f"{outside} values beyond the axis touch"
-    caption += f"; {beyond} its edge." if outside else "."
-    x = svg.steps("optimizer step", [step for curve in curves for step, _ in curve.rows])
-    title = f"{metric} by step"
-    return Figure(title, caption, svg.line_plot(curves, x, y, smooth, title), legends)
-
-
-def _curve(
-    results: SweepResults, trial: TrialResult, colour: int, style: str, rows: list[Json], metric: str
-) -> svg.Curve:
-    pairs = [
-        (float(row["step"]), float(value))
-        for row in rows
-        if is_number(value := row.get(metric)) and math.isfinite(value)
-    ]
-    name = results.describe(trial) + ("" if trial.ok else f" ({trial.status})")
-    return svg.Curve(name, pairs, colour, not trial.ok, style)
-
-
-def _styles(count: int) -> list[str]:
-    """One look of a line for each value: dashes while they can be told apart, else shades."""
-    if count <= len(svg.DASHES):
-        return list(svg.DASHES[:count])
-    return [f"stroke-opacity:{0.25 + 0.75 * index / (count - 1):.2f}" for index in range(count)]
-
-
-def _x_axis(name: str, labels: list[str], values: list[float], numeric: bool) -> svg.Axis:
-    if not numeric:
-        return svg.places(name, labels)
-    if min(values) > 0 and max(values) / min(values) >= 4:
-        return svg.powers(name, values)
-    return replace(svg.scale(name, values), ticks=[(value, f"{value:g}") for value in sorted(set(values))])
-
-
-def _groups(results: SweepResults, arms: Sequence[Arm], by: list[str]) -> list[Group]:
-    """The arms in groups by their value on the axis ``by[0]``; one group of all where ``by`` is empty."""
-    if not by:
-        return [Group(results.metric, 0, list(arms))]
-    labels = [*results.axes[by[0]], UNKNOWN]
-    arms_of_label = [[arm for arm in arms if arm.values[by[0]] == text] for text in labels]
-    names = [f"{results.short[by[0]]} = {text}" if _is_bare(text) else text for text in labels]
-    return [Group(names[index], index, members) for index, members in enumerate(arms_of_label) if members]
-
-
-def _is_bare(text: str) -> bool:
-    """True if a label means nothing without the name of its axis."""
-    return as_number(text) is not None or text in ("true", "false", "null")
-
-
-def _named(results: SweepResults, axis: str) -> list[str]:
-    return [f"{results.short[axis]} = {text}" for text in results.axes[axis]]
-
-
-def _point(arms: Sequence[Arm], x: str, text: str, x_value: float) -> svg.Point | None:
-    """The completed arm at a place; None where there is none, or more than one without an axis between."""
-    scored = [arm for arm in arms if arm.values[x] == text and arm.scores]
-    return _mark(scored[0], x_value) if len(scored) == 1 else None
-
-
-def _mark(arm: Arm, x: float, axis: str | None = None) -> svg.Point:
-    """The mark of an arm with a score; on ``axis`` its place gives the shape."""
-    labels = arm.results.axes[axis] if axis else []
-    shape = labels.index(arm.values[axis]) if axis and arm.values[axis] in labels else None
-    mean = arm.mean or 0.0
-    tip = f"{arm.name}: {score_text(arm)}, n = {arm.n}"
-    return svg.Point(x, mean, arm.scores if arm.n > 1 else [mean], arm.std, tip, shape)
-
-
-def _legend(groups: Sequence[Group]) -> list[svg.LegendEntry]:
-    return svg.legend([(group.name, group.colour) for group in groups]) if len(groups) > 1 else []
-
-
-def _without_spikes(values: Sequence[float]) -> list[float]:
-    """The range of the middle 98%, so that one spike does not flatten every curve; spikes touch the edge."""
-    ordered = sorted(values)
-    cut = len(ordered) // 100
-    return ordered[cut : len(ordered) - cut]
+def _caption(arms: Sequence[Arm]) -> str:
+    several = any(arm.n > 1 for arm in arms) and sum(len(arm.scores) for arm in arms) <= MOST_SEEDS
+    bars = f"{BAR}; " if any(arm.reach is not None for arm in arms) else ""
+    caption = f"{'Large: mean over seeds; small: each seed; ' if several else ''}{bars}{_seeds(arms)}."
+    missing = sum(arm.mean is None for arm in arms)
+    if missing:
+        caption += f" {missing} of {len(arms)} rows {'has' if missing == 1 else 'have'} no completed trial."
+    return caption
 
 
 def _seeds(arms: Sequence[Arm]) -> str:

@@ -1,7 +1,10 @@
 """Pages from templates: self-contained, nothing is fetched, every text is escaped where it is put in."""
 
+import base64
+import gzip
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from urllib.parse import quote
@@ -10,6 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from loralab.analysis.values import as_number
+from loralab.reporting.charts import Figure
+
+PLAIN = 150_000  # characters of JSON, above which a page carries them packed
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,14 @@ class Tile:
     bad: bool = False
 
 
+@dataclass(frozen=True)
+class Section:
+    """A further section of a page: its HTML above its figures, and these."""
+
+    body: Markup
+    figures: list[Figure] = field(default_factory=list)
+
+
 def render(template: str, **values: Any) -> Markup:
     """A template of ``templates/`` with its values."""
     return Markup(_environment().get_template(template).render(**values))
@@ -54,9 +68,28 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters.update(
-        sort_key=sort_key, breakable=breakable, unbroken=unbroken, sentence=sentence, duration=duration, quoted=quote
+        embedded=embedded,
+        sort_key=sort_key,
+        breakable=breakable,
+        unbroken=unbroken,
+        sentence=sentence,
+        duration=duration,
+        quoted=quote,
     )
     return environment
+
+
+def embedded(value: Any, kind: str = "", name: str = "") -> Markup:
+    """A script element of this class and id that holds the value as JSON, packed with gzip where it is large; no text
+    can end it."""
+    content = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    given = (("class", kind), ("id", name))
+    attributes = Markup().join(Markup(' {}="{}"').format(key, text) for key, text in given if text)
+    if len(content) <= PLAIN:
+        safe = content.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        return Markup('<script type="application/json"{}>{}</script>').format(attributes, Markup(safe))
+    packed = base64.b64encode(gzip.compress(content.encode(), 9, mtime=0)).decode()
+    return Markup('<script type="text/plain" data-gzip{}>{}</script>').format(attributes, packed)
 
 
 def sort_key(value: float | str | None) -> str:
@@ -67,10 +100,10 @@ def sort_key(value: float | str | None) -> str:
 
 
 def breakable(text: str, kind: str) -> Markup:
-    """Where a cell may be broken: a name after commas, a figure before an interval or ``(pack of 4)``."""
+    """Where a cell may be broken: a name after commas, dots and underscores, a figure before ``[`` or ``(pack``."""
     if kind.startswith("key"):
-        return escape(text).replace(",", Markup(",<wbr>"))
-    return Markup(re.sub(r" (?=\[|\(pack)", " <wbr>", escape(text)))
+        return Markup(re.sub(r"([,._])(?=\S)", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(r" (?=\[|\(pack)", " <wbr>", str(escape(text))))
 
 
 def unbroken(title: str) -> Markup:

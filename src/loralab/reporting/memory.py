@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from markupsafe import Markup
-
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.trials import TrialResult
 from loralab.analysis.values import Json, is_number
-from loralab.reporting import svg
-from loralab.reporting.figures import Figure
-from loralab.reporting.html import Cell, Head, render
+from loralab.reporting import charts, curves
+from loralab.reporting.charts import Figure, Legend
+from loralab.reporting.html import Cell, Head, Section, render
 from loralab.reporting.table import MIB
 
 PHASES = ("forward", "backward", "optimizer")
@@ -17,6 +15,7 @@ SOURCES = {  # what a timeline is drawn of, best first: the metric of a row and 
     "memory/device_used_gib": "memory in use on the device, managed pages included (GiB)",
     "memory/peak": "allocator's peak of the step (GiB)",
 }
+PAGED = ["paged", "not paged"]
 HEADS = (
     Head("row", key=True),
     Head("paging", "really paged, as the optimizer's own state says", key=True),
@@ -30,14 +29,14 @@ HEADS = (
 )
 
 
-def section(comparison: Comparison) -> Markup:
-    """Empty where no trial asked for paging: the results table holds peaks already."""
+def section(comparison: Comparison) -> Section | None:
+    """None where no trial asked for paging: the results table holds peaks already."""
     trials = [trial for arm in comparison.arms for trial in arm.trials]
     if all(_paging(trial) in ("", "off") for trial in trials):
-        return Markup()
+        return None
     rows = [list(_cells(arm)) for arm in comparison.arms]
-    drawn = list(_timelines(comparison))
-    return render("memory.html", heads=HEADS, rows=rows, notes=list(_notes(trials)), figures=drawn)
+    body = render("memory.html", heads=HEADS, rows=rows, notes=list(_notes(trials)))
+    return Section(body, list(_timelines(comparison)))
 
 
 def _cells(arm: Arm) -> Iterator[Cell]:
@@ -90,27 +89,24 @@ def _timelines(comparison: Comparison) -> Iterator[Figure]:
     source = next((key for key in SOURCES if any(_series(rows, key) for _, rows in runs)), None)
     if source is None:
         return
-    names = list(dict.fromkeys(_optimizer(trial) for trial, _ in runs))
-    curves = [
-        svg.Curve(
-            comparison.results.describe(trial),
-            points,
-            names.index(_optimizer(trial)),
-            broken=not trial.ok,
-            style=svg.DASHES[0 if _paging(trial) == "on" else 1],
+    series = [(trial, points) for trial, rows in runs if (points := _series(rows, source))]
+    lines = [
+        curves.line(
+            comparison.results.describe(trial), (_optimizer(trial), PAGED[_paging(trial) != "on"]), points, not trial.ok
         )
-        for trial, rows in runs
-        if (points := _series(rows, source))
+        for trial, points in series
     ]
     on_cpu = all(trial.get("memory.device") == "cpu" for trial, _ in runs)
     title = "resident memory of the process (GiB)" if on_cpu else SOURCES[source]
-    x = svg.steps("optimizer step", [step for curve in curves for step, _ in curve.rows])
-    y = svg.scale(title, [value for curve in curves for _, value in curve.rows])
-    legends = [svg.legend([(name, index) for index, name in enumerate(names)])]
-    legends += [svg.line_legend([("paged", svg.DASHES[0]), ("not paged", svg.DASHES[1])])]
-    caption = f"One line per run, {len(curves)} of {len(runs)} runs with a series; cross: not completed."
-    drawing = svg.line_plot(curves, x, y, description="memory by step")
-    yield Figure("Memory by step, with and without paging", caption, drawing, legends)
+    names = list(dict.fromkeys(_optimizer(trial) for trial, _ in series))
+    stored = {"seeds": lines, "means": []}
+    made = curves.rows(stored, None)
+    domain = charts.without_spikes([point["value"] for point in made["lines"]])
+    spec = charts.specification(curves.chart(title, names, PAGED, domain), made)
+    legends = [Legend("group", "colour", names), Legend("by", "dash", PAGED)]
+    caption = f"One line per run, {len(lines)} of {len(runs)} runs with a series; cross: not completed."
+    store = {"metrics": {title: stored}, "metric": title, "smooth": None}
+    yield Figure("memory", "Memory by step, with and without paging", caption, spec, legends, "y", "curves", store)
 
 
 def _series(rows: Sequence[Json], source: str) -> list[tuple[float, float]]:

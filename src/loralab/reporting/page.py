@@ -1,24 +1,28 @@
 """The page of a sweep or a run."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from markupsafe import Markup
-
-from loralab.analysis.arms import Arm, Comparison
+from loralab.analysis.answer import answer
+from loralab.analysis.arms import Comparison
 from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
-from loralab.analysis.trials import MISSING, STALE, TrialResult
+from loralab.analysis.trials import MISSING, STALE
 from loralab.analysis.values import canonical, flatten, label
 from loralab.records.record import shell_line
-from loralab.reporting import cost, memory, svg
+from loralab.reporting import cost, memory
+from loralab.reporting.charts import Figure
 from loralab.reporting.figures import figures
-from loralab.reporting.html import Tile, duration, render
+from loralab.reporting.html import Section, Tile, duration, render
 from loralab.reporting.notes import differing, messages, notes, undecided
 from loralab.reporting.provenance import Facts, facts, held_fixed, question
+from loralab.reporting.strips import strips
 from loralab.reporting.table import DECOMPOSED, Column, columns, seeds_text
+from loralab.reporting.trials import MANY, stored
+from loralab.reporting.vega import bundle
+
+MOST_ROWS = 200  # of a table as HTML; further ones are packed, and unfolded by the page's script
 
 EXPLAINED = {
     "bits/param": "Bits per parameter: packed weights and their statistics over the quantized layers' parameters.",
@@ -35,43 +39,71 @@ EXPLAINED = {
 }
 
 
-def page(results: SweepResults, comparisons: Sequence[Comparison]) -> str:
-    """The whole document; where trials cannot be compared, results and figures by set."""
+@dataclass(frozen=True)
+class Page:
+    """``text``: the whole document; ``figures``: those on it, in order."""
+
+    text: str
+    figures: list[Figure]
+
+
+def page(results: SweepResults, comparisons: Sequence[Comparison]) -> Page:
+    """The document; where trials cannot be compared, results and figures by set."""
     provenance, command = facts(results), results.about.get("command")
-    return render(
+    sections = [_section(comparison, number, len(comparisons) > 1) for number, comparison in enumerate(comparisons)]
+    drawn = [figure for section in sections for figure in _drawn(section)]
+    text = render(
         "sweep.html",
         title=results.name,
         results=results,
         question=question(results),
+        answer="" if results.single else answer(comparisons),
         tiles=list(_tiles(results, comparisons, provenance)),
         held_fixed=held_fixed(results),
         facts=provenance,
         command=shell_line(map(str, command)) if isinstance(command, list) else command,
         notes=messages(results, comparisons),
-        sections=[_section(comparison, len(comparisons) > 1) for comparison in comparisons],
+        sections=sections,
         explained=EXPLAINED,
         seeds_text=seeds_text,
-        files=lambda trial: _files(results.folder, trial),
+        trials=stored(results, comparisons),
         settings=_shared_settings(results),
         troubled=[trial for trial in results.trials if not trial.ok],
         stale=results.count(STALE) > 0,
+        most_rows=MOST_ROWS,
+        bundle=bundle() if drawn else "",
+        packed=len(results.trials) > MANY,
     )
+    return Page(text, drawn)
 
 
-def _section(comparison: Comparison, one_of_several: bool) -> dict[str, Any]:
+def _section(comparison: Comparison, number: int, one_of_several: bool) -> dict[str, Any]:
     """What the template shows of one table."""
     shown = columns(comparison)
     fixed = [f"Held fixed: {text}" for text in held_fixed(comparison.results) if one_of_several]
+    prefix = f"set{number + 1}_" if one_of_several else ""
     return {
         "comparison": comparison,
         "subject": subject(comparison.results) if one_of_several else "",
         "columns": shown,
-        "strips": _strips(comparison.arms),
+        "strips": strips(comparison.arms),
         "notes": [*fixed, *_reading(comparison, shown), *notes(comparison)],
-        "cost": cost.section(comparison),
-        "memory": memory.section(comparison),
-        "figures": figures(comparison),
+        "cost": _named(prefix, cost.section(comparison)),
+        "memory": _named(prefix, memory.section(comparison)),
+        "figures": [replace(figure, name=f"{prefix}{figure.name}") for figure in figures(comparison, number)],
     }
+
+
+def _named(prefix: str, section: Section | None) -> Section | None:
+    """The section with its figures named after their set."""
+    if section is None:
+        return None
+    return replace(section, figures=[replace(figure, name=f"{prefix}{figure.name}") for figure in section.figures])
+
+
+def _drawn(section: Mapping[str, Any]) -> list[Figure]:
+    others = [one for key in ("cost", "memory") if (one := section[key]) is not None]
+    return [*section["figures"], *(figure for one in others for figure in one.figures)]
 
 
 def _tiles(results: SweepResults, comparisons: Sequence[Comparison], provenance: Facts) -> Iterator[Tile]:
@@ -101,13 +133,6 @@ def _headline(comparison: Comparison) -> Iterator[Tile]:
         yield Tile(title, "; ".join(filter(None, [reason, differing(comparison)])))
 
 
-def _strips(arms: Sequence[Arm]) -> list[Markup]:
-    """Each arm's seeds and deviation on one scale that holds them all."""
-    ends = [end for arm in arms for end in arm.extent]
-    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    return [Markup() if arm.mean is None else svg.strip(arm.scores, arm.mean, arm.std, low, high) for arm in arms]
-
-
 def _reading(comparison: Comparison, shown: Sequence[Column]) -> Iterator[str]:
     """How to read the columns."""
     results, counts = comparison.results, sorted({arm.n for arm in comparison.arms})
@@ -115,7 +140,7 @@ def _reading(comparison: Comparison, shown: Sequence[Column]) -> Iterator[str]:
     if comparison.deviates:
         yield (
             f"{results.metric}: mean and sample standard deviation over n = {n} seeds; {results.better} is better. "
-            "The strip shows each seed, the mean and one standard deviation, on one scale for all rows."
+            "The strip shows each seed, the mean and, about it, the interval of the paired difference, on one scale."
         )
     else:
         yield f"{results.metric}: {results.better} is better" + ("." if results.single else f"; n = {n}.")
@@ -138,12 +163,6 @@ def _cut(results: SweepResults) -> Iterator[str]:
     for cut, total, longest in dict.fromkeys(counts):
         limit = "model.max_length" if longest is None else f"model.max_length = {longest}"
         yield f"{cut:,} of {total:,} rows were cut to {limit}."
-
-
-def _files(folder: Path, trial: TrialResult) -> list[str]:
-    """The trial's files as seen from the page in ``folder/report``."""
-    paths = [trial.folder / name for name in ("result.json", "train.log", "metrics.jsonl")]
-    return [Path(os.path.relpath(path, folder / "report")).as_posix() for path in paths if path.exists()]
 
 
 def _shared_settings(results: SweepResults) -> list[str]:

@@ -1,22 +1,19 @@
 """A quantization study as JSON, a terminal table, a page and a W&B table."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from loralab.numerics import codebooks
-from loralab.reporting import svg
-from loralab.reporting.figures import Figure
+from loralab.reporting.charts import Figure
 from loralab.reporting.html import Cell, Head, Tile, render
 from loralab.reporting.layout import aligned, natural_width, terminal_width, wrapped
 from loralab.reporting.provenance import brief
-from loralab.reporting.report import write_text
+from loralab.reporting.quantization_figures import figures
+from loralab.reporting.report import write_figures, write_text
 from loralab.reporting.table import DECOMPOSED, memory
+from loralab.reporting.vega import bundle
 
-FAMILIES = ("int8 weight-only", "int8 weights and activations", "int4", "fp4", "nf4")
 Measures = dict[str, dict[str, Any]]  # of each scheme, or of each layer
 Quantity = tuple[str, str, str, Callable[[float], str]]  # key, title, hint, format
 
@@ -68,9 +65,11 @@ EXPENDABLE = (
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> Path:
-    """quantize.json and report/index.html in ``folder``; the page's path."""
+    """quantize.json, report/index.html and report/figures/*.svg in ``folder``; the page's path."""
     write_text(folder / "quantize.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    return write_text(folder / "report" / "index.html", page(result))
+    drawn = list(figures(fitting(result), list(result["layers"])))
+    write_figures(folder / "report" / "figures", drawn, ("svg",))
+    return write_text(folder / "report" / "index.html", page(result, drawn))
 
 
 def fitting(result: Mapping[str, Any]) -> Measures:
@@ -129,8 +128,8 @@ def wandb_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return ["scheme", *keys], [[name, *(row.get(key) for key in keys)] for name, row in rows.items()]
 
 
-def page(result: Mapping[str, Any]) -> str:
-    """The whole document."""
+def page(result: Mapping[str, Any], drawn: list[Figure]) -> str:
+    """The whole document with the figures ``drawn``."""
     schemes, data, dense = fitting(result), result.get("data") or {}, result.get("dense")
     parameters = next(iter(schemes.values()))["weights"]
     tiles = [Tile(str(len(schemes)), "schemes on the same weights"), Tile(f"{parameters:,}", "weights quantized")]
@@ -153,7 +152,8 @@ def page(result: Mapping[str, Any]) -> str:
         facts=facts,
         schemes=_scheme_table(schemes),
         notes=list(_notes(result, schemes)),
-        figures=list(_figures(result)),
+        figures=drawn,
+        bundle=bundle(),
         layers=_layer_table(result["layers"]),
         undefined_layers="; ".join(undefined(result["layers"])),
     )
@@ -195,89 +195,6 @@ def _layer_table(layers: Measures) -> tuple[list[Head], list[list[Cell]]]:
         numbers = [Cell(_number(row.get(key), ".4g"), row.get(key)) for key in keys]
         rows.append([Cell(name, name, "key"), Cell(shape, shape), *numbers])
     return heads, rows
-
-
-def _figures(result: Mapping[str, Any]) -> Iterator[Figure]:
-    rows = {name: row for name, row in fitting(result).items() if row["relative_rmse"]}
-    if rows:
-        caption = "One mark per scheme; up and left is better. 6 dB is half the error."
-        yield _scatter("Precision against bits", rows, "snr_db", "SNR of the weights, dB", caption)
-    evaluated = {name: row for name, row in rows.items() if row.get("loss_change") is not None}
-    if evaluated:
-        caption = "One mark per scheme; down and left is better; bars: one standard error over targets, paired."
-        yield _scatter("Loss change against bits", evaluated, "loss_change", "change in loss, nats", caption)
-    yield Figure("Code books", "The values that codes stand for, in units of a block's absmax.", _code_books())
-    if coded := {name: row["code_histogram"] for name, row in rows.items() if "code_histogram" in row}:
-        yield _code_use(coded)
-    usual = ("int8_absmax", "int4_absmax", "fp4", "fp4_e2m1", "nf4", "nf4_double")
-    chosen: list[str] = [name for name in usual if name in rows]
-    chosen = chosen or list(rows)[:6]
-    if len(result["layers"]) > 1 and chosen:
-        yield _by_layer(rows, chosen, list(result["layers"]))
-
-
-def _scatter(title: str, rows: Measures, key: str, name: str, caption: str) -> Figure:
-    bits = [row["bits_per_parameter"] for row in rows.values()]
-    spread = [row[key] + sign * (row.get("loss_change_se") or 0.0) for row in rows.values() for sign in (-1, 1)]
-    ticks = [(value, f"{value:g}") for value in (4, 4.25, 4.5, 5, 6, 8, 16, 24)]
-    low, high = min([4.0, *bits]) / 1.04, max([8.0, *bits]) * 1.04
-    families: dict[str, list[svg.Point | None]] = {family: [] for family in FAMILIES}
-    for scheme, row in rows.items():
-        bits, value = row["bits_per_parameter"], row[key]
-        error = row["loss_change_se"] if key == "loss_change" else None
-        tip = f"{scheme}: {bits:.4f} bits, {value:.4g}"
-        families[_family(scheme)].append(svg.Point(bits, value, [value], error, tip))
-    series = [svg.Series(family, points, colour) for colour, (family, points) in enumerate(families.items()) if points]
-    x = svg.Axis("bits per parameter", low, high, [tick for tick in ticks if low <= tick[0] <= high], log2=True)
-    legend = svg.legend([(one.name, one.colour) for one in series])
-    return Figure(title, caption, svg.scatter(series, x, svg.scale(name, spread), name), [legend])
-
-
-def _family(name: str) -> str:
-    if name.startswith(("int8_product", "llm_int8")):
-        return FAMILIES[1]
-    return next((family for family in ("int4", "fp4", "nf4") if family in name), FAMILIES[0])
-
-
-def _code_books() -> Markup:
-    names = [*codebooks.FOUR_BIT, "dynamic"]
-    axis = svg.scale("value / absmax", [-1.0, 1.0], pad=0.03)
-    canvas = svg.Canvas(axis, svg.places("", list(reversed(names))))
-    canvas.frame()
-    for row, name in enumerate(reversed(names)):
-        colour = f"c{names.index(name) % svg.COLOURS}"
-        for value in sorted(set(codebooks.table(name).tolist())):
-            x, y = canvas.px(value), canvas.py(row)
-            canvas.line(x, y - 12, x, y + 12, f"bar {colour}")
-    return canvas.done("The values of each code book")
-
-
-def _code_use(histograms: Mapping[str, Sequence[int]]) -> Figure:
-    """How often each code is used, of one scheme of each kind."""
-    usual = ("int8_absmax_tensor", "int8_absmax", "int4_absmax", "fp4", "nf4")
-    chosen = [name for name in usual if name in histograms] or list(histograms)[:5]
-    curves = []
-    for colour, name in enumerate(chosen):
-        counts = histograms[name]
-        last, mean = max(1, len(counts) - 1), sum(counts) / len(counts)
-        curves.append(svg.Curve(name, [(place / last, count / mean) for place, count in enumerate(counts)], colour))
-    y = svg.scale("uses of a code / their mean", [0.0, *(value for curve in curves for _, value in curve.rows)])
-    x = svg.scale("code, from the lowest value to the highest", [0.0, 1.0], pad=0.03)
-    caption = "1 everywhere: every code is used equally often. The codes of a scheme are spread over the whole width."
-    legend = svg.legend([(curve.name, curve.colour) for curve in curves])
-    return Figure("Use of the codes", caption, svg.line_plot(curves, x, y), [legend])
-
-
-def _by_layer(rows: Measures, chosen: Sequence[str], order: Sequence[str]) -> Figure:
-    curves = []
-    for colour, name in enumerate(chosen):
-        errors = rows[name]["layers"]
-        points = [(float(index), errors[layer]) for index, layer in enumerate(order) if errors.get(layer) is not None]
-        curves.append(svg.Curve(name, points, colour))
-    y = svg.scale("relative RMSE", [value for curve in curves for _, value in curve.rows])
-    x = svg.steps("layer, in the model's order", [index for curve in curves for index, _ in curve.rows])
-    legend = svg.legend([(curve.name, curve.colour) for curve in curves])
-    return Figure("Error by layer", "Layers in the order of the table below.", svg.line_plot(curves, x, y), [legend])
 
 
 def _shown(rows: Measures) -> list[Quantity]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loralab.analysis.answer import answer
 from loralab.analysis.arms import Comparison, comparisons
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
@@ -15,20 +16,17 @@ from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting import cost, subspace
+from loralab.reporting.charts import Figure
 from loralab.reporting.layout import markdown_table, terminal_width
 from loralab.reporting.notes import general, messages, notes
 from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
 from loralab.reporting.table import as_plain
 from loralab.reporting.text import markdown, measure, terminal
+from loralab.reporting.trials import MEASURED, rows
+from loralab.reporting.vega import drawn
 
-# As the record has them: in a pack, memory and time are the pack's, and tokens_per_s is the trial's share.
-_MEASURED = (
-    *("base.fingerprint", "base.bits_per_parameter", "base.bits_per_parameter_overall", "base.bytes"),
-    *("data.fingerprint", "data.targets", "adapter.trainable_parameters", "optimizer.effective_name"),
-    *("memory.device", "memory.alone_peak_bytes", "memory.predicted_peak_bytes", "memory.measured_peak_bytes"),
-    *("time.startup_s", "time.train_s", "time.wall_s", "time.steps", "time.tokens", "time.tokens_per_s", "pack.size"),
-)
+KINDS = ("svg", "png", "pdf")
 
 
 @dataclass(frozen=True)
@@ -40,31 +38,48 @@ class Report:
     files: dict[str, Path]
 
 
-def report(folder: Path) -> Report:
-    """Write index.html, results.csv, results.json and report.md into ``folder/report``."""
+def report(folder: Path, kinds: Sequence[str] = KINDS[:1]) -> Report:
+    """Write index.html, results.csv, results.json, report.md and figures/ into ``folder/report``; ``kinds``: of the
+    figures' files, of svg, png and pdf. Files of figures that are no longer drawn are removed."""
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; expected the folder of a sweep or of a run")
     results = read_results(folder)
     compared = comparisons(results)
+    made = page(results, compared)
     texts = {
-        "index.html": page(results, compared),
+        "index.html": made.text,
         "results.csv": _csv(results),
         "results.json": json.dumps(_json(results, compared), indent=1, allow_nan=False) + "\n",
         "report.md": _markdown(results, compared),
     }
     written = {name: write_text(folder / "report" / name, text) for name, text in texts.items()}
+    write_figures(folder / "report" / "figures", made.figures, kinds)
     return Report(terminal(results, compared, terminal_width()), written["index.html"], written)
+
+
+def write_figures(folder: Path, figures: Sequence[Figure], kinds: Sequence[str]) -> None:
+    """A file of each kind for each figure, and none that an earlier report left. Raises DiskError."""
+    contents = {f"{figure.name}.{kind}": drawn(figure.spec, kind) for figure in figures for kind in kinds}
+    for name, content in contents.items():
+        _write(folder / name, content)
+    for left in folder.glob("*.*"):
+        if left.suffix[1:] in KINDS and left.name not in contents:
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:
     """Whole or not at all. Raises DiskError."""
+    return _write(path, text.encode("utf-8"))
+
+
+def _write(path: Path, content: bytes) -> Path:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
-        raise DiskError(f"{path}: cannot write {len(text)} bytes: {error.strerror or error}") from error
+        raise DiskError(f"{path}: cannot write {len(content)} bytes: {error.strerror or error}") from error
     return path
 
 
@@ -72,16 +87,7 @@ def _csv(results: SweepResults) -> str:
     """One line per trial, whatever became of it."""
     import pandas as pd
 
-    metrics = dict.fromkeys(name for trial in results.trials for name in trial.record["metrics"])
-    columns = ["trial", "folder", *results.axes, "seed", "status", *metrics, *_MEASURED, "ended", "error"]
-    lines = [
-        {
-            **{"trial": trial.record["trial"], "folder": trial.name, **trial.values, "status": trial.status},
-            **{**trial.record["metrics"], **{key: trial.get(key) for key in _MEASURED}},
-            **{"ended": trial.ended, "error": "" if trial.ok else trial.reason},
-        }
-        for trial in results.trials
-    ]
+    columns, lines = rows(results)
     return str(pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
@@ -89,6 +95,7 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
     return {
         "name": results.name,
         "question": results.question,
+        "answer": "" if results.single else answer(compared),
         "axes": results.axes,
         "metric": results.metric,
         "metric_mode": results.mode,
@@ -123,7 +130,7 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
         "status": trial.status,
         "error": None if trial.ok else trial.reason,
         "metrics": record["metrics"],
-        **{key: trial.get(key) for key in _MEASURED},
+        **{key: trial.get(key) for key in MEASURED},
         "stopped_early": record.get("stopped_early"),
         "ended": trial.ended,
         "environment": record["environment"],
@@ -133,8 +140,8 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
 
 def _markdown(results: SweepResults, compared: Sequence[Comparison]) -> str:
     provenance = facts(results)
-    question_text = question(results)
-    lines = [f"# {results.name}", "", *([question_text, ""] if question_text else [])]
+    found = "" if results.single else answer(compared)
+    lines = [f"# {results.name}", "", *(line for text in (question(results), found) if text for line in (text, ""))]
     for comparison in compared:
         lines += [f"## {subject(comparison.results)}", ""] if len(compared) > 1 else []
         lines += [f"{measure(comparison)}.", "", markdown(comparison)]

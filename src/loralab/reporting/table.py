@@ -95,6 +95,7 @@ def as_plain(arm: Arm) -> dict[str, Any]:
         "best": arm.best,
         "baseline": arm.baseline,
         "difference": _plain_difference(arm),
+        "against": arm.against.name if arm.against else None,
         "against_baseline": (arm.difference.verdict(arm.results.mode) or None) if arm.difference else None,
         "published": published(arm),
         "steps": arm.steps,

@@ -1,0 +1,165 @@
+"""The trials of a page: what results.csv has of each, by column, for the page's table and its explorer."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab.analysis.arms import Comparison
+from loralab.analysis.results import SweepResults
+from loralab.analysis.trials import TrialResult
+from loralab.analysis.values import Json, as_number, is_number
+from loralab.reporting.charts import rounded
+from loralab.reporting.table import MIB
+
+# As the record has them: in a pack, memory and time are the pack's, and tokens_per_s is the trial's share.
+MEASURED = (
+    *("base.fingerprint", "base.bits_per_parameter", "base.bits_per_parameter_overall", "base.bytes"),
+    *("data.fingerprint", "data.targets", "adapter.trainable_parameters", "optimizer.effective_name"),
+    *("memory.device", "memory.alone_peak_bytes", "memory.predicted_peak_bytes", "memory.measured_peak_bytes"),
+    *("time.startup_s", "time.train_s", "time.wall_s", "time.steps", "time.tokens", "time.tokens_per_s", "pack.size"),
+)
+FILES = ("result.json", "train.log", "metrics.jsonl")
+MANY = 2000  # trials, above which a page's times and bytes have six digits, and its Vega is packed
+# What a pack measures is of all its trials at once, and compares with nothing outside it.
+OF_THE_PACK = ("memory.predicted_peak_bytes", "memory.measured_peak_bytes", "time.")
+QUANTITIES = {  # column: title with its unit, divisor
+    "base.bits_per_parameter": ("bits per parameter of the quantized layers", 1),
+    "base.bits_per_parameter_overall": ("bits per parameter over all weights", 1),
+    "base.bytes": ("base size (MiB)", MIB),
+    "adapter.trainable_parameters": ("trainable parameters", 1),
+    "memory.alone_peak_bytes": ("predicted peak memory, alone (MiB)", MIB),
+    "memory.predicted_peak_bytes": ("predicted peak memory of the measured step (MiB)", MIB),
+    "memory.measured_peak_bytes": ("measured peak memory (MiB)", MIB),
+    "time.startup_s": ("start-up (s)", 1),
+    "time.train_s": ("training time (s)", 1),
+    "time.wall_s": ("running time (s)", 1),
+    "time.steps": ("optimizer steps", 1),
+    "time.tokens": ("training tokens", 1),
+    "time.tokens_per_s": ("tokens per second", 1),
+}
+HIGHER = ("accuracy", "rouge", "bleu", "f1", "match", "matthews", "pearson", "spearman", "tokens_per_s", "correlation")
+
+
+def rows(results: SweepResults) -> tuple[list[str], list[Json]]:
+    """The columns of results.csv and a row for each trial, whatever became of it."""
+    metrics = dict.fromkeys(name for trial in results.trials for name in trial.record["metrics"])
+    columns = ["trial", "folder", *results.axes, "seed", "status", *metrics, *MEASURED, "ended", "error"]
+    lines = [
+        {
+            **{"trial": trial.record["trial"], "folder": trial.name, **trial.values, "status": trial.status},
+            **{**trial.record["metrics"], **{key: trial.get(key) for key in MEASURED}},
+            **{"ended": trial.ended, "error": "" if trial.ok else trial.reason},
+        }
+        for trial in results.trials
+    ]
+    return columns, lines
+
+
+def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
+    """For the page's script. ``columns``: key, title, whether the table shows it and whether it is a quantity;
+    ``values``: of each column a list, or ``{"all": value}``; beside those of results.csv ``set`` (the number of the
+    table), ``arm`` (the row), ``path`` (of the folder, from the page), ``files`` in it and ``rerun``."""
+    names, lines = rows(results)
+    places = {
+        trial.folder: (number, arm.name)
+        for number, one in enumerate(comparisons)
+        for arm in one.arms
+        for trial in arm.trials
+    }
+    shown = [*results.axes, "seed", "status", "trial", results.metric, "time.steps", "ended"]
+    columns = [*shown, *(name for name in names if name not in shown)]
+    many = len(lines) > MANY
+    values: dict[str, list[Any]] = {
+        name: [_plain(line.get(name), many and name in MEASURED) for line in lines] for name in columns
+    }
+    values |= {
+        "set": [places[trial.folder][0] for trial in results.trials],
+        "arm": [places[trial.folder][1] for trial in results.trials],
+        "path": [_path(results.folder, trial) for trial in results.trials],
+        "files": [[name for name in FILES if (trial.folder / name).exists()] for trial in results.trials],
+        "rerun": [trial.rerun if trial.record["overrides"] else "" for trial in results.trials],
+    }
+    about = [
+        {
+            "key": name,
+            "title": results.short.get(name, _TITLES.get(name, name)),
+            "shown": name in shown,
+            "number": _is_quantity(values[name]),
+        }
+        for name in columns
+    ]
+    return {"columns": about, "values": _packed(values)}
+
+
+_TITLES = {"time.steps": "steps"}
+
+
+def quantities(results: SweepResults) -> dict[str, Json]:
+    """What an axis of the explorer can be, by column: its title with its unit, its divisor, which way is better
+    (None: neither), and whether a pack's number counts."""
+    names, lines = rows(results)
+    skipped = ("trial", "folder", "seed", "pack.size", "error", "status", "ended")
+    found = {}
+    for name in [results.metric, *names]:
+        known = [line.get(name) for line in lines if line.get(name) is not None]
+        is_axis = name in results.axes
+        numeric = [as_number(str(value)) if is_axis else value for value in known]
+        if name in skipped or not numeric or not all(is_number(value) for value in numeric):
+            continue
+        title, divisor = QUANTITIES.get(name, (results.short.get(name, name), 1))
+        alone = name.startswith(OF_THE_PACK) and name not in ("time.steps", "time.tokens")
+        found[name] = {"title": title, "divisor": divisor, "better": _better(results, name), "alone": alone}
+    return found
+
+
+def _better(results: SweepResults, name: str) -> str | None:
+    if name == results.metric:
+        return results.better
+    if name in results.axes or name in ("time.steps", "time.tokens"):
+        return None
+    return "higher" if any(word in name for word in HIGHER) else "lower"
+
+
+def _is_quantity(values: Sequence[Any]) -> bool:
+    known = [value for value in values if value not in (None, "")]
+    return bool(known) and all(
+        is_number(value) or (isinstance(value, str) and as_number(value) is not None) for value in known
+    )
+
+
+def _plain(value: Any, short: bool) -> Any:
+    """As JSON has it: what is no finite number is none."""
+    if isinstance(value, float):
+        finite = rounded(value)
+        return finite if short else None if finite is None else value
+    return value if value is None or isinstance(value, int | bool | str) else str(value)
+
+
+def _packed(values: dict[str, list[Any]]) -> Json:
+    """Columns of one value, and those that are equal to an earlier one, are not written out."""
+    packed: Json = {}
+    for name, column in values.items():
+        like = next((other for other in packed if name != other and values[other] == column), None)
+        short = constant(column)
+        packed[name] = {"as": like} if like and short is column else short
+    return packed
+
+
+def constant(values: list[Any]) -> Any:
+    """``{"all": value}`` where all are equal, else the list itself."""
+    return {"all": values[0]} if len(values) > 1 and all(value == values[0] for value in values) else values
+
+
+def _path(folder: Path, trial: TrialResult) -> str:
+    """The trial's folder as seen from the page in ``folder/report``; empty where it lies beside that by its name."""
+    path = Path(os.path.relpath(trial.folder, folder / "report")).as_posix()
+    return "" if path == f"../{trial.name}" else path
+
+
+def average(trials: Sequence[TrialResult], name: str, about: Mapping[str, Any]) -> float | None:
+    """The mean over the trials that have the number and, where that is a process's, ran alone."""
+    counted = [trial for trial in trials if trial.pack is None or not about["alone"]]
+    values = [trial.record["metrics"].get(name, trial.get(name)) for trial in counted]
+    known = [float(value) for value in values if is_number(value)]
+    return sum(known) / len(known) if known else None
