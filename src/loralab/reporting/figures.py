@@ -1,5 +1,6 @@
 """The figures of a comparison: the metric against the axes, paired differences, quality against bits, curves."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -59,13 +60,10 @@ def named(results: SweepResults, axis: str) -> list[str]:
 
 def in_order(labels: Sequence[str]) -> list[str]:
     """By size where all but the unknown are numbers; else as they are listed."""
-    numbers = [number for text in labels if text != UNKNOWN and (number := as_number(text)) is not None]
-    is_numeric = len(numbers) == len([text for text in labels if text != UNKNOWN])
-    return (
-        sorted(labels, key=lambda text: as_number(text) or 0.0 if text != UNKNOWN else 1e300)
-        if is_numeric
-        else [*labels]
-    )
+    numbers = {text: as_number(text) for text in labels if text != UNKNOWN}
+    if None in numbers.values():
+        return [*labels]
+    return sorted(labels, key=lambda text: numbers.get(text) or 0.0 if text in numbers else math.inf)
 
 
 def _spoken(results: SweepResults, axis: str, text: str) -> str:
