@@ -2,15 +2,19 @@
 
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from loralab.errors import ConfigError
+from loralab.records import metric_logger
 from loralab.records import wandb as mirror
+from loralab.records.loggers import Loggers
+from loralab.records.metric_logger import Labels
 from loralab.records.wandb import Wandb, key_configured
-from loralab.records.wandb_run import Labels
 from loralab.running.runner import Runner
 
 
@@ -232,3 +236,14 @@ def test_wandbs_own_variables_are_not_overruled(monkeypatch):
     mirror._init(wandb, {}, "offline")
     assert "silent" not in wandb.settings
     assert "console" not in wandb.settings
+
+
+@pytest.mark.parametrize(("spec", "begun"), [(Wandb(mode="offline"), 1), (Wandb(mode="disabled"), 0)])
+def test_its_service_starts_beside_the_loading_where_it_is_used(monkeypatch, spec, begun):
+    done = queue.SimpleQueue()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr("loralab.records.wandb._set_up", lambda: done.put(threading.current_thread().name))
+    metric_logger.prepare(Loggers((spec,)))
+    metric_logger.prepare(object())  # a logger of the user's own
+    assert [done.get(timeout=5) for _ in range(begun)] == ["wandb"] * begun
+    assert done.empty()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.records.metric_logger import Labels, LoggerSpec, MetricLogger
+from loralab.records.metric_logger import Labels, LoggerSpec, MetricLogger, prepare
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,10 @@ class Loggers:
     """Several loggers at once; none of them: metrics.jsonl alone."""
 
     specs: tuple[LoggerSpec, ...]
+
+    def prepare(self) -> None:
+        for spec in self.specs:
+            prepare(spec)
 
     def start(self, folder: Path, labels: Labels, resumed: bool = False, left_out: Collection[str] = ()) -> "Each":
         return Each([spec.start(folder, labels, resumed, left_out) for spec in self.specs])

@@ -45,3 +45,9 @@ class LoggerSpec(Protocol):
         """The logger of one trial. ``folder``: of the run; ``resumed``: rows of an earlier process may have been sent;
         ``left_out``: keys of rows that say nothing on this device. Raises nothing: a logger that cannot start is one
         that does nothing."""
+
+
+def prepare(spec: LoggerSpec) -> None:
+    """Has a logger that takes long to start begin beside the loading of the base: one that has ``prepare()``."""
+    if (begin := getattr(spec, "prepare", None)) is not None:
+        begin()

@@ -8,6 +8,8 @@ import logging
 import netrc
 import os
 import shutil
+import sys
+import threading
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -93,6 +95,11 @@ class Wandb:
         if self.tags:
             return "logger.tags", list(self.tags)
         return "WANDB_TAGS", [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+
+    def prepare(self) -> None:
+        """Imports wandb and starts its service, in a thread; ``start`` waits for both."""
+        if self.effective_mode != "disabled" and "wandb" not in sys.modules:
+            threading.Thread(target=_set_up, name="wandb", daemon=True).start()
 
     def start(
         self, folder: Path, labels: Labels, resumed: bool = False, left_out: Collection[str] = (), anew: bool = False
@@ -194,6 +201,13 @@ class Mirror:
         except Exception as error:
             log.warning("W&B stopped: %s; metrics.jsonl goes on", _short(error))
             self._run = None
+
+
+def _set_up() -> None:
+    with suppress(Exception):  # ``start`` meets it again, and says so
+        import wandb
+
+        wandb.setup()
 
 
 def key_configured() -> bool:

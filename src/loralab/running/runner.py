@@ -14,6 +14,7 @@ from loralab.models.batching import check_rows
 from loralab.models.loading import Base
 from loralab.planning.foresee import Foresight, check_packing, predicted
 from loralab.records import record
+from loralab.records.metric_logger import prepare
 from loralab.running.attach import attach_trial, open_record
 from loralab.running.finish import close_record
 from loralab.running.fit import Fit
@@ -57,6 +58,7 @@ class Runner:
     ) -> None:
         """Check, read, load, attach, resume, then fit, score, export and record. Fills ``data``."""
         quiet()
+        prepare(specs[0].logger)
         check_pack(specs)
         for spec in specs:
             spec.check_positions()

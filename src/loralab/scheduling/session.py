@@ -16,6 +16,7 @@ from loralab.errors import ConfigError, DataError, Interrupted
 from loralab.quick_imports import quick_imports
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.records.metric_logger import prepare
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.sweep import PackOptions, Sweep, set_stale_aside
 from loralab.scheduling.sweep_file import check_begun
@@ -184,6 +185,7 @@ class Session:
     def _check_rows(self, job: Job) -> None:
         """Reads the rows before any weight; the runner keeps them. Raises DataError, ConfigError."""
         spec = job.spec()
+        prepare(spec.logger)
         if spec.data.from_base:
             return
         try:
