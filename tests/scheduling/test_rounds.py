@@ -62,14 +62,23 @@ def test_zip_and_when_of_a_file_are_in_sweep_json_records_report_and_list(here, 
     frame = loralab.results(folder)
     assert set(zip(*(frame[key] for key in keys), strict=True)) == {(2, 1e-3), (4, 2e-3)}
     report = json.loads((folder / "report" / "results.json").read_text())
-    baseline = losses["none", None, 2, 1e-3]
+    first = ("none", None, 2, 1e-3)
+    against = {  # like with like: only what moves together, or is not there, differs beside the one axis
+        ("none", None, 4, 2e-3): first,
+        ("nf4", True, 2, 1e-3): first,
+        ("nf4", True, 4, 2e-3): ("none", None, 4, 2e-3),
+        ("nf4", False, 2, 1e-3): ("nf4", True, 2, 1e-3),
+        ("nf4", False, 4, 2e-3): ("nf4", True, 4, 2e-3),
+    }
     for arm in report["arms"]:
         scheme, double, r, lr = (arm["values"][axis] for axis in sweep["axes"])
-        loss = losses.pop((scheme, json.loads({"-": "null"}.get(double, double)), int(r), float(lr)))
-        assert (arm["n"], arm["mean"]) == (1, loss)
-        assert arm["difference"] is None or arm["difference"]["mean"] == pytest.approx(loss - baseline, abs=1e-12)
-        assert arm["baseline"] == (loss == baseline)
-    assert not losses
+        place = (scheme, json.loads({"-": "null"}.get(double, double)), int(r), float(lr))
+        assert (arm["n"], arm["mean"]) == (1, losses[place])
+        assert arm["baseline"] == (place == first)
+        if place != first:
+            wanted = losses[place] - losses[against.pop(place)]
+            assert arm["difference"]["mean"] == pytest.approx(wanted, abs=1e-12)
+    assert not against
     assert main.run(["ls", "runs/both"]) == 0
     assert "quantization=none double_quant=-" in " ".join(capsys.readouterr().out.split())
     # a second call runs nothing; one that is lost is found by what it was called with

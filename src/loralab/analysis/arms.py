@@ -14,6 +14,8 @@ from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import Pack, TrialResult
 from loralab.analysis.values import UNKNOWN, identity, is_number
 
+MOST_SEARCHED = 2000  # arms; of more, each is held against one that differs in one axis, or against the first
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -240,14 +242,27 @@ def _compared(arms: list[Arm]) -> list[Arm]:
 def _against(arm: Arm, scored: Mapping[tuple[str, ...], Arm]) -> Arm | None:
     """Like with like: the scored arm of the same environment that has the first value of one axis and is equal on all
     others, of the first such axis; None where there is none. So nf4 with r = 8 is held against none with r = 8, and
-    none with r = 8 against none with r = 2."""
+    none with r = 8 against none with r = 2. Where axes move together, or are there in some trials only, several axes
+    have their first value, or none: as few as can be."""
     for axis, labels in arm.results.axes.items():
         if axis == environments.AXIS or arm.values[axis] == labels[0]:
             continue
         values = {**arm.values, axis: labels[0]}
         if (other := scored.get(tuple(values.values()))) is not None:
             return other
-    return None
+    if len(scored) > MOST_SEARCHED:
+        return None
+    alike = [other for other in reversed([*scored.values()]) if other.environment == arm.environment]
+    near = {changed: other for other in alike if (changed := _changed(arm, other))}
+    return near[min(near, key=lambda changed: (len(changed), changed))] if near else None
+
+
+def _changed(arm: Arm, other: Arm) -> tuple[int, ...]:
+    """The places of the axes on which ``other`` differs, where it has their first values or lacks them; else empty."""
+    axes = arm.results.axes
+    changed = [(place, axis) for place, axis in enumerate(axes) if arm.values[axis] != other.values[axis]]
+    near = all(other.values[axis] in (axes[axis][0], UNKNOWN) for _, axis in changed)
+    return tuple(place for place, _ in changed) if near else ()
 
 
 def _mark_best(arms: list[Arm], mode: str) -> list[Arm]:
