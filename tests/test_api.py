@@ -77,6 +77,16 @@ def test_a_sweep_as_frames(swept):
     assert lines["train/loss"].notna().sum() == 4 * 2
 
 
+def test_charts_are_the_pages_figures_and_are_drawn_in_a_notebook(swept):
+    figures = loralab.charts(swept)
+    shown = figures["metric"].to_dict()
+    assert shown["title"] == "val/loss against r"
+    drawn = {row["x"]: row["value"] for row in shown["datasets"]["means"]}
+    table = loralab.summary(swept)
+    assert drawn == dict(zip(map(float, table["adapter.r"]), table["mean"], strict=True))
+    assert "text/html" in figures["metric"]._repr_mimebundle_()
+
+
 def cells(html):
     """The rows of an HTML table."""
     head, *rows = ([cell.text or "" for cell in row] for row in ElementTree.fromstring(html).iter("tr"))
@@ -170,6 +180,7 @@ def test_plan_is_the_commands(tiny_arguments):
         (lambda _: loralab.train("adapter.r=2"), ConfigError, "is one text; valid: a list"),
         (lambda _: loralab.lightning(["adapter.rr=2"]), ConfigError, "adapter.rr"),
         (lambda f: loralab.curves(f), ArtifactError, "nothing to report"),
+        (lambda f: loralab.charts(f), ArtifactError, "nothing to report"),
         (lambda _: loralab.train(["rank"]), ConfigError, "'rank' is not understood"),
         (lambda _: loralab.sweep("rnak"), ConfigError, "there is no sweep 'rnak'; did you mean rank"),
         (lambda f: loralab.results(f / "no"), ArtifactError, "no: no such folder"),

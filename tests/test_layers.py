@@ -36,7 +36,7 @@ FENCES = {
     "peft": {"bench"},
     "rich": {"cli", "reporting", "training"},
     "filelock": {"records"},
-    "altair": {"reporting"},
+    "altair": {"reporting", "api"},
     "vl_convert": {"reporting"},
     "pandas": {"analysis", "reporting", "api"},
     "scipy": {"analysis"},

@@ -1,16 +1,16 @@
 """LoRA and QLoRA experiments: many trials, one frozen base, records that can be rerun.
 
-From Python: ``train``, ``sweep``, ``plan``, ``results``, ``summary``, ``curves``, ``load``, ``lightning`` (see
-``loralab.api``).
+From Python: ``train``, ``sweep``, ``plan``, ``results``, ``summary``, ``curves``, ``charts``, ``load``,
+``lightning`` (see ``loralab.api``).
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loralab.api import curves, lightning, load, plan, results, summary, sweep, train
+    from loralab.api import charts, curves, lightning, load, plan, results, summary, sweep, train
 
 __version__ = "0.1.0"
-__all__ = ["curves", "lightning", "load", "plan", "results", "summary", "sweep", "train"]
+__all__ = ["charts", "curves", "lightning", "load", "plan", "results", "summary", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:

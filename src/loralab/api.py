@@ -3,7 +3,6 @@
 Errors are the exceptions of ``loralab.errors``, with the text that the command line prints.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from loralab import errors
 from loralab.records.shown import TrialRecord, TrialRecords
 
 if TYPE_CHECKING:
+    import altair as alt
     import pandas as pd
     from torch import nn
 
@@ -111,14 +111,28 @@ def curves(folder: Folder) -> "pd.DataFrame":
     import pandas as pd
 
     from loralab.analysis.results import read_results
+    from loralab.records.jsonl import rows
 
-    rows = [
-        {"trial": trial.record["trial"], "folder": trial.name, **json.loads(line)}
+    logged = [
+        {"trial": trial.record["trial"], "folder": trial.name, "step": step, **values}
         for trial in read_results(_existing(folder)).trials
-        if (path := trial.folder / "metrics.jsonl").is_file()
-        for line in path.read_text(encoding="utf-8").splitlines()
+        for step, values in rows(trial.folder / "metrics.jsonl")
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(logged)
+
+
+def charts(folder: Folder) -> "dict[str, alt.LayerChart]":
+    """{name: figure} of the page of the sweep or run in ``folder``, as Altair's charts, which a notebook draws. Raises
+    ArtifactError where there is no record."""
+    import altair as alt
+
+    from loralab.analysis.arms import comparisons
+    from loralab.analysis.results import read_results
+    from loralab.reporting.page import page
+
+    found = read_results(_existing(folder))
+    figures = page(found, comparisons(found)).figures
+    return {one.name: alt.LayerChart.from_dict(one.spec, validate=False).properties(title=one.title) for one in figures}
 
 
 def load(run: Folder) -> "tuple[nn.Module, Any]":
