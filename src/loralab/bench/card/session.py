@@ -14,7 +14,6 @@ from typing import NamedTuple
 from loralab.bench.card.shapes import CARD, CPU, write_rows
 from loralab.bench.processes import Late, ProcessError, Row, WorkerProcess
 from loralab.records import record
-from loralab.reporting import card
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +43,18 @@ class CardSession:
             (out / name).unlink(missing_ok=True)
 
     def save(self) -> None:
-        """gpu.json and the page, as they stand."""
+        """gpu.json and the page, as they stand; no page where what draws it is not installed, as on a card's machine
+        that has what trains alone."""
         self.result["seconds"] = round(time.monotonic() - self.begun, 1)
         record.replace(self.out / "gpu.json", self.result)
-        (self.out / "index.html").write_text(card.page(self.result), "utf-8")
+        try:
+            from loralab.reporting import card
+
+            page = card.page(self.result)
+        except ImportError as missing:
+            log.debug("no page: %s", missing)
+            return
+        (self.out / "index.html").write_text(page, "utf-8")
 
     def stage(self, name: str, work: Callable[["CardSession", Row], None]) -> None:
         """Runs ``work`` until its time, with all that earlier stages left, is spent. What it measured by then is kept,
