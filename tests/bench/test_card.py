@@ -181,6 +181,10 @@ def test_a_session_of_stubs_writes_what_readers_rely_on(monkeypatch, tmp_path, r
     page = (tmp_path / "out" / "index.html").read_text()
     assert "&lt;broken&gt;" in page
     assert "<broken>" not in page
+    assert "<svg" in page
+    monkeypatch.setattr(command, "stages", lambda ballast: {"plan": short})
+    assert command.measure(tmp_path / "out", False, False) == 0
+    assert read()["rehearsal"] is False
 
 
 def test_without_what_draws_the_page_the_measurements_are_kept(monkeypatch, tmp_path, read):
@@ -189,10 +193,6 @@ def test_without_what_draws_the_page_the_measurements_are_kept(monkeypatch, tmp_
     assert command.measure(tmp_path / "out", True, False) == 0
     assert read()["stages"]["machine"]["gpus"] == 0
     assert not (tmp_path / "out" / "index.html").exists()
-    assert "<svg" in page
-    monkeypatch.setattr(command, "stages", lambda ballast: {"plan": short})
-    assert command.measure(tmp_path / "out", False, False) == 0
-    assert read()["rehearsal"] is False
 
 
 def test_a_stage_that_is_under_way_is_not_ok_on_disk(open_session, read):
