@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loralab import reporting
 from loralab.bench import ours, processes
 from loralab.bench.card import __main__ as command
 from loralab.bench.card import paging, session, shapes, stages
@@ -188,6 +189,7 @@ def test_a_session_of_stubs_writes_what_readers_rely_on(monkeypatch, tmp_path, r
 
 
 def test_without_what_draws_the_page_the_measurements_are_kept(monkeypatch, tmp_path, read):
+    monkeypatch.delattr(reporting, "card", raising=False)
     monkeypatch.setitem(sys.modules, "loralab.reporting.card", None)  # its import fails
     monkeypatch.setattr(command, "stages", lambda ballast: {"machine": lambda session, told: told.update(gpus=0)})
     assert command.measure(tmp_path / "out", True, False) == 0
