@@ -67,8 +67,8 @@ def check_own_files(overrides: list[str], config_dir: str | None = None, config_
     from loralab.cli.hydra_errors import translate
     from loralab.config.build import trial_spec
     from loralab.config.compose import compose
-    from loralab.config.places import conf_folders, own_files, searched
-    from loralab.config.sweep_files import chosen_by
+    from loralab.config.places import conf_folders, searched
+    from loralab.config.sweep_files import chosen_by, own_files
 
     errors: list[BaseException] = []
     with searched(config_dir):

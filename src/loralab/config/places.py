@@ -1,7 +1,7 @@
 """Where yaml files are looked up: ``--config-dir``, ./conf and ./sweeps of the current folder, then the package."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -48,20 +48,6 @@ def searched(config_dir: str | None) -> Iterator[None]:
 def options(folder: Path) -> dict[str, Path]:
     """{option of a group: its yaml file}; empty where there is no such folder."""
     return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
-
-
-def own_files(choices: Mapping[str, str]) -> list[str]:
-    """The user's files among ``choices`` ({group: option}), relative to the current folder where they lie below it."""
-    from loralab.config.sweep_files import locate
-
-    files: list[Path] = []
-    for group, option in choices.items():
-        places = (folder / group / f"{option}.yaml" for folder in conf_folders().values())
-        files += [path for path in places if path.is_file()][:1]
-    sweep = locate(choices["sweeps"]) if choices.get("sweeps") else None
-    if sweep is not None and not sweep.is_relative_to(data_root() / "sweeps"):
-        files.append(sweep)
-    return sorted({shown(path) for path in files})
 
 
 def shown(path: Path) -> str:

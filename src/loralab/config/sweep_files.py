@@ -57,6 +57,18 @@ def locate(chosen: str, folder: Path | None = None) -> Path | None:
     return next((path for place in places if (path := place / f"{chosen}.yaml").is_file()), None)
 
 
+def own_files(choices: Mapping[str, str]) -> list[str]:
+    """The user's files among ``choices`` ({group: option}), relative to the current folder where they lie below it."""
+    files: list[Path] = []
+    for group, option in choices.items():
+        places = (folder / group / f"{option}.yaml" for folder in conf_folders().values())
+        files += [path for path in places if path.is_file()][:1]
+    sweep = locate(choices["sweeps"]) if choices.get("sweeps") else None
+    if sweep is not None and not sweep.is_relative_to(data_root() / "sweeps"):
+        files.append(sweep)
+    return sorted({shown(path) for path in files})
+
+
 def load(path: Path) -> DictConfig:
     """The content of a sweep file. What it leaves out is added: its name as ``sweep.name``, and ``hydra.sweep.dir``.
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from loralab.config import staleness
 from loralab.config.build import trial_id, trial_spec
 from loralab.config.compose import plain
-from loralab.config.places import own_files
+from loralab.config.sweep_files import own_files
 from loralab.config.words import own_classes
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record

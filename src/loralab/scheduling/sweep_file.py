@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.config.places import own_files
+from loralab.config.sweep_files import own_files
 from loralab.errors import ArtifactError, ConfigError
 from loralab.records import record
 from loralab.scheduling.job import Job
