@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from loralab.config.build import trial_id, trial_spec
-from loralab.config.compose import compose
+from loralab.config.compose import compose, plain
 from loralab.config.words import TRAINER
 from loralab.errors import ConfigError
 from loralab.training.arguments import FIXED, PASSED
@@ -110,6 +110,14 @@ def test_short_names_of_a_precision_are_the_full_ones():
 def test_epochs_stand_in_for_the_default_number_of_steps_and_beside_one_that_is_given():
     assert built("trainer.max_epochs=2").trainer.max_steps == 2**31 - 1
     assert built("trainer.max_epochs=2", "trainer.max_steps=7").trainer.max_steps == 7
+    assert built("trainer.max_epochs=null").trainer.max_steps == 200
+
+
+def test_two_hundred_steps_of_a_files_own_are_kept_beside_its_epochs(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/both.yaml").write_text("# @package _global_\ntrainer: {max_epochs: 30, max_steps: 200}\n")
+    composed = compose(["+experiment=both"], config_dir=str(tmp_path))
+    assert plain(composed)["trainer"]["max_steps"] == 200
 
 
 def test_trials_share_a_pack_where_their_one_trainer_can_be_the_same():

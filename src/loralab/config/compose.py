@@ -14,17 +14,17 @@ from loralab.config.words import forced, own_classes, quoted
 from loralab.errors import ConfigError
 
 DEFAULTS = {"launcher": "packed", "sweeper": "loralab"}  # of Hydra's own groups
-STEPS = 200  # trainer.max_steps in conf/
 
 
 def register_resolvers() -> None:
     """``loralab.mul`` (alpha tied to r), ``loralab.trial_id`` (a trial's folder in a sweep) and ``loralab.rank_for``
-    (the rank, or what else sets an adapter's size, with that many parameters); and loralab's own launcher and sweeper,
-    unless a file or a word names another."""
+    (the rank, or what else sets an adapter's size, with that many parameters), ``loralab.steps`` (a number of steps,
+    unless epochs say it); and loralab's own launcher and sweeper, unless a file or a word names another."""
     _set_hydra_defaults()
     OmegaConf.register_new_resolver("loralab.mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("loralab.trial_id", _trial_id, replace=True)
     OmegaConf.register_new_resolver("loralab.rank_for", _rank_for, replace=True)
+    OmegaConf.register_new_resolver("loralab.steps", _steps, replace=True)
 
 
 def _set_hydra_defaults() -> None:
@@ -39,6 +39,11 @@ def _trial_id(*, _root_: DictConfig) -> str:
     from loralab.config.build import trial_id  # imports this module
 
     return trial_id(_root_)
+
+
+def _steps(usual: int, *, _parent_: DictConfig) -> int:
+    """Of ``trainer.max_steps`` where nothing else sets it: with ``trainer.max_epochs`` none, as in Lightning."""
+    return usual if _parent_.get("max_epochs") is None else -1
 
 
 def _rank_for(budget: int, *, _root_: DictConfig) -> int:
@@ -66,7 +71,6 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
     assert isinstance(resolved, dict)
     for group, key in foreign_keys(resolved, words):
         del resolved[group][key]
-    _let_epochs_decide(resolved, words)
     return {str(key): value for key, value in resolved.items()}
 
 
@@ -77,17 +81,6 @@ def plain_sweep(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"sweep={asked!r} is no group of settings; valid: a sweep file, or null")
     sweep = cast(dict[Any, Any], OmegaConf.to_container(asked, resolve=True))
     return {str(key): value for key, value in sweep.items()}
-
-
-def _let_epochs_decide(config: Any, words: Iterable[str]) -> None:
-    """Without a max_steps of the user's own, trainer.max_epochs alone says when training ends, as in Lightning."""
-    trainer = config.get("trainer")
-    if not isinstance(trainer, dict) or trainer.get("max_epochs") is None:
-        return
-    if trainer.get("max_steps") == STEPS and not any(
-        word.lstrip("+").startswith("trainer.max_steps=") for word in words
-    ):
-        trainer["max_steps"] = -1
 
 
 def _refusal(error: BaseException | None) -> ConfigError | None:
