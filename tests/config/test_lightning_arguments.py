@@ -35,6 +35,10 @@ def test_every_argument_of_the_trainer_is_decided():
     ("words", "message"),
     [
         (["+trainer.max_epoch=3"], "trainer.max_epoch is no argument of Lightning's Trainer; did you mean max_epochs"),
+        (["trainer.max_time=bad"], "trainer.max_time must be a time"),
+        (["trainer.max_time={minutes:0}"], "trainer.max_time must be a time"),
+        (["logger=[csv,tensorboard]"], "a list of options merges their settings into one class"),
+        (["quantization=[none,nf4]"], "valid: one option in one run, or -m quantization=A,B"),
         (["trainer.max_epochs=0"], "trainer.max_epochs must be at least 1"),
         (["trainer.devices=2"], "one device"),
         (["trainer.strategy=ddp"], "one device"),

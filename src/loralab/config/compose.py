@@ -1,6 +1,6 @@
 """Composes the command line, conf/ and sweeps/ into one configuration, by Hydra."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,9 @@ from loralab.config.places import data_root, searched
 from loralab.config.words import forced, own_classes, quoted
 from loralab.errors import ConfigError
 
+ONE_CLASS = (  # groups of which a trial has one option
+    *("model", "quantization", "adapter", "data", "optimizer", "schedule", "trainer", "logger", "memory", "plan"),
+)
 DEFAULTS = {"launcher": "packed", "sweeper": "loralab"}  # of Hydra's own groups
 
 
@@ -111,7 +114,26 @@ def _composed(words: list[str], name: str = "train") -> DictConfig:
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        return cast(DictConfig, hydra_compose(name, overrides=words, return_hydra_config=name != "train"))
+        config = cast(DictConfig, hydra_compose(name, overrides=words, return_hydra_config=True))
+    if name == "train":
+        check_one_each(config, config.hydra)
+        with open_dict(config):
+            del config["hydra"]
+    return config
+
+
+def check_one_each(content: Mapping[str, Any], hydra: Any) -> None:
+    """Raises ConfigError for a group that is one class and was given several options, of which Hydra merges the
+    settings into those of the last. ``hydra``: its own part, which lists no such group among its choices."""
+    if hydra.job.config_name != "train":  # one of the user's own may set a group without an option
+        return
+    for group in ONE_CLASS:
+        if group in content and group not in hydra.runtime.choices:
+            more = ", or logger=several, from which ~logger.NAME takes one away" if group == "logger" else ""
+            raise ConfigError(
+                f"{group}=[...]: a list of options merges their settings into one class, the last; valid: one option"
+                f" in one run, or -m {group}=A,B for one trial of each{more}"
+            )
 
 
 def shown(overrides: list[str]) -> list[str]:
