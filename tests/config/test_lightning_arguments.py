@@ -106,6 +106,31 @@ def test_what_can_change_a_result_is_part_of_the_id(words):
     assert of(*words) == built(*words).id
 
 
+def test_a_callback_of_ones_own_is_part_of_the_id_unless_it_only_looks_on(tmp_path, monkeypatch):
+    (tmp_path / "own_callbacks.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Rate(Callback):\n    def __init__(self, factor=1.0): self.factor = factor\n"
+        "class Looks(Callback):\n    pack_aware = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rate = "+callbacks.x._target_=own_callbacks.Rate"
+    assert (
+        len(
+            {
+                of(),
+                of(rate),
+                of(rate, "+callbacks.x.factor=2"),
+                of(CALLBACK + "Timer", "+callbacks.x.duration=00:00:00:09"),
+            }
+        )
+        == 4
+    )
+    assert of(rate) == of(rate.replace(".x.", ".y."))
+    assert of("+callbacks.x._target_=own_callbacks.Looks") == of(CALLBACK + "Timer") == of()
+    assert list(built(rate).sources()) == ["own_callbacks"]
+    assert built("+callbacks.x._target_=own_callbacks.Looks").sources() == {}
+
+
 def test_short_names_of_a_precision_are_the_full_ones():
     assert built("trainer.precision=bf16").trainer.precision == "bf16-mixed"
     assert of("trainer.precision=32") == of("trainer.precision=32-true")
