@@ -53,3 +53,17 @@ def test_a_file_that_cannot_be_written_is_named_with_the_reason(tmp_path):
     assert (
         str(unwritable(tmp_path, of_the_system(errno.EROFS))) == f"{tmp_path} cannot be written: Read-only file system"
     )
+
+
+def test_an_error_of_the_users_own_code_names_its_line(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def fails():\n    return [][1]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import mine
+
+    with pytest.raises(IndexError) as own:
+        mine.fails()
+    with pytest.raises(TypeError) as loralabs:
+        explain.__globals__["nearest"]("name", 5)
+    assert str(explain(own.value)) == "mine.py:2: IndexError: list index out of range"
+    assert str(explain(loralabs.value)).startswith("TypeError: ")

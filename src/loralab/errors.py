@@ -4,6 +4,7 @@ import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import extract_tb
 
 
 class LoralabError(Exception):
@@ -110,9 +111,25 @@ def explain(error: BaseException) -> LoralabError | Interrupted:
         return ConfigError("the current folder is gone; valid: start loralab in a folder that exists")
     if isinstance(error, OSError) and error.filename and error.errno in PATH_ERRORS:
         return DiskError(f"{error.filename} cannot be read or written: {error.strerror}")
-    wrapped = LoralabError(f"{type(error).__name__}: {text[:500]}")
+    wrapped = LoralabError(f"{_own_line(error)}{type(error).__name__}: {text[:500]}")
     wrapped.__cause__ = error
     return wrapped
+
+
+def _own_line(error: BaseException) -> str:
+    """``mine.py:12: `` where a file below the current folder that is not loralab's was the last of the two to be in
+    charge: the user's own callback, adapter or logger. Else empty."""
+    try:
+        here, package = Path.cwd(), Path(__file__).parent
+    except FileNotFoundError:  # the folder is gone
+        return ""
+    for frame in reversed(extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_relative_to(package):
+            return ""
+        if path.is_relative_to(here) and "site-packages" not in path.parts:
+            return f"{path.relative_to(here)}:{frame.lineno}: "
+    return ""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

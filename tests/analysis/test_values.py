@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from loralab.analysis.arms import arms
 from loralab.analysis.results import read_results
-from loralab.analysis.values import UNSAID, canonical, label, names, spelled
+from loralab.analysis.values import UNSAID, canonical, identity, label, names, spelled
 from loralab.records import record
 
 
@@ -97,3 +97,13 @@ def test_one_number_written_in_two_ways_is_one_row(tmp_path, synthetic, write):
         write(tmp_path / str(seed), stored_trial)
     (row,) = arms(read_results(tmp_path))
     assert row.n == 2
+
+
+def test_a_callback_that_may_change_a_result_makes_another_configuration():
+    def of(**nodes):
+        return identity({"config": {"seed": 0, "callbacks": nodes}, "choices": {"callbacks": "default"}})
+
+    stop = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss"}
+    memory = {"_target_": "loralab.memory.phases.PhaseMemory"}
+    assert of(memory=memory) == of() == of(x={"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}, y=None)
+    assert len({of(), of(x=stop), of(x={**stop, "patience": 9}), of(x={"_target_": "mine.Rate"})}) == 4

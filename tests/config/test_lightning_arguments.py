@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from loralab.config.build import trial_id, trial_spec
-from loralab.config.compose import compose
+from loralab.config.compose import compose, plain
 from loralab.config.words import TRAINER
 from loralab.errors import ConfigError
 from loralab.training.arguments import FIXED, PASSED
@@ -35,6 +35,10 @@ def test_every_argument_of_the_trainer_is_decided():
     ("words", "message"),
     [
         (["+trainer.max_epoch=3"], "trainer.max_epoch is no argument of Lightning's Trainer; did you mean max_epochs"),
+        (["trainer.max_time=bad"], "trainer.max_time must be a time"),
+        (["trainer.max_time={minutes:0}"], "trainer.max_time must be a time"),
+        (["logger=[csv,tensorboard]"], "a list of options merges their settings into one class"),
+        (["quantization=[none,nf4]"], "valid: one option in one run, or -m quantization=A,B"),
         (["trainer.max_epochs=0"], "trainer.max_epochs must be at least 1"),
         (["trainer.devices=2"], "one device"),
         (["trainer.strategy=ddp"], "one device"),
@@ -102,6 +106,31 @@ def test_what_can_change_a_result_is_part_of_the_id(words):
     assert of(*words) == built(*words).id
 
 
+def test_a_callback_of_ones_own_is_part_of_the_id_unless_it_only_looks_on(tmp_path, monkeypatch):
+    (tmp_path / "own_callbacks.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Rate(Callback):\n    def __init__(self, factor=1.0): self.factor = factor\n"
+        "class Looks(Callback):\n    pack_aware = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rate = "+callbacks.x._target_=own_callbacks.Rate"
+    assert (
+        len(
+            {
+                of(),
+                of(rate),
+                of(rate, "+callbacks.x.factor=2"),
+                of(CALLBACK + "Timer", "+callbacks.x.duration=00:00:00:09"),
+            }
+        )
+        == 4
+    )
+    assert of(rate) == of(rate.replace(".x.", ".y."))
+    assert of("+callbacks.x._target_=own_callbacks.Looks") == of(CALLBACK + "Timer") == of()
+    assert list(built(rate).sources()) == ["own_callbacks"]
+    assert built("+callbacks.x._target_=own_callbacks.Looks").sources() == {}
+
+
 def test_short_names_of_a_precision_are_the_full_ones():
     assert built("trainer.precision=bf16").trainer.precision == "bf16-mixed"
     assert of("trainer.precision=32") == of("trainer.precision=32-true")
@@ -110,6 +139,14 @@ def test_short_names_of_a_precision_are_the_full_ones():
 def test_epochs_stand_in_for_the_default_number_of_steps_and_beside_one_that_is_given():
     assert built("trainer.max_epochs=2").trainer.max_steps == 2**31 - 1
     assert built("trainer.max_epochs=2", "trainer.max_steps=7").trainer.max_steps == 7
+    assert built("trainer.max_epochs=null").trainer.max_steps == 200
+
+
+def test_two_hundred_steps_of_a_files_own_are_kept_beside_its_epochs(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/both.yaml").write_text("# @package _global_\ntrainer: {max_epochs: 30, max_steps: 200}\n")
+    composed = compose(["+experiment=both"], config_dir=str(tmp_path))
+    assert plain(composed)["trainer"]["max_steps"] == 200
 
 
 def test_trials_share_a_pack_where_their_one_trainer_can_be_the_same():

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
+from loralab.config import identity as settings
+
 Json = dict[str, Any]
 UNKNOWN = "-"  # the label of a value that nothing tells, and of a setting that a trial does not have
 # No part of what a trial is: trials that differ only here (and by seed) are seeds of one configuration.
@@ -143,11 +145,13 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def identity(record: Json) -> str:
-    """Equal for trials that differ only by seed: the whole config and the choices, without what is aside."""
+    """Equal for trials that differ only by seed: the whole config and the choices, without what is aside, and
+    of the callbacks what decides a result."""
     config = {key: value for key, value in record["config"].items() if not aside(key)}
     for group, _, key in (dotted.partition(".") for dotted in _ASIDE_KEYS):
         if isinstance(config.get(group), Mapping):
             config[group] = {name: value for name, value in config[group].items() if name != key}
+    config["callbacks"] = [*settings.stops(record["config"]), *settings.callbacks(record["config"].get("callbacks"))]
     choices = {key: value for key, value in record["choices"].items() if not aside(key)}
     return canonical([config, choices])
 

@@ -50,7 +50,7 @@ loralab COMMAND --help speaks of that command. Flags may stand anywhere; of all 
 Tab completion: eval "$(loralab -sc install=bash)" (or fish, or zsh)
 Exit codes: 0 ok, 1 internal, 2 configuration, 3 data, 4 artifact, 5 diverged, 6 out of memory, 7 disk, 130, 143"""
 
-OWN_FAULT = "this is a fault of loralab's own; --debug shows where"
+OWN_FAULT = "this is a fault of loralab's own, unless a line of your code is named above; --debug shows where"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -37,10 +37,9 @@ def _why(error: Exception, module: str, name: str) -> str:
     if not module:
         return "a class is named with its module; valid: MODULE.CLASS, as in lab.Scaled"
     if isinstance(error, AttributeError) and (found := sys.modules.get(module)) is not None and _is_loaded(found):
-        file, classes = (
-            getattr(found, "__file__", None),
-            [key for key, value in vars(found).items() if getattr(value, "__module__", "") == module],
-        )
+        file, named = getattr(found, "__file__", None), vars(found).items()
+        own = [key for key, value in named if f"{getattr(value, '__module__', '')}.".startswith(f"{module}.")]
+        classes = [key for key in own if callable(vars(found)[key]) and not key.startswith("_")]
         return f"{module} ({shown(Path(file)) if file else 'built in'}) has no {name}; {nearest(name, classes)}"
     missing = str(error.name) if isinstance(error, ModuleNotFoundError) else ""
     if missing and f"{module}.".startswith(f"{missing}."):

@@ -1,6 +1,6 @@
 """Composes the command line, conf/ and sweeps/ into one configuration, by Hydra."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,18 +13,21 @@ from loralab.config.places import data_root, searched
 from loralab.config.words import forced, own_classes, quoted
 from loralab.errors import ConfigError
 
+ONE_CLASS = (  # groups of which a trial has one option
+    *("model", "quantization", "adapter", "data", "optimizer", "schedule", "trainer", "logger", "memory", "plan"),
+)
 DEFAULTS = {"launcher": "packed", "sweeper": "loralab"}  # of Hydra's own groups
-STEPS = 200  # trainer.max_steps in conf/
 
 
 def register_resolvers() -> None:
     """``loralab.mul`` (alpha tied to r), ``loralab.trial_id`` (a trial's folder in a sweep) and ``loralab.rank_for``
-    (the rank, or what else sets an adapter's size, with that many parameters); and loralab's own launcher and sweeper,
-    unless a file or a word names another."""
+    (the rank, or what else sets an adapter's size, with that many parameters), ``loralab.steps`` (a number of steps,
+    unless epochs say it); and loralab's own launcher and sweeper, unless a file or a word names another."""
     _set_hydra_defaults()
     OmegaConf.register_new_resolver("loralab.mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("loralab.trial_id", _trial_id, replace=True)
     OmegaConf.register_new_resolver("loralab.rank_for", _rank_for, replace=True)
+    OmegaConf.register_new_resolver("loralab.steps", _steps, replace=True)
 
 
 def _set_hydra_defaults() -> None:
@@ -39,6 +42,11 @@ def _trial_id(*, _root_: DictConfig) -> str:
     from loralab.config.build import trial_id  # imports this module
 
     return trial_id(_root_)
+
+
+def _steps(usual: int, *, _parent_: DictConfig) -> int:
+    """Of ``trainer.max_steps`` where nothing else sets it: with ``trainer.max_epochs`` none, as in Lightning."""
+    return usual if _parent_.get("max_epochs") is None else -1
 
 
 def _rank_for(budget: int, *, _root_: DictConfig) -> int:
@@ -66,7 +74,6 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
     assert isinstance(resolved, dict)
     for group, key in foreign_keys(resolved, words):
         del resolved[group][key]
-    _let_epochs_decide(resolved, words)
     return {str(key): value for key, value in resolved.items()}
 
 
@@ -77,17 +84,6 @@ def plain_sweep(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"sweep={asked!r} is no group of settings; valid: a sweep file, or null")
     sweep = cast(dict[Any, Any], OmegaConf.to_container(asked, resolve=True))
     return {str(key): value for key, value in sweep.items()}
-
-
-def _let_epochs_decide(config: Any, words: Iterable[str]) -> None:
-    """Without a max_steps of the user's own, trainer.max_epochs alone says when training ends, as in Lightning."""
-    trainer = config.get("trainer")
-    if not isinstance(trainer, dict) or trainer.get("max_epochs") is None:
-        return
-    if trainer.get("max_steps") == STEPS and not any(
-        word.lstrip("+").startswith("trainer.max_steps=") for word in words
-    ):
-        trainer["max_steps"] = -1
 
 
 def _refusal(error: BaseException | None) -> ConfigError | None:
@@ -118,7 +114,26 @@ def _composed(words: list[str], name: str = "train") -> DictConfig:
 
     register_resolvers()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
-        return cast(DictConfig, hydra_compose(name, overrides=words, return_hydra_config=name != "train"))
+        config = cast(DictConfig, hydra_compose(name, overrides=words, return_hydra_config=True))
+    if name == "train":
+        check_one_each(config, config.hydra)
+        with open_dict(config):
+            del config["hydra"]
+    return config
+
+
+def check_one_each(content: Mapping[str, Any], hydra: Any) -> None:
+    """Raises ConfigError for a group that is one class and was given several options, of which Hydra merges the
+    settings into those of the last. ``hydra``: its own part, which lists no such group among its choices."""
+    if hydra.job.config_name != "train":  # one of the user's own may set a group without an option
+        return
+    for group in ONE_CLASS:
+        if group in content and group not in hydra.runtime.choices:
+            more = ", or logger=several, from which ~logger.NAME takes one away" if group == "logger" else ""
+            raise ConfigError(
+                f"{group}=[...]: a list of options merges their settings into one class, the last; valid: one option"
+                f" in one run, or -m {group}=A,B for one trial of each{more}"
+            )
 
 
 def shown(overrides: list[str]) -> list[str]:

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import PurePath
 from posixpath import normpath
 from typing import Any, cast
 
+from loralab.config.classes import target
+from loralab.errors import ConfigError
 from loralab.records.record import SCHEMA, redact
 
 ID_LENGTH = 10
 VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # sections that do not change what a trial computes
+LIBRARIES = ("loralab.", "lightning.pytorch.", "pytorch_lightning.")  # whose callbacks do not either, but for a few
 VOLATILE_KEYS = {
     "trainer": ("test", "passed"),
     "memory": ("snapshot",),
@@ -47,12 +50,43 @@ def trial_id(specs: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     parts = {key: part for key in USUAL if (part := difference(specs[key], key)) is not None}
     scalars = {key: content[key] for key, usual in SCALARS.items() if content[key] != usual}
     own = {"metrics": plain(metrics)} if (metrics := content.get("metrics")) else {}
-    stops = {"stops": rules} if (rules := _stops(content)) else {}
-    return _digest({"schema": SCHEMA, **parts, **scalars, **own, **stops})
+    return _digest({"schema": SCHEMA, **parts, **scalars, **own, **_deciding(content)})
 
 
-def _stops(content: Mapping[str, Any]) -> list[Any]:
-    """Lightning's EarlyStopping among the callbacks: the one of them that loralab knows to decide a result."""
+def _deciding(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the callbacks decides a result; empty where none does."""
+    found = {"stops": stops(content), "callbacks": callbacks(content.get("callbacks"), _observes)}
+    return {key: value for key, value in found.items() if value}
+
+
+def callbacks(nodes: Any, observes: Callable[[Mapping[str, Any]], bool] = lambda node: False) -> list[Any]:
+    """The ``callbacks`` that may change what a trial computes, without their names: those that are neither loralab's
+    nor Lightning's, and Lightning's Timer where it ends the training. Its EarlyStopping is apart, in ``stops``.
+
+    ``observes``: whether one of the former only looks on.
+    """
+    found = []
+    for node in nodes.values() if isinstance(nodes, Mapping) else ():
+        if not isinstance(node, Mapping):
+            continue
+        name = str(node.get("_target_"))
+        ends = name.endswith(".Timer") and node.get("duration") is not None
+        own = not name.startswith(LIBRARIES) and not name.endswith(".EarlyStopping")
+        if ends or (own and not observes(node)):
+            found.append(plain(node))
+    return sorted(found, key=lambda node: json.dumps(node, sort_keys=True, default=str))
+
+
+def _observes(node: Mapping[str, Any]) -> bool:
+    """Whether the class of a callback says ``pack_aware = True``: it reads no single trial's state."""
+    try:
+        return bool(getattr(target(node, "callbacks"), "pack_aware", False))
+    except ConfigError:  # reported when it is built
+        return False
+
+
+def stops(content: Mapping[str, Any]) -> list[Any]:
+    """Lightning's EarlyStopping among the callbacks, by what of it decides a result."""
     nodes = content.get("callbacks")
     named = [node for node in (nodes.values() if isinstance(nodes, Mapping) else ()) if isinstance(node, Mapping)]
     rules = [
@@ -123,7 +157,7 @@ def settings(content: Mapping[str, Any]) -> dict[str, Any]:
     for section, keys in VOLATILE_KEYS.items():
         if isinstance(value := sections.get(section), dict):
             sections[section] = {key: item for key, item in value.items() if key not in keys}
-    return sections | ({"stops": rules} if (rules := _stops(content)) else {})
+    return sections | _deciding(content)
 
 
 def settings_key(content: Mapping[str, Any]) -> str:

@@ -19,9 +19,9 @@ def importable(folder: str | None = None) -> None:
         sys.path.append(here)
 
 
-def of(classes: Iterable[type], metrics: Iterable[type] = ()) -> dict[str, str]:
+def of(classes: Iterable[type], others: Iterable[type] = ()) -> dict[str, str]:
     """{module: fingerprint of its file} of the classes, their base classes, and the class that an adapter ``makes``; of
-    ``metrics`` that are in no installed package.
+    ``others``, metrics and callbacks, that are in no installed package.
 
     Left out are modules of loralab and of Python, those without a file, and base classes in installed packages, whose
     version the record has. A module that this process has imported has the fingerprint from then, even if its file has
@@ -31,7 +31,7 @@ def of(classes: Iterable[type], metrics: Iterable[type] = ()) -> dict[str, str]:
     concrete = [cls for spec in specs for cls in (spec, getattr(spec, "makes", spec))]
     inherited = {base.__module__ for cls in concrete for base in getattr(cls, "__mro__", ())}
     names = {spec.__module__ for spec in specs} | {name for name in inherited if not _installed(name)}
-    names |= {metric.__module__ for metric in metrics if not _installed(metric.__module__)}
+    names |= {other.__module__ for other in others if not _installed(other.__module__)}
     foreign = [name for name in sorted(names) if _is_foreign(name)]
     return {name: fingerprint for name in foreign if (fingerprint := _fingerprint(name))}
 

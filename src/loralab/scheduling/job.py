@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import staleness
 from loralab.config.build import trial_id, trial_spec
-from loralab.config.compose import plain
+from loralab.config.compose import check_one_each, plain
 from loralab.config.sweep_files import own_files
 from loralab.config.words import own_classes
 from loralab.errors import ArtifactError, ConfigError, LoralabError
@@ -48,6 +48,7 @@ class Job:
         """A job that may run later; ``hydra``: Hydra's own part of its configuration."""
         if hydra.job.chdir:
             raise ConfigError("hydra.job.chdir=true would move every relative path; valid: false")
+        check_one_each(content, hydra)
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
         words = list(hydra.overrides.task)
         named = {group: content[group] for group in own_classes(words) if group in choices}

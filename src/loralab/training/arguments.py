@@ -1,5 +1,6 @@
 """The arguments of Lightning's Trainer beside TrainerSpec's own fields: which pass, as what, and why others do not."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,23 @@ def _part(value: Any) -> Any:
     raise ValueError("no part of a split")
 
 
+def _duration(value: Any) -> Any:
+    """DD:HH:MM:SS, or a mapping of timedelta's words to whole numbers, that is longer than nothing."""
+    if isinstance(value, Mapping):
+        valid = bool(value) and all(
+            name in ("days", "hours", "minutes", "seconds", "weeks") and type(count) is int and count >= 0
+            for name, count in value.items()
+        )
+        if valid and any(value.values()):
+            return dict(value)
+    elif value is None or (re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(value)) and re.search("[1-9]", str(value))):
+        return value
+    raise ValueError("no duration")
+
+
+Duration = Annotated[
+    Any, before(_duration), "a time in double quotes and single ones, DD:HH:MM:SS, or {minutes: 5}: weeks to seconds"
+]
 Part = Annotated[Any, before(_part), "a number of batches (1 is one) or a share in (0, 1] (1.0 is all)"]
 
 
@@ -27,7 +45,7 @@ class Decisive:
     min_epochs: Count | None = None
     min_steps: Count | None = None
     check_val_every_n_epoch: Count | None = None
-    max_time: str | dict[str, Whole] | None = None  # DD:HH:MM:SS, or {minutes: 5}
+    max_time: Duration = None
     limit_train_batches: Part = None
     limit_val_batches: Part = None
     limit_test_batches: Part = None

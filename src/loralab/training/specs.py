@@ -53,8 +53,10 @@ class TrialSpec:
     def sources(self) -> dict[str, str]:
         """{module: fingerprint} of the spec classes that decide the result and are not loralab's."""
         parts = (self.model, self.quantization, self.adapter, self.data, self.optimizer, self.schedule, self.trainer)
-        metrics = [cast(type, make.func) for make in self.metrics.values() if isinstance(make, partial)]
-        return sources.of((getattr(part, "cls", type(part)) for part in parts), metrics)
+        made = [*self.metrics.values(), *self.callbacks.values()]
+        others = [cast(type, make.func) for make in made if isinstance(make, partial)]
+        deciding = [cls for cls in others if not getattr(cls, "pack_aware", False)]  # the others only look on
+        return sources.of((getattr(part, "cls", type(part)) for part in parts), deciding)
 
     def own_metrics(self, texts: bool) -> dict[str, Any]:
         """The user's metrics newly made, by name: those of generated ``texts``, or of predictions and targets."""
