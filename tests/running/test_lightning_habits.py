@@ -247,32 +247,6 @@ def test_a_limited_validation_says_so_and_has_other_targets(make_spec):
     assert one["metrics"]["val/loss"] != other["metrics"]["val/loss"]
 
 
-@pytest.mark.parametrize(
-    ("decisive", "settings", "steps"),
-    [
-        ({"max_epochs": 2}, {}, 20),  # 20 rows in batches of 2
-        ({"max_epochs": 2}, {"max_steps": 3}, 3),
-        ({"max_epochs": 3}, {"accumulate_grad_batches": 4}, 8),  # 60 rows, 8 a step
-        ({"max_epochs": 2, "limit_train_batches": 0.5}, {}, 10),
-        ({"fast_dev_run": 1}, {}, 1),
-    ],
-)
-def test_epochs_are_steps_over_the_trials_rows(make_spec, make_base_data, decisive, settings, steps):
-    from loralab.training.epochs import settled
-
-    spec = make_spec(decisive=decisive, **{"max_steps": 2**31 - 1, **settings})
-    done = settled(spec, make_base_data(spec))
-    assert done.trainer.max_steps == steps
-    assert settled(done, make_base_data(spec)) == done
-
-
-@pytest.fixture
-def make_base_data(load_base):
-    from loralab.data.encoding import encode
-
-    return lambda spec: encode(spec.data.splits(), spec.model.load_tokenizer(), "causal_lm", spec.model.length)
-
-
 def test_a_sanity_check_and_a_profiler_change_no_bit(make_spec, curve):
     plain = make_spec("plain", val_check_interval=2)
     passed = {"num_sanity_val_steps": 2, "profiler": "simple", "detect_anomaly": True}

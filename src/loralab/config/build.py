@@ -125,7 +125,9 @@ def trial_spec(
     _check_scalars(content)
     specs = {key: build(content[key], key) for key in SPECS}
     specs["adapter"].check_quantization(specs["quantization"])
-    specs["schedule"].check(specs["trainer"].max_steps, specs["optimizer"].lr)
+    # how many steps an epoch has is known with its rows: settled checks the steps behind the first one
+    last = 0 if "max_epochs" in specs["trainer"].decisive else None
+    specs["schedule"].check(specs["trainer"].max_steps, specs["optimizer"].lr, last)
     made = callbacks(content.get("callbacks") or {})
     metrics = _metrics(content.get("metrics") or {}, specs)
     watchable = _check_metric(content["metric"], content["metric_mode"], specs, metrics)

@@ -189,7 +189,7 @@ class Schedule:
 
         return factor_at
 
-    def check(self, max_steps: int, lr: float) -> None:
+    def check(self, max_steps: int, lr: float, last: int | None = None) -> None:
         """Nothing: every step has a rate."""
 
 

@@ -57,11 +57,12 @@ class AnySchedule:
         rates = _Rates(self, lr)
         return lambda step: rates.at(step) / lr
 
-    def check(self, max_steps: int, lr: float) -> None:
-        """Raises ConfigError where a step of the run has no rate: no number, below 0 or infinite."""
+    def check(self, max_steps: int, lr: float, last: int | None = None) -> None:
+        """Raises ConfigError where a step of the run, up to ``last`` (None: all of them), has no rate: no number, below
+        0 or infinite."""
         try:
             factor = self.factor(max_steps, lr)
-            found = [float(factor(step)) for step in range(max_steps + 1)]
+            found = [float(factor(step)) for step in range((max_steps if last is None else last) + 1)]
         except Exception as error:  # of a class of anybody's
             raise refused(self.cls, "schedule", error) from error
         for step, value in enumerate(found):

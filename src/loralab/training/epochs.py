@@ -21,7 +21,8 @@ def settled(spec: TrialSpec, data: Encoded) -> TrialSpec:
     """``spec`` with max_steps and val_check_interval as numbers of steps; itself where it counts in no epochs.
 
     An epoch is every training row once: after ``max_epochs`` of them each row was trained on so often. Batches run on
-    across its end, so that only the last step of all may reach into a further epoch.
+    across its end, so that only the last step of all may reach into a further epoch. Raises ConfigError where the
+    schedule has no rate for a step of them.
     """
     trainer, given = spec.trainer, spec.trainer.decisive
     names = ("max_epochs", "min_epochs", "check_val_every_n_epoch", "fast_dev_run")
@@ -37,6 +38,8 @@ def settled(spec: TrialSpec, data: Encoded) -> TrialSpec:
     interval = steps.get("check_val_every_n_epoch", trainer.val_check_interval)
     # patience and keep_best are checked as they were given
     changed = replace(trainer, max_steps=min(ends), val_check_interval=interval, decisive=rest)
+    if "max_epochs" in steps:
+        spec.schedule.check(changed.max_steps, spec.optimizer.lr)
     spec = replace(spec, trainer=changed)
     return replace(spec, stops=(), callbacks=_without_files(spec.callbacks)) if dev else spec
 

@@ -182,7 +182,8 @@ class Trial:
             text = f"{rule.metric} is {value:.4g}"
         else:
             count = f"{rule.bad_validations} validation{'s' * (rule.bad_validations > 1)}"
-            text = f"{rule.metric} has not been better than {rule.best:.4g} in {count}"
+            by = f" by more than min_delta = {rule.min_delta:g}" if rule.min_delta else ""
+            text = f"{rule.metric} has not been better than {rule.best:.4g}{by} in {count}"
         log.info("%s ends at step %d: %s", self.spec.id, self.step, text, extra={"trial": self.spec.id})
 
     def _keep_best(self, value: float) -> None:
@@ -219,10 +220,13 @@ class Trial:
 
     def fail_on_zero_gradient(self) -> None:
         """Fails the trial: its gradient is exactly zero, so no further step would change it."""
+        why = "the adapter has saturated the base; try a lower optimizer.lr"
+        if not self.step:  # no step was made, so that no learning rate has done it
+            why = "as the adapter begins, nothing that it trains moves the loss (two factors of a product both 0, say)"
+        lr = self.spec.optimizer.lr
         self.fail(
             DivergedError(
-                f"the gradient is exactly zero at step {self.step + 1} while the loss is not (lr"
-                f" {self.spec.optimizer.lr:g}): the adapter has saturated the base; try a lower optimizer.lr"
+                f"the gradient is exactly zero at step {self.step + 1} while the loss is not (lr {lr:g}): {why}"
             )
         )
 
