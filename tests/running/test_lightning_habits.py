@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks import EarlyStopping as LightningsStopping
 
 from loralab.adapters.lora import LoRA
+from loralab.memory.phases import PhaseMemory
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.running.runner import Runner
 from loralab.scheduling.members import alone
@@ -291,3 +292,20 @@ def synthetic_results(tmp_path, synthetic, write):
     trial["stopped_early"] = {"step": 4, "metric": None, "best": None, "why": "trainer.max_time ended the training"}
     write(tmp_path / "a", trial)
     return [note for comparison in comparisons(read_results(tmp_path)) for note in notes(comparison)]
+
+
+def test_a_trial_that_has_ended_is_given_no_row_of_what_its_pack_goes_on_with(make_spec):
+    class Own(Callback):
+        pack_aware = True
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.log("own/batch", float(batch_idx))
+
+    callbacks = {"rate": LearningRateMonitor, "own": Own, "memory": partial(PhaseMemory, every_n_steps=1)}
+    specs = [make_spec(f"of {steps}", callbacks=callbacks, max_steps=steps) for steps in (1, 3)]
+    records = Runner().run(specs)
+    assert [record["pack"]["size"] for record in records] == [2, 2]
+    for spec, steps in zip(specs, (1, 3), strict=True):
+        written = [(key, row["step"]) for row in rows(spec.folder) for key in row if key != "step"]
+        assert len(written) == len(set(written))
+        assert [row["own/batch"] for row in rows(spec.folder) if "own/batch" in row] == list(map(float, range(steps)))

@@ -203,11 +203,14 @@ class FineTuner(LightningModule):
     def report(self, values: Mapping[str, Any], own: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         """Logs a row for every trial of the pack, at the step under way or else the last one. For callbacks.
 
-        ``own``: {index of a trial: values of its own beside those of the pack}."""
-        under_way = self._under_way
+        ``own``: {index of a trial: values of its own beside those of the pack}. A trial that has ended before this step
+        is given nothing: what goes on is not of it.
+        """
+        under_way, latest = self._under_way, max(trial.step for trial in self.trials)
         for index, trial in enumerate(self.trials):
             row = {**values, **(own or {}).get(index, {})}
-            if trial.failure is None and row:
+            takes_part = trial.alive or (not under_way and trial.step == latest)
+            if trial.failure is None and takes_part and row:
                 trial.log(row, under_way)
 
     @property
