@@ -1,6 +1,7 @@
 """The sentence that answers a sweep's question, for outcomes that are known."""
 
 import statistics
+from dataclasses import replace
 
 import pytest
 from scipy import stats
@@ -8,6 +9,8 @@ from scipy import stats
 from loralab.analysis.answer import answer
 from loralab.analysis.arms import comparisons
 from loralab.analysis.results import read_results
+from loralab.records import record
+from loralab.reporting.figures import axis_roles
 
 
 @pytest.fixture
@@ -93,3 +96,23 @@ def test_rows_are_held_against_the_row_that_differs_in_one_axis(tmp_path, synthe
     arm = comparison.arms[-1]
     gaps = [arm.by_seed[seed] - arm.against.by_seed[seed] for seed in arm.by_seed]
     assert arm.difference.mean == pytest.approx(statistics.fmean(gaps))
+
+
+def test_axes_that_move_together_are_one(tmp_path, synthetic, write):
+    losses = {("none", 2, seed): 3.0 + noise for seed, noise in enumerate(NOISE)}
+    losses |= {("nf4_double", 8, seed): 2.5 + noise + 0.001 * seed for seed, noise in enumerate(NOISE)}
+    for (scheme, r, seed), loss in losses.items():
+        write(tmp_path / f"{scheme}-{seed}", {**synthetic(scheme, r, seed), "metrics": {"val/loss": loss}})
+    trials = [{"folder": f"{scheme}-{seed}", "status": "completed"} for scheme, _, seed in losses]
+    axes = {"quantization": ["none", "nf4_double"], "adapter.r": [2, 8], "seed": [0, 1, 2, 3]}
+    sweep = {"name": "tied", "question": "?", "axes": axes, "trials": trials}
+    record.write_sweep(tmp_path, sweep)
+    assert answer(comparisons(read_results(tmp_path))).startswith("No two rows differ in one axis alone")
+    record.write_sweep(tmp_path, {**sweep, "zip": ["quantization", "adapter.r"]})
+    tied = read_results(tmp_path)
+    mean = statistics.fmean(losses["nf4_double", 8, seed] - losses["none", 2, seed] for seed in range(4))
+    assert answer(comparisons(tied)) == (
+        f"By val/loss, quantization (and r with it) = nf4_double ({mean:+.4f}) is better than none (95%, 4 seeds)."
+    )
+    assert axis_roles(tied) == ("quantization", [])
+    assert replace(tied, about={"zip": [["seed", "adapter.r"]]}).led == {}  # seed is no axis of a table

@@ -30,7 +30,9 @@ def answer(comparisons: Sequence[Comparison]) -> str:
             f"With one score a row nothing can be told from chance; the {least} {metric} is that of {best.name} "
             f"({best.mean:.4f})."
         )
-    pairs = {axis: _pairs(comparison, axis) for axis in comparison.results.moving() if axis != environments.AXIS}
+    led = comparison.results.led
+    axes = [axis for axis in comparison.results.moving() if axis != environments.AXIS and axis not in led]
+    pairs = {axis: _pairs(comparison, axis) for axis in axes}
     count = sum(len(arms) for by_label in pairs.values() for arms in by_label.values())
     if not count:
         return "No two rows differ in one axis alone and share seeds, so none can be held against another."
@@ -46,12 +48,17 @@ Pairs = dict[str, list[tuple[Arm, Arm]]]  # label: arms that have it, each with 
 
 
 def _pairs(comparison: Comparison, axis: str) -> Pairs:
-    """Of each other label of the axis the arms with their partners, which have the first label and are else equal."""
-    labels = comparison.results.axes[axis]
-    scored = {tuple(arm.values.values()): arm for arm in reversed(comparison.contenders)}
+    """Of each other label of the axis the arms with their partners, which have the first label and are else equal, but
+    for axes that move with it."""
+    labels, led = comparison.results.axes[axis], comparison.results.led
+
+    def key(arm: Arm, label: str) -> tuple[str, ...]:
+        return (label, *(text for name, text in arm.values.items() if axis not in (name, led.get(name))))
+
+    scored = {key(arm, arm.values[axis]): arm for arm in reversed(comparison.contenders)}
     found: Pairs = {}
     for arm in comparison.contenders:
-        other = scored.get(tuple({**arm.values, axis: labels[0]}.values()))
+        other = scored.get(key(arm, labels[0]))
         if arm.values[axis] != labels[0] and other is not None and set(arm.by_seed) & set(other.by_seed):
             found.setdefault(arm.values[axis], []).append((arm, other))
     return found
@@ -60,7 +67,7 @@ def _pairs(comparison: Comparison, axis: str) -> Pairs:
 def _clauses(comparison: Comparison, axis: str, by_label: Pairs, level: float) -> Iterator[str]:
     """``r = 8 is better than 2 by 0.03 to 0.05``; labels of which nothing can be told share one clause."""
     results, unclear = comparison.results, []
-    first = results.axes[axis][0]
+    first, name = results.axes[axis][0], results.together(axis)
     found: dict[str, list[str]] = {}
     for label, arms in by_label.items():
         gaps = [gap for arm, other in arms if (gap := paired(arm.by_seed, other.by_seed, level)) is not None]
@@ -74,9 +81,9 @@ def _clauses(comparison: Comparison, axis: str, by_label: Pairs, level: float) -
         found.setdefault(kinds.pop(), []).append(f"{label}{where} ({_spread(told)})")
     for kind, labels in found.items():
         named = _listed(labels)
-        yield f"{results.short[axis]} = {named} {'is' if len(labels) == 1 else 'are'} {kind} than {first}"
+        yield f"{name} = {named} {'is' if len(labels) == 1 else 'are'} {kind} than {first}"
     if unclear:
-        yield f"{results.short[axis]} = {_listed(unclear)} cannot be told apart from {first}"
+        yield f"{name} = {_listed(unclear)} cannot be told apart from {first}"
 
 
 def _spread(gaps: Sequence[Difference]) -> str:

@@ -83,12 +83,36 @@ class SweepResults:
         """The axes with more than one value, the environment aside."""
         return [axis for axis, labels in self.axes.items() if len(labels) > 1 and axis != environments.AXIS]
 
+    @cached_property
+    def led(self) -> dict[str, str]:
+        """{axis: the one that it moves with}: of each group of ``sweep.zip`` the first leads, whose value says the
+        others'. Where it does not, as with a value given twice, none of them is led."""
+        led: dict[str, str] = {}
+        for group in _groups(self.about.get("zip")):
+            first, *others = (name.lstrip("+") for name in group)
+            for other in others if first in self.axes else ():
+                pairs = {(t.values[first], t.values[other]) for t in self.trials} if other in self.axes else set()
+                if pairs and len({leading for leading, _ in pairs}) == len(pairs):
+                    led[other] = first
+        return led
+
+    def together(self, axis: str) -> str:
+        """``r`` or, where other axes move with it, ``r (and lr with it)``."""
+        followers = [self.short[other] for other, leader in self.led.items() if leader == axis]
+        return f"{self.short[axis]} (and {', '.join(followers)} with it)" if followers else self.short[axis]
+
     def count(self, *statuses: str) -> int:
         return sum(trial.status in statuses for trial in self.trials)
 
     def describe(self, trial: TrialResult) -> str:
         """``quantization=nf4 r=8 seed=1``."""
         return " ".join([*(f"{self.short[axis]}={trial.values[axis]}" for axis in self.axes), f"seed={trial.seed}"])
+
+
+def _groups(zipped: Any) -> list[list[str]]:
+    """The groups of axes of ``sweep.zip``; a single one may be written as one list."""
+    listed = zipped if isinstance(zipped, list) else []
+    return [listed] if listed and all(isinstance(name, str) for name in listed) else listed
 
 
 def read_results(folder: Path) -> SweepResults:

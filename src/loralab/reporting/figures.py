@@ -36,8 +36,9 @@ def figures(comparison: Comparison, number: int = 0) -> list[Figure]:
 
 
 def axis_roles(results: SweepResults) -> tuple[str | None, list[str]]:
-    """The x axis, numeric if any is, and the other axes that vary, which become series and then panels."""
-    moving = [axis for axis, labels in results.axes.items() if len(labels) > 1]
+    """The x axis, numeric if any is, and the other axes that vary, which become series and then panels; one that moves
+    with another is neither."""
+    moving = [axis for axis, labels in results.axes.items() if len(labels) > 1 and axis not in results.led]
     numeric = [axis for axis in moving if all(as_number(text) is not None for text in results.axes[axis])]
     x = next(iter([*numeric, *moving]), None)
     return x, [axis for axis in moving if axis != x]
@@ -91,7 +92,7 @@ def _metric(comparison: Comparison) -> Iterator[Figure]:
 
 def _metric_panel(comparison: Comparison, arms: list[Arm], x: str, by: list[str], panel: str, number: int) -> Figure:
     results, scored = comparison.results, comparison.contenders
-    labels, name = results.axes[x], results.short[x]
+    labels, name = results.axes[x], results.together(x)
     numbers = [value for text in labels if (value := as_number(text)) is not None]
     is_numeric = len(numbers) == len(labels)
     groups = grouped(results, arms, by)
