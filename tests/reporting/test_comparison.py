@@ -181,7 +181,7 @@ def test_early_stops_are_told_in_every_form_with_steps_and_reason(write_runs):
     for name, text in said(done).items():
         assert reason in text, name
         assert "2 of 6 trials stopped early by trainer.patience = 2" in text, name
-        assert "1 rows average trials of different numbers of steps" in text, name
+        assert "1 row averages trials of different numbers of steps" in text, name
         assert name == "results.json" or "20 to 60 (2 of 3 stopped early)" in text, name
     lines = {line["folder"]: line for line in csv.DictReader(done.files["results.csv"].read_text().splitlines())}
     assert (lines["8-0"]["time.steps"], lines["8-0"]["ended"]) == ("20", reason)
