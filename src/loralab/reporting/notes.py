@@ -167,7 +167,8 @@ def _lengths(comparison: Comparison) -> Iterator[str]:
         yield f"{len(stopped)} of {total} trials stopped early{rule}; {ends}"
     uneven = sum(len(set(arm.steps)) > 1 for arm in comparison.arms)
     if uneven:
-        yield f"{uneven} row{'s' * (uneven > 1)} average{'s' * (uneven == 1)} trials of different numbers of steps; see {STEPS}"
+        averages = "1 row averages" if uneven == 1 else f"{uneven} rows average"
+        yield f"{averages} trials of different numbers of steps; see {STEPS}"
 
 
 def _packs(comparison: Comparison, shown: bool) -> Iterator[str]:
