@@ -14,6 +14,26 @@ def test_the_collector_is_as_it_was_before():
     assert gc.isenabled()
 
 
+def test_a_process_of_its_own_leaves_what_was_imported_out_of_collections():
+    script = """
+        import gc
+        from loralab import quick_imports
+
+        with quick_imports.quick_imports():
+            import json.tool
+        assert gc.get_freeze_count() == 0
+        quick_imports.own_process()
+        with quick_imports.quick_imports():
+            import xml.dom.minidom
+        frozen = gc.get_freeze_count()
+        assert frozen > 0
+        with quick_imports.quick_imports():
+            import xml.dom.minidom  # nothing new: what lives by now may be garbage later
+        assert gc.get_freeze_count() <= frozen
+    """
+    subprocess.run([sys.executable, "-c", dedent(script)], check=True)
+
+
 def test_scipy_signal_is_left_out_and_can_be_imported_later():
     script = """
         import sys

@@ -30,6 +30,7 @@ from loralab.cli.train import TRAIN
 from loralab.cli.wandb_sweep import WANDB_SWEEP
 from loralab.cli.wandb_upload import WANDB_UPLOAD
 from loralab.errors import Interrupted
+from loralab.quick_imports import own_process
 
 COMMANDS = {
     command.name: command
@@ -55,6 +56,7 @@ OWN_FAULT = "this is a fault of loralab's own, unless a line of your code is nam
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Leaves with the contract's exit code."""
+    own_process()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
