@@ -34,9 +34,10 @@ def _one(node: Any, key: str) -> Any:
     cls = target(node, key)
     values = {str(name): value for name, value in node.items() if name != "_target_"}
     if isinstance(cls, type) and is_dataclass(cls) and hasattr(cls, "start"):
+        made = make(cls, values, key)
         if (extra := getattr(cls, "extra", "")) and not find_spec(extra):
             raise ConfigError(f"{key}: {extra} is not installed: pip install -e '.[{extra}]'; or logger=csv")
-        return make(cls, values, key)
+        return made
     from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
     if not (isinstance(cls, type) and issubclass(cls, Logger)):

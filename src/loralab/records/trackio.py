@@ -12,8 +12,8 @@ from loralab.spec import spec
 
 @spec("logger")
 class Trackio:
-    """A run for each trial, named and grouped as in W&B. A run that goes on after a kill is the same run, which may hold
-    the rows between its last checkpoint and the kill twice; metrics.jsonl holds them once."""
+    """A run for each trial, named and grouped as in W&B. A run that goes on after a kill is the same run, which may
+    hold the rows between its last checkpoint and the kill twice; metrics.jsonl holds them once."""
 
     extra: ClassVar[str] = "trackio"  # what has to be installed
 
