@@ -129,15 +129,16 @@ def _environments(comparison: Comparison) -> Iterator[str]:
 def _versus(comparison: Comparison) -> Iterator[str]:
     """How to read the differences, where there are any."""
     differences = [arm.difference for arm in comparison.arms if arm.difference]
-    baselines = "; ".join(arm.name for arm in comparison.arms if arm.baseline)
-    if any(arm.against and not arm.against.baseline for arm in comparison.arms):
+    like_with_like = any(arm.against and not arm.against.baseline for arm in comparison.arms)
+    held_against = "" if like_with_like else f" ({'; '.join(arm.name for arm in comparison.arms if arm.baseline)})"
+    if like_with_like:
         yield (
             f"{VERSUS}: like with like, each row against the row that has the first value of one axis and is equal to "
             "it in all others, where there is one"
         )
     if any(difference.reach is not None for difference in differences):
         yield (
-            f"{VERSUS} ({baselines}): mean paired difference over shared seeds [its 95% interval: Student's t, n - 1 "
+            f"{VERSUS}{held_against}: mean paired difference over shared seeds [its 95% interval: Student's t, n - 1 "
             f"degrees of freedom, not corrected for the number of rows]; {SIGNIFICANT} marks an interval that excludes "
             "0; one that holds 0 is no finding"
         )
