@@ -129,8 +129,9 @@ def _environments(comparison: Comparison) -> Iterator[str]:
 def _versus(comparison: Comparison) -> Iterator[str]:
     """How to read the differences, where there are any."""
     differences = [arm.difference for arm in comparison.arms if arm.difference]
-    like_with_like = any(arm.against and not arm.against.baseline for arm in comparison.arms)
-    held_against = "" if like_with_like else f" ({'; '.join(arm.name for arm in comparison.arms if arm.baseline)})"
+    baselines = dict.fromkeys(arm.name for arm in comparison.arms if arm.baseline)
+    like_with_like = any(arm.against and arm.against.name not in baselines for arm in comparison.arms)
+    held_against = "" if like_with_like else f" ({'; '.join(baselines)})"
     if like_with_like:
         yield (
             f"{VERSUS}: like with like, each row against the row that has the first value of one axis and is equal to "
