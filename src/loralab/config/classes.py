@@ -13,6 +13,7 @@ from typing import Any
 from loralab.config.places import shown
 from loralab.config.words import own_classes
 from loralab.errors import ConfigError, nearest
+from loralab.optim.targets import check_names
 from loralab.quick_imports import quick_imports
 from loralab.records import sources
 
@@ -81,16 +82,7 @@ def checked(cls: type[Any], node: Mapping[str, Any], key: str) -> dict[str, Any]
     """The keys of ``node`` as arguments of a class that is no spec. Raises ConfigError for one that it does not have,
     with the nearest that it has, and for one that is missing."""
     given = {str(name): value for name, value in node.items() if name != "_target_"}
-    parameters = list(signature(cls).parameters.values())
-    named = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
-        for name in given:
-            if name not in named:
-                valid = nearest(name, named) if named else "it has none"
-                raise ConfigError(f"{key}.{name} is not an option of {cls.__name__}; {valid}")
-    missing = [one.name for one in parameters if one.name in named and one.default is one.empty]
-    if missing := [name for name in missing if name not in given]:
-        raise ConfigError(f"{key}.{missing[0]} is missing: {cls.__name__} needs it")
+    check_names(cls, given, key)
     return given
 
 

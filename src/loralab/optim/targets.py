@@ -43,18 +43,31 @@ def defaults(cls: Any, skip: int) -> dict[str, Any]:
     return {name: one.default for name, one in _parameters(cls, skip).items() if one.default is not one.empty}
 
 
-def checked(cls: Any, values: Mapping[str, Any], key: str, skip: int, others: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``values`` but for those that are defaults. Raises ConfigError for an unknown name, or where one is missing."""
+def check_names(
+    cls: Any,
+    values: Mapping[str, Any],
+    key: str,
+    skip: int = 0,
+    others: tuple[str, ...] = (),
+    of_run: tuple[str, ...] = (),
+) -> None:
+    """Raises ConfigError where ``values`` has a name that is no argument of ``cls`` behind the first ``skip`` and none
+    of ``others``, with the nearest that it has, or lacks one that ``cls`` needs. ``of_run``: what the run gives."""
     parameters = _parameters(cls, skip)
-    named = {name for name, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    named = [name for name, one in parameters.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
     if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         for name in values:
             if name not in named:
                 valid = nearest(name, {*named, *others}) if named or others else "it has none"
                 raise ConfigError(f"{key}.{name} is not an option of {cls.__name__}; {valid}")
     for name in named:
-        if parameters[name].default is inspect.Parameter.empty and name not in values and name != "max_steps":
+        if parameters[name].default is inspect.Parameter.empty and name not in values and name not in of_run:
             raise ConfigError(f"{key}.{name} is missing, which {cls.__name__} needs; +{key}.{name}=VALUE sets it")
+
+
+def checked(cls: Any, values: Mapping[str, Any], key: str, skip: int, others: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``values`` but for those that are defaults. Raises ConfigError for an unknown name, or where one is missing."""
+    check_names(cls, values, key, skip, others, of_run=("max_steps",))
     usual = defaults(cls, skip)
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return {name: value for name, value in plain.items() if name not in usual or not _equal(value, usual[name])}

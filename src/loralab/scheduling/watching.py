@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from loralab.errors import ArtifactError
-from loralab.records import record
 from loralab.scheduling.job import Job, Record
-from loralab.scheduling.workers import written
+from loralab.scheduling.workers import news, written
 
 POLL = 0.5  # seconds
 
@@ -42,13 +41,7 @@ class _Watch:
             self.look()
 
     def look(self) -> None:
-        for job in list(self.waiting):
-            if written(job) == self.before[job.trial]:
-                continue
-            try:
-                stored = record.read(job.folder)
-            except ArtifactError:
-                continue
+        for job, stored in news(self.waiting, self.before):
             if stored["status"] == "running":
                 self.begin(job)
             else:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,7 @@ class Worker:
         They are removed from ``waiting``.
         """
         ended = self.process.poll() is not None
-        for job in list(self.waiting):
-            if written(job) == self.before[job.trial]:
-                continue
-            try:
-                stored = record.read(job.folder)
-            except ArtifactError:
-                continue
+        for job, stored in news(self.waiting, self.before):
             if stored["status"] in SETTLED or (ended and stored["status"] != "running"):
                 self.waiting.remove(job)
                 yield job, stored
@@ -118,6 +112,18 @@ def written(job: Job) -> int:
     """When the job's record was written, in ns; 0 where there is none."""
     path = job.folder / record.RESULT
     return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def news(waiting: Sequence[Job], before: Mapping[str, int]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Those of ``waiting`` whose record was written since ``before`` {trial: ``written`` then}, with it."""
+    for job in list(waiting):
+        if written(job) == before[job.trial]:
+            continue
+        try:
+            stored = record.read(job.folder)
+        except ArtifactError:  # it is not whole
+            continue
+        yield job, stored
 
 
 def main(path: Path) -> int:
