@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 
 from loralab.analysis import environments
 from loralab.analysis.arms import Comparison
-from loralab.analysis.claims import source, verdicts
+from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import apart
 from loralab.analysis.dimension import sentences
 from loralab.analysis.paired import LEVEL
+from loralab.analysis.published import source
 from loralab.analysis.results import SweepResults
 from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS
 
