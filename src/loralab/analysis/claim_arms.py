@@ -40,8 +40,7 @@ def matched(results: SweepResults, comparisons: Sequence[Comparison], claim: Cla
         return found or Unmatched("not comparable", f"fewer than two values of {claim.axis} {NOT_MEASURED}")
     sides = [_chosen(results, {**claim.where, **arm}) for arm in claim.arms]
     if len(sides) > 1 and sides[0].keys() != sides[1].keys():
-        axes = " and ".join(sorted(sides[0].keys() ^ sides[1].keys()))
-        raise ConfigError(f"the claim {claim.text!r} names {axes} for one of its arms alone; valid: for both, or where")
+        raise ConfigError(claim.one_sided(sides[0].keys() ^ sides[1].keys()))
     named = _named(results, *sides[0])
     return [one for each in comparisons for one in _sets(each.arms, sides, named)] or _why_none(
         comparisons, claim, sides

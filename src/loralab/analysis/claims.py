@@ -111,7 +111,7 @@ def _axis(results: SweepResults, claim: Claim) -> str:
     axis = axis_named(results, claim.axis)
     words = [label for label in results.axes.get(axis, ()) if as_number(label) is None]
     if claim.form != "flat" and words:
-        raise ConfigError(f"{claim.axis} has the value {words[0]}, so nothing can rise or fall with it; valid: numbers")
+        raise ConfigError(claim.without_order(words[0]))
     return axis
 
 

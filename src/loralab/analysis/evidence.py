@@ -84,7 +84,7 @@ class Evidence:
         """Why nothing can be told."""
         low, high = self.interval
         if self._has_margin:
-            return f"neither within nor outside {self._signed(self._said(self.low))} to {self._signed(self._said(self.high))}"
+            return f"neither within nor outside {self._ends((self._said(self.low), self._said(self.high)), ' to ')}"
         bound = self._said(self.high if math.isinf(self.low) else self.low)
         if low <= bound <= high:
             return f"an interval that holds {bound:g}"
@@ -112,8 +112,8 @@ class Evidence:
         text = shown(value)
         return text if self.form in ("ratio", "number") or text.startswith("-") else f"+{text}"
 
-    def _ends(self, ends: tuple[float, float]) -> str:
-        return ", ".join(map(self._signed, ends))
+    def _ends(self, ends: tuple[float, float], between: str = ", ") -> str:
+        return between.join(map(self._signed, ends))
 
 
 def evidence(claim: Claim, values: Any) -> Evidence:

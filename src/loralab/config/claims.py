@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,16 @@ class Claim:
         return (
             f"the claim {self.text!r}: {self.right} is a number and an arm; valid: {axis}={self.right} for the arm, "
             f"{self.value:e} for the number"
+        )
+
+    def one_sided(self, axes: Iterable[str]) -> str:
+        """What to say where one of its two arms alone is named by these axes."""
+        return f"the claim {self.text!r} names {' and '.join(sorted(axes))} for one of its arms alone; valid: for both"
+
+    def without_order(self, value: str) -> str:
+        """What to say where a value of its axis is no number."""
+        return (
+            f"the claim {self.text!r}: {self.axis} has the value {value}, which is no number; valid: flat in, or arms"
         )
 
     @property

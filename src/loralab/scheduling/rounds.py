@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import sweep_files
 from loralab.config.compose import plain_sweep
-from loralab.scheduling import axes, dimension, elsewhere
+from loralab.scheduling import axes, claims, dimension, elsewhere
 from loralab.scheduling.session import Session
 
 Trials = list[list[str]]
@@ -44,9 +44,9 @@ def study_of(sweeper: Any, params: Mapping[str, Any], arguments: Sequence[str]) 
     ``params``: axes of the configuration, which ``arguments`` replace. Raises ConfigError.
     """
     master: DictConfig = sweeper.config
-    trials = of_axes(
-        master, [*map(axis_word, params, params.values()), *arguments], sweeper.hydra_context.config_loader
-    )
+    words, loader = [*map(axis_word, params, params.values()), *arguments], sweeper.hydra_context.config_loader
+    trials = of_axes(master, words, loader)
+    claims.check(master, words, loader)
     search = dimension.search_of(master)
     return Grid(trials) if search is None else dimension.Searching(search, trials, master)
 
