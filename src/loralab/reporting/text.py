@@ -9,12 +9,12 @@ from loralab.reporting import cost, subspace
 from loralab.reporting.layout import WIDTH, aligned, markdown_table, natural_width, wrapped
 from loralab.reporting.notes import messages, notes
 from loralab.reporting.provenance import question
-from loralab.reporting.table import VERSUS, Column, columns, score_text, seeds_text
+from loralab.reporting.table import RATE, VERSUS, Column, columns, score_text, seeds_text
 
 # Columns that go first when the terminal is narrow.
 _EXPENDABLE = (
-    *("tokens/s", "base size", "peak memory", "train s", "trainable", "bits overall", "peak alone", "bits/param"),
-    "published",
+    *("tokens/s", "base size", "peak memory", "train s", "trainable", "bits overall", "scale", RATE, "peak alone"),
+    *("bits/param", "published"),
 )
 
 
