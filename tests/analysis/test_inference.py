@@ -211,7 +211,7 @@ def wrongly_better(common):
 
 def test_a_chosen_rate_is_scored_on_data_that_did_not_choose_it():
     assert wrongly_better(common=0.0) < MOST / 2  # one direction
-    # What chose a rate praises it: the reason for a split of its own. Where the two splits agree on a trial's luck, some
-    # of the praise stays, and only other seeds would be without it.
+    # What chose a rate praises it: the reason for a split of its own. Where the two splits agree on a trial's luck,
+    # some of the praise stays, and only other seeds would be without it.
     assert wrongly_better(common=1.0) > 1.5 * MOST
     assert wrongly_better(common=0.0) < wrongly_better(common=0.5) < wrongly_better(common=1.0)

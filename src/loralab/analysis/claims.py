@@ -84,12 +84,17 @@ def _findings(results: SweepResults, comparisons: Sequence[Comparison], said: An
     try:
         claim = read(said)
         _check_ambiguous(results, claim)
+        _check_not_tuned(comparisons, claim)
         found = matched(results, comparisons, claim)
         axis = _axis(results, claim)
     except ConfigError as error:
         text = said.get("claim") if isinstance(said, dict) else said
         return [_Finding(Verdict(str(text), "cannot tell", str(error)))]
     blank = Verdict(claim.text, "", "", metric=claim.metric, where=claim.where, source=claim.source)
+    if chose := next((one.tuned for one in comparisons if one.tuned and one.tuned.whole.metric == claim.metric), None):
+        found = Unmatched(
+            "not comparable", f"{claim.metric} chose each row's {' and '.join(chose.names)}, so it favours it"
+        )
     if isinstance(found, Unmatched):
         return [_Finding(replace(blank, verdict=found.verdict, why=found.why))]
     names = [f"{claim.text} ({one.setting})" if one.setting and len(found) > 1 else claim.text for one in found]
@@ -101,6 +106,14 @@ def _check_ambiguous(results: SweepResults, claim: Claim) -> None:
     first = next(iter(results.axes), None)
     if first is not None and claim.form == "number" and claim.right in results.axes[first]:
         raise ConfigError(claim.ambiguous(results.short[first]))
+
+
+def _check_not_tuned(comparisons: Sequence[Comparison], claim: Claim) -> None:
+    """Raises ConfigError where the claim names an axis on which each arm has a value of its own choice."""
+    written = {claim.axis, *claim.where, *(axis for arm in claim.arms for axis in arm)}
+    for tuned in (one.tuned for one in comparisons if one.tuned is not None):
+        if named := written & {*tuned.axes, *tuned.names}:
+            raise ConfigError(f"each row has its own best {named.pop()}, which sweep.tune chose; valid: other axes")
 
 
 def _axis(results: SweepResults, claim: Claim) -> str:
