@@ -34,11 +34,12 @@ def matched(results: SweepResults, comparisons: Sequence[Comparison], claim: Cla
     """The arms with a completed trial of which ``claim`` says something, once for each setting. Raises ConfigError
     where it names an axis that no trial has."""
     if claim.axis:
-        axis, where = axis_named(results, claim.axis), _chosen(results, claim.where)
+        axis, where = axis_named(results, claim.axis), _chosen(results, claim.where, FIRST)
         groups = [one for each in comparisons for one in _groups(each.arms, axis, where, _named(results, axis, *where))]
         found = [group for group in groups if len(group.arms) > 1]
         return found or Unmatched("not comparable", f"fewer than two values of {claim.axis} {NOT_MEASURED}")
-    sides = [_chosen(results, {**claim.where, **arm}) for arm in claim.arms]
+    first = first_axis(results, claim)
+    sides = [_chosen(results, {**claim.where, **arm}, first) for arm in claim.arms]
     if len(sides) > 1 and sides[0].keys() != sides[1].keys():
         raise ConfigError(claim.one_sided(sides[0].keys() ^ sides[1].keys()))
     named = _named(results, *sides[0])
@@ -83,21 +84,24 @@ def value_of(arm: Arm, axis: str) -> str:
     return UNKNOWN if value is UNSAID else key_of(value)
 
 
-def _chosen(results: SweepResults, written: Chosen) -> Chosen:
-    """{full name of the axis: value}."""
-    named = {axis_named(results, axis): value for axis, value in written.items() if axis != FIRST}
-    return {**named, **(_of_first(results, written[FIRST]) if FIRST in written else {})}
+def _chosen(results: SweepResults, written: Chosen, first: str) -> Chosen:
+    """{full name of the axis: value}; ``first``: the axis of a value by itself."""
+    return {first if axis == FIRST else axis_named(results, axis): value for axis, value in written.items()}
 
 
-def _of_first(results: SweepResults, value: str) -> Chosen:
-    """A value by itself: of the first axis; where that has no such value, of an axis with this single value here, such
-    as the sweep's first where the command line left one of its values."""
-    first = next(iter(results.axes), "")
-    if first and value in map(key_of, results.axes[first]):
-        return {first: value}
-    single = [key for key in _declared(results) if key not in results.axes]
-    having = [key for key in single if all(key_of(axis_value(trial.record, key)) == value for trial in results.trials)]
-    return {(having or [first])[0]: value}
+def first_axis(results: SweepResults, claim: Claim) -> str:
+    """The sweep's first axis, by which arms are named, which has a single value where the command line left one of it.
+
+    Trials of a sweep file are called with its axes first. Elsewhere it is the first axis that there is or, where that
+    has none of the claim's values, a setting that has one in all trials."""
+    declared, axes = _declared(results), list(results.axes)
+    if declared and any(str(word).lstrip("+").startswith("sweeps=") for word in results.about.get("overrides") or ()):
+        return declared[0]
+    values = {arm[FIRST] for arm in claim.arms if FIRST in arm}
+    known = {axis: {key_of(label) for label in results.axes[axis]} for axis in axes[:1]}
+    for key in (key for key in declared if key not in axes):
+        known[key] = {key_of(axis_value(trial.record, key)) for trial in results.trials}
+    return next((axis for axis, having in known.items() if values & having), (axes or declared or [""])[0])
 
 
 def _declared(results: SweepResults) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loralab.analysis.arms import Arm, Comparison
-from loralab.analysis.claim_arms import Unmatched, axis_named, matched, of_pack, scores
+from loralab.analysis.claim_arms import Unmatched, axis_named, first_axis, matched, of_pack, scores
 from loralab.analysis.evidence import Evidence, evidence, shown
 from loralab.analysis.inference import ALPHA, POWER, holm
 from loralab.analysis.paired import replicates
@@ -103,8 +103,8 @@ def _findings(results: SweepResults, comparisons: Sequence[Comparison], said: An
 
 def _check_ambiguous(results: SweepResults, claim: Claim) -> None:
     """Raises ConfigError where the number that an arm is to equal is also how an arm is called."""
-    first = next(iter(results.axes), None)
-    if first is not None and claim.form == "number" and claim.right in results.axes[first]:
+    first = first_axis(results, claim)
+    if claim.form == "number" and claim.right in results.axes.get(first, ()):
         raise ConfigError(claim.ambiguous(results.short[first]))
 
 

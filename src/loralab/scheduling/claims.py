@@ -13,6 +13,7 @@ from loralab.errors import ConfigError, nearest
 from loralab.scheduling import axes
 
 Row = dict[str, str]  # of a trial: {axis: value}
+_NO_ARM = ("sweeps", "seed")  # words of a trial that give it no name
 
 
 def read_all(sweep: Mapping[str, Any]) -> list[Claim]:
@@ -59,10 +60,10 @@ def _rows(
         override = parser.parse_override(word)
         pairs[word] = (str(override.get_key_element()).lstrip("+"), key_of(override.value()))
     rows = [dict(pairs[word] for word in trial) for trial in [*called, *whole]]
-    keys = [name for row in rows for name in row if name != "sweeps"]
+    keys = [name for row in rows for name in row if name not in _NO_ARM]
     swept = [name for name in dict.fromkeys(keys) if len({row.get(name) for row in rows}) > 1]
     named = [word.partition("=")[0].lstrip("+") for word in of_file]
-    first = [*named, *swept, *keys][0]
+    first = [*(name for name in named if name not in _NO_ARM), *swept, *keys, ""][0]
     return rows, first, {word.partition("=")[2] for word, (name, _) in pairs.items() if name == first}
 
 
