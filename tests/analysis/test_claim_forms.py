@@ -204,7 +204,7 @@ def test_an_axis_of_which_one_value_is_left_still_names_its_arm(judge):
     )
     assert number.verdict == "holds"
     assert (order.verdict, order.why) == ("not comparable", "none not measured here")
-    assert (along.verdict, along.why) == ("not comparable", "fewer than two values of r not measured here")
+    assert (along.verdict, along.why) == ("not comparable", "fewer than two values of r were measured here")
 
 
 def test_an_arm_without_a_completed_trial_is_awaited(judge):
@@ -238,14 +238,15 @@ def test_axes_that_move_together_are_named_by_either(judge):
 
 
 def test_the_first_axis_of_a_sweep_file_stays_the_first_where_one_of_its_values_is_left(judge):
-    # 2 is a rank; of the second axis, which alone has several values here, it must not be taken for a rate
-    def rate(trial, scheme, r):
-        trial["overrides"] = ["+sweeps=mine", "quantization=none", f"adapter.r={r}", f"seed={trial['seed']}"]
-
-    said = {"change": rate, "schemes": ["none"], "overrides": ["+sweeps=mine", "quantization=none"]}
-    *numbers, order = judge(["none = 2 within 3", "2 <= 8"], **said)
+    # 2 is a rank; of the second axis, which alone has several values here, it must not be taken for an arm's name
+    *numbers, order = judge(["none = 2 within 3", "2 <= 8"], schemes=["none"], named_by="quantization")
     assert [one.verdict for one in numbers] == ["holds"] * 3
     assert (order.verdict, order.why) == ("not comparable", "2 and 8 not measured here")
+
+
+def test_a_number_that_is_also_an_arm_is_not_taken_for_either(judge):
+    (found,) = judge(["2 = 8 within 0.1"], schemes=["none"])
+    assert (found.verdict, "8 is a number and an arm; valid: r=8 for the arm" in found.why) == ("cannot tell", True)
 
 
 def test_a_tuned_arm_is_judged_by_the_test_scores_of_its_own_rate(judge):

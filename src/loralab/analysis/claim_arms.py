@@ -37,7 +37,7 @@ def matched(results: SweepResults, comparisons: Sequence[Comparison], claim: Cla
         axis, where = axis_named(results, claim.axis), _chosen(results, claim.where, FIRST)
         groups = [one for each in comparisons for one in _groups(each.arms, axis, where, _named(results, axis, *where))]
         found = [group for group in groups if len(group.arms) > 1]
-        return found or Unmatched("not comparable", f"fewer than two values of {claim.axis} {NOT_MEASURED}")
+        return found or Unmatched("not comparable", f"fewer than two values of {claim.axis} were measured here")
     first = first_axis(results, claim)
     sides = [_chosen(results, {**claim.where, **arm}, first) for arm in claim.arms]
     if len(sides) > 1 and sides[0].keys() != sides[1].keys():
@@ -90,18 +90,18 @@ def _chosen(results: SweepResults, written: Chosen, first: str) -> Chosen:
 
 
 def first_axis(results: SweepResults, claim: Claim) -> str:
-    """The sweep's first axis, by which arms are named, which has a single value where the command line left one of it.
+    """The sweep's first axis, by which arms are named, though the command line may have left one of its values.
 
-    Trials of a sweep file are called with its axes first. Elsewhere it is the first axis that there is or, where that
-    has none of the claim's values, a setting that has one in all trials."""
-    declared, axes = _declared(results), list(results.axes)
-    if declared and any(str(word).lstrip("+").startswith("sweeps=") for word in results.about.get("overrides") or ()):
-        return declared[0]
+    sweep.json has it as ``named_by``. Without, it is the first axis that there is or, where that has none of the values
+    of the claim, a setting that has one of them in all trials."""
+    if isinstance(named_by := results.about.get("named_by"), str):
+        return named_by
+    axes = list(results.axes)
     values = {arm[FIRST] for arm in claim.arms if FIRST in arm}
     known = {axis: {key_of(label) for label in results.axes[axis]} for axis in axes[:1]}
-    for key in (key for key in declared if key not in axes):
+    for key in (key for key in _declared(results) if key not in axes):
         known[key] = {key_of(axis_value(trial.record, key)) for trial in results.trials}
-    return next((axis for axis, having in known.items() if values & having), (axes or declared or [""])[0])
+    return next((axis for axis, having in known.items() if values & having), (axes or [""])[0])
 
 
 def _declared(results: SweepResults) -> list[str]:

@@ -92,13 +92,19 @@ def _findings(results: SweepResults, comparisons: Sequence[Comparison], said: An
         return [_Finding(Verdict(str(text), "cannot tell", str(error)))]
     blank = Verdict(claim.text, "", "", metric=claim.metric, where=claim.where, source=claim.source)
     if chose := next((one.tuned for one in comparisons if one.tuned and one.tuned.whole.metric == claim.metric), None):
-        found = Unmatched(
-            "not comparable", f"{claim.metric} chose each row's {' and '.join(chose.names)}, so it favours it"
-        )
+        found = Unmatched("not comparable", f"{claim.metric} chose each row's {' and '.join(chose.names)}")
     if isinstance(found, Unmatched):
         return [_Finding(replace(blank, verdict=found.verdict, why=found.why))]
     names = [f"{claim.text} ({one.setting})" if one.setting and len(found) > 1 else claim.text for one in found]
-    return [_finding(replace(blank, claim=name), claim, one.arms, axis) for name, one in zip(names, found, strict=True)]
+    each = [_finding(replace(blank, claim=name), claim, one.arms, axis) for name, one in zip(names, found, strict=True)]
+    return _once(each, claim.text)
+
+
+def _once(findings: list[_Finding], claim: str) -> list[_Finding]:
+    """One finding, without its setting, where all are the same and nothing was tested: numbers that the other axes do
+    not move."""
+    bare = [replace(one, verdict=replace(one.verdict, claim=claim)) for one in findings]
+    return bare[:1] if all(one.tested is None and one == bare[0] for one in bare) else findings
 
 
 def _check_ambiguous(results: SweepResults, claim: Claim) -> None:

@@ -93,8 +93,8 @@ class Evidence:
     @property
     def _least(self) -> str:
         """What the permutation test could not have found, or did not."""
-        if (smallest := 2.0 ** (1 - self.n)) > inference.ALPHA:
-            return f" ({smallest:g} is the least that {self.n} seeds can give)" if not self._has_margin else ""
+        if not self._has_margin and self.p_permutation <= 2.0 ** (1 - self.n) and self.p_permutation > inference.ALPHA:
+            return f" (the least of {self.n} seeds)"
         return " (which does not follow)" if self.p <= inference.ALPHA < self.p_permutation else ""
 
     @property

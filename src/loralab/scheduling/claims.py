@@ -33,14 +33,24 @@ def check(master: DictConfig, words: Sequence[str], loader: Any) -> None:
     claims = read_all(sweep)
     if not claims or sweep.get("d90") is not None:
         return
-    of_file = [f"{key}={values}" for key, values in _file_axes(master).items()]
+    of_file = [f"{key}={values}" for key, values in _file_axes(master.hydra).items()]
     rows, first, texts = _rows(words, sweep, loader, of_file)
     for claim in claims:
         _check(claim, rows, first, texts)
 
 
-def _file_axes(master: DictConfig) -> dict[str, str]:
-    chosen = master.hydra.runtime.choices.get("sweeps")
+def named_by(config: DictConfig, hydra: Any) -> dict[str, str]:
+    """``named_by``: the axis whose values name arms in claims, the sweep file's first, though the command line may have
+    left one value of it; empty without claims or without a file. ``hydra``: Hydra's own part of the configuration.
+    Raises ConfigError for claims without a form."""
+    if not read_all(plain_sweep(config)):
+        return {}
+    axes = [name for key in _file_axes(hydra) if (name := key.lstrip("+")) not in _NO_ARM]
+    return {"named_by": axes[0]} if axes else {}
+
+
+def _file_axes(hydra: Any) -> dict[str, str]:
+    chosen = hydra.runtime.choices.get("sweeps")
     path = sweep_files.locate(str(chosen)) if chosen else None
     return (sweep_files.axes(path) or {}) if path else {}
 

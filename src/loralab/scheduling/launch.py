@@ -17,7 +17,7 @@ from loralab.config.compose import plain, plain_sweep
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.records import record
 from loralab.records.lock import hold
-from loralab.scheduling.claims import read_all
+from loralab.scheduling.claims import named_by
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.session import Session
 from loralab.scheduling.sweep import PackOptions
@@ -69,9 +69,9 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
     if not isinstance(wanted := sweep.get("subspace"), bool | None):
         raise ConfigError(f"sweep.subspace={wanted!r} is no answer; valid: true, false")
     check_tags(sweep.get("tags"))
-    read_all(sweep)
     return {
         **sweep,
+        **named_by(config, hydra),
         "name": sweep.get("name") or folder.name,
         "question": sweep.get("question"),
         "overrides": list(hydra.overrides.task),
