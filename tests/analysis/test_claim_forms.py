@@ -213,7 +213,7 @@ def test_an_arm_without_a_completed_trial_is_awaited(judge):
             trial.update(status="failed", error="no memory", metrics={})
 
     (found,) = judge(["none <= nf4_double"], ranks=[2], change=fail)
-    assert (found.verdict, found.why) == ("cannot tell", "none: no completed trial yet")
+    assert (found.verdict, found.why) == ("cannot tell", "none has no completed trial (failed)")
 
 
 def test_what_is_measured_of_a_pack_compares_with_nothing(judge):

@@ -169,8 +169,10 @@ def _why_none(comparisons: Sequence[Comparison], claim: Claim, sides: Sequence[C
     if missing := [name for name, these in zip(names, found, strict=True) if not these]:
         return Unmatched("not comparable", f"{' and '.join(missing)} {NOT_MEASURED}")
     scored = [[arm for arm in these if arm.ok] for these in found]
-    if waiting := [name for name, these in zip(names, scored, strict=True) if not these]:
-        return Unmatched("cannot tell", f"{' and '.join(waiting)}: no completed trial yet")
+    for name, these, ok in zip(names, found, scored, strict=True):
+        if not ok:
+            statuses = ", ".join(dict.fromkeys(trial.status for arm in these for trial in arm.trials))
+            return Unmatched("cannot tell", f"{name} has no completed trial ({statuses})")
     one, other = scored[0][0], scored[-1][0]
     if one.environment != other.environment:
         return Unmatched("not comparable", f"measured in other environments; {environments.COMPARED}")

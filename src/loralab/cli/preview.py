@@ -17,7 +17,7 @@ def text(preview: Preview) -> str:
     titles += ["scale", "lr x scale", "seeds", "steps", "trials"]
     rows = [_row(preview, arm) for arm in preview.arms]
     kept = [place for place, _ in enumerate(titles) if any(row[place] != "-" for row in rows)]
-    table = aligned([titles[place] for place in kept], [[row[place] for place in kept] for row in rows], ())
+    table = aligned([titles[place] for place in kept], [[row[place] for place in kept] for row in rows], range(0))
     return "\n".join([*wrapped(about, terminal_width()), "", *table])
 
 

@@ -64,9 +64,26 @@ def following(choice: Choice, tried: Sequence[Setting], grid: Sequence[Setting],
         if before is None or len(beyond) >= extend:
             continue
         last = float(choice.setting[place])
-        value = last * end / before if min(end, before) > 0 else last + end - before
+        value = last * end / before if min(ends) > 0 else last + end - before
         found.append((*choice.setting[:place], f"{value:.6g}", *choice.setting[place + 1 :]))
     return [setting for setting in found if setting not in tried]
+
+
+def beside(setting: Setting, tried: Sequence[Setting], count: int) -> list[Setting]:
+    """The next ``count`` of ``tried`` on either side of ``setting``, along each axis of numbers."""
+    found = []
+    for place, own in enumerate(setting):
+        others = [
+            s
+            for s in tried
+            if s != setting and (*s[:place], *s[place + 1 :]) == (*setting[:place], *setting[place + 1 :])
+        ]
+        if not all(_is_number(s[place]) for s in [setting, *others]):
+            continue
+        for side in (-1, 1):
+            there = [s for s in others if (float(s[place]) - float(own)) * side > 0]
+            found += sorted(there, key=lambda s: abs(float(s[place]) - float(own)))[:count]
+    return found
 
 
 def _before(ends: Sequence[float]) -> float | None:
