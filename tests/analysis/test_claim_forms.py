@@ -9,6 +9,7 @@ from scipy import stats
 
 from loralab.analysis.arms import comparisons
 from loralab.analysis.claims import MORE_SEEDS, verdicts
+from loralab.analysis.published import mark, published
 from loralab.analysis.results import read_results
 from loralab.records import record
 
@@ -242,6 +243,16 @@ def test_the_first_axis_of_a_sweep_file_stays_the_first_where_one_of_its_values_
     *numbers, order = judge(["none = 2 within 3", "2 <= 8"], schemes=["none"], named_by="quantization")
     assert [one.verdict for one in numbers] == ["holds"] * 3
     assert (order.verdict, order.why) == ("not comparable", "2 and 8 not measured here")
+
+
+def test_what_is_published_of_a_rank_is_not_shown_at_a_rate_of_the_same_number(judge, tmp_path):
+    judge([], ranks=[2, 8], published={"2": [5.0], "8.0": [6.0]}, marks={"2": "unconfirmed"})
+    whole = comparisons(read_results(tmp_path))[0].arms
+    assert [published(arm) for arm in whole] == [[]] * 4  # the first axis is the quantization
+    about = {**record.read_sweep(tmp_path), "named_by": "adapter.r"}
+    record.write_sweep(tmp_path, about)
+    found = comparisons(read_results(tmp_path))[0].arms
+    assert [(published(arm), mark(arm)) for arm in found] == [([5.0], "unconfirmed"), ([6.0], None)] * 2
 
 
 def test_a_number_that_is_also_an_arm_is_not_taken_for_either(judge):

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from loralab.cli import main
 from loralab.errors import ConfigError
-from loralab.scheduling.claims import check
+from loralab.scheduling.claims import check, named_by
 
 AXES = ["quantization=none,nf4,fp4", "quantization.double_quant=true,false", "adapter.r=2,8", "seed=0,1"]
 WHEN = {"quantization.double_quant": {"quantization": ["nf4"]}}
@@ -79,6 +79,19 @@ def test_an_arm_that_the_command_line_left_out_is_no_mistake(tmp_path, monkeypat
         checked(["nf4 <= fp4"], narrowed)
     with pytest.raises(ConfigError, match="no trial of this sweep has quantization=fp5"):
         checked(["nf4 <= fp5"], narrowed, chosen="./mine")
+
+
+def test_the_axis_that_names_arms_is_the_files_first_whatever_the_command_line_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        "hydra: {sweeper: {params: {seed: [0, 1], +method: 'a,b', adapter.r: [2, 8]}}}\n"
+    )
+    hydra = OmegaConf.create({"runtime": {"choices": {"sweeps": "./mine"}}})
+    for sweep in ({"claims": ["a <= b"]}, {"published": {"a": [1.0]}}, {"paper": {"table": "1"}}):
+        assert named_by(OmegaConf.create({"sweep": sweep}), hydra) == {"named_by": "method"}
+    assert named_by(OmegaConf.create({"sweep": {"question": "q"}}), hydra) == {}
+    with pytest.raises(ConfigError, match="has no form that is known"):
+        named_by(OmegaConf.create({"sweep": {"claims": ["a is best"]}}), hydra)
 
 
 def test_the_command_line_ends_with_2_before_anything_is_written(tmp_path, monkeypatch, capsys):

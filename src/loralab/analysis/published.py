@@ -5,25 +5,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from loralab.analysis.arms import Arm
+from loralab.analysis.claim_arms import value_of
 from loralab.analysis.results import SweepResults
 from loralab.analysis.values import is_number
+from loralab.config.claims import key_of
 
 CONFIRMED = "confirmed"
 
 
 def published(arm: Arm) -> list[float]:
     """The paper's values for an arm, in the order of its columns; empty where it has none."""
-    values = _said(arm.results, "published")
-    listed = _listed(values.get(arm.label)) if isinstance(values, Mapping) else []
-    return [float(value) for value in listed if is_number(value)]
+    return [float(value) for value in _listed(_said(arm, "published")) if is_number(value)]
 
 
 def mark(arm: Arm) -> str | None:
     """How sure it is that the paper printed these values: confirmed (read in its text), unconfirmed, or another word of
     the sweep file; None where it says nothing, or nothing is published for the arm."""
-    marks = _said(arm.results, "marks")
-    found = marks.get(arm.label) if isinstance(marks, Mapping) and published(arm) else None
-    return None if found is None else str(found)
+    found = _said(arm, "marks")
+    return str(found) if found is not None and published(arm) else None
 
 
 def published_text(arm: Arm) -> str:
@@ -45,6 +44,14 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _said(results: SweepResults, key: str) -> Any:
-    paper = results.about.get("paper")
-    return (paper.get(key) if isinstance(paper, Mapping) else None) or results.about.get(key)
+def _said(arm: Arm, key: str) -> Any:
+    """What stands under ``key`` for an arm, by its value on the sweep's first axis (sweep.json's ``named_by``, of which
+    the command line may have left one value; else the first that there is)."""
+    about = arm.results.about
+    paper = about.get("paper")
+    values = (paper.get(key) if isinstance(paper, Mapping) else None) or about.get(key)
+    if not isinstance(values, Mapping):
+        return None
+    axis = about.get("named_by")
+    own = value_of(arm, axis) if isinstance(axis, str) else key_of(arm.label)
+    return {key_of(name): value for name, value in values.items()}.get(own)

@@ -40,10 +40,11 @@ def check(master: DictConfig, words: Sequence[str], loader: Any) -> None:
 
 
 def named_by(config: DictConfig, hydra: Any) -> dict[str, str]:
-    """``named_by``: the axis whose values name arms in claims, the sweep file's first, though the command line may have
-    left one value of it; empty without claims or without a file. ``hydra``: Hydra's own part of the configuration.
-    Raises ConfigError for claims without a form."""
-    if not read_all(plain_sweep(config)):
+    """``named_by``: the axis whose values name arms in claims and among what is published, the sweep file's first,
+    though the command line may have left one value of it; empty where the sweep has neither, or no file. ``hydra``:
+    Hydra's own part of the configuration. Raises ConfigError for claims without a form."""
+    sweep = plain_sweep(config)
+    if not read_all(sweep) and not sweep.get("published") and not sweep.get("paper"):
         return {}
     axes = [name for key in _file_axes(hydra) if (name := key.lstrip("+")) not in _NO_ARM]
     return {"named_by": axes[0]} if axes else {}
