@@ -158,6 +158,26 @@ def test_along_an_axis(judge, claim, verdict):
     assert "r = 2: " in found[0].why
 
 
+@pytest.mark.parametrize(
+    ("back", "noise", "verdict", "says"),
+    [
+        (0.30, 0.01, "does not hold", "the other way round from 8 to 32"),
+        (0.30, 0.174, "cannot tell", "a trend, but a step that likely goes the other way"),
+        (0.01, 0.10, "holds", "the other way round from 8 to 32"),
+    ],
+)
+def test_a_step_back_takes_a_trend_away_where_it_is_more_than_chance(judge, back, noise, verdict, says):
+    steps = np.array([-1, 1, -1, 1, 0]) * noise
+
+    def change(trial, scheme, r):
+        own = steps[trial["seed"]] if r == 32 else 0.0
+        trial["metrics"]["val/loss"] = 1.0 + trial["seed"] - {2: 0.0, 8: 1.0, 32: 1.0 - back}[r] + own
+
+    (found,) = judge(["falls with r"], schemes=["none"], change=change)
+    assert (found.verdict, says in found.why) == (verdict, True), found.why
+    assert found.seeds_needed is None
+
+
 def test_claims_are_corrected_together_and_what_is_not_told_says_how_many_seeds_would_tell(judge):
     weak = ["nf4_double - none = 0.1 within 0.012"]
     (alone,) = judge(weak, ranks=[2])

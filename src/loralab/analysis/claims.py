@@ -154,7 +154,7 @@ def _finding(blank: Verdict, claim: Claim, arms: Sequence[Arm], axis: str) -> _F
     n = max(replicates({seed: one[seed] for seed in seeds}) for one in by_arm)
     found = evidence(claim, values if n > 1 else values[:1])
     filled = replace(blank, estimate=found.estimate, seeds=seeds)
-    means = ", ".join(filter(None, [means, _order(claim, arms, found)]))
+    means = ", ".join(filter(None, [means, _order(claim, arms, found) or _steps(claim, arms, values, axis)]))
     if n > 1:
         return _Finding(replace(filled, why=means), found)
     if claim.settled:
@@ -173,8 +173,9 @@ def _decided(blank: Verdict, found: Evidence, p_holm: float, claims: int) -> Ver
     needed = None if told else found.seeds_needed(level)
     why = f"{blank.why}; {found.text(p_holm if claims > 1 else None, claims)}"
     if not told:
-        seeds = f"about {needed} seeds are needed" if needed else "more than 10,000 seeds are needed"
-        why += f", {found.unclear(p_holm)}; {seeds} ({POWER:.0%} power at {level:.2g}, with this mean and spread)"
+        seeds = f"about {needed} seeds are" if needed else "more than 10,000 seeds are"
+        power = f"; {seeds} needed ({POWER:.0%} power at {level:.2g}, with this mean and spread)"
+        why += f", {found.unclear}{'' if found.gainsaid else power}"
     return replace(
         blank,
         verdict=verdict,
@@ -226,3 +227,11 @@ def _order(claim: Claim, arms: Sequence[Arm], found: Evidence) -> str:
     whose = "published" if claim.metric is None and all(map(published_text, arms)) else "claimed"
     below = claim.sign == "<="
     return f"in the {whose} order" if (found.estimate < 0) == below else f"the other way round than {whose}"
+
+
+def _steps(claim: Claim, arms: Sequence[Arm], values: Any, axis: str) -> str:
+    """The steps along the axis whose means go the other way than claimed."""
+    steps = np.diff(values.mean(axis=0)) * {"rises": 1, "falls": -1}.get(claim.form, 0)
+    labels = [arm.values[axis] for arm in arms] if axis else []
+    against = [f"from {labels[i]} to {labels[i + 1]}" for i in np.flatnonzero(steps < 0)]
+    return f"the other way round {', '.join(against)}" if against else ""

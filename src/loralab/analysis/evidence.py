@@ -26,7 +26,8 @@ _WORDS = {
 @dataclass(frozen=True)
 class Evidence:
     """``gaps``: seed by seed, what must lie between ``low`` and ``high`` in the mean; of a ratio the logarithms, of an
-    axis the trend, or the two values furthest apart. ``holds`` and ``fails``: p of the claim being false, and true."""
+    axis the trend, or the two values furthest apart (their interval is not corrected for having been picked, the p
+    values are over all pairs). ``holds`` and ``fails``: p of the claim being false, and true."""
 
     form: str
     gaps: inference.Gaps
@@ -64,7 +65,10 @@ class Evidence:
         return inference.permutation(self.gaps, self.low, self.high)
 
     def seeds_needed(self, level: float) -> int | None:
-        """At least one more than there are; None where more than 10,000."""
+        """At least one more than there are; None where more than 10,000, and where no number of them follows from the
+        spread of the trend."""
+        if self.gainsaid:
+            return None
         needed = inference.seeds_needed(float(np.mean(self.gaps)), self._deviation, self.low, self.high, level)
         return None if needed is None else max(needed, self.n + 1)
 
@@ -80,9 +84,18 @@ class Evidence:
         parts.append(f"sign flips p = {_p(self.p_permutation)}{self._least}")
         return ", ".join(parts)
 
-    def unclear(self, p_holm: float) -> str:
+    @property
+    def gainsaid(self) -> bool:
+        """Whether there is a trend, and a step of the axis that goes the other way by more than chance."""
+        low, high = self.interval
+        return self.form in ("rises", "falls") and self.p > inference.ALPHA and not low <= 0 <= high
+
+    @property
+    def unclear(self) -> str:
         """Why nothing can be told."""
         low, high = self.interval
+        if self.gainsaid:
+            return "a trend, but a step that likely goes the other way"
         if self._has_margin:
             return f"neither within nor outside {self._ends((self._said(self.low), self._said(self.high)), ' to ')}"
         bound = self._said(self.high if math.isinf(self.low) else self.low)
