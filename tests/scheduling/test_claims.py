@@ -4,6 +4,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from loralab.cli import main
+from loralab.config import sweep_files
+from loralab.config.claims import listed
+from loralab.config.places import data_root, options
 from loralab.errors import ConfigError
 from loralab.scheduling.claims import check, named_by
 
@@ -101,13 +104,12 @@ def test_the_command_line_ends_with_2_before_anything_is_written(tmp_path, monke
     assert not (tmp_path / "runs" / "quickstart" / "sweep.json").exists()
 
 
-@pytest.mark.parametrize("name", ["paper/qlora_table2", "paper/llm_int8_table1"])
-def test_shipped_claims_are_about_arms_that_there_are(name):
-    from loralab.config import sweep_files
-    from loralab.config.claims import listed
-
-    path = sweep_files.locate(name)
-    content = OmegaConf.to_container(sweep_files.load(path), resolve=False)
-    assert listed(content["sweep"])
-    words = [f"{key}={values}" for key, values in sweep_files.axes(path).items()]
-    checked(None, words, **{"paper": content["sweep"]["paper"]})
+def test_shipped_claims_are_about_arms_that_there_are():
+    claimed = []
+    for name in options(data_root() / "sweeps"):
+        path = sweep_files.locate(name)
+        sweep = OmegaConf.to_container(sweep_files.load(path), resolve=False)["sweep"]
+        words = [f"{key}={values}" for key, values in (sweep_files.axes(path) or {}).items()]
+        checked(sweep.get("claims"), words, paper=sweep.get("paper"), zip=sweep.get("zip"), when=sweep.get("when"))
+        claimed += [name] if listed(sweep) else []
+    assert {"paper/llm_int8_table1", "paper/qlora_table2"} <= set(claimed)
