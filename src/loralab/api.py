@@ -95,9 +95,9 @@ def plan(overrides: Sequence[str] = ()) -> "Plan":
 
 
 def results(folder: Folder) -> "pd.DataFrame":
-    """A row a trial of the sweep or run in ``folder``: trial, folder, status, seed, then under their dotted names what
-    its record says, its choices, its configuration and its metrics (``adapter.r``, ``val/loss``). What a record lacks
-    is missing. Raises ArtifactError where there is no record."""
+    """A row a trial of the sweep or run in ``folder``: trial, folder, status, seed, error (None: none), then under
+    their dotted names what its record says, its choices, its configuration and its metrics (``adapter.r``,
+    ``val/loss``). What a record lacks is missing. Raises ArtifactError where there is no record."""
     from loralab.analysis.results import read_results
 
     return read_results(_existing(folder)).frame.copy()
