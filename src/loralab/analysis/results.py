@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralab.analysis import environments
-from loralab.analysis.trials import DAMAGED, Pack, TrialResult, dated, listed_trial, read_trial
+from loralab.analysis.trials import DAMAGED, PRUNED, Pack, TrialResult, dated, listed_trial, read_trial
 from loralab.analysis.values import (
     UNKNOWN,
     Json,
@@ -63,8 +63,8 @@ class SweepResults:
 
     @property
     def broken(self) -> list[TrialResult]:
-        """Trials that ended without a result, or were never started."""
-        return [trial for trial in self.trials if not trial.ok and trial.status != "running"]
+        """Trials that ended without a result, or were never started; not those that the sweep ended early."""
+        return [trial for trial in self.trials if not trial.ok and trial.status not in ("running", PRUNED)]
 
     @cached_property
     def short(self) -> dict[str, str]:
