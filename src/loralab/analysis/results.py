@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralab.analysis import environments
-from loralab.analysis.trials import DAMAGED, Pack, TrialResult, dated, listed_trial, read_trial
+from loralab.analysis.trials import DAMAGED, PRUNED, Pack, TrialResult, dated, listed_trial, read_trial
 from loralab.analysis.values import (
     UNKNOWN,
     Json,
@@ -63,8 +63,8 @@ class SweepResults:
 
     @property
     def broken(self) -> list[TrialResult]:
-        """Trials that ended without a result, or were never started."""
-        return [trial for trial in self.trials if not trial.ok and trial.status != "running"]
+        """Trials that ended without a result, or were never started; not those that the sweep ended early."""
+        return [trial for trial in self.trials if not trial.ok and trial.status not in ("running", PRUNED)]
 
     @cached_property
     def short(self) -> dict[str, str]:
@@ -78,6 +78,13 @@ class SweepResults:
         import pandas as pd
 
         return pd.DataFrame([_columns(trial) for trial in self.trials], dtype=object).infer_objects()
+
+    @property
+    def compared(self) -> list[str]:
+        """The axes along which rows are held against each other: those of ``sweep.compare``, else all."""
+        asked = self.about.get("compare")
+        names = [str(name).lstrip("+") for name in asked] if isinstance(asked, list) else []
+        return [axis for axis in self.axes if axis in names or not names]
 
     def moving(self) -> list[str]:
         """The axes with more than one value, the environment aside."""
