@@ -73,8 +73,8 @@ class SweepResults:
 
     @cached_property
     def frame(self) -> "pd.DataFrame":
-        """A row a trial: trial, folder, status, seed, then under dotted names what its record says, its choices, its
-        configuration and its metrics. A value that a record lacks is missing."""
+        """A row a trial: trial, folder, status, seed, error, then under dotted names what its record says, its choices,
+        its configuration and its metrics. A value that a record lacks is missing."""
         import pandas as pd
 
         return pd.DataFrame([_columns(trial) for trial in self.trials], dtype=object).infer_objects()
@@ -166,7 +166,7 @@ def _columns(trial: TrialResult) -> Json:
     measured = flatten({section: record.get(section) or {} for section in schema.KEYS})
     first = {"trial": record["trial"], "folder": trial.name, "status": trial.status, "seed": record["seed"]}
     settings = {**record["choices"], **flatten(record["config"])}
-    return {**first, **measured, **settings, **record["metrics"], **first}
+    return {**first, "error": record["error"], **measured, **settings, **record["metrics"], **first}
 
 
 def _rates(trials: Sequence[TrialResult]) -> dict[Pack, float]:

@@ -88,7 +88,7 @@ class TrialResult:
 
     @property
     def ended(self) -> str:
-        """Why training ended: ``max_steps``, early stopping, the sweep or the last step; else empty without a result."""
+        """Why training ended: ``max_steps``, early stopping, the sweep or the last step; empty without a result."""
         if self.status == PRUNED:
             return f"ended by the sweep: {(self.get('stopped_early') or {}).get('why') or 'no reason recorded'}"
         if not self.ok:

@@ -12,6 +12,7 @@ from loralab.analysis.arms import Comparison, comparisons
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
 from loralab.analysis.dimension import answers
+from loralab.analysis.effects import effects
 from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import PRUNED, STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
@@ -108,6 +109,7 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
             for arm in comparison.arms
         ],
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],
+        "effects": [] if results.single else [effects(comparison).plain() for comparison in compared],
         **_dimensions(compared),
         **subspace.plain(results),
         "trials": [_trial(trial) for trial in results.trials],
