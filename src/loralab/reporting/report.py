@@ -31,11 +31,14 @@ KINDS = ("svg", "png", "pdf")
 
 @dataclass(frozen=True)
 class Report:
-    """``table``: for the terminal; ``files``: what was written, by name; ``index``: the page."""
+    """``table``: for the terminal; ``files``: what was written, by name; ``index``: the page; and what they show."""
 
     table: str
     index: Path
     files: dict[str, Path]
+    results: SweepResults
+    compared: Sequence[Comparison]
+    figures: Sequence[Figure]
 
 
 def report(folder: Path, kinds: Sequence[str] = KINDS[:1]) -> Report:
@@ -54,7 +57,8 @@ def report(folder: Path, kinds: Sequence[str] = KINDS[:1]) -> Report:
     }
     written = {name: write_text(folder / "report" / name, text) for name, text in texts.items()}
     write_figures(folder / "report" / "figures", made.figures, kinds)
-    return Report(terminal(results, compared, terminal_width()), written["index.html"], written)
+    table = terminal(results, compared, terminal_width())
+    return Report(table, written["index.html"], written, results, compared, made.figures)
 
 
 def write_figures(folder: Path, figures: Sequence[Figure], kinds: Sequence[str]) -> None:
