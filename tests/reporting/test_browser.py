@@ -181,11 +181,16 @@ def write_copy(source, target):
     return target
 
 
-def test_a_chart_of_the_report_in_wandb_is_drawn_by_itself(tmp_path, synthetic, opened):
+def test_a_chart_of_the_report_in_wandb_is_drawn_by_itself(tmp_path, synthetic):
     """The panel's document alone, from what it carries."""
     made = report(write_sweep(tmp_path / "s", synthetic, 24))
     panel = tmp_path / "panel.html"
     panel.write_text(pages(made.figures)["report/metric"], encoding="utf-8")
-    tab = opened(panel)
-    tab.wait("document.querySelectorAll('#chart canvas, #chart svg').length > 0")
-    assert tab.run("document.title") == next(one.title for one in made.figures if one.name == "metric")
+    tab = browser.Browser(tmp_path / "profile")
+    try:
+        tab.open(panel.as_uri())
+        tab.wait("document.querySelectorAll('#chart svg').length > 0")
+        assert tab.run("document.title") == next(one.title for one in made.figures if one.name == "metric")
+        assert all(address.startswith(("file:", "data:", "blob:")) for address in tab.requests)
+    finally:
+        tab.close()
