@@ -1,9 +1,10 @@
 """Tables in plain text: equal columns, no escape codes, whatever the terminal says of itself."""
 
 import pytest
+from markdown_it import MarkdownIt
 
 from loralab.reporting.html import breakable
-from loralab.reporting.layout import aligned, natural_width, terminal_width, wrapped
+from loralab.reporting.layout import aligned, markdown_text, natural_width, terminal_width, wrapped
 
 ROWS = [["a", "1.5", "[b] :smile:"], ["long name", "-10.25", "x"]]
 
@@ -38,3 +39,12 @@ def test_long_text_is_wrapped_below_an_indent():
 def test_a_name_may_be_broken_and_is_escaped():
     assert breakable("last_layer,<b>", "key") == "last_<wbr>layer,<wbr>&lt;b&gt;"
     assert breakable("1.5 s (pack of 4)", "") == "1.5 s <wbr>(pack of 4)"
+
+
+@pytest.mark.parametrize(
+    "name", ["r_8 *and* _16_", "<b>x</b> & y", "a|b [c](d) `e` ~f~", "# 1. \\\\ back", "two\nlines", "plain_name-1.2!"]
+)
+def test_a_text_in_markdown_is_read_letter_by_letter(name):
+    (heading,) = [token for token in MarkdownIt().parse(f"# {markdown_text(name)}") if token.type == "inline"]
+    assert {token.type for token in heading.children} <= {"text", "text_special"}
+    assert "".join(token.content for token in heading.children) == " ".join(name.split())

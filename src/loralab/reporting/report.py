@@ -17,7 +17,7 @@ from loralab.analysis.trials import STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting import cost, subspace
 from loralab.reporting.charts import Figure
-from loralab.reporting.layout import markdown_table, terminal_width
+from loralab.reporting.layout import markdown_table, markdown_text, terminal_width
 from loralab.reporting.notes import general, messages, notes
 from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
@@ -145,7 +145,11 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
 def _markdown(results: SweepResults, compared: Sequence[Comparison]) -> str:
     provenance = facts(results)
     found = "" if results.single else answer(compared)
-    lines = [f"# {results.name}", "", *(line for text in (question(results), found) if text for line in (text, ""))]
+    lines = [
+        f"# {markdown_text(results.name)}",
+        "",
+        *(line for text in (question(results), found) if text for line in (text, "")),
+    ]
     for comparison in compared:
         lines += [f"## {subject(comparison.results)}", ""] if len(compared) > 1 else []
         lines += [f"{measure(comparison)}.", "", markdown(comparison)]
