@@ -10,7 +10,7 @@ from loralab.analysis.results import SweepResults
 from loralab.analysis.values import UNKNOWN, Json, as_number
 from loralab.reporting import charts, curves, explorer, tuning
 from loralab.reporting.charts import Figure, Legend
-from loralab.reporting.table import score_text
+from loralab.reporting.table import level_text, score_text
 
 if TYPE_CHECKING:
     import altair as alt
@@ -209,6 +209,7 @@ def _differences(comparison: Comparison) -> Iterator[Figure]:
     if not arms:
         return
     rows = [_difference(arm, mode) for arm in arms[:MOST_ROWS]]
+    level = next(arm.difference.level for arm in arms if arm.difference)
     base = alt.Chart(alt.NamedData("rows")).encode(
         y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=charts.LONGEST_LABEL)),
         color=alt.Color(
@@ -236,7 +237,8 @@ def _differences(comparison: Comparison) -> Iterator[Figure]:
     left_out = f" The first {MOST_ROWS} of {len(arms)} rows." if len(arms) > MOST_ROWS else ""
     caption = (
         f"Mean paired difference over shared seeds with its {LEVEL:.0%} interval, each row against the one that "
-        "differs from it in one axis alone, where there is one; an interval that holds 0 is no finding. "
+        "differs from it in one axis alone, where there is one; better or worse: where 0 is excluded "
+        f"{level_text(level)}; any other is no finding. "
         f"{_seeds(arms)}.{left_out}"
     )
     legend = Legend("verdict", "fixed", VERDICTS)
