@@ -212,8 +212,7 @@ def load_exported_loss(load_base):
     return score
 
 
-def test_the_best_state_survives_a_kill(make_spec, monkeypatch, weights):
-    from loralab.training.module import FineTuner
+def test_the_best_state_survives_a_kill(make_spec, break_off, weights):
 
     def trial(name):
         callbacks = {"checkpoint": lambda: Checkpoint(None, 1)}
@@ -224,16 +223,7 @@ def test_the_best_state_survives_a_kill(make_spec, monkeypatch, weights):
 
     whole, again = trial("whole"), trial("again")
     (expected,) = Runner().run([whole])
-    real = FineTuner.training_step
-
-    def broken(self, batches, index):
-        if self.trials[0].step == 4:
-            raise RuntimeError("gone")
-        return real(self, batches, index)
-
-    monkeypatch.setattr(FineTuner, "training_step", broken)
-    Runner().run([again])
-    monkeypatch.setattr(FineTuner, "training_step", real)
+    break_off([again], step=4)
     (done,) = Runner().run([again])
     assert done["resumed_from"] == 4
     assert done["best"] == expected["best"]
