@@ -13,7 +13,7 @@ from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
 from loralab.analysis.dimension import answers
 from loralab.analysis.results import SweepResults, read_results
-from loralab.analysis.trials import STALE, TrialResult
+from loralab.analysis.trials import PRUNED, STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting import cost, subspace
 from loralab.reporting.charts import Figure
@@ -132,7 +132,7 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
         "values": trial.values,
         "seed": record["seed"],
         "status": trial.status,
-        "error": None if trial.ok else trial.reason,
+        "error": None if trial.ok or trial.status == PRUNED else trial.reason,
         "metrics": record["metrics"],
         **{key: trial.get(key) for key in MEASURED},
         "stopped_early": record.get("stopped_early"),
@@ -160,7 +160,7 @@ def _markdown(results: SweepResults, compared: Sequence[Comparison]) -> str:
     footer = [*messages(results, compared), *(f"held fixed: {text}" for text in held_fixed(results))]
     footer += [f"{term}: {text}" for term, text in {**provenance.header, **provenance.provenance}.items() if text]
     lines += [f"- {text}" for text in footer]
-    troubled = [trial for trial in results.trials if not trial.ok]
+    troubled = [trial for trial in results.trials if not trial.ok and trial.status != PRUNED]
     lines += ["", f"## Not completed{' or stale' * (results.count(STALE) > 0)}", ""] if troubled else []
     for trial in troubled:
         rerun = f" (`{trial.rerun}`)" if trial.record["overrides"] else ""
