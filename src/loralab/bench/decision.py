@@ -46,7 +46,7 @@ def _swept(table: Table, row: Row, setup: BenchmarkSetup, size: BenchmarkSize, s
     words = ["sweep", str(folder / "decision.yaml"), *setup.worker["words"], f"data.test={setup.test}"]
     table.add(row, [setup.command([*words, f"hydra.sweep.dir={folder / 'sweep'}"])], measured_trials=row["trials"])
     stored = [record.read(place) for place in record.find(folder / "sweep")]
-    found = {"steps": sum(int(one["time"]["steps"] or 0) for one in stored), "chosen": _chosen(folder / "sweep")}
+    found: Row = {"steps": sum(int(one["time"]["steps"] or 0) for one in stored), "chosen": _chosen(folder / "sweep")}
     row.update(trained_steps=found["steps"], chosen={arm: one["chosen"] for arm, one in found["chosen"].items()})
     return found
 
@@ -78,7 +78,7 @@ def _beside(ours: Row, full: Row) -> Row:
     """How many arms have the rate that the full grid chose, and by how much more validation loss, by the full grid's
     own means, those that have another."""
     losses = []
-    for arm, decided in dict(full["chosen"]).items():
+    for arm, decided in full["chosen"].items():
         means, own = decided["means"], ours["chosen"][arm]["chosen"]
         losses.append(means[own] - means[decided["chosen"]])
     return {"same_rates": sum(loss == 0 for loss in losses), "arms": len(losses), "largest_loss": max(losses)}
