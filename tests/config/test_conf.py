@@ -1,18 +1,16 @@
 """Every option and every trial of every sweep composes, builds, and lists all its keys."""
 
-import itertools
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from loralab.cli.sweep import sweep_arguments
 from loralab.config.build import SPECS, build, trial_id, trial_spec
 from loralab.config.compose import compose, plain, sweep_axes
 from loralab.config.places import data_root
+from loralab.scheduling import axes
 from loralab.scheduling.dimension import search_of
 
 CONF = data_root() / "conf"
@@ -76,12 +74,13 @@ def test_settings_of_several_groups_say_what_they_are_and_compose(path):
 
 def trials(name):
     """The overrides of each trial of one seed: what a seed makes of an id is test_identity's."""
-    parser = OverridesParser.create()
-    parsed = parser.parse_overrides([a for a in sweep_arguments(name, []) if not a.startswith("hydra.")])
-    every = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
+    content = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
+    asked = OmegaConf.to_container(content.sweep, resolve=False)
+    words = [word for word in sweep_arguments(name, []) if not word.startswith("hydra.")]
+    every = axes.trials(words, asked.get("zip"), asked.get("when"))
     seed = next((word for word in every[0] if word.startswith("seed=")), None)
-    listed = [words for words in every if seed is None or seed in words]
-    search = search_of(OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml"))
+    listed = [trial for trial in every if seed is None or seed in trial]
+    search = search_of(content)
     return [*listed, *(search.first(listed, "min") if search else [])]
 
 
