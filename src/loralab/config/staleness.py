@@ -36,7 +36,9 @@ def outdated(stored: Mapping[str, Any], content: Mapping[str, Any]) -> str:
 
 
 def untested(stored: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
-    """Whether the configuration ``content`` asks for test scores that the completed record ``stored`` has not."""
+    """Whether ``stored`` is a completed record without the test scores that the configuration ``content`` asks for."""
+    if stored["status"] != "completed":
+        return False
     tested = any(key.startswith("test/") for key in stored["metrics"])
     return bool(content["trainer"].get("test") and (stored["data"].get("rows") or {}).get("test") and not tested)
 
