@@ -52,6 +52,7 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     resumes = arguments.resume is not None
     previews = many and arguments.preview
     session = Session(fresh=arguments.fresh, many=many, flags=flags, resumes=resumes, previews=previews)
+    session.failed = arguments.failed
     code = session.run([*(["-m"] if many else []), *flags, *overrides])
     if session.previewed is not None:
         from loralab.cli.preview import text

@@ -12,6 +12,10 @@ def run(arguments: Arguments) -> int:
     """The sweep of a name, or with --resume that of a folder."""
     from loralab.cli import hydra_run
 
+    if arguments.failed and arguments.resume is None:
+        raise ConfigError(
+            "--failed runs the failures of a begun sweep again; valid: loralab sweep --resume DIR --failed"
+        )
     if arguments.resume is not None:
         overrides = begun_in(Path(arguments.resume).expanduser(), arguments)
     else:
@@ -145,6 +149,7 @@ SWEEP = Command(
         "loralab sweep ./my_sweep.yaml": "a file of your own",
         "loralab sweep rank --preview": "its arms, their scale and rates; nothing is trained",
         "loralab sweep --resume runs/rank": "after a crash: what is left",
+        "loralab sweep --resume runs/rank --failed": "its failures alone",
     },
     writes="a sweep folder, hydra.sweep.dir (runs/NAME): sweep.json, a run folder a trial, and\n"
     "report/{index.html,results.csv,results.json,report.md}.",
@@ -152,6 +157,7 @@ SWEEP = Command(
     own_flags=(
         Flag(("--preview",), "shows what it would run, arm by arm; nothing is trained"),
         Flag(("--resume",), "finishes the sweep in this folder", "DIR"),
+        Flag(("--failed",), "with --resume: runs again what has failed, and nothing else"),
         FRESH,
         *HYDRA,
     ),
