@@ -1,4 +1,4 @@
-"""`make papers`: runs the paper sweeps at their mini scale and writes their tables with verdicts to .github/results/."""
+"""`make papers`: runs the paper sweeps at their mini scale; their tables with verdicts go to .github/results/."""
 
 import json
 import subprocess
