@@ -38,11 +38,13 @@ class Searching:
         """The overrides of the trials to run next; empty: no more."""
         return self.waiting
 
-    def tell(self, trials: Sequence[Sequence[str]], values: Sequence[float | None]) -> None:
-        """The metric of each trial that was asked for; None: it was not completed."""
+    def tell(self, trials: Sequence[Sequence[str]], values: Sequence[float | None]) -> list[dict[str, Any]]:
+        """Takes the metric of each trial that was asked for (None: it was not completed); there is nothing to decide
+        beside the trials themselves."""
         told = zip(trials, values, strict=True)
         self.scored += [(overrides, self._seed(overrides), value) for overrides, value in told]
         self.waiting = [words for setting, scores in self._scores() for words in self._following(setting, scores)]
+        return []
 
     def _scores(self) -> list[tuple[frozenset[str], Scores]]:
         return list(self.search.scores(self.scored).items())

@@ -9,8 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import sweep_files
 from loralab.config.compose import plain_sweep
-from loralab.scheduling import axes, dimension, elsewhere
+from loralab.errors import ConfigError
+from loralab.scheduling import axes, dimension, elsewhere, tuning
 from loralab.scheduling.session import Session
+from loralab.scheduling.sweep_file import decide
 
 Trials = list[list[str]]
 
@@ -21,8 +23,8 @@ class Study(Protocol):
     def ask(self) -> Trials:
         """The overrides of the trials to run next; empty: no more."""
 
-    def tell(self, trials: Trials, values: Sequence[float | None]) -> None:
-        """The metric of each trial that was asked for; None: it was not completed."""
+    def tell(self, trials: Trials, values: Sequence[float | None]) -> Sequence[Mapping[str, Any]]:
+        """What follows from the metrics of the trials that were asked for (None: not completed), for sweep.json."""
 
 
 class Grid:
@@ -34,12 +36,14 @@ class Grid:
     def ask(self) -> Trials:
         return self.trials
 
-    def tell(self, trials: Trials, values: Sequence[float | None]) -> None:
+    def tell(self, trials: Trials, values: Sequence[float | None]) -> Sequence[Mapping[str, Any]]:
         self.trials = []
+        return ()
 
 
 def study_of(sweeper: Any, params: Mapping[str, Any], arguments: Sequence[str]) -> Study:
-    """What the sweep asks: the trials of its axes, and those of its search where it has one (``sweep.d90``).
+    """What the sweep asks: the trials of its axes, each at every value of what is tuned (``sweep.tune``), and those of
+    its search where it has one (``sweep.d90``).
 
     ``params``: axes of the configuration, which ``arguments`` replace. Raises ConfigError.
     """
@@ -47,8 +51,24 @@ def study_of(sweeper: Any, params: Mapping[str, Any], arguments: Sequence[str]) 
     trials = of_axes(
         master, [*map(axis_word, params, params.values()), *arguments], sweeper.hydra_context.config_loader
     )
-    search = dimension.search_of(master)
+    sweep, search = plain_sweep(master), dimension.search_of(master)
+    tuning.check_compared(sweep, trials)
+    if sweep.get("tune") is not None:
+        if search is not None:
+            raise ConfigError("sweep.tune and sweep.d90 both say which trials come next; valid: one of them")
+        return tuning.Tuning(sweep, trials, str(master.metric), str(master.metric_mode), tested(master, arguments))
     return Grid(trials) if search is None else dimension.Searching(search, trials, master)
+
+
+def tested(master: DictConfig, words: Sequence[str]) -> list[str]:
+    """The override that has every trial scored on the test split, where ``master`` has them not. Raises ConfigError
+    where ``words`` forbid it."""
+    if any(word.lstrip("+").partition("=")[::2] == ("trainer.test", "false") for word in words):
+        raise ConfigError(
+            "trainer.test=false: sweep.tune chooses each arm's best value by the validation split, whose least mean is"
+            " no score of the arm; valid: trainer.test=true, which sweep.tune sets"
+        )
+    return [] if OmegaConf.select(master, "trainer.test") is True else [tuning.TESTED]
 
 
 def of_axes(master: DictConfig, words: Sequence[str], loader: Any = None) -> Trials:
@@ -69,10 +89,12 @@ def run(sweeper: Any, study: Study) -> list[Sequence[JobReturn]]:
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
     returns: list[Sequence[JobReturn]] = []
+    decisions: list[Mapping[str, Any]] = []
     while trials := study.ask():
         first = sum(map(len, returns))
         returns.append(_launched(sweeper, trials, first))
-        study.tell(trials, [done.return_value for done in returns[-1]])  # raises what a job raised
+        decisions += study.tell(trials, [done.return_value for done in returns[-1]])  # raises what a job raised
+        decide(folder, decisions)  # before anything is done about them
     return returns
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from loralab.config.sweep_files import own_files
 from loralab.errors import ArtifactError, ConfigError
 from loralab.records import record
+from loralab.records.lock import hold
 from loralab.scheduling.job import Job
 
 WRITTEN_EVERY = 1.0  # seconds; the file of 10,000 trials takes 40 ms to write
@@ -28,7 +29,7 @@ class SweepFile:
         earlier = [entries.pop(entry["trial"], {**entry, "earlier": True}) for entry in listed]
         trials = [*earlier, *entries.values()]
         axes = swept_axes([list(entry.get("overrides") or []) for entry in trials])
-        self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials}
+        self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials, **_decided(folder)}
         self._entries = {entry["trial"]: entry for entry in trials}
         present = [entry["trial"] for entry in trials if not entry.get("earlier")]
         self.places = {trial: place for place, trial in enumerate(present, 1)}
@@ -49,6 +50,26 @@ class SweepFile:
         """The overrides of the swept axes; all overrides where the trial has none of them."""
         words = [word.lstrip("+") for word in job.overrides]
         return "  ".join([word for word in words if word.split("=")[0] in self.content["axes"]] or words)
+
+
+def decide(folder: Path, decisions: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what a sweep has decided so far into its sweep.json, in place of earlier decisions on the same arms."""
+    if not decisions or not (folder / record.SWEEP).exists():  # the trials of another task than loralab's have none
+        return
+    arms = [decision["arm"] for decision in decisions]
+    with hold(folder):
+        stored = record.read_sweep(folder)
+        others = [one for one in stored.get("decisions") or [] if one.get("arm") not in arms]
+        record.write_sweep(folder, {**stored, "decisions": [*others, *decisions]})
+
+
+def _decided(folder: Path) -> dict[str, Any]:
+    """``decisions`` of the sweep.json there; empty where it has none."""
+    try:
+        stored = record.read_sweep(folder)
+    except ArtifactError:
+        return {}
+    return {"decisions": stored["decisions"]} if stored.get("decisions") else {}
 
 
 def check_begun(folder: Path, jobs: Sequence[Job]) -> None:
