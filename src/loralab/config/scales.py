@@ -5,7 +5,6 @@
 file's own. A file is chosen at a scale as ``NAME:SCALE``.
 """
 
-from collections.abc import Mapping
 from typing import cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from loralab.analysis import environments
+from loralab.analysis import disagreements, environments
 from loralab.analysis.arms import Comparison
 from loralab.analysis.claims import source, verdicts
 from loralab.analysis.comparable import apart
 from loralab.analysis.dimension import sentences
+from loralab.analysis.disagreements import unconfirmed
 from loralab.analysis.paired import LEVEL
 from loralab.analysis.results import SweepResults
 from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS
@@ -33,6 +34,8 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     yield from _packs(comparison, packs_shown)
     if published_source := source(comparison.results):
         yield published_source
+    if doubtful := unconfirmed(comparison.results.about):
+        yield doubtful
 
 
 def general(results: SweepResults, comparisons: Sequence[Comparison]) -> Iterator[str]:
@@ -41,6 +44,7 @@ def general(results: SweepResults, comparisons: Sequence[Comparison]) -> Iterato
         yield f"sweep.json cannot be read, so this is what the records say: {results.about['damaged']}"
     if reason := apart([comparison.results for comparison in comparisons]):
         yield reason.rstrip(".")
+    yield from disagreements.sentences(results.about)
     if results.repeats:
         yield f"{results.repeats} repeated: the same trial counts once"
     yield from results.conflicts
