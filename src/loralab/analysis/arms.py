@@ -12,6 +12,7 @@ from loralab.analysis.comparable import comparable
 from loralab.analysis.paired import LEVEL, Difference, paired, replicates
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import Pack, TrialResult
+from loralab.analysis.tuning import Tuned, tuned
 from loralab.analysis.values import UNKNOWN, identity, is_number
 
 MOST_SEARCHED = 2000  # arms; of more, each is held against one that differs in one axis, or against the first
@@ -146,10 +147,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trials whose scores may be compared, and their arms in the order of the axes: the baseline comes first."""
+    """Trials whose scores may be compared, and their arms in the order of the axes: the baseline comes first.
+
+    ``tuned``: how the arms' trials were chosen, where the sweep tunes; None where all trials are compared."""
 
     results: SweepResults
     arms: list[Arm]
+    tuned: Tuned | None = None
 
     @property
     def contenders(self) -> list[Arm]:
@@ -171,14 +175,30 @@ class Comparison:
         return any(arm.std is not None for arm in self.arms)
 
     @property
+    def noise(self) -> tuple[float, int] | None:
+        """(standard deviation over seeds, pooled over the arms; of how many arms): the noise floor. None where no arm
+        has several scores."""
+        freedoms = {id(arm): arm.n - 1 for arm in self.arms if arm.std is not None}
+        if not freedoms:
+            return None
+        squares = sum(freedoms[id(arm)] * arm.std**2 for arm in self.arms if arm.std is not None)
+        return (squares / sum(freedoms.values())) ** 0.5, len(freedoms)
+
+    @property
     def differs_in_seeds(self) -> bool:
         """True if the arms' means are over different seeds, and so do not compare."""
         return len({frozenset(arm.by_seed) for arm in self.contenders}) > 1
 
 
 def comparisons(results: SweepResults) -> list[Comparison]:
-    """One for each set of trials that may be compared."""
-    return [Comparison(inside, arms(inside)) for inside in comparable(results)]
+    """One for each set of trials that may be compared; of a sweep that tunes, each arm at its own best value."""
+    return [_comparison(inside) for inside in comparable(results)]
+
+
+def _comparison(results: SweepResults) -> Comparison:
+    chosen = tuned(results)
+    inside = results if chosen is None else chosen.results
+    return Comparison(inside, arms(inside), chosen)
 
 
 def arms(results: SweepResults) -> list[Arm]:
@@ -231,7 +251,7 @@ def _compared(arms: list[Arm]) -> list[Arm]:
     scored = {tuple(arm.values.values()): arm for arm in reversed(arms) if arm.scores}
     result = []
     for arm in arms:
-        other = _against(arm, scored) or first.get(arm.environment)
+        other = _against(arm, scored) or (None if arm.results.about.get("compare") else first.get(arm.environment))
         other = None if other is arm or first.get(arm.environment) is arm else other
         difference = paired(arm.by_seed, other.by_seed) if other else None
         is_first = len(arms) > 1 and first.get(arm.environment) is arm
@@ -243,9 +263,10 @@ def _against(arm: Arm, scored: Mapping[tuple[str, ...], Arm]) -> Arm | None:
     """Like with like: the scored arm of the same environment that has the first value of one axis and is equal on all
     others, of the first such axis; None where there is none. So nf4 with r = 8 is held against none with r = 8, and
     none with r = 8 against none with r = 2. Where axes move together, or are there in some trials only, several axes
-    have their first value, or none: as few as can be."""
+    have their first value, or none: as few as can be. ``sweep.compare`` names the only axes to go along."""
+    compared = arm.results.compared
     for axis, labels in arm.results.axes.items():
-        if axis == environments.AXIS or arm.values[axis] == labels[0]:
+        if axis == environments.AXIS or arm.values[axis] == labels[0] or axis not in compared:
             continue
         values = {**arm.values, axis: labels[0]}
         if (other := scored.get(tuple(values.values()))) is not None:
@@ -261,7 +282,8 @@ def _changed(arm: Arm, other: Arm) -> tuple[int, ...]:
     """The places of the axes on which ``other`` differs, where it has their first values or lacks them; else empty."""
     axes = arm.results.axes
     changed = [(place, axis) for place, axis in enumerate(axes) if arm.values[axis] != other.values[axis]]
-    near = all(other.values[axis] in (axes[axis][0], UNKNOWN) for _, axis in changed)
+    compared = arm.results.compared
+    near = all(axis in compared and other.values[axis] in (axes[axis][0], UNKNOWN) for _, axis in changed)
     return tuple(place for place, _ in changed) if near else ()
 
 

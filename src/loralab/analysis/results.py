@@ -79,6 +79,13 @@ class SweepResults:
 
         return pd.DataFrame([_columns(trial) for trial in self.trials], dtype=object).infer_objects()
 
+    @property
+    def compared(self) -> list[str]:
+        """The axes along which rows are held against each other: those of ``sweep.compare``, else all."""
+        asked = self.about.get("compare")
+        names = [str(name).lstrip("+") for name in asked] if isinstance(asked, list) else []
+        return [axis for axis in self.axes if axis in names or not names]
+
     def moving(self) -> list[str]:
         """The axes with more than one value, the environment aside."""
         return [axis for axis, labels in self.axes.items() if len(labels) > 1 and axis != environments.AXIS]

@@ -29,8 +29,8 @@ class Choice:
 def choose(scores: Scores, mode: str) -> Choice:
     """The best setting of one arm; ``mode``: min or max. Of equal means the first one's.
 
-    A setting that lacks a seed, as one that diverged, is not chosen while another has all of them; where none has, those
-    with the most compare over the seeds that they share.
+    A setting that lacks a seed, as one that diverged, is not chosen while another has all of them; where none has,
+    those with the most compare over the seeds that they share.
     """
     wanted = list(dict.fromkeys(seed for by_seed in scores.values() for seed in by_seed))
     done = {

@@ -8,7 +8,7 @@ from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.paired import LEVEL
 from loralab.analysis.results import SweepResults
 from loralab.analysis.values import UNKNOWN, Json, as_number
-from loralab.reporting import charts, curves, explorer
+from loralab.reporting import charts, curves, explorer, tuning
 from loralab.reporting.charts import Figure, Legend
 from loralab.reporting.table import score_text
 
@@ -30,9 +30,11 @@ def figures(comparison: Comparison, number: int = 0) -> list[Figure]:
     x, others = axis_roles(results)
     second = x if others and x and len(results.axes[x]) <= MOST_DASHES else None
     groups = grouped(results, comparison.arms, others[:1] or ([x] if x else []))
-    lines = curves.figures(comparison, groups, second, named(results, second) if second else [""])
+    names = named(results, second) if second else [""]
+    lines = curves.figures(comparison, groups, second, names)
+    rates = tuning.figures(comparison, groups, second, names)
     any_other = explorer.figures(comparison, groups, number)
-    return [*_metric(comparison), *_differences(comparison), *_against_bits(comparison), *lines, *any_other]
+    return [*rates, *_metric(comparison), *_differences(comparison), *_against_bits(comparison), *lines, *any_other]
 
 
 def axis_roles(results: SweepResults) -> tuple[str | None, list[str]]:

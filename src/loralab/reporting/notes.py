@@ -19,6 +19,9 @@ ONE_SEED = "no intervals: with one seed a row, no difference can be told from ch
 def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     """The notes of one table; ``packs_shown``: True if any of its cells is marked as a pack's."""
     yield from _environments(comparison)
+    if comparison.tuned is not None:
+        yield from comparison.tuned.sentences()
+    yield from _noise(comparison)
     yield from sentences(comparison.results)
     yield from _separation(comparison)
     yield from _versus(comparison)
@@ -71,6 +74,17 @@ def differing(comparison: Comparison) -> str:
         return f"no row differs from the baseline by its {LEVEL:.0%} interval"
     count = f"{len(signs) - signs.count('')} of {len(signs)}"
     return f"against the baseline, {count} rows' {LEVEL:.0%} intervals exclude 0: {', '.join(counts)}"
+
+
+def _noise(comparison: Comparison) -> Iterator[str]:
+    """The noise floor, before any claim."""
+    if comparison.noise is not None:
+        deviation, count = comparison.noise
+        yield (
+            f"Noise floor: over its seeds a row's {comparison.results.metric} has a standard deviation of "
+            f"{deviation:.2g} ({f'pooled over {count} rows' if count > 1 else 'of the one row'} with several seeds); a "
+            "difference of that size between two single runs is none"
+        )
 
 
 def _parts(comparison: Comparison) -> Iterator[str]:

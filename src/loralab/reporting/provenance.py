@@ -10,6 +10,7 @@ from typing import Any
 
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import TrialResult
+from loralab.analysis.tuning import tuned_axes
 from loralab.analysis.values import canonical, is_number, label, sort_key
 from loralab.config.compose import sweep_axes
 from loralab.config.sweep_files import chosen_by
@@ -126,10 +127,9 @@ def _own_axes(results: SweepResults) -> list[str]:
 def _further(results: SweepResults) -> list[str]:
     """Axes of this run of which the sweep file, that speaks of what it holds fixed, knows nothing."""
     file_axes = _own_axes(results)
+    known = [*file_axes, *tuned_axes(results)]
     return (
-        [axis for axis in results.moving() if axis not in file_axes and axis in results.about["axes"]]
-        if file_axes
-        else []
+        [axis for axis in results.moving() if axis not in known and axis in results.about["axes"]] if file_axes else []
     )
 
 

@@ -1,18 +1,21 @@
 """What an arm shows: its columns as text and numbers, and the same for results.json."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.claims import published, published_text
 from loralab.analysis.trials import UNSCORED
+from loralab.analysis.tuning import Tuned, scale
 from loralab.analysis.values import is_number
 
 MIB, GIB = 2**20, 2**30
 VERSUS = "vs baseline"
 SIGNIFICANT = "!"  # behind a difference whose interval excludes 0
 STEPS = "steps"
+RATE = "lr x scale"  # what an update moves the weights by, to first order: B A is scaled by it and learned at this rate
 NOTICEABLE = 0.01  # by which bits over all weights must differ from the quantized ones' to be shown beside them
 DECOMPOSED = (
     "A decomposed product (..._decomposed) stores every weight twice, in 8 bits for the int8 product and in 16 bits "
@@ -40,6 +43,7 @@ def columns(comparison: Comparison) -> list[Column]:
     others = [name for name, value in metrics.items() if name != results.metric and is_number(value)]
     uneven = any(arm.stopped for arm in arms) or len({step for arm in arms for step in arm.steps}) > 1
     shown = [
+        *_tuned(comparison),
         Column(VERSUS, _difference_text, lambda arm: arm.difference.mean if arm.difference else None),
         Column("published", lambda arm: published_text(arm) or "-", lambda arm: None),
         *(_average(name, name, "{:.4f}".format) for name in others),
@@ -54,6 +58,38 @@ def columns(comparison: Comparison) -> list[Column]:
         _measured("tokens/s", lambda arm: arm.speed, "{:,.0f}".format),
     ]
     return [column for column in shown if any(column.text(arm) != "-" for arm in arms)]
+
+
+def _tuned(comparison: Comparison) -> Iterator[Column]:
+    """The value that each arm is tuned to and what it was chosen by; the scale of its update, where arms differ in it
+    or in their rate."""
+    tuned = comparison.tuned
+    if tuned is not None:
+        for place, name in enumerate(tuned.names):
+            yield Column(name, partial(_tuned_text, tuned, place), partial(_setting, tuned.axes[place]))
+        yield _average(tuned.whole.metric, tuned.whole.metric, "{:.4f}".format)
+    scales = {_scale(arm) for arm in comparison.arms}
+    if len(scales - {None}) > 1 or (tuned is not None and scales != {None}):
+        yield column("scale", _scale, "{:.4g}".format)
+        yield column(RATE, lambda arm: _product(_scale(arm), _setting("optimizer.lr", arm)), "{:.3g}".format)
+
+
+def _tuned_text(tuned: Tuned, place: int, arm: Arm) -> str:
+    return tuned.text(arm.values, place)
+
+
+def _setting(key: str, arm: Arm) -> float | None:
+    """The number that all trials of the arm have; None where there is none."""
+    values = {value for trial in arm.trials if is_number(value := trial.setting(key))}
+    return values.pop() if len(values) == 1 else None
+
+
+def _scale(arm: Arm) -> float | None:
+    return scale(arm.trials[0])
+
+
+def _product(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one * other
 
 
 def steps_text(arm: Arm) -> str:

@@ -9,12 +9,12 @@ from loralab.reporting import cost, subspace
 from loralab.reporting.layout import WIDTH, aligned, markdown_table, natural_width, wrapped
 from loralab.reporting.notes import messages, notes
 from loralab.reporting.provenance import question
-from loralab.reporting.table import VERSUS, Column, columns, score_text, seeds_text
+from loralab.reporting.table import RATE, VERSUS, Column, columns, score_text, seeds_text
 
 # Columns that go first when the terminal is narrow.
 _EXPENDABLE = (
-    *("tokens/s", "base size", "peak memory", "train s", "trainable", "bits overall", "peak alone", "bits/param"),
-    "published",
+    *("tokens/s", "base size", "peak memory", "train s", "trainable", "bits overall", "scale", RATE, "peak alone"),
+    *("bits/param", "published"),
 )
 
 
@@ -73,11 +73,12 @@ def _cells(arm: Arm, shown: Sequence[Column]) -> list[str]:
 def _fit(comparison: Comparison, width: int) -> list[str]:
     """Leave out the expendable columns one by one; else number the rows and spell them out below."""
     axes = list(comparison.results.short.values())
-    lines = _narrowed(comparison, axes, [[*arm.values.values()] for arm in comparison.arms], width, _EXPENDABLE)
+    expendable = _EXPENDABLE if comparison.tuned else ("scale", RATE, *_EXPENDABLE)
+    lines = _narrowed(comparison, axes, [[*arm.values.values()] for arm in comparison.arms], width, expendable)
     if max(map(len, lines)) <= width:
         return lines
     numbers = [[str(number)] for number, _ in enumerate(comparison.arms, 1)]
-    lines = _narrowed(comparison, ["row"], numbers, width, (*_EXPENDABLE, VERSUS))
+    lines = _narrowed(comparison, ["row"], numbers, width, (*expendable, VERSUS))
     legend = [wrapped(f"{number}: {arm.name}", width, "   ") for number, arm in enumerate(comparison.arms, 1)]
     return [*(line[:width] for line in lines), "", *(line for item in legend for line in item)]
 

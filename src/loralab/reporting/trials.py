@@ -59,7 +59,8 @@ def rows(results: SweepResults) -> tuple[list[str], list[Json]]:
 def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
     """For the page's script. ``columns``: key, title, whether the table shows it and whether it is a quantity;
     ``values``: of each column a list, or ``{"all": value}``; beside those of results.csv ``set`` (the number of the
-    table), ``arm`` (the row), ``path`` (of the folder, from the page), ``files`` in it and ``rerun``."""
+    table, null for a trial that was not chosen), ``arm`` (the row), ``path`` (of the folder, from the page), ``files``
+    in it and ``rerun``."""
     names, lines = rows(results)
     places = {
         trial.folder: (number, arm.name)
@@ -67,15 +68,17 @@ def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
         for arm in one.arms
         for trial in arm.trials
     }
-    shown = [*results.axes, "seed", "status", "trial", results.metric, "time.steps", "ended"]
+    tested = [one.results.metric for one in comparisons if one.tuned is not None][:1]
+    shown = [*results.axes, "seed", "status", "trial", results.metric, *tested, "time.steps", "ended"]
+    shown = [name for name in shown if name in names]
     columns = [*shown, *(name for name in names if name not in shown)]
     many = len(lines) > MANY
     values: dict[str, list[Any]] = {
         name: [_plain(line.get(name), many and name in MEASURED) for line in lines] for name in columns
     }
     values |= {
-        "set": [places[trial.folder][0] for trial in results.trials],
-        "arm": [places[trial.folder][1] for trial in results.trials],
+        "set": [places.get(trial.folder, (None, ""))[0] for trial in results.trials],
+        "arm": [places.get(trial.folder, (None, ""))[1] for trial in results.trials],
         "path": [_path(results.folder, trial) for trial in results.trials],
         "files": [[name for name in FILES if (trial.folder / name).exists()] for trial in results.trials],
         "rerun": [trial.rerun if trial.record["overrides"] else "" for trial in results.trials],
