@@ -1,15 +1,15 @@
-"""Where a paper and its official code, or its own counting, say different things; which a sweep follows, it says itself.
+"""Where a paper and its official code, or its own counting, differ; which of the two a sweep follows, it says itself.
 
-Read from the papers' full text and the authors' repositories: microsoft/LoRA (``examples/NLU``, ``examples/NLG``,
-``loralib``), artidoro/qlora (``qlora.py``, ``scripts``) and bitsandbytes 0.50.2. A sweep file names those that concern it
-under ``sweep.paper.disagreements``: ``{roberta_base_alpha: paper}``.
+Read in the papers' full text and the authors' repositories: microsoft/LoRA (``examples/NLU``, ``examples/NLG``,
+``loralib``), artidoro/qlora (``qlora.py``, ``scripts``) and bitsandbytes 0.50.2. A sweep file names those that concern
+it under ``sweep.paper.disagreements``: ``{roberta_base_alpha: paper}``.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FOLLOWED = ("paper", "code", "both", "neither")  # both: an axis of the sweep
+FOLLOWED = ("paper", "code", "count", "both", "neither")  # both: as values of an axis
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,3 @@ def sentences(about: Mapping[str, Any]) -> Iterator[str]:
                 f"Paper and code disagree ({key}): {known.paper}; official code or count: {known.code} "
                 f"({known.where}). This sweep follows: {followed}"
             )
-
-
-def unconfirmed(about: Mapping[str, Any]) -> str:
-    """Which published values were not checked against the paper's own text; empty where all were."""
-    marks = (about.get("paper") or {}).get("marks")
-    names = [str(arm) for arm, mark in (marks if isinstance(marks, Mapping) else {}).items() if mark != "confirmed"]
-    return f"Published values not confirmed by the paper's full text: {', '.join(names)}" if names else ""

@@ -34,7 +34,7 @@ def merged(content: DictConfig, scale: str | None, file: str) -> DictConfig:
     if not isinstance(listed, DictConfig) or not listed or not all(isinstance(x, DictConfig) for x in listed.values()):
         raise ConfigError(f"{file}: scales={listed!r} is no group of scales; valid: {{mini: {{...}}, paper: {{...}}}}")
     names = [str(name) for name in listed]
-    chosen = scale or USUAL
+    chosen = USUAL if scale is None else scale
     if chosen not in names:
         raise ConfigError(f"scale={chosen} is none of {file}; {nearest(chosen, names)}")
     own, over = (dict(part.items_ex(resolve=False)) for part in (content, listed[chosen]))

@@ -7,7 +7,6 @@ from loralab.analysis.arms import Comparison
 from loralab.analysis.claims import source, verdicts
 from loralab.analysis.comparable import apart
 from loralab.analysis.dimension import sentences
-from loralab.analysis.disagreements import unconfirmed
 from loralab.analysis.paired import LEVEL
 from loralab.analysis.results import SweepResults
 from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS
@@ -37,8 +36,6 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     yield from _packs(comparison, packs_shown)
     if published_source := source(comparison.results):
         yield published_source
-    if doubtful := unconfirmed(comparison.results.about):
-        yield doubtful
 
 
 def general(results: SweepResults, comparisons: Sequence[Comparison]) -> Iterator[str]:
