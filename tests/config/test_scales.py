@@ -42,7 +42,7 @@ def file(tmp_path, monkeypatch):
 
 def test_each_scale_has_its_axes_groups_and_settings_over_the_files_own(file):
     mini = plain(compose(["+sweeps=own", "adapter.r=2"]))
-    paper = plain(compose(["+sweeps=own:paper", "adapter.r=2"]))
+    paper = plain(compose(["+sweeps=own@paper", "adapter.r=2"]))
     assert (mini["schedule"]["kind"], paper["schedule"]["kind"]) == ("linear", "linear")
     assert (mini["adapter"]["lora_alpha"], paper["adapter"]["lora_alpha"]) == (4, 4)
     assert (mini["model"]["name_or_path"], paper["model"]["name_or_path"]) == ("loralab/tiny", "roberta-large")
@@ -50,27 +50,34 @@ def test_each_scale_has_its_axes_groups_and_settings_over_the_files_own(file):
     assert paper["adapter"]["target_modules"] == ["query", "value"]
     assert (mini["trainer"]["max_steps"], paper["trainer"]["max_steps"]) == (2, 200)
     assert (mini["sweep"]["scale"], mini["sweep"]["claims"]) == ("mini", ["a < b"])
-    assert (paper["sweep"]["scale"], paper["sweep"]["claims"], paper["sweep"]["fixed"]) == ("paper", ["b < a"], "nothing")
+    assert (paper["sweep"]["scale"], paper["sweep"]["claims"], paper["sweep"]["fixed"]) == (
+        "paper",
+        ["b < a"],
+        "nothing",
+    )
     assert not {"scale", "scales"} & {*mini, *paper}
     assert sweep_files.axes(file) == {"adapter.r": "1,2", "seed": "0"}
     assert sweep_files.axes(file, "paper") == {"adapter.r": "4,8,16", "adapter.lora_dropout": "0.0,0.1"}
-    assert (sweep_axes("own"), sweep_axes("own:paper")) == (["adapter.r", "seed"], ["adapter.r", "adapter.lora_dropout"])
+    assert (sweep_axes("own"), sweep_axes("own@paper")) == (
+        ["adapter.r", "seed"],
+        ["adapter.r", "adapter.lora_dropout"],
+    )
 
 
 def test_the_word_becomes_part_of_the_choice_and_mini_needs_none(file):
     assert sweep_arguments("own", ["seed=1"])[0] == "+sweeps=own"
-    assert sweep_arguments("own", ["scale=mini"])[0] == "+sweeps=own:mini"
+    assert sweep_arguments("own", ["scale=mini"])[0] == "+sweeps=own@mini"
     words = sweep_arguments("own", ["scale=paper", "adapter.r=3"])
-    assert words[0] == "+sweeps=own:paper"
+    assert words[0] == "+sweeps=own@paper"
     assert words[-2:] == ["adapter.lora_dropout=0.0,0.1", "adapter.r=3"]
-    assert sweep_arguments("own:mini", ["scale=paper"])[0] == "+sweeps=own:paper"
+    assert sweep_arguments("own@mini", ["scale=paper"])[0] == "+sweeps=own@paper"
 
 
 def test_a_scale_is_no_part_of_a_trial(file):
-    named, unnamed = (trial_id(compose([word, "adapter.r=2"])) for word in ("+sweeps=own:mini", "+sweeps=own"))
+    named, unnamed = (trial_id(compose([word, "adapter.r=2"])) for word in ("+sweeps=own@mini", "+sweeps=own"))
     same = ["schedule=linear", "adapter.r=2", "adapter.lora_alpha=4", "trainer.max_steps=2"]
     assert named == unnamed == trial_id(compose(same))
-    assert trial_id(compose(["+sweeps=own:paper", "adapter.r=2"])) != named
+    assert trial_id(compose(["+sweeps=own@paper", "adapter.r=2"])) != named
 
 
 def test_each_scale_has_a_folder_of_its_own(file):

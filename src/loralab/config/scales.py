@@ -2,7 +2,7 @@
 
 ``scales: {mini: {...}, paper: {...}}`` holds for each what the file itself may hold: defaults, settings, axes and what
 ``sweep`` says. The chosen one goes over the rest of the file: mappings key by key, lists whole, defaults behind the
-file's own. A file is chosen at a scale as ``NAME:SCALE``.
+file's own. A file is chosen at a scale as ``NAME@SCALE``.
 """
 
 from typing import cast
@@ -16,9 +16,9 @@ USUAL = "mini"  # what is run where no scale is named: it needs no network
 
 
 def parted(chosen: str) -> tuple[str, str | None]:
-    """``paper/lora_table6:paper`` -> its name and its scale; None where it names no scale."""
-    name, colon, scale = chosen.rpartition(":")
-    return (name, scale) if colon else (chosen, None)
+    """``paper/lora_table6@paper`` -> its name and its scale; None where it names no scale."""
+    name, at, scale = chosen.rpartition("@")
+    return (name, scale) if at else (chosen, None)
 
 
 def merged(content: DictConfig, scale: str | None, file: str) -> DictConfig:
@@ -40,5 +40,5 @@ def merged(content: DictConfig, scale: str | None, file: str) -> DictConfig:
     own, over = (dict(part.items_ex(resolve=False)) for part in (content, listed[chosen]))
     del own[SCALES]
     defaults = [*own.pop("defaults", []), *over.pop("defaults", [])]
-    joined = cast(DictConfig, OmegaConf.merge(own, over, {"sweep": {"scale": chosen}}))
-    return OmegaConf.merge({"defaults": ListConfig(defaults)}, joined) if defaults else joined
+    before = {"defaults": ListConfig(defaults)} if defaults else {}
+    return cast(DictConfig, OmegaConf.merge(before, own, over, {"sweep": {"scale": chosen}}))

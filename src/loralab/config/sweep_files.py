@@ -54,7 +54,7 @@ def locate(chosen: str, folder: Path | None = None) -> Path | None:
 
 
 def scale_of(chosen: str, folder: Path | None = None) -> str | None:
-    """The scale in a ``choice`` such as ``paper/lora_table6:paper``; None where it names none."""
+    """The scale in a ``choice`` such as ``paper/lora_table6@paper``; None where it names none."""
     return None if _located(chosen, folder) else scales.parted(chosen)[1]
 
 
@@ -63,7 +63,7 @@ def at_scale(chosen: str, scale: str) -> str:
     path = locate(chosen)
     assert path is not None, chosen
     load(path, scale)
-    return f"{chosen if scale_of(chosen) is None else scales.parted(chosen)[0]}:{scale}"
+    return f"{chosen if scale_of(chosen) is None else scales.parted(chosen)[0]}@{scale}"
 
 
 def _located(chosen: str, folder: Path | None) -> Path | None:
