@@ -185,14 +185,45 @@ def test_a_checkpoint_made_on_other_weights_is_not_taken_up(words, base, tmp_pat
     assert "base weights: the trial begins anew" in capsys.readouterr().err
 
 
-def test_asked_for_the_test_split_a_trial_that_did_not_score_it_runs_again(sweep, rows, tmp_path):
-    tested = f"data.test={rows['pairs', 'validation']}"
+def test_asked_for_the_test_split_a_finished_trial_is_scored_by_its_adapter_and_not_trained_anew(sweep, rows, tmp_path):
+    tested = (f"data.test={rows['pairs', 'train']}", "data.generate_rows=2")
+    sweep("seed=0", *tested)
+    (before,) = records(tmp_path / "s").values()
+    (adapter,) = (tmp_path / "s").glob("*/adapter/adapter_model.safetensors")
+    written = adapter.stat().st_mtime_ns
+    code, message = sweep("seed=0", "trainer.test=true", *tested)
+    assert (code, "they are of its adapter" in message, "finished before" in message) == (0, True, True)
+    (scored,) = records(tmp_path / "s").values()
+    assert adapter.stat().st_mtime_ns == written
+    assert {**scored, "metrics": before["metrics"]} == before
+    assert scored["metrics"].items() >= before["metrics"].items()
+    predictions = (adapter.parents[1] / "predictions.jsonl").read_text().splitlines()
+    generated = [json.loads(line)["split"] for line in predictions]
+    assert generated == ["validation"] * 2 + ["test"] * 2
+    assert "they are of its adapter" not in sweep("seed=0", "trainer.test=true", *tested)[1]
+    assert sweep("seed=0", "trainer.test=true", *tested, flags=["--fresh"])[0] == 0
+    (trained,) = records(tmp_path / "s").values()
+    assert trained["metrics"] == scored["metrics"]
+
+
+def test_without_its_adapter_a_trial_runs_again_for_its_test_scores(sweep, rows, tmp_path):
+    tested = f"data.test={rows['pairs', 'train']}"
     sweep("seed=0", tested)
-    code, message = sweep("seed=0", tested, "trainer.test=true")
-    assert (code, "trainer.test was off" in message) == (0, True)
+    (adapter,) = (tmp_path / "s").glob("*/adapter")
+    shutil.rmtree(adapter)
+    code, message = sweep("seed=0", "trainer.test=true", tested)
+    assert (code, "runs again, for its test scores" in message) == (0, True)
     (one,) = records(tmp_path / "s").values()
     assert "test/loss" in one["metrics"]
-    assert "finished before" in sweep("seed=0", tested)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("data.test=null", "is empty"), ("data.test={validation}", "is its validation split")],
+)
+def test_no_test_split_and_one_that_is_the_validation_split_are_refused(sweep, rows, tmp_path, given, said):
+    code, message = sweep("seed=0", "trainer.test=true", given.format(validation=rows["pairs", "validation"]))
+    assert (code, said in message) == (3, True)
 
 
 def test_two_values_that_are_one_trial_run_once_and_are_listed_once(sweep, tmp_path):

@@ -6,7 +6,8 @@ from functools import cached_property
 
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import TrialResult
-from loralab.analysis.values import UNKNOWN, is_number
+from loralab.analysis.values import UNKNOWN
+from loralab.numerics.scale import scale as of_settings
 from loralab.numerics.tuning import Choice, Scores, Setting, choose
 
 VALIDATION, TEST = "val/", "test/"
@@ -117,11 +118,6 @@ def _by_seed(trials: list[TrialResult], metric: str) -> dict[str, float | None]:
 
 
 def scale(trial: TrialResult) -> float | None:
-    """What an adapter's update is multiplied by: lora_alpha / r, with use_rslora lora_alpha / sqrt(r) (arXiv
-    2312.03732); None for a method without these, and where modules differ in them."""
-    r, alpha = trial.setting("adapter.r"), trial.setting("adapter.lora_alpha")
-    if not is_number(r) or not is_number(alpha) or r <= 0:
-        return None
-    if trial.setting("adapter.rank_pattern") or trial.setting("adapter.alpha_pattern"):
-        return None
-    return float(alpha / (r**0.5 if trial.setting("adapter.use_rslora") else r))
+    """What the update of the trial's adapter is multiplied by; None for a method without it."""
+    adapter = trial.setting("adapter")
+    return of_settings(adapter) if isinstance(adapter, Mapping) else None

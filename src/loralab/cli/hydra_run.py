@@ -50,8 +50,14 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     if many:
         check_own_files(overrides, arguments.config_dir, arguments.config_name)
     resumes = arguments.resume is not None
-    session = Session(fresh=arguments.fresh, many=many, flags=flags, resumes=resumes)
+    previews = many and arguments.preview
+    session = Session(fresh=arguments.fresh, many=many, flags=flags, resumes=resumes, previews=previews)
     code = session.run([*(["-m"] if many else []), *flags, *overrides])
+    if session.previewed is not None:
+        from loralab.cli.preview import text
+
+        print(text(session.previewed))
+        return 0
     if many and session.folder is not None:
         after_sweep(session.folder)
         show_report(session.folder)

@@ -32,12 +32,13 @@ def outdated(stored: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     """Why the completed record ``stored`` does not finish the trial of the configuration ``content``; else empty."""
     if changed := _changed(stored, content, {}):
         return changed
-    if not stored["metrics"]:
-        return "it has no metrics"
+    return "" if stored["metrics"] else "it has no metrics"
+
+
+def untested(stored: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
+    """Whether the configuration ``content`` asks for test scores that the completed record ``stored`` has not."""
     tested = any(key.startswith("test/") for key in stored["metrics"])
-    if content["trainer"].get("test") and (stored["data"].get("rows") or {}).get("test") and not tested:
-        return "trainer.test was off"
-    return ""
+    return bool(content["trainer"].get("test") and (stored["data"].get("rows") or {}).get("test") and not tested)
 
 
 def of_record(stored: Mapping[str, Any], known: Known | None = None) -> str:

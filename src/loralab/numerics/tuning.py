@@ -64,7 +64,7 @@ def following(choice: Choice, tried: Sequence[Setting], grid: Sequence[Setting],
         if before is None or len(beyond) >= extend:
             continue
         last = float(choice.setting[place])
-        value = last * end / before if min(end, before) > 0 else last + end - before
+        value = last * end / before if min(ends) > 0 else last + end - before
         found.append((*choice.setting[:place], f"{value:.6g}", *choice.setting[place + 1 :]))
     return [setting for setting in found if setting not in tried]
 

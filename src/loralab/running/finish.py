@@ -66,6 +66,17 @@ def keep_predictions(trial: Trial) -> None:
         path.unlink(missing_ok=True)
 
 
+def add_predictions(trial: Trial) -> None:
+    """Writes what the trial generated behind what its predictions.jsonl has of other splits."""
+    path = trial.spec.folder / PREDICTIONS
+    if not trial.predictions:
+        return
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in before if json.loads(line).get("split") not in trial.predictions]
+    made = [json.dumps(one) for split in trial.predictions.values() for one in split]
+    records.replace_text(path, "".join(f"{line}\n" for line in [*kept, *made]))
+
+
 def finish(trial: Trial, base: Base, started: float) -> None:
     """Exports the adapter and closes the record. ``started``: when the run began, in seconds of time.monotonic."""
     record = trial.record

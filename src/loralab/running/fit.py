@@ -78,11 +78,11 @@ class Fit:
             elif any(trial.optimizer_state for trial in self.trials):  # continued from its last step
                 self._describe(self.module.configure_optimizers()["optimizer"])
             seconds = time.monotonic() - begun
-            self._evaluate("val", "validation")
+            self.evaluate("val", "validation")
             for trial in self.trials:
                 trial.take_best()
             if self.spec.trainer.test and any(len(trial.data.test) for trial in self.trials):
-                self._evaluate("test", "test")
+                self.evaluate("test", "test")
         except Exception as error:
             failure = explain(error)
             if isinstance(failure, OutOfMemory | NotPackable):
@@ -125,7 +125,7 @@ class Fit:
             if trainer.optimizers:
                 self._describe(trainer.optimizers[0])
 
-    def _evaluate(self, prefix: str, split: str) -> None:
+    def evaluate(self, prefix: str, split: str) -> None:
         """Scores the final state over ``split``, by its loss, by choice and by generation."""
         self._score(prefix, split)
         for trial in self.trials:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from loralab.config import sweep_files
 from loralab.config.compose import plain_sweep
 from loralab.errors import ConfigError
-from loralab.scheduling import axes, dimension, elsewhere, tuning
+from loralab.scheduling import axes, dimension, elsewhere, previewing, tuning
 from loralab.scheduling.session import Session
 from loralab.scheduling.sweep_file import decide
 
@@ -85,6 +85,11 @@ def axis_word(key: str, values: Any) -> str:
 
 def run(sweeper: Any, study: Study) -> list[Sequence[JobReturn]]:
     """Runs what ``study`` asks for by the launcher of ``sweeper``; the JobReturns of each round."""
+    session = getattr(sweeper.task_function, "__self__", None)
+    if isinstance(session, Session) and session.previews:
+        tune = plain_sweep(sweeper.config).get("tune") or ()
+        session.previewed = previewing.preview(sweeper, study.ask(), [str(name).lstrip("+") for name in tune])
+        return []
     folder = Path(str(sweeper.config.hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")

@@ -18,11 +18,12 @@ from loralab.records import record
 from loralab.records.lock import hold
 from loralab.records.metric_logger import prepare
 from loralab.scheduling.job import Job, Record
-from loralab.scheduling.sweep import PackOptions, Sweep, set_stale_aside
+from loralab.scheduling.sweep import PackOptions, Sweep, finished, set_stale_aside
 from loralab.scheduling.sweep_file import check_begun
 
 if TYPE_CHECKING:
     from loralab.running.runner import Runner
+    from loralab.scheduling.previewing import Preview
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Session:
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     error: Exception | None = None
+    previews: bool = False  # shows what a sweep would run, and runs nothing
+    previewed: "Preview | None" = None
     listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
     process: int = field(default_factory=os.getpid)
     _overrides: list[str] = field(default_factory=list)  # the words that are not Hydra's own
@@ -158,7 +161,7 @@ class Session:
 
     def _run_single(self, job: Job) -> Record:
         self.folder = job.folder
-        stored = None if self.fresh else job.finished()
+        stored = None if self.fresh else finished(job, self.runner)
         if stored is not None:
             log.info("%s  finished before; --fresh runs it again\n%s", _score(job, stored), job.folder)
             return stored

@@ -87,7 +87,7 @@ class Sweep:
 
     def _skip(self, job: Job) -> bool:
         """True if the trial is finished; then its record is taken."""
-        stored = None if self.fresh else job.finished()
+        stored = None if self.fresh else finished(job, self.make_runner)
         if stored is not None:
             self._close(job, stored, "finished before")
         return stored is not None
@@ -240,6 +240,22 @@ class _Planner:
             return
         if predicted is not None:
             log.info("%s", sentence(len(largest), predicted))
+
+
+def finished(job: Job, make_runner: Callable[[], "Runner"]) -> Record | None:
+    """The record of an earlier, completed run of the very same trial, with the test scores that ``job`` asks for; None
+    where it must run. Raises ArtifactError where this run would overwrite another trial's result."""
+    stored = job.finished()
+    if stored is None or not staleness.untested(stored, job.content):
+        return stored
+    from loralab.scheduling.tested import add_test_scores
+
+    try:
+        return add_test_scores(job, make_runner())
+    except LoralabError as error:
+        log.warning("%s runs again, for its test scores: %s", job.trial, error)
+        job.set_aside()
+        return None
 
 
 def set_stale_aside(jobs: Sequence[Job]) -> None:
