@@ -1,12 +1,16 @@
 """``scale=`` chooses between the scales of one sweep file, and is no part of what a trial is."""
 
+from pathlib import Path
+
 import pytest
 
 from loralab.cli import main
-from loralab.cli.sweep import sweep_arguments
+from loralab.cli.main import parse
+from loralab.cli.sweep import begun_in, sweep_arguments
 from loralab.config import sweep_files
 from loralab.config.build import trial_id
 from loralab.config.compose import compose, plain, sweep_axes
+from loralab.records import record
 
 FILE = """# @package _global_
 defaults:
@@ -83,6 +87,24 @@ def test_a_scale_is_no_part_of_a_trial(file):
 def test_each_scale_has_a_folder_of_its_own(file):
     folders = [sweep_files.load(file, scale).hydra.sweep.dir for scale in (None, "mini", "paper")]
     assert folders == ["runs/own", "runs/own", "runs/own-paper"]
+
+
+def test_a_begun_sweep_goes_on_at_its_scale(file):
+    folder = file.parents[1] / "runs" / "own-paper"
+    record.write_sweep(
+        folder, {"trials": [], "overrides": ["+sweeps=own@paper", "adapter.r=4,8"], "cwd": str(Path.cwd())}
+    )
+    words = begun_in(folder, parse(["sweep", "--resume", str(folder)]))
+    assert words[:2] == ["+sweeps=own@paper", "adapter.r=4,8"]
+    assert plain(compose(["+sweeps=own@paper", "adapter.r=4"]))["sweep"]["scale"] == "paper"
+
+
+@pytest.mark.parametrize("scale", ["mini", "paper"])
+def test_a_preview_runs_nothing(file, scale, capsys):
+    assert main.run(["sweep", "own", f"scale={scale}", "--preview"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith({"mini": "2 trials in runs/own:", "paper": "6 trials in runs/own-paper:"}[scale])
+    assert not (file.parents[1] / "runs").exists()
 
 
 @pytest.mark.parametrize(
