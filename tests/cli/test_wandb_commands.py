@@ -17,6 +17,7 @@ from loralab.cli.wandb_sweep import as_wandb
 from loralab.config import sweep_files
 from loralab.config.build import trial_id
 from loralab.config.compose import compose
+from loralab.errors import ConfigError
 from loralab.records import record, wandb_run
 
 
