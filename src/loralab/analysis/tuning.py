@@ -34,11 +34,12 @@ class Tuned:
         """Of the arm with these labels."""
         return self.choices[tuple(values[axis] for axis in self.results.axes)]
 
-    def text(self, values: Mapping[str, str], place: int) -> str:
-        """The chosen value of the tuned axis at ``place``, and whether none was tried beyond it."""
+    def text(self, values: Mapping[str, str], place: int, own: str) -> str:
+        """The chosen value of the tuned axis at ``place``, and whether none was tried beyond it; ``own``: where none
+        could be chosen."""
         choice = self.choice(values)
         if choice.setting is None:
-            return "-"
+            return own
         side = dict(choice.edges).get(place)
         return choice.setting[place] + {None: "", -1: " (least)", 1: " (greatest)"}[side]
 

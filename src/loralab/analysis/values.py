@@ -16,7 +16,7 @@ _ASIDE = {
     *("seed", "sweep", "sweeps", "hydra", "logger", "callbacks"),
     *("metric", "metric_mode", "metrics", "output", "run_dir", "plan"),
 }
-_ASIDE_KEYS = {"trainer.test"}
+_ASIDE_KEYS = {"trainer.test", "trainer.until"}
 
 _WHOLE = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
 _REAL = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")

@@ -17,7 +17,7 @@ ID_LENGTH = 10
 VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # sections that do not change what a trial computes
 LIBRARIES = ("loralab.", "lightning.pytorch.", "pytorch_lightning.")  # whose callbacks do not either, but for a few
 VOLATILE_KEYS = {
-    "trainer": ("test", "passed"),
+    "trainer": ("test", "passed", "until"),
     "memory": ("snapshot",),
 }  # nor do these: what else is measured, where it goes
 PATHS = {"data": ("train", "validation", "test"), "model": ("name_or_path", "tokenizer")}

@@ -32,7 +32,7 @@ def outdated(stored: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     """Why the completed record ``stored`` does not finish the trial of the configuration ``content``; else empty."""
     if changed := _changed(stored, content, {}):
         return changed
-    return "" if stored["metrics"] else "it has no metrics"
+    return "" if stored["metrics"] or stored["status"] != "completed" else "it has no metrics"
 
 
 def untested(stored: Mapping[str, Any], content: Mapping[str, Any]) -> bool:

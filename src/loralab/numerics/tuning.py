@@ -69,6 +69,23 @@ def following(choice: Choice, tried: Sequence[Setting], grid: Sequence[Setting],
     return [setting for setting in found if setting not in tried]
 
 
+def beside(setting: Setting, tried: Sequence[Setting], count: int) -> list[Setting]:
+    """The next ``count`` of ``tried`` on either side of ``setting``, along each axis of numbers."""
+    found = []
+    for place, own in enumerate(setting):
+        others = [
+            s
+            for s in tried
+            if s != setting and (*s[:place], *s[place + 1 :]) == (*setting[:place], *setting[place + 1 :])
+        ]
+        if not all(_is_number(s[place]) for s in [setting, *others]):
+            continue
+        for side in (-1, 1):
+            there = [s for s in others if (float(s[place]) - float(own)) * side > 0]
+            found += sorted(there, key=lambda s: abs(float(s[place]) - float(own)))[:count]
+    return found
+
+
 def _before(ends: Sequence[float]) -> float | None:
     """The value next to the first one; None where all are equal."""
     return next((value for value in ends if value != ends[0]), None)

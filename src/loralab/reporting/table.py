@@ -75,7 +75,7 @@ def _tuned(comparison: Comparison) -> Iterator[Column]:
 
 
 def _tuned_text(tuned: Tuned, place: int, arm: Arm) -> str:
-    return tuned.text(arm.values, place)
+    return tuned.text(arm.values, place, arm.trials[0].values[tuned.axes[place]])
 
 
 def _setting(key: str, arm: Arm) -> float | None:

@@ -2,12 +2,14 @@
 
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loralab.adapters.attached import attached
 from loralab.adapters.base import Adapter
 from loralab.data.encoding import Encoded
+from loralab.errors import ArtifactError
 from loralab.models.loading import Base
 from loralab.records import record as records
 from loralab.records.environment import environment
@@ -19,6 +21,9 @@ from loralab.training.trial import Trial
 def open_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     """Writes and returns the record of a trial that begins, the ``index``-th of a pack of ``size``."""
     record = records.blank(spec.id, config=spec.config, overrides=spec.overrides, choices=spec.choices, seed=spec.seed)
+    record["config"] = {**record["config"], **_without_pause(record["config"])}
+    if pauses := _earlier_pauses(spec):
+        record["pauses"] = pauses
     record["pack"] = {"size": size, "index": index}
     record["environment"] = environment()
     record["code"], record["flags"] = {"sources": spec.sources(), "files": spec.files}, spec.flags
@@ -26,6 +31,21 @@ def open_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     record["pid"], record["host"] = os.getpid(), socket.gethostname()
     records.write(spec.folder, record)
     return record
+
+
+def _without_pause(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's settings as of a run that is not paused: where it is says nothing of the trial."""
+    trainer = config.get("trainer")
+    return {"trainer": {**trainer, "until": None}} if isinstance(trainer, Mapping) and "until" in trainer else {}
+
+
+def _earlier_pauses(spec: TrialSpec) -> list[dict[str, Any]]:
+    """Of an earlier run of this trial in its folder; empty where there is none."""
+    try:
+        earlier = records.read(spec.folder)
+    except ArtifactError:
+        return []
+    return list(earlier.get("pauses") or []) if earlier["trial"] == spec.id else []
 
 
 def attach_adapter(base: Base, spec: TrialSpec, data: Encoded) -> Adapter:

@@ -11,10 +11,12 @@ from loralab.errors import DataError, Interrupted, LoralabError, explain
 from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
+from loralab.optim.optimizers import State
 from loralab.records import card, wandb_run
 from loralab.records import record as records
 from loralab.training import checkpoint, generation
 from loralab.training.choices import choice_accuracy
+from loralab.training.module import PAUSE
 from loralab.training.trial import Trial
 
 PREDICTIONS = "predictions.jsonl"
@@ -100,6 +102,21 @@ def finish(trial: Trial, base: Base, started: float) -> None:
     records.write(trial.spec.folder, record)
     if trial.failure is None:
         checkpoint.forget(trial.spec.folder)
+
+
+def pause(trial: Trial, optimizer: State, started: float) -> None:
+    """Writes the state of a trial that a later run goes on from, then its record, whose ``pauses`` have the scores at
+    this step. ``optimizer``: its state on the host; ``started``: when the run began, in seconds of time.monotonic.
+    """
+    record = trial.record
+    scores = {f"val/{name.partition('/')[2]}": value for name, value in trial.metrics.items() if name.startswith(PAUSE)}
+    checkpoint.write(trial, optimizer)
+    earlier = [one for one in record.get("pauses") or [] if one["step"] < trial.step]
+    own = {"until": trial.spec.trainer.until, "step": trial.step, "of": trial.max_steps}
+    record["pauses"] = [*earlier, {**own, "metrics": scores if trial.step == trial.end else {}}]
+    record["time"]["wall_s"] = time.monotonic() - started
+    record.update(status="interrupted", error=None, exit_code=0)
+    records.write(trial.spec.folder, record)
 
 
 def _stopped_early(trial: Trial) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from loralab.records import wandb_run
 from loralab.records.metric_logger import LoggerSpec
 from loralab.records.wandb import Wandb
 from loralab.running.attach import attach_adapter
-from loralab.running.finish import choose, finish, generate
+from loralab.running.finish import choose, finish, generate, pause
 from loralab.training import observer
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.first_batch import FirstBatch
 from loralab.training.lightning_rows import LightningRows
-from loralab.training.module import FineTuner
+from loralab.training.module import PAUSE, FineTuner
 from loralab.training.passes import EvaluationPasses, TrainPasses
 from loralab.training.specs import TrialSpec
 from loralab.training.trial import Trial
@@ -64,8 +64,11 @@ class Fit:
         if failure is not None:
             self.trials[0].fail(failure)
         self._predict_memory()
-        for trial in self.trials:
-            finish(trial, self.base, self.started)
+        for trial, state in zip(self.trials, self.states, strict=True):
+            if trial.paused:
+                pause(trial, state or {}, self.started)
+            else:
+                finish(trial, self.base, self.started)
         return []
 
     def _train_and_score(self) -> LoralabError | None:
@@ -78,6 +81,9 @@ class Fit:
             elif any(trial.optimizer_state for trial in self.trials):  # continued from its last step
                 self._describe(self.module.configure_optimizers()["optimizer"])
             seconds = time.monotonic() - begun
+            if any(trial.paused for trial in self.trials):
+                self.evaluate(PAUSE, "validation")
+                return None
             self.evaluate("val", "validation")
             for trial in self.trials:
                 trial.take_best()
@@ -124,6 +130,8 @@ class Fit:
         finally:
             if trainer.optimizers:
                 self._describe(trainer.optimizers[0])
+        if any(trial.paused for trial in self.trials):
+            self.states[:] = optimizers.states(trainer.optimizers[0])
 
     def evaluate(self, prefix: str, split: str) -> None:
         """Scores the final state over ``split``, by its loss, by choice and by generation."""

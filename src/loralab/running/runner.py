@@ -86,6 +86,8 @@ class Runner:
             check_batches(base, trials)
             for trial in trials:
                 _resume(trial)
+                if not trial.step:
+                    trial.record.pop("pauses", None)
             self._fit(base, trials, started)
         finally:
             for trial in trials:

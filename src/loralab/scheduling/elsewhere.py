@@ -32,7 +32,7 @@ def launch(sweeper: Any, session: Session, trials: Sequence[Sequence[str]], firs
 
     def run(jobs: list[Job]) -> None:
         try:
-            launcher.launch([job.overrides for job in jobs], initial_job_idx=first)
+            launcher.launch([job.asked for job in jobs], initial_job_idx=first)
         except Exception as error:  # a process died: the records say which trials have a result
             text = "hydra/launcher=%s ended with %s: %s"
             log.error(text, name, type(error).__name__, " ".join(str(error).split())[:300])

@@ -1,5 +1,6 @@
 """One trial of a command line: its configuration, its folder, and whether it is finished."""
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec
 
 Record = dict[str, Any]
+PAUSING = "trainer.until="  # no part of what a trial is
 _PASSED_ON = ("content", "overrides", "choices", "memory_budget", "flags")
 
 
@@ -50,7 +52,7 @@ class Job:
             raise ConfigError("hydra.job.chdir=true would move every relative path; valid: false")
         check_one_each(content, hydra)
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
-        words = list(hydra.overrides.task)
+        words = [word for word in hydra.overrides.task if not word.startswith(PAUSING)]
         named = {group: content[group] for group in own_classes(words) if group in choices}
         choices |= {group: str(node["_target_"]) for group, node in named.items() if isinstance(node, dict)}
         return cls(content, folder, words, choices)
@@ -69,8 +71,20 @@ class Job:
         """The trial's id: 10 hex digits."""
         return trial_id(self.content)
 
+    @property
+    def until(self) -> float | None:
+        """The share of its steps at which it pauses; None: it does not."""
+        until = self.content["trainer"].get("until")
+        return None if until is None else float(until)
+
+    @property
+    def asked(self) -> list[str]:
+        """The overrides with where it pauses, for another process."""
+        return [*self.overrides, *([f"{PAUSING}{self.until:g}"] if self.until is not None else [])]
+
     def finished(self) -> Record | None:
-        """The record of an earlier, completed run of the very same trial on the same base and data.
+        """The record of an earlier run of the very same trial on the same base and data that was completed, or has been
+        paused where this one is to pause.
 
         Raises ArtifactError where this run would overwrite another trial's result.
         """
@@ -91,7 +105,8 @@ class Job:
         except ArtifactError as error:  # of a later version of loralab, or damaged: kept under another name
             return None, str(error)
         if stored["status"] != "completed":
-            return None, ""
+            paused = stored["trial"] == self.trial and self._pause(stored) is not None
+            return (stored, staleness.outdated(stored, self.content)) if paused else (None, "")
         if stored["trial"] != self.trial:
             whose = "of other settings" if stored["schema"] == record.SCHEMA else "of an earlier version of loralab"
             raise ArtifactError(
@@ -151,6 +166,25 @@ class Job:
         return refused
 
     def value(self, stored: Record) -> float | None:
-        """The trial's metric, which a sweeper optimizes; None where the trial is not completed."""
-        value = stored["metrics"].get(str(self.content.get("metric"))) if stored["status"] == "completed" else None
+        """The trial's metric, which a sweeper optimizes, at the step where it is to pause, if it is to.
+
+        None where the trial has failed, nan where it has gone on without a score there."""
+        name, pause = str(self.content.get("metric")), self._pause(stored) if self.until is not None else None
+        if self.until is not None and (pause or stored["status"] == "completed"):
+            return float((pause or {}).get(name, math.nan))
+        value = stored["metrics"].get(name) if stored["status"] == "completed" else None
         return None if value is None else float(value)
+
+    def _pause(self, stored: Record) -> dict[str, Any] | None:
+        """The scores that a record has of the pause that this trial is to make; None where it has not made it."""
+        found = [one for one in stored.get("pauses") or [] if one["until"] == self.until]
+        return found[-1]["metrics"] if found and self.until is not None else None
+
+    def end_early(self, why: str) -> Record:
+        """The record in the folder, marked as ended by its sweep. Its checkpoint stays: without halving it goes on."""
+        stored = record.read(self.folder)
+        if stored["status"] in ("interrupted", "pruned"):
+            step = stored["pauses"][-1]["step"] if stored.get("pauses") else None
+            stored.update(status="pruned", stopped_early={"step": step, "metric": None, "best": None, "why": why})
+            record.write(self.folder, stored)
+        return stored

@@ -24,7 +24,7 @@ from loralab.scheduling.train_log import TerminalFilter
 
 log = logging.getLogger(__name__)
 
-OF_SWEEPER = ("zip", "when", "d90", "tune")  # what only loralab's sweeper does of what a sweep file says
+OF_SWEEPER = ("zip", "when", "d90", "tune", "halving")  # what only loralab's sweeper does of what a sweep file says
 BY_TRIAL = "${loralab.trial_id:}"  # hydra.sweep.subdir as conf/train.yaml has it
 
 

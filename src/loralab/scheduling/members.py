@@ -29,7 +29,13 @@ class Members:
         full = spec.packing_length and min(spec.packing_length, train["tokens"])
         length = full or train["tokens"] / max(1, train["rows"])
         # ending together: a record is written when its pack ends
-        pack_key = (*spec.pack_key, spec.trainer.max_steps, spec.trainer.test, spec.data.generate_rows > 0)
+        pack_key = (
+            *spec.pack_key,
+            spec.trainer.max_steps,
+            spec.trainer.until,
+            spec.trainer.test,
+            spec.data.generate_rows > 0,
+        )
         # one that needs padding would bring it to the others, whose dropout masks it changes
         pack_key = (*pack_key, spec.adapter.tokenwise)
         base, each = self._cost(spec, max(2, full or train["longest"]))

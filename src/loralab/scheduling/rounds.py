@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from loralab.config import sweep_files
 from loralab.config.compose import plain_sweep
 from loralab.errors import ConfigError
-from loralab.scheduling import axes, dimension, elsewhere, previewing, tuning
+from loralab.scheduling import axes, dimension, elsewhere, halving, previewing, tuning
 from loralab.scheduling.session import Session
 from loralab.scheduling.sweep_file import decide
 
@@ -53,10 +53,12 @@ def study_of(sweeper: Any, params: Mapping[str, Any], arguments: Sequence[str]) 
     )
     sweep, search = plain_sweep(master), dimension.search_of(master)
     tuning.check_compared(sweep, trials)
+    rule = halving.rule_of(sweep, master)
     if sweep.get("tune") is not None:
         if search is not None:
             raise ConfigError("sweep.tune and sweep.d90 both say which trials come next; valid: one of them")
-        return tuning.Tuning(sweep, trials, str(master.metric), str(master.metric_mode), tested(master, arguments))
+        given = (sweep, trials, str(master.metric), str(master.metric_mode), tested(master, arguments))
+        return tuning.Tuning(*given) if rule is None else halving.Halved(rule, *given)
     return Grid(trials) if search is None else dimension.Searching(search, trials, master)
 
 
@@ -100,6 +102,9 @@ def run(sweeper: Any, study: Study) -> list[Sequence[JobReturn]]:
         returns.append(_launched(sweeper, trials, first))
         decisions += study.tell(trials, [done.return_value for done in returns[-1]])  # raises what a job raised
         decide(folder, decisions)  # before anything is done about them
+        for words, why in getattr(study, "ended", {}).items():
+            if isinstance(session, Session):
+                session.end_early(words, why)
     return returns
 
 

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from loralab.records.lock import hold
 from loralab.records.metric_logger import prepare
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.sweep import PackOptions, Sweep, finished, set_stale_aside
-from loralab.scheduling.sweep_file import check_begun
+from loralab.scheduling.sweep_file import check_begun, mark
 
 if TYPE_CHECKING:
     from loralab.running.runner import Runner
@@ -43,13 +43,14 @@ class Session:
     previewed: "Preview | None" = None
     listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
     process: int = field(default_factory=os.getpid)
+    jobs: dict[tuple[str, ...], Job] = field(default_factory=dict)  # by their overrides
     _overrides: list[str] = field(default_factory=list)  # the words that are not Hydra's own
     _searched: list[str] = field(default_factory=list)  # those that name folders to search
     _runner: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a process that a launcher starts: without what is loaded here."""
-        return {**self.__dict__, "_runner": None, "records": []}
+        return {**self.__dict__, "_runner": None, "records": [], "jobs": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from loralab.config.compose import register_resolvers
@@ -122,10 +123,22 @@ class Session:
             check_begun(folder, jobs)
         for job in jobs:
             job.flags = [*self.flags, *self._searched]
+        self.jobs |= {tuple(job.overrides): job for job in jobs}
         self.folder, self.listing, before = folder, launch is not None, list(self.records)
         records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options, launch)
         self.records = [*before, *(records[job.trial] for job in jobs)]
         return records
+
+    def end_early(self, words: Sequence[str], why: str) -> None:
+        """Marks the paused trial with these overrides as ended by the sweep."""
+        job = self.jobs.get(tuple(words))
+        if job is None:  # the same trial as one with other words, which is marked
+            return
+        stored = job.end_early(why)
+        log.info("%s ends: %s", job.trial, why, extra={"trial": job.trial})
+        self.records = [stored if one["trial"] == job.trial else one for one in self.records]
+        assert self.folder is not None
+        mark(self.folder, job.trial, stored["status"])
 
     def _run_in_sweep(self, job: Job, config: Any) -> Record:
         """A trial of a sweep whose launcher is not loralab's."""

@@ -63,6 +63,16 @@ def decide(folder: Path, decisions: Sequence[Mapping[str, Any]]) -> None:
         record.write_sweep(folder, {**stored, "decisions": [*others, *decisions]})
 
 
+def mark(folder: Path, trial: str, status: str) -> None:
+    """Sets the status of a trial in the sweep.json of ``folder``."""
+    with hold(folder):
+        stored = record.read_sweep(folder)
+        for entry in stored["trials"]:
+            if entry.get("trial") == trial:
+                entry["status"] = status
+        record.write_sweep(folder, stored)
+
+
 def _decided(folder: Path) -> dict[str, Any]:
     """``decisions`` of the sweep.json there; empty where it has none."""
     try:

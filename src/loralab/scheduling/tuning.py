@@ -72,7 +72,7 @@ class Tuning:
         """What is decided by the metrics of the trials that were asked for (None: not completed), for sweep.json."""
         told, self.waiting = self.waiting, []
         for (arm, setting, words), value in zip(told, values, strict=True):
-            self.scores[arm].setdefault(setting, {})[_seed(words)] = value
+            self.scores[arm].setdefault(setting, {})[seed_of(words)] = value
         return [self._decide(arm) for arm in dict.fromkeys(arm for arm, _, _ in told)]
 
     def _decide(self, arm: Arm) -> dict[str, Any]:
@@ -132,5 +132,6 @@ def _key(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
 
 
-def _seed(words: Sequence[str]) -> str:
+def seed_of(words: Sequence[str]) -> str:
+    """The value of the override of the seed; empty where there is none."""
     return next((word.partition("=")[2] for word in words if _key(word) == "seed"), "")

@@ -24,7 +24,8 @@ from loralab.training.passes import stack_batches
 from loralab.training.trainer import TrainerSpec
 from loralab.training.trial import Trial
 
-SPLITS = {"val": "validation", "test": "test"}  # by the prefix of their metrics
+PAUSE = "pause"  # prefix of the scores of a paused trial, which are no validation of its training
+SPLITS = {"val": "validation", "test": "test", PAUSE: "validation"}  # by the prefix of their metrics
 
 
 class FineTuner(LightningModule):
@@ -230,7 +231,7 @@ class FineTuner(LightningModule):
 
     def heaviest_evaluation(self) -> int | None:
         """The number of the heaviest pass over the split that is scored next; None where there is no pass."""
-        split = "validation" if self.split == "val" else self.split
+        split = SPLITS[self.split]
         parts = [(t.data[split], t.spec.data.batch_size) for t in self.trials if t.failure is None]
         numbered = heaviest_evaluation(parts, self.weighing)
         return None if numbered is None else numbered[0]

@@ -18,7 +18,7 @@ class TrainPasses:
         self.micros = trials[0].spec.trainer.accumulate_grad_batches
 
     def __len__(self) -> int:
-        return max(trial.spec.trainer.max_steps - trial.step for trial in self.trials) * self.micros
+        return max(trial.end - trial.step for trial in self.trials) * self.micros
 
     def __iter__(self) -> Iterator[dict[int, Batch]]:
         for _ in range(len(self) // self.micros):

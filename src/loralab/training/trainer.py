@@ -8,10 +8,10 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Le
+from annotated_types import Gt, Le
 
 from loralab.errors import ConfigError
-from loralab.spec import Count, Natural, Positive, before, spec
+from loralab.spec import Count, Natural, Positive, Share, before, spec
 from loralab.training.arguments import MOST
 
 EACH_TRIALS = (  # Lightning's arguments that trials of one pack may differ in
@@ -64,6 +64,8 @@ class TrainerSpec:
     log_every_n_steps: Annotated[Count, Le(MOST)] = 1
     keep_best: bool = False  # export the state that had the best metric of all validations, not the last one
     test: bool = False  # score the test split too, once, at the end
+    # the share of its steps after which the run is paused, scored by its metric; a run with more, or null, goes on
+    until: Annotated[Share, Gt(0), "a share between 0 and 1"] | None = None
     # other arguments of Lightning's Trainer, +trainer.NAME=VALUE: see training/arguments.py
     decisive: dict[str, Any] = field(default_factory=dict)
     passed: dict[str, Any] = field(default_factory=dict)

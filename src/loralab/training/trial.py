@@ -88,9 +88,20 @@ class Trial:
         return self.spec.trainer.max_steps
 
     @property
+    def end(self) -> int:
+        """The step after which this run trains no further: max_steps, or that at which trainer.until pauses it."""
+        until = self.spec.trainer.until
+        return self.max_steps if until is None else min(self.max_steps, max(1, round(until * self.max_steps)))
+
+    @property
     def alive(self) -> bool:
         """True if it still trains."""
-        return self.failure is None and self.stopped_by is None and self.step < self.max_steps
+        return self.failure is None and self.stopped_by is None and self.step < self.end
+
+    @property
+    def paused(self) -> bool:
+        """True if a later run goes on from here."""
+        return self.failure is None and self.stopped_by is None and self.end <= self.step < self.max_steps
 
     @property
     def stopped_by(self) -> EarlyStopping | None:
@@ -109,7 +120,7 @@ class Trial:
 
     def certain_steps(self, interval: int) -> int:
         """The step that it reaches at least, with a validation every ``interval`` steps."""
-        return min(rule.certain_steps(self.step, interval, self.max_steps) for rule in self.stops)
+        return min(rule.certain_steps(self.step, interval, self.end) for rule in self.stops)
 
     def schedule_factor(self, lr: float) -> Callable[[int], float]:
         """The schedule of parameters that begin with the rate ``lr``, as a function of the steps made from here on."""
