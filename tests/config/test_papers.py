@@ -169,3 +169,10 @@ def test_the_page_lists_every_sweep_and_every_disagreement():
     for key, one in DISAGREEMENTS.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| `{key}` |"))
         assert row == f"| `{key}` | {one.paper} | {one.code} | {one.where} |"
+
+
+@pytest.mark.parametrize("name", ["qlora_table4", "qlora_figure2", "qlora_figure4", "lora_without_regret_rate"])
+def test_alpaca_is_asked_as_by_the_experiment(name):
+    """The template of two characters \\n, whatever quotes the file has."""
+    asked = compose(["+experiment=llama_alpaca"]).data
+    assert compose([f"+sweeps=paper/{name}@paper"]).data.prompt == asked.prompt
