@@ -176,3 +176,11 @@ def test_alpaca_is_asked_as_by_the_experiment(name):
     """The template of two characters \\n, whatever quotes the file has."""
     asked = compose(["+experiment=llama_alpaca"]).data
     assert compose([f"+sweeps=paper/{name}@paper"]).data.prompt == asked.prompt
+
+
+def test_its_claims_are_of_forms_that_are_judged(sweep):
+    claims = pytest.importorskip("loralab.config.claims")
+    _, about, _ = sweep
+    claims.check_marks(about)
+    for claim in about["paper"].get("claims") or []:
+        assert claims.read(claim).source == claim["source"]
