@@ -1,11 +1,17 @@
 """What ``import loralab`` gives: the command line's runs, records as frames, a run's model ready for use."""
 
+import copy
 import json
 import logging
+import os
+import pickle
+import signal
 import subprocess
 import sys
+import threading
 from xml.etree import ElementTree
 
+import altair as alt
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -16,6 +22,7 @@ import loralab
 from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.records.record import blank
 from loralab.records.shown import TrialRecord, TrialRecords
+from loralab.training.module import FineTuner
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +91,11 @@ def test_charts_are_the_pages_figures_and_are_drawn_in_a_notebook(swept):
     drawn = {row["x"]: row["value"] for row in shown["datasets"]["means"]}
     table = loralab.summary(swept)
     assert drawn == dict(zip(map(float, table["adapter.r"]), table["mean"], strict=True))
-    assert "text/html" in figures["metric"]._repr_mimebundle_()
+    html = figures["metric"]._repr_mimebundle_()["text/html"]
+    assert "val/loss against r" in html
+    assert "<script src" not in html  # nothing is fetched (tests/reporting/test_browser.py)
+    with alt.renderers.enable("svg"):  # the user's own choice
+        assert figures["metric"]._repr_mimebundle_()["image/svg+xml"].startswith("<svg")
 
 
 def cells(html):
@@ -154,6 +165,77 @@ def test_a_loaded_run_computes_and_writes_what_peft_does(tiny_arguments, base, t
     assert ours.tolist() == expected.tolist()
 
 
+def test_a_copy_of_a_loaded_model_has_the_adapter_and_writing_the_base_alone_is_refused(tiny_arguments, tmp_path):
+    loralab.train([*tiny_arguments, "optimizer.lr=0.05", f"hydra.run.dir={tmp_path / 'run'}"])
+    model, _ = loralab.load(tmp_path / "run")
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for parameter in model.parameters():
+            parameter.zero_()  # of the base; the copies have bases of their own
+        assert torch.equal(copied(input_ids=ids).logits, expected)
+        assert torch.equal(pickled(input_ids=ids).logits, expected)
+        adapter = copied.loralab_hooks.slices[0].owner
+        adapter.detach()
+        assert not torch.allclose(copied(input_ids=ids).logits, expected, atol=1e-3)
+    for one in (model, copied, pickled):
+        with pytest.raises(ArtifactError, match=f"the base alone, without the adapter.*merge {tmp_path / 'run'} --out"):
+            one.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_calls_of_two_threads_follow_each_other(tiny_arguments, tmp_path):
+    """Hydra reads sys.argv, which they share: a call never gets the other's run."""
+    words = [word for word in tiny_arguments if not word.startswith("adapter.r=")]
+    found = {}
+
+    def train(r):
+        found[r] = loralab.train([*words, f"adapter.r={r}", f"hydra.run.dir={tmp_path / str(r)}"])
+
+    threads = [threading.Thread(target=train, args=(r,)) for r in (2, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {r: (one["config"]["adapter"]["r"], one.folder.name) for r, one in found.items()} == {
+        r: (r, str(r)) for r in (2, 3, 4)
+    }
+
+
+@pytest.mark.parametrize("own_handler", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_interrupted_run_says_so_and_goes_on(tiny_arguments, tmp_path, monkeypatch, own_handler):
+    """As a notebook's stop button does it; ``own_handler``: the caller's raises KeyboardInterrupt, to which Lightning
+    answers with exit(1)."""
+
+    def handler(number, frame):
+        signal.default_int_handler(number, frame)
+
+    chosen = handler if own_handler else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, chosen)
+    words = [word for word in tiny_arguments if not word.startswith(("callbacks", "trainer.max_steps"))]
+    words = [*words, "trainer.max_steps=4", f"hydra.run.dir={tmp_path / 'run'}"]
+    step = FineTuner.training_step
+
+    def stopped(self, *given):
+        if self.trials[0].step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *given)
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(FineTuner, "training_step", stopped)
+            with pytest.raises(KeyboardInterrupt, match="stopped by signal 2"):
+                loralab.train(words)
+        assert signal.getsignal(signal.SIGINT) is chosen
+        stored = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert (stored["status"], stored["exit_code"]) == ("interrupted", 130)
+        whole = loralab.train([*words, f"hydra.run.dir={tmp_path / 'whole'}"])
+        assert loralab.train(words).metrics == whole.metrics
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def base(tmp_path, make_model):
     from loralab.models import loading
@@ -178,6 +260,9 @@ def test_plan_is_the_commands(tiny_arguments):
         (lambda _: loralab.train(["adapter.r=0"]), ConfigError, "adapter.r must be at least 1, got 0"),
         (lambda _: loralab.train(["adapter.rr=2"]), ConfigError, "adapter.rr"),
         (lambda _: loralab.train("adapter.r=2"), ConfigError, "is one text; valid: a list"),
+        (lambda _: loralab.train({"adapter.r": 2}), ConfigError, "valid: a list of texts"),
+        (lambda _: loralab.sweep("rank", [("adapter.r", 2)]), ConfigError, "valid: a list of texts"),
+        (lambda _: loralab.plan([8]), ConfigError, "valid: a list of texts"),
         (lambda _: loralab.lightning(["adapter.rr=2"]), ConfigError, "adapter.rr"),
         (lambda f: loralab.curves(f), ArtifactError, "nothing to report"),
         (lambda f: loralab.charts(f), ArtifactError, "nothing to report"),

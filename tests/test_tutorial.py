@@ -28,7 +28,15 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = {cell["id"]: cell["outputs"] for cell in notebook.cells if cell["cell_type"] == "code"}
     tables = {name for name, outputs in shown.items() if any("text/html" in one.get("data", {}) for one in outputs)}
-    assert {"cell-03", "cell-05", "cell-09", "cell-11", "cell-12", "cell-13"} <= tables  # plan, records, frames
+    assert {
+        "cell-03",
+        "cell-05",
+        "cell-09",
+        "cell-11",
+        "cell-12",
+        "cell-13",
+        "cell-13b",
+    } <= tables  # plan, records, frames, chart
     texts = ["".join(one.get("text", "") for one in outputs) for outputs in shown.values()]
     assert any("adapter.r must be at least 1, got 0" in text for text in texts)
     (pair,) = [one["data"]["text/plain"] for one in shown["cell-17"] if one["output_type"] == "execute_result"]

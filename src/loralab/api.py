@@ -1,12 +1,16 @@
 """loralab from Python and a notebook: what ``import loralab`` gives, each name imported when it is first used.
 
-Errors are the exceptions of ``loralab.errors``, with the text that the command line prints.
+Errors are the exceptions of ``loralab.errors``, with the text that the command line prints. An interrupt ends in
+KeyboardInterrupt, with the records written. A call of another thread waits, as Hydra serves one at a time.
 """
 
 import logging
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +28,20 @@ if TYPE_CHECKING:
 
 Folder = str | Path
 
+_ONE = threading.RLock()
 
+# before torch is there: it warns on stderr of every block that is older than the profile of a step's memory
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Within, no other thread does what needs Hydra, sys.argv or logging, of which a process has one."""
+    with _ONE:
+        yield
+
+
+@_alone()
 def train(overrides: Sequence[str] = (), fresh: bool = False) -> TrialRecord:
     """One run, as ``loralab train`` makes it; returns its record, the content of ``result.json`` in its ``folder``
     (``hydra.run.dir``).
@@ -41,6 +58,7 @@ def train(overrides: Sequence[str] = (), fresh: bool = False) -> TrialRecord:
     return TrialRecord(record, session.folder.absolute())
 
 
+@_alone()
 def sweep(name: str | Path, overrides: Sequence[str] = (), fresh: bool = False) -> TrialRecords:
     """The sweep ``name`` of ./sweeps or loralab's, or that of a .yaml file, as ``loralab sweep`` runs it: what is
     finished is not run again unless ``fresh``.
@@ -66,6 +84,7 @@ def sweep(name: str | Path, overrides: Sequence[str] = (), fresh: bool = False) 
     return TrialRecords(TrialRecord(record, folder) for record, folder in _with_folders(session))
 
 
+@_alone()
 def plan(overrides: Sequence[str] = ()) -> "Plan":
     """The predicted memory of a run, without weights; of CUDA unless ``plan.device=cpu`` is among ``overrides``."""
     from loralab.cli.plan import planned
@@ -76,9 +95,9 @@ def plan(overrides: Sequence[str] = ()) -> "Plan":
 
 
 def results(folder: Folder) -> "pd.DataFrame":
-    """A row a trial of the sweep or run in ``folder``: trial, folder, status, seed, then under their dotted names what
-    its record says, its choices, its configuration and its metrics (``adapter.r``, ``val/loss``). What a record lacks
-    is missing. Raises ArtifactError where there is no record."""
+    """A row a trial of the sweep or run in ``folder``: trial, folder, status, seed, error (None: none), then under
+    their dotted names what its record says, its choices, its configuration and its metrics (``adapter.r``,
+    ``val/loss``). What a record lacks is missing. Raises ArtifactError where there is no record."""
     from loralab.analysis.results import read_results
 
     return read_results(_existing(folder)).frame.copy()
@@ -122,37 +141,39 @@ def curves(folder: Folder) -> "pd.DataFrame":
 
 
 def charts(folder: Folder) -> "dict[str, alt.LayerChart]":
-    """{name: figure} of the page of the sweep or run in ``folder``, as Altair's charts, which a notebook draws. Raises
+    """{name: figure} of the page of the sweep or run in ``folder``, as Altair's charts, which a notebook draws without
+    a network: each output holds the library, 0.9 MB, unless another renderer than Altair's default is enabled. Raises
     ArtifactError where there is no record."""
-    import altair as alt
-
     from loralab.analysis.arms import comparisons
     from loralab.analysis.results import read_results
+    from loralab.reporting.in_notebook import shown
     from loralab.reporting.page import page
 
     found = read_results(_existing(folder))
-    figures = page(found, comparisons(found)).figures
-    return {one.name: alt.LayerChart.from_dict(one.spec, validate=False).properties(title=one.title) for one in figures}
+    return {one.name: shown(one.spec, one.title) for one in page(found, comparisons(found)).figures}
 
 
 def load(run: Folder) -> "tuple[nn.Module, Any]":
     """(model, tokenizer) of a finished run: the base in evaluation mode with the adapter acting on every pass, ready
-    for ``model(**inputs)`` and ``model.generate``. Raises ArtifactError where the run has no adapter, or its base has
-    changed since; ConfigError where the base cannot be loaded."""
-    from loralab.adapters.hooks import BatchSlice
-    from loralab.artifacts.reopen import open_run
+    for ``model(**inputs)`` and ``model.generate``, and to be copied and pickled. The adapter is not in its state_dict;
+    ``save_pretrained``, which would write the base alone, raises. Raises ArtifactError where the run has no adapter, or
+    its base has changed since; ConfigError where the base cannot be loaded."""
+    from loralab.artifacts.reopen import open_run, unsaved
     from loralab.training.trainer import quiet
 
     quiet()
     opened = open_run(Path(run).expanduser())
-    opened.base.hooks.begin_pass((BatchSlice(opened.adapter, 1),))  # one owner of all rows, however many
+    opened.base.hooks.stand(opened.adapter)
     model: Any = opened.model.eval()
+    if not opened.spec.adapter.changes_base:
+        model.save_pretrained = partial(unsaved, str(opened.folder))
     model.config.use_cache = True  # training has no use for it
     if hasattr(model, "generation_config"):
         model.generation_config.use_cache = True
     return model, opened.base.tokenizer
 
 
+@_alone()
 def lightning(overrides: Sequence[str] = ()) -> "tuple[AdapterModule, TrialData]":
     """(module, data) for a ``lightning.Trainer`` of one's own: ``Trainer(max_steps=60).fit(module, data)`` makes the
     steps of ``loralab.train([*overrides, "trainer.max_steps=60"])``.
@@ -174,10 +195,14 @@ def lightning(overrides: Sequence[str] = ()) -> "tuple[AdapterModule, TrialData]
 
 def _run(words: list[str], fresh: bool, many: bool) -> "Session":
     from loralab.scheduling.session import Session
+    from loralab.scheduling.signals import listening
 
     session = Session(fresh=fresh, many=many)
-    with _untouched(), _translated(words):
-        session.run([*(["-m"] if many else []), *words])
+    try:
+        with listening(), _untouched(), _translated(words):
+            session.run([*(["-m"] if many else []), *words])
+    except errors.Interrupted as stopped:
+        raise KeyboardInterrupt(str(stopped)) from stopped
     return session
 
 
@@ -224,6 +249,8 @@ def _translated(words: list[str]) -> Iterator[None]:
 def _check_words(overrides: Sequence[str]) -> None:
     if isinstance(overrides, str):
         raise errors.ConfigError(f"overrides={overrides!r} is one text; valid: a list of them, as in [{overrides!r}]")
+    if isinstance(overrides, Mapping) or not all(isinstance(word, str) for word in overrides):
+        raise errors.ConfigError(f"overrides={overrides!r}; valid: a list of texts, as in ['adapter.r=8']")
     for word in overrides:
         if "=" not in word and not word.startswith("~"):
             raise errors.ConfigError(f"{word!r} is not understood; settings are key=value")

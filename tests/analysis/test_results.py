@@ -12,9 +12,15 @@ from loralab.records import record
 
 def test_the_frame_has_a_row_a_trial_with_settings_and_metrics_under_dotted_names(synthetic_sweep):
     frame = read_results(synthetic_sweep).frame
-    assert list(frame.columns[:4]) == ["trial", "folder", "status", "seed"]
+    assert list(frame.columns[:5]) == ["trial", "folder", "status", "seed", "error"]
     assert len(frame) == 12
     assert frame["status"].value_counts().to_dict() == {"completed": 11, "out_of_memory": 1}
+    failed = frame["status"] != "completed"
+    assert list(frame["error"][failed]) == [
+        record.read(synthetic_sweep / name)["error"] for name in frame["folder"][failed]
+    ]
+    assert frame["error"][~failed].isna().all()
+    assert frame["error"][failed].notna().all()
     first = frame.iloc[0]
     stored = record.read(synthetic_sweep / first["folder"])
     wanted = {

@@ -197,6 +197,14 @@ BAD = {
     "option": ("defaults: [override /adapter: mien]\n" + PLAIN, "did you mean mine? valid: bitfit"),
     "option, of which kind": ("defaults: [override /adapter: mien]\n" + PLAIN, "of your own files: broken, mine"),
     "option of an axis": ("hydra: {sweeper: {params: {adapter: [lora, mien]}}}\n", "adapter=mien: there is no such"),
+    "option as a text": (
+        "adapter: lora\n" + PLAIN,
+        "adapter: 'lora' is a text, where an option's settings belong; valid",
+    ),
+    "axis of another option": (
+        "defaults: [override /adapter: bitfit]\nhydra: {sweeper: {params: {adapter.r: [1]}}}\n",
+        "adapter.r is not an option of the adapter that is chosen here; valid: one of its own",
+    ),
     "no list of defaults": ("defaults: {adapter: lora}\n" + PLAIN, "defaults must be a list"),
     "own conf": ("defaults: [override /adapter: broken]\n" + PLAIN, "conf/adapter/broken.yaml:2: no YAML: mapping"),
     "class": ("adapter: {_target_: nowhere.A}\n" + PLAIN, "there is no module nowhere; "),

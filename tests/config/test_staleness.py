@@ -217,15 +217,6 @@ def test_without_its_adapter_a_trial_runs_again_for_its_test_scores(sweep, rows,
     assert "test/loss" in one["metrics"]
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [("data.test=null", "is empty"), ("data.test={validation}", "is its validation split")],
-)
-def test_no_test_split_and_one_that_is_the_validation_split_are_refused(sweep, rows, tmp_path, given, said):
-    code, message = sweep("seed=0", "trainer.test=true", given.format(validation=rows["pairs", "validation"]))
-    assert (code, said in message) == (3, True)
-
-
 def test_two_values_that_are_one_trial_run_once_and_are_listed_once(sweep, tmp_path):
     code, message = sweep("adapter.lora_alpha=16,16.0,8")
     assert code == 0

@@ -115,7 +115,9 @@ def test_a_logger_that_fails_or_is_slow_does_not_hurt_a_run(make_spec, curve, ca
         ({"_target_": "lightning.pytorch.callbacks.Timer"}, "Timer' is no logger"),
         ({"a": {"_target_": "loralab.records.wandb.Wandb", "mod": "x"}}, "logger.a.mod is not an option"),
         ({"a": "wandb"}, "logger.a"),
-        ("wandb", "must be one of the options of conf/logger"),
+        ({"a": 3}, "logger.a must be a mapping with a _target_, got 3"),
+        ("wandb", "logger: 'wandb' is a text.*- override /logger: OPTION' with an option of conf/logger/"),
+        (3, "logger must be one of the options of conf/logger/, got 3"),
     ],
 )  # fmt: skip
 def test_wrong_loggers_are_refused(node, message):

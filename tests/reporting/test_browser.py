@@ -8,6 +8,7 @@ import browser
 import pytest
 from test_page import write_sweep
 
+import loralab
 from loralab.reporting.report import report
 
 pytestmark = [
@@ -66,6 +67,23 @@ def test_a_legend_filters_and_controls_change_what_is_drawn(tmp_path, synthetic,
     press(tab, "curve_train_loss", "input[type=checkbox]", 1)  # logarithmic
     shown(tab, "curve_train_loss", 4)
     assert tab.run(f"{VIEW.format('curve_train_loss')}.scale('y').type") == "log"
+
+
+def test_several_figures_of_one_notebook_are_drawn_and_fetch_nothing(tmp_path, synthetic):
+    figures = loralab.charts(write_sweep(tmp_path / "s", synthetic, 24))
+    outputs = [figure._repr_mimebundle_()["text/html"] for figure in figures.values()]
+    cells = tmp_path / "cells.html"
+    cells.write_text("".join(f"<div class=cell>{output}</div>" for output in outputs), "utf-8")
+    assert len(outputs) > 2
+    tab = browser.Browser(tmp_path / "profile")
+    try:
+        tab.open(cells.as_uri())
+        tab.wait(f"document.querySelectorAll('.cell canvas, .cell svg.marks').length === {len(outputs)}")
+        tab.picture(tmp_path / "cells.png")
+        assert {address for address in tab.requests if not address.startswith("data:")} == {cells.as_uri()}
+        assert [error for error in tab.errors if "WARN" not in error] == []  # Vega-Lite tells of legends that it merges
+    finally:
+        tab.close()
 
 
 def test_the_wheel_zooms_with_ctrl_and_pointing_tells_a_value(tmp_path, synthetic, opened):

@@ -107,7 +107,11 @@ def test_what_cannot_be_tuned_is_refused_before_anything_is_written(here, tmp_pa
     assert not list(tmp_path.glob("runs/*/*/result.json"))
 
 
-def test_without_a_test_split_nothing_is_trained(here, tmp_path, capsys):
-    assert main.run([*here, "data.test=null"]) == 3
-    assert "test split" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [(None, "the test split of pairs_train.jsonl is empty"), ("validation", "is its validation split")],
+)
+def test_without_a_test_split_of_its_own_nothing_is_trained(here, tmp_path, capsys, rows, split, said):
+    assert main.run([*here, f"data.test={rows['pairs', split] if split else 'null'}"]) == 3
+    assert said in capsys.readouterr().err
     assert {record.read(path.parent)["status"] for path in tmp_path.glob("runs/*/*/result.json")} <= {"failed"}

@@ -52,13 +52,20 @@ class AdapterHooks:
         self.layer_inputs: Any = None
         self.decomposed: dict[tuple[Any, str], Any] = {}
         self.restoring = False
+        self._stands = False  # the slices are those of every pass
         self._slices: tuple[BatchSlice, ...] = ()
         self._drawn = 0  # masks of the pass under way
         self._calls: dict[int, int] = {}  # {salt of a layer: its calls in the pass under way}
         self._hooks: dict[tuple[str, type[Hook]], Hook] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AdapterHooks":
-        return self  # a trial's copy of a layer stays on the base
+        """Itself, as a trial's copy of a layer stays on the base; a copy where one adapter acts on every pass, with
+        which a copy of the model would otherwise be the bare base."""
+        if not self._stands:
+            return self
+        memo[id(self)] = copied = AdapterHooks()
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     @classmethod
     def of(cls, model: nn.Module) -> "AdapterHooks":
@@ -78,6 +85,12 @@ class AdapterHooks:
     def begin_pass(self, slices: tuple[BatchSlice, ...]) -> None:
         """A new pass, whose rows belong to ``slices`` in their order; empty: to the bare base."""
         self._slices, self._drawn, self._calls = slices, 0, {}
+
+    def stand(self, owner: nn.Module) -> None:
+        """From now on every row of every pass is ``owner``'s, however many there are, in evaluation. No other is
+        attached any more; without what would serve that, the model can be pickled."""
+        self._stands, self.originals, self.layer_inputs = True, None, None
+        self.begin_pass((BatchSlice(owner, 1),))
 
     def keys(self) -> list[int]:
         """The key of each slice for the next mask that the base itself draws in this pass; none while evaluating."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralab.analysis import environments
-from loralab.analysis.trials import DAMAGED, Pack, TrialResult, dated, listed_trial, read_trial
+from loralab.analysis.trials import DAMAGED, PRUNED, Pack, TrialResult, dated, listed_trial, read_trial
 from loralab.analysis.values import (
     UNKNOWN,
     Json,
@@ -63,8 +63,8 @@ class SweepResults:
 
     @property
     def broken(self) -> list[TrialResult]:
-        """Trials that ended without a result, or were never started."""
-        return [trial for trial in self.trials if not trial.ok and trial.status != "running"]
+        """Trials that ended without a result, or were never started; not those that the sweep ended early."""
+        return [trial for trial in self.trials if not trial.ok and trial.status not in ("running", PRUNED)]
 
     @cached_property
     def short(self) -> dict[str, str]:
@@ -73,8 +73,8 @@ class SweepResults:
 
     @cached_property
     def frame(self) -> "pd.DataFrame":
-        """A row a trial: trial, folder, status, seed, then under dotted names what its record says, its choices, its
-        configuration and its metrics. A value that a record lacks is missing."""
+        """A row a trial: trial, folder, status, seed, error, then under dotted names what its record says, its choices,
+        its configuration and its metrics. A value that a record lacks is missing."""
         import pandas as pd
 
         return pd.DataFrame([_columns(trial) for trial in self.trials], dtype=object).infer_objects()
@@ -166,7 +166,7 @@ def _columns(trial: TrialResult) -> Json:
     measured = flatten({section: record.get(section) or {} for section in schema.KEYS})
     first = {"trial": record["trial"], "folder": trial.name, "status": trial.status, "seed": record["seed"]}
     settings = {**record["choices"], **flatten(record["config"])}
-    return {**first, **measured, **settings, **record["metrics"], **first}
+    return {**first, "error": record["error"], **measured, **settings, **record["metrics"], **first}
 
 
 def _rates(trials: Sequence[TrialResult]) -> dict[Pack, float]:

@@ -16,6 +16,7 @@ from loralab.records import record as records
 
 MISSING = "missing"  # listed by the sweep, but has left no record yet
 DAMAGED = "damaged"  # has a record that cannot be read
+PRUNED = "pruned"  # ended early by its sweep, which compared it with others
 STALE = "stale"  # completed, on a base, tokenizer or data files that have changed since
 UNSCORED = "without_result"  # completed, but its metric is no finite number
 IMPORTED = "imported"  # trained elsewhere, and its metric was not given
@@ -87,7 +88,9 @@ class TrialResult:
 
     @property
     def ended(self) -> str:
-        """Why training ended: ``max_steps``, early stopping or the last step; empty for a trial without a result."""
+        """Why training ended: ``max_steps``, early stopping, the sweep or the last step; empty without a result."""
+        if self.status == PRUNED:
+            return f"ended by the sweep: {(self.get('stopped_early') or {}).get('why') or 'no reason recorded'}"
         if not self.ok:
             return ""
         early, steps, max_steps = self.get("stopped_early"), self.get("time.steps"), self.setting("trainer.max_steps")
@@ -116,7 +119,7 @@ class TrialResult:
         gone = self.status == "interrupted" and self.record["status"] == "running"
         return {
             MISSING: "no record: not started yet, or killed before its first write",
-            "pruned": "stopped early by the sweep",
+            PRUNED: self.ended,
             "running": "still running",
             STALE: f"{self.get('stale')}: no result of what is there now; running it again replaces it",
             UNSCORED: f"completed, but {self.metric} is no finite number: that is no result",

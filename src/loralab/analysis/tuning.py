@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from loralab.analysis.results import SweepResults
-from loralab.analysis.trials import TrialResult
+from loralab.analysis.trials import PRUNED, TrialResult
 from loralab.analysis.values import UNKNOWN
 from loralab.numerics.scale import scale as of_settings
 from loralab.numerics.tuning import Choice, Scores, Setting, choose
@@ -57,6 +57,12 @@ class Tuned:
             yield (
                 f"{len(at_edge)} of {count} rows have the least or the greatest {names} that was tried: their best may "
                 f"lie beyond ({self._named(at_edge)}); sweep.extend says how far a sweep goes on by itself"
+            )
+        if early := [trial for trial in self.whole.trials if trial.status == PRUNED]:
+            total = len(self.whole.trials)
+            yield (
+                f"{len(early)} of {total} trials were ended early by sweep.halving, each compared with other {names} of"
+                " its own row alone, at equal steps; results.csv has the reason of each"
             )
         lacking = [key for key, choice in self.choices.items() if choice.setting is not None and not choice.complete]
         if lacking:

@@ -1,6 +1,7 @@
 """A finished run opened again: its base as it was trained on, with its adapter attached."""
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -140,6 +141,15 @@ def open_run(folder: Path, inputs: Inputs | None = None, quantization: Any = Non
             raise ArtifactError(f"{folder / 'adapter'}: {name} holds nan or infinite values; valid: finite ones")
     adapter.to(spec.trainer.device)
     return OpenRun(folder, record, spec, base, adapter)
+
+
+def unsaved(folder: str, *_: Any, **__: Any) -> None:
+    """In place of ``save_pretrained`` of the model of the run in ``folder``. Raises ArtifactError."""
+    place = shlex.quote(folder)
+    raise ArtifactError(
+        "save_pretrained would write the base alone, without the adapter; valid: loralab merge"
+        f" {place} --out DIR, which writes one model, or loralab export {place} --out DIR, which writes the adapter"
+    )
 
 
 def _labels(record: Mapping[str, Any]) -> int | None:

@@ -113,6 +113,12 @@ def _neighbours(full: str, words: Sequence[str]) -> str:
             break
         node = node._get_node(parent)
     keys = [str(key) for key in node if key not in ("hydra", "_target_")] if isinstance(node, DictConfig) else []
+    if name in keys and parents:  # of the default's; a yaml file has chosen another, or put something else there
+        group = parents[0]
+        return (
+            f"is not an option of the {group} that is chosen here; valid: one of its own, or another {group} that has"
+            f" {name}: {group}=OPTION, in the defaults of a yaml file '- override /{group}: OPTION'"
+        )
     if name in keys:
         return (
             f"cannot be that; valid: {full}=OPTION, and its keys one by one, as {'loralab train --cfg job'!r} has them"

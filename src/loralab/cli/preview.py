@@ -22,7 +22,7 @@ def text(preview: Preview) -> str:
 
 
 def _row(preview: Preview, arm: Arm) -> list[str]:
-    values = [arm.values[key] for key in preview.axes] + [" ".join(arm.tuned[key]) for key in preview.tune]
+    values = [arm.values[key].strip("'") for key in preview.axes] + [" ".join(arm.tuned[key]) for key in preview.tune]
     rates = [rate for word in arm.rates if (rate := as_number(word)) is not None]
     scaled = "-" if arm.scale is None or not rates else " ".join(f"{rate * arm.scale:.3g}" for rate in rates)
     scale = "-" if arm.scale is None else f"{arm.scale:.4g}"

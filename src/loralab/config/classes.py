@@ -21,7 +21,7 @@ from loralab.records import sources
 def target(node: Any, key: str) -> Any:
     """The class that ``node`` names in ``_target_``; the current folder is searched too. Raises ConfigError."""
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(f"{key} must be one of the options of conf/{key}/, got {node!r}")
+        raise no_settings(node, key)
     module, _, name = str(node["_target_"]).rpartition(".")
     if module.partition(".")[0] != "loralab":
         sources.importable()
@@ -31,6 +31,18 @@ def target(node: Any, key: str) -> Any:
     except Exception as error:  # a module of the user's own may raise anything
         said = f"{key}._target_={node['_target_']!r} cannot be found: {_why(error, module, name)}"
         raise ConfigError(said) from error
+
+
+def no_settings(node: Any, key: str) -> ConfigError:
+    """What is wrong with ``node`` in the place of a class and its settings."""
+    if "." in key:
+        return ConfigError(f"{key} must be a mapping with a _target_, got {node!r}")
+    if isinstance(node, str):
+        return ConfigError(
+            f"{key}: {node!r} is a text, where an option's settings belong; valid: {key}=OPTION on the command line,"
+            f" and in the defaults of a yaml file '- override /{key}: OPTION' with an option of conf/{key}/"
+        )
+    return ConfigError(f"{key} must be one of the options of conf/{key}/, got {node!r}")
 
 
 def _why(error: Exception, module: str, name: str) -> str:

@@ -5,7 +5,7 @@ from dataclasses import is_dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from loralab.config.classes import checked, target
+from loralab.config.classes import checked, no_settings, target
 from loralab.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def logger(node: Any, key: str = "logger") -> Any:
     from loralab.records.loggers import Loggers
 
     if not isinstance(node, Mapping):
-        raise ConfigError(f"{key} must be one of the options of conf/logger/, got {node!r}")
+        raise no_settings(node, key)
     others = {
         str(name): value
         for name, value in node.items()

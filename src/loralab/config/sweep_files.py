@@ -168,7 +168,8 @@ def chosen_by(words: Sequence[str]) -> str | None:
 
 
 def _is_interpolation(text: str) -> bool:
-    return text.startswith("${") and text.endswith("}")
+    """Whether Hydra's grammar takes it for an interpolation; one with another inside must stand in quotes."""
+    return text.startswith("${") and text.endswith("}") and "{" not in text[2:]
 
 
 def _reads_otherwise(text: str) -> bool:

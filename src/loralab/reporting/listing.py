@@ -13,7 +13,7 @@ from loralab.errors import ArtifactError, LoralabError
 from loralab.records.record import RESULT, SWEEP
 from loralab.reporting.layout import aligned, terminal_width, wrapped
 
-_FAILED = ("failed", "out_of_memory", "diverged", "interrupted", "pruned", DAMAGED, UNSCORED)
+_FAILED = ("failed", "out_of_memory", "diverged", "interrupted", DAMAGED, UNSCORED)
 _SKIP = {"adapter", "checkpoints", "report", "wandb"}
 
 

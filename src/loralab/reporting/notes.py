@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 
 from loralab.analysis import disagreements, environments
 from loralab.analysis.arms import Comparison
-from loralab.analysis.claims import source, verdicts
+from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import apart
 from loralab.analysis.dimension import sentences
+from loralab.analysis.effects import effects
 from loralab.analysis.paired import LEVEL
+from loralab.analysis.published import source
 from loralab.analysis.results import SweepResults
 from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS
 
@@ -24,6 +26,7 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     yield from sentences(comparison.results)
     yield from _separation(comparison)
     yield from _versus(comparison)
+    yield from _effects(comparison)
     if comparison.differs_in_seeds:
         yield (
             "The rows are over different seeds, so their means do not compare; the paired differences, over shared "
@@ -160,6 +163,17 @@ def _versus(comparison: Comparison) -> Iterator[str]:
         )
     if any(difference.reach is None for difference in differences):
         yield f"{VERSUS}: a difference without an interval, of one seed or of one value, is no finding"
+
+
+def _effects(comparison: Comparison) -> Iterator[str]:
+    """What each of several axes does to the scores, where every combination of their values has been scored."""
+    found = effects(comparison)
+    if len(found.importance) > 1 and found.n > 1:
+        shares = found.text.replace("of the variance", f"of the variance of {comparison.results.metric}")
+        yield (
+            f"{shares} (ANOVA over {len(comparison.contenders)} rows with {found.n} seeds each, without what chance "
+            "adds: epsilon squared)"
+        )
 
 
 def _constant(comparison: Comparison) -> Iterator[str]:

@@ -8,7 +8,7 @@ from loralab.analysis.answer import answer
 from loralab.analysis.arms import Comparison
 from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
-from loralab.analysis.trials import MISSING, STALE
+from loralab.analysis.trials import MISSING, PRUNED, STALE
 from loralab.analysis.values import canonical, flatten, label
 from loralab.records.record import shell_line
 from loralab.reporting import cost, memory
@@ -68,7 +68,7 @@ def page(results: SweepResults, comparisons: Sequence[Comparison]) -> Page:
         seeds_text=seeds_text,
         trials=stored(results, comparisons),
         settings=_shared_settings(results),
-        troubled=[trial for trial in results.trials if not trial.ok],
+        troubled=[trial for trial in results.trials if not trial.ok and trial.status != PRUNED],
         stale=results.count(STALE) > 0,
         most_rows=MOST_ROWS,
         bundle=bundle() if drawn else "",
@@ -109,8 +109,10 @@ def _drawn(section: Mapping[str, Any]) -> list[Figure]:
 def _tiles(results: SweepResults, comparisons: Sequence[Comparison], provenance: Facts) -> Iterator[Tile]:
     completed, total, stale = results.count("completed"), len(results.trials), results.count(STALE)
     waiting = results.count("running", MISSING)
-    failed = total - completed - waiting - stale
+    early = results.count(PRUNED)
+    failed = total - completed - waiting - stale - early
     texts = [f"{failed} failed, listed below"] if failed else []
+    texts += [f"{early} ended early by the sweep"] if early else []
     texts += [f"{waiting} running or not started"] if waiting else []
     texts += [f"{stale} stale: base or data have changed since, listed below"] if stale else []
     yield Tile(f"{completed} of {total}", ", ".join(["trials completed", *texts]), bad=bool(failed or stale))

@@ -12,8 +12,9 @@ from loralab.analysis.arms import Comparison, comparisons
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
 from loralab.analysis.dimension import answers
+from loralab.analysis.effects import effects
 from loralab.analysis.results import SweepResults, read_results
-from loralab.analysis.trials import STALE, TrialResult
+from loralab.analysis.trials import PRUNED, STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting import cost, subspace
 from loralab.reporting.charts import Figure
@@ -108,6 +109,7 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
             for arm in comparison.arms
         ],
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],
+        "effects": [] if results.single else [effects(comparison).plain() for comparison in compared],
         **_dimensions(compared),
         **subspace.plain(results),
         "trials": [_trial(trial) for trial in results.trials],
@@ -128,7 +130,7 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
         "values": trial.values,
         "seed": record["seed"],
         "status": trial.status,
-        "error": None if trial.ok else trial.reason,
+        "error": None if trial.ok or trial.status == PRUNED else trial.reason,
         "metrics": record["metrics"],
         **{key: trial.get(key) for key in MEASURED},
         "stopped_early": record.get("stopped_early"),
@@ -152,7 +154,7 @@ def _markdown(results: SweepResults, compared: Sequence[Comparison]) -> str:
     footer = [*messages(results, compared), *(f"held fixed: {text}" for text in held_fixed(results))]
     footer += [f"{term}: {text}" for term, text in {**provenance.header, **provenance.provenance}.items() if text]
     lines += [f"- {text}" for text in footer]
-    troubled = [trial for trial in results.trials if not trial.ok]
+    troubled = [trial for trial in results.trials if not trial.ok and trial.status != PRUNED]
     lines += ["", f"## Not completed{' or stale' * (results.count(STALE) > 0)}", ""] if troubled else []
     for trial in troubled:
         rerun = f" (`{trial.rerun}`)" if trial.record["overrides"] else ""

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from loralab.analysis.arms import Arm, Comparison
-from loralab.analysis.claims import published, published_text
+from loralab.analysis.published import mark, published, published_text
 from loralab.analysis.trials import UNSCORED
 from loralab.analysis.tuning import Tuned, scale
 from loralab.analysis.values import is_number
@@ -134,6 +134,7 @@ def as_plain(arm: Arm) -> dict[str, Any]:
         "against": arm.against.name if arm.against else None,
         "against_baseline": (arm.difference.verdict(arm.results.mode) or None) if arm.difference else None,
         "published": published(arm),
+        "published_mark": mark(arm),
         "steps": arm.steps,
         "stopped_early": arm.stopped,
         "bits_per_parameter": arm.means.get("base.bits_per_parameter"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from loralab.analysis.arms import Comparison
 from loralab.analysis.results import SweepResults
-from loralab.analysis.trials import TrialResult
+from loralab.analysis.trials import PRUNED, TrialResult
 from loralab.analysis.values import Json, as_number, is_number
 from loralab.reporting.charts import rounded
 from loralab.reporting.table import MIB
@@ -49,7 +49,7 @@ def rows(results: SweepResults) -> tuple[list[str], list[Json]]:
         {
             **{"trial": trial.record["trial"], "folder": trial.name, **trial.values, "status": trial.status},
             **{**trial.record["metrics"], **{key: trial.get(key) for key in MEASURED}},
-            **{"ended": trial.ended, "error": "" if trial.ok else trial.reason},
+            **{"ended": trial.ended, "error": "" if trial.ok or trial.status == PRUNED else trial.reason},
         }
         for trial in results.trials
     ]

@@ -146,14 +146,15 @@ def check_labels(base: loading.Base, data: list[Encoded]) -> None:
 
 
 def check_splits(spec: TrialSpec, data: Encoded) -> None:
-    """Raises DataError for a split that this trial needs and that has no row, or no token to predict, and for a test
-    split that is the validation split."""
+    """Raises DataError for a split that this trial needs and that has no row, or no token to predict, and where its
+    sweep tunes for a test split that is the validation split."""
+    tuned = bool((spec.config.get("sweep") or {}).get("tune"))
     needed = ["train", "validation"] if spec.trainer.max_steps else ["validation"]
-    needed += ["test"] if spec.trainer.test or spec.metric.startswith("test/") else []
-    if "test" in needed and len(data.test) and data.splits.test == data.splits.validation:
+    needed += ["test"] if tuned or spec.metric.startswith("test/") or (spec.trainer.test and len(data.test)) else []
+    if tuned and data.splits.test and data.splits.test == data.splits.validation:
         raise DataError(
-            f"data: the test split of {data.splits.name} is its validation split, row for row: what was chosen on the"
-            " one has no score on the other; valid: other rows, or trainer.test=false"
+            f"data: the test split of {data.splits.name} is its validation split, row for row: what sweep.tune chooses"
+            " on the one has no score on the other; valid: other rows"
         )
     for split in needed:
         if not len(data[split]):

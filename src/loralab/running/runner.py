@@ -46,7 +46,7 @@ class Runner:
         data: list[TrialData] = []
         try:
             self._run_pack(specs, records, data, started)
-        except (Exception, KeyboardInterrupt, Interrupted) as error:
+        except (Exception, KeyboardInterrupt, SystemExit, Interrupted) as error:  # Lightning exits at Ctrl-C
             self._close(specs, records, data, error)
         finally:
             if any(spec.adapter.changes_base for spec in specs):

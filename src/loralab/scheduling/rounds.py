@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from loralab.config import sweep_files
 from loralab.config.compose import plain_sweep
 from loralab.errors import ConfigError
-from loralab.scheduling import axes, dimension, elsewhere, halving, previewing, tuning
+from loralab.scheduling import axes, claims, dimension, elsewhere, halving, previewing, tuning
 from loralab.scheduling.session import Session
 from loralab.scheduling.sweep_file import decide
 
@@ -48,9 +48,9 @@ def study_of(sweeper: Any, params: Mapping[str, Any], arguments: Sequence[str]) 
     ``params``: axes of the configuration, which ``arguments`` replace. Raises ConfigError.
     """
     master: DictConfig = sweeper.config
-    trials = of_axes(
-        master, [*map(axis_word, params, params.values()), *arguments], sweeper.hydra_context.config_loader
-    )
+    words, loader = [*map(axis_word, params, params.values()), *arguments], sweeper.hydra_context.config_loader
+    trials = of_axes(master, words, loader)
+    claims.check(master, words, loader)
     sweep, search = plain_sweep(master), dimension.search_of(master)
     tuning.check_compared(sweep, trials)
     rule = halving.rule_of(sweep, master)
