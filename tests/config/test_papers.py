@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from loralab.analysis.disagreements import DISAGREEMENTS, FOLLOWED, sentences
 from loralab.analysis.values import label, spelled
 from loralab.cli.sweep import sweep_arguments
+from loralab.config import claims
 from loralab.config.build import trial_id, trial_spec
 from loralab.config.compose import compose, plain
 from loralab.config.places import data_root
@@ -179,7 +180,6 @@ def test_alpaca_is_asked_as_by_the_experiment(name):
 
 
 def test_its_claims_are_of_forms_that_are_judged(sweep):
-    claims = pytest.importorskip("loralab.config.claims")
     _, about, _ = sweep
     claims.check_marks(about)
     for claim in about["paper"].get("claims") or []:

@@ -18,7 +18,7 @@ defaults:
 sweep:
   question: Does it matter?
   fixed: all else
-  claims: [a < b]
+  claims: [2 <= 1]
 adapter:
   lora_alpha: ${loralab.mul:2,${adapter.r}}
 scales:
@@ -29,7 +29,7 @@ scales:
     defaults:
       - override /model: roberta_large
       - override /quantization: nf4
-    sweep: {fixed: nothing, claims: [b < a]}
+    sweep: {fixed: nothing, claims: [8 <= 4]}
     model: {max_length: 128}
     adapter: {target_modules: [query, value]}
     hydra: {sweeper: {params: {adapter.r: [4, 8, 16], adapter.lora_dropout: [0.0, 0.1]}}}
@@ -53,10 +53,10 @@ def test_each_scale_has_its_axes_groups_and_settings_over_the_files_own(file):
     assert (paper["quantization"]["quant_type"], paper["model"]["max_length"]) == ("nf4", 128)
     assert paper["adapter"]["target_modules"] == ["query", "value"]
     assert (mini["trainer"]["max_steps"], paper["trainer"]["max_steps"]) == (2, 200)
-    assert (mini["sweep"]["scale"], mini["sweep"]["claims"]) == ("mini", ["a < b"])
+    assert (mini["sweep"]["scale"], mini["sweep"]["claims"]) == ("mini", ["2 <= 1"])
     assert (paper["sweep"]["scale"], paper["sweep"]["claims"], paper["sweep"]["fixed"]) == (
         "paper",
-        ["b < a"],
+        ["8 <= 4"],
         "nothing",
     )
     assert not {"scale", "scales"} & {*mini, *paper}
