@@ -29,10 +29,10 @@ scales:
     defaults:
       - override /model: roberta_large
       - override /quantization: nf4
-    sweep: {fixed: nothing, claims: [8 <= 4]}
+    sweep: {fixed: nothing, claims: [0.1 <= 0]}
     model: {max_length: 128}
     adapter: {target_modules: [query, value]}
-    hydra: {sweeper: {params: {adapter.r: [4, 8, 16], adapter.lora_dropout: [0.0, 0.1]}}}
+    hydra: {sweeper: {params: {adapter.lora_dropout: [0.0, 0.1], adapter.r: [4, 8, 16]}}}
 """
 
 
@@ -56,15 +56,15 @@ def test_each_scale_has_its_axes_groups_and_settings_over_the_files_own(file):
     assert (mini["sweep"]["scale"], mini["sweep"]["claims"]) == ("mini", ["2 <= 1"])
     assert (paper["sweep"]["scale"], paper["sweep"]["claims"], paper["sweep"]["fixed"]) == (
         "paper",
-        ["8 <= 4"],
+        ["0.1 <= 0"],
         "nothing",
     )
     assert not {"scale", "scales"} & {*mini, *paper}
     assert sweep_files.axes(file) == {"adapter.r": "1,2", "seed": "0"}
-    assert sweep_files.axes(file, "paper") == {"adapter.r": "4,8,16", "adapter.lora_dropout": "0.0,0.1"}
+    assert sweep_files.axes(file, "paper") == {"adapter.lora_dropout": "0.0,0.1", "adapter.r": "4,8,16"}
     assert (sweep_axes("own"), sweep_axes("own@paper")) == (
         ["adapter.r", "seed"],
-        ["adapter.r", "adapter.lora_dropout"],
+        ["adapter.lora_dropout", "adapter.r"],
     )
 
 
