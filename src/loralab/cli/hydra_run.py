@@ -34,7 +34,7 @@ def check_axes(overrides: list[str]) -> dict[str, str]:
 def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     """Hands over to Hydra and returns the exit code; of a sweep the table is printed and the page written."""
     from loralab.cli.subspace import after_sweep
-    from loralab.cli.terminal import show_report
+    from loralab.cli.terminal import show_place, show_report
     from loralab.config.places import searched
     from loralab.scheduling.session import Session
 
@@ -59,8 +59,10 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
         print(text(session.previewed))
         return 0
     if many and session.folder is not None:
+        from loralab.reporting import wandb_report
+
         after_sweep(session.folder)
-        show_report(session.folder)
+        show_place(wandb_report.after_sweep(show_report(session.folder)))
     return code
 
 

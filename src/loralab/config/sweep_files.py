@@ -1,7 +1,8 @@
 """Sweep files: where one lies, what it holds, and its axes as Hydra's words."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import scales
 from loralab.config.places import conf_folders, data_root, options, own, shown
-from loralab.config.words import PLAIN, in_quotes
+from loralab.config.words import PLAIN, in_quotes, own_classes
 from loralab.errors import ConfigError, nearest
 
 AXES = "hydra.sweeper.params"
@@ -87,6 +88,19 @@ def own_files(choices: Mapping[str, str]) -> list[str]:
     return sorted({shown(path) for path in files})
 
 
+def refuse_mode(choices: Iterable[tuple[str, str]], many: bool) -> None:
+    """Raises ConfigError where a file of the user's among ``choices``, (group, option), sets ``hydra.mode`` to another
+    than the command's; ``many``: it runs several trials."""
+    for name in dict.fromkeys(file for group, option in choices for file in own_files({group: option})):
+        content = OmegaConf.load(name)
+        mode = OmegaConf.select(content, "hydra.mode") if isinstance(content, DictConfig) else None
+        if mode is not None and str(mode) != ("MULTIRUN" if many else "RUN"):
+            raise ConfigError(
+                f"{name}: hydra.mode={mode} is ignored in a file, for the command says whether there is one run or"
+                " several; valid: no hydra.mode, and loralab train, loralab train -m or loralab sweep"
+            )
+
+
 def load(path: Path, scale: str | None = None) -> DictConfig:
     """The content of a sweep file. What it leaves out is added: its name as ``sweep.name``, and ``hydra.sweep.dir``.
 
@@ -151,6 +165,28 @@ def grammar(value: Any) -> str:
     if not isinstance(value, str) or _is_interpolation(text) or (PLAIN.fullmatch(text) and not _reads_otherwise(text)):
         return text
     return f"'{in_quotes(text)}'"
+
+
+def named_classes(words: Iterable[str]) -> dict[str, set[str]]:
+    """{group: its keys} of the groups whose class ``words``, or the sweep file that they choose, name in ``_target_``:
+    the keys that either sets."""
+    words = list(words)
+    named, chosen = own_classes(words), chosen_by(words)
+    path = locate(chosen) if chosen else None
+    in_file = _classes_in(path, path.stat().st_mtime_ns) if path else {}
+    for group, keys in in_file.items():
+        split = [word.lstrip("+").partition("=")[0].split(".") for word in words]
+        named[group] = {*keys} | {key[1] for key in split if key[0] == group and len(key) > 1}
+    return named
+
+
+@lru_cache(maxsize=64)
+def _classes_in(path: Path, changed_ns: int) -> dict[str, frozenset[str]]:
+    """{group: its keys} of the groups whose class a sweep file names; ``changed_ns``: a file that has changed is read
+    anew."""
+    content: Any = OmegaConf.to_container(_read(path), resolve=False)
+    nodes = {group: node for group, node in content.items() if isinstance(node, Mapping) and "_target_" in node}
+    return {str(group): frozenset(map(str, node)) for group, node in nodes.items()}
 
 
 def word(chosen: str) -> str:

@@ -11,7 +11,7 @@ from loralab.analysis.effects import effects
 from loralab.analysis.paired import LEVEL
 from loralab.analysis.published import source
 from loralab.analysis.results import SweepResults
-from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS
+from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS, level_text
 
 NONE_BEST = "no single best row: the leading rows are not told apart by their intervals"
 ONE_SEED = "no intervals: with one seed a row, no difference can be told from chance"
@@ -64,16 +64,19 @@ def undecided(comparison: Comparison) -> str:
 
 
 def differing(comparison: Comparison) -> str:
-    """``against the baseline, 2 of 5 rows' 95% intervals exclude 0: 1 better, 1 worse``; empty without intervals."""
+    """``against the baseline, 2 of 5 rows differ at 99.29%, 95% for all 7 paired differences together: 1 better, 1
+    worse``; empty without intervals."""
     differences = [arm.difference for arm in comparison.arms if arm.difference and arm.difference.interval]
     signs = [difference.verdict(comparison.results.mode) for difference in differences]
     counts = [f"{signs.count(sign)} {sign}" for sign in ("better", "worse") if sign in signs]
     if not signs:
         return ""
+    level = level_text(differences[0].level)
     if not counts:
-        return f"no row differs from the baseline by its {LEVEL:.0%} interval"
-    count = f"{len(signs) - signs.count('')} of {len(signs)}"
-    return f"against the baseline, {count} rows' {LEVEL:.0%} intervals exclude 0: {', '.join(counts)}"
+        return f"no row differs from the baseline {level}"
+    told = len(signs) - signs.count("")
+    differ = "differs" if told == 1 else "differ"
+    return f"against the baseline, {told} of {len(signs)} rows {differ} {level}: {', '.join(counts)}"
 
 
 def _noise(comparison: Comparison) -> Iterator[str]:
@@ -158,8 +161,8 @@ def _versus(comparison: Comparison) -> Iterator[str]:
     if any(difference.reach is not None for difference in differences):
         yield (
             f"{VERSUS}{held_against}: mean paired difference over shared seeds [its 95% interval: Student's t, n - 1 "
-            f"degrees of freedom, not corrected for the number of rows]; {SIGNIFICANT} marks an interval that excludes "
-            "0; one that holds 0 is no finding"
+            f"degrees of freedom, of that row alone]; {SIGNIFICANT} marks a difference whose interval excludes 0 "
+            f"{level_text(differences[0].level)}; any other is no finding"
         )
     if any(difference.reach is None for difference in differences):
         yield f"{VERSUS}: a difference without an interval, of one seed or of one value, is no finding"

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from loralab.analysis.arms import Arm, Comparison
+from loralab.analysis.paired import LEVEL
 from loralab.analysis.published import mark, published, published_text
 from loralab.analysis.trials import UNSCORED
 from loralab.analysis.tuning import Tuned, scale
@@ -13,7 +14,7 @@ from loralab.analysis.values import is_number
 
 MIB, GIB = 2**20, 2**30
 VERSUS = "vs baseline"
-SIGNIFICANT = "!"  # behind a difference whose interval excludes 0
+SIGNIFICANT = "!"  # behind a difference that counts beside all others of the page
 STEPS = "steps"
 RATE = "lr x scale"  # what an update moves the weights by, to first order: B A is scaled by it and learned at this rate
 NOTICEABLE = 0.01  # by which bits over all weights must differ from the quantized ones' to be shown beside them
@@ -111,6 +112,13 @@ def score_text(arm: Arm) -> str:
     if arm.mean is None:
         return "-"
     return f"{arm.mean:.4f}" if arm.std is None else f"{arm.mean:.4f} +- {arm.std:.4f}"
+
+
+def level_text(level: float) -> str:
+    """``at 99.29%, 95% for all 7 paired differences together``: how sure each difference must be to count."""
+    count = round((1 - LEVEL) / (1 - level))
+    each = f"at {100 * level:.4g}%"
+    return each if count < 2 else f"{each}, {LEVEL:.0%} for all {count} paired differences together"
 
 
 def memory(size: float) -> str:

@@ -75,8 +75,10 @@ def tested(master: DictConfig, words: Sequence[str]) -> list[str]:
 
 def of_axes(master: DictConfig, words: Sequence[str], loader: Any = None) -> Trials:
     """The trials of ``words`` with the ``sweep.zip`` and ``sweep.when`` of the configuration."""
-    sweep = plain_sweep(master)
-    return axes.trials(words, sweep.get("zip"), sweep.get("when"), loader)
+    sweep, chosen = plain_sweep(master), sweep_files.chosen_by(words)
+    path = sweep_files.locate(chosen) if chosen and sweep.get("when") else None
+    written = [f"{key}={values}" for key, values in ((path and sweep_files.axes(path)) or {}).items()]
+    return axes.trials(words, sweep.get("zip"), sweep.get("when"), loader, written)
 
 
 def axis_word(key: str, values: Any) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loralab.config.sweep_files import refuse_mode
 from loralab.config.words import forced, quoted
 from loralab.errors import ConfigError, DataError, Interrupted
 from loralab.quick_imports import quick_imports
@@ -96,6 +97,7 @@ class Session:
         try:
             job = Job.running(config)
             job.flags = [*self.flags, *self._searched]
+            refuse_mode(job.choices.items(), self.many)
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
         except Exception as error:  # Hydra would print its own lines about it
             if os.getpid() != self.process:
@@ -119,6 +121,7 @@ class Session:
 
         ``launch``: has trials that are not finished run by another launcher, whose processes call ``job``.
         """
+        refuse_mode(dict.fromkeys(pair for job in jobs for pair in job.choices.items()), self.many)
         if self.resumes and not self.records:
             check_begun(folder, jobs)
         for job in jobs:
@@ -221,11 +224,17 @@ class Session:
 
 
 def _remove_if_empty() -> None:
-    """Removes the run folder that Hydra has made, where nothing was written into it."""
+    """Removes the run folder that Hydra has made, where nothing was written into it, and runs/ above it where that is
+    empty too."""
     from hydra.core.hydra_config import HydraConfig
 
+    runtime = HydraConfig.get().runtime
+    folder, runs = Path(runtime.output_dir), Path(runtime.cwd) / "runs"
     with suppress(OSError):
-        Path(HydraConfig.get().runtime.output_dir).rmdir()
+        folder.rmdir()
+        for parent in folder.parents:
+            if parent.is_relative_to(runs):
+                parent.rmdir()
 
 
 def _without_config_dir(arguments: list[str]) -> tuple[str | None, list[str]]:
