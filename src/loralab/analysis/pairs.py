@@ -15,7 +15,8 @@ Pairs = dict[str, list[tuple["Arm", "Arm"]]]  # label: arms that have it, each w
 def by_axis(results: SweepResults, contenders: Sequence["Arm"]) -> dict[str, Pairs]:
     """Of each axis that moves by itself the arms with a score, by their label, with their partners: those that have the
     first label and are else equal, but for axes that move with it."""
-    axes = [axis for axis in results.moving() if axis != environments.AXIS and axis not in results.led]
+    moving = [axis for axis in results.moving() if axis in results.compared]
+    axes = [axis for axis in moving if axis != environments.AXIS and axis not in results.led]
     return {axis: _of_axis(results, contenders, axis) for axis in axes}
 
 
