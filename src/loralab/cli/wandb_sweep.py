@@ -69,11 +69,6 @@ def _check_is_grid(name: str, sweep: Mapping[str, Any]) -> None:
             f"sweep.{dependent[0]} of {name} ties axes to each other, and W&B's grid has every combination; valid: a"
             " sweep without it, or loralab sweep"
         )
-    if sweep.get("tune"):
-        raise ConfigError(
-            f"sweep.tune of {name} chooses the best value of each arm, and W&B's grid has axes alone; valid: a sweep"
-            " without it, such as sweep.tune=null with the values as an axis, or loralab sweep"
-        )
 
 
 def _number(text: str) -> int | float | str:
