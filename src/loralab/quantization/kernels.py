@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial, wraps
 from typing import Any, Literal, get_args
 from unittest.mock import patch
@@ -25,9 +26,8 @@ def import_bitsandbytes() -> Any:
     """The module bitsandbytes, imported. On CPUs with bf16 instructions it warns that an optional kernel from a hub is
     missing; that warning is suppressed, as loralab does not use the kernel (``gemm``). Raises ImportError."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_hub_warning)
-    if (known := sys.modules.get("bitsandbytes")) is not None:
-        return known
-    with patch.object(torch, "compile", _compiled_when_called):
+    first = "bitsandbytes" not in sys.modules  # later imports cost nothing, and torch stays as it is
+    with patch.object(torch, "compile", _compiled_when_called) if first else nullcontext():
         import bitsandbytes
 
     return bitsandbytes
