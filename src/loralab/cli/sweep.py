@@ -51,9 +51,10 @@ def sweep_arguments(chosen: str, overrides: list[str]) -> list[str]:
     from loralab.config import sweep_files
     from loralab.config.places import shown
 
+    chosen, overrides = at_scale(chosen, overrides)
     path = sweep_files.locate(chosen)
     assert path is not None, chosen
-    axes = sweep_files.axes(path)
+    axes = sweep_files.axes(path, sweep_files.scale_of(chosen))
     if axes is None and not check_axes(overrides):
         raise ConfigError(
             f"{shown(path)} has no axes; valid: hydra.sweeper.params with them, as in adapter.r: [2, 8], axes on the"
@@ -62,6 +63,17 @@ def sweep_arguments(chosen: str, overrides: list[str]) -> list[str]:
     overridden = {_key(word) for word in overrides}
     axis_words = [f"{key}={value}" for key, value in (axes or {}).items() if _key(key) not in overridden]
     return [sweep_files.word(chosen), "hydra.sweeper.params=null", *axis_words, *overrides]
+
+
+def at_scale(chosen: str, overrides: list[str]) -> tuple[str, list[str]]:
+    """The ``+sweeps=`` choice at the scale that ``overrides`` name by ``scale=``, and the other overrides. Raises
+    ConfigError where the file does not have that scale."""
+    from loralab.config import sweep_files
+
+    scales = [word for word in overrides if _key(word) == "scale"]
+    for word in scales:
+        chosen = sweep_files.at_scale(chosen, word.partition("=")[2])
+    return chosen, [word for word in overrides if word not in scales]
 
 
 def begun_in(folder: Path, arguments: Arguments) -> list[str]:
