@@ -159,9 +159,7 @@ SWEEP = Command(
     examples={
         "loralab sweep rank adapter.r=4,16 seed=0,1,2,3": "the file's question, with other axes than its own",
         "loralab sweep ./my_sweep.yaml": "a file of your own",
-        "loralab sweep rank --preview": "its arms, their scale and rates; nothing is trained",
         "loralab sweep --resume runs/rank": "after a crash: what is left",
-        "loralab sweep --resume runs/rank --failed": "its failures alone",
     },
     writes="a sweep folder, hydra.sweep.dir (runs/NAME): sweep.json, a run folder a trial, and\n"
     "report/{index.html,results.csv,results.json,report.md}.",
