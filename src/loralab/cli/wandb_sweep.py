@@ -1,5 +1,6 @@
 """``loralab wandb-sweep``: a sweep in W&B's own format, for ``wandb sweep`` and ``wandb agent``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from loralab.cli.arguments import Arguments, Command
@@ -24,21 +25,17 @@ def as_wandb(name: str, overrides: list[str]) -> dict[str, Any]:
     trial each, in the folders that ``loralab sweep`` would use. Raises ConfigError."""
     from loralab.cli.hydra_run import check_axes
     from loralab.cli.sweep import sweep_arguments
-    from loralab.config.compose import compose, plain
+    from loralab.config.compose import compose, plain, plain_sweep
     from loralab.config.sweep_files import axis_values
 
     check_axes(overrides)
     axes, fixed = _divided(sweep_arguments(name, overrides))
     if not axes:
         raise ConfigError(f"the sweep {name} has one trial, and W&B's sweeps need an axis; valid: one as in seed=0,1")
+    _check_is_grid(name, plain_sweep(compose([word for word in fixed if not word.startswith("hydra")])))
     firsts = [f"{key}={values[0]}" for key, values in axes.items()]
     config = plain(compose([word for word in [*fixed, *firsts] if not word.startswith("hydra")]), [*fixed, *firsts])
     sweep = config["sweep"] or {}
-    if dependent := [key for key in ("zip", "when") if sweep.get(key)]:
-        raise ConfigError(
-            f"sweep.{dependent[0]} of {name} ties axes to each other, and W&B's grid has every combination; valid: a"
-            " sweep without it, or loralab sweep"
-        )
     if tune := sweep.get("tune"):  # the report chooses among all values, which the agents have to try
         tuned, added = _divided([f"{key}={axis_values(values)}" for key, values in tune.items()])
         axes, fixed = {**axes, **tuned}, [*fixed, *added, "trainer.test=true"]
@@ -73,6 +70,15 @@ def _divided(words: list[str]) -> tuple[dict[str, list[int | float | str]], list
         else:
             fixed.append(str(override.input_line))
     return axes, fixed
+
+
+def _check_is_grid(name: str, sweep: Mapping[str, Any]) -> None:
+    """Raises ConfigError where ``sweep``, what the sweep file says, asks for more than every combination of axes."""
+    if dependent := [key for key in ("zip", "when") if sweep.get(key)]:
+        raise ConfigError(
+            f"sweep.{dependent[0]} of {name} ties axes to each other, and W&B's grid has every combination; valid: a"
+            " sweep without it, or loralab sweep"
+        )
 
 
 def _number(text: str) -> int | float | str:

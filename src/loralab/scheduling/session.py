@@ -40,6 +40,7 @@ class Session:
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     error: Exception | None = None
+    failed: bool = False  # runs again what has failed, and nothing else
     previews: bool = False  # shows what a sweep would run, and runs nothing
     previewed: "Preview | None" = None
     listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
@@ -129,7 +130,9 @@ class Session:
             job.flags, job.fresh = [*self.flags, *self._searched], self._is_fresh(job)
         self.jobs |= {tuple(job.overrides): job for job in jobs}
         self.folder, self.listing, before = folder, launch is not None, list(self.records)
-        records = Sweep(folder, jobs, self.runner).run({**header, "flags": self.flags}, options, launch)
+        failed = self.failed and not header.get("halving")  # at a rung all trials count
+        sweep = Sweep(folder, jobs, self.runner, failed)
+        records = sweep.run({**header, "flags": self.flags}, options, launch)
         self.records = [*before, *(records[job.trial] for job in jobs)]
         self.begun |= records.keys()
         return records
