@@ -130,7 +130,11 @@ class Session:
             job.flags, job.fresh = [*self.flags, *self._searched], self._is_fresh(job)
         self.jobs |= {tuple(job.overrides): job for job in jobs}
         self.folder, self.listing, before = folder, launch is not None, list(self.records)
-        failed = self.failed and not header.get("halving")  # at a rung all trials count
+        failed = self.failed and not header.get("halving")
+        if self.failed and not failed and not before:
+            log.info(
+                "sweep.halving compares all trials at a rung: those that are not finished run with the failed ones"
+            )
         sweep = Sweep(folder, jobs, self.runner, failed)
         records = sweep.run({**header, "flags": self.flags}, options, launch)
         self.records = [*before, *(records[job.trial] for job in jobs)]
