@@ -15,6 +15,7 @@ from loralab.config.compose import compose, plain
 from loralab.config.loggers import logger
 from loralab.config.metrics import of_texts, own_metrics
 from loralab.config.places import conf_folders, data_root, options, searched
+from loralab.data.base import FORGETTING
 from loralab.errors import ConfigError, DataError, nearest
 from loralab.records.wandb_run import LONGEST_TAG
 
@@ -66,6 +67,8 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
         from loralab.optim import foreign, schedulers
 
         return foreign.optimizer_of(cls, values) if key == "optimizer" else schedulers.schedule_of(cls, values)
+    if key == "data" and values.get(FORGETTING) is not None:
+        values[FORGETTING] = build(values[FORGETTING], f"{key}.{FORGETTING}")
     base = KINDS.get(key.partition(".")[0], "")
     derived = isinstance(cls, type) and (
         not base or base in [f"{each.__module__}.{each.__name__}" for each in cls.__mro__]
@@ -133,6 +136,11 @@ def trial_spec(
     watchable = _check_metric(content["metric"], content["metric_mode"], specs, metrics)
     stops = stopping(made, specs["trainer"], watchable) if made else {}
     _check_packing(specs)
+    if specs["data"].forgetting is not None and specs["model"].task == "sequence_classification":
+        raise ConfigError(
+            "data.forgetting: a classifier's new head has learned nothing that it could forget; valid: null, or"
+            " model.task=causal_lm or seq2seq_lm"
+        )
     from loralab.training.specs import TrialSpec  # imports torch and Lightning: after the checks
 
     return TrialSpec(
