@@ -67,8 +67,13 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
         from loralab.optim import foreign, schedulers
 
         return foreign.optimizer_of(cls, values) if key == "optimizer" else schedulers.schedule_of(cls, values)
-    if key == "data" and values.get(FORGETTING) is not None:
-        values[FORGETTING] = build(values[FORGETTING], f"{key}.{FORGETTING}")
+    if key.partition(".")[0] == "data" and (other := values.get(FORGETTING)) is not None:
+        if isinstance(other, str):
+            raise ConfigError(
+                f"data.forgetting={other!r} is a text, where another data set's settings belong; valid:"
+                f" +data@data.forgetting={other} with an option of conf/data/, or null"
+            )
+        values[FORGETTING] = build(other, f"{key}.{FORGETTING}")
     base = KINDS.get(key.partition(".")[0], "")
     derived = isinstance(cls, type) and (
         not base or base in [f"{each.__module__}.{each.__name__}" for each in cls.__mro__]
@@ -138,8 +143,8 @@ def trial_spec(
     _check_packing(specs)
     if specs["data"].forgetting is not None and specs["model"].task == "sequence_classification":
         raise ConfigError(
-            "data.forgetting: a classifier's new head has learned nothing that it could forget; valid: null, or"
-            " model.task=causal_lm or seq2seq_lm"
+            "data.forgetting: model.task=sequence_classification trains a new head, which has learned nothing"
+            " to forget; valid: null, or model.task=causal_lm or seq2seq_lm"
         )
     from loralab.training.specs import TrialSpec  # imports torch and Lightning: after the checks
 
@@ -229,6 +234,10 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping
         )
     valid = names(task, data.generate_rows > 0, trainer.test, data.documents, data.multiple_choice)
     valid += [f"{split}/{name}" for split in ("val", *(["test"] if trainer.test else [])) for name in own]
+    if metric.startswith(f"{FORGETTING}/"):
+        raise ConfigError(
+            f"metric={metric!r}: by scores on data.forgetting nothing is chosen or ranked; valid: {', '.join(valid)}"
+        )
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
     name = metric.rpartition("/")[2]

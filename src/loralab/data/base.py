@@ -83,9 +83,9 @@ class DataSpec:
             raise ConfigError(f"data.forgetting={other!r} is no data set; valid: a DataSpec, or null")
         for name, usual in (("forgetting", None), ("generate_rows", 0), ("packing", False)):
             if (value := getattr(other, name)) != usual:
+                valid = "null" if usual is None else str(usual).lower()
                 raise ConfigError(
-                    f"data.forgetting.{name}={value!r}: these rows are scored by their loss and by nothing else; valid:"
-                    f" {'null' if usual is None else str(usual).lower()}"
+                    f"data.forgetting.{name}={str(value)[:40]}: these rows are only scored, by their loss; valid: {valid}"
                 )
 
     @property

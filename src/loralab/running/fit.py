@@ -140,15 +140,16 @@ class Fit:
         """Scores the final state over ``split``, by its loss, by choice and by generation."""
         self._score(prefix, split)
         for trial in self.trials:
-            choose(trial, self.base, prefix, split)
+            choose(trial, self.base, prefix, trial.data.splits[split], trial.spec.data.batch_size)
             generate(trial, self.base, prefix, split)
 
     def measure_forgetting(self) -> None:
         """Scores the final state over data.forgetting, where trials have it, and holds it against the bare base."""
-        if any(len(trial.data[FORGETTING]) for trial in self.trials):
+        measured = [trial for trial in self.trials if trial.data.forgetting is not None]
+        if measured:
             self._score(FORGETTING, FORGETTING, observed=False)
-        for trial in self.trials:
-            compare(trial)
+        for trial in measured:
+            compare(trial, self.base)
 
     def _score(self, prefix: str, split: str, observed: bool = True) -> None:
         """Scores the present state over ``split``, unless the last validation or an earlier fit has. ``observed``: its

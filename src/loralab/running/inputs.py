@@ -16,7 +16,7 @@ from loralab.quantization.base import is_frozen
 from loralab.quantization.linear import resident_bytes
 from loralab.quantization.none import NoQuantization
 from loralab.quantization.reads import refuse_read
-from loralab.running.forgetting import bare_loss
+from loralab.running.forgetting import bare_scores
 from loralab.training import epochs
 from loralab.training.specs import TrialSpec
 
@@ -45,7 +45,7 @@ class Inputs:
     _base_key: tuple[Any, ...] = ()
     _tokenizers: dict[str, tuple[Any, str | None]] = field(default_factory=dict)
     _data: dict[str, tuple[Encoded, tuple[str | None, str | None]]] = field(default_factory=dict)
-    _base_losses: dict[tuple[Any, ...], float] = field(default_factory=dict)
+    _bare_scores: dict[tuple[Any, ...], dict[str, float]] = field(default_factory=dict)
     _parts: dict[Any, Encoded] = field(default_factory=dict)
     _parts_of: Encoded | None = None
 
@@ -116,12 +116,13 @@ class Inputs:
             self._base_key = key
         return self._base
 
-    def base_loss(self, base: loading.Base, spec: TrialSpec, data: Encoded) -> float | None:
-        """The loss of ``base``, that of ``spec``, on data.forgetting without any adapter: computed once for all trials
-        with the same base and rows. None where there is no such data. Raises DivergedError where it is not finite."""
+    def bare_scores(self, base: loading.Base, spec: TrialSpec, data: Encoded) -> dict[str, float]:
+        """The scores of ``base``, that of ``spec``, on data.forgetting without any adapter: computed once for all
+        trials with the same base and rows. Empty where there are no such rows. Raises DivergedError where the loss is
+        not finite."""
         other = data.forgetting
         if other is None:
-            return None
+            return {}
         key = (
             _base_key(spec, None),
             base.fingerprint,
@@ -129,9 +130,9 @@ class Inputs:
             other.splits.fingerprint,
             repr(spec.data.forgetting),
         )
-        if key not in self._base_losses:
-            self._base_losses[key] = bare_loss(base, spec, data)
-        return self._base_losses[key]
+        if key not in self._bare_scores:
+            self._bare_scores[key] = bare_scores(base, spec, data)
+        return self._bare_scores[key]
 
 
 def _base_key(spec: TrialSpec, labels: int | None) -> tuple[Any, ...]:
@@ -144,15 +145,20 @@ def _base_key(spec: TrialSpec, labels: int | None) -> tuple[Any, ...]:
 def _other_data(other: DataSpec, spec: TrialSpec, tokenizer: Any) -> Encoded:
     """The rows of data.forgetting in token ids. Raises DataError or ConfigError that names it."""
     try:
-        return encoded_data(other, spec.model, tokenizer, spec.trainer.device)
+        return encoded_data(other, spec.model, tokenizer, spec.trainer.device, held_out=True)
     except (DataError, ConfigError) as error:
-        raise type(error)(f"data.{FORGETTING}: {error}") from error
+        text = str(error)
+        key, rest = f"data.{FORGETTING}", text.removeprefix("data.")
+        raise type(error)(f"{key}.{rest}" if rest != text else f"{key}: {text}") from error
 
 
-def encoded_data(data: DataSpec, model: pretrained.Pretrained, tokenizer: Any, device: str) -> Encoded:
-    """The rows of ``data`` in token ids. Data that is sampled from the base loads it, unquantized."""
+def encoded_data(
+    data: DataSpec, model: pretrained.Pretrained, tokenizer: Any, device: str, held_out: bool = False
+) -> Encoded:
+    """The rows of ``data`` in token ids. Data that is sampled from the base loads it, unquantized. ``held_out``: those
+    of the validation split are enough."""
     if not data.from_base:
-        return encoded_rows(data, model, tokenizer)
+        return encoded_rows(data, model, tokenizer, held_out)
     base = loading.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
     sampled: Encoded = data.sample(base, tokenizer, model.task, model.length)
     return sampled

@@ -81,15 +81,15 @@ class Runner:
         base = self.inputs.base(specs[0], len(rows[0].splits.labels) or None)
         check_labels(base, rows)
         check_metrics(base, specs)
-        bare = [self.inputs.base_loss(base, *parts) for parts in zip(specs, rows, strict=True)]
+        bare = [self.inputs.bare_scores(base, *parts) for parts in zip(specs, rows, strict=True)]
         trials: list[Trial] = []
         try:
             with base.hooks.given(decomposed={}):  # for these trials alone
                 # one by one, so that the adapters before a refused one are detached too
                 trials.extend(attach_trial(base, *parts) for parts in zip(specs, rows, records, strict=True))
             check_batches(base, trials)
-            for trial, loss in zip(trials, bare, strict=True):
-                trial.base_loss = loss
+            for trial, scores in zip(trials, bare, strict=True):
+                trial.bare_scores = scores
                 _resume(trial)
                 if not trial.step:
                     trial.record.pop("pauses", None)

@@ -49,7 +49,7 @@ def add_scores(job: Job, runner: "Runner", lacking: Collection[str]) -> Record:
             if "test" in lacking:
                 fit.evaluate("test", "test")
             if FORGETTING in lacking:
-                trial.base_loss = runner.inputs.base_loss(run.untrained().base, spec, data.encoded)
+                trial.bare_scores = runner.inputs.bare_scores(run.untrained().base, spec, data.encoded)
                 fit.measure_forgetting()
             if trial.failure is not None:
                 raise trial.failure

@@ -57,7 +57,7 @@ class Trial:
     optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
     callback_states: dict[str, Any] = field(default_factory=dict)  # {callback: its state_dict} after the last step
     merges_rows: bool = False  # rows of one step are written as one, once the step is over
-    base_loss: float | None = None  # of the base without any adapter on data.forgetting
+    bare_scores: dict[str, float] = field(default_factory=dict)  # of the base without any adapter on data.forgetting
     last: Best | None = None  # the last state, where the adapter was set back to the best one
     best: Best | None = None  # of the validations so far, where trainer.keep_best
 
