@@ -85,7 +85,7 @@ class DataSpec:
             if (value := getattr(other, name)) != usual:
                 valid = "null" if usual is None else str(usual).lower()
                 raise ConfigError(
-                    f"data.forgetting.{name}={str(value)[:40]}: these rows are only scored, by their loss; valid: {valid}"
+                    f"data.forgetting.{name}={str(value)[:40]}: they are scored by their loss alone; valid: {valid}"
                 )
 
     @property
