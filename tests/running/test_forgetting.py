@@ -214,6 +214,8 @@ def test_rows_that_cannot_be_read_leave_a_finished_trial_as_it_is(command, tmp_p
     before = (tmp_path / "run" / "result.json").read_bytes()
     code, said = command("data.forgetting.train=nowhere.jsonl")
     assert (code, "data.forgetting.train='nowhere.jsonl': there is no such file" in said) == (3, True)
+    code, said = command("data.forgetting.limit=0")
+    assert (code, "data.forgetting.limit must be at least 1" in said) == (2, True), said
     assert (tmp_path / "run" / "result.json").read_bytes() == before
 
 

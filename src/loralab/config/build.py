@@ -100,12 +100,13 @@ def _trainer(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_paths(node: Any, key: str) -> None:
     """Raises ConfigError or DataError for a path that is longer than any file system allows."""
-    for name in identity.PATHS.get(key, ()) if isinstance(node, Mapping) else ():
+    section = key.partition(".")[0]
+    for name in identity.PATHS.get(section, ()) if isinstance(node, Mapping) else ():
         value = str(node.get(name) or "")
         longest = max(len(part.encode(errors="replace")) for part in value.split("/"))
         if longest > LONGEST_NAME or len(value) > LONGEST_PATH:
             text = f"{key}.{name}={value[:40]}... has {len(value)} characters, and no file has such a name"
-            raise (DataError if key == "data" else ConfigError)(f"{text}; valid: an existing path")
+            raise (DataError if section == "data" else ConfigError)(f"{text}; valid: an existing path")
 
 
 def trial_id(config: DictConfig | Mapping[str, Any]) -> str:

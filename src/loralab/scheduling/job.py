@@ -86,7 +86,8 @@ class Job:
         """The record of an earlier run of the very same trial on the same base and data that was completed, or has been
         paused where this one is to pause.
 
-        Raises ArtifactError where this run would overwrite another trial's result.
+        Raises ArtifactError where this run would overwrite another trial's result, ConfigError where the settings are
+        not valid.
         """
         stored, why_stale = self._earlier_run
         return None if why_stale else stored
@@ -108,6 +109,7 @@ class Job:
             paused = stored["trial"] == self.trial and self._pause(stored) is not None
             return (stored, staleness.outdated(stored, self.content)) if paused else (None, "")
         if stored["trial"] != self.trial:
+            self.spec()  # settings that are not valid have no trial's id: what is wrong with them comes first
             whose = "of other settings" if stored["schema"] == record.SCHEMA else "of an earlier version of loralab"
             raise ArtifactError(
                 f"{self.folder} holds the completed trial {stored['trial']} {whose}; valid: another"
