@@ -10,7 +10,8 @@ from loralab.analysis.results import SweepResults
 from loralab.analysis.values import UNKNOWN, Json, as_number
 from loralab.reporting import charts, curves, explorer, forgetting, tuning
 from loralab.reporting.charts import Figure, Legend
-from loralab.reporting.table import score_text
+from loralab.reporting.labels import height, row_axis, row_labels, spoken
+from loralab.reporting.table import level_text, score_text
 
 if TYPE_CHECKING:
     import altair as alt
@@ -55,7 +56,7 @@ def grouped(results: SweepResults, arms: Sequence[Arm], by: Sequence[str]) -> di
         return {results.metric: list(arms)}
     labels = in_order([*results.axes[by[0]], UNKNOWN])
     by_label = {text: [arm for arm in arms if arm.values[by[0]] == text] for text in labels}
-    return {_spoken(results, by[0], text): members for text, members in by_label.items() if members}
+    return {spoken(results, by[0], text): members for text, members in by_label.items() if members}
 
 
 def named(results: SweepResults, axis: str) -> list[str]:
@@ -69,11 +70,6 @@ def in_order(labels: Sequence[str]) -> list[str]:
     if None in numbers.values():
         return [*labels]
     return sorted(labels, key=lambda text: numbers.get(text) or 0.0 if text in numbers else math.inf)
-
-
-def _spoken(results: SweepResults, axis: str, text: str) -> str:
-    bare = as_number(text) is not None or text in ("true", "false", "null")
-    return f"{results.short[axis]} = {text}" if bare else text
 
 
 def _metric(comparison: Comparison) -> Iterator[Figure]:
@@ -210,9 +206,11 @@ def _differences(comparison: Comparison) -> Iterator[Figure]:
     arms = [arm for arm in comparison.arms if arm.difference and arm.difference.interval]
     if not arms:
         return
-    rows = [_difference(arm, mode) for arm in arms[:MOST_ROWS]]
+    labels = row_labels(arms[:MOST_ROWS])
+    rows = [{**_difference(arm, mode), "label": labels[arm.name]} for arm in arms[:MOST_ROWS]]
+    level = next(arm.difference.level for arm in arms if arm.difference)
     base = alt.Chart(alt.NamedData("rows")).encode(
-        y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=charts.LONGEST_LABEL)),
+        y=row_axis(),
         color=alt.Color(
             "verdict:N",
             scale=alt.Scale(domain=VERDICTS, range=["#00846a", "#d55e00", "#5f6670"]),
@@ -233,12 +231,13 @@ def _differences(comparison: Comparison) -> Iterator[Figure]:
     spec = charts.specification(
         charts.layers(zero, bars.add_params(charts.zoom(("x",))), points),
         {"rows": rows, "zero": [{"zero": 0}]},
-        charts.ROW * len(rows) + 10,
+        height([row["label"] for row in rows]),
     )
     left_out = f" The first {MOST_ROWS} of {len(arms)} rows." if len(arms) > MOST_ROWS else ""
     caption = (
         f"Mean paired difference over shared seeds with its {LEVEL:.0%} interval, each row against the one that "
-        "differs from it in one axis alone, where there is one; an interval that holds 0 is no finding. "
+        "differs from it in one axis alone, where there is one; better or worse: where 0 is excluded "
+        f"{level_text(level)}; any other is no finding. "
         f"{_seeds(arms)}.{left_out}"
     )
     legend = Legend("verdict", "fixed", VERDICTS)
