@@ -8,7 +8,7 @@ from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.paired import LEVEL
 from loralab.analysis.results import SweepResults
 from loralab.analysis.values import UNKNOWN, Json, as_number
-from loralab.reporting import charts, curves, explorer, tuning
+from loralab.reporting import charts, curves, explorer, heat, tuning
 from loralab.reporting.charts import Figure, Legend
 from loralab.reporting.table import score_text
 
@@ -34,7 +34,8 @@ def figures(comparison: Comparison, number: int = 0) -> list[Figure]:
     lines = curves.figures(comparison, groups, second, names)
     rates = tuning.figures(comparison, groups, second, names)
     any_other = explorer.figures(comparison, groups, number)
-    return [*rates, *_metric(comparison), *_differences(comparison), *_against_bits(comparison), *lines, *any_other]
+    results_of_rows = [*_metric(comparison), *heat.figures(comparison), *_differences(comparison)]
+    return [*rates, *results_of_rows, *_against_bits(comparison), *lines, *any_other]
 
 
 def axis_roles(results: SweepResults) -> tuple[str | None, list[str]]:
