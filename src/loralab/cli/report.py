@@ -8,15 +8,20 @@ from loralab.errors import ConfigError
 
 def run(arguments: Arguments) -> int:
     """The report of a finished or half-finished sweep, or of a single run."""
-    from loralab.cli.terminal import show_report
+    from loralab.cli.terminal import show_comparison, show_report
 
-    if len(arguments.words) != 1:
-        raise ConfigError("loralab report needs one folder: a sweep's or a run's")
+    if not 1 <= len(arguments.words) <= 2:
+        raise ConfigError("loralab report needs one folder, a sweep's or a run's, or two sweeps to compare")
     if arguments.port is not None and not arguments.watch:
         raise ConfigError(f"--port {arguments.port} is of --watch, which is not given")
-    folder = Path(arguments.words[0])
+    folder, *others = map(Path, arguments.words)
+    if others and arguments.watch:
+        raise ConfigError("--watch follows one sweep; without it, two are compared")
     if arguments.watch:
         return _watch(folder, _port(arguments.port or "0"))
+    if others:
+        show_comparison(folder, others[0])
+        return 0
     show_report(folder, ("svg", "png", "pdf"))
     return 0
 
@@ -40,14 +45,21 @@ def _port(text: str) -> int:
 REPORT = Command(
     name="report",
     summary="table, page, CSV and JSON of a sweep or a run",
-    about="Reads the records below a folder, finished or not, and writes the report anew. Every sweep ends by it.",
-    usage="DIR",
+    about=(
+        "Reads the records below a folder, finished or not, and writes the report anew. Every sweep ends by it.\n"
+        "Of two sweeps A and B: rows of equal values, B less A over the seeds that both have."
+    ),
+    usage="DIR [DIR]",
     examples={
         "loralab report runs/rank": "of a sweep",
         "loralab report runs/train/2026-11-26_10-00-00": "of a single run",
+        "loralab report runs/rank runs/rank-new-torch": "of two sweeps, row by row",
         "loralab report --watch runs/rank": "a page in the browser that follows the sweep",
     },
-    writes="DIR/report/{index.html,results.csv,results.json,report.md}, figures/*.{svg,png,pdf}, a table on stdout.",
+    writes=(
+        "DIR/report/{index.html,results.csv,results.json,report.md}, figures/*.{svg,png,pdf}, a table on stdout;\n"
+        "of two A/report/compare_B/{index.html,compare.md,compare.json}."
+    ),
     run=run,
     own_flags=(
         Flag(("--watch",), "serves the page to this machine, and writes it anew while the sweep runs"),

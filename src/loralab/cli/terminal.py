@@ -37,6 +37,15 @@ def show_report(folder: Path, kinds: Sequence[str] = ("svg",)) -> None:
     print(f"report: {written.index}")
 
 
+def show_comparison(one: Path, other: Path) -> None:
+    """Writes the comparison of two sweeps and prints its table."""
+    from loralab.reporting.between import report
+
+    written = report(one, other)
+    print(written.table)
+    print(f"report: {written.index}")
+
+
 def messages_to_stderr() -> None:
     """As Hydra's logging of conf/ would have it, for a command that Hydra only composes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
