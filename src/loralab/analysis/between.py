@@ -109,8 +109,9 @@ def between(one: SweepResults, other: SweepResults) -> Between:
         if key == partner_key
     ]
     if not pairs:
+        names = ", ".join(short_names(axes).values())
         raise ArtifactError(
-            f"no row of {one.folder} has the values of a row of {other.folder} on {', '.join(short_names(axes).values())}; "
+            f"no row of {one.folder} has the values of a row of {other.folder} on {names}; "
             + "; ".join(f"{side.results.folder} has {_values(side, axes)}" for side in sides)
         )
     return Between(sides, axes, pairs)

@@ -205,6 +205,8 @@ def _page(found: Between, notes: list[str]) -> str:
             for sign in ("better", "worse")
         ),
     ]
+    if not found.one_environment:
+        tiles.append(Tile("different versions", "or hardware, so differences are not of the settings alone", bad=True))
     drawn = list(_figures(found))
     return render(
         "between.html",
