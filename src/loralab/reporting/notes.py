@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from loralab.analysis import environments
+from loralab.analysis import environments, full
 from loralab.analysis.arms import Comparison
 from loralab.analysis.claims import source, verdicts
 from loralab.analysis.comparable import apart
@@ -24,6 +24,7 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     yield from sentences(comparison.results)
     yield from _separation(comparison)
     yield from _versus(comparison)
+    yield from full.sentences(comparison)
     if comparison.differs_in_seeds:
         yield (
             "The rows are over different seeds, so their means do not compare; the paired differences, over shared "

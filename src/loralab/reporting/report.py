@@ -12,6 +12,7 @@ from loralab.analysis.arms import Comparison, comparisons
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
 from loralab.analysis.dimension import answers
+from loralab.analysis.full import to_full
 from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import PRUNED, STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
@@ -21,7 +22,7 @@ from loralab.reporting.layout import markdown_table, terminal_width
 from loralab.reporting.notes import general, messages, notes
 from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
-from loralab.reporting.table import as_plain
+from loralab.reporting.table import as_plain, plain_gap
 from loralab.reporting.text import markdown, measure, terminal
 from loralab.reporting.trials import MEASURED, rows
 from loralab.reporting.vega import drawn
@@ -102,9 +103,9 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
         "held_fixed": held_fixed(results),
         "notes": [*general(results, compared), *(note for comparison in compared for note in notes(comparison))],
         "arms": [
-            {"set": about, **as_plain(arm), **cost.plain(arm)}
+            {"set": about, **as_plain(arm), **cost.plain(arm), **(plain_gap(gaps.get(id(arm))) if gaps else {})}
             for comparison in compared
-            for about in [subject(comparison.results)]
+            for about, gaps in [(subject(comparison.results), to_full(comparison))]
             for arm in comparison.arms
         ],
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],

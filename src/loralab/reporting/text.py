@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.comparable import subject
+from loralab.analysis.full import GAP
 from loralab.analysis.results import SweepResults
 from loralab.reporting import cost, subspace
 from loralab.reporting.layout import WIDTH, aligned, markdown_table, natural_width, wrapped
@@ -14,7 +15,7 @@ from loralab.reporting.table import RATE, VERSUS, Column, columns, score_text, s
 # Columns that go first when the terminal is narrow.
 _EXPENDABLE = (
     *("tokens/s", "base size", "peak memory", "train s", "trainable", "bits overall", "scale", RATE, "peak alone"),
-    *("bits/param", "published"),
+    *("bits/param", "published", GAP),
 )
 
 
