@@ -214,6 +214,28 @@ def weights():
 
 
 @pytest.fixture
+def break_off():
+    """Runs trials that fail in the pass behind ``step`` optimizer steps; their folders are as a crash leaves them."""
+
+    def run(specs, step):
+        from loralab.running.runner import Runner
+        from loralab.training.module import FineTuner
+
+        real = FineTuner.training_step
+
+        def broken(self, batches, index):
+            if self.trials[0].step == step:
+                raise RuntimeError("gone")
+            return real(self, batches, index)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FineTuner, "training_step", broken)
+            assert {one["status"] for one in Runner().run(specs)} == {"failed"}
+
+    return run
+
+
+@pytest.fixture
 def inputs():
     """Model inputs of two rows of 12 tokens for a task, right padding in the second."""
 

@@ -58,3 +58,34 @@ def test_a_module_that_needs_scipy_signal_meanwhile_has_it():
         assert find_peaks([0, 1, 0])[0].tolist() == [1] and scipy.signal.find_peaks is find_peaks
     """
     subprocess.run([sys.executable, "-c", dedent(script)], check=True)
+
+
+def test_a_function_of_a_module_that_is_set_aside_imports_it_when_it_is_called():
+    script = """
+        import sys
+        from loralab.quick_imports import quick_imports
+
+        with quick_imports():
+            from transformers.loss import loss_for_object_detection
+        assert "scipy.optimize" not in sys.modules
+        rows, columns = loss_for_object_detection.linear_sum_assignment([[1.0, 0.0], [0.0, 1.0]])
+        assert columns.tolist() == [1, 0]
+        assert sys.modules["scipy.optimize"].linear_sum_assignment.__module__.startswith("scipy.optimize")
+    """
+    subprocess.run([sys.executable, "-c", dedent(script)], check=True)
+
+
+def test_transformers_reads_no_folder_twice():
+    script = """
+        import functools
+        from loralab.quick_imports import quick_imports
+
+        with quick_imports():
+            import transformers.models
+            from transformers.utils import import_utils
+        scanned = import_utils.create_import_structure_from_path.cache_info()
+        assert scanned.currsize > 128 and scanned.misses <= scanned.currsize
+        assert functools.lru_cache(maxsize=3)(len).cache_info().maxsize == 3
+        assert transformers.LlamaConfig.model_type == "llama"
+    """
+    subprocess.run([sys.executable, "-c", dedent(script)], check=True)

@@ -70,6 +70,7 @@ def sweep(name: str | Path, overrides: Sequence[str] = (), fresh: bool = False) 
     from loralab.cli.subspace import after_sweep
     from loralab.cli.sweep import sweep_arguments
     from loralab.config import sweep_files
+    from loralab.reporting import wandb_report
     from loralab.reporting.report import report
 
     _check_words(overrides)
@@ -80,7 +81,7 @@ def sweep(name: str | Path, overrides: Sequence[str] = (), fresh: bool = False) 
     session = _run(words, fresh, many=True)
     if session.folder is not None:
         after_sweep(session.folder)
-        report(session.folder)
+        wandb_report.after_sweep(report(session.folder))
     return TrialRecords(TrialRecord(record, folder) for record, folder in _with_folders(session))
 
 

@@ -31,7 +31,6 @@ from loralab.quantization.base import dense_weight
 from loralab.quantization.none import NoQuantization
 from loralab.running.runner import Runner
 from loralab.training.checkpoint import Checkpoint
-from loralab.training.module import FineTuner
 
 FAMILY = "phi"  # its layers and norms have biases
 
@@ -306,18 +305,9 @@ def test_packed_is_solo_bit_for_bit_with_deltas_that_are_not_zero(spec, fresh, m
     assert_same(packed, [alone(own, seed=i) for i, own in enumerate(adapters)], curve)
 
 
-def test_a_run_that_broke_off_goes_on_with_the_same_bits(spec, make_spec, monkeypatch, curve, alone):
+def test_a_run_that_broke_off_goes_on_with_the_same_bits(spec, make_spec, break_off, curve, alone):
     checkpoint = {"checkpoint": lambda: Checkpoint(None, 1)}
     again = make_spec("again", FAMILY, adapter=spec, callbacks=checkpoint, **CHANGES)
-    real = FineTuner.training_step
-
-    def broken(self, batches, index):
-        if self.trials[0].step == 2:
-            raise RuntimeError("gone")
-        return real(self, batches, index)
-
-    monkeypatch.setattr(FineTuner, "training_step", broken)
-    assert Runner().run([again])[0]["status"] == "failed"
-    monkeypatch.setattr(FineTuner, "training_step", real)
+    break_off([again], step=2)
     assert completed([again])[0]["resumed_from"] == 2
     assert_same([again], [alone(spec, seed=0)], curve)

@@ -17,7 +17,7 @@ LOSSES = {"none": [1.0, 2.0, 3.0], "int8_absmax": [1.5, 2.51, 3.49], "nf4_double
         ("nf4_double >= none", "holds"),
         ("nf4_double <= none", "does not hold"),
         ("int8_absmax <= nf4_double", "cannot tell"),
-        ("none <= fp4", "cannot tell"),
+        ("none <= fp4", "not comparable"),
         ("r has no effect", "cannot tell"),
     ],
 )

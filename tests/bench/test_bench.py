@@ -1,6 +1,8 @@
 """The benchmark measures what it says it measures; how fast that is no test asks."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ from loralab.bench.processes import ProcessError
 from loralab.bench.setup import BenchmarkSetup, physical_cores, prepare
 from loralab.cli import main
 from loralab.errors import Interrupted
+from loralab.records import record
 
 TINY = BenchmarkSize(
-    *(1, 2, 4, (1, 2), (SweepSize(2, 2, 1, 1), SweepSize(3, 1, 0, 1, share=2)), SweepSize(2, 1, None, 1)),
+    *(1, 2, 4, (1, 2), (SweepSize(2, 2, 1, 1), SweepSize(3, 1, 0, 1, share=2)), SweepSize(2, 1, None, 1), ()),
     ranks=(2, 4),
     rates=(1e-3, 2e-3),
 )
@@ -67,13 +70,13 @@ class StandIn:
 def measured(tmp_path, monkeypatch):
     """The parts over stand-ins, as bench.json has them."""
 
-    def measure(*names, broken=(), answers=10**6):
+    def measure(*names, broken=(), answers=10**6, size=TINY):
         StandIn.broken, StandIn.answers = broken, answers
         stand_in = BenchmarkSetup(tmp_path, 1, "cpu", {"words": []}, [10] * 100, 3)
         monkeypatch.setattr(run, "prepare", lambda *_: stand_in)
         monkeypatch.setattr(BenchmarkSetup, "start", StandIn)
         monkeypatch.setattr(BenchmarkSetup, "sweep", lambda self, words: 2.0)
-        run.measure(names, TINY, tmp_path / "bench.json", tmp_path, "cpu", 1)
+        run.measure(names, size, tmp_path / "bench.json", tmp_path, "cpu", 1)
         return json.loads((tmp_path / "bench.json").read_text())
 
     return measure
@@ -218,3 +221,39 @@ def test_every_part_runs_in_processes_of_its_own(tmp_path):
     for row in found["parts"]["step"]["rows"]:
         assert row["loss_difference"]["first"] < 1e-4
         assert row["loss_difference"]["largest"] < 1e-3
+
+
+def test_a_decision_is_compared_with_the_full_grids_and_peers_are_scaled_from_a_sample(measured, monkeypatch):
+    """The sweeps are stood in for by their folders: what they leave is read, as a real one's is."""
+    sizes = replace(TINY, decisions=(4,), arms=(2, 4), tuned_rates=(1e-3, 2e-3), seeds=2)
+
+    def command(self, words):
+        folder = Path(next(word for word in words if word.startswith("hydra.sweep.dir=")).partition("=")[2])
+        asked = json.loads(Path(words[1]).read_text().partition("\n")[2])
+        halving, rates = asked["sweep"]["halving"], asked["sweep"]["tune"]["optimizer.lr"]
+        assert (rates, asked["hydra"]["sweeper"]["params"]["seed"]) == ([1e-3, 2e-3], [0, 1])
+        decisions = [
+            {
+                "arm": ["+sweeps=x", f"adapter.r={r}"],
+                "chosen": f"optimizer.lr={2e-3 if r == 4 and halving else 1e-3:g}",
+                "means": {"optimizer.lr=0.001": 1.0, "optimizer.lr=0.002": 1.25},
+            }
+            for r in (2, 4)
+        ]
+        record.write_sweep(folder, {"name": "d", "axes": {}, "trials": [], "decisions": decisions})
+        for number in range(8):
+            stored = record.blank(str(number))
+            stored["time"]["steps"] = 1 if halving and number % 2 else 4
+            record.write(folder / str(number), stored)
+        return 3.0 if halving else 5.0
+
+    monkeypatch.setattr(BenchmarkSetup, "command", command)
+    rows = {row["name"]: row for row in measured("decision", size=sizes)["parts"]["decision"]["rows"]}
+    ours = rows[OURS]
+    assert (ours["median"], ours["trained_steps"], ours["same_rates"], ours["arms"]) == (3.0, 20, 1, 2)
+    assert ours["largest_loss"] == pytest.approx(0.25)
+    # a trial of the stand-in takes as many seconds as it has steps, and its start one: 8 trials of 4 steps
+    assert rows[f"{TRAINER}, {ALONE}"]["median"] == 8 * (1 + 4)
+    assert rows[f"{TRAINER}, one process"]["median"] == 1 + 8 * 4
+    assert rows[f"{TRAINER}, one process, the same steps ended early"]["median"] == pytest.approx(1 + 8 * 4 * 20 / 32)
+    assert rows["loralab, the full grid"]["ratio"] == pytest.approx(5 / 3)

@@ -148,6 +148,31 @@ def test_a_wrong_configuration_is_exit_2_and_says_what_is_valid(refuse, case):
     assert len(text.strip().splitlines()) <= 3  # with what was said before, such as of the rows
 
 
+def test_a_refused_run_leaves_no_folder_and_takes_none_that_holds_something(refuse, tmp_path):
+    assert refuse("seed=true")[0] == 2
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "notes.txt").write_text("")
+    assert refuse("seed=true")[0] == 2
+    assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["mine", "notes.txt"]
+    empty = tmp_path / "elsewhere"
+    empty.mkdir()
+    assert refuse("seed=true", f"hydra.run.dir={empty / 'run'}")[0] == 2
+    assert list(empty.iterdir()) == []  # not of ours, so it stays
+
+
+def test_a_mode_of_hydras_in_a_file_is_refused(refuse, tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    file = tmp_path / "conf" / "experiment" / "many.yaml"
+    file.write_text("# @package _global_\nhydra:\n  mode: MULTIRUN\n")
+    code, said = refuse("+experiment=many")
+    assert code == 2
+    assert "conf/experiment/many.yaml: hydra.mode=MULTIRUN is ignored in a file" in said
+    assert not (tmp_path / "runs").exists()
+    file.write_text("# @package _global_\nhydra:\n  mode: RUN\n")
+    assert refuse("+experiment=many", "-m", "seed=0,1")[0] == 2
+
+
 def test_a_sweep_refuses_a_seed_that_is_none_and_its_record_stays_readable(refuse, tmp_path, capsys):
     code, _ = refuse("-m", "seed=", "hydra.sweep.dir=s")
     assert code == 2

@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+from wandb_file import inspected, read
 
 from loralab.cli.main import run
 from loralab.cli.sweep import sweep_arguments
@@ -17,7 +19,10 @@ from loralab.cli.wandb_sweep import as_wandb
 from loralab.config import sweep_files
 from loralab.config.build import trial_id
 from loralab.config.compose import compose
+from loralab.errors import ConfigError
 from loralab.records import record, wandb_run
+from loralab.reporting import wandb_report
+from loralab.reporting.report import report
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +31,6 @@ def _offline(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
-
-
-def inspected(path, *more):
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *more, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def test_a_run_is_uploaded_anew_from_its_record(tmp_path, synthetic, write, capsys):
@@ -44,27 +44,67 @@ def test_a_run_is_uploaded_anew_from_its_record(tmp_path, synthetic, write, caps
     printed = capsys.readouterr().out.splitlines()
     places = [line.partition(": wandb sync ")[2] for line in printed]
     assert len(set(places)) == 3
-    for place in places:
+    for place in places[:1]:
         dry = [sys.executable, "-m", "wandb", "sync", "--dry-run", place]  # the line that was printed
         done = subprocess.run(dry, capture_output=True, text=True, timeout=60, check=True)
         assert "Would sync 1 run" in done.stdout + done.stderr
     (path,) = (tmp_path / "sweep" / "one" / "wandb").glob(f"{places[0].rpartition('/')[2]}/*.wandb")
-    lines = list(map(json.loads, inspected(path).splitlines()))
-    history = [line["history"]["item"] for line in lines if line["type"] == "history"]
-    *history, tables = history
+    shown = inspected(path)
+    *history, tables = shown["history"]
     rows = [{key: row[key] for key in row if not key.startswith("_")} for row in history if "step" in row]
     assert rows == list(map(json.loads, (tmp_path / "sweep" / "one" / "metrics.jsonl").read_text().splitlines()))
     assert any(key.startswith("memory/spikes") for key in tables)
-    shown = json.loads(inspected(path, "--summary"))
     assert (shown["project"], shown["name"]) == ("mine", "nf4_double r=8 seed=1")
     expected = wandb_run.summary(record.read(tmp_path / "sweep" / "one"))
     assert {key: shown["summary"][key] for key in expected} == expected
     assert shown["config"]["trial"] == stored["trial"]
 
 
+def test_a_report_is_logged_on_request(write_runs, capsys):
+    """Of a sweep that was run without W&B, and again as the same run."""
+    folder = write_runs({(2, 0): 2.5, (2, 1): 2.6, (8, 0): 2.4, (8, 1): 2.45}) / "runs"
+    for _ in range(2):
+        assert run(["report", "--wandb", str(folder)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("report in W&B: wandb sync ")
+    shown = read(folder / "report")
+    assert shown["name"] == "runs report"
+    assert shown["summary"]["trials"] == 4
+    paths = {key: value for row in shown["history"] for key, value in row.items() if key.endswith(".path")}
+    assert {"report/results.path", "report/trials.path", "report/metric.path"} <= set(paths)
+    (files,) = (folder / "report" / "wandb").glob("offline-run-*/files")
+    table = json.loads((files / paths["report/results.path"]).read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["mean"] for row in rows] == pytest.approx([2.55, 2.425], abs=1e-12)
+    assert len(json.loads((files / paths["report/trials.path"]).read_text())["data"]) == 4
+
+
+def test_a_w_and_b_that_fails_or_hangs_stops_no_sweep(write_runs, monkeypatch, caplog):
+    folder = write_runs({(2, 0): 2.5, (8, 0): 2.4}, change=logged_to_wandb) / "runs"
+    written = report(folder)
+    monkeypatch.setattr(wandb_report, "PATIENCE_SECONDS", 0.05)
+    ended = threading.Event()
+    monkeypatch.setattr(wandb_report, "_logged", lambda *_: ended.wait(5))
+    assert wandb_report.after_sweep(written) == ""
+    assert f"again: loralab report --wandb {folder}" in caplog.text
+    ended.set()
+    monkeypatch.setattr(wandb_report, "PATIENCE_SECONDS", 30.0)
+    monkeypatch.setattr(wandb_report, "_logged", lambda *_: 1 / 0)
+    assert wandb_report.after_sweep(written) == ""
+    assert "the report is not in W&B: division by zero" in caplog.text
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_report.after_sweep(written) == ""
+    with pytest.raises(ConfigError, match="disables W&B"):
+        wandb_report.on_request(written)
+
+
+def logged_to_wandb(trial, r, seed):
+    trial["config"]["logger"] = {"several": {"_target_": "loralab.records.wandb.Wandb", "mode": "auto"}}
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
+        (["report", "--wandb", "--watch", "x"], 2, "--wandb and --watch do not go together"),
         (["wandb-upload"], 2, "needs the folder of a run"),
         (["wandb-upload", "nowhere"], 4, "nowhere/result.json: no such file"),
         (["wandb-upload", "running"], 4, "is not finished"),
@@ -119,6 +159,11 @@ def test_wandbs_agents_run_the_trials_of_the_sweep(name, capsys):
 def test_every_sweep_has_wandbs_keys_and_no_other():
     known = {"name", "description", "program", "method", "metric", "parameters", "command"}  # of W&B's schema
     for name in sweep_files.names():
+        said = sweep_files.load(sweep_files.locate(name)).sweep
+        if refused := next((key for key in ("zip", "when") if said.get(key)), None):
+            with pytest.raises(ConfigError, match=f"^sweep.{refused} of {name} "):
+                as_wandb(name, ["seed=0,1"])
+            continue
         sweep = as_wandb(name, ["seed=0,1"])
         assert set(sweep) <= known
         assert all(values["values"] for values in sweep["parameters"].values())

@@ -1,19 +1,18 @@
 """Every option and every trial of every sweep composes, builds, and lists all its keys."""
 
-import itertools
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
 
 from loralab.cli.sweep import sweep_arguments
+from loralab.config import sweep_files
 from loralab.config.build import SPECS, build, trial_id, trial_spec
 from loralab.config.compose import compose, plain, sweep_axes
 from loralab.config.places import data_root
+from loralab.config.words import quoted
 from loralab.scheduling.dimension import search_of
+from loralab.scheduling.rounds import of_axes
 
 CONF = data_root() / "conf"
 WHOLE = ("experiment", "method")  # settings of several groups
@@ -22,9 +21,7 @@ OPTIONS = sorted(
     for path in CONF.rglob("*/*.yaml")
     if not {"hydra", *WHOLE} & set(path.relative_to(CONF).parts)
 )
-SWEEPS = sorted(
-    str(path.relative_to(data_root() / "sweeps").with_suffix("")) for path in (data_root() / "sweeps").rglob("*.yaml")
-)
+SWEEPS = sorted(path.stem for path in (data_root() / "sweeps").glob("*.yaml"))  # those of papers: test_papers
 GIVEN = {
     "hf": ["model.name_or_path=somewhere"],
     "files": ["data.train=t.jsonl"],
@@ -76,12 +73,12 @@ def test_settings_of_several_groups_say_what_they_are_and_compose(path):
 
 def trials(name):
     """The overrides of each trial of one seed: what a seed makes of an id is test_identity's."""
-    parser = OverridesParser.create()
-    parsed = parser.parse_overrides([a for a in sweep_arguments(name, []) if not a.startswith("hydra.")])
-    every = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
+    words = quoted([word for word in sweep_arguments(name, []) if not word.startswith("hydra.")])
+    master = compose(words[:1])
+    every = of_axes(master, words)
     seed = next((word for word in every[0] if word.startswith("seed=")), None)
     listed = [words for words in every if seed is None or seed in words]
-    search = search_of(OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml"))
+    search = search_of(master)
     return [*listed, *(search.first(listed, "min") if search else [])]
 
 
@@ -98,7 +95,7 @@ def test_every_trial_of_a_sweep_builds_and_is_a_trial_of_its_own(name, tmp_path)
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_says_what_it_asks_and_what_it_holds_fixed(name):
-    stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
+    stored = sweep_files.load(data_root() / "sweeps" / f"{name}.yaml")
     assert stored.sweep.name == name
     assert stored.sweep.question.endswith("?")
     assert stored.sweep.fixed

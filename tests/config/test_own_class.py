@@ -6,12 +6,14 @@ import sys
 from dataclasses import fields
 
 import pytest
+import yaml
 
 from loralab.adapters.lora import LoRA
 from loralab.cli import main
 from loralab.config.build import trial_spec
 from loralab.config.compose import compose, plain
 from loralab.config.words import forced
+from loralab.data.docstrings import Docstrings
 from loralab.errors import ConfigError
 from loralab.records import record
 
@@ -126,6 +128,32 @@ def test_a_sweep_over_classes_gives_each_its_own_keys(mine, tiny_arguments, tmp_
     assert {name: len(keys) for name, keys in kept.items()} == {"IA3": 2, "LoRA": 1 + len(fields(LoRA)), "Bare": 1}
     assert main.run(["sweep", "--resume", str(tmp_path / "s")]) == 0
     assert capsys.readouterr().err.count("finished before") == 3
+
+
+def test_a_class_in_a_sweep_files_body_takes_the_place_of_the_group(mine, tmp_path):
+    """As on the command line: the yaml's keys that it lacks are left out, of every group that takes a class."""
+    (tmp_path / "sweeps").mkdir()
+    body = {
+        "adapter": {"_target_": f"{mine}.IA3", "gain": 2},
+        "quantization": {"_target_": "loralab.quantization.none.NoQuantization"},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9},
+        "schedule": {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 5},
+        "data": {"_target_": "loralab.data.docstrings.Docstrings", "limit": 6},
+    }
+    file = tmp_path / "sweeps" / "own.yaml"
+    file.write_text(f"# @package _global_\n{yaml.safe_dump({**body, 'hydra': {'sweeper': {'params': {}}}})}")
+    config = compose(["+sweeps=own", "quantization=nf4", "data=chat"])
+    made = plain(config)
+    assert made["adapter"] == {**body["adapter"], "target_modules": "all-linear"}
+    assert set(made["quantization"]) == {"_target_", "compute_dtype", "dequantize", "skip_modules"}  # not nf4's others
+    assert made["optimizer"] == {**body["optimizer"], "lr_ratio": 1.0}
+    assert made["schedule"] == body["schedule"]
+    assert set(made["data"]) <= {"_target_", *(field.name for field in fields(Docstrings))}
+    spec = trial_spec(config, tmp_path)
+    assert (type(spec.adapter).__name__, spec.adapter.gain, type(spec.data)) == ("IA3", 2, Docstrings)
+    file.write_text(file.read_text().replace("gain: 2", "gian: 2"))
+    with pytest.raises(ConfigError, match=r"adapter.gian is not an option of IA3; did you mean gain\?"):
+        trial_spec(compose(["+sweeps=own"]), tmp_path)
 
 
 def test_cfg_job_shows_the_classs_own_keys(mine, capsys):

@@ -62,7 +62,7 @@ def test_a_flag_that_lacks_its_value_is_refused(words, message):
     [
         (["train", "--resume", "x"], "loralab train has no --resume; valid: loralab sweep"),
         (["train", "--resume"], "loralab train has no --resume; valid: loralab sweep"),
-        (["sweep", "rank", "--preview"], "loralab sweep has no --preview; valid: loralab train"),
+        (["plan", "--preview"], "loralab plan has no --preview; valid: loralab train, loralab sweep"),
         (["report", "-m", "x"], "loralab report has no -m; valid: loralab train, loralab sweep"),
         (["--fresh"], "loralab has no --fresh; valid: loralab train, loralab sweep"),
         (["count", "--jsn"], "did you mean --json"),

@@ -156,7 +156,7 @@ def test_a_pass_is_shared_where_trials_do_not_feel_each_other(cls, shares):
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, Signs])
-def test_a_run_that_broke_off_goes_on_with_the_same_bits(make_spec, weights, monkeypatch, cls):
+def test_a_run_that_broke_off_goes_on_with_the_same_bits(make_spec, weights, break_off, cls):
     def one(name):
         optimizer = optimizer_of(cls, SGD if cls is torch.optim.SGD else {"lr": 1e-3})
         schedule = schedule_of(lr_scheduler.CosineAnnealingLR, {"T_max": 4})
@@ -165,16 +165,7 @@ def test_a_run_that_broke_off_goes_on_with_the_same_bits(make_spec, weights, mon
 
     whole, again = one("whole"), one("again")
     Runner().run([whole])
-    real = FineTuner.training_step
-
-    def broken(self, batches, index):
-        if self.trials[0].step == 2:
-            raise RuntimeError("gone")
-        return real(self, batches, index)
-
-    monkeypatch.setattr(FineTuner, "training_step", broken)
-    Runner().run([again])
-    monkeypatch.setattr(FineTuner, "training_step", real)
+    break_off([again], step=2)
     assert Runner().run([again])[0]["resumed_from"] == 2
     ours, theirs = weights(again.folder), weights(whole.folder)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

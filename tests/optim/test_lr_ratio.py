@@ -15,7 +15,6 @@ from loralab.optim.optimizers import AdamW, Schedule, describe, restore, states
 from loralab.planning.sizes import sizes
 from loralab.running.runner import Runner
 from loralab.training.checkpoint import Checkpoint
-from loralab.training.module import FineTuner
 
 NAMES = ["adamw", "adamw_32bit", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
@@ -131,7 +130,7 @@ def test_packed_is_solo_with_other_ratios_and_schedules_beside_it(make_spec, wei
     assert any(not torch.equal(first[key], weights(packed[1].folder)[key]) for key in first)
 
 
-def test_a_run_that_broke_off_goes_on_with_the_same_bits(make_spec, weights, monkeypatch):
+def test_a_run_that_broke_off_goes_on_with_the_same_bits(make_spec, weights, break_off):
     def one(name):
         return make_spec(
             name, optimizer=AdamW(lr=1e-3, lr_ratio=8.0), callbacks={"checkpoint": lambda: Checkpoint(None, 1)}
@@ -139,16 +138,7 @@ def test_a_run_that_broke_off_goes_on_with_the_same_bits(make_spec, weights, mon
 
     whole, again = one("whole"), one("again")
     Runner().run([whole])
-    real = FineTuner.training_step
-
-    def broken(self, batches, index):
-        if self.trials[0].step == 2:
-            raise RuntimeError("gone")
-        return real(self, batches, index)
-
-    monkeypatch.setattr(FineTuner, "training_step", broken)
-    Runner().run([again])
-    monkeypatch.setattr(FineTuner, "training_step", real)
+    break_off([again], step=2)
     assert Runner().run([again])[0]["resumed_from"] == 2
     ours, theirs = weights(again.folder), weights(whole.folder)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

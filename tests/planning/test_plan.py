@@ -254,14 +254,27 @@ def test_the_largest_is_found_by_few_predictions_where_memory_is_linear(make, mo
     assert spec.data.batch_size not in asked
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["batch_size", "max_length", "r"])
+@pytest.mark.parametrize(
+    "what", ["batch_size", *(pytest.param(what, marks=pytest.mark.slow) for what in ("max_length", "r"))]
+)
 def test_the_largest_batch_length_and_rank_fit(make, what):
     spec = make()
     budget = predict(spec).device_bytes + 2**18
     found = largest(spec, budget, what)
-    assert planning._need(spec, what, found, "cuda") <= budget
-    assert found == planning._ceiling(spec, what) or planning._need(spec, what, found + 1, "cuda") > budget
+
+    def fits(value):
+        changed, fed = planning._with(spec, what, value)
+        return predict(changed, **fed).device_bytes <= budget  # with the validation, which the search leaves out
+
+    assert fits(found)
+    assert found == planning._ceiling(spec, what) or not fits(found + 1)
+
+
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
+def test_no_validation_needs_more_than_the_training_of_the_same_rows(make, family):
+    for device in ("cpu", "cuda"):
+        phases = predict(make(family, checkpointing=True), device).by_phase
+        assert 0 < phases["evaluation"] <= max(phases["forward"], phases["backward"])
 
 
 def test_bad_values_are_told(make):

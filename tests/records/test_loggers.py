@@ -15,7 +15,6 @@ from loralab.errors import ConfigError
 from loralab.records.loggers import LightningLogger, Loggers
 from loralab.running.runner import Runner
 from loralab.training.checkpoint import Checkpoint
-from loralab.training.module import FineTuner
 
 BOTH = Loggers((LightningLogger(TensorBoardLogger, {}), LightningLogger(CSVLogger, {})))
 
@@ -67,20 +66,11 @@ def test_tensorboard_and_csv_hold_what_metrics_jsonl_holds_in_packs_too(make_spe
     assert truth(specs[0].folder)["train/loss"] != truth(specs[1].folder)["train/loss"]
 
 
-def test_a_run_that_goes_on_has_one_history(make_spec, monkeypatch):
+def test_a_run_that_goes_on_has_one_history(make_spec, break_off):
     spec = make_spec(
         max_steps=6, val_check_interval=2, logger=BOTH, callbacks={"checkpoint": lambda: Checkpoint(None, 2)}
     )
-    real = FineTuner.training_step
-
-    def broken(self, batches, index):
-        if self.trials[0].step == 3:
-            raise RuntimeError("gone")
-        return real(self, batches, index)
-
-    monkeypatch.setattr(FineTuner, "training_step", broken)
-    Runner().run([spec])
-    monkeypatch.setattr(FineTuner, "training_step", real)
+    break_off([spec], step=3)
     (done,) = Runner().run([spec])
     assert done["resumed_from"] == 2
     agree(spec.folder)

@@ -2,15 +2,15 @@
 
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 from forked import Forked
 from lightning.pytorch import Callback
+from wandb_file import read, run_file
 
 import loralab
 from loralab.errors import Interrupted
@@ -31,24 +31,6 @@ def _own_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
 
 
-@pytest.fixture
-def read():
-    """The run of a folder as ``wandb leet inspect`` reads its only offline file: {run, history, config, summary}."""
-
-    def inspected(folder):
-        (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-        texts = []
-        for more in ([], ["--summary"]):
-            command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *more, str(path)]
-            texts.append(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
-        lines = [json.loads(line) for line in texts[0].splitlines()]
-        (run,) = [line["run"] for line in lines if line["type"] == "run"]
-        history = [line["history"]["item"] for line in lines if line["type"] == "history"]
-        return {"run": run, "history": history, **json.loads(texts[1])}
-
-    return inspected
-
-
 def rows_of(folder, left_out=wandb_run.RESIDENT):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if key not in left_out} for row in lines]
@@ -59,7 +41,7 @@ def of_rows(history):
     return [{key: row[key] for key in row if not key.startswith("_")} for row in history if "step" in row]
 
 
-def test_a_packed_sweep_in_wandb(tiny_arguments, tmp_path, monkeypatch, read):
+def test_a_packed_sweep_in_wandb(tiny_arguments, tmp_path, monkeypatch):
     """History is metrics.jsonl, summary is result.json; names, group, tags and chosen names are there to filter by."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     words = [word for word in tiny_arguments if not word.startswith(("logger", "adapter.r=", "callbacks"))]
@@ -89,8 +71,38 @@ def test_a_packed_sweep_in_wandb(tiny_arguments, tmp_path, monkeypatch, read):
         assert seen["pack/train_s"] == stored["time"]["train_s"]
         assert not {"tokens_per_s", "train_s"} & set(seen)
         assert seen["optimizer/effective_name"] == stored["optimizer"]["effective_name"]
+    check_report(folder, records)
     holding = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert holding == []
+
+
+def check_report(folder, records):
+    """A run of the sweep's group has the page's tables, and its charts with the specifications of the page."""
+    run = read(folder / "report")
+    assert (run["run"]["run_group"], run["run"]["job_type"]) == ("rank", "report")
+    assert run["run"]["display_name"] == "rank report"
+    shown = {key: value for row in run["history"] for key, value in row.items()}
+    kinds = {key.partition(".")[0]: value for key, value in shown.items() if key.endswith("._type")}
+    assert kinds["report/results"] == kinds["report/trials"] == "table-file"
+    media = run_file(folder / "report").parent / "files"
+    table = json.loads((media / shown["report/results.path"]).read_text())
+    losses = [one["metrics"]["val/loss"] for one in records]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [(row["adapter.r"], row["mean"], row["n"]) for row in rows] == [(2, losses[0], 1), (4, losses[1], 1)]
+    page = (folder / "report" / "index.html").read_text()
+    on_page = dict(re.findall(r'"name":"(metric|curve_\w+)","title":"([^"]+)"', page))
+    assert {"metric", "curve_train_loss"} <= set(on_page)
+    for name, title in on_page.items():
+        assert kinds[f"report/{name}"] == "html-file"
+        html = (media / shown[f"report/{name}.path"]).read_text()
+        assert f"<title>{title}</title>" in html
+        spec = json.loads(re.search(r'<script type="application/json" id="spec">(.*?)</script>', html).group(1))
+        figure = folder / "report" / "figures" / f"{name}.svg"
+        assert figure.is_file()
+        assert spec["layer"]
+        if name == "metric":
+            assert [row["value"] for row in spec["datasets"]["means"]] == losses
+        assert not re.search(r'(src|href)="http', html)
 
 
 class Killed(Callback):
@@ -107,7 +119,7 @@ class Killed(Callback):
 
 
 @pytest.mark.parametrize(("killed_at", "resumed_from"), [(5, 4), (1, None)])
-def test_a_killed_run_that_goes_on_is_one_run_with_each_row_once(make_spec, read, curve, killed_at, resumed_from):
+def test_a_killed_run_that_goes_on_is_one_run_with_each_row_once(make_spec, curve, killed_at, resumed_from):
     spec = make_spec(logger=Wandb(mode="offline"), max_steps=6, val_check_interval=2)
     callbacks = {"checkpoint": lambda: Checkpoint(minutes=None, every_n_steps=2), "memory": PhaseMemory}
     dying = make_spec(logger=Wandb(mode="offline"), max_steps=6, val_check_interval=2)
@@ -137,7 +149,7 @@ class Stopped(Callback):
         raise Interrupted(signal.SIGINT)
 
 
-def test_an_interrupted_run_is_not_shown_as_finished(make_spec, read):
+def test_an_interrupted_run_is_not_shown_as_finished(make_spec):
     spec = make_spec(logger=Wandb(mode="offline"), callbacks={"stopped": Stopped})
     with pytest.raises(Interrupted):
         Runner().run([spec])

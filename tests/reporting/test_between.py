@@ -72,14 +72,20 @@ def test_a_row_is_paired_by_its_values_and_its_difference_over_the_shared_seeds_
     assert done.index == two[0] / "report" / "compare_other" / "index.html"
 
 
-def test_an_effect_larger_than_its_interval_is_told_as_worse(tmp_path, synthetic):
-    one = write_grid(tmp_path / "one", synthetic, AXES)
-    other = changed(write_grid(tmp_path / "other", synthetic, AXES), worse)
+@pytest.mark.parametrize(("seeds", "told"), [(2, 0), (5, 6)])
+def test_an_effect_counts_where_its_interval_excludes_0_beside_all_others(tmp_path, synthetic, seeds, told):
+    one = write_grid(tmp_path / "one", synthetic, AXES, seeds=range(seeds))
+    other = changed(write_grid(tmp_path / "other", synthetic, AXES, seeds=range(seeds)), worse)
     done = between.report(one, other)
     rows = json.loads(done.files["compare.json"].read_text())["rows"]
-    assert [row["verdict"] for row in rows] == ["worse"] * 6
-    assert all(row["difference"]["mean"] == pytest.approx(0.105) for row in rows)
-    assert all("in none of 6 rows, worse in 6" in text for text in said(done)[:2])
+    gaps = [0.1 + 0.01 * seed for seed in range(seeds)]
+    p = stats.ttest_1samp(gaps, 0).pvalue
+    assert p < 0.05
+    assert (p < 0.05 / 6) == bool(told)
+    assert [row["verdict"] for row in rows] == ["worse" if told else None] * 6
+    assert all(row["difference"]["mean"] == pytest.approx(sum(gaps) / seeds) for row in rows)
+    assert all(row["difference"]["p"] == pytest.approx(p) for row in rows)
+    assert all(f"in none of 6 rows, worse in {told or 'none'}, at 99.17%" in text for text in said(done)[:2])
 
 
 def test_versions_and_settings_that_differ_are_told_with_how_many_trials_have_which(two):
@@ -170,7 +176,7 @@ def test_what_does_not_compare_is_refused_in_one_paragraph_and_nothing_is_writte
     (["one", "gone"], 4, "gone: no such folder"),
     (["one", "one"], 4, "are one folder"),
     (["one", "one", "one"], 2, "or two sweeps to compare"),
-    (["--watch", "one", "two"], 2, "--watch follows one sweep"),
+    (["--watch", "one", "two"], 2, "--watch and --wandb are of one sweep"),
 ])  # fmt: skip
 def test_folders_that_are_no_two_sweeps_are_refused(tmp_path, synthetic, monkeypatch, capsys, names, code, told):
     write_grid(tmp_path / "one", synthetic, AXES, seeds=(0,))

@@ -10,6 +10,7 @@ from test_page import write_sweep
 
 import loralab
 from loralab.reporting.report import report
+from loralab.reporting.wandb_report import pages
 
 pytestmark = [
     pytest.mark.slow,
@@ -196,3 +197,18 @@ def test_the_page_of_a_sweep_with_hostile_names_runs_none_of_them(tmp_path, synt
 def write_copy(source, target):
     shutil.copytree(source, target)
     return target
+
+
+def test_a_chart_of_the_report_in_wandb_is_drawn_by_itself(tmp_path, synthetic):
+    """The panel's document alone, from what it carries."""
+    made = report(write_sweep(tmp_path / "s", synthetic, 24))
+    panel = tmp_path / "panel.html"
+    panel.write_text(pages(made.figures)["report/metric"], encoding="utf-8")
+    tab = browser.Browser(tmp_path / "profile")
+    try:
+        tab.open(panel.as_uri())
+        tab.wait("document.querySelectorAll('#chart svg').length > 0")
+        assert tab.run("document.title") == next(one.title for one in made.figures if one.name == "metric")
+        assert all(address.startswith(("file:", "data:", "blob:")) for address in tab.requests)
+    finally:
+        tab.close()

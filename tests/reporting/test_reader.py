@@ -7,6 +7,7 @@ import shutil
 from html import unescape
 
 import pytest
+from scipy import stats
 from stored import figure_of
 
 from loralab.analysis.arms import comparisons
@@ -60,11 +61,29 @@ def test_rows_that_differ_from_the_baseline_are_counted_and_marked_where_no_row_
     done = report(runs(WORSE | TWINS))
     for text in forms(done):
         assert "the leading rows are not told apart by their intervals" in text
-        assert "against the baseline, 3 of 3 rows' 95% intervals exclude 0: 2 better, 1 worse" in text
-        assert "! marks an interval that excludes 0" in text
+        level = "at 98.33%, 95% for all 3 paired differences together"
+        assert f"against the baseline, 3 of 3 rows differ {level}: 2 better, 1 worse" in text
+        assert f"! marks a difference whose interval excludes 0 {level}" in text
     assert sum("] !" in line for line in done.table.splitlines()) == 3
     arms = json.loads(done.files["results.json"].read_text())["arms"]
     assert [arm["against_baseline"] for arm in arms] == [None, "worse", "better", "better"]
+
+
+@pytest.mark.parametrize(("p", "told"), [(0.012, True), (0.02, False)])  # of 0.05 / 3
+def test_a_mark_in_the_table_and_the_answer_above_it_never_disagree(runs, p, told):
+    """Three rows beside the baseline, one of which has the p-value: each is held to one level for all three."""
+    offset = stats.t.isf(p / 2, 2) / 3**0.5  # of gaps with standard deviation 1
+    gaps = {8: (offset - 1, offset, offset + 1), 16: (-1.0, 0.0, 1.0), 32: (1.0, -1.0, 0.0)}
+    base = {(2, 0.1, seed): 2.0 for seed in SEEDS}
+    done = report(runs(base | {(r, 0.1, s): 2.0 + gap for r, by_seed in gaps.items() for s, gap in enumerate(by_seed)}))
+    content = json.loads(done.files["results.json"].read_text())
+    arm = next(arm for arm in content["arms"] if arm["values"]["adapter.r"] == "8")
+    assert arm["difference"]["p"] == pytest.approx(p, rel=1e-6)
+    assert arm["difference"]["low"] > 0  # its own 95% interval excludes 0 either way
+    assert (arm["against_baseline"] == "worse") == told
+    assert ("] !" in done.table) == told
+    assert ("8 (+" in content["answer"]) == told
+    assert "95% for all 3 paired differences together" in content["answer"]
 
 
 def test_one_seed_a_row_has_no_intervals_and_says_so(runs):

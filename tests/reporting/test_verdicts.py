@@ -14,7 +14,9 @@ LOSSES = {"none": [1.0, 2.0, 3.0], "int8_absmax": [1.5, 2.51, 3.49], "nf4_double
 def test_estimate_interval_and_p_are_those_of_the_paired_t(paper):
     done = report(paper(LOSSES, ["none <= nf4_double"]))
     (claim,) = json.loads(done.files["results.json"].read_text())["claims"]
-    assert set(claim) == {"claim", "verdict", "why", "estimate", "interval", "p", "seeds"}
+    kept = {"claim", "verdict", "why", "estimate", "interval", "p", "seeds"}
+    added = {"p_permutation", "p_holm", "interval_bootstrap", "seeds_needed", "metric", "where", "source"}
+    assert set(claim) == kept | added
     # gaps -0.51, -0.49, -0.50: mean -0.5, standard error 0.01 / sqrt(3), t = -86.6 with 2 degrees of freedom
     reach = 4.30265 * 0.01 / 3**0.5
     assert claim["estimate"] == pytest.approx(-0.5)
@@ -22,6 +24,55 @@ def test_estimate_interval_and_p_are_those_of_the_paired_t(paper):
     t2 = 0.5**2 / (0.01**2 / 3)
     assert claim["p"] == pytest.approx(1 - (t2 / (t2 + 2)) ** 0.5, rel=1e-6)  # the closed form for 2 degrees
     assert claim["seeds"] == ["0", "1", "2"]
+    assert claim["p_permutation"] == 2 / 2**3  # three gaps of one sign: one flip of eight, and its mirror
+    assert (claim["p_holm"], claim["seeds_needed"], claim["interval_bootstrap"]) == (claim["p"], None, None)
+
+
+def test_a_verdict_its_numbers_and_its_source_stand_in_every_form(paper):
+    claims = [
+        {"claim": "none = nf4_double within 0.6", "source": "table 2"},
+        "int8_absmax <= nf4_double",
+        {"claim": "nf4_double = 4.127 within 0.001", "metric": "base.bits_per_parameter"},
+        "nf4_double is best",
+    ]
+    done = report(paper(LOSSES, claims))
+    found = json.loads(done.files["results.json"].read_text())["claims"]
+    assert [claim["verdict"] for claim in found] == ["holds", "cannot tell", "holds", "cannot tell"]
+    for text in (done.index.read_text(), done.files["report.md"].read_text(), done.table):
+        flat = " ".join(unescape(text).split())
+        assert "Claim none = nf4_double within 0.6: holds; 2.0000 against 2.5000 here" in flat
+        assert "by Holm for 2 claims, sign flips p = 0.12" in flat
+        assert "Source: table 2." in flat
+        assert "an interval that holds 0; more than 10,000 seeds are needed" in flat
+        assert "Claim nf4_double = 4.127 within 0.001 [base.bits_per_parameter]: holds; 4.1270 here" in flat
+        assert "Claim nf4_double is best: cannot tell; the claim 'nf4_double is best' has no form that is known" in flat
+
+
+def test_a_published_value_that_is_not_confirmed_says_so(paper):
+    root = paper(LOSSES, ["none <= nf4_double"])
+    sweep = record.read_sweep(root)
+    sweep["paper"]["marks"] = {"none": "confirmed", "nf4_double": "unconfirmed"}
+    record.write_sweep(root, sweep)
+    done = report(root)
+    arms = json.loads(done.files["results.json"].read_text())["arms"]
+    assert [arm["published_mark"] for arm in arms] == ["confirmed", None, "unconfirmed"]
+    for text in (done.index.read_text(), done.files["report.md"].read_text(), done.table):
+        assert "20 against 31.07 (unconfirmed) published" in " ".join(unescape(text).split())
+
+
+def test_shares_of_the_variance_stand_in_every_form_where_a_design_is_complete(write_runs):
+    def two_rates(trial, r, seed):
+        trial["config"]["optimizer"]["lr"] = 0.1 if seed < 3 else 0.2
+        trial["config"]["seed"] = trial["seed"] = seed % 3
+
+    losses = {(r, seed): 0.1 * r + 0.01 * seed for r in (2, 4) for seed in range(6)}
+    done = report(write_runs(losses, two_rates))
+    (found,) = json.loads(done.files["results.json"].read_text())["effects"]
+    assert [part["axes"] for part in found["parts"]] == [["r"], ["lr"], ["r", "lr"]]
+    assert sum(part["share"] for part in found["parts"]) + found["seeds"] == pytest.approx(1)
+    assert found["importance"][0]["axis"] == "r"
+    for text in (done.index.read_text(), done.files["report.md"].read_text(), done.table):
+        assert "Shares of the variance of val/loss: r 97%, lr 2%" in " ".join(unescape(text).split())
 
 
 def test_an_order_that_contradicts_the_published_one_is_called_so_in_every_form(paper):

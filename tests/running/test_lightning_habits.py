@@ -18,9 +18,10 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks import EarlyStopping as LightningsStopping
 
 from loralab.adapters.lora import LoRA
+from loralab.errors import ConfigError
 from loralab.memory.phases import PhaseMemory
 from loralab.optim.optimizers import AdamW, Schedule
-from loralab.running.runner import Runner
+from loralab.running.runner import Runner, check_pack
 from loralab.scheduling.members import alone
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.early_stopping import EarlyStopping
@@ -139,7 +140,7 @@ def test_the_trials_own_stop_decides_as_lightnings(mode, options):
 
 
 def test_each_trial_of_a_pack_ends_by_its_own_rule_as_it_does_alone(make_spec, weights):
-    rule = EarlyStopping(1, "max", metric="val/loss")  # ends where the loss falls
+    rule = EarlyStopping(1, "max", metric="val/loss", min_delta=0.25)  # ends where the loss falls
 
     def trials(prefix):
         return [
@@ -153,6 +154,7 @@ def test_each_trial_of_a_pack_ends_by_its_own_rule_as_it_does_alone(make_spec, w
     assert [record["time"]["steps"] for record in records] == [2, 6]
     assert records[0]["stopped_early"] == alone_records[0]["stopped_early"]
     assert records[0]["stopped_early"]["metric"] == "val/loss"
+    assert records[0]["stopped_early"]["min_delta"] == 0.25
     for one, other in zip(packed, solo, strict=True):
         assert all(
             torch.equal(a, b) for a, b in zip(weights(one.folder).values(), weights(other.folder).values(), strict=True)
@@ -161,6 +163,9 @@ def test_each_trial_of_a_pack_ends_by_its_own_rule_as_it_does_alone(make_spec, w
 
 def test_a_timer_that_ends_a_run_is_named_in_the_record(make_spec):
     spec = make_spec(max_steps=5, decisive={"max_time": "00:00:00:00"})
+    assert alone(spec) == "trainer.max_time would end all trials of a pass, by the time that they take together"
+    with pytest.raises(ConfigError, match="cannot share a pass: trainer.max_time would end all"):
+        check_pack([spec, make_spec("other", max_steps=5, decisive={"max_time": "00:00:00:00"})])
     (record,) = Runner().run([spec])
     assert record["status"] == "completed"
     assert record["time"]["steps"] < 5
@@ -207,8 +212,7 @@ def load_exported_loss(load_base):
     return score
 
 
-def test_the_best_state_survives_a_kill(make_spec, monkeypatch, weights):
-    from loralab.training.module import FineTuner
+def test_the_best_state_survives_a_kill(make_spec, break_off, weights):
 
     def trial(name):
         callbacks = {"checkpoint": lambda: Checkpoint(None, 1)}
@@ -219,16 +223,7 @@ def test_the_best_state_survives_a_kill(make_spec, monkeypatch, weights):
 
     whole, again = trial("whole"), trial("again")
     (expected,) = Runner().run([whole])
-    real = FineTuner.training_step
-
-    def broken(self, batches, index):
-        if self.trials[0].step == 4:
-            raise RuntimeError("gone")
-        return real(self, batches, index)
-
-    monkeypatch.setattr(FineTuner, "training_step", broken)
-    Runner().run([again])
-    monkeypatch.setattr(FineTuner, "training_step", real)
+    break_off([again], step=4)
     (done,) = Runner().run([again])
     assert done["resumed_from"] == 4
     assert done["best"] == expected["best"]

@@ -56,6 +56,15 @@ def test_an_axis_is_left_out_where_its_condition_does_not_hold():
     assert found == [f"{arm} seed={seed}" for arm in ("quantization=none", *double) for seed in (0, 1)]
 
 
+def test_an_axis_whose_values_were_narrowed_by_words_is_left_out_where_it_has_no_trial():
+    narrowed = ["quantization=none", *AXES[1:]]
+    assert trials(narrowed, when=WHEN, written=AXES) == [["quantization=none", f"seed={seed}"] for seed in (0, 1)]
+    never = {"quantization.double_quant": {"quantization": "nf5"}}
+    for words in (AXES, narrowed):
+        with pytest.raises(ConfigError, match="which is so in no trial"):
+            trials(words, when=never, written=AXES)
+
+
 def test_conditions_follow_from_one_another_and_compare_values_not_spellings():
     words = ["+c=7,8", "b=1e-1,2", "a='4',5"]
     when = {"c": {"b": 0.1}, "b": {"a": [4.0]}}

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from omegaconf import open_dict
 
 from loralab.cli import main
 from loralab.records import record
+from loralab.running.runner import Runner
 from loralab.scheduling.session import Session
 
 MODULES = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit_local": "hydra_plugins.hydra_submitit_launcher"}
@@ -107,6 +109,20 @@ def test_they_compute_what_the_launcher_of_packs_computes(sweep, tmp_path, curve
     words = record.read_sweep(Path("s"))["overrides"]
     assert main.run(["train", "-m", *words, "hydra.sweep.dir=t", "hydra.launcher.pack=off"]) == 0
     assert {place.name: curve(place) for place in record.find(Path("t"))} == forked
+
+
+def test_a_process_that_dies_in_the_middle_is_interrupted_in_sweep_json_and_in_ls(sweep, capsys, monkeypatch):
+    def dies(self, specs):
+        stored = record.blank(specs[0].id)
+        record.write(specs[0].folder, {**stored, "pid": os.getpid(), "host": socket.gethostname()})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Runner, "run", dies)
+    assert sweep("adapter.r=2")[0] == 4
+    assert list(listed().values()) == ["interrupted"]
+    capsys.readouterr()
+    assert main.run(["ls", "s"]) == 0
+    assert "interrupted" in capsys.readouterr().out
 
 
 def test_a_process_that_dies_costs_its_trial_alone(sweep, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 import loralab
 from loralab.cli import main
+from loralab.cli.sweep import sweep_arguments
 from loralab.config.compose import compose
 from loralab.records import record
 from loralab.scheduling.rounds import of_axes
@@ -139,6 +140,18 @@ def test_hydras_own_sweeper_and_launcher_take_over_where_words_or_a_file_name_th
         lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if ": " in line)
         chosen[name] = (lines["hydra/sweeper"], lines["hydra/launcher"])
     assert chosen == {"words": ("basic", "packed"), "file": ("basic", "basic"), "": ("loralab", "packed")}
+
+
+def test_a_sweep_file_may_be_narrowed_to_where_its_condition_does_not_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(
+        "# @package _global_\nsweep:\n  when: {quantization.double_quant: {quantization: nf4}}\n"
+        "hydra: {sweeper: {params: {quantization: [none, nf4], quantization.double_quant: [true, false]}}}\n"
+    )
+    words = sweep_arguments("mine", ["quantization=none"])
+    found = of_axes(compose(["+sweep.when={quantization.double_quant:{quantization:nf4}}"]), words)
+    assert [[word for word in trial if word.startswith("quant")] for trial in found] == [["quantization=none"]]
 
 
 def test_a_condition_decides_before_the_configuration_is_composed():

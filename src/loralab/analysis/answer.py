@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from loralab.analysis import environments
-from loralab.analysis.arms import Arm, Comparison
+from loralab.analysis.arms import Comparison
 from loralab.analysis.paired import LEVEL, Difference, paired
+from loralab.analysis.pairs import Pairs, by_axis, together
 
 MOST_NAMED = 4  # values of an axis
 
@@ -30,38 +30,16 @@ def answer(comparisons: Sequence[Comparison]) -> str:
             f"With one score a row nothing can be told from chance; the {least} {metric} is that of {best.name} "
             f"({best.mean:.4f})."
         )
-    led = comparison.results.led
-    axes = [axis for axis in comparison.results.moving() if axis != environments.AXIS and axis not in led]
-    pairs = {axis: _pairs(comparison, axis) for axis in axes}
-    count = sum(len(arms) for by_label in pairs.values() for arms in by_label.values())
-    if not count:
+    pairs = by_axis(comparison.results, comparison.contenders)
+    if not any(pairs.values()):
         return "No two rows differ in one axis alone and share seeds, so none can be held against another."
+    count = together(comparison.results, comparison.arms)
     level = 1 - (1 - LEVEL) / count
     clauses = [clause for axis, by_label in pairs.items() for clause in _clauses(comparison, axis, by_label, level)]
     seeds = sorted({arm.n for arm in comparison.contenders})
     over = " to ".join(str(number) for number in dict.fromkeys((seeds[0], seeds[-1])))
-    together = f"{LEVEL:.0%} for all {count} paired differences together" if count > 1 else f"{LEVEL:.0%}"
-    return f"By {metric}, {'; '.join(clauses)} ({together}, {over} seed{'s' * (seeds[-1] > 1)})."
-
-
-Pairs = dict[str, list[tuple[Arm, Arm]]]  # label: arms that have it, each with its partner
-
-
-def _pairs(comparison: Comparison, axis: str) -> Pairs:
-    """Of each other label of the axis the arms with their partners, which have the first label and are else equal, but
-    for axes that move with it."""
-    labels, led = comparison.results.axes[axis], comparison.results.led
-
-    def key(arm: Arm, label: str) -> tuple[str, ...]:
-        return (label, *(text for name, text in arm.values.items() if axis not in (name, led.get(name))))
-
-    scored = {key(arm, arm.values[axis]): arm for arm in reversed(comparison.contenders)}
-    found: Pairs = {}
-    for arm in comparison.contenders:
-        other = scored.get(key(arm, labels[0]))
-        if arm.values[axis] != labels[0] and other is not None and set(arm.by_seed) & set(other.by_seed):
-            found.setdefault(arm.values[axis], []).append((arm, other))
-    return found
+    held = f"{LEVEL:.0%} for all {count} paired differences together" if count > 1 else f"{LEVEL:.0%}"
+    return f"By {metric}, {'; '.join(clauses)} ({held}, {over} seed{'s' * (seeds[-1] > 1)})."
 
 
 def _clauses(comparison: Comparison, axis: str, by_label: Pairs, level: float) -> Iterator[str]:

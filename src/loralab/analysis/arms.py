@@ -10,6 +10,7 @@ import pandas as pd
 from loralab.analysis import environments
 from loralab.analysis.comparable import comparable
 from loralab.analysis.paired import LEVEL, Difference, paired, replicates
+from loralab.analysis.pairs import together
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import Pack, TrialResult
 from loralab.analysis.tuning import Tuned, tuned
@@ -246,7 +247,8 @@ def _level(contenders: Sequence[Arm]) -> float:
 
 def _compared(arms: list[Arm]) -> list[Arm]:
     """The arms with their paired difference to the arm that each is held against; the first arm of an environment that
-    has a result is held against none."""
+    has a result is held against none. A difference counts at the level at which all of the page hold together with 95%
+    (Bonferroni), as in the answer above the table."""
     first = {arm.environment: arm for arm in reversed(arms) if arm.scores}
     scored = {tuple(arm.values.values()): arm for arm in reversed(arms) if arm.scores}
     result = []
@@ -256,7 +258,8 @@ def _compared(arms: list[Arm]) -> list[Arm]:
         difference = paired(arm.by_seed, other.by_seed) if other else None
         is_first = len(arms) > 1 and first.get(arm.environment) is arm
         result.append(replace(arm, baseline=is_first, difference=difference, against=other if difference else None))
-    return result
+    level = 1 - (1 - LEVEL) / max(1, together(arms[0].results, result) if arms else 1)
+    return [replace(arm, difference=arm.difference and replace(arm.difference, level=level)) for arm in result]
 
 
 def _against(arm: Arm, scored: Mapping[tuple[str, ...], Arm]) -> Arm | None:

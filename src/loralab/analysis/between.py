@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from loralab.analysis import environments
 from loralab.analysis.arms import Arm, Comparison, comparisons
 from loralab.analysis.comparable import apart, comparable
-from loralab.analysis.paired import Difference, paired
+from loralab.analysis.paired import LEVEL, Difference, paired
 from loralab.analysis.results import SweepResults, assemble
 from loralab.analysis.trials import TrialResult
 from loralab.analysis.tuning import TEST
@@ -35,7 +35,7 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse``: B than A, where the 95% interval excludes 0; else empty."""
+        """``better`` or ``worse``: B than A, where the interval excludes 0 beside all others; else empty."""
         return self.difference.verdict(self.one.results.mode) if self.difference else ""
 
 
@@ -52,6 +52,11 @@ class Between:
     def results(self) -> SweepResults:
         """Of A, whose metric and direction B's are."""
         return self.sides[0].results
+
+    @property
+    def level(self) -> float:
+        """At which each difference counts, so that all of them hold together with 95% (Bonferroni)."""
+        return next((pair.difference.level for pair in self.pairs if pair.difference), LEVEL)
 
     @cached_property
     def alone(self) -> list[list[Arm]]:
@@ -114,7 +119,9 @@ def between(one: SweepResults, other: SweepResults) -> Between:
             f"no row of {one.folder} has the values of a row of {other.folder} on {names}; "
             + "; ".join(f"{side.results.folder} has {_values(side, axes)}" for side in sides)
         )
-    return Between(sides, axes, pairs)
+    level = 1 - (1 - LEVEL) / max(1, sum(pair.difference is not None for pair in pairs))
+    counted = [replace(pair, difference=pair.difference and replace(pair.difference, level=level)) for pair in pairs]
+    return Between(sides, axes, counted)
 
 
 def _only(results: SweepResults) -> Comparison:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.paired import LEVEL, Difference, paired
@@ -14,7 +14,8 @@ SHARE, GAP = "of full", "vs full"  # the columns
 @dataclass(frozen=True)
 class ToFull:
     """A row beside the row ``full``. ``difference``: the row less full, over shared seeds; ``share``: (untrained - row)
-    / (untrained - full), None unless there is an ``untrained`` row that full is better than by its 95% interval."""
+    / (untrained - full), None unless there is an ``untrained`` row that full is better than by its 95% interval. The
+    difference counts at the level at which all of the column hold together with 95% (Bonferroni)."""
 
     full: Arm
     difference: Difference | None
@@ -38,7 +39,12 @@ def to_full(comparison: Comparison) -> Gaps:
         full = _most_like(arm, trained)
         if full is not None:
             found[id(arm)] = _beside(arm, full, _most_like(full, untrained), comparison.results.mode)
-    return found
+    count = sum(gap.difference is not None and gap.full is not arm for arm in scored if (gap := found.get(id(arm))))
+    level = 1 - (1 - LEVEL) / max(1, count)
+    return {
+        key: replace(gap, difference=gap.difference and replace(gap.difference, level=level))
+        for key, gap in found.items()
+    }
 
 
 def gap_is_new(comparison: Comparison, gaps: Gaps) -> bool:
@@ -66,7 +72,8 @@ def sentences(comparison: Comparison) -> Iterator[str]:
         why = "is not told from 0 by its interval" if any(gap.untrained for gap in gaps.values()) else "is not known"
         yield (
             f"{GAP}: mean paired difference to full fine-tuning ({fulls}) over shared seeds [its {LEVEL:.0%} "
-            f"interval]; full's own improvement over the untrained base {why}, so there is no share of it"
+            "interval], ! where 0 is excluded for all rows together; full's own improvement over the untrained base "
+            f"{why}, so there is no share of it"
             + ("" if "told" in why else " (a row with trainer.max_steps=0 would give it)")
         )
 

@@ -13,7 +13,8 @@ class Difference:
     """Mean over ``seeds`` of one arm less the other.
 
     ``n``: independent differences among them, 1 where no seed changes either arm's score; ``reach``: half the
-    t interval and ``p``: of a difference of 0 (two-sided), both None for n = 1.
+    t interval and ``p``: of a difference of 0 (two-sided), both None for n = 1. ``level``: at which it counts; that of
+    the interval, or higher where several differences are to hold together.
     """
 
     seeds: list[str]
@@ -21,14 +22,15 @@ class Difference:
     mean: float
     reach: float | None
     p: float | None = None
+    level: float = LEVEL
 
     @property
     def interval(self) -> tuple[float, float] | None:
         return None if self.reach is None else (self.mean - self.reach, self.mean + self.reach)
 
     def verdict(self, mode: str) -> str:
-        """``better`` or ``worse`` where the interval excludes 0, else empty; ``mode`` min: lower is better."""
-        if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
+        """``better`` or ``worse`` where the interval at ``level`` excludes 0, else empty; ``mode`` min: lower wins."""
+        if self.p is None or self.p >= 1 - self.level:
             return ""
         return "better" if (self.mean < 0) == (mode == "min") else "worse"
 
@@ -55,7 +57,7 @@ def paired(scores: Mapping[str, float], baseline: Mapping[str, float], level: fl
     if n < 2:
         return Difference(seeds, n, gaps[0], None)
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(n)
-    return Difference(seeds, n, mean, t_quantile(n - 1, level) * error, _p_value(mean, error, n - 1))
+    return Difference(seeds, n, mean, t_quantile(n - 1, level) * error, _p_value(mean, error, n - 1), level)
 
 
 def t_quantile(freedom: int, level: float = LEVEL) -> float:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -179,21 +177,7 @@ def _status(path: Path, record: Json) -> str:
         if not expected or _score(record, metric) is not None:
             return "completed"
         return IMPORTED if str(record["adapter"].get("note") or "").startswith("imported from") else UNSCORED
-    gone = record["status"] == "running" and record.get("host") == socket.gethostname() and not _alive(record)
-    return "interrupted" if gone else str(record["status"])
-
-
-def _alive(record: Json) -> bool:
-    pid = record.get("pid")
-    if os.name != "posix" or not isinstance(pid, int):
-        return True  # not known
-    try:
-        os.kill(max(pid, 0) or 2**31, 0)  # 0 and below would mean groups of processes
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
+    return records.status(record)
 
 
 def _checked(path: Path, record: Json) -> Json:

@@ -51,14 +51,18 @@ class BenchmarkSize:
     batches: tuple[int, ...]
     sweeps: tuple[SweepSize, ...]
     prefix: SweepSize
+    decisions: tuple[int, ...]  # steps of a trial, of sweeps that tune
+    seeds: int = 3
+    arms: tuple[int, ...] = (2, 4, 8, 16)  # ranks
+    tuned_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     ranks: tuple[int, ...] = RANKS
     rates: tuple[float, ...] = RATES
 
 
 FULL = BenchmarkSize(
-    15, 5, 40, (1, 4), (SweepSize(50, 3, 2, 2), SweepSize(500, 1, 0, 1, share=4)), SweepSize(200, 2, None, 1)
+    15, 5, 40, (1, 4), (SweepSize(50, 3, 2, 2), SweepSize(500, 1, 0, 1, share=4)), SweepSize(200, 2, None, 1), (500, 50)
 )
-QUICK = BenchmarkSize(3, 2, 15, (1,), (SweepSize(50, 1, 0, 1),), SweepSize(50, 1, None, 1))
+QUICK = BenchmarkSize(3, 2, 15, (1,), (SweepSize(50, 1, 0, 1),), SweepSize(50, 1, None, 1), (50,))
 
 
 def step(table: Table, setup: BenchmarkSetup, size: BenchmarkSize) -> None:
@@ -71,7 +75,7 @@ def step(table: Table, setup: BenchmarkSetup, size: BenchmarkSize) -> None:
             about = {"trials": 1, "steps": size.steps, "batch": batch, "tokens": setup.tokens(steps, batch) / steps}
             for _, name in interleaved(workers, size.rounds):
                 row = table.row(name, what, "ms", **about)
-                with _failing_alone(table, row):
+                with failing_alone(table, row):
                     answer = workers[name].ask(trial)
                     losses[name] = answer["losses"]
                     trainable = answer["trainable_parameters"]
@@ -146,7 +150,7 @@ def compare_sweeps(
     work += [(OURS, OURS, size.ours, ours)]
     for number, (row, name, times, measure) in interleaved(work, size.peers):
         if number < times:
-            with _failing_alone(table, rows[row]):
+            with failing_alone(table, rows[row]):
                 measure(name, trials[(2 * number + 1) * n // (2 * size.peers)])
 
 
@@ -169,7 +173,7 @@ def started(
 
 
 @contextmanager
-def _failing_alone(table: Table, row: Row) -> Iterator[None]:
+def failing_alone(table: Table, row: Row) -> Iterator[None]:
     """Within, a ProcessError is what the row says, and the others go on."""
     try:
         yield

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from loralab.bench import parts
+from loralab.bench.decision import decision
 from loralab.bench.layer import layers
 from loralab.bench.measurements import Table
 from loralab.bench.parts import FULL, QUICK, BenchmarkSize
@@ -35,15 +36,17 @@ ABOUT = {
     "sweep": f"a whole sweep, start-up included; {FIT} all linear layers, r 2 to 16, lora_alpha = 2 r, four rates "
     f"(CUDA: eight). {OWN}, the table and the page of the sweep. A peer's time is scaled from measured_trials",
     "prefix": f"a whole sweep of 8 trials, start-up included; {FIT} the last block only. {OWN} and the sweep's page",
+    "decision": f"the best of eight rates of each of four ranks, three seeds, start-up included; {FIT} all linear "
+    "layers. Peers' times are of measured trials times their number; by the same rule: times loralab's share of steps",
 }
 # whole, --quick; on 2 cores
-MINUTES = {"layer": (0.5, 0.3), "step": (4, 0.8), "sweep": (19, 1.3), "prefix": (2.5, 0.6)}
-WITH_PEFT = {"step": parts.step, "sweep": parts.sweep, "prefix": parts.prefix}
+MINUTES = {"layer": (0.5, 0.3), "step": (4, 0.8), "sweep": (19, 1.3), "prefix": (2.5, 0.6), "decision": (25, 4)}
+WITH_PEFT = {"step": parts.step, "sweep": parts.sweep, "prefix": parts.prefix, "decision": decision}
 
 
 def bench(names: Sequence[str] = (), quick: bool = False, out: Path = Path("runs/bench/bench.json")) -> Row:
     """Measures the parts ``names`` (none: all) and returns what ``out`` then holds."""
-    chosen = [name for name in ABOUT if name in names or not names]
+    chosen = [name for name in ABOUT if name in names or (not names and name != "decision")]
     if set(chosen) & set(WITH_PEFT) and find_spec("peft") is None:
         raise ConfigError("loralab bench needs peft, which is not installed: pip install 'loralab[bench]'")
     minutes = sum(MINUTES[name][int(quick)] for name in chosen)

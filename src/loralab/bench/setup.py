@@ -38,6 +38,7 @@ class BenchmarkSetup:
     worker: Row
     lengths: list[int]
     last_block: int
+    test: str = ""  # a file of rows that neither training nor validation has
 
     def tokens(self, steps: int, batch: int) -> int:
         """What one trial trains on, padding not counted."""
@@ -50,7 +51,11 @@ class BenchmarkSetup:
 
     def sweep(self, words: list[str]) -> float:
         """Seconds of a whole ``loralab train -m``, from its start to its end. Raises ProcessError."""
-        command = ["-m", "loralab.cli.main", "train", "-m", *self.worker["words"], *words]
+        return self.command(["train", "-m", *self.worker["words"], *words])
+
+    def command(self, words: list[str]) -> float:
+        """Seconds of ``loralab WORDS``, from its start to its end. Raises ProcessError."""
+        command = ["-m", "loralab.cli.main", *words]
         with self.start("loralab.bench.worker.Python") as process:
             answer = process.ask({"words": command, "folder": str(self.folder)})
             if answer["exit_code"]:
@@ -62,10 +67,12 @@ def prepare(folder: Path, device: str, threads: int) -> BenchmarkSetup:
     """Writes the rows, as text and in token ids, and on CUDA the weights of a random 1B Llama, below ``folder``."""
     mined = Docstrings().splits()
     files: Row = {"prompt": "{prompt}", "target": "{target}"}
-    for split, rows in (("train", mined.train[:TRAIN]), ("validation", mined.validation[:VALIDATION])):
+    parts = {"train": mined.train[:TRAIN], "validation": mined.validation[:VALIDATION], "test": mined.test[:VALIDATION]}
+    for split, rows in parts.items():
         files[split] = str(folder / f"{split}.jsonl")
         lines = [json.dumps({"prompt": row.prompt, "target": row.target}) + "\n" for row in rows]
         Path(files[split]).write_text("".join(lines), "utf-8")
+    test = files.pop("test")
     model = SHIPPED_FOLDER if device == "cpu" else _write_llama(folder / "llama_1b")
     tokenizer = Pretrained(name_or_path=str(SHIPPED_FOLDER)).load_tokenizer()
     encoded = encode(Files(**files).splits(), tokenizer, "causal_lm", MAX_LENGTH)
@@ -83,7 +90,7 @@ def prepare(folder: Path, device: str, threads: int) -> BenchmarkSetup:
     ids = {name: [(row.input_ids, row.labels) for row in rows] for name, rows in splits.items()}
     Path(worker["rows"]).write_text(json.dumps(ids), "utf-8")
     layers = json.loads((model / "config.json").read_text("utf-8"))["num_hidden_layers"]
-    return BenchmarkSetup(folder, threads, device, worker, [len(row.input_ids) for row in train], layers - 1)
+    return BenchmarkSetup(folder, threads, device, worker, [len(row.input_ids) for row in train], layers - 1, test)
 
 
 def device_words(device: str) -> list[str]:

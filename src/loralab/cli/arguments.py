@@ -42,7 +42,8 @@ class Arguments(argparse.Namespace):
     command: "Command"
     words: list[str]
     hydra: list[str]
-    help = version = debug = json = fresh = preview = evaluate = quick = base = requantize = no_measure = watch = False
+    help = version = debug = json = fresh = preview = evaluate = quick = base = requantize = no_measure = False
+    watch = wandb = decision = failed = False
     resume: str | None = None
     out: str | None = None
     budget: str | None = None

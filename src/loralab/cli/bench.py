@@ -15,6 +15,8 @@ def run(arguments: Arguments) -> int:
     from loralab.bench.measurements import render
     from loralab.bench.run import ABOUT, bench
 
+    if arguments.decision:
+        arguments.words.append("decision")
     for word in arguments.words:
         if word not in ABOUT:
             raise ConfigError(f"loralab bench: there is no part {word!r}; {nearest(word, ABOUT)}")
@@ -27,7 +29,8 @@ def run(arguments: Arguments) -> int:
 BENCH = Command(
     name="bench",
     summary="speed beside PEFT, Lightning and bitsandbytes",
-    about="Measures loralab beside its peers in one run, on the same rows. Parts: layer, step, sweep, prefix.",
+    about="Measures loralab beside its peers in one run, on the same rows. Parts: layer, step, sweep, prefix, and\n"
+    "decision, which takes long and runs only where it is named (--decision is the same).",
     usage="[PART ...]",
     examples={"loralab bench --quick": "a few minutes", "loralab bench step": "one part in full"},
     writes="runs/bench/bench.json, or the file that --out names; a Markdown table on stdout.",
@@ -35,6 +38,7 @@ BENCH = Command(
     own_flags=(
         Flag(("--quick",), "fewer measurements"),
         Flag(("--out",), "the JSON file (runs/bench/bench.json)", "FILE"),
+        Flag(("--decision",), "the part decision alone: the time to the best rate of each arm"),
         JSON,
     ),
 )

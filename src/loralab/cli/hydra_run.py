@@ -34,7 +34,7 @@ def check_axes(overrides: list[str]) -> dict[str, str]:
 def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     """Hands over to Hydra and returns the exit code; of a sweep the table is printed and the page written."""
     from loralab.cli.subspace import after_sweep
-    from loralab.cli.terminal import show_report
+    from loralab.cli.terminal import show_place, show_report
     from loralab.config.places import searched
     from loralab.scheduling.session import Session
 
@@ -52,6 +52,7 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     resumes = arguments.resume is not None
     previews = many and arguments.preview
     session = Session(fresh=arguments.fresh, many=many, flags=flags, resumes=resumes, previews=previews)
+    session.failed = arguments.failed
     code = session.run([*(["-m"] if many else []), *flags, *overrides])
     if session.previewed is not None:
         from loralab.cli.preview import text
@@ -59,8 +60,10 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
         print(text(session.previewed))
         return 0
     if many and session.folder is not None:
+        from loralab.reporting import wandb_report
+
         after_sweep(session.folder)
-        show_report(session.folder)
+        show_place(wandb_report.after_sweep(show_report(session.folder)))
     return code
 
 

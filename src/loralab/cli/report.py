@@ -8,21 +8,28 @@ from loralab.errors import ConfigError
 
 def run(arguments: Arguments) -> int:
     """The report of a finished or half-finished sweep, or of a single run."""
-    from loralab.cli.terminal import show_comparison, show_report
+    from loralab.cli.terminal import messages_to_stderr, show_comparison, show_place, show_report
 
     if not 1 <= len(arguments.words) <= 2:
         raise ConfigError("loralab report needs one folder, a sweep's or a run's, or two sweeps to compare")
     if arguments.port is not None and not arguments.watch:
         raise ConfigError(f"--port {arguments.port} is of --watch, which is not given")
+    if arguments.wandb and arguments.watch:
+        raise ConfigError("--wandb and --watch do not go together; valid: --wandb when the sweep has ended")
     folder, *others = map(Path, arguments.words)
-    if others and arguments.watch:
-        raise ConfigError("--watch follows one sweep; without it, two are compared")
+    if others and (arguments.watch or arguments.wandb):
+        raise ConfigError("--watch and --wandb are of one sweep; without them, two are compared")
     if arguments.watch:
         return _watch(folder, _port(arguments.port or "0"))
     if others:
         show_comparison(folder, others[0])
         return 0
-    show_report(folder, ("svg", "png", "pdf"))
+    written = show_report(folder, ("svg", "png", "pdf"))
+    if arguments.wandb:
+        from loralab.reporting import wandb_report
+
+        messages_to_stderr()
+        show_place(wandb_report.on_request(written))
     return 0
 
 
@@ -51,10 +58,10 @@ REPORT = Command(
     ),
     usage="DIR [DIR]",
     examples={
-        "loralab report runs/rank": "of a sweep",
-        "loralab report runs/train/2026-11-26_10-00-00": "of a single run",
+        "loralab report runs/rank": "of a sweep; of a run: its folder",
         "loralab report runs/rank runs/rank-new-torch": "of two sweeps, row by row",
         "loralab report --watch runs/rank": "a page in the browser that follows the sweep",
+        "loralab report --wandb runs/rank": "its tables and charts in W&B as well",
     },
     writes=(
         "DIR/report/{index.html,results.csv,results.json,report.md}, figures/*.{svg,png,pdf}, a table on stdout;\n"
@@ -63,6 +70,7 @@ REPORT = Command(
     run=run,
     own_flags=(
         Flag(("--watch",), "serves the page to this machine, and writes it anew while the sweep runs"),
+        Flag(("--wandb",), "logs tables and charts to W&B too, as the end of a sweep with logger=wandb does"),
         Flag(("--port",), "of --watch; 0, the default, takes a free one", "N"),
     ),
 )

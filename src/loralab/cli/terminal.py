@@ -4,6 +4,10 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loralab.reporting.report import Report
 
 
 def table(rows: Iterable[Sequence[str]], right: Sequence[int] = (), styles: dict[str, str] | None = None) -> str:
@@ -28,13 +32,20 @@ def table(rows: Iterable[Sequence[str]], right: Sequence[int] = (), styles: dict
     return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
 
-def show_report(folder: Path, kinds: Sequence[str] = ("svg",)) -> None:
-    """Writes the report of a sweep or a run, its figures as files of ``kinds``, and prints its table."""
+def show_report(folder: Path, kinds: Sequence[str] = ("svg",)) -> "Report":
+    """Writes the report of a sweep or a run, its figures as files of ``kinds``, and prints its table. Returns it."""
     from loralab.reporting.report import report
 
     written = report(folder, kinds)
     print(written.table)
     print(f"report: {written.index}")
+    return written
+
+
+def show_place(place: str) -> None:
+    """Where W&B has the report: its address, or the line that uploads it; nothing where ``place`` is empty."""
+    if place:
+        print(f"report in W&B: {f'wandb sync {place}' if Path(place).is_dir() else place}")
 
 
 def show_comparison(one: Path, other: Path) -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from loralab.config.places import shown
-from loralab.config.words import own_classes
+from loralab.config.sweep_files import named_classes
 from loralab.errors import ConfigError, nearest
 from loralab.optim.targets import check_names
 from loralab.quick_imports import quick_imports
@@ -99,9 +99,10 @@ def checked(cls: type[Any], node: Mapping[str, Any], key: str) -> dict[str, Any]
 
 
 def foreign_keys(config: Mapping[Any, Any], words: Iterable[str]) -> list[tuple[str, str]]:
-    """(group, key) of the keys of a yaml that the class which ``words`` name for its group does not have."""
+    """(group, key) of the keys of a yaml that the class which ``words``, or the sweep file that they choose, name for
+    its group does not have."""
     keys: list[tuple[str, str]] = []
-    for group, set_keys in own_classes(words).items():
+    for group, set_keys in named_classes(words).items():
         node = config.get(group)
         try:
             known = {"_target_", *_known(target(node, group), group), *set_keys}

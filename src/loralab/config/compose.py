@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from loralab.config import sweep_files
 from loralab.config.classes import foreign_keys
 from loralab.config.places import data_root, searched
-from loralab.config.words import forced, own_classes, quoted
+from loralab.config.words import forced, quoted
 from loralab.errors import ConfigError
 
 ONE_CLASS = (  # groups of which a trial has one option
@@ -138,7 +138,7 @@ def check_one_each(content: Mapping[str, Any], hydra: Any) -> None:
 
 def shown(overrides: list[str]) -> list[str]:
     """``overrides`` for ``--cfg``: with words that remove the keys which a class named among them does not have."""
-    if not own_classes(overrides):
+    if not sweep_files.named_classes(overrides):
         return overrides
     words = quoted(forced(overrides))
     foreign = foreign_keys(_composed(words), words)
@@ -153,6 +153,7 @@ def sweep_axes(chosen: str, folder: Path | None = None) -> list[str]:
     """
     path = sweep_files.locate(chosen, folder)
     try:
-        return [key.lstrip("+") for key in (sweep_files.axes(path) if path else None) or ()]
+        scale = sweep_files.scale_of(chosen, folder)
+        return [key.lstrip("+") for key in (sweep_files.axes(path, scale) if path else None) or ()]
     except ConfigError:  # it has changed since the sweep
         return []

@@ -1,14 +1,16 @@
 """Sweep files: where one lies, what it holds, and its axes as Hydra's words."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from loralab.config import scales
 from loralab.config.places import conf_folders, data_root, options, own, shown
-from loralab.config.words import PLAIN, in_quotes
+from loralab.config.words import PLAIN, in_quotes, own_classes
 from loralab.errors import ConfigError, nearest
 
 AXES = "hydra.sweeper.params"
@@ -44,11 +46,28 @@ def choice(word: str) -> str:
 
 
 def locate(chosen: str, folder: Path | None = None) -> Path | None:
-    """The file of a ``choice``: of its path, in ./sweeps, below another folder that is searched, or in the package.
-    None where there is none.
+    """The file of a ``choice``, whatever its scale: of its path, in ./sweeps, below another folder that is searched, or
+    in the package. None where there is none.
 
     ``folder``: the one that relative paths start in; None: the current one.
     """
+    return _located(chosen, folder) or _located(scales.parted(chosen)[0], folder)
+
+
+def scale_of(chosen: str, folder: Path | None = None) -> str | None:
+    """The scale in a ``choice`` such as ``paper/lora_table6@paper``; None where it names none."""
+    return None if _located(chosen, folder) else scales.parted(chosen)[1]
+
+
+def at_scale(chosen: str, scale: str) -> str:
+    """The ``choice`` of the same file at another scale. Raises ConfigError where the file does not have it."""
+    path = locate(chosen)
+    assert path is not None, chosen
+    load(path, scale)
+    return f"{chosen if scale_of(chosen) is None else scales.parted(chosen)[0]}@{scale}"
+
+
+def _located(chosen: str, folder: Path | None) -> Path | None:
     if _is_path(chosen):
         path = (folder or Path.cwd()) / f"{chosen}.yaml"
         return path if path.is_file() else None
@@ -69,17 +88,32 @@ def own_files(choices: Mapping[str, str]) -> list[str]:
     return sorted({shown(path) for path in files})
 
 
-def load(path: Path) -> DictConfig:
+def refuse_mode(choices: Iterable[tuple[str, str]], many: bool) -> None:
+    """Raises ConfigError where a file of the user's among ``choices``, (group, option), sets ``hydra.mode`` to another
+    than the command's; ``many``: it runs several trials."""
+    for name in dict.fromkeys(file for group, option in choices for file in own_files({group: option})):
+        content = OmegaConf.load(name)
+        mode = OmegaConf.select(content, "hydra.mode") if isinstance(content, DictConfig) else None
+        if mode is not None and str(mode) != ("MULTIRUN" if many else "RUN"):
+            raise ConfigError(
+                f"{name}: hydra.mode={mode} is ignored in a file, for the command says whether there is one run or"
+                " several; valid: no hydra.mode, and loralab train, loralab train -m or loralab sweep"
+            )
+
+
+def load(path: Path, scale: str | None = None) -> DictConfig:
     """The content of a sweep file. What it leaves out is added: its name as ``sweep.name``, and ``hydra.sweep.dir``.
 
-    Raises ConfigError with file and line where it is no YAML of settings.
+    ``scale``: of those under ``scales``, whose settings, axes and defaults go over the file's own; None: mini.
+    Raises ConfigError with file and line where it is no YAML of settings, and for a scale that it does not have.
     """
-    content = _read(path)
+    content = scales.merged(_read(path), scale, shown(path))
     for section in ("sweep", "hydra", "hydra.sweep", "hydra.sweeper", AXES):
         if not isinstance(node := OmegaConf.select(content, section), DictConfig | None):
             raise ConfigError(f"{shown(path)}: {section}={node!r} is no group of settings; valid: a mapping")
     name = name_of(path)
-    for key, value in (("sweep.name", name), ("hydra.sweep.dir", f"runs/{name}")):
+    folder = f"runs/{name}{'' if scale in (None, scales.USUAL) else f'-{scale}'}"
+    for key, value in (("sweep.name", name), ("hydra.sweep.dir", folder)):
         if OmegaConf.select(content, key) is None:
             OmegaConf.update(content, key, value)
     return content
@@ -93,14 +127,14 @@ def name_of(path: Path) -> str:
     return path.stem
 
 
-def axes(path: Path) -> dict[str, str] | None:
-    """{key: its values in Hydra's grammar} of what the file varies; None where it says nothing of axes, while
-    ``params: {}`` says that there are none.
+def axes(path: Path, scale: str | None = None) -> dict[str, str] | None:
+    """{key: its values in Hydra's grammar} of what the file varies at a ``scale``; None where it says nothing of axes,
+    while ``params: {}`` says that there are none.
 
     A YAML list holds a value in each of its places, whatever its kind; a text is in Hydra's grammar already
     (``1,2,4``). Raises ConfigError for an axis without a value.
     """
-    node = OmegaConf.select(load(path), AXES)
+    node = OmegaConf.select(load(path, scale), AXES)
     if node is None:
         return None
     given: Any = OmegaConf.to_container(node, resolve=False)
@@ -131,6 +165,28 @@ def grammar(value: Any) -> str:
     if not isinstance(value, str) or _is_interpolation(text) or (PLAIN.fullmatch(text) and not _reads_otherwise(text)):
         return text
     return f"'{in_quotes(text)}'"
+
+
+def named_classes(words: Iterable[str]) -> dict[str, set[str]]:
+    """{group: its keys} of the groups whose class ``words``, or the sweep file that they choose, name in ``_target_``:
+    the keys that either sets."""
+    words = list(words)
+    named, chosen = own_classes(words), chosen_by(words)
+    path = locate(chosen) if chosen else None
+    in_file = _classes_in(path, path.stat().st_mtime_ns) if path else {}
+    for group, keys in in_file.items():
+        split = [word.lstrip("+").partition("=")[0].split(".") for word in words]
+        named[group] = {*keys} | {key[1] for key in split if key[0] == group and len(key) > 1}
+    return named
+
+
+@lru_cache(maxsize=64)
+def _classes_in(path: Path, changed_ns: int) -> dict[str, frozenset[str]]:
+    """{group: its keys} of the groups whose class a sweep file names; ``changed_ns``: a file that has changed is read
+    anew."""
+    content: Any = OmegaConf.to_container(_read(path), resolve=False)
+    nodes = {group: node for group, node in content.items() if isinstance(node, Mapping) and "_target_" in node}
+    return {str(group): frozenset(map(str, node)) for group, node in nodes.items()}
 
 
 def word(chosen: str) -> str:

@@ -77,11 +77,22 @@ def predict(
     positions that enter the loss; prompts and padding do not.
     """
     pack = list(spec) if isinstance(spec, Sequence) else [spec]
+    return predict_step(pack, _geometry(pack, device, rows, length, ragged, targets))
+
+
+def _geometry(
+    pack: Sequence[TrialSpec],
+    device: str,
+    rows: int | None = None,
+    length: int | None = None,
+    ragged: bool | None = None,
+    targets: float = 1.0,
+) -> Geometry:
     counts = [rows or trial.data.batch_size for trial in pack]
     batches = tuple(_full(n, length or trial.model.length, targets) for n, trial in zip(counts, pack, strict=True))
     micros = min(2, pack[0].trainer.accumulate_grad_batches)  # further ones need no more memory
     ragged = sum(counts) > 1 if ragged is None else ragged
-    return predict_step(pack, Geometry((Pass(0, batches),) * micros, device != "cpu", ragged=ragged))
+    return Geometry((Pass(0, batches),) * micros, device != "cpu", ragged=ragged)
 
 
 def _full(rows: int, length: int, targets: float) -> BatchShape:
@@ -191,11 +202,11 @@ def largest(spec: TrialSpec, budget: float, what: str, device: str = "cuda", pre
     if what not in WHATS:
         raise ConfigError(f"plan: {what!r} is not something that can be fitted; {nearest(what, WHATS)}")
     lowest = 1 if what != "max_length" else 2
-    bracket = _Bracket(budget, lowest - 1, _ceiling(spec, what) + 1)
     begun = _present(spec, what)
+    bracket = _Bracket(budget, lowest - 1, _ceiling(spec, what) + 1, slope=_estimated_slope(spec, what, begun, device))
     if present is not None and lowest <= begun < bracket.high:
         bracket.narrow(begun, present)
-    probe = 2 * begun if bracket.narrowed else begun
+    probe = bracket.probe() if bracket.narrowed else begun
     while bracket.high - bracket.low > 1:
         probe = min(max(probe, bracket.low + 1), bracket.high - 1)
         bracket.narrow(probe, _need(spec, what, probe, device))
@@ -212,7 +223,7 @@ class _Bracket:
     high: int
     low_need: int | None = None  # bytes; None: not known
     high_need: int | None = None
-    slope: float = 0.0  # bytes a unit between the last two values that fit; 0: not known
+    slope: float = 0.0  # bytes a unit: estimated, then between the last two values that fit; 0: not known
     stalled: int = 0  # predictions since the bracket was halved
 
     @property
@@ -236,7 +247,7 @@ class _Bracket:
             return self.low + 1
         room = self.budget - self.low_need
         if self.high_need is None:
-            return self.low + int(room / self.slope) if self.slope > 0 else 4 * self.low
+            return self.low + round(room / self.slope) if self.slope > 0 else 4 * self.low
         if self.stalled > 2 or self.high_need <= self.low_need:
             return (self.low + self.high) // 2
         return self.low + int(room * (self.high - self.low) / (self.high_need - self.low_need))
@@ -252,12 +263,23 @@ def _present(spec: TrialSpec, what: str) -> int:
     return spec.model.length if what == "max_length" else int(getattr(spec.adapter, "r", 1))
 
 
-def _need(spec: Any, what: str, value: int, device: str) -> int:
-    if what == "batch_size":
-        return predict(spec, device, rows=value).device_bytes
-    if what == "max_length":
-        return predict(spec, device, length=value).device_bytes
+def _need(spec: TrialSpec, what: str, value: int, device: str) -> int:
+    changed, fed = _with(spec, what, value)
+    # a validation of the same rows holds no graph, so that its peak is never the highest
+    geometry = dataclasses.replace(_geometry([changed], device, **fed), scored=False)
+    return predict_step([changed], geometry).device_bytes
+
+
+def _estimated_slope(spec: TrialSpec, what: str, value: int, device: str) -> float:
+    """Bytes a unit from ``value`` to twice as many, by arithmetic: where to look first."""
+    (changed, fed), (doubled, fed_double) = _with(spec, what, value), _with(spec, what, 2 * value)
+    return (estimate(doubled, device, **fed_double) - estimate(changed, device, **fed)) / value
+
+
+def _with(spec: Any, what: str, value: int) -> tuple[TrialSpec, dict[str, Any]]:
+    """The spec with that value, and what ``predict`` and ``estimate`` are told beside it."""
+    if what != "r":
+        return spec, {"rows" if what == "batch_size" else "length": value}
     if not hasattr(spec.adapter, "r"):
         raise ConfigError(f"plan: adapter={spec.adapter.method} has no r")
-    wider = dataclasses.replace(spec.adapter, r=value)
-    return predict(dataclasses.replace(spec, adapter=wider), device).device_bytes
+    return dataclasses.replace(spec, adapter=dataclasses.replace(spec.adapter, r=value)), {}

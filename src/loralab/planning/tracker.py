@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 KINDS = ("base", "constants", "adapter", "gradients", "optimizer", "activations", "logits", "transient")
 aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
 
 
 @dataclass
@@ -58,7 +60,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._events: list[tuple[Block, int]] = []  # +1: born, -1: died
         self._live: dict[int, tuple[Block, Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # nothing is compiled here, and each call would cost a wrapper's
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE and isinstance(args[0], FakeTensor):  # as fake tensors answer it, and more than half of all
+            return args[0].fake_device
         if func is aten._local_scalar_dense.default:
             return self.nothing_masked if args[0].dtype == torch.bool else 1
         if func is aten.index.Tensor and any(t is not None and t.dtype == torch.bool for t in args[1]):

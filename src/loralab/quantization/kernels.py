@@ -1,8 +1,12 @@
 """The calls of bitsandbytes' kernels, and the cases in which the reference runs in their place."""
 
 import logging
-from functools import cache
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache, partial, wraps
 from typing import Any, Literal, get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,9 +26,20 @@ def import_bitsandbytes() -> Any:
     """The module bitsandbytes, imported. On CPUs with bf16 instructions it warns that an optional kernel from a hub is
     missing; that warning is suppressed, as loralab does not use the kernel (``gemm``). Raises ImportError."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_hub_warning)
-    import bitsandbytes
+    first = "bitsandbytes" not in sys.modules  # later imports cost nothing, and torch stays as it is
+    with patch.object(torch, "compile", _compiled_when_called) if first else nullcontext():
+        import bitsandbytes
 
     return bitsandbytes
+
+
+def _compiled_when_called(function: Any = None, **options: Any) -> Any:
+    """``torch.compile``, called no sooner than the function is: it imports a compiler, in a second, for functions of
+    bitsandbytes that run where there are no kernels."""
+    if function is None:
+        return partial(_compiled_when_called, **options)
+    compiled: Callable[[], Any] = cache(lambda: torch.compile(function, **options))
+    return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
 
 def _is_no_hub_warning(record: logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import socket
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -54,6 +55,25 @@ def blank(
     record.update({section: dict.fromkeys(keys) for section, keys in KEYS.items()})
     record["memory"]["by_phase"] = dict.fromkeys(PHASES)
     return record
+
+
+def status(record: Mapping[str, Any]) -> str:
+    """The record's own; interrupted where it says running and its process is gone from this machine."""
+    gone = record["status"] == "running" and record.get("host") == socket.gethostname() and not _alive(record)
+    return "interrupted" if gone else str(record["status"])
+
+
+def _alive(record: Mapping[str, Any]) -> bool:
+    pid = record.get("pid")
+    if os.name != "posix" or not isinstance(pid, int):
+        return True  # not known
+    try:
+        os.kill(max(pid, 0) or 2**31, 0)  # 0 and below would mean groups of processes
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:

@@ -164,7 +164,7 @@ class Record(TypedDict, total=False):
     pid: int | None
     host: Text
     resumed_from: int | None  # the step
-    stopped_early: dict[str, Any] | None  # {step, metric, best}; {step, why} where no metric ended it
+    stopped_early: dict[str, Any] | None  # {step, metric, best, min_delta}; {step, why} where no metric ended it
     pauses: list[dict[str, Any]] | None  # trainer.until: {until, step, of, metrics} of each, in order
     best: dict[str, Any] | None  # trainer.keep_best: {metric, step, value, last_step, last_value, adapter, last}
 

@@ -183,6 +183,16 @@ class Mirror:
 
         self._try(add)
 
+    def pages(self, pages: Mapping[str, str]) -> None:
+        """Panels of HTML by name, which carry all that they show: W&B makes a preset of a chart by its server alone."""
+
+        def add(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Html(text, inject=False, data_is_not_path=True) for name, text in pages.items()})
+
+        self._try(add)
+
     def summarize(self, values: Mapping[str, Any]) -> None:
         self._completed = values.get("status") == "completed"
         self._try(lambda run: run.summary.update(dict(values)))

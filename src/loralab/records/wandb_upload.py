@@ -1,7 +1,9 @@
 """A run in W&B made anew from what lies in a run folder: metrics.jsonl and result.json."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from loralab.errors import ArtifactError, ConfigError
 from loralab.records import jsonl, record, wandb_run
@@ -17,11 +19,8 @@ def upload(folder: Path) -> str:
     stored = record.read(folder)
     if stored["status"] == "running":
         raise ArtifactError(f"{folder}: the trial {stored['trial']} is not finished; valid: a run that has ended")
-    logger = _logger(stored["config"].get("logger") or {})
-    if logger.effective_mode == "disabled":
-        raise ConfigError(
-            "WANDB_MODE or WANDB_DISABLED disables W&B, so nothing would be uploaded; valid: unset, online"
-        )
+    logger = stored_logger(stored["config"]) or Wandb()
+    refuse_disabled(logger)
     memory = stored["memory"]
     left_out = wandb_run.not_measured(memory["device"])
     mirror = logger.start(folder, wandb_run.labels(folder, stored), left_out=left_out, anew=True)
@@ -36,8 +35,26 @@ def upload(folder: Path) -> str:
     return place
 
 
-def _logger(node: dict[str, object]) -> Wandb:
-    """The record's settings of the logger, without its mode."""
-    names = {field.name for field in fields(Wandb)} - {"mode"}
-    ours = str(node.get("_target_")) == f"{Wandb.__module__}.{Wandb.__qualname__}"
-    return Wandb(**{key: value for key, value in node.items() if ours and key in names})  # type: ignore[arg-type]
+def refuse_disabled(logger: Wandb) -> None:
+    """Raises ConfigError where W&B is asked for and its environment variables disable it."""
+    if logger.effective_mode == "disabled":
+        raise ConfigError(
+            "WANDB_MODE or WANDB_DISABLED disables W&B, so nothing would be uploaded; valid: unset, online"
+        )
+
+
+def stored_logger(config: Mapping[str, Any], keep_mode: bool = False) -> Wandb | None:
+    """The settings of W&B in a record's configuration, alone or among several loggers; None where it has none. Without
+    ``keep_mode`` W&B's environment variables say how a run goes out."""
+    names = {field.name for field in fields(Wandb)} - (set() if keep_mode else {"mode"})
+    found = next(_nodes(config.get("logger")), None)
+    return None if found is None else Wandb(**{key: value for key, value in found.items() if key in names})
+
+
+def _nodes(node: object) -> Iterator[Mapping[str, Any]]:
+    if not isinstance(node, Mapping):
+        return
+    if str(node.get("_target_")) == f"{Wandb.__module__}.{Wandb.__qualname__}":
+        yield node
+    for value in node.values():
+        yield from _nodes(value)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,27 @@ from loralab.errors import ArtifactError
 from loralab.reporting import differences
 from loralab.reporting.charts import Figure
 from loralab.reporting.html import Cell, Head, Tile, render
+from loralab.reporting.labels import in_lines
 from loralab.reporting.layout import aligned, markdown_table, natural_width, terminal_width, wrapped
 from loralab.reporting.provenance import facts
-from loralab.reporting.report import Report, write_text
-from loralab.reporting.table import SIGNIFICANT, score_text
+from loralab.reporting.report import write_text
+from loralab.reporting.table import SIGNIFICANT, level_text, score_text
 from loralab.reporting.vega import bundle
 
 DIFFERENCE = "B - A"
 MOST_SETTINGS = 8  # that are told; all are in compare.json
 
 
-def report(one: Path, other: Path) -> Report:
+@dataclass(frozen=True)
+class Compared:
+    """``table``: for the terminal; ``index``: the page; ``files``: what was written, by name."""
+
+    table: str
+    index: Path
+    files: dict[str, Path]
+
+
+def report(one: Path, other: Path) -> Compared:
     """Write index.html, compare.md and compare.json into ``one/report/compare_OTHER``. Raises ArtifactError where a
     folder has nothing to report, or the two do not compare; then nothing is written."""
     for folder in (one, other):
@@ -41,7 +52,7 @@ def report(one: Path, other: Path) -> Report:
     }
     folder = one / "report" / f"compare_{other.resolve().name}"
     written = {name: write_text(folder / name, text) for name, text in texts.items()}
-    return Report(_terminal(found, notes, terminal_width()), written["index.html"], written)
+    return Compared(_terminal(found, notes, terminal_width()), written["index.html"], written)
 
 
 def _title(found: Between) -> str:
@@ -93,8 +104,8 @@ def _notes(found: Between) -> Iterator[str]:
             yield f"{len(arms)} rows of {side} have no partner: {names}"
     yield (
         f"{DIFFERENCE}: mean paired difference over the seeds that both rows have [its {LEVEL:.0%} interval: Student's "
-        f"t, n - 1 degrees of freedom, not corrected for the number of rows]; {SIGNIFICANT} marks an interval that "
-        f"excludes 0; {found.results.better} is better"
+        f"t, n - 1 degrees of freedom, of that row alone]; {SIGNIFICANT} marks a difference whose interval excludes 0 "
+        f"{level_text(found.level)}; {found.results.better} is better"
     )
     if any(pair.difference and pair.difference.interval is None for pair in found.pairs):
         yield "A difference without an interval, of one seed or of one value, is no finding"
@@ -123,7 +134,7 @@ def _counts(found: Between) -> str:
     """``B is better in 1 of 4 rows, worse in none``."""
     signs = [pair.verdict for pair in found.pairs]
     better, worse = (str(signs.count(sign) or "none") for sign in ("better", "worse"))
-    return f"by its {LEVEL:.0%} intervals B is better in {better} of {len(signs)} rows, worse in {worse}"
+    return f"B is better in {better} of {len(signs)} rows, worse in {worse}, {level_text(found.level)}"
 
 
 def _terminal(found: Between, notes: list[str], width: int) -> str:
@@ -201,7 +212,7 @@ def _page(found: Between, notes: list[str]) -> str:
     tiles = [
         Tile(str(len(signs)), "pairs of rows"),
         *(
-            Tile(str(signs.count(sign)), f"where B is {sign}, by the {LEVEL:.0%} interval")
+            Tile(str(signs.count(sign)), f"where B is {sign}, {level_text(found.level)}")
             for sign in ("better", "worse")
         ),
     ]
@@ -235,14 +246,15 @@ def _about(results: SweepResults) -> dict[str, str]:
 def _figures(found: Between) -> Iterator[Figure]:
     results = found.results
     rows = [
-        differences.row(pair.difference, pair.name, "the same row of A", results.mode)
+        {**differences.row(pair.difference, pair.name, "the same row of A", results.mode), "label": in_lines(pair.name)}
         for pair in found.pairs
         if pair.difference and pair.difference.interval
     ]
     if rows:
         caption = (
-            f"Mean paired difference, B less A, over shared seeds with its {LEVEL:.0%} interval; better is B's; an "
-            f"interval that holds 0 is no finding.{differences.left_out(rows)}"
+            f"Mean paired difference, B less A, over shared seeds with its {LEVEL:.0%} interval; better is B's, where "
+            f"0 is excluded {level_text(found.level)}; any other is no finding.{differences.left_out(len(rows))}"
         )
-        spec = differences.drawn(rows, f"{results.metric}, {DIFFERENCE}; {results.better} is better")
+        title = f"{results.metric}, {DIFFERENCE}; {results.better} is better"
+        spec = differences.drawn(rows[: differences.MOST_ROWS], title)
         yield Figure("differences", "Paired differences", caption, spec, [differences.LEGEND])

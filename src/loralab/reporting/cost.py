@@ -9,6 +9,7 @@ from loralab.analysis.values import is_number
 from loralab.reporting import charts
 from loralab.reporting.charts import Figure, Legend
 from loralab.reporting.html import Cell, Head, Section, render
+from loralab.reporting.labels import height, row_axis, row_labels
 from loralab.reporting.table import MIB, Column, column, memory
 
 KINDS = {  # columns, and the kinds of a plan (planning/tracker.py) that each adds up
@@ -71,20 +72,24 @@ def _figures(comparison: Comparison) -> Iterator[Figure]:
     import altair as alt
 
     known = [(arm, kinds) for arm in comparison.arms if (kinds := by_kind(arm))]
+    labels = row_labels([arm for arm, _ in known])
     rows = [
-        {"name": arm.name, "kind": title, "order": order, "value": kinds[title] / MIB, "text": memory(kinds[title])}
+        {
+            **{"name": arm.name, "label": labels[arm.name], "kind": title, "order": order},
+            **{"value": kinds[title] / MIB, "text": memory(kinds[title])},
+        }
         for arm, kinds in known
         for order, title in enumerate(KINDS)
     ]
     chart = alt.Chart(alt.NamedData("rows")).mark_bar(height=15)
     chart = chart.encode(
         x=alt.X("value:Q", title="predicted peak memory of the measured step (MiB)", stack=True),
-        y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=charts.LONGEST_LABEL)),
+        y=row_axis(),
         color=charts.colour(list(KINDS), "kind"),
         order="order:Q",
         tooltip=[alt.Tooltip("name:N", title="row"), alt.Tooltip("kind:N"), alt.Tooltip("text:N", title="memory")],
     )
-    spec = charts.specification(charts.layers(chart), {"rows": rows}, charts.ROW * len(known) + 10)
+    spec = charts.specification(charts.layers(chart), {"rows": rows}, height([*labels.values()]))
     caption = "Of the completed trial with the highest predicted peak, what lay in memory at that moment."
     legend = Legend("kind", "colour", list(KINDS))
     yield Figure("cost", "Peak memory by kind", caption, spec, [legend])

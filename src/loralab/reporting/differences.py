@@ -7,6 +7,8 @@ from loralab.analysis.paired import LEVEL, Difference
 from loralab.analysis.values import Json
 from loralab.reporting import charts
 from loralab.reporting.charts import Figure, Legend
+from loralab.reporting.labels import height, row_axis, row_labels
+from loralab.reporting.table import level_text
 
 MOST_ROWS = 60
 VERDICTS = ["better", "worse", "not told apart"]
@@ -16,19 +18,23 @@ LEGEND = Legend("verdict", "fixed", VERDICTS)
 def figures(comparison: Comparison) -> Iterator[Figure]:
     """A row for each arm that is held against another, with the interval of the paired difference."""
     results = comparison.results
-    rows = [
-        row(arm.difference, arm.name, arm.against.name if arm.against else "", results.mode)
-        for arm in comparison.arms
-        if arm.difference and arm.difference.interval
-    ]
-    if not rows:
-        return
     arms = [arm for arm in comparison.arms if arm.difference and arm.difference.interval]
+    if not arms:
+        return
+    labels = row_labels(arms[:MOST_ROWS])
+    rows = [
+        {**row(arm.difference, arm.name, arm.against.name if arm.against else "", results.mode), "label": label}
+        for arm in arms[:MOST_ROWS]
+        for label in [labels[arm.name]]
+        if arm.difference
+    ]
+    level = next(arm.difference.level for arm in arms if arm.difference)
     spec = drawn(rows, f"difference in {results.metric}; {results.better} is better")
     caption = (
         f"Mean paired difference over shared seeds with its {LEVEL:.0%} interval, each row against the one that "
-        "differs from it in one axis alone, where there is one; an interval that holds 0 is no finding. "
-        f"{seeds_words(arms)}.{left_out(rows)}"
+        "differs from it in one axis alone, where there is one; better or worse: where 0 is excluded "
+        f"{level_text(level)}; any other is no finding. "
+        f"{seeds_words(arms)}.{left_out(len(arms))}"
     )
     yield Figure("differences", "Paired differences", caption, spec, [LEGEND])
 
@@ -42,12 +48,11 @@ def row(difference: Difference, name: str, against: str, mode: str) -> Json:
 
 
 def drawn(rows: Sequence[Json], title: str) -> Json:
-    """The specification of the chart of the first rows; ``title``: of its axis."""
+    """The specification of the chart; ``title``: of its axis; each row has the ``label`` that it is drawn with."""
     import altair as alt
 
-    rows = rows[:MOST_ROWS]
     base = alt.Chart(alt.NamedData("rows")).encode(
-        y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=charts.LONGEST_LABEL)),
+        y=row_axis(),
         color=alt.Color(
             "verdict:N",
             scale=alt.Scale(domain=VERDICTS, range=["#00846a", "#d55e00", "#5f6670"]),
@@ -67,13 +72,13 @@ def drawn(rows: Sequence[Json], title: str) -> Json:
     return charts.specification(
         charts.layers(zero, bars.add_params(charts.zoom(("x",))), points),
         {"rows": rows, "zero": [{"zero": 0}]},
-        charts.ROW * len(rows) + 10,
+        height([row["label"] for row in rows]),
     )
 
 
-def left_out(rows: Sequence[Json]) -> str:
-    """A sentence where not all rows are drawn."""
-    return f" The first {MOST_ROWS} of {len(rows)} rows." if len(rows) > MOST_ROWS else ""
+def left_out(count: int) -> str:
+    """A sentence where not all of ``count`` rows are drawn."""
+    return f" The first {MOST_ROWS} of {count} rows." if count > MOST_ROWS else ""
 
 
 def seeds_words(arms: Sequence[Arm]) -> str:

@@ -10,6 +10,7 @@ from loralab.analysis.results import SweepResults
 from loralab.analysis.values import UNKNOWN, Json, as_number
 from loralab.reporting import charts, curves, differences, explorer, heat, tuning
 from loralab.reporting.charts import Figure, Legend
+from loralab.reporting.labels import spoken
 from loralab.reporting.table import score_text
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def grouped(results: SweepResults, arms: Sequence[Arm], by: Sequence[str]) -> di
         return {results.metric: list(arms)}
     labels = in_order([*results.axes[by[0]], UNKNOWN])
     by_label = {text: [arm for arm in arms if arm.values[by[0]] == text] for text in labels}
-    return {_spoken(results, by[0], text): members for text, members in by_label.items() if members}
+    return {spoken(results, by[0], text): members for text, members in by_label.items() if members}
 
 
 def named(results: SweepResults, axis: str) -> list[str]:
@@ -66,11 +67,6 @@ def in_order(labels: Sequence[str]) -> list[str]:
     if None in numbers.values():
         return [*labels]
     return sorted(labels, key=lambda text: numbers.get(text) or 0.0 if text in numbers else math.inf)
-
-
-def _spoken(results: SweepResults, axis: str, text: str) -> str:
-    bare = as_number(text) is not None or text in ("true", "false", "null")
-    return f"{results.short[axis]} = {text}" if bare else text
 
 
 def _metric(comparison: Comparison) -> Iterator[Figure]:

@@ -100,9 +100,10 @@ def sort_key(value: float | str | None) -> str:
 
 
 def breakable(text: str, kind: str) -> Markup:
-    """Where a cell may be broken: a name after commas, dots and underscores, a figure before ``[`` or ``(pack``."""
+    """Where a cell may be broken: a name after commas, underscores and the dots that are no decimal points, a figure
+    before ``[`` or ``(pack``."""
     if kind.startswith("key"):
-        return Markup(re.sub(r"([,._])(?=\S)", r"\1<wbr>", str(escape(text))))
+        return Markup(re.sub(r"([,_]|\.(?!\d))(?=\S)", r"\1<wbr>", str(escape(text))))
     return Markup(re.sub(r" (?=\[|\(pack)", " <wbr>", str(escape(text))))
 
 

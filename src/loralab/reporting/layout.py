@@ -1,5 +1,6 @@
 """Plain text for a terminal or a pipe: columns, and lines that are not too long."""
 
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from textwrap import wrap
@@ -49,6 +50,11 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """For a README or an issue."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def markdown_text(text: str) -> str:
+    """``text`` as Markdown shows it letter by letter, on one line."""
+    return re.sub(r"([\\`*{}\[\]<>#|~&$]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(_printable(text).split()))
 
 
 def _printable(text: str) -> str:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
-from loralab.analysis import environments, full
+from loralab.analysis import disagreements, environments, full
 from loralab.analysis.arms import Comparison
-from loralab.analysis.claims import source, verdicts
+from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import apart
 from loralab.analysis.dimension import sentences
+from loralab.analysis.effects import effects
 from loralab.analysis.paired import LEVEL
+from loralab.analysis.published import source
 from loralab.analysis.results import SweepResults
-from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS
+from loralab.reporting.table import SIGNIFICANT, STEPS, VERSUS, level_text
 
 NONE_BEST = "no single best row: the leading rows are not told apart by their intervals"
 ONE_SEED = "no intervals: with one seed a row, no difference can be told from chance"
@@ -25,6 +27,7 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     yield from _separation(comparison)
     yield from _versus(comparison)
     yield from full.sentences(comparison)
+    yield from _effects(comparison)
     if comparison.differs_in_seeds:
         yield (
             "The rows are over different seeds, so their means do not compare; the paired differences, over shared "
@@ -45,6 +48,7 @@ def general(results: SweepResults, comparisons: Sequence[Comparison]) -> Iterato
         yield f"sweep.json cannot be read, so this is what the records say: {results.about['damaged']}"
     if reason := apart([comparison.results for comparison in comparisons]):
         yield reason.rstrip(".")
+    yield from disagreements.sentences(results.about)
     if results.repeats:
         yield f"{results.repeats} repeated: the same trial counts once"
     yield from results.conflicts
@@ -61,16 +65,19 @@ def undecided(comparison: Comparison) -> str:
 
 
 def differing(comparison: Comparison) -> str:
-    """``against the baseline, 2 of 5 rows' 95% intervals exclude 0: 1 better, 1 worse``; empty without intervals."""
+    """``against the baseline, 2 of 5 rows differ at 99.29%, 95% for all 7 paired differences together: 1 better, 1
+    worse``; empty without intervals."""
     differences = [arm.difference for arm in comparison.arms if arm.difference and arm.difference.interval]
     signs = [difference.verdict(comparison.results.mode) for difference in differences]
     counts = [f"{signs.count(sign)} {sign}" for sign in ("better", "worse") if sign in signs]
     if not signs:
         return ""
+    level = level_text(differences[0].level)
     if not counts:
-        return f"no row differs from the baseline by its {LEVEL:.0%} interval"
-    count = f"{len(signs) - signs.count('')} of {len(signs)}"
-    return f"against the baseline, {count} rows' {LEVEL:.0%} intervals exclude 0: {', '.join(counts)}"
+        return f"no row differs from the baseline {level}"
+    told = len(signs) - signs.count("")
+    differ = "differs" if told == 1 else "differ"
+    return f"against the baseline, {told} of {len(signs)} rows {differ} {level}: {', '.join(counts)}"
 
 
 def _noise(comparison: Comparison) -> Iterator[str]:
@@ -155,11 +162,22 @@ def _versus(comparison: Comparison) -> Iterator[str]:
     if any(difference.reach is not None for difference in differences):
         yield (
             f"{VERSUS}{held_against}: mean paired difference over shared seeds [its 95% interval: Student's t, n - 1 "
-            f"degrees of freedom, not corrected for the number of rows]; {SIGNIFICANT} marks an interval that excludes "
-            "0; one that holds 0 is no finding"
+            f"degrees of freedom, of that row alone]; {SIGNIFICANT} marks a difference whose interval excludes 0 "
+            f"{level_text(differences[0].level)}; any other is no finding"
         )
     if any(difference.reach is None for difference in differences):
         yield f"{VERSUS}: a difference without an interval, of one seed or of one value, is no finding"
+
+
+def _effects(comparison: Comparison) -> Iterator[str]:
+    """What each of several axes does to the scores, where every combination of their values has been scored."""
+    found = effects(comparison)
+    if len(found.importance) > 1 and found.n > 1:
+        shares = found.text.replace("of the variance", f"of the variance of {comparison.results.metric}")
+        yield (
+            f"{shares} (ANOVA over {len(comparison.contenders)} rows with {found.n} seeds each, without what chance "
+            "adds: epsilon squared)"
+        )
 
 
 def _constant(comparison: Comparison) -> Iterator[str]:

@@ -12,13 +12,14 @@ from loralab.analysis.arms import Comparison, comparisons
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
 from loralab.analysis.dimension import answers
+from loralab.analysis.effects import effects
 from loralab.analysis.full import to_full
 from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import PRUNED, STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting import cost, subspace
 from loralab.reporting.charts import Figure
-from loralab.reporting.layout import markdown_table, terminal_width
+from loralab.reporting.layout import markdown_table, markdown_text, terminal_width
 from loralab.reporting.notes import general, messages, notes
 from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
@@ -32,11 +33,14 @@ KINDS = ("svg", "png", "pdf")
 
 @dataclass(frozen=True)
 class Report:
-    """``table``: for the terminal; ``files``: what was written, by name; ``index``: the page."""
+    """``table``: for the terminal; ``files``: what was written, by name; ``index``: the page; and what they show."""
 
     table: str
     index: Path
     files: dict[str, Path]
+    results: SweepResults
+    compared: Sequence[Comparison]
+    figures: Sequence[Figure]
 
 
 def report(folder: Path, kinds: Sequence[str] = KINDS[:1]) -> Report:
@@ -55,7 +59,8 @@ def report(folder: Path, kinds: Sequence[str] = KINDS[:1]) -> Report:
     }
     written = {name: write_text(folder / "report" / name, text) for name, text in texts.items()}
     write_figures(folder / "report" / "figures", made.figures, kinds)
-    return Report(terminal(results, compared, terminal_width()), written["index.html"], written)
+    table = terminal(results, compared, terminal_width())
+    return Report(table, written["index.html"], written, results, compared, made.figures)
 
 
 def write_figures(folder: Path, figures: Sequence[Figure], kinds: Sequence[str]) -> None:
@@ -109,6 +114,7 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
             for arm in comparison.arms
         ],
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],
+        "effects": [] if results.single else [effects(comparison).plain() for comparison in compared],
         **_dimensions(compared),
         **subspace.plain(results),
         "trials": [_trial(trial) for trial in results.trials],
@@ -142,7 +148,11 @@ def _trial(trial: TrialResult) -> dict[str, Any]:
 def _markdown(results: SweepResults, compared: Sequence[Comparison]) -> str:
     provenance = facts(results)
     found = "" if results.single else answer(compared)
-    lines = [f"# {results.name}", "", *(line for text in (question(results), found) if text for line in (text, ""))]
+    lines = [
+        f"# {markdown_text(results.name)}",
+        "",
+        *(line for text in (question(results), found) if text for line in (text, "")),
+    ]
     for comparison in compared:
         lines += [f"## {subject(comparison.results)}", ""] if len(compared) > 1 else []
         lines += [f"{measure(comparison)}.", "", markdown(comparison)]

@@ -6,16 +6,16 @@ from functools import partial
 from typing import Any
 
 from loralab.analysis.arms import Arm, Comparison
-from loralab.analysis.claims import published, published_text
 from loralab.analysis.full import GAP, SHARE, ToFull, gap_is_new, to_full
-from loralab.analysis.paired import Difference
+from loralab.analysis.paired import LEVEL, Difference
+from loralab.analysis.published import mark, published, published_text
 from loralab.analysis.trials import UNSCORED
 from loralab.analysis.tuning import Tuned, scale
 from loralab.analysis.values import is_number
 
 MIB, GIB = 2**20, 2**30
 VERSUS = "vs baseline"
-SIGNIFICANT = "!"  # behind a difference whose interval excludes 0
+SIGNIFICANT = "!"  # behind a difference that counts beside all others of the page
 STEPS = "steps"
 RATE = "lr x scale"  # what an update moves the weights by, to first order: B A is scaled by it and learned at this rate
 NOTICEABLE = 0.01  # by which bits over all weights must differ from the quantized ones' to be shown beside them
@@ -144,6 +144,13 @@ def score_text(arm: Arm) -> str:
     return f"{arm.mean:.4f}" if arm.std is None else f"{arm.mean:.4f} +- {arm.std:.4f}"
 
 
+def level_text(level: float) -> str:
+    """``at 99.29%, 95% for all 7 paired differences together``: how sure each difference must be to count."""
+    count = round((1 - LEVEL) / (1 - level))
+    each = f"at {100 * level:.4g}%"
+    return each if count < 2 else f"{each}, {LEVEL:.0%} for all {count} paired differences together"
+
+
 def memory(size: float) -> str:
     """Bytes in binary units (MiB = 2**20)."""
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
@@ -165,6 +172,7 @@ def as_plain(arm: Arm) -> dict[str, Any]:
         "against": arm.against.name if arm.against else None,
         "against_baseline": (arm.difference.verdict(arm.results.mode) or None) if arm.difference else None,
         "published": published(arm),
+        "published_mark": mark(arm),
         "steps": arm.steps,
         "stopped_early": arm.stopped,
         "bits_per_parameter": arm.means.get("base.bits_per_parameter"),

@@ -125,7 +125,7 @@ def _stopped_early(trial: Trial) -> dict[str, Any]:
     if rule is None:
         why = "trainer.max_time or a callback ended the training"
         return {"step": trial.step, "metric": None, "best": None, "why": why}
-    return {"step": trial.step, "metric": rule.metric, "best": rule.best}
+    return {"step": trial.step, "metric": rule.metric, "best": rule.best, "min_delta": rule.min_delta}
 
 
 def _best(trial: Trial) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def check_pack(specs: Sequence[TrialSpec]) -> None:
     if len({spec.pack_key for spec in specs}) > 1:
         raise ConfigError("the trials of one pack must share model, quantization, optimizer, precision and intervals")
     for spec in specs:
-        if why := spec.memory.alone or spec.adapter.why_alone or spec.optimizer.why_alone:
+        if why := spec.why_alone:
             raise ConfigError(f"trial {spec.id} cannot share a pass: {why}")
         if not spec.quantization.packable:
             raise ConfigError(f"trial {spec.id} cannot share a pass: quantization={spec.quantization.name}")

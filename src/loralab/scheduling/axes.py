@@ -45,19 +45,33 @@ class Axis:
         return self.key.lstrip("+")
 
 
-def trials(words: Sequence[str], zipped: Any = None, when: Any = None, loader: Any = None) -> list[list[str]]:
+def trials(
+    words: Sequence[str], zipped: Any = None, when: Any = None, loader: Any = None, written: Sequence[str] = ()
+) -> list[list[str]]:
     """The overrides of each trial, the first axis moving slowest.
 
     ``words``: overrides, the later of two for one key counts; ``zipped``, ``when``: what the sweep says under these
-    names; ``loader``: Hydra's config loader, which glob() asks. Raises ConfigError where an axis has no value or no
-    finite number of them, or where ``zipped`` or ``when`` name no axis, differ in length or never hold.
+    names; ``loader``: Hydra's config loader, which glob() asks; ``written``: the sweep file's axes, which ``words`` may
+    have narrowed until ``when`` holds in no trial: its axis is left out then. Raises ConfigError where an axis has no
+    value or no finite number of them, or where ``zipped`` or ``when`` name no axis, differ in length or never hold.
     """
     axes = _axes(words, loader)
     conditions = _conditions(when, axes)
-    rows = [dict(_flat(row)) for row in product(*map(_places, _groups(zipped, axes)))]
-    present = [tuple((name, row[name]) for name in axes if _holds(name, row, axes, conditions)) for row in rows]
-    _check_each_holds(conditions, present)
+    present = _present(axes, zipped, conditions)
+    if never := _never_there(conditions, present):
+        as_written = _axes([*words, *written], loader)
+        _check_each_holds(conditions, never & _never_there(conditions, _present(as_written, zipped, conditions)))
     return [[axes[name].values[place].word for name, place in row] for row in dict.fromkeys(present)]
+
+
+def _present(axes: Mapping[str, Axis], zipped: Any, conditions: Conditions) -> list[tuple[tuple[str, int], ...]]:
+    """The axes of each trial, with the place of its value in each."""
+    rows = [dict(_flat(row)) for row in product(*map(_places, _groups(zipped, axes)))]
+    return [tuple((name, row[name]) for name in axes if _holds(name, row, axes, conditions)) for row in rows]
+
+
+def _never_there(conditions: Conditions, present: Sequence[tuple[tuple[str, int], ...]]) -> set[str]:
+    return set(conditions) - {name for row in present for name, _ in row}
 
 
 def _axes(words: Sequence[str], loader: Any) -> dict[str, Axis]:
@@ -180,10 +194,9 @@ def _holds(name: str, row: Mapping[str, int], axes: Mapping[str, Axis], conditio
     )
 
 
-def _check_each_holds(conditions: Conditions, present: Sequence[tuple[tuple[str, int], ...]]) -> None:
-    there = {name for row in present for name, _ in row}
+def _check_each_holds(conditions: Conditions, never: set[str]) -> None:
     for name, others in conditions.items():
-        if name not in there:
+        if name in never:
             wanted = " and ".join(f"{other} is {' or '.join(sorted(values))}" for other, values in others.items())
             raise ConfigError(
                 f"sweep.when: {name} varies only where {wanted}, which is so in no trial; valid: values that the axes"

@@ -14,8 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from loralab.config import staleness
 from loralab.config.build import trial_id, trial_spec
 from loralab.config.compose import check_one_each, plain
-from loralab.config.sweep_files import own_files
-from loralab.config.words import own_classes
+from loralab.config.sweep_files import named_classes, own_files
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
 from loralab.records.lock import hold
@@ -53,7 +52,7 @@ class Job:
         check_one_each(content, hydra)
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
         words = [word for word in hydra.overrides.task if not word.startswith(PAUSING)]
-        named = {group: content[group] for group in own_classes(words) if group in choices}
+        named = {group: content[group] for group in named_classes(words) if group in choices}
         choices |= {group: str(node["_target_"]) for group, node in named.items() if isinstance(node, dict)}
         return cls(content, folder, words, choices)
 

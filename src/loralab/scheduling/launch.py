@@ -17,6 +17,7 @@ from loralab.config.compose import plain, plain_sweep
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.scheduling.claims import named_by
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.session import Session
 from loralab.scheduling.sweep import PackOptions
@@ -70,6 +71,7 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
     check_tags(sweep.get("tags"))
     return {
         **sweep,
+        **named_by(config, hydra),
         "name": sweep.get("name") or folder.name,
         "question": sweep.get("question"),
         "overrides": list(hydra.overrides.task),

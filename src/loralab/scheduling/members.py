@@ -82,14 +82,10 @@ def refusal(member: Member, device: str, memory_budget: float) -> ConfigError | 
 
 def alone(spec: TrialSpec) -> str:
     """Why a trial cannot share a pass; empty where it can."""
-    if spec.adapter.why_alone:
-        return spec.adapter.why_alone
-    if spec.optimizer.why_alone:
-        return spec.optimizer.why_alone
+    if spec.why_alone:
+        return spec.why_alone
     if not spec.quantization.packable:
         return f"quantization={spec.quantization.name} takes scales or outlier columns over all rows of a pass"
-    if spec.memory.alone:
-        return spec.memory.alone
     config = spec.model.prepared_config(spec.model.num_labels)
     if why := why_alone(config, spec.model.attention(config) or "eager"):
         return why

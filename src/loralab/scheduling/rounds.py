@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from loralab.config import sweep_files
 from loralab.config.compose import plain_sweep
 from loralab.errors import ConfigError
-from loralab.scheduling import axes, dimension, elsewhere, halving, previewing, tuning
+from loralab.scheduling import axes, claims, dimension, elsewhere, halving, previewing, tuning
 from loralab.scheduling.session import Session
 from loralab.scheduling.sweep_file import decide
 
@@ -48,9 +48,9 @@ def study_of(sweeper: Any, params: Mapping[str, Any], arguments: Sequence[str]) 
     ``params``: axes of the configuration, which ``arguments`` replace. Raises ConfigError.
     """
     master: DictConfig = sweeper.config
-    trials = of_axes(
-        master, [*map(axis_word, params, params.values()), *arguments], sweeper.hydra_context.config_loader
-    )
+    words, loader = [*map(axis_word, params, params.values()), *arguments], sweeper.hydra_context.config_loader
+    trials = of_axes(master, words, loader)
+    claims.check(master, words, loader)
     sweep, search = plain_sweep(master), dimension.search_of(master)
     tuning.check_compared(sweep, trials)
     rule = halving.rule_of(sweep, master)
@@ -75,8 +75,11 @@ def tested(master: DictConfig, words: Sequence[str]) -> list[str]:
 
 def of_axes(master: DictConfig, words: Sequence[str], loader: Any = None) -> Trials:
     """The trials of ``words`` with the ``sweep.zip`` and ``sweep.when`` of the configuration."""
-    sweep = plain_sweep(master)
-    return axes.trials(words, sweep.get("zip"), sweep.get("when"), loader)
+    sweep, chosen = plain_sweep(master), sweep_files.chosen_by(words)
+    path = sweep_files.locate(chosen) if chosen and sweep.get("when") else None
+    own = sweep_files.axes(path, sweep_files.scale_of(str(chosen))) if path else None
+    written = [f"{key}={values}" for key, values in (own or {}).items()]
+    return axes.trials(words, sweep.get("zip"), sweep.get("when"), loader, written)
 
 
 def axis_word(key: str, values: Any) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loralab.config.sweep_files import refuse_mode
 from loralab.config.words import forced, quoted
 from loralab.errors import ConfigError, DataError, Interrupted
 from loralab.quick_imports import quick_imports
@@ -39,6 +40,7 @@ class Session:
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     error: Exception | None = None
+    failed: bool = False  # runs again what has failed, and nothing else
     previews: bool = False  # shows what a sweep would run, and runs nothing
     previewed: "Preview | None" = None
     listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
@@ -96,6 +98,7 @@ class Session:
         try:
             job = Job.running(config)
             job.flags = [*self.flags, *self._searched]
+            refuse_mode(job.choices.items(), self.many)
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
         except Exception as error:  # Hydra would print its own lines about it
             if os.getpid() != self.process:
@@ -119,13 +122,15 @@ class Session:
 
         ``launch``: has trials that are not finished run by another launcher, whose processes call ``job``.
         """
+        refuse_mode(dict.fromkeys(pair for job in jobs for pair in job.choices.items()), self.many)
         if self.resumes and not self.records:
             check_begun(folder, jobs)
         for job in jobs:
             job.flags = [*self.flags, *self._searched]
         self.jobs |= {tuple(job.overrides): job for job in jobs}
         self.folder, self.listing, before = folder, launch is not None, list(self.records)
-        records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options, launch)
+        sweep = Sweep(folder, jobs, self.fresh, self.runner, self.failed)
+        records = sweep.run({**header, "flags": self.flags}, options, launch)
         self.records = [*before, *(records[job.trial] for job in jobs)]
         return records
 
@@ -221,11 +226,17 @@ class Session:
 
 
 def _remove_if_empty() -> None:
-    """Removes the run folder that Hydra has made, where nothing was written into it."""
+    """Removes the run folder that Hydra has made, where nothing was written into it, and runs/ above it where that is
+    empty too."""
     from hydra.core.hydra_config import HydraConfig
 
+    runtime = HydraConfig.get().runtime
+    folder, runs = Path(runtime.output_dir), Path(runtime.cwd) / "runs"
     with suppress(OSError):
-        Path(HydraConfig.get().runtime.output_dir).rmdir()
+        folder.rmdir()
+        for parent in folder.parents:
+            if parent.is_relative_to(runs):
+                parent.rmdir()
 
 
 def _without_config_dir(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -129,9 +129,10 @@ def _entry(folder: Path, job: Job) -> dict[str, Any]:
 
 
 def status_of(folder: Path) -> str:
-    """The status of the record in ``folder``; ``pending`` where there is none or it cannot be read."""
+    """The status of the record in ``folder``, as ``loralab ls`` has it; ``pending`` where there is none or it cannot be
+    read."""
     try:
-        return str(record.read(folder)["status"])
+        return record.status(record.read(folder))
     except ArtifactError:
         return "pending"
 

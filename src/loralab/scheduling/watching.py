@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from loralab.errors import ArtifactError
 from loralab.scheduling.job import Job, Record
+from loralab.scheduling.sweep_file import status_of
 from loralab.scheduling.workers import news, written
 
 POLL = 0.5  # seconds
@@ -54,4 +55,7 @@ class _Watch:
             reason = (
                 f"there is no result in {folder}: its process died or was never started; valid: loralab sweep --resume"
             )
-            self.close(job, job.refusal(ArtifactError(f"{reason} {folder.parent}")))
+            refused = job.refusal(ArtifactError(f"{reason} {folder.parent}"))
+            if status_of(folder) == "interrupted":  # it was begun, and its process is gone
+                refused["status"] = "interrupted"
+            self.close(job, refused)

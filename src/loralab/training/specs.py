@@ -86,6 +86,13 @@ class TrialSpec:
             )
 
     @property
+    def why_alone(self) -> str:
+        """Why the trial cannot share a pass, by its own settings; empty where it can."""
+        if self.trainer.decisive.get("max_time"):
+            return "trainer.max_time would end all trials of a pass, by the time that they take together"
+        return self.memory.alone or self.adapter.why_alone or self.optimizer.why_alone
+
+    @property
     def pack_key(self) -> tuple[Any, ...]:
         """Equal for trials that may share a pack."""
         trainer = self.trainer
