@@ -17,14 +17,16 @@ def run(arguments: Arguments) -> int:
     if arguments.wandb and arguments.watch:
         raise ConfigError("--wandb and --watch do not go together; valid: --wandb when the sweep has ended")
     folder, *others = map(Path, arguments.words)
-    if others and (arguments.watch or arguments.wandb):
-        raise ConfigError("--watch and --wandb are of one sweep; without them, two are compared")
+    if others and (arguments.watch or arguments.wandb or arguments.latex):
+        raise ConfigError("--watch, --wandb and --latex are of one sweep; without them, two are compared")
+    if arguments.latex and arguments.watch:
+        raise ConfigError("--latex and --watch do not go together; valid: --latex when the sweep has ended")
     if arguments.watch:
         return _watch(folder, _port(arguments.port or "0"))
     if others:
         show_comparison(folder, others[0])
         return 0
-    written = show_report(folder, ("svg", "png", "pdf"))
+    written = show_report(folder, ("svg", "png", "pdf"), arguments.latex)
     if arguments.wandb:
         from loralab.reporting import wandb_report
 
@@ -61,16 +63,16 @@ REPORT = Command(
         "loralab report runs/rank": "of a sweep; of a run: its folder",
         "loralab report runs/rank runs/rank-new-torch": "of two sweeps, row by row",
         "loralab report --watch runs/rank": "a page in the browser that follows the sweep",
-        "loralab report --wandb runs/rank": "its tables and charts in W&B as well",
     },
     writes=(
         "DIR/report/{index.html,results.csv,results.json,report.md}, figures/*.{svg,png,pdf}, a table on stdout;\n"
-        "of two A/report/compare_B/{index.html,compare.md,compare.json}."
+        "with --latex DIR/report/table.tex; of two A/report/compare_B/{index.html,compare.md,compare.json}."
     ),
     run=run,
     own_flags=(
         Flag(("--watch",), "serves the page to this machine, and writes it anew while the sweep runs"),
         Flag(("--wandb",), "logs tables and charts to W&B too, as the end of a sweep with logger=wandb does"),
+        Flag(("--latex",), "writes the table as LaTeX (booktabs) too; later reports keep it up to date"),
         Flag(("--port",), "of --watch; 0, the default, takes a free one", "N"),
     ),
 )

@@ -32,11 +32,12 @@ def table(rows: Iterable[Sequence[str]], right: Sequence[int] = (), styles: dict
     return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
 
-def show_report(folder: Path, kinds: Sequence[str] = ("svg",)) -> "Report":
-    """Writes the report of a sweep or a run, its figures as files of ``kinds``, and prints its table. Returns it."""
+def show_report(folder: Path, kinds: Sequence[str] = ("svg",), tex: bool = False) -> "Report":
+    """Writes the report of a sweep or a run, its figures as files of ``kinds``, its table as LaTeX where ``tex``, and
+    prints the table. Returns it."""
     from loralab.reporting.report import report
 
-    written = report(folder, kinds)
+    written = report(folder, kinds, tex)
     print(written.table)
     print(f"report: {written.index}")
     return written

@@ -19,6 +19,7 @@ from loralab.analysis.trials import PRUNED, STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting import cost, subspace
 from loralab.reporting.charts import Figure
+from loralab.reporting.latex import TABLE, latex
 from loralab.reporting.layout import markdown_table, markdown_text, terminal_width
 from loralab.reporting.notes import general, messages, notes
 from loralab.reporting.page import page
@@ -43,9 +44,10 @@ class Report:
     figures: Sequence[Figure]
 
 
-def report(folder: Path, kinds: Sequence[str] = KINDS[:1]) -> Report:
+def report(folder: Path, kinds: Sequence[str] = KINDS[:1], tex: bool = False) -> Report:
     """Write index.html, results.csv, results.json, report.md and figures/ into ``folder/report``; ``kinds``: of the
-    figures' files, of svg, png and pdf. Files of figures that are no longer drawn are removed."""
+    figures' files, of svg, png and pdf; ``tex``: table.tex as well, which is written anew wherever it is there. Files
+    of figures that are no longer drawn are removed."""
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; expected the folder of a sweep or of a run")
     results = read_results(folder)
@@ -56,6 +58,7 @@ def report(folder: Path, kinds: Sequence[str] = KINDS[:1]) -> Report:
         "results.csv": _csv(results),
         "results.json": json.dumps(_json(results, compared), indent=1, allow_nan=False) + "\n",
         "report.md": _markdown(results, compared),
+        **({TABLE: latex(compared)} if tex or (folder / "report" / TABLE).exists() else {}),
     }
     written = {name: write_text(folder / "report" / name, text) for name, text in texts.items()}
     write_figures(folder / "report" / "figures", made.figures, kinds)

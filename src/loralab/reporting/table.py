@@ -8,7 +8,7 @@ from typing import Any
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.full import GAP, SHARE, ToFull, gap_is_new, to_full
 from loralab.analysis.paired import LEVEL, Difference
-from loralab.analysis.published import mark, published, published_text
+from loralab.analysis.published import VERSUS_PUBLISHED, mark, published, published_gap, published_text
 from loralab.analysis.trials import UNSCORED
 from loralab.analysis.tuning import Tuned, scale
 from loralab.analysis.values import is_number
@@ -49,6 +49,7 @@ def columns(comparison: Comparison) -> list[Column]:
         Column(VERSUS, _difference_text, lambda arm: arm.difference.mean if arm.difference else None),
         *_to_full(comparison),
         Column("published", lambda arm: published_text(arm) or "-", lambda arm: None),
+        column(VERSUS_PUBLISHED, published_gap, "{:+.4f}".format),
         *(_average(name, name, "{:.4f}".format) for name in others),
         *([Column(STEPS, steps_text, lambda arm: arm.means.get("time.steps"))] if uneven else []),
         _average("bits/param", "base.bits_per_parameter", "{:.3f}".format),
@@ -173,6 +174,7 @@ def as_plain(arm: Arm) -> dict[str, Any]:
         "against_baseline": (arm.difference.verdict(arm.results.mode) or None) if arm.difference else None,
         "published": published(arm),
         "published_mark": mark(arm),
+        "difference_to_published": published_gap(arm),
         "steps": arm.steps,
         "stopped_early": arm.stopped,
         "bits_per_parameter": arm.means.get("base.bits_per_parameter"),
