@@ -46,10 +46,10 @@ def test_the_cells_are_the_means_of_results_csv_and_those_of_report_md(tmp_path,
 
 
 def test_names_are_escaped_and_comments_end_no_table(tmp_path, synthetic):
-    evil = r"50%_a&b$x#{y}~\end{tabular}"
+    evil = r"*50%_a&b$x#{y}~\end{tabular}"
     root = write_grid(tmp_path / "s", synthetic, {"adapter.target_modules": [evil, "v_proj"]})
     text = report(root, tex=True).files["table.tex"].read_text()
-    assert cells(text)[1][0] == evil
+    assert cells(text)[1][0] == "{}" + evil  # a star behind the end of a row would be its own
     assert [line for line in text.splitlines() if "end{tabular}" in line and not line.startswith("%")] == [
         r"\end{tabular}"
     ]

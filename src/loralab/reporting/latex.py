@@ -38,5 +38,7 @@ def _comments(texts: Iterable[str]) -> str:
 
 
 def _set(tabular: str) -> str:
-    """With a plus-minus and minus signs of mathematics, where numbers have them."""
-    return re.sub(r"(?<![\w.-])-(?=[\d.])", "$-$", tabular.replace(" +- ", r" $\pm$ "))
+    """With a plus-minus and minus signs of mathematics, where numbers have them; and no row begins with what the end of
+    the row before would take for its own."""
+    signed = re.sub(r"(?<![\w.-])-(?=[\d.])", "$-$", tabular.replace(" +- ", r" $\pm$ "))
+    return re.sub(r"(?m)^(?=[\[*])", "{}", signed)
