@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from grids import write_grid
@@ -120,3 +121,20 @@ def test_numbers_stand_in_at_most_64_cells(tmp_path, synthetic):
     ]
     assert layers == [["rect", "text", "rect"], ["rect", "rect"]]
     assert heat.MOST_NUMBERS == 64
+
+
+def luminance(colour):
+    """Relative luminance, as WCAG 2 defines it, of red, green and blue in [0, 1]."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_lighter_is_better_without_any_sense_of_hue_and_numbers_are_legible():
+    stops = [[int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)] for colour in heat.COLOURS]
+    shares = np.linspace(0, 1, 101)
+    columns = [np.interp(shares * 4, range(5), channel) for channel in zip(*stops, strict=True)]
+    found = [luminance(colour) for colour in zip(*columns, strict=True)]
+    assert np.all(np.diff(found) > 0)
+    for share, background in zip(shares, found, strict=True):
+        low, high = sorted((background, 0.0 if heat.ink(share) == "#000000" else 1.0))
+        assert (high + 0.05) / (low + 0.05) >= 4

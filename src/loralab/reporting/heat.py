@@ -117,7 +117,7 @@ def _rows(grid: Grid) -> list[Json]:
             "value": mean,
             "text": f"{mean:.4f}" if abs(mean) < 1000 else f"{mean:.4g}",
             "n": f"{len(known[pair])} of {most}",
-            "ink": "#000000" if _lightness(results.mode, mean, low, high) >= 0.5 else "#ffffff",
+            "ink": ink(_lightness(results.mode, mean, low, high)),
             "best": pair == best,
         }
         for pair, mean in means.items()
@@ -138,6 +138,11 @@ def _lightness(mode: str, mean: float, low: float, high: float) -> float:
     """0 is the darkest, the worst colour; 1 the lightest."""
     share = min(1.0, max(0.0, (mean - low) / ((high - low) or 1.0)))
     return 1 - share if mode == "min" else share
+
+
+def ink(lightness: float) -> str:
+    """The colour of a number on a cell."""
+    return "#000000" if lightness >= 0.5 else "#ffffff"
 
 
 def _figure(comparison: Comparison, grid: Grid, stem: str, left_out: str) -> Figure:
@@ -191,7 +196,9 @@ def _chart(grid: Grid, low: float, high: float, numbers: bool) -> "alt.LayerChar
         axis=alt.Axis(domain=False, ticks=False),
     )
     range_ = list(COLOURS if results.mode == "max" else COLOURS[::-1])
-    scale = alt.Scale(domain=[low + (high - low) * part / 4 for part in range(5)], range=range_, clamp=True)
+    scale = alt.Scale(
+        domain=[low + (high - low) * part / 4 for part in range(5)], range=range_, interpolate="rgb", clamp=True
+    )
     fill = alt.Fill("value:Q", scale=scale, legend=alt.Legend(title=results.metric, gradientLength=200, format=".4~g"))
     hint = [
         alt.Tooltip("x:N", title=results.short[grid.across]),
