@@ -11,7 +11,6 @@ from stored import bare, figure_of
 
 from loralab.cli import main
 from loralab.reporting import between
-from loralab.reporting.report import report
 
 AXES = {"adapter.r": [2, 8], "adapter.lora_alpha": [4, 16, 64]}
 
@@ -38,6 +37,13 @@ def two(tmp_path, synthetic):
     return one, changed(write_grid(tmp_path / "other", synthetic, other, seeds=(1, 2, 3)), worse)
 
 
+def table(root):
+    """A row for each record."""
+    records = [json.loads(path.read_text()) for path in sorted(root.glob("*/result.json"))]
+    flat = pd.json_normalize([one["config"] for one in records])[["adapter.r", "adapter.lora_alpha", "optimizer.lr"]]
+    return flat.assign(seed=[one["seed"] for one in records], **pd.DataFrame([one["metrics"] for one in records]))
+
+
 def said(done):
     """The terminal's table, Markdown and page, blanks made one."""
     texts = [done.table, *(unescape(done.files[name].read_text()) for name in ("compare.md", "index.html"))]
@@ -46,7 +52,7 @@ def said(done):
 
 def test_a_row_is_paired_by_its_values_and_its_difference_over_the_shared_seeds_is_scipys(two):
     done = between.report(*two)
-    frames = [pd.read_csv(report(root).files["results.csv"]) for root in two]
+    frames = [table(root) for root in two]
     keys = ["adapter.r", "adapter.lora_alpha"]
     merged = frames[0].merge(frames[1], on=[*keys, "seed"], suffixes=("_a", "_b"))
     result = json.loads(done.files["compare.json"].read_text())
@@ -120,8 +126,7 @@ def test_rows_of_tuned_sweeps_are_each_at_their_own_best_value(tmp_path, synthet
     result = json.loads(done.files["compare.json"].read_text())
     assert (result["metric"], result["matched_by"]) == ("test/loss", ["adapter.r"])
     for side, root in zip("AB", (one, other), strict=True):
-        frame = pd.read_csv(report(root).files["results.csv"])
-        means = frame.groupby(["adapter.r", "optimizer.lr"])[["val/loss", "test/loss"]].mean()
+        means = table(root).groupby(["adapter.r", "optimizer.lr"])[["val/loss", "test/loss"]].mean()
         chosen = means.groupby("adapter.r")["val/loss"].idxmin()
         expected = [means.loc[place, "test/loss"] for place in chosen]
         assert [row[side]["mean"] for row in result["rows"]] == pytest.approx(expected)
@@ -176,7 +181,7 @@ def test_what_does_not_compare_is_refused_in_one_paragraph_and_nothing_is_writte
     (["one", "gone"], 4, "gone: no such folder"),
     (["one", "one"], 4, "are one folder"),
     (["one", "one", "one"], 2, "or two sweeps to compare"),
-    (["--watch", "one", "two"], 2, "--watch and --wandb are of one sweep"),
+    (["--watch", "one", "two"], 2, "are of one sweep; without them, two are compared"),
 ])  # fmt: skip
 def test_folders_that_are_no_two_sweeps_are_refused(tmp_path, synthetic, monkeypatch, capsys, names, code, told):
     write_grid(tmp_path / "one", synthetic, AXES, seeds=(0,))

@@ -8,6 +8,8 @@ import pytest
 from grids import write_grid
 from stored import figure_of
 
+from loralab.analysis.arms import comparisons
+from loralab.analysis.results import read_results
 from loralab.reporting import heat
 from loralab.reporting.report import report
 
@@ -19,6 +21,11 @@ def maps(done):
     page = done.index.read_text()
     names = [f"heat{end}" for end in ("", *(f"_{number}" for number in range(2, 20))) if f'"heat{end}"' in page]
     return [figure_of(page, name) for name in names]
+
+
+def drawn(root):
+    """The maps without a page around them."""
+    return [*heat.figures(comparisons(read_results(root))[0])]
 
 
 def shown(figure):
@@ -98,7 +105,7 @@ def test_a_cell_that_lacks_a_seed_is_not_framed_and_one_without_a_trial_is_empty
     ],
 )
 def test_there_is_none_without_two_axes_of_numbers_or_with_few_values(tmp_path, synthetic, axes):
-    assert maps(report(write_grid(tmp_path / "s", synthetic, axes))) == []
+    assert drawn(write_grid(tmp_path / "s", synthetic, axes)) == []
 
 
 def test_values_that_move_together_make_no_map(tmp_path, synthetic, write):
@@ -106,18 +113,18 @@ def test_values_that_move_together_make_no_map(tmp_path, synthetic, write):
         stored = synthetic("none", r, 0)
         stored["config"]["adapter"]["lora_alpha"] = 2 * r
         write(tmp_path / str(r), stored)
-    assert maps(report(tmp_path)) == []
+    assert drawn(tmp_path) == []
 
 
 def test_numbers_stand_in_at_most_64_cells(tmp_path, synthetic):
     axes = {"adapter.r": list(range(1, 9)), "adapter.lora_alpha": list(range(1, 10))}
     layers = [
-        [layer["mark"]["type"] for layer in figure["spec"]["layer"]]
+        [layer["mark"]["type"] for layer in figure.spec["layer"]]
         for root in (
             write_grid(tmp_path / "a", synthetic, {**axes, "adapter.lora_alpha": list(range(1, 9))}, seeds=[0]),
             write_grid(tmp_path / "b", synthetic, axes, seeds=[0]),
         )
-        for figure in maps(report(root))
+        for figure in drawn(root)
     ]
     assert layers == [["rect", "text", "rect"], ["rect", "rect"]]
     assert heat.MOST_NUMBERS == 64
