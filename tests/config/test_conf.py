@@ -11,6 +11,7 @@ from loralab.config.build import SPECS, build, trial_id, trial_spec
 from loralab.config.compose import compose, plain, sweep_axes
 from loralab.config.places import data_root
 from loralab.config.words import quoted
+from loralab.scheduling.axes import at_ends
 from loralab.scheduling.dimension import search_of
 from loralab.scheduling.rounds import of_axes
 
@@ -75,7 +76,7 @@ def trials(name):
     """The overrides of each trial of one seed: what a seed makes of an id is test_identity's."""
     words = quoted([word for word in sweep_arguments(name, []) if not word.startswith("hydra.")])
     master = compose(words[:1])
-    every = of_axes(master, words)
+    every = of_axes(master, at_ends(words))
     seed = next((word for word in every[0] if word.startswith("seed=")), None)
     listed = [words for words in every if seed is None or seed in words]
     search = search_of(master)

@@ -128,9 +128,10 @@ def _one_trial(overrides: list[str], last: bool = False) -> list[str]:
 
     from loralab.config.compose import compose
     from loralab.config.words import forced, quoted
+    from loralab.scheduling.axes import at_ends
     from loralab.scheduling.rounds import of_axes
 
-    words = quoted(forced(overrides))
+    words = at_ends(quoted(forced(overrides)))
     parsed = OverridesParser.create().parse_overrides(words)
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     if not swept:

@@ -17,6 +17,7 @@ MIB, GIB = 2**20, 2**30
 VERSUS = "vs baseline"
 SIGNIFICANT = "!"  # behind a difference that counts beside all others of the page
 STEPS = "steps"
+MEASURED = ("peak memory", "train s", "tokens/s")  # of a process
 RATE = "lr x scale"  # what an update moves the weights by, to first order: B A is scaled by it and learned at this rate
 NOTICEABLE = 0.01  # by which bits over all weights must differ from the quantized ones' to be shown beside them
 DECOMPOSED = (
@@ -61,7 +62,11 @@ def columns(comparison: Comparison) -> list[Column]:
         _measured("train s", lambda arm: arm.measured("time.train_s"), "{:.1f}".format),
         _measured("tokens/s", lambda arm: arm.speed, "{:,.0f}".format),
     ]
-    return [column for column in shown if any(column.text(arm) != "-" for arm in arms)]
+    shown = [column for column in shown if any(column.text(arm) != "-" for arm in arms)]
+    if comparison.tuned is None:
+        return shown
+    # a tuned table has more columns, and what a pack measured compares with nothing
+    return [one for one in shown if one.title not in MEASURED or any(one.number(arm) is not None for arm in arms)]
 
 
 def _tuned(comparison: Comparison) -> Iterator[Column]:
