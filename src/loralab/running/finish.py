@@ -114,9 +114,10 @@ def pause(trial: Trial, optimizer: State, started: float) -> None:
     record = trial.record
     scores = {f"val/{name.partition('/')[2]}": value for name, value in trial.metrics.items() if name.startswith(PAUSE)}
     checkpoint.write(trial, optimizer)
-    earlier = [one for one in record.get("pauses") or [] if one["step"] < trial.step]
-    own = {"until": trial.spec.trainer.until, "step": trial.step, "of": trial.max_steps}
-    record["pauses"] = [*earlier, {**own, "metrics": scores if trial.step == trial.end else {}}]
+    until, known = trial.spec.trainer.until, scores if trial.step == trial.end else {}
+    own = {"until": until, "step": trial.step, "of": trial.max_steps, "metrics": known}
+    others = [one for one in record.get("pauses") or [] if one["until"] != until]  # of few steps, some at this one
+    record["pauses"] = sorted([*others, own], key=lambda one: (one["step"], one["until"]))
     record["time"]["wall_s"] = time.monotonic() - started
     record.update(status="interrupted", error=None, exit_code=0)
     records.write(trial.spec.folder, record)

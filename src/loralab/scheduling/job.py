@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 PAUSING = "trainer.until="  # no part of what a trial is
-_PASSED_ON = ("content", "overrides", "choices", "memory_budget", "flags")
+_PASSED_ON = ("content", "overrides", "choices", "memory_budget", "flags", "fresh")
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Job:
     choices: dict[str, str]
     memory_budget: float | None = None  # GiB, of the launcher
     flags: list[str] = field(default_factory=list)  # of Hydra's, with which the trial can be called again
+    fresh: bool = False  # it begins anew, whatever its folder holds
 
     @classmethod
     def running(cls, config: DictConfig) -> "Job":
@@ -51,7 +52,7 @@ class Job:
             raise ConfigError("hydra.job.chdir=true would move every relative path; valid: false")
         check_one_each(content, hydra)
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
-        words = [word for word in hydra.overrides.task if not word.startswith(PAUSING)]
+        words = [word for word in hydra.overrides.task if not word.lstrip("+").startswith(PAUSING)]
         named = {group: content[group] for group in named_classes(words) if group in choices}
         choices |= {group: str(node["_target_"]) for group, node in named.items() if isinstance(node, dict)}
         return cls(content, folder, words, choices)
@@ -79,7 +80,7 @@ class Job:
     @property
     def asked(self) -> list[str]:
         """The overrides with where it pauses, for another process."""
-        return [*self.overrides, *([f"{PAUSING}{self.until:g}"] if self.until is not None else [])]
+        return [*self.overrides, *([f"++{PAUSING}{self.until:g}"] if self.until is not None else [])]
 
     def finished(self) -> Record | None:
         """The record of an earlier run of the very same trial on the same base and data that was completed, or has been
@@ -171,7 +172,7 @@ class Job:
 
         None where the trial has failed, nan where it has gone on without a score there."""
         name, pause = str(self.content.get("metric")), self._pause(stored) if self.until is not None else None
-        if self.until is not None and (pause or stored["status"] == "completed"):
+        if self.until is not None and (pause is not None or stored["status"] == "completed"):
             return float((pause or {}).get(name, math.nan))
         value = stored["metrics"].get(name) if stored["status"] == "completed" else None
         return None if value is None else float(value)

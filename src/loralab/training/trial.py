@@ -274,7 +274,8 @@ class Trial:
         """metrics.jsonl in the run folder, and ``mirror``, which is given the rows of an earlier process where it
         ``replays`` them."""
         path = self.spec.folder / "metrics.jsonl"
-        self.loggers = [MetricsFile(path, self.step), mirror]
+        again = ("pause/",) if self.paused else ("val/", "test/")  # scores of this very step
+        self.loggers = [MetricsFile(path, self.step, again), mirror]
         mirrors = [one for one in getattr(mirror, "loggers", [mirror]) if getattr(one, "replays", False)]
         for step, values in rows(path) if mirrors else ():
             for one in mirrors:
