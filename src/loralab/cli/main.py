@@ -108,9 +108,10 @@ def _explain(error: BaseException, words: list[str]) -> int:
 
         traceback.print_exception(error)
     from loralab.cli.hydra_errors import translate
+    from loralab.records.secrets import masked
 
     translated = translate(error, words)
-    print(f"loralab: {translated}", file=sys.stderr)
+    print(f"loralab: {masked(str(translated))}", file=sys.stderr)
     if translated.exit_code == 1 and not debug:
         print(OWN_FAULT, file=sys.stderr)
     return translated.exit_code
