@@ -18,6 +18,7 @@ from typing import Any
 
 from loralab.errors import ArtifactError, Interrupted
 from loralab.records import record
+from loralab.records.log_file import LogFile
 from loralab.records.secrets import MaskedFormatter
 from loralab.scheduling.job import Job
 
@@ -138,7 +139,7 @@ def main(path: Path) -> int:
     from loralab.scheduling.sweep import Sweep
 
     listen()
-    file, terminal = logging.FileHandler(path.with_suffix(".log")), logging.StreamHandler()
+    file, terminal = LogFile(path.with_suffix(".log")), logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[file, terminal])
     for handler in (file, terminal):
