@@ -17,7 +17,9 @@ _PUBLIC_KEY = re.compile(r"(?i)(revision|commit|sha\d*|fingerprint|git|trial)$")
 _SECRET_VALUE = re.compile(
     r"hf_[A-Za-z0-9]{8,}|wandb_v\d_[A-Za-z0-9_]{8,}|\bsk-[A-Za-z0-9_\-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
-_HEX40 = re.compile(r"(?<![0-9A-Fa-f])[0-9A-Fa-f]{40}(?![0-9A-Fa-f])")
+_HEX40 = re.compile(  # with digits and letters, as any key has
+    r"(?<![0-9A-Fa-f])(?=[0-9]*[A-Fa-f])(?=[A-Fa-f]*[0-9])[0-9A-Fa-f]{40}(?![0-9A-Fa-f])"
+)
 _IN_TEXT = re.compile(  # key=value; "key": value; a line of yaml, key: value
     rf"(?im)(?P<key>(?<![\w.\-])(?:[\w.\-]*[_.\-])?{_WORDS})(?P<between>=|[\"']\s*:\s*|:[ ]+(?=\S+$))"
     r"(?P<quote>[\"']?)(?P<value>[^\s\"',;)}\]]+)"
