@@ -18,7 +18,7 @@ export LORALAB_TEST_DATA ?= $(DATA)
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all setup check format sweep bench gpu readme-figures clean
+.PHONY: help run test test-all setup check format sweep bench gpu readme-figures papers clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ gpu: ## everything that needs CUDA, within 9 minutes; writes $OUT or runs/gpu (R
 
 readme-figures: $(VENV)/.setup ## README.md's figures measured anew (ARGS="quickstart quantize": those)
 	$(BIN)/python .github/readme_figures.py $(ARGS)
+
+papers: $(VENV)/.run ## the paper sweeps at their mini scale; tables with verdicts to .github/results (ARGS="lora_table6": that)
+	$(BIN)/python .github/paper_results.py $(ARGS)
 
 clean: ## the environment and every cache; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

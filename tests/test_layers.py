@@ -36,6 +36,7 @@ FENCES = {
     "peft": {"bench"},
     "rich": {"cli", "reporting", "training"},
     "filelock": {"records"},
+    "optuna": {"scheduling", "hydra_plugins"},
     "altair": {"reporting", "api"},
     "vl_convert": {"reporting"},
     "pandas": {"analysis", "reporting", "api"},

@@ -16,6 +16,7 @@ from loralab.records import record
 SWEPT = [
     ["+sweeps=quickstart", "quantization=nf4_double", "adapter.r=8", "seed=1"],
     ["+sweeps=paper/qlora_table2", "quantization=fp4_e3m0", "seed=0"],
+    ["+sweeps=paper/lora_table6@paper", "adapter.r=4", "adapter.target_modules=[query,value]", "seed=0"],
     ["data=files", "data.train=a b.jsonl", "data.validation=v.jsonl", "data.prompt={q} ", "data.target={a}"],
     ["data=files", "data.train=a.jsonl", "data.validation=v.jsonl", "data.prompt=it's {q}\\n", "data.target={a}"],
     ["adapter.target_modules=[q_proj,v_proj]", "seed=1700000000000"],

@@ -1,25 +1,27 @@
 """Trials composed from copies are what Hydra composes, word for word."""
 
-import itertools
-
 import pytest
 from hydra import initialize_config_dir
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from loralab.cli.sweep import sweep_arguments
+from loralab.config import sweep_files
 from loralab.config.compose import register_resolvers
 from loralab.config.places import data_root
+from loralab.config.scales import parted
+from loralab.config.words import quoted
+from loralab.scheduling import axes
 from loralab.scheduling.composing import Composed
 
-SWEEPS = sorted(
-    str(path.relative_to(data_root() / "sweeps").with_suffix("")) for path in (data_root() / "sweeps").rglob("*.yaml")
-)
+SWEEPS = [
+    *sorted(path.stem for path in (data_root() / "sweeps").glob("*.yaml")),
+    *("paper/qlora_table2", "paper/lora_table6@paper", "paper/lora_table16@paper"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,8 @@ def assert_same(loaders, words):
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_last_trial_of_every_sweep(loaders, name):
     given = [word for word in sweep_arguments(name, []) if not word.startswith("hydra.")]
-    parsed = OverridesParser.create().parse_overrides(given)
-    trials = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
+    sweep = sweep_files.load(data_root() / "sweeps" / f"{parted(name)[0]}.yaml", parted(name)[1]).sweep
+    trials = axes.trials(quoted(given), *(OmegaConf.to_container(sweep).get(key) for key in ("zip", "when")))
     loaders[1]._copy_with_values(loaders[2], trials[0])  # a copy, not the one that was composed
     assert_same(loaders, list(trials[-1]))
 

@@ -4,14 +4,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from loralab.cli.sweep import sweep_arguments
+from loralab.config import sweep_files
 from loralab.config.build import SPECS, build, trial_id, trial_spec
 from loralab.config.compose import compose, plain, sweep_axes
 from loralab.config.places import data_root
-from loralab.scheduling import axes
+from loralab.config.words import quoted
+from loralab.scheduling.axes import at_ends
 from loralab.scheduling.dimension import search_of
+from loralab.scheduling.rounds import of_axes
 
 CONF = data_root() / "conf"
 WHOLE = ("experiment", "method")  # settings of several groups
@@ -20,9 +22,7 @@ OPTIONS = sorted(
     for path in CONF.rglob("*/*.yaml")
     if not {"hydra", *WHOLE} & set(path.relative_to(CONF).parts)
 )
-SWEEPS = sorted(
-    str(path.relative_to(data_root() / "sweeps").with_suffix("")) for path in (data_root() / "sweeps").rglob("*.yaml")
-)
+SWEEPS = sorted(path.stem for path in (data_root() / "sweeps").glob("*.yaml"))  # those of papers: test_papers
 GIVEN = {
     "hf": ["model.name_or_path=somewhere"],
     "files": ["data.train=t.jsonl"],
@@ -74,13 +74,12 @@ def test_settings_of_several_groups_say_what_they_are_and_compose(path):
 
 def trials(name):
     """The overrides of each trial of one seed: what a seed makes of an id is test_identity's."""
-    content = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
-    asked = OmegaConf.to_container(content.sweep, resolve=False)
-    words = [word for word in sweep_arguments(name, []) if not word.startswith("hydra.")]
-    every = axes.trials(words, asked.get("zip"), asked.get("when"))
+    words = quoted([word for word in sweep_arguments(name, []) if not word.startswith("hydra.")])
+    master = compose(words[:1])
+    every = of_axes(master, at_ends(words))
     seed = next((word for word in every[0] if word.startswith("seed=")), None)
-    listed = [trial for trial in every if seed is None or seed in trial]
-    search = search_of(content)
+    listed = [words for words in every if seed is None or seed in words]
+    search = search_of(master)
     return [*listed, *(search.first(listed, "min") if search else [])]
 
 
@@ -97,7 +96,7 @@ def test_every_trial_of_a_sweep_builds_and_is_a_trial_of_its_own(name, tmp_path)
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_says_what_it_asks_and_what_it_holds_fixed(name):
-    stored = OmegaConf.load(data_root() / "sweeps" / f"{name}.yaml")
+    stored = sweep_files.load(data_root() / "sweeps" / f"{name}.yaml")
     assert stored.sweep.name == name
     assert stored.sweep.question.endswith("?")
     assert stored.sweep.fixed

@@ -86,6 +86,26 @@ def test_resume_finishes_a_folder_by_its_name_alone(sweep, folder):
     assert times(folder)[kept] == before
 
 
+@pytest.mark.usefixtures("_no_output")
+def test_its_failures_alone_run_again_and_what_was_never_begun_stays_so(sweep, folder, capsys):
+    assert sweep("adapter.target_modules=[q_proj],[nope],[v_proj]") == 2
+    first, failed, last = (folder / trial["folder"] for trial in record.read_sweep(folder)["trials"])
+    (last / "result.json").unlink()
+    before = times(folder)
+    assert main.run(["sweep", "--resume", str(folder), "--failed"]) == 2
+    assert not (last / "result.json").exists()
+    assert times(folder)[first.name] == before[first.name]
+    assert times(folder)[failed.name] > before[failed.name]
+    assert "1 trials have failed and run again; 1 others are not finished and stay so" in capsys.readouterr().err
+    assert main.run(["sweep", "--resume", str(folder)]) == 2
+    assert record.read(last)["status"] == "completed"
+
+
+def test_failures_alone_are_of_a_begun_sweep(capsys):
+    assert main.run(["sweep", "rank", "--failed"]) == 2
+    assert "--failed runs the failures of a begun sweep again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

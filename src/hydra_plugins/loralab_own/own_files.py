@@ -68,14 +68,14 @@ class SweepSource(ConfigSource):  # type: ignore[misc]
         return True
 
     def load_config(self, config_path: str) -> ConfigResult:
-        from loralab.config.sweep_files import load, locate
+        from loralab.config.sweep_files import load, locate, scale_of
 
-        path = locate(_choice(config_path))
+        choice = _choice(config_path)
+        path = locate(choice)
         if path is None:
             raise ConfigLoadError(f"Config not found: {config_path}")
-        return ConfigResult(
-            provider=self.provider, path=self.full_path(), config=load(path), header={"package": "_global_"}
-        )
+        content, header = load(path, scale_of(choice)), {"package": "_global_"}
+        return ConfigResult(provider=self.provider, path=self.full_path(), config=content, header=header)
 
     def is_group(self, config_path: str) -> bool:
         return config_path == "sweeps" or any(name.startswith(f"{_choice(config_path)}/") for name in _names())

@@ -54,6 +54,7 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
     resumes = arguments.resume is not None
     previews = many and arguments.preview
     session = Session(fresh=arguments.fresh, many=many, flags=flags, resumes=resumes, previews=previews)
+    session.failed = arguments.failed
     code = session.run([*(["-m"] if many else []), *flags, *overrides])
     if session.previewed is not None:
         from loralab.cli.preview import text
@@ -134,9 +135,10 @@ def _one_trial(overrides: list[str], last: bool = False) -> list[str]:
 
     from loralab.config.compose import compose
     from loralab.config.words import forced, quoted
+    from loralab.scheduling.axes import at_ends
     from loralab.scheduling.rounds import of_axes
 
-    words = quoted(forced(overrides))
+    words = at_ends(quoted(forced(overrides)))
     parsed = OverridesParser.create().parse_overrides(words)
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     if not swept:

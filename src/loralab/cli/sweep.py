@@ -12,6 +12,10 @@ def run(arguments: Arguments) -> int:
     """The sweep of a name, or with --resume that of a folder."""
     from loralab.cli import hydra_run
 
+    if arguments.failed and arguments.resume is None:
+        raise ConfigError(
+            "--failed runs the failures of a begun sweep again; valid: loralab sweep --resume DIR --failed"
+        )
     if arguments.resume is not None:
         overrides = begun_in(Path(arguments.resume).expanduser(), arguments)
     else:
@@ -47,9 +51,10 @@ def sweep_arguments(chosen: str, overrides: list[str]) -> list[str]:
     from loralab.config import sweep_files
     from loralab.config.places import shown
 
+    chosen, overrides = at_scale(chosen, overrides)
     path = sweep_files.locate(chosen)
     assert path is not None, chosen
-    axes = sweep_files.axes(path)
+    axes = sweep_files.axes(path, sweep_files.scale_of(chosen))
     if axes is None and not check_axes(overrides):
         raise ConfigError(
             f"{shown(path)} has no axes; valid: hydra.sweeper.params with them, as in adapter.r: [2, 8], axes on the"
@@ -58,6 +63,17 @@ def sweep_arguments(chosen: str, overrides: list[str]) -> list[str]:
     overridden = {_key(word) for word in overrides}
     axis_words = [f"{key}={value}" for key, value in (axes or {}).items() if _key(key) not in overridden]
     return [sweep_files.word(chosen), "hydra.sweeper.params=null", *axis_words, *overrides]
+
+
+def at_scale(chosen: str, overrides: list[str]) -> tuple[str, list[str]]:
+    """The ``+sweeps=`` choice at the scale that ``overrides`` name by ``scale=``, and the other overrides. Raises
+    ConfigError where the file does not have that scale."""
+    from loralab.config import sweep_files
+
+    scales = [word for word in overrides if _key(word) == "scale"]
+    for word in scales:
+        chosen = sweep_files.at_scale(chosen, word.partition("=")[2])
+    return chosen, [word for word in overrides if word not in scales]
 
 
 def begun_in(folder: Path, arguments: Arguments) -> list[str]:
@@ -143,7 +159,6 @@ SWEEP = Command(
     examples={
         "loralab sweep rank adapter.r=4,16 seed=0,1,2,3": "the file's question, with other axes than its own",
         "loralab sweep ./my_sweep.yaml": "a file of your own",
-        "loralab sweep rank --preview": "its arms, their scale and rates; nothing is trained",
         "loralab sweep --resume runs/rank": "after a crash: what is left",
     },
     writes="a sweep folder, hydra.sweep.dir (runs/NAME): sweep.json, a run folder a trial, and\n"
@@ -152,6 +167,7 @@ SWEEP = Command(
     own_flags=(
         Flag(("--preview",), "shows what it would run, arm by arm; nothing is trained"),
         Flag(("--resume",), "finishes the sweep in this folder", "DIR"),
+        Flag(("--failed",), "with --resume: runs again what has failed, and nothing else"),
         FRESH,
         *HYDRA,
     ),

@@ -1,5 +1,6 @@
 """``loralab wandb-sweep``: a sweep in W&B's own format, for ``wandb sweep`` and ``wandb agent``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from loralab.cli.arguments import Arguments, Command
@@ -26,7 +27,7 @@ def as_wandb(name: str, overrides: list[str]) -> dict[str, Any]:
 
     from loralab.cli.hydra_run import check_axes
     from loralab.cli.sweep import sweep_arguments
-    from loralab.config.compose import compose, plain
+    from loralab.config.compose import compose, plain, plain_sweep
     from loralab.config.words import quoted
 
     check_axes(overrides)
@@ -46,14 +47,10 @@ def as_wandb(name: str, overrides: list[str]) -> dict[str, Any]:
             fixed.append(str(override.input_line))
     if not axes:
         raise ConfigError(f"the sweep {name} has one trial, and W&B's sweeps need an axis; valid: one as in seed=0,1")
+    _check_is_grid(name, plain_sweep(compose([word for word in fixed if not word.startswith("hydra")])))
     firsts = [f"{key}={values[0]}" for key, values in axes.items()]
     config = plain(compose([word for word in [*fixed, *firsts] if not word.startswith("hydra")]), [*fixed, *firsts])
     sweep = config["sweep"] or {}
-    if dependent := [key for key in ("zip", "when") if sweep.get(key)]:
-        raise ConfigError(
-            f"sweep.{dependent[0]} of {name} ties axes to each other, and W&B's grid has every combination; valid: a"
-            " sweep without it, or loralab sweep"
-        )
     return {
         "name": sweep.get("name") or name,
         **({"description": sweep["question"]} if sweep.get("question") else {}),
@@ -63,6 +60,15 @@ def as_wandb(name: str, overrides: list[str]) -> dict[str, Any]:
         "parameters": {key: {"values": values} for key, values in axes.items()},
         "command": ["${env}", "loralab", "train", *fixed, FOLDER, "${args_no_hyphens}"],
     }
+
+
+def _check_is_grid(name: str, sweep: Mapping[str, Any]) -> None:
+    """Raises ConfigError where ``sweep``, what the sweep file says, asks for more than every combination of axes."""
+    if dependent := [key for key in ("zip", "when") if sweep.get(key)]:
+        raise ConfigError(
+            f"sweep.{dependent[0]} of {name} ties axes to each other, and W&B's grid has every combination; valid: a"
+            " sweep without it, or loralab sweep"
+        )
 
 
 def _number(text: str) -> int | float | str:

@@ -153,6 +153,7 @@ def sweep_axes(chosen: str, folder: Path | None = None) -> list[str]:
     """
     path = sweep_files.locate(chosen, folder)
     try:
-        return [key.lstrip("+") for key in (sweep_files.axes(path) if path else None) or ()]
+        scale = sweep_files.scale_of(chosen, folder)
+        return [key.lstrip("+") for key in (sweep_files.axes(path, scale) if path else None) or ()]
     except ConfigError:  # it has changed since the sweep
         return []

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from loralab.config import scales
 from loralab.config.places import conf_folders, data_root, options, own, shown
 from loralab.config.words import PLAIN, in_quotes, own_classes
 from loralab.errors import ConfigError, nearest
@@ -45,11 +46,28 @@ def choice(word: str) -> str:
 
 
 def locate(chosen: str, folder: Path | None = None) -> Path | None:
-    """The file of a ``choice``: of its path, in ./sweeps, below another folder that is searched, or in the package.
-    None where there is none.
+    """The file of a ``choice``, whatever its scale: of its path, in ./sweeps, below another folder that is searched, or
+    in the package. None where there is none.
 
     ``folder``: the one that relative paths start in; None: the current one.
     """
+    return _located(chosen, folder) or _located(scales.parted(chosen)[0], folder)
+
+
+def scale_of(chosen: str, folder: Path | None = None) -> str | None:
+    """The scale in a ``choice`` such as ``paper/lora_table6@paper``; None where it names none."""
+    return None if _located(chosen, folder) else scales.parted(chosen)[1]
+
+
+def at_scale(chosen: str, scale: str) -> str:
+    """The ``choice`` of the same file at another scale. Raises ConfigError where the file does not have it."""
+    path = locate(chosen)
+    assert path is not None, chosen
+    load(path, scale)
+    return f"{chosen if scale_of(chosen) is None else scales.parted(chosen)[0]}@{scale}"
+
+
+def _located(chosen: str, folder: Path | None) -> Path | None:
     if _is_path(chosen):
         path = (folder or Path.cwd()) / f"{chosen}.yaml"
         return path if path.is_file() else None
@@ -83,17 +101,19 @@ def refuse_mode(choices: Iterable[tuple[str, str]], many: bool) -> None:
             )
 
 
-def load(path: Path) -> DictConfig:
+def load(path: Path, scale: str | None = None) -> DictConfig:
     """The content of a sweep file. What it leaves out is added: its name as ``sweep.name``, and ``hydra.sweep.dir``.
 
-    Raises ConfigError with file and line where it is no YAML of settings.
+    ``scale``: of those under ``scales``, whose settings, axes and defaults go over the file's own; None: mini.
+    Raises ConfigError with file and line where it is no YAML of settings, and for a scale that it does not have.
     """
-    content = _read(path)
+    content = scales.merged(_read(path), scale, shown(path))
     for section in ("sweep", "hydra", "hydra.sweep", "hydra.sweeper", AXES):
         if not isinstance(node := OmegaConf.select(content, section), DictConfig | None):
             raise ConfigError(f"{shown(path)}: {section}={node!r} is no group of settings; valid: a mapping")
     name = name_of(path)
-    for key, value in (("sweep.name", name), ("hydra.sweep.dir", f"runs/{name}")):
+    folder = f"runs/{name}{'' if scale in (None, scales.USUAL) else f'-{scale}'}"
+    for key, value in (("sweep.name", name), ("hydra.sweep.dir", folder)):
         if OmegaConf.select(content, key) is None:
             OmegaConf.update(content, key, value)
     return content
@@ -107,14 +127,14 @@ def name_of(path: Path) -> str:
     return path.stem
 
 
-def axes(path: Path) -> dict[str, str] | None:
-    """{key: its values in Hydra's grammar} of what the file varies; None where it says nothing of axes, while
-    ``params: {}`` says that there are none.
+def axes(path: Path, scale: str | None = None) -> dict[str, str] | None:
+    """{key: its values in Hydra's grammar} of what the file varies at a ``scale``; None where it says nothing of axes,
+    while ``params: {}`` says that there are none.
 
     A YAML list holds a value in each of its places, whatever its kind; a text is in Hydra's grammar already
     (``1,2,4``). Raises ConfigError for an axis without a value.
     """
-    node = OmegaConf.select(load(path), AXES)
+    node = OmegaConf.select(load(path, scale), AXES)
     if node is None:
         return None
     given: Any = OmegaConf.to_container(node, resolve=False)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from loralab.analysis import environments
+from loralab.analysis import disagreements, environments
 from loralab.analysis.arms import Comparison
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import apart
@@ -47,6 +47,7 @@ def general(results: SweepResults, comparisons: Sequence[Comparison]) -> Iterato
         yield f"sweep.json cannot be read, so this is what the records say: {results.about['damaged']}"
     if reason := apart([comparison.results for comparison in comparisons]):
         yield reason.rstrip(".")
+    yield from disagreements.sentences(results.about)
     if results.repeats:
         yield f"{results.repeats} repeated: the same trial counts once"
     yield from results.conflicts

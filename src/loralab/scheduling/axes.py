@@ -74,6 +74,17 @@ def _never_there(conditions: Conditions, present: Sequence[tuple[tuple[str, int]
     return set(conditions) - {name for row in present for name, _ in row}
 
 
+def at_ends(words: Sequence[str]) -> list[str]:
+    """``words`` with the two ends of each interval in place of it: values of a search's space to try it with."""
+    found = []
+    for override in OverridesParser.create().parse_overrides(list(words)):
+        value: Any = override.value()
+        is_interval = override.is_sweep_override() and not override.is_discrete_sweep()
+        ends = f"{override.get_key_element()}={value.start},{value.end}" if is_interval else override.input_line
+        found.append(str(ends))
+    return found
+
+
 def _axes(words: Sequence[str], loader: Any) -> dict[str, Axis]:
     """The axes by their keys as they are written, with plus signs."""
     parser = OverridesParser.create(config_loader=loader)

@@ -53,7 +53,7 @@ def named_by(config: DictConfig, hydra: Any) -> dict[str, str]:
 def _file_axes(hydra: Any) -> dict[str, str]:
     chosen = hydra.runtime.choices.get("sweeps")
     path = sweep_files.locate(str(chosen)) if chosen else None
-    return (sweep_files.axes(path) or {}) if path else {}
+    return (sweep_files.axes(path, sweep_files.scale_of(str(chosen))) or {}) if path else {}
 
 
 def _rows(

@@ -62,7 +62,8 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
     """
     sweep = plain_sweep(config)
     sweeper = str(hydra.runtime.choices.get("hydra/sweeper"))
-    if sweeper != "loralab" and (own := [key for key in OF_SWEEPER if sweep.get(key) is not None]):
+    known = {"loralab": OF_SWEEPER, "optuna": ("halving",)}.get(sweeper, ())
+    if own := [key for key in OF_SWEEPER if sweep.get(key) is not None and key not in known]:
         raise ConfigError(
             f"hydra/sweeper={sweeper} does not know sweep.{own[0]}; valid: hydra/sweeper=loralab, the default"
         )

@@ -78,7 +78,8 @@ def of_axes(master: DictConfig, words: Sequence[str], loader: Any = None) -> Tri
     """The trials of ``words`` with the ``sweep.zip`` and ``sweep.when`` of the configuration."""
     sweep, chosen = plain_sweep(master), sweep_files.chosen_by(words)
     path = sweep_files.locate(chosen) if chosen and sweep.get("when") else None
-    written = [f"{key}={values}" for key, values in ((path and sweep_files.axes(path)) or {}).items()]
+    own = sweep_files.axes(path, sweep_files.scale_of(str(chosen))) if path else None
+    written = [f"{key}={values}" for key, values in (own or {}).items()]
     return axes.trials(words, sweep.get("zip"), sweep.get("when"), loader, written)
 
 

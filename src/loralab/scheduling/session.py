@@ -40,6 +40,7 @@ class Session:
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     error: Exception | None = None
+    failed: bool = False  # runs again what has failed, and nothing else
     previews: bool = False  # shows what a sweep would run, and runs nothing
     previewed: "Preview | None" = None
     listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
@@ -128,7 +129,8 @@ class Session:
             job.flags = [*self.flags, *self._searched]
         self.jobs |= {tuple(job.overrides): job for job in jobs}
         self.folder, self.listing, before = folder, launch is not None, list(self.records)
-        records = Sweep(folder, jobs, self.fresh, self.runner).run({**header, "flags": self.flags}, options, launch)
+        sweep = Sweep(folder, jobs, self.fresh, self.runner, self.failed)
+        records = sweep.run({**header, "flags": self.flags}, options, launch)
         self.records = [*before, *(records[job.trial] for job in jobs)]
         return records
 

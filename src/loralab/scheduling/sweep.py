@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FAILED = ("failed", "out_of_memory", "diverged")
+
 
 @dataclass(frozen=True)
 class PackOptions:
@@ -38,9 +40,18 @@ class PackOptions:
 class Sweep:
     """Runs packs one after the other. The failure of a trial is in its record and stops no other trial."""
 
-    def __init__(self, folder: Path, jobs: Sequence[Job], fresh: bool, make_runner: Callable[[], "Runner"]) -> None:
-        """``jobs``: each trial once. ``make_runner`` is called when a trial has to run: it imports torch."""
+    def __init__(
+        self,
+        folder: Path,
+        jobs: Sequence[Job],
+        fresh: bool,
+        make_runner: Callable[[], "Runner"],
+        failed: bool = False,
+    ) -> None:
+        """``jobs``: each trial once. ``make_runner`` is called when a trial has to run: it imports torch. ``failed``:
+        only those that have failed run, and of the others that are not finished the record is blank."""
         self.folder, self.jobs, self.fresh, self.make_runner = folder, list(jobs), fresh, make_runner
+        self.failed = failed
         self.records: dict[str, Record] = {}
         self.sweep_file: SweepFile | None = None  # None in a process of one device: the parent writes it
 
@@ -56,7 +67,7 @@ class Sweep:
             set_stale_aside(self.jobs)
             _mention_earlier_versions(self.folder, [job for job in self.jobs if job.finished() is None])
         self.sweep_file = SweepFile(self.folder, header, self.jobs)
-        waiting = [job for job in self.jobs if not self._skip(job)]
+        waiting = self._left([job for job in self.jobs if not self._skip(job)])
         try:
             if launch is None:
                 self._run_waiting(waiting, options)
@@ -84,6 +95,18 @@ class Sweep:
 
         with watched(waiting, close, begin):
             launch(waiting)
+
+    def _left(self, unfinished: list[Job]) -> list[Job]:
+        """What of the unfinished trials is to run."""
+        if not self.failed:
+            return unfinished
+        chosen = [job for job in unfinished if status_of(job.folder) in FAILED]
+        others = [job for job in unfinished if job not in chosen]
+        self.records |= {job.trial: record.blank(job.trial) for job in others}
+        log.info(
+            "%d trials have failed and run again; %d others are not finished and stay so", len(chosen), len(others)
+        )
+        return chosen
 
     def _skip(self, job: Job) -> bool:
         """True if the trial is finished; then its record is taken."""
