@@ -77,6 +77,18 @@ def test_a_configuration_that_is_shown_has_no_secret(tiny_arguments, monkeypatch
     assert [text for text in PLANTED if text in shown] == []
 
 
+def test_a_traceback_has_no_secret(monkeypatch, capsys):
+    def fails(arguments):
+        raise ValueError(f"401 for api_key={PLAIN} {HUB}")
+
+    monkeypatch.setattr(main, "_dispatch", fails)
+    assert main.run(["ls", "--debug"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said
+    assert said.count("401 for api_key=*** ***") == 2
+    assert [text for text in PLANTED if text in said] == []
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -102,13 +102,14 @@ def _dispatch(arguments: Arguments) -> int:
 
 def _explain(error: BaseException, words: list[str]) -> int:
     """Prints what went wrong, with --debug its traceback too, and returns the exit code."""
+    from loralab.cli.hydra_errors import translate
+    from loralab.records.secrets import masked
+
     debug = "--debug" in words
     if debug:
         import traceback
 
-        traceback.print_exception(error)
-    from loralab.cli.hydra_errors import translate
-    from loralab.records.secrets import masked
+        print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
     translated = translate(error, words)
     print(f"loralab: {masked(str(translated))}", file=sys.stderr)
