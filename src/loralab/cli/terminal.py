@@ -60,5 +60,9 @@ def show_comparison(one: Path, other: Path) -> None:
 
 def messages_to_stderr() -> None:
     """As Hydra's logging of conf/ would have it, for a command that Hydra only composes."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    from loralab.records.secrets import MaskedFormatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(MaskedFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("loralab").setLevel(logging.INFO)

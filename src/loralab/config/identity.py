@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from loralab.config.classes import target
 from loralab.errors import ConfigError
-from loralab.records.record import SCHEMA, redact
+from loralab.records.record import SCHEMA
+from loralab.records.secrets import redact
 
 ID_LENGTH = 10
 VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # sections that do not change what a trial computes

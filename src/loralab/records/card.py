@@ -11,7 +11,8 @@ from typing import Any
 
 from loralab.errors import unwritable
 from loralab.records import fingerprints
-from loralab.records.record import redact, rerun
+from loralab.records.record import rerun
+from loralab.records.secrets import redact
 
 CARD = "README.md"
 TASKS = {  # loralab's word: (the hub's, transformers' class)

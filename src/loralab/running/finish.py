@@ -9,7 +9,7 @@ from typing import Any
 from loralab.adapters.export import save
 from loralab.data.base import Row
 from loralab.data.encoding import Encoder
-from loralab.errors import DataError, Interrupted, LoralabError, explain
+from loralab.errors import DataError, DiskError, Interrupted, LoralabError, explain
 from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
@@ -102,7 +102,11 @@ def finish(trial: Trial, base: Base, started: float) -> None:
         logger.summarize(wandb_run.summary(record))
         if spikes := record["memory"].get("spikes"):
             logger.table("memory/spikes", list(spikes[0]), [list(spike.values()) for spike in spikes])
-    records.write(trial.spec.folder, record)
+    try:
+        records.write(trial.spec.folder, record)
+    except DiskError as error:  # completed is only what is on the disk
+        close_record(record, error)
+        raise
     if trial.failure is None:
         checkpoint.forget(trial.spec.folder)
 

@@ -18,6 +18,7 @@ from loralab.config.sweep_files import named_classes, own_files
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.records.secrets import redact
 
 if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec
@@ -148,7 +149,7 @@ class Job:
         """Locks the run folder until ``stack`` closes, writes config.yaml into it and returns the trial's spec."""
         stack.enter_context(hold(self.folder))
         self.__dict__.pop("_earlier_run", None)
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(self.content)))
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(redact(self.content))))
         return replace(self.spec(), flags=self.flags, files=own_files(self.choices))
 
     def refuse(self, error: LoralabError) -> Record:
