@@ -342,6 +342,11 @@ def test_a_run_folder_that_cannot_be_made_is_exit_7(refuse, tmp_path):
     assert "taken" in text
 
 
+def test_a_name_of_a_run_folder_that_is_too_long_is_exit_7(refuse, tmp_path):
+    code, text = refuse(f"hydra.run.dir={tmp_path / ('a' * 300)}")
+    assert (code, "aaa" in text, "loading the base" in text) == (7, True, False), text
+
+
 def test_a_metric_that_the_run_does_not_produce_is_named(refuse):
     code, text = refuse("metric=val/los")
     assert code == 2

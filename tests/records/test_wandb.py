@@ -58,6 +58,15 @@ def test_a_mirror_that_cannot_start_does_not_stop_a_run(make_spec, monkeypatch, 
     assert "no socket" in caplog.text
 
 
+def test_a_folder_of_wandb_that_cannot_be_made_costs_no_row(make_spec, tmp_path, monkeypatch, curve):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "file" / "wandb"))
+    spec = make_spec(logger=Wandb(mode="offline"))
+    (done,) = Runner().run([spec])
+    assert done["status"] == "completed", done["error"]
+    assert len(curve(spec.folder)) == 4
+
+
 def test_a_mirror_that_breaks_on_the_way_does_not_stop_a_run(caplog):
     class Broken:
         def log(self, row, step, commit):

@@ -1,6 +1,8 @@
 """What ``train`` and ``sweep`` share: their words go to Hydra, and the report of what was a sweep is shown."""
 
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 from loralab.cli.arguments import Arguments
@@ -106,12 +108,17 @@ def _check_flags(flags: list[str]) -> None:
 def _show(flags: list[str], overrides: list[str], many: bool) -> int:
     """What Hydra shows in place of a run; of many trials, the first."""
     from loralab.config.compose import shown
+    from loralab.records.secrets import masked
     from loralab.scheduling.session import Session
 
+    words, text = [*flags, *shown(_first_trial(overrides) if many else overrides)], StringIO()
     try:
-        return Session(fresh=False, many=False).run([*flags, *shown(_first_trial(overrides) if many else overrides)])
+        with redirect_stdout(text):
+            return Session(fresh=False, many=False).run(words)
     except SystemExit as error:  # Hydra has shown its help, or said what it cannot show
         return 2 if error.code else 0
+    finally:
+        print(masked(text.getvalue()), end="")
 
 
 def _first_trial(overrides: list[str]) -> list[str]:

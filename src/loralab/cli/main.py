@@ -102,15 +102,17 @@ def _dispatch(arguments: Arguments) -> int:
 
 def _explain(error: BaseException, words: list[str]) -> int:
     """Prints what went wrong, with --debug its traceback too, and returns the exit code."""
+    from loralab.cli.hydra_errors import translate
+    from loralab.records.secrets import masked
+
     debug = "--debug" in words
     if debug:
         import traceback
 
-        traceback.print_exception(error)
-    from loralab.cli.hydra_errors import translate
+        print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
     translated = translate(error, words)
-    print(f"loralab: {translated}", file=sys.stderr)
+    print(f"loralab: {masked(str(translated))}", file=sys.stderr)
     if translated.exit_code == 1 and not debug:
         print(OWN_FAULT, file=sys.stderr)
     return translated.exit_code

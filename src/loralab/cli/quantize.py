@@ -24,7 +24,7 @@ def run(arguments: Arguments) -> int:
     from loralab.analysis.quantization import compare_schemes
     from loralab.records.environment import environment
     from loralab.records.metric_logger import Labels
-    from loralab.records.record import redact
+    from loralab.records.secrets import redact
     from loralab.reporting import quantization
 
     with hold(folder):  # before the work: whether it can be written

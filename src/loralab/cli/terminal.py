@@ -32,11 +32,12 @@ def table(rows: Iterable[Sequence[str]], right: Sequence[int] = (), styles: dict
     return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
 
-def show_report(folder: Path, kinds: Sequence[str] = ("svg",)) -> "Report":
-    """Writes the report of a sweep or a run, its figures as files of ``kinds``, and prints its table. Returns it."""
+def show_report(folder: Path, kinds: Sequence[str] = ("svg",), tex: bool = False) -> "Report":
+    """Writes the report of a sweep or a run, its figures as files of ``kinds``, its table as LaTeX where ``tex``, and
+    prints the table. Returns it."""
     from loralab.reporting.report import report
 
-    written = report(folder, kinds)
+    written = report(folder, kinds, tex)
     print(written.table)
     print(f"report: {written.index}")
     return written
@@ -48,7 +49,20 @@ def show_place(place: str) -> None:
         print(f"report in W&B: {f'wandb sync {place}' if Path(place).is_dir() else place}")
 
 
+def show_comparison(one: Path, other: Path) -> None:
+    """Writes the comparison of two sweeps and prints its table."""
+    from loralab.reporting.between import report
+
+    written = report(one, other)
+    print(written.table)
+    print(f"report: {written.index}")
+
+
 def messages_to_stderr() -> None:
     """As Hydra's logging of conf/ would have it, for a command that Hydra only composes."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    from loralab.records.secrets import MaskedFormatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(MaskedFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("loralab").setLevel(logging.INFO)

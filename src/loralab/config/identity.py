@@ -11,13 +11,15 @@ from typing import Any, cast
 
 from loralab.config.classes import target
 from loralab.errors import ConfigError
-from loralab.records.record import SCHEMA, redact
+from loralab.records.record import SCHEMA
+from loralab.records.secrets import redact
 
 ID_LENGTH = 10
 VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # sections that do not change what a trial computes
 LIBRARIES = ("loralab.", "lightning.pytorch.", "pytorch_lightning.")  # whose callbacks do not either, but for a few
 VOLATILE_KEYS = {
     "trainer": ("test", "passed", "until"),
+    "data": ("forgetting",),
     "memory": ("snapshot",),
 }  # nor do these: what else is measured, where it goes
 PATHS = {"data": ("train", "validation", "test"), "model": ("name_or_path", "tokenizer")}

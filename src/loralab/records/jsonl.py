@@ -1,6 +1,7 @@
 """metrics.jsonl: one object a row, flushed as it is written, so that a killed run keeps every finished step."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import unwritable
+
+log = logging.getLogger(__name__)
 
 
 class MetricsFile:
@@ -25,7 +28,7 @@ class MetricsFile:
                 partial = path.with_name(f".{path.name}.kept")
                 partial.write_text(_rows_until(path, step, again), "utf-8")
                 partial.replace(path)
-            self._file = path.open("a" if step else "w", buffering=1, encoding="utf-8")
+            self._file = path.open("a+" if step else "w+", buffering=1, encoding="utf-8")
         except OSError as error:
             raise unwritable(path, error) from error
 
@@ -37,9 +40,25 @@ class MetricsFile:
             raise unwritable(self.path, error) from error
 
     def sync(self) -> None:
-        """Returns when every row is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Returns when every row is on the disk; a file that somebody has removed meanwhile is written again."""
+        try:
+            self._restore()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def _restore(self) -> None:
+        """Writes the rows again where the file has lost its name, though it is still open here."""
+        if os.fstat(self._file.fileno()).st_nlink:
+            return
+        log.warning("%s was removed while the run wrote it: its rows are written again", self.path)
+        self._file.seek(0)
+        kept = self._file.read()
+        self._file.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+", buffering=1, encoding="utf-8")
+        self._file.write(kept)
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Nothing: the record holds them."""
@@ -48,7 +67,11 @@ class MetricsFile:
         """Nothing: the record holds it."""
 
     def finish(self, exit_code: int) -> None:
-        self._file.close()
+        try:
+            self._restore()
+            self._file.close()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
 
 def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from loralab.errors import ArtifactError, DivergedError, nearest, unwritable
 from loralab.records.schema import KEYS, unknown_keys, wrong_values
+from loralab.records.secrets import MASK, masked, redact
 
 SCHEMA = 2  # raised by a changed default of a spec too: it would give an old id to another trial
 STATUSES = ("running", "completed", "failed", "out_of_memory", "diverged", "interrupted", "pruned")
@@ -27,15 +28,6 @@ SWEEP = "sweep.json"
 
 PHASES = ("load", "forward", "backward", "optimizer", "evaluation")
 _NOT_RUN_FOLDERS = {"adapter", "checkpoints", "report", "wandb"}
-
-_SECRET_KEY = re.compile(r"(?i)(^|[_.\-])(api_?key|token|secret|passw(or)?d|credentials?|authorization)$")
-_SPECIAL_TOKEN = re.compile(r"(?i)(^|[_.\-])(pad|eos|bos|unk|sep|cls|mask|prompt|stop|start|end)_token$")
-_PUBLIC_KEY = re.compile(r"(?i)(revision|commit|sha\d*|fingerprint|git|trial)$")
-_SECRET_VALUE = re.compile(
-    r"hf_[A-Za-z0-9]{8,}|wandb_v\d_[A-Za-z0-9_]{8,}|\bsk-[A-Za-z0-9_\-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
-_HEX40 = re.compile(r"(?<![0-9A-Fa-f])[0-9A-Fa-f]{40}(?![0-9A-Fa-f])")
-MASK = "***"
 
 
 def blank(
@@ -83,7 +75,9 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
         raise ValueError(f"record.status={status!r}: {nearest(str(status), STATUSES)}")
     if unknown := unknown_keys(record):
         raise ValueError(f"no record has {', '.join(unknown)}: records/schema.py says what one has")
-    hidden = {key: redact(record[key], key) for key in ("config", "overrides", "error") if key in record}
+    hidden = {key: redact(record[key], key) for key in ("config", "overrides") if key in record}
+    if isinstance(record.get("error"), str):
+        hidden["error"] = masked(record["error"])
     replace(folder / RESULT, {**record, **hidden})
 
 
@@ -172,27 +166,6 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
         return False
     return all(isinstance(word, str) for word in entry.get("overrides") or ())
-
-
-def redact(value: Any, key: str = "") -> Any:
-    """``value`` without secrets, as plain JSON types; found by the name of a key or the look of a value.
-
-    ``k=v`` strings are read as a key and a value. 40 hexadecimal digits look like a W&B key, but are kept
-    under names such as ``revision``, where they are a commit.
-    """
-    if isinstance(value, Mapping):
-        return {str(name): redact(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item, key) for item in value]
-    if not isinstance(value, str):
-        return value
-    name, equals, rest = value.partition("=")
-    if equals and re.fullmatch(r"[+~]*[\w.\-/@]+", name):
-        return f"{name}={redact(rest, name)}"
-    if _SECRET_KEY.search(key) and not _SPECIAL_TOKEN.search(key) and value not in ("", "null"):
-        return MASK
-    text = _SECRET_VALUE.sub(MASK, value)
-    return text if _PUBLIC_KEY.search(key) else _HEX40.sub(MASK, text)
 
 
 def _check_schema(path: Path, schema: Any) -> None:

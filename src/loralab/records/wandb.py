@@ -20,6 +20,7 @@ from typing import Any, Literal
 from loralab.errors import ConfigError, nearest
 from loralab.records.metric_logger import Labels
 from loralab.records.record import SWEEP
+from loralab.records.secrets import redact
 from loralab.records.wandb_run import LONGEST_TAG
 from loralab.spec import Text, spec
 
@@ -120,7 +121,7 @@ class Wandb:
             "entity": self._value("entity", "WANDB_ENTITY")[1],
             "group": (self._value("group", "WANDB_RUN_GROUP")[1] or labels.group or "")[:LONGEST] or None,
             "job_type": os.environ.get("WANDB_JOB_TYPE") or labels.job_type,
-            "tags": list(dict.fromkeys([*labels.tags, *self._tags[1]])) or None,
+            "tags": redact(list(dict.fromkeys([*labels.tags, *self._tags[1]]))) or None,
             "name": (f"{prefix} {labels.name}" if prefix and swept else prefix or labels.name)[:LONGEST],
             "config": dict(labels.config),
             "dir": os.environ.get("WANDB_DIR") or str(folder),
@@ -296,7 +297,12 @@ def _init(wandb: Any, options: dict[str, Any], mode: str) -> Any:
     for key, value in wanted.items():
         if key in type(settings).model_fields and not _in_environment(key):
             setattr(settings, key, value)
-    run = wandb.init(mode=mode, reinit="create_new", settings=settings, **options)
+    argv = sys.argv
+    sys.argv = redact(argv)  # W&B stores the words of the command
+    try:
+        run = wandb.init(mode=mode, reinit="create_new", settings=settings, **options)
+    finally:
+        sys.argv = argv
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

@@ -7,7 +7,8 @@ from typing import Any
 
 from loralab.errors import ArtifactError
 from loralab.records.metric_logger import Labels
-from loralab.records.record import PHASES, SWEEP, read_sweep, redact
+from loralab.records.record import PHASES, SWEEP, read_sweep
+from loralab.records.secrets import redact
 
 GIB = 2**30
 LONGEST_NAME, LONGEST_TAG = 128, 64  # characters, W&B's bounds

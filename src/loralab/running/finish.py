@@ -3,11 +3,13 @@
 import json
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from loralab.adapters.export import save
+from loralab.data.base import Row
 from loralab.data.encoding import Encoder
-from loralab.errors import DataError, Interrupted, LoralabError, explain
+from loralab.errors import DataError, DiskError, Interrupted, LoralabError, explain
 from loralab.forward import texts
 from loralab.models.feeding import name_classes
 from loralab.models.loading import Base
@@ -47,15 +49,16 @@ def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
     trial.score({f"{prefix}/{name}": value for name, value in values.items()})
 
 
-def choose(trial: Trial, base: Base, prefix: str, split: str) -> None:
-    """Adds to the trial's metrics how often the likeliest of a row's choices is its target."""
-    rows = [row for row in trial.data.splits[split] if row.choices]
+def choose(trial: Trial, base: Base, prefix: str, rows: Iterable[Row], size: int) -> None:
+    """Adds to the trial's metrics how often the likeliest of a row's choices is its target; ``size``: answers in a
+    pass."""
+    rows = [row for row in rows if row.choices]
     name = f"{prefix}/choice_accuracy"
     if not rows or trial.failure is not None or name in trial.metrics:
         return
     spec = trial.spec
     encoder = Encoder(base.tokenizer, trial.task, spec.model.length)
-    trial.score({name: choice_accuracy(base.model, trial.adapter, encoder, rows, spec.data.batch_size)})
+    trial.score({name: choice_accuracy(base.model, trial.adapter, encoder, rows, size)})
 
 
 def keep_predictions(trial: Trial) -> None:
@@ -99,7 +102,11 @@ def finish(trial: Trial, base: Base, started: float) -> None:
         logger.summarize(wandb_run.summary(record))
         if spikes := record["memory"].get("spikes"):
             logger.table("memory/spikes", list(spikes[0]), [list(spike.values()) for spike in spikes])
-    records.write(trial.spec.folder, record)
+    try:
+        records.write(trial.spec.folder, record)
+    except DiskError as error:  # completed is only what is on the disk
+        close_record(record, error)
+        raise
     if trial.failure is None:
         checkpoint.forget(trial.spec.folder)
 

@@ -18,6 +18,7 @@ from loralab.config.sweep_files import named_classes, own_files
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.records.secrets import redact
 
 if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec
@@ -86,7 +87,8 @@ class Job:
         """The record of an earlier run of the very same trial on the same base and data that was completed, or has been
         paused where this one is to pause.
 
-        Raises ArtifactError where this run would overwrite another trial's result.
+        Raises ArtifactError where this run would overwrite another trial's result, ConfigError where the settings are
+        not valid.
         """
         stored, why_stale = self._earlier_run
         return None if why_stale else stored
@@ -108,6 +110,7 @@ class Job:
             paused = stored["trial"] == self.trial and self._pause(stored) is not None
             return (stored, staleness.outdated(stored, self.content)) if paused else (None, "")
         if stored["trial"] != self.trial:
+            self.spec()  # settings that are not valid have no trial's id: what is wrong with them comes first
             whose = "of other settings" if stored["schema"] == record.SCHEMA else "of an earlier version of loralab"
             raise ArtifactError(
                 f"{self.folder} holds the completed trial {stored['trial']} {whose}; valid: another"
@@ -146,7 +149,7 @@ class Job:
         """Locks the run folder until ``stack`` closes, writes config.yaml into it and returns the trial's spec."""
         stack.enter_context(hold(self.folder))
         self.__dict__.pop("_earlier_run", None)
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(self.content)))
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(redact(self.content))))
         return replace(self.spec(), flags=self.flags, files=own_files(self.choices))
 
     def refuse(self, error: LoralabError) -> Record:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from loralab.config import sweep_files
 from loralab.config.compose import plain_sweep
 from loralab.errors import ConfigError
+from loralab.records.secrets import masked, redact
 from loralab.scheduling import axes, claims, dimension, elsewhere, halving, previewing, tuning
 from loralab.scheduling.session import Session
 from loralab.scheduling.sweep_file import decide
@@ -103,7 +104,8 @@ def run(sweeper: Any, study: Study) -> list[Sequence[JobReturn]]:
         return []
     folder = Path(str(sweeper.config.hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(sweeper.config, folder / "multirun.yaml")
+    asked = redact(OmegaConf.to_container(sweeper.config, resolve=False))
+    (folder / "multirun.yaml").write_text(masked(OmegaConf.to_yaml(OmegaConf.create(asked))), "utf-8")
     returns: list[Sequence[JobReturn]] = []
     decisions: list[Mapping[str, Any]] = []
     while trials := study.ask():

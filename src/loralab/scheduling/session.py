@@ -224,7 +224,7 @@ class Session:
         """Reads the rows before any weight; the runner keeps them. Raises DataError, ConfigError."""
         spec = job.spec()
         prepare(spec.logger)
-        if spec.data.from_base:
+        if spec.data.reads_base:
             return
         try:
             self.runner().inputs.rows(spec)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralab.config import staleness
-from loralab.errors import ArtifactError, LoralabError
+from loralab.data.base import FORGETTING
+from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.records import record
 from loralab.scheduling import workers
 from loralab.scheduling.job import Job, Record
@@ -265,17 +266,20 @@ class _Planner:
 
 
 def finished(job: Job, make_runner: Callable[[], "Runner"]) -> Record | None:
-    """The record of an earlier, completed run of the very same trial, with the test scores that ``job`` asks for; None
-    where it must run. Raises ArtifactError where this run would overwrite another trial's result."""
+    """The record of an earlier, completed run of the very same trial, with the scores of the test split and of
+    data.forgetting that ``job`` asks for; None where it must run. Raises ArtifactError where this run would overwrite
+    another trial's result, DataError or ConfigError where data.forgetting cannot be scored."""
     stored = job.finished()
-    if stored is None or not staleness.untested(stored, job.content):
+    if stored is None or not (lacking := staleness.unscored(stored, job.content)):
         return stored
-    from loralab.scheduling.tested import add_test_scores
+    from loralab.scheduling.tested import add_scores
 
     try:
-        return add_test_scores(job, make_runner())
+        return add_scores(job, make_runner(), lacking)
     except LoralabError as error:
-        log.warning("%s runs again, for its test scores: %s", job.trial, error)
+        if FORGETTING in lacking and isinstance(error, DataError | ConfigError):
+            raise  # no run would cure it
+        log.warning("%s runs again, for its %s scores: %s", job.trial, " and ".join(lacking), error)
         job.set_aside()
         return None
 

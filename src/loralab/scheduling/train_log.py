@@ -5,6 +5,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from loralab.records.log_file import LogFile
+from loralab.records.secrets import MaskedFormatter
+
 NAME = "train.log"
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -29,8 +32,8 @@ def train_logs(folders: Mapping[str, Path]) -> Iterator[None]:
 
 def _handler(trial: str, folder: Path) -> logging.Handler:
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / NAME, delay=True, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler = LogFile(folder / NAME, delay=True, encoding="utf-8")
+    handler.setFormatter(MaskedFormatter(FORMAT))
     handler.addFilter(lambda line: getattr(line, "trial", trial) == trial)
     return handler
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from loralab.errors import ArtifactError, Interrupted
 from loralab.records import record
+from loralab.records.log_file import LogFile
+from loralab.records.secrets import MaskedFormatter
 from loralab.scheduling.job import Job
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class Worker:
     process: subprocess.Popen[bytes]
     waiting: list[Job]
     before: dict[str, int]  # trial -> time of the record it had
+    asked: Path  # the file with its trials, whose settings may hold secrets: it goes with the process
 
     def settled(self) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Trials with a new record that is final; once the process has ended, with any new record.
@@ -89,6 +92,9 @@ def run(
         for worker in workers:
             worker.process.wait()
         raise
+    finally:
+        for worker in workers:
+            worker.asked.unlink(missing_ok=True)
     for worker in workers:
         if worker.waiting:
             code = worker.process.returncode
@@ -104,7 +110,7 @@ def _start(packs: Sequence[Sequence[Job]], name: str) -> Worker:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name}
     process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
     log.info("device %s: %d trials in %d packs, process %d", name, len(jobs), len(packs), process.pid)
-    return Worker(name, process, jobs, before)
+    return Worker(name, process, jobs, before, path)
 
 
 def written(job: Job) -> int:
@@ -132,9 +138,11 @@ def main(path: Path) -> int:
     from loralab.scheduling.sweep import Sweep
 
     listen()
-    file, terminal = logging.FileHandler(path.with_suffix(".log")), logging.StreamHandler()
+    file, terminal = LogFile(path.with_suffix(".log")), logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=[file, terminal])
+    logging.basicConfig(level=logging.INFO, handlers=[file, terminal])
+    for handler in (file, terminal):
+        handler.setFormatter(MaskedFormatter("%(asctime)s %(message)s"))
     content = json.loads(path.read_text())
     log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
     try:

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import pickle
 import time
 import zipfile
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._pytree import tree_leaves
 
-from loralab.errors import Interrupted
+from loralab.errors import ArtifactError, Interrupted
 from loralab.optim.optimizers import State, state_of
 from loralab.spec import Count, Positive, arguments
 
@@ -175,7 +176,10 @@ def _check_size(file: Path, state: Any) -> None:
 
 
 def resume(trial: "Trial") -> bool:
-    """True if ``trial`` was set to the checkpoint in its folder; that must be of the same trial, base and rows."""
+    """True if ``trial`` was set to the checkpoint in its folder; that must be of the same trial, base and rows.
+
+    Raises ArtifactError where a newer loralab has written it, so that it is not replaced.
+    """
     source = path(trial.spec.folder)
     if not source.is_file():
         return False
@@ -184,12 +188,22 @@ def resume(trial: "Trial") -> bool:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(source, map_location="cpu", weights_only=True)
+        if state["format"] > FORMAT:
+            raise ArtifactError(
+                f"{source} has format {state['format']}, and this loralab reads up to {FORMAT}; valid: a newer loralab,"
+                " or --fresh, which begins anew"
+            )
         if state["format"] != FORMAT or state["made_on"] != _made_on(trial):
             log.info("%s is of other settings, data or base weights: the trial begins anew", source)
             return False
         if _shapes(state["adapter"]) != _shapes(trial.adapter.state_dict()):
             raise ValueError("its adapter has other parameters")
         trial.load_state_dict(state)
+    except ArtifactError:
+        raise
+    except pickle.UnpicklingError:  # torch's own text says how to run the code in it
+        log.warning("%s holds more than tensors, such as code, which is never run: the trial begins anew", source)
+        return False
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         log.warning("%s cannot be used (%s): the trial begins anew", source, reason)
