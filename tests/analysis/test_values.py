@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from loralab.analysis.arms import arms
 from loralab.analysis.results import read_results
-from loralab.analysis.values import UNSAID, canonical, identity, label, names, spelled
+from loralab.analysis.values import UNSAID, aside, canonical, identity, label, names, spelled
 from loralab.records import record
 
 
@@ -107,3 +107,13 @@ def test_a_callback_that_may_change_a_result_makes_another_configuration():
     memory = {"_target_": "loralab.memory.phases.PhaseMemory"}
     assert of(memory=memory) == of() == of(x={"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}, y=None)
     assert len({of(), of(x=stop), of(x={**stop, "patience": 9}), of(x={"_target_": "mine.Rate"})}) == 4
+
+
+def test_what_a_trial_is_only_scored_on_is_no_part_of_what_it_is(synthetic):
+    plain, scored = synthetic("none", 2, 0), synthetic("none", 2, 0)
+    scored["config"]["data"] = {**scored["config"].get("data", {}), "forgetting": {"limit": 3}}
+    plain["config"]["data"] = {**plain["config"].get("data", {}), "forgetting": None}
+    scored["choices"]["data@data.forgetting"] = "docstrings"
+    assert identity(plain) == identity(scored)
+    assert all(map(aside, ["data.forgetting", "data.forgetting.limit", "data@data.forgetting", "trainer.test"]))
+    assert not any(map(aside, ["data.limit", "data", "trainer.tests", "adapter.r"]))

@@ -156,6 +156,14 @@ def test_wandbs_agents_run_the_trials_of_the_sweep(name, capsys):
     assert len(by_agents) == 6
 
 
+def test_wandbs_agents_try_every_value_of_what_is_tuned_and_score_the_test_split(capsys):
+    assert run(["wandb-sweep", "rank", "adapter.r=2,4", "sweep.tune={optimizer.lr:[1e-3,3e-3]}"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["parameters"]["optimizer.lr"] == {"values": [0.001, 0.003]}
+    assert set(printed["parameters"]) == {"adapter.r", "seed", "optimizer.lr"}
+    assert "trainer.test=true" in printed["command"]
+
+
 def test_every_sweep_has_wandbs_keys_and_no_other():
     known = {"name", "description", "program", "method", "metric", "parameters", "command"}  # of W&B's schema
     for name in sweep_files.names():

@@ -24,6 +24,14 @@ def test_the_best_mean_over_seeds_is_chosen_not_the_best_single_score():
     assert choose(scores(v0_001=(0.2, 0.4), v0_002=(0.1, 0.6)), "max").setting == ("0.002",)
 
 
+def test_of_equal_means_the_least_value_is_chosen_in_whatever_order_they_were_tried():
+    tied = scores(v0_004=(1.0, 2.0), v0_002=(2.0, 1.0), v0_001=(3.0, 3.0))
+    for order in (tied, dict(reversed(tied.items()))):
+        assert choose(order, "min").setting == ("0.002",)
+    texts = {("linear",): {"0": 1.0}, ("cosine",): {"0": 1.0}, ("10",): {"0": 1.0}, ("9",): {"0": 1.0}}
+    assert choose(texts, "max").setting == ("9",)
+
+
 @pytest.mark.parametrize("lost", [None, math.nan, math.inf])
 def test_a_value_with_a_lost_seed_is_not_chosen_and_bounds_the_grid(lost):
     found = choose(scores(v0_001=(3.0, 3.0), v0_002=(2.0, 2.0), v0_004=(1.0, lost)), "min")
@@ -55,6 +63,9 @@ def test_beyond_an_edge_the_grid_goes_on_by_its_own_step_as_far_as_it_may():
     assert asked(("0.008",), [*GRID, ("0.008",)], extend=1) == []
     assert asked(("0.001",), GRID) == [("0.0005",)]
     assert asked(("0.001",), GRID, extend=0) == []
+    assert asked(("0.0",), [("0.0",), ("0.1",)], grid=[("0.0",), ("0.1",)]) == []  # nothing is below 0
+    assert asked(("0.1",), [("0.0",), ("0.1",)], grid=[("0.0",), ("0.1",)]) == [("0.2",)]
+    assert asked(("-2",), [("-2",), ("-1",)], grid=[("-2",), ("-1",)]) == [("-3",)]
     assert asked(("0.0005",), [*GRID, ("0.0005",), ("0.008",)]) == [("0.00025",)]
 
 

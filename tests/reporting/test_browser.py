@@ -6,9 +6,11 @@ import time
 
 import browser
 import pytest
+from grids import write_grid
 from test_page import write_sweep
 
 import loralab
+from loralab.reporting import between
 from loralab.reporting.report import report
 from loralab.reporting.wandb_report import pages
 
@@ -169,6 +171,26 @@ def test_nothing_hides_at_1280_pixels_and_axes_are_legible_at_390(synthetic_swee
     )
     assert len(sizes) >= 5
     assert min(sizes) >= 10
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_heat_map_of_a_tuned_sweep_is_drawn_in_both_themes(tmp_path, synthetic, opened, dark):
+    axes = {"adapter.r": [2, 8], "optimizer.lr": [1e-3, 3e-3, 1e-2]}
+    tab = opened(report(write_grid(tmp_path / "s", synthetic, axes, tune=["optimizer.lr"])).index, 390, dark)
+    shown(tab, "tuning")
+    shown(tab, "heat")
+    assert len(rows(tab, "heat", "cells")) == 6
+    numbers = "figure[data-figure=heat] .mark-text.layer_1_marks text"
+    texts = tab.run(f"[...document.querySelectorAll('{numbers}')].map((one) => one.textContent)")
+    assert sorted(texts) == sorted(row["text"] for row in rows(tab, "heat", "cells"))
+
+
+def test_two_sweeps_are_one_page_without_an_error(tmp_path, synthetic, opened):
+    axes = {"adapter.r": [2, 8]}
+    sweeps = [write_grid(tmp_path / name, synthetic, axes) for name in ("one", "other")]
+    tab = opened(between.report(*sweeps).index)
+    shown(tab, "differences")
+    assert len(rows(tab, "differences", "rows")) == 2
 
 
 def test_ten_thousand_trials_open_in_time(tmp_path, synthetic, opened):

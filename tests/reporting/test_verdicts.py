@@ -3,6 +3,7 @@
 import json
 from html import unescape
 
+import pandas as pd
 import pytest
 
 from loralab.records import record
@@ -96,6 +97,50 @@ def test_published_values_stand_beside_ours_in_every_form(paper):
     for text in (done.index.read_text(), done.files["report.md"].read_text(), done.table):
         assert "31.07" in text
         assert "Another model and other data" in " ".join(text.split())
+
+
+def about(root, **changes):
+    """The sweep with other words on its paper."""
+    sweep = record.read_sweep(root)
+    sweep["paper"] |= changes
+    record.write_sweep(root, sweep)
+    return report(root)
+
+
+@pytest.mark.parametrize("words", [{"metric": "val/loss"}, {"metric": "loss", "model": "tiny"}])
+def test_by_the_same_metric_the_difference_to_the_published_value_is_shown(paper, words):
+    done = about(paper(LOSSES, []), **words)
+    arms = json.loads(done.files["results.json"].read_text())["arms"]
+    means = pd.read_csv(done.files["results.csv"]).groupby("quantization", sort=False)["val/loss"].mean()
+    expected = [means[name] - value for name, value in (("none", 20.0), ("int8_absmax", 29.48), ("nf4_double", 31.07))]
+    assert [arm["difference_to_published"] for arm in arms] == pytest.approx(expected)
+    for text in (done.index.read_text(), done.files["report.md"].read_text()):
+        assert all(f"{gap:+.4f}" in text for gap in expected)
+        assert "Another model" not in text
+        assert "vs published: our mean less the published value, by the same metric" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            {},
+            "Another model and other data; no difference is taken, since sweep.paper.metric does not say that they are",
+        ),
+        ({"metric": "val/loss", "columns": ["a", "b"]}, "the published values have several columns"),
+        (
+            {"metric": "val/loss", "model": "gpt3"},
+            "Another model; no difference is taken, since they are of gpt3, ours",
+        ),
+    ],
+)
+def test_of_another_metric_or_model_there_is_no_difference_but_the_reason(paper, words, reason):
+    done = about(paper(LOSSES, []), **words)
+    arms = json.loads(done.files["results.json"].read_text())["arms"]
+    assert [arm["difference_to_published"] for arm in arms] == [None] * 3
+    for text in (done.index.read_text(), done.files["report.md"].read_text(), done.table):
+        assert reason in " ".join(text.split())
+        assert "vs published" not in text
 
 
 @pytest.mark.parametrize("claims", ["none <= nf4_double", ["none <= nf4_double"]])

@@ -1,6 +1,7 @@
 """``sweep.halving``: the survivors end as they would have without it, packed and alone, in one go and after a kill."""
 
 import json
+import math
 
 import pytest
 from safetensors.torch import load_file
@@ -9,8 +10,10 @@ import loralab
 from loralab.cli import main
 from loralab.errors import Interrupted
 from loralab.records import record
+from loralab.scheduling.job import Job
 from loralab.scheduling.session import Session
 from loralab.training import checkpoint
+from loralab.training.trial import Trial
 
 FILE = """# @package _global_
 sweep:
@@ -46,6 +49,16 @@ def stored(folder):
 
 def weights(folder, one):
     return load_file(folder / one["trial"] / "adapter" / "adapter_model.safetensors")
+
+
+def decisions(folder):
+    return [{**one, "arm": None} for one in record.read_sweep(folder)["decisions"]]
+
+
+def rows_of(place):
+    """(step, names) of each row of metrics.jsonl."""
+    rows = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
+    return [(row.pop("step"), *sorted(row)) for row in rows]
 
 
 def assert_same(first, second, one, other):
@@ -89,7 +102,7 @@ def test_survivors_are_as_without_halving_packed_alone_and_after_a_kill(halved, 
 
     def killed(self, words, why):
         calls.append(words)
-        if len(calls) == 2:
+        if len(calls) == 3:  # at the second rung, where trials have gone beyond the first
             raise Interrupted(15)
         real(self, words, why)
 
@@ -98,6 +111,10 @@ def test_survivors_are_as_without_halving_packed_alone_and_after_a_kill(halved, 
     monkeypatch.setattr(Session, "end_early", real)
     assert main.run(["sweep", "--resume", str(tmp_path / "killed")]) == 0
     assert_same(packed, stored(tmp_path / "killed"), tmp_path / "packed", tmp_path / "killed")
+    assert decisions(tmp_path / "killed") == decisions(tmp_path / "packed")
+    assert not list(tmp_path.glob("killed/*/*stale*"))  # a paused trial is not one whose test scores are missing
+    for one in packed.values():
+        assert rows_of(tmp_path / "killed" / one["trial"]) == rows_of(tmp_path / "packed" / one["trial"])
 
     _, whole = halved("packed", "sweep.halving=false")  # those that were ended go on from where they were
     assert {one["status"] for one in whole.values()} == {"completed"}
@@ -108,6 +125,70 @@ def test_survivors_are_as_without_halving_packed_alone_and_after_a_kill(halved, 
         assert all((own[name] == others[name]).all() for name in own)
     frame = loralab.results(tmp_path / "packed")
     assert len(frame) == 10
+
+
+SMALL = ("seed=0", "sweep.tune={optimizer.lr:[1e-4,1e-2,1e-1]}")
+
+
+def test_rungs_that_are_one_step_and_fresh_trials_are_trained_once(halved, tmp_path, monkeypatch):
+    steps, real = [], Trial.finish_step
+
+    def counted(trial):
+        steps.append((trial.spec.id, trial.step))
+        real(trial)
+
+    monkeypatch.setattr(Trial, "finish_step", counted)
+    small = (*SMALL, "trainer.max_steps=2", "sweep.halving={rungs:[0.125,0.25,0.5],neighbours:0}")
+    _, first = halved("few", *small)
+    assert [one.get("rung") for one in record.read_sweep(tmp_path / "few")["decisions"]] == [0.125, 0.25, 0.5, None]
+    before, made, place = decisions(tmp_path / "few"), sorted(steps), tmp_path / "few"
+    for one in first.values():
+        own = rows_of(place / one["trial"])
+        assert len(own) == len(set(own))
+    assert {one["status"] for one in first.values()} == {"completed", "pruned"}
+    done = next(one for one in first.values() if one["status"] == "completed")
+    assert [(one["until"], one["step"]) for one in done["pauses"]] == [(0.125, 1), (0.25, 1), (0.5, 1)]
+    steps.clear()
+    halved("few", *small)
+    assert (decisions(place), steps) == (before, [])
+    halved("few", *small, "--fresh")
+    assert (decisions(place), sorted(steps)) == (before, made)
+    assert len(steps) == len(set(steps))
+
+
+def test_a_value_that_is_completed_keeps_its_score_where_a_wider_grid_would_have_ended_it(halved, tmp_path):
+    halved("wider", "seed=0", "sweep.tune={optimizer.lr:[1e-5,1e-4]}", "sweep.halving={rungs:[0.5]}")
+    wider = ("seed=0", "sweep.tune={optimizer.lr:[1e-1,1e-2,1e-3,1e-5,1e-4]}")
+    _, found = halved("wider", *wider, "sweep.halving={rungs:[0.5],neighbours:0}")
+    *_, at_rung, last = record.read_sweep(tmp_path / "wider")["decisions"]
+    completed = {lr: one["metrics"]["val/loss"] for (lr, _), one in found.items() if one["status"] == "completed"}
+    assert at_rung["ended"] == ["optimizer.lr=0.1"]
+    assert {float(name.partition("=")[2]): mean for name, mean in last["means"].items()} == completed
+    assert {1e-5, 1e-4} < completed.keys()
+    halved("wider", *wider, "sweep.halving=false")  # one decision on an arm, whatever words the sweep was called with
+    (decision,) = record.read_sweep(tmp_path / "wider")["decisions"]
+    assert len(decision["means"]) == 5
+
+
+def test_a_pause_that_was_passed_without_a_score_is_unknown_not_failed(tmp_path):
+    content = {"metric": "val/loss", "trainer": {"until": 0.25}}
+    job = Job(content, tmp_path, [], {})
+    pause = {"until": 0.25, "step": 2, "of": 4, "metrics": {}}
+    assert math.isnan(job.value({"status": "interrupted", "pauses": [pause], "metrics": {}}))
+    assert job.value({"status": "diverged", "pauses": [], "metrics": {}}) is None
+    assert job.value({"status": "interrupted", "pauses": [{**pause, "metrics": {"val/loss": 2.5}}]}) == 2.5
+
+
+def test_a_trainer_of_ones_own_without_todays_settings_is_halved(halved, tmp_path, capsys):
+    (tmp_path / "conf" / "trainer").mkdir(parents=True)
+    own = "_target_: loralab.training.trainer.TrainerSpec\naccelerator: cpu\nmax_steps: 4\n"
+    (tmp_path / "conf" / "trainer" / "mine.yaml").write_text(own)
+    words = ("trainer=mine", "--config-dir", str(tmp_path / "conf"), *SMALL)
+    code, found = halved("own", *words, "sweep.halving={rungs:[0.5],neighbours:0}", "hydra/launcher=basic")
+    assert code == 0
+    assert sorted(one["status"] for one in found.values()) == ["completed", "completed", "pruned"]
+    assert all("test/loss" in one["metrics"] for one in found.values() if one["status"] == "completed")
+    assert not any("trainer.until" in word for one in found.values() for word in one["overrides"])
 
 
 @pytest.mark.parametrize(

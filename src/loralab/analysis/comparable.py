@@ -83,7 +83,7 @@ def _listed(texts: Iterator[str]) -> str:
 
 def _data(record: Json) -> Any:
     """The settings from which the fingerprint of the rows follows."""
-    scoring = ("batch_size", "packing", "generate_rows", "generation", "rouge", "bleu")
+    scoring = ("batch_size", "packing", "generate_rows", "generation", "rouge", "bleu", "forgetting")
     settings = {key: value for key, value in (record["config"].get("data") or {}).items() if key not in scoring}
     return [settings, record["choices"].get("data"), lookup(record["config"], "model.task")]
 

@@ -46,6 +46,11 @@ def labels(records: Sequence[tuple[Json, bool]]) -> list[str]:
     return [_label(max(distinct, key=partial(_in_common, this)), distinct) for this in environments]
 
 
+def told(this: Environment, keys: Sequence[str]) -> str:
+    """What the environment has under ``keys``: ``loralab 0.1.0, torch 2.13.0``."""
+    return ", ".join(_text(key, this.get(key)) for key in keys)
+
+
 def _in_common(this: Environment, other: Environment) -> int:
     return sum(key in other and other[key] == value for key, value in this.items())
 
@@ -53,7 +58,7 @@ def _in_common(this: Environment, other: Environment) -> int:
 def _label(this: Environment, distinct: Sequence[Environment]) -> str:
     keys = dict.fromkeys(key for other in distinct for key in other)
     differing = [key for key in keys if any(other.get(key) != this.get(key) for other in distinct)]
-    return ", ".join(_text(key, this.get(key)) for key in differing)
+    return told(this, differing)
 
 
 def _text(key: str, value: Any) -> str:

@@ -16,7 +16,7 @@ _ASIDE = {
     *("seed", "sweep", "sweeps", "hydra", "logger", "callbacks"),
     *("metric", "metric_mode", "metrics", "output", "run_dir", "plan"),
 }
-_ASIDE_KEYS = {"trainer.test", "trainer.until"}
+_ASIDE_KEYS = {"trainer.test", "trainer.until", "data.forgetting"}
 
 _WHOLE = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
 _REAL = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
@@ -164,7 +164,9 @@ def short_names(axes: Sequence[str]) -> dict[str, str]:
 
 def aside(key: str) -> bool:
     """Whether a key says nothing about what a trial is."""
-    return key in _ASIDE_KEYS or re.split(r"[./]", key)[0] in _ASIDE
+    named = key.rpartition("@")[2]  # of a choice such as data@data.forgetting, where it is put
+    below = any(f"{named}.".startswith(f"{one}.") for one in _ASIDE_KEYS)
+    return below or re.split(r"[./]", key)[0] in _ASIDE
 
 
 def _settled(value: Any) -> Any:

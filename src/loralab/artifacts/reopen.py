@@ -16,6 +16,7 @@ from loralab.adapters.base import Adapter
 from loralab.adapters.hooks import BatchSlice
 from loralab.config import staleness
 from loralab.config.build import trial_spec
+from loralab.data.base import FORGETTING
 from loralab.errors import ArtifactError, ConfigError
 from loralab.models.loading import Base
 from loralab.records import record as records
@@ -87,9 +88,11 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def spec_of(folder: Path, record: Mapping[str, Any]) -> TrialSpec:
-    """The spec of a record, its relative paths taken from where the run was started. A GPU that this machine lacks is
-    replaced by its CPU. Raises ConfigError or ArtifactError where the record's configuration is none of today's."""
+    """The spec of a record, its relative paths taken from where the run was started, without data.forgetting, on which
+    it was only scored. A GPU that this machine lacks is replaced by its CPU. Raises ConfigError or ArtifactError where
+    the record's configuration is none of today's."""
     config = staleness.placed(record["config"], record.get("cwd"))
+    config = {**config, "data": {**config["data"], FORGETTING: None}}
     if record["code"]["sources"]:  # classes of the folder that it was started in
         sources.importable(record.get("cwd"))
     try:

@@ -43,7 +43,7 @@ class Arguments(argparse.Namespace):
     words: list[str]
     hydra: list[str]
     help = version = debug = json = fresh = preview = evaluate = quick = base = requantize = no_measure = False
-    watch = wandb = decision = failed = False
+    watch = latex = wandb = decision = failed = False
     resume: str | None = None
     out: str | None = None
     budget: str | None = None

@@ -32,11 +32,12 @@ def table(rows: Iterable[Sequence[str]], right: Sequence[int] = (), styles: dict
     return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
 
-def show_report(folder: Path, kinds: Sequence[str] = ("svg",)) -> "Report":
-    """Writes the report of a sweep or a run, its figures as files of ``kinds``, and prints its table. Returns it."""
+def show_report(folder: Path, kinds: Sequence[str] = ("svg",), tex: bool = False) -> "Report":
+    """Writes the report of a sweep or a run, its figures as files of ``kinds``, its table as LaTeX where ``tex``, and
+    prints the table. Returns it."""
     from loralab.reporting.report import report
 
-    written = report(folder, kinds)
+    written = report(folder, kinds, tex)
     print(written.table)
     print(f"report: {written.index}")
     return written
@@ -46,6 +47,15 @@ def show_place(place: str) -> None:
     """Where W&B has the report: its address, or the line that uploads it; nothing where ``place`` is empty."""
     if place:
         print(f"report in W&B: {f'wandb sync {place}' if Path(place).is_dir() else place}")
+
+
+def show_comparison(one: Path, other: Path) -> None:
+    """Writes the comparison of two sweeps and prints its table."""
+    from loralab.reporting.between import report
+
+    written = report(one, other)
+    print(written.table)
+    print(f"report: {written.index}")
 
 
 def messages_to_stderr() -> None:

@@ -23,18 +23,42 @@ def run(arguments: Arguments) -> int:
 def as_wandb(name: str, overrides: list[str]) -> dict[str, Any]:
     """The sweep ``name`` with ``overrides`` as W&B's configuration of a grid. Its agents run ``loralab train`` with one
     trial each, in the folders that ``loralab sweep`` would use. Raises ConfigError."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     from loralab.cli.hydra_run import check_axes
     from loralab.cli.sweep import sweep_arguments
     from loralab.config.compose import compose, plain, plain_sweep
-    from loralab.config.words import quoted
+    from loralab.config.sweep_files import axis_values
 
     check_axes(overrides)
-    parsed = OverridesParser.create().parse_overrides(quoted(sweep_arguments(name, overrides)))
+    axes, fixed = _divided(sweep_arguments(name, overrides))
+    if not axes:
+        raise ConfigError(f"the sweep {name} has one trial, and W&B's sweeps need an axis; valid: one as in seed=0,1")
+    _check_is_grid(name, plain_sweep(compose([word for word in fixed if not word.startswith("hydra")])))
+    firsts = [f"{key}={values[0]}" for key, values in axes.items()]
+    config = plain(compose([word for word in [*fixed, *firsts] if not word.startswith("hydra")]), [*fixed, *firsts])
+    sweep = config["sweep"] or {}
+    if tune := sweep.get("tune"):  # the report chooses among all values, which the agents have to try
+        tuned, added = _divided([f"{key}={axis_values(values)}" for key, values in tune.items()])
+        axes, fixed = {**axes, **tuned}, [*fixed, *added, "trainer.test=true"]
+    return {
+        "name": sweep.get("name") or name,
+        **({"description": sweep["question"]} if sweep.get("question") else {}),
+        "program": "loralab",
+        "method": "grid",
+        "metric": {"name": config["metric"], "goal": "maximize" if config["metric_mode"] == "max" else "minimize"},
+        "parameters": {key: {"values": values} for key, values in axes.items()},
+        "command": ["${env}", "loralab", "train", *fixed, FOLDER, "${args_no_hyphens}"],
+    }
+
+
+def _divided(words: list[str]) -> tuple[dict[str, list[int | float | str]], list[str]]:
+    """(the axes among ``words``, the other words). Raises ConfigError."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from loralab.config.words import quoted
+
     axes: dict[str, list[int | float | str]] = {}
     fixed: list[str] = []
-    for override in parsed:
+    for override in OverridesParser.create().parse_overrides(quoted(words)):
         if override.is_interval_sweep():
             raise ConfigError(f"{override.input_line} has no values that a grid could try; valid: a list of them")
         if override.is_sweep_override():
@@ -45,21 +69,7 @@ def as_wandb(name: str, overrides: list[str]) -> dict[str, Any]:
                 fixed.append(f"{key}={values[0]}")
         else:
             fixed.append(str(override.input_line))
-    if not axes:
-        raise ConfigError(f"the sweep {name} has one trial, and W&B's sweeps need an axis; valid: one as in seed=0,1")
-    _check_is_grid(name, plain_sweep(compose([word for word in fixed if not word.startswith("hydra")])))
-    firsts = [f"{key}={values[0]}" for key, values in axes.items()]
-    config = plain(compose([word for word in [*fixed, *firsts] if not word.startswith("hydra")]), [*fixed, *firsts])
-    sweep = config["sweep"] or {}
-    return {
-        "name": sweep.get("name") or name,
-        **({"description": sweep["question"]} if sweep.get("question") else {}),
-        "program": "loralab",
-        "method": "grid",
-        "metric": {"name": config["metric"], "goal": "maximize" if config["metric_mode"] == "max" else "minimize"},
-        "parameters": {key: {"values": values} for key, values in axes.items()},
-        "command": ["${env}", "loralab", "train", *fixed, FOLDER, "${args_no_hyphens}"],
-    }
+    return axes, fixed
 
 
 def _check_is_grid(name: str, sweep: Mapping[str, Any]) -> None:

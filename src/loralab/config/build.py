@@ -15,6 +15,7 @@ from loralab.config.compose import compose, plain
 from loralab.config.loggers import logger
 from loralab.config.metrics import of_texts, own_metrics
 from loralab.config.places import conf_folders, data_root, options, searched
+from loralab.data.base import FORGETTING
 from loralab.errors import ConfigError, DataError, nearest
 from loralab.records.wandb_run import LONGEST_TAG
 
@@ -66,6 +67,13 @@ def _build(cls: Any, node: Mapping[str, Any], key: str) -> Any:
         from loralab.optim import foreign, schedulers
 
         return foreign.optimizer_of(cls, values) if key == "optimizer" else schedulers.schedule_of(cls, values)
+    if key.partition(".")[0] == "data" and (other := values.get(FORGETTING)) is not None:
+        if isinstance(other, str):
+            raise ConfigError(
+                f"data.forgetting={other!r} is a text, where another data set's settings belong; valid:"
+                f" +data@data.forgetting={other} with an option of conf/data/, or null"
+            )
+        values[FORGETTING] = build(other, f"{key}.{FORGETTING}")
     base = KINDS.get(key.partition(".")[0], "")
     derived = isinstance(cls, type) and (
         not base or base in [f"{each.__module__}.{each.__name__}" for each in cls.__mro__]
@@ -92,12 +100,13 @@ def _trainer(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 def _check_paths(node: Any, key: str) -> None:
     """Raises ConfigError or DataError for a path that is longer than any file system allows."""
-    for name in identity.PATHS.get(key, ()) if isinstance(node, Mapping) else ():
+    section = key.partition(".")[0]
+    for name in identity.PATHS.get(section, ()) if isinstance(node, Mapping) else ():
         value = str(node.get(name) or "")
         longest = max(len(part.encode(errors="replace")) for part in value.split("/"))
         if longest > LONGEST_NAME or len(value) > LONGEST_PATH:
             text = f"{key}.{name}={value[:40]}... has {len(value)} characters, and no file has such a name"
-            raise (DataError if key == "data" else ConfigError)(f"{text}; valid: an existing path")
+            raise (DataError if section == "data" else ConfigError)(f"{text}; valid: an existing path")
 
 
 def trial_id(config: DictConfig | Mapping[str, Any]) -> str:
@@ -133,6 +142,11 @@ def trial_spec(
     watchable = _check_metric(content["metric"], content["metric_mode"], specs, metrics)
     stops = stopping(made, specs["trainer"], watchable) if made else {}
     _check_packing(specs)
+    if specs["data"].forgetting is not None and specs["model"].task == "sequence_classification":
+        raise ConfigError(
+            "data.forgetting: model.task=sequence_classification trains a new head, which has learned nothing"
+            " to forget; valid: null, or model.task=causal_lm or seq2seq_lm"
+        )
     from loralab.training.specs import TrialSpec  # imports torch and Lightning: after the checks
 
     return TrialSpec(
@@ -221,6 +235,10 @@ def _check_metric(metric: str, mode: str, specs: Mapping[str, Any], own: Mapping
         )
     valid = names(task, data.generate_rows > 0, trainer.test, data.documents, data.multiple_choice)
     valid += [f"{split}/{name}" for split in ("val", *(["test"] if trainer.test else [])) for name in own]
+    if metric.startswith(f"{FORGETTING}/"):
+        raise ConfigError(
+            f"metric={metric!r}: by scores on data.forgetting nothing is chosen or ranked; valid: {', '.join(valid)}"
+        )
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is not measured by this run; {nearest(str(metric), valid)}")
     name = metric.rpartition("/")[2]

@@ -19,6 +19,7 @@ VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # sections that do
 LIBRARIES = ("loralab.", "lightning.pytorch.", "pytorch_lightning.")  # whose callbacks do not either, but for a few
 VOLATILE_KEYS = {
     "trainer": ("test", "passed", "until"),
+    "data": ("forgetting",),
     "memory": ("snapshot",),
 }  # nor do these: what else is measured, where it goes
 PATHS = {"data": ("train", "validation", "test"), "model": ("name_or_path", "tokenizer")}

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loralab.config.build import build
+from loralab.config.identity import plain
+from loralab.data.base import FORGETTING
 from loralab.records import fingerprints, sources
 from loralab.records.record import RESULT
 
@@ -35,10 +37,23 @@ def outdated(stored: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     return "" if stored["metrics"] or stored["status"] != "completed" else "it has no metrics"
 
 
-def untested(stored: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
-    """Whether the configuration ``content`` asks for test scores that the completed record ``stored`` has not."""
+def unscored(stored: Mapping[str, Any], content: Mapping[str, Any]) -> list[str]:
+    """What the configuration ``content`` asks to be scored that the completed record ``stored`` has no scores of:
+    ``test``, ``forgetting``."""
     tested = any(key.startswith("test/") for key in stored["metrics"])
-    return bool(content["trainer"].get("test") and (stored["data"].get("rows") or {}).get("test") and not tested)
+    test = content["trainer"].get("test") and (stored["data"].get("rows") or {}).get("test") and not tested
+    asked = {"test": test, FORGETTING: _unmeasured(stored, content["data"].get(FORGETTING))}
+    return [split for split, lacks in asked.items() if lacks and stored["status"] == "completed"]
+
+
+def _unmeasured(stored: Mapping[str, Any], node: Any) -> bool:
+    """Whether a record has no scores on the data set ``node``, as it is now; None: none are asked for."""
+    if node is None:
+        return False
+    before, scored = stored["config"]["data"].get(FORGETTING), stored["data"].get(FORGETTING)
+    if not scored or f"{FORGETTING}/loss" not in stored["metrics"] or plain(before) != plain(node):
+        return True
+    return _present(_data, node) not in (None, scored["source"])
 
 
 def of_record(stored: Mapping[str, Any], known: Known | None = None) -> str:
@@ -99,13 +114,13 @@ def _said(compared: Iterable[Compared], known: Known, also: Iterable[str] = ()) 
 
 
 def _compared(stored: Mapping[str, Any], content: Mapping[str, Any]) -> list[Compared]:
-    model = content["model"]
+    model, data = content["model"], {name: value for name, value in content["data"].items() if name != FORGETTING}
     tokenizer = model.get("tokenizer") or model.get("name_or_path") or ""
     name = model.get("name_or_path") or "model=random"
     return [
         (f"the weights of {name} have changed", stored["base"].get("fingerprint"), _base, model),
         (f"the tokenizer {tokenizer} has changed", stored["data"].get("tokenizer"), _tokenizer, model),
-        ("the data files have changed", stored["data"].get("source"), _data, content["data"]),
+        ("the data files have changed", stored["data"].get("source"), _data, data),
     ]
 
 

@@ -58,7 +58,7 @@ def quoted(words: list[str]) -> list[str]:
 
 def _quoted(word: str) -> str:
     key, equals, value = word.partition("=")
-    name = key.lstrip("+")
+    name = key.lstrip("+").replace("data.forgetting.", "data.")  # whose keys are those of the group
     if key in MAPPINGS and value.startswith("{"):  # adds keys, which Hydra takes only with a plus
         return f"+{word}"
     if name in FOLDERS and value.startswith("~"):  # no shell expands it after an equals sign

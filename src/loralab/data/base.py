@@ -9,11 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from annotated_types import Le
 
 from loralab.data.decoding import check_generation
+from loralab.errors import ConfigError
 from loralab.records import fingerprints
 from loralab.spec import Count, Natural, spec
 
 KINDS = ("pairs", "text", "labels", "scores", "chat")
 SPLITS = ("train", "validation", "test")
+FORGETTING = "forgetting"  # the name of the scores on ``data.forgetting``, and of its rows among those of a trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +69,29 @@ class DataSpec:
     generation: dict[str, Any] = field(default_factory=dict)  # of transformers' GenerationConfig; empty: greedy
     rouge: Literal["unicode", "published"] = "unicode"  # words that ROUGE counts: of every script, or a-z and 0-9
     bleu: Literal["13a", "intl", "zh", "char", "none"] = "13a"  # sacrebleu's tokenizer, by which BLEU counts words
+    forgetting: Any = None  # a DataSpec whose validation split every run is scored on at its end; None: there is none
 
     def __post_init__(self) -> None:
+        if self.forgetting is not None:
+            self._check_forgetting()
         if self.generation:
             check_generation(self.generation)
+
+    def _check_forgetting(self) -> None:
+        other = self.forgetting
+        if not isinstance(other, DataSpec):
+            raise ConfigError(f"data.forgetting={other!r} is no data set; valid: a DataSpec, or null")
+        for name, usual in (("forgetting", None), ("generate_rows", 0), ("packing", False)):
+            if (value := getattr(other, name)) != usual:
+                valid = "null" if usual is None else str(usual).lower()
+                raise ConfigError(
+                    f"data.forgetting.{name}={str(value)[:40]}: they are scored by their loss alone; valid: {valid}"
+                )
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether some of the rows are drawn from the base."""
+        return self.from_base or (self.forgetting is not None and self.forgetting.from_base)
 
     @property
     def documents(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loralab.data.base import SPLITS, Splits
+from loralab.data.base import FORGETTING, SPLITS, Splits
 from loralab.data.encoder import Encoder, special_affixes
 from loralab.data.examples import IGNORE, Blocks, Example, statistics
 from loralab.data.fields import template_spans
@@ -31,7 +31,10 @@ HOLDS = {"text": "plain text", "chat": "conversations"}
 
 @dataclass(frozen=True)
 class Encoded:
-    """All splits in token ids. ``tokens[split]`` holds rows, tokens, target_tokens, longest."""
+    """All splits in token ids. ``tokens[split]`` holds rows, tokens, target_tokens, longest.
+
+    ``forgetting``: another data set that is only scored, by its validation split; None: there is none.
+    """
 
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -40,6 +43,7 @@ class Encoded:
     tokens: dict[str, dict[str, int]]
     splits: Splits
     task: str = "causal_lm"
+    forgetting: "Encoded | None" = None
 
     @cached_property
     def targets(self) -> str:
@@ -56,6 +60,8 @@ class Encoded:
 
     def document_bytes(self, split: str) -> int:
         """UTF-8 bytes of the documents of ``split``, of which every token is predicted; 0 for other rows."""
+        if split == FORGETTING:
+            return self.forgetting.document_bytes("validation") if self.forgetting else 0
         return self.splits.bytes.get(split, 0) if self.splits.kind == "text" else 0
 
     def _scored(self, examples: Sequence[Example]) -> Iterable[Sequence[int] | NDArray[np.int32]]:
@@ -66,6 +72,8 @@ class Encoded:
         return ([label for label in example.labels[first:] if label != IGNORE] for example in examples)
 
     def __getitem__(self, split: str) -> Sequence[Example]:
+        if split == FORGETTING:
+            return self.forgetting.validation if self.forgetting else ()
         examples: Sequence[Example] = getattr(self, split)
         return examples
 

@@ -233,10 +233,11 @@ def heaviest_evaluation(splits: Sequence[tuple[Sequence[Example], int]], by: Wei
     shapes = [[own.shape(at) for at in batches] for own, batches in zip(rows, cut, strict=True)]
     count = max(map(len, shapes), default=0)
     passes = [Pass(0, tuple(own[k] if k < len(own) else None for own in shapes)) for k in range(count)]
-    return max(enumerate(passes), key=lambda numbered: _weight(numbered[1], by)) if passes else None
+    return max(enumerate(passes), key=lambda numbered: weight(numbered[1], by)) if passes else None
 
 
-def _weight(shapes: Pass, by: Weighing) -> tuple[int, int]:
+def weight(shapes: Pass, by: Weighing) -> tuple[int, int]:
+    """What a pass takes, to be compared with others: its tokens (with padding, unless flat), then its targets."""
     columns = [[n for batch in shapes.present for n in batch.inputs]]
     columns += [[n for batch in shapes.present for n in batch.labels]] if by.apart else []
     size = sum(sum(c) if by.flat else len(c) * max(c) for c in columns)

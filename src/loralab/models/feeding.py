@@ -19,11 +19,14 @@ log = logging.getLogger(__name__)
 BY_THE_LAST_TOKEN = frozenset({"t5gemma", "t5gemma2"})  # these encoders with a decoder look for no ending
 
 
-def encoded_rows(data: DataSpec, model: Pretrained, tokenizer: Any) -> Encoded:
-    """The rows of ``data`` in token ids, for ``model.task``. Raises DataError, ConfigError."""
+def encoded_rows(data: DataSpec, model: Pretrained, tokenizer: Any, held_out: bool = False) -> Encoded:
+    """The rows of ``data`` in token ids, for ``model.task``; ``held_out``: those of the validation split alone. Raises
+    DataError, ConfigError."""
     classifies = model.task == "sequence_classification"
     regression = classifies and model.num_labels == 1
     splits = (data.as_scores() if regression else data).splits()
+    if held_out:
+        splits = replace(splits, train=[], test=[])
     if classifies and not regression:
         splits = in_the_order_of(splits, model.class_names(), model.num_labels)
     encoded = encode(splits, tokenizer, model.task, model.length, typed=classifies and reads_types(model))

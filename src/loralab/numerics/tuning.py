@@ -27,7 +27,8 @@ class Choice:
 
 
 def choose(scores: Scores, mode: str) -> Choice:
-    """The best setting of one arm; ``mode``: min or max. Of equal means the first one's.
+    """The best setting of one arm; ``mode``: min or max. Of equal means the least setting's, in whatever order
+    ``scores`` has them.
 
     A setting that lacks a seed, as one that diverged, is not chosen while another has all of them; where none has,
     those with the most compare over the seeds that they share.
@@ -46,7 +47,7 @@ def choose(scores: Scores, mode: str) -> Choice:
         fullest = fullest[:1]
         shared = [seed for seed in wanted if seed in done[fullest[0]]]
     means = {setting: statistics.fmean(scores[setting][seed] or 0.0 for seed in shared) for setting in fullest}
-    best = (min if mode == "min" else max)(means, key=means.__getitem__)
+    best = (min if mode == "min" else max)(sorted(means, key=_rank), key=means.__getitem__)
     return Choice(best, means, tuple(shared), most == len(wanted), _edges(best, list(scores)))
 
 
@@ -65,6 +66,8 @@ def following(choice: Choice, tried: Sequence[Setting], grid: Sequence[Setting],
             continue
         last = float(choice.setting[place])
         value = last * end / before if min(ends) > 0 else last + end - before
+        if value < 0 <= min(ends):  # what begins at 0, as a dropout, has nothing below it
+            continue
         found.append((*choice.setting[:place], f"{value:.6g}", *choice.setting[place + 1 :]))
     return [setting for setting in found if setting not in tried]
 
@@ -101,6 +104,11 @@ def _edges(best: Setting, tried: Sequence[Setting]) -> tuple[tuple[int, int], ..
         if len({values[0], values[-1]}) == 2 and float(own) in (values[0], values[-1]):
             found.append((place, 1 if float(own) == values[-1] else -1))
     return tuple(found)
+
+
+def _rank(setting: Setting) -> tuple[tuple[float, str], ...]:
+    """Its place among settings: numbers by their size, before texts."""
+    return tuple((float(text), "") if _is_number(text) else (math.inf, text) for text in setting)
 
 
 def _is_number(text: str) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from loralab.data.base import FORGETTING
 from loralab.data.encoding import Encoded
-from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, heaviest_evaluation
+from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, heaviest_evaluation, weight
 from loralab.errors import ConfigError, OutOfMemory
 from loralab.forward.stacked import no_packing
 from loralab.forward.unpadded import can_unpad
@@ -59,9 +60,7 @@ class Foresight:
         passes = heaviest(feeds, weighing)
         if not passes:
             return None
-        splits = [(encoded.validation, spec.data.batch_size) for spec, encoded in zip(specs, data, strict=True)]
-        evaluation = heaviest_evaluation(splits, weighing)
-        return self.of(specs, Geometry(passes, device == "cuda", evaluation[1] if evaluation else None))
+        return self.of(specs, Geometry(passes, device == "cuda", _heaviest_scored(specs, data, weighing)))
 
     def of(self, specs: list[Any], geometry: Geometry) -> Plan | None:
         """The plan of trials that are fed ``geometry``; None where it could not be traced."""
@@ -120,6 +119,17 @@ class Foresight:
         except Exception as error:
             log.debug("the memory of trial %s alone could not be foreseen", spec.id, exc_info=error)
             return None
+
+
+def _heaviest_scored(specs: Sequence[Any], data: Sequence[Encoded], weighing: Weighing) -> Pass | None:
+    """The heaviest pass of a validation, or of data.forgetting; None where no row is scored."""
+    pairs = list(zip(specs, data, strict=True))
+    validation = [(encoded.validation, spec.data.batch_size) for spec, encoded in pairs]
+    others = [
+        (encoded[FORGETTING], spec.data.forgetting.batch_size if encoded.forgetting else 1) for spec, encoded in pairs
+    ]
+    found = [one for splits in (validation, others) if (one := heaviest_evaluation(splits, weighing))]
+    return max((one[1] for one in found), key=lambda shape: weight(shape, weighing), default=None)
 
 
 def _kept_plan(specs: Sequence[Any], geometry: Geometry) -> Plan:

@@ -20,7 +20,7 @@ TASKS = {  # loralab's word: (the hub's, transformers' class)
     "seq2seq_lm": ("text2text-generation", "AutoModelForSeq2SeqLM"),
     "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
 }
-SPLITS = {"val": "validation"}
+SPLITS = {"val": "validation", "forgetting": "validation"}
 GROUPS = ("adapter", "quantization", "optimizer", "schedule", "trainer")
 OF_TRAINING = GROUPS[2:]  # no settings of an adapter that was trained elsewhere
 LISTED = 8  # entries of a setting
@@ -87,9 +87,12 @@ def _results(record: Mapping[str, Any]) -> Iterator[Any]:
     """The finite metrics as the hub's EvalResult."""
     from huggingface_hub import EvalResult
 
-    name = str(record["data"]["name"] or "unknown")
+    other = record["data"].get("forgetting") or {}
     for key, value in _metrics(record).items():
         split, _, metric = key.rpartition("/")
+        if split == "forgetting" and (metric == "increase" or metric.startswith("base_")):
+            continue  # no score of this model
+        name = str((other if split == "forgetting" else record["data"]).get("name") or "unknown")
         yield EvalResult(
             task_type=TASKS[_task(record)][0],
             dataset_type=name,

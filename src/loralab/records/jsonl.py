@@ -16,16 +16,17 @@ log = logging.getLogger(__name__)
 class MetricsFile:
     """Appends rows ``{"step": 12, "train/loss": 2.31, ...}``; a number that is not finite becomes null.
 
-    ``step``: from which a run is continued. Rows of later steps are removed: the run will write them again.
+    ``step``: from which a run is continued. Rows of later steps are removed, and those of ``step`` with a name that
+    begins with one of ``again``: the run will write them again.
     """
 
-    def __init__(self, path: Path, step: int = 0) -> None:
+    def __init__(self, path: Path, step: int = 0, again: tuple[str, ...] = ("val/", "test/")) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if step:
                 partial = path.with_name(f".{path.name}.kept")
-                partial.write_text(_rows_until(path, step), "utf-8")
+                partial.write_text(_rows_until(path, step, again), "utf-8")
                 partial.replace(path)
             self._file = path.open("a+" if step else "w+", buffering=1, encoding="utf-8")
         except OSError as error:
@@ -86,19 +87,19 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
 
 
-def _rows_until(path: Path, step: int) -> str:
-    """The complete rows of steps up to ``step``, without the validation of ``step`` itself, which is made again."""
+def _rows_until(path: Path, step: int, again: tuple[str, ...]) -> str:
+    """The complete rows of steps up to ``step``, without what is made ``again`` of ``step`` itself."""
     lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
-    return "".join(line for line in lines if _is_finished(line, step))
+    return "".join(line for line in lines if _is_finished(line, step, again))
 
 
-def _is_finished(line: str, step: int) -> bool:
+def _is_finished(line: str, step: int, again: tuple[str, ...]) -> bool:
     try:
         row = json.loads(line)
         row_step = int(row["step"])
     except (ValueError, KeyError, TypeError):
         return False  # cut short when the run was killed
-    return row_step < step or (row_step == step and not any(key.startswith(("val/", "test/")) for key in row))
+    return row_step < step or (row_step == step and not any(key.startswith(again) for key in row))
 
 
 def _plain(value: Any) -> Any:

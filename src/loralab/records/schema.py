@@ -117,6 +117,7 @@ class DataSection(TypedDict, total=False):
     generation: dict[str, Any] | None
     rouge: Text
     bleu: Text
+    forgetting: dict[str, Any] | None  # data.forgetting: {name, fingerprint, targets, source, rows} of what was scored
 
 
 class EnvironmentSection(TypedDict, total=False):

@@ -8,10 +8,10 @@ from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.paired import LEVEL
 from loralab.analysis.results import SweepResults
 from loralab.analysis.values import UNKNOWN, Json, as_number
-from loralab.reporting import charts, curves, explorer, tuning
+from loralab.reporting import charts, curves, differences, explorer, forgetting, heat, tuning
 from loralab.reporting.charts import Figure, Legend
-from loralab.reporting.labels import height, row_axis, row_labels, spoken
-from loralab.reporting.table import level_text, score_text
+from loralab.reporting.labels import spoken
+from loralab.reporting.table import score_text
 
 if TYPE_CHECKING:
     import altair as alt
@@ -20,9 +20,7 @@ BITS = "base.bits_per_parameter"
 MOST_PANELS = 12
 MOST_DASHES = 12
 MOST_SEEDS = 1000  # drawn one by one
-MOST_ROWS = 60  # of a chart with a row for each arm
 BAR = f"bars: the {LEVEL:.0%} interval of the paired difference to the row that each is held against, about the mean"
-VERDICTS = ["better", "worse", "not told apart"]
 
 
 def figures(comparison: Comparison, number: int = 0) -> list[Figure]:
@@ -35,7 +33,9 @@ def figures(comparison: Comparison, number: int = 0) -> list[Figure]:
     lines = curves.figures(comparison, groups, second, names)
     rates = tuning.figures(comparison, groups, second, names)
     any_other = explorer.figures(comparison, groups, number)
-    return [*rates, *_metric(comparison), *_differences(comparison), *_against_bits(comparison), *lines, *any_other]
+    forgotten = forgetting.figures(comparison, groups)
+    scores = [*_metric(comparison), *heat.figures(comparison), *differences.figures(comparison)]
+    return [*rates, *scores, *_against_bits(comparison), *forgotten, *lines, *any_other]
 
 
 def axis_roles(results: SweepResults) -> tuple[str | None, list[str]]:
@@ -196,69 +196,6 @@ def _marks(
     return charts.layers(*layers)
 
 
-def _differences(comparison: Comparison) -> Iterator[Figure]:
-    """A row for each arm that is held against another, with the interval of the paired difference."""
-    import altair as alt
-
-    mode, metric = comparison.results.mode, comparison.results.metric
-    arms = [arm for arm in comparison.arms if arm.difference and arm.difference.interval]
-    if not arms:
-        return
-    labels = row_labels(arms[:MOST_ROWS])
-    rows = [{**_difference(arm, mode), "label": labels[arm.name]} for arm in arms[:MOST_ROWS]]
-    level = next(arm.difference.level for arm in arms if arm.difference)
-    base = alt.Chart(alt.NamedData("rows")).encode(
-        y=row_axis(),
-        color=alt.Color(
-            "verdict:N",
-            scale=alt.Scale(domain=VERDICTS, range=["#00846a", "#d55e00", "#5f6670"]),
-            legend=alt.Legend(title=None),
-        ),
-        tooltip=[
-            alt.Tooltip("name:N", title="row"),
-            alt.Tooltip("against:N"),
-            alt.Tooltip("text:N", title="paired difference"),
-            alt.Tooltip("p:Q", format=".3~g"),
-            alt.Tooltip("n:Q"),
-        ],
-    )
-    title = f"difference in {metric}; {comparison.results.better} is better"
-    bars = base.mark_rule(strokeWidth=2.5).encode(x=alt.X("low:Q", title=title), x2="high:Q")
-    points = base.mark_point(filled=True, size=80, opacity=1).encode(x=alt.X("value:Q", title=title))
-    zero = alt.Chart(alt.NamedData("zero")).mark_rule(strokeDash=[4, 3], color="#5c6570").encode(x="zero:Q")
-    spec = charts.specification(
-        charts.layers(zero, bars.add_params(charts.zoom(("x",))), points),
-        {"rows": rows, "zero": [{"zero": 0}]},
-        height([row["label"] for row in rows]),
-    )
-    left_out = f" The first {MOST_ROWS} of {len(arms)} rows." if len(arms) > MOST_ROWS else ""
-    caption = (
-        f"Mean paired difference over shared seeds with its {LEVEL:.0%} interval, each row against the one that "
-        "differs from it in one axis alone, where there is one; better or worse: where 0 is excluded "
-        f"{level_text(level)}; any other is no finding. "
-        f"{_seeds(arms)}.{left_out}"
-    )
-    legend = Legend("verdict", "fixed", VERDICTS)
-    yield Figure("differences", "Paired differences", caption, spec, [legend])
-
-
-def _difference(arm: Arm, mode: str) -> Json:
-    difference = arm.difference
-    assert difference is not None
-    assert difference.interval is not None
-    low, high = difference.interval
-    other = arm.against.name if arm.against else ""
-    told = {
-        "value": difference.mean,
-        "low": low,
-        "high": high,
-        "text": difference.text,
-        "p": difference.p,
-        "n": difference.n,
-    }
-    return {"name": arm.name, "against": other, "verdict": difference.verdict(mode) or VERDICTS[2], **told}
-
-
 def _against_bits(comparison: Comparison) -> Iterator[Figure]:
     """A place for each number of bits, in order; they lie too unevenly for a scale."""
     results = comparison.results
@@ -280,7 +217,7 @@ def _against_bits(comparison: Comparison) -> Iterator[Figure]:
     title = "bits per parameter of the quantized layers (in order, not to scale)"
     beside = len({(row["x"], row["group"]) for row in rows}) > len(labels)
     chart = _marks(list(groups), results.metric, None, None, labels, title, beside)
-    caption = f"One mark per row; left and {results.better} is better; {BAR}; {_seeds(scored)}."
+    caption = f"One mark per row; left and {results.better} is better; {BAR}; {differences.seeds_words(scored)}."
     legends = [Legend("group", "both", list(groups))]
     spec = charts.specification(chart, {"means": rows, "seeds": seeds})
     yield Figure("quality_against_bits", "Quality against bits per parameter", caption, spec, legends, "y")
@@ -293,17 +230,8 @@ def _bits(arm: Arm) -> str:
 def _caption(arms: Sequence[Arm]) -> str:
     several = any(arm.n > 1 for arm in arms) and sum(len(arm.scores) for arm in arms) <= MOST_SEEDS
     bars = f"{BAR}; " if any(arm.reach is not None for arm in arms) else ""
-    caption = f"{'Large: mean over seeds; small: each seed; ' if several else ''}{bars}{_seeds(arms)}."
+    caption = f"{'Large: mean over seeds; small: each seed; ' if several else ''}{bars}{differences.seeds_words(arms)}."
     missing = sum(arm.mean is None for arm in arms)
     if missing:
         caption += f" {missing} of {len(arms)} rows {'has' if missing == 1 else 'have'} no completed trial."
     return caption
-
-
-def _seeds(arms: Sequence[Arm]) -> str:
-    counts = sorted({arm.n for arm in arms if arm.scores})
-    if not counts:
-        return "no completed seed"
-    if counts == [1]:
-        return "n = 1 seed"
-    return f"n = {counts[0]} seeds" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]} seeds"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from loralab.analysis import disagreements, environments
+from loralab.analysis import disagreements, environments, full
 from loralab.analysis.arms import Comparison
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import apart
@@ -26,6 +26,7 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     yield from sentences(comparison.results)
     yield from _separation(comparison)
     yield from _versus(comparison)
+    yield from full.sentences(comparison)
     yield from _effects(comparison)
     if comparison.differs_in_seeds:
         yield (

@@ -11,7 +11,7 @@ from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import MISSING, PRUNED, STALE
 from loralab.analysis.values import canonical, flatten, label
 from loralab.records.record import shell_line
-from loralab.reporting import cost, memory
+from loralab.reporting import cost, memory, samples
 from loralab.reporting.charts import Figure
 from loralab.reporting.figures import figures
 from loralab.reporting.html import Section, Tile, duration, render
@@ -90,6 +90,7 @@ def _section(comparison: Comparison, number: int, one_of_several: bool) -> dict[
         "notes": [*fixed, *_reading(comparison, shown), *notes(comparison)],
         "cost": _named(prefix, cost.section(comparison)),
         "memory": _named(prefix, memory.section(comparison)),
+        "samples": samples.section(comparison),
         "figures": [replace(figure, name=f"{prefix}{figure.name}") for figure in figures(comparison, number)],
     }
 

@@ -13,16 +13,18 @@ from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import subject
 from loralab.analysis.dimension import answers
 from loralab.analysis.effects import effects
+from loralab.analysis.full import to_full
 from loralab.analysis.results import SweepResults, read_results
 from loralab.analysis.trials import PRUNED, STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting import cost, subspace
 from loralab.reporting.charts import Figure
+from loralab.reporting.latex import TABLE, latex
 from loralab.reporting.layout import markdown_table, markdown_text, terminal_width
 from loralab.reporting.notes import general, messages, notes
 from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
-from loralab.reporting.table import as_plain
+from loralab.reporting.table import as_plain, plain_gap
 from loralab.reporting.text import markdown, measure, terminal
 from loralab.reporting.trials import MEASURED, rows
 from loralab.reporting.vega import drawn
@@ -42,9 +44,10 @@ class Report:
     figures: Sequence[Figure]
 
 
-def report(folder: Path, kinds: Sequence[str] = KINDS[:1]) -> Report:
+def report(folder: Path, kinds: Sequence[str] = KINDS[:1], tex: bool = False) -> Report:
     """Write index.html, results.csv, results.json, report.md and figures/ into ``folder/report``; ``kinds``: of the
-    figures' files, of svg, png and pdf. Files of figures that are no longer drawn are removed."""
+    figures' files, of svg, png and pdf; ``tex``: table.tex as well, which is written anew wherever it is there. Files
+    of figures that are no longer drawn are removed."""
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; expected the folder of a sweep or of a run")
     results = read_results(folder)
@@ -55,6 +58,7 @@ def report(folder: Path, kinds: Sequence[str] = KINDS[:1]) -> Report:
         "results.csv": _csv(results),
         "results.json": json.dumps(_json(results, compared), indent=1, allow_nan=False) + "\n",
         "report.md": _markdown(results, compared),
+        **({TABLE: latex(compared)} if tex or (folder / "report" / TABLE).exists() else {}),
     }
     written = {name: write_text(folder / "report" / name, text) for name, text in texts.items()}
     write_figures(folder / "report" / "figures", made.figures, kinds)
@@ -107,9 +111,9 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
         "held_fixed": held_fixed(results),
         "notes": [*general(results, compared), *(note for comparison in compared for note in notes(comparison))],
         "arms": [
-            {"set": about, **as_plain(arm), **cost.plain(arm)}
+            {"set": about, **as_plain(arm), **cost.plain(arm), **(plain_gap(gaps.get(id(arm))) if gaps else {})}
             for comparison in compared
-            for about in [subject(comparison.results)]
+            for about, gaps in [(subject(comparison.results), to_full(comparison))]
             for arm in comparison.arms
         ],
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],

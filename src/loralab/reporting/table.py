@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 from loralab.analysis.arms import Arm, Comparison
-from loralab.analysis.paired import LEVEL
-from loralab.analysis.published import mark, published, published_text
+from loralab.analysis.full import GAP, SHARE, ToFull, gap_is_new, to_full
+from loralab.analysis.paired import LEVEL, Difference
+from loralab.analysis.published import VERSUS_PUBLISHED, mark, published, published_gap, published_text
 from loralab.analysis.trials import UNSCORED
 from loralab.analysis.tuning import Tuned, scale
 from loralab.analysis.values import is_number
@@ -16,6 +17,7 @@ MIB, GIB = 2**20, 2**30
 VERSUS = "vs baseline"
 SIGNIFICANT = "!"  # behind a difference that counts beside all others of the page
 STEPS = "steps"
+MEASURED = ("peak memory", "train s", "tokens/s")  # of a process
 RATE = "lr x scale"  # what an update moves the weights by, to first order: B A is scaled by it and learned at this rate
 NOTICEABLE = 0.01  # by which bits over all weights must differ from the quantized ones' to be shown beside them
 DECOMPOSED = (
@@ -46,7 +48,9 @@ def columns(comparison: Comparison) -> list[Column]:
     shown = [
         *_tuned(comparison),
         Column(VERSUS, _difference_text, lambda arm: arm.difference.mean if arm.difference else None),
+        *_to_full(comparison),
         Column("published", lambda arm: published_text(arm) or "-", lambda arm: None),
+        column(VERSUS_PUBLISHED, published_gap, "{:+.4f}".format),
         *(_average(name, name, "{:.4f}".format) for name in others),
         *([Column(STEPS, steps_text, lambda arm: arm.means.get("time.steps"))] if uneven else []),
         _average("bits/param", "base.bits_per_parameter", "{:.3f}".format),
@@ -58,7 +62,11 @@ def columns(comparison: Comparison) -> list[Column]:
         _measured("train s", lambda arm: arm.measured("time.train_s"), "{:.1f}".format),
         _measured("tokens/s", lambda arm: arm.speed, "{:,.0f}".format),
     ]
-    return [column for column in shown if any(column.text(arm) != "-" for arm in arms)]
+    shown = [column for column in shown if any(column.text(arm) != "-" for arm in arms)]
+    if comparison.tuned is None:
+        return shown
+    # a tuned table has more columns, and what a pack measured compares with nothing
+    return [one for one in shown if one.title not in MEASURED or any(one.number(arm) is not None for arm in arms)]
 
 
 def _tuned(comparison: Comparison) -> Iterator[Column]:
@@ -73,6 +81,34 @@ def _tuned(comparison: Comparison) -> Iterator[Column]:
     if len(scales - {None}) > 1 or (tuned is not None and scales != {None}):
         yield column("scale", _scale, "{:.4g}".format)
         yield column(RATE, lambda arm: _product(_scale(arm), _setting("optimizer.lr", arm)), "{:.3g}".format)
+
+
+def _to_full(comparison: Comparison) -> Iterator[Column]:
+    """The share of full fine-tuning's improvement, else the difference to it."""
+    gaps = to_full(comparison)
+    if any(gap.share is not None for gap in gaps.values()):
+        yield column(SHARE, lambda arm: gap.share if (gap := gaps.get(id(arm))) else None, "{:.1%}".format)
+    elif gap_is_new(comparison, gaps):
+        yield Column(GAP, lambda arm: _gap_text(arm, gaps.get(id(arm))), lambda arm: _gap(arm, gaps.get(id(arm))))
+
+
+def _gap(arm: Arm, gap: ToFull | None) -> float | None:
+    return gap.difference.mean if gap and gap.difference and gap.full is not arm else None
+
+
+def _gap_text(arm: Arm, gap: ToFull | None) -> str:
+    if gap is None or gap.difference is None or gap.full is arm:
+        return "full" if gap and gap.full is arm else "-"
+    return gap.difference.text + (f" {SIGNIFICANT}" if gap.difference.verdict(arm.results.mode) else "")
+
+
+def plain_gap(gap: ToFull | None) -> dict[str, Any]:
+    """Of a row beside full fine-tuning, for results.json; None where there is none."""
+    return {
+        "full": gap.full.name if gap else None,
+        "share_of_full": gap.share if gap else None,
+        "difference_to_full": _plain_difference(gap.difference) if gap else None,
+    }
 
 
 def _tuned_text(tuned: Tuned, place: int, arm: Arm) -> str:
@@ -138,11 +174,12 @@ def as_plain(arm: Arm) -> dict[str, Any]:
         "scores": arm.scores,
         "best": arm.best,
         "baseline": arm.baseline,
-        "difference": _plain_difference(arm),
+        "difference": _plain_difference(arm.difference),
         "against": arm.against.name if arm.against else None,
         "against_baseline": (arm.difference.verdict(arm.results.mode) or None) if arm.difference else None,
         "published": published(arm),
         "published_mark": mark(arm),
+        "difference_to_published": published_gap(arm),
         "steps": arm.steps,
         "stopped_early": arm.stopped,
         "bits_per_parameter": arm.means.get("base.bits_per_parameter"),
@@ -160,12 +197,12 @@ def as_plain(arm: Arm) -> dict[str, Any]:
     }
 
 
-def _plain_difference(arm: Arm) -> dict[str, Any] | None:
+def _plain_difference(difference: Difference | None) -> dict[str, Any] | None:
     """``low`` and ``high``: the 95% interval of the mean paired difference."""
-    if arm.difference is None:
+    if difference is None:
         return None
-    low, high = arm.difference.interval or (None, None)
-    fields = asdict(arm.difference)
+    low, high = difference.interval or (None, None)
+    fields = asdict(difference)
     return {"mean": fields["mean"], "low": low, "high": high, **{key: fields[key] for key in ("p", "n", "seeds")}}
 
 

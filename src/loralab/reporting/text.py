@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.comparable import subject
+from loralab.analysis.full import GAP
+from loralab.analysis.published import VERSUS_PUBLISHED
 from loralab.analysis.results import SweepResults
 from loralab.reporting import cost, subspace
 from loralab.reporting.layout import WIDTH, aligned, markdown_table, natural_width, wrapped
@@ -14,7 +16,7 @@ from loralab.reporting.table import RATE, VERSUS, Column, columns, score_text, s
 # Columns that go first when the terminal is narrow.
 _EXPENDABLE = (
     *("tokens/s", "base size", "peak memory", "train s", "trainable", "bits overall", "scale", RATE, "peak alone"),
-    *("bits/param", "published"),
+    *("bits/param", "published", VERSUS_PUBLISHED, GAP),
 )
 
 
@@ -44,9 +46,14 @@ def _cost(comparison: Comparison, width: int) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The same table for a README or an issue."""
+    return markdown_table(*table(comparison))
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the whole table."""
     shown = columns(comparison)
     titles = _titles(comparison, list(comparison.results.short.values()), shown)
-    return markdown_table(titles, [[*arm.values.values(), *_cells(arm, shown)] for arm in comparison.arms])
+    return titles, [[*arm.values.values(), *_cells(arm, shown)] for arm in comparison.arms]
 
 
 def measure(comparison: Comparison) -> str:

@@ -19,7 +19,7 @@ MEASURED = (
     *("memory.device", "memory.alone_peak_bytes", "memory.predicted_peak_bytes", "memory.measured_peak_bytes"),
     *("time.startup_s", "time.train_s", "time.wall_s", "time.steps", "time.tokens", "time.tokens_per_s", "pack.size"),
 )
-FILES = ("result.json", "train.log", "metrics.jsonl")
+FILES = ("result.json", "train.log", "metrics.jsonl", "predictions.jsonl")
 MANY = 2000  # trials, above which a page's times and bytes have six digits, and its Vega is packed
 # What a pack measures is of all its trials at once, and compares with nothing outside it.
 OF_THE_PACK = ("memory.predicted_peak_bytes", "memory.measured_peak_bytes", "time.")

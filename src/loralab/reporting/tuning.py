@@ -89,7 +89,7 @@ def _chart(
         alt.Tooltip("score:N", title=metric),
     ]
     lines = means.mark_line(clip=True, strokeWidth=2).encode(detail="name:N", strokeDash=charts.dash(dashes or [""]))
-    size = alt.Size("chosen:N", scale=alt.Scale(domain=[False, True], range=[24, 150]), legend=None)
+    size = alt.Size("chosen:O", scale=alt.Scale(domain=[False, True], range=[24, 150]), legend=None)
     marks = means.mark_point(filled=True, opacity=1, stroke="white", strokeWidth=1, clip=True)
     rings = alt.Chart(alt.NamedData("seeds")).mark_point(filled=False, size=22, opacity=0.5, clip=True)
     layered = [lines.add_params(charts.zoom()), rings.encode(x=x, y=y, color=colour)]

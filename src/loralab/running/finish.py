@@ -3,9 +3,11 @@
 import json
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from loralab.adapters.export import save
+from loralab.data.base import Row
 from loralab.data.encoding import Encoder
 from loralab.errors import DataError, DiskError, Interrupted, LoralabError, explain
 from loralab.forward import texts
@@ -47,15 +49,16 @@ def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
     trial.score({f"{prefix}/{name}": value for name, value in values.items()})
 
 
-def choose(trial: Trial, base: Base, prefix: str, split: str) -> None:
-    """Adds to the trial's metrics how often the likeliest of a row's choices is its target."""
-    rows = [row for row in trial.data.splits[split] if row.choices]
+def choose(trial: Trial, base: Base, prefix: str, rows: Iterable[Row], size: int) -> None:
+    """Adds to the trial's metrics how often the likeliest of a row's choices is its target; ``size``: answers in a
+    pass."""
+    rows = [row for row in rows if row.choices]
     name = f"{prefix}/choice_accuracy"
     if not rows or trial.failure is not None or name in trial.metrics:
         return
     spec = trial.spec
     encoder = Encoder(base.tokenizer, trial.task, spec.model.length)
-    trial.score({name: choice_accuracy(base.model, trial.adapter, encoder, rows, spec.data.batch_size)})
+    trial.score({name: choice_accuracy(base.model, trial.adapter, encoder, rows, size)})
 
 
 def keep_predictions(trial: Trial) -> None:
@@ -115,9 +118,10 @@ def pause(trial: Trial, optimizer: State, started: float) -> None:
     record = trial.record
     scores = {f"val/{name.partition('/')[2]}": value for name, value in trial.metrics.items() if name.startswith(PAUSE)}
     checkpoint.write(trial, optimizer)
-    earlier = [one for one in record.get("pauses") or [] if one["step"] < trial.step]
-    own = {"until": trial.spec.trainer.until, "step": trial.step, "of": trial.max_steps}
-    record["pauses"] = [*earlier, {**own, "metrics": scores if trial.step == trial.end else {}}]
+    until, known = trial.spec.trainer.until, scores if trial.step == trial.end else {}
+    own = {"until": until, "step": trial.step, "of": trial.max_steps, "metrics": known}
+    others = [one for one in record.get("pauses") or [] if one["until"] != until]  # of few steps, some at this one
+    record["pauses"] = sorted([*others, own], key=lambda one: (one["step"], one["until"]))
     record["time"]["wall_s"] = time.monotonic() - started
     record.update(status="interrupted", error=None, exit_code=0)
     records.write(trial.spec.folder, record)

@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 from loralab.adapters.hooks import NotPackable
+from loralab.data.base import FORGETTING
 from loralab.errors import LoralabError, OutOfMemory, explain
 from loralab.models.loading import Base
 from loralab.optim import optimizers
@@ -16,6 +17,7 @@ from loralab.records.metric_logger import LoggerSpec
 from loralab.records.wandb import Wandb
 from loralab.running.attach import attach_adapter
 from loralab.running.finish import choose, finish, generate, pause
+from loralab.running.forgetting import compare
 from loralab.training import observer
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.first_batch import FirstBatch
@@ -89,6 +91,7 @@ class Fit:
                 trial.take_best()
             if self.spec.trainer.test and any(len(trial.data.test) for trial in self.trials):
                 self.evaluate("test", "test")
+            self.measure_forgetting()
         except Exception as error:
             failure = explain(error)
             if isinstance(failure, OutOfMemory | NotPackable):
@@ -137,14 +140,23 @@ class Fit:
         """Scores the final state over ``split``, by its loss, by choice and by generation."""
         self._score(prefix, split)
         for trial in self.trials:
-            choose(trial, self.base, prefix, split)
+            choose(trial, self.base, prefix, trial.data.splits[split], trial.spec.data.batch_size)
             generate(trial, self.base, prefix, split)
 
-    def _score(self, prefix: str, split: str) -> None:
-        """Scores the present state over ``split``, unless the last validation or an earlier fit has."""
+    def measure_forgetting(self) -> None:
+        """Scores the final state over data.forgetting, where trials have it, and holds it against the bare base."""
+        measured = [trial for trial in self.trials if trial.data.forgetting is not None]
+        if measured:
+            self._score(FORGETTING, FORGETTING, observed=False)
+        for trial in measured:
+            compare(trial, self.base)
+
+    def _score(self, prefix: str, split: str, observed: bool = True) -> None:
+        """Scores the present state over ``split``, unless the last validation or an earlier fit has. ``observed``: its
+        memory is part of what the record has."""
         self.module.split = prefix
         if not all(_is_scored(trial, prefix) for trial in self.trials):
-            observers = observer.evaluation_observers(self.callbacks)
+            observers = observer.evaluation_observers(self.callbacks) if observed else []
             evaluator = self.spec.trainer.build(observers, progress=False, evaluating=True)
             evaluator.validate(self.module, EvaluationPasses(self.trials, split), verbose=False)
 

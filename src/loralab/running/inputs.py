@@ -3,10 +3,10 @@
 import gc
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loralab.data.base import SPLITS, DataSpec
+from loralab.data.base import FORGETTING, SPLITS, DataSpec
 from loralab.data.encoding import Encoded
 from loralab.errors import ConfigError, DataError
 from loralab.forward.graph import check_causal
@@ -16,6 +16,7 @@ from loralab.quantization.base import is_frozen
 from loralab.quantization.linear import resident_bytes
 from loralab.quantization.none import NoQuantization
 from loralab.quantization.reads import refuse_read
+from loralab.running.forgetting import bare_scores
 from loralab.training import epochs
 from loralab.training.specs import TrialSpec
 
@@ -24,10 +25,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrialData:
-    """The rows of a trial and the fingerprints of their source and of the tokenizer; None where there is none."""
+    """The rows of a trial and the fingerprints of their source and of the tokenizer; None where there is none.
+
+    ``forgetting_source``: of data.forgetting.
+    """
 
     encoded: Encoded
     source: str | None
+    forgetting_source: str | None
     tokenizer: str | None
     limited: dict[str, list[int]] | None = None  # {split: [rows, of so many]} where the trainer limits a split
 
@@ -39,7 +44,8 @@ class Inputs:
     _base: loading.Base | None = None
     _base_key: tuple[Any, ...] = ()
     _tokenizers: dict[str, tuple[Any, str | None]] = field(default_factory=dict)
-    _data: dict[str, tuple[Encoded, str | None]] = field(default_factory=dict)
+    _data: dict[str, tuple[Encoded, tuple[str | None, str | None]]] = field(default_factory=dict)
+    _bare_scores: dict[tuple[Any, ...], dict[str, float]] = field(default_factory=dict)
     _parts: dict[Any, Encoded] = field(default_factory=dict)
     _parts_of: Encoded | None = None
 
@@ -66,17 +72,21 @@ class Inputs:
         tokenizer, tokenizer_fingerprint = self.tokenizer(spec.model)
         key = f"{type(spec.data)} {spec.data} {spec.model.task} {spec.model.length} {tokenizer.name_or_path}"
         # a classifier's head may name the classes
-        key += repr(spec.model) if spec.data.from_base or spec.model.task == "sequence_classification" else ""
+        key += repr(spec.model) if spec.data.reads_base or spec.model.task == "sequence_classification" else ""
         if key not in self._data:
-            source = spec.data.source()  # before the rows are read, so that a change meanwhile is noticed
+            other = spec.data.forgetting
+            # before the rows are read, so that a change meanwhile is noticed
+            sources = (spec.data.source(), other.source() if other is not None else None)
             encoded = encoded_data(spec.data, spec.model, tokenizer, spec.trainer.device)
-            self._data = {key: (encoded, source)}  # one at a time: sweeps seldom change the data
-        encoded, source = self._data[key]
+            if other is not None:
+                encoded = replace(encoded, forgetting=_other_data(other, spec, tokenizer))
+            self._data = {key: (encoded, sources)}  # one at a time: sweeps seldom change the data
+        encoded, sources = self._data[key]
         part = self._limited(encoded, spec)
         check_splits(spec, part)
         counts = {split: [len(part[split]), len(encoded[split])] for split in SPLITS}
         limited = {split: rows for split, rows in counts.items() if rows[0] < rows[1]} or None
-        return TrialData(part, source, tokenizer_fingerprint, limited)
+        return TrialData(part, *sources, tokenizer_fingerprint, limited)
 
     def _limited(self, whole: Encoded, spec: TrialSpec) -> Encoded:
         """What the trainer's limits leave of ``whole``; trials with the same limits share the rows."""
@@ -97,9 +107,7 @@ class Inputs:
     def base(self, spec: TrialSpec, labels: int | None) -> loading.Base:
         """The base of ``spec`` on its device, frozen and quantized. ``labels``: how many the data has; None: it has
         none. Raises ConfigError."""
-        device = spec.trainer.device
-        classes = (type(spec.model), type(spec.quantization))  # two classes may have the same name
-        key = (*classes, repr(spec.model), repr(spec.quantization), labels, device, spec.trainer.precision)
+        device, key = spec.trainer.device, _base_key(spec, labels)
         if self._base is None or key != self._base_key:
             self.forget_base()
             tokenizer, _ = self.tokenizer(spec.model)
@@ -108,11 +116,49 @@ class Inputs:
             self._base_key = key
         return self._base
 
+    def bare_scores(self, base: loading.Base, spec: TrialSpec, data: Encoded) -> dict[str, float]:
+        """The scores of ``base``, that of ``spec``, on data.forgetting without any adapter: computed once for all
+        trials with the same base and rows. Empty where there are no such rows. Raises DivergedError where the loss is
+        not finite."""
+        other = data.forgetting
+        if other is None:
+            return {}
+        key = (
+            _base_key(spec, None),
+            base.fingerprint,
+            other.targets,
+            other.splits.fingerprint,
+            repr(spec.data.forgetting),
+        )
+        if key not in self._bare_scores:
+            self._bare_scores[key] = bare_scores(base, spec, data)
+        return self._bare_scores[key]
 
-def encoded_data(data: DataSpec, model: pretrained.Pretrained, tokenizer: Any, device: str) -> Encoded:
-    """The rows of ``data`` in token ids. Data that is sampled from the base loads it, unquantized."""
+
+def _base_key(spec: TrialSpec, labels: int | None) -> tuple[Any, ...]:
+    """Equal where the loaded base is the same."""
+    classes = (type(spec.model), type(spec.quantization))  # two classes may have the same name
+    own = (repr(spec.model), repr(spec.quantization), labels, spec.trainer.device, spec.trainer.precision)
+    return (*classes, *own)
+
+
+def _other_data(other: DataSpec, spec: TrialSpec, tokenizer: Any) -> Encoded:
+    """The rows of data.forgetting in token ids. Raises DataError or ConfigError that names it."""
+    try:
+        return encoded_data(other, spec.model, tokenizer, spec.trainer.device, held_out=True)
+    except (DataError, ConfigError) as error:
+        text = str(error)
+        key, rest = f"data.{FORGETTING}", text.removeprefix("data.")
+        raise type(error)(f"{key}.{rest}" if rest != text else f"{key}: {text}") from error
+
+
+def encoded_data(
+    data: DataSpec, model: pretrained.Pretrained, tokenizer: Any, device: str, held_out: bool = False
+) -> Encoded:
+    """The rows of ``data`` in token ids. Data that is sampled from the base loads it, unquantized. ``held_out``: those
+    of the validation split are enough."""
     if not data.from_base:
-        return encoded_rows(data, model, tokenizer)
+        return encoded_rows(data, model, tokenizer, held_out)
     base = loading.load(model, NoQuantization(), tokenizer, device=device).model.to(device)
     sampled: Encoded = data.sample(base, tokenizer, model.task, model.length)
     return sampled
@@ -157,13 +203,19 @@ def check_splits(spec: TrialSpec, data: Encoded) -> None:
             " on the one has no score on the other; valid: other rows"
         )
     for split in needed:
-        if not len(data[split]):
-            raise DataError(f"data: the {split} split of {data.splits.name} is empty")
-        if not data.tokens[split]["target_tokens"]:
-            raise DataError(
-                f"data: the {split} split of {data.splits.name} has not one token to predict;"
-                f" model.max_length={spec.model.length} may leave none of its targets"
-            )
+        _check_split(data, split, "data", spec.model.length)
+    if data.forgetting is not None:
+        _check_split(data.forgetting, "validation", f"data.{FORGETTING}", spec.model.length)
+
+
+def _check_split(data: Encoded, split: str, key: str, length: int) -> None:
+    if not len(data[split]):
+        raise DataError(f"{key}: the {split} split of {data.splits.name} is empty")
+    if not data.tokens[split]["target_tokens"]:
+        raise DataError(
+            f"{key}: the {split} split of {data.splits.name} has not one token to predict;"
+            f" model.max_length={length} may leave none of its targets"
+        )
 
 
 def check_metrics(base: loading.Base, specs: Sequence[TrialSpec]) -> None:

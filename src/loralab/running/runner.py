@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loralab.data.base import FORGETTING
 from loralab.errors import ConfigError, Interrupted, LoralabError, explain
 from loralab.forward.head import frozen_head
 from loralab.models.batching import check_rows
@@ -19,6 +20,7 @@ from loralab.records.metric_logger import prepare
 from loralab.running.attach import attach_trial, open_record
 from loralab.running.finish import close_record
 from loralab.running.fit import Fit
+from loralab.running.forgetting import described
 from loralab.running.inputs import Inputs, TrialData, check_labels, check_metrics
 from loralab.training import checkpoint
 from loralab.training.epochs import settled
@@ -75,17 +77,20 @@ class Runner:
         for stored, trial_data in zip(records, data, strict=True):
             stored["data"].update(source=trial_data.source, tokenizer=trial_data.tokenizer)
             stored["data"]["limited"] = trial_data.limited
+            stored["data"][FORGETTING] = described(trial_data.encoded, trial_data.forgetting_source)
             stored["memory"].update(predicted(plan))
         base = self.inputs.base(specs[0], len(rows[0].splits.labels) or None)
         check_labels(base, rows)
         check_metrics(base, specs)
+        bare = [self.inputs.bare_scores(base, *parts) for parts in zip(specs, rows, strict=True)]
         trials: list[Trial] = []
         try:
             with base.hooks.given(decomposed={}):  # for these trials alone
                 # one by one, so that the adapters before a refused one are detached too
                 trials.extend(attach_trial(base, *parts) for parts in zip(specs, rows, records, strict=True))
             check_batches(base, trials)
-            for trial in trials:
+            for trial, scores in zip(trials, bare, strict=True):
+                trial.bare_scores = scores
                 _resume(trial)
                 if not trial.step:
                     trial.record.pop("pauses", None)

@@ -1,7 +1,7 @@
 """The trials of a sweep that tunes and ends early what cannot win (``sweep.halving``)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig
@@ -12,7 +12,7 @@ from loralab.numerics.tuning import Setting
 from loralab.scheduling.tuning import Arm, Tuning, Words, seed_of
 from loralab.spec import make
 
-UNTIL = "trainer.until"
+UNTIL = "++trainer.until"  # a trainer of the user's own may be without it
 KNOWN_ENDS = ("trainer.patience", "trainer.max_time")
 
 
@@ -44,9 +44,10 @@ class Halved(Tuning):
     end. Arms are never compared with each other. Rungs are synchronous: every value of an arm that was asked for has
     reached a rung before one of them is ended."""
 
-    def __init__(self, rule: Halving, *given: Any) -> None:
+    def __init__(self, rule: Halving, is_complete: Callable[[Sequence[str]], bool], *given: Any) -> None:
+        """``is_complete``: whether the trial of these overrides has been trained to its end, by an earlier call."""
         super().__init__(*given)
-        self.rule = rule
+        self.rule, self.is_complete = rule, is_complete
         self.passed: dict[tuple[Arm, Setting], int] = {}  # rungs that a setting of an arm has passed
         self.rungs: dict[Arm, list[dict[Setting, dict[str, float | None]]]] = {
             arm: [{} for _ in rule.rungs] for arm in self.asked
@@ -82,9 +83,11 @@ class Halved(Tuning):
         rung: Rung = self.rungs[arm][level]
         ended = self.rule.ended(rung, asked, self.mode)
         for setting in asked:
+            own = [(*words, *self._words(setting), *self.also) for words in self.asked[arm]]
+            if setting in ended and all(map(self.is_complete, own)):  # nothing is left to be saved
+                del ended[setting]
             if setting in ended:
                 self.scores[arm][setting] = dict.fromkeys(rung[setting])
-                own = [(*words, *self._words(setting), *self.also) for words in self.asked[arm]]
                 self.ended |= dict.fromkeys(own, f"at {self.rule.rungs[level]:g} of its steps {ended[setting]}")
             else:
                 self.passed[arm, setting] = level + 1

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 PAUSING = "trainer.until="  # no part of what a trial is
-_PASSED_ON = ("content", "overrides", "choices", "memory_budget", "flags")
+_PASSED_ON = ("content", "overrides", "choices", "memory_budget", "flags", "fresh")
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Job:
     choices: dict[str, str]
     memory_budget: float | None = None  # GiB, of the launcher
     flags: list[str] = field(default_factory=list)  # of Hydra's, with which the trial can be called again
+    fresh: bool = False  # it begins anew, whatever its folder holds
 
     @classmethod
     def running(cls, config: DictConfig) -> "Job":
@@ -52,7 +53,7 @@ class Job:
             raise ConfigError("hydra.job.chdir=true would move every relative path; valid: false")
         check_one_each(content, hydra)
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
-        words = [word for word in hydra.overrides.task if not word.startswith(PAUSING)]
+        words = [word for word in hydra.overrides.task if not word.lstrip("+").startswith(PAUSING)]
         named = {group: content[group] for group in named_classes(words) if group in choices}
         choices |= {group: str(node["_target_"]) for group, node in named.items() if isinstance(node, dict)}
         return cls(content, folder, words, choices)
@@ -80,13 +81,14 @@ class Job:
     @property
     def asked(self) -> list[str]:
         """The overrides with where it pauses, for another process."""
-        return [*self.overrides, *([f"{PAUSING}{self.until:g}"] if self.until is not None else [])]
+        return [*self.overrides, *([f"++{PAUSING}{self.until:g}"] if self.until is not None else [])]
 
     def finished(self) -> Record | None:
         """The record of an earlier run of the very same trial on the same base and data that was completed, or has been
         paused where this one is to pause.
 
-        Raises ArtifactError where this run would overwrite another trial's result.
+        Raises ArtifactError where this run would overwrite another trial's result, ConfigError where the settings are
+        not valid.
         """
         stored, why_stale = self._earlier_run
         return None if why_stale else stored
@@ -108,6 +110,7 @@ class Job:
             paused = stored["trial"] == self.trial and self._pause(stored) is not None
             return (stored, staleness.outdated(stored, self.content)) if paused else (None, "")
         if stored["trial"] != self.trial:
+            self.spec()  # settings that are not valid have no trial's id: what is wrong with them comes first
             whose = "of other settings" if stored["schema"] == record.SCHEMA else "of an earlier version of loralab"
             raise ArtifactError(
                 f"{self.folder} holds the completed trial {stored['trial']} {whose}; valid: another"
@@ -170,7 +173,7 @@ class Job:
 
         None where the trial has failed, nan where it has gone on without a score there."""
         name, pause = str(self.content.get("metric")), self._pause(stored) if self.until is not None else None
-        if self.until is not None and (pause or stored["status"] == "completed"):
+        if self.until is not None and (pause is not None or stored["status"] == "completed"):
             return float((pause or {}).get(name, math.nan))
         value = stored["metrics"].get(name) if stored["status"] == "completed" else None
         return None if value is None else float(value)

@@ -35,6 +35,7 @@ class Members:
             spec.trainer.until,
             spec.trainer.test,
             spec.data.generate_rows > 0,
+            repr(spec.data.forgetting),
         )
         # one that needs padding would bring it to the others, whose dropout masks it changes
         pack_key = (*pack_key, spec.adapter.tokenwise)

@@ -59,7 +59,11 @@ def study_of(sweeper: Any, params: Mapping[str, Any], arguments: Sequence[str]) 
         if search is not None:
             raise ConfigError("sweep.tune and sweep.d90 both say which trials come next; valid: one of them")
         given = (sweep, trials, str(master.metric), str(master.metric_mode), tested(master, arguments))
-        return tuning.Tuning(*given) if rule is None else halving.Halved(rule, *given)
+        if rule is None:
+            return tuning.Tuning(*given)
+        session = getattr(sweeper.task_function, "__self__", None)
+        is_complete = session.is_complete if isinstance(session, Session) else lambda words: False
+        return halving.Halved(rule, is_complete, *given)
     return Grid(trials) if search is None else dimension.Searching(search, trials, master)
 
 
@@ -71,7 +75,9 @@ def tested(master: DictConfig, words: Sequence[str]) -> list[str]:
             "trainer.test=false: sweep.tune chooses each arm's best value by the validation split, whose least mean is"
             " no score of the arm; valid: trainer.test=true, which sweep.tune sets"
         )
-    return [] if OmegaConf.select(master, "trainer.test") is True else [tuning.TESTED]
+    if OmegaConf.select(master, "trainer.test") is True:
+        return []
+    return [tuning.TESTED if "test" in master.trainer else f"+{tuning.TESTED}"]  # a trainer of the user's own
 
 
 def of_axes(master: DictConfig, words: Sequence[str], loader: Any = None) -> Trials:

@@ -46,6 +46,7 @@ class Session:
     listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
     process: int = field(default_factory=os.getpid)
     jobs: dict[tuple[str, ...], Job] = field(default_factory=dict)  # by their overrides
+    begun: set[str] = field(default_factory=set)  # trials of earlier rounds, which go on from there
     _overrides: list[str] = field(default_factory=list)  # the words that are not Hydra's own
     _searched: list[str] = field(default_factory=list)  # those that name folders to search
     _runner: Any = None
@@ -97,7 +98,7 @@ class Session:
         """Hydra's task: runs ``config`` and returns its metric to the sweeper; None where there is none."""
         try:
             job = Job.running(config)
-            job.flags = [*self.flags, *self._searched]
+            job.flags, job.fresh = [*self.flags, *self._searched], self._is_fresh(job)
             refuse_mode(job.choices.items(), self.many)
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
         except Exception as error:  # Hydra would print its own lines about it
@@ -126,13 +127,25 @@ class Session:
         if self.resumes and not self.records:
             check_begun(folder, jobs)
         for job in jobs:
-            job.flags = [*self.flags, *self._searched]
+            job.flags, job.fresh = [*self.flags, *self._searched], self._is_fresh(job)
         self.jobs |= {tuple(job.overrides): job for job in jobs}
         self.folder, self.listing, before = folder, launch is not None, list(self.records)
-        sweep = Sweep(folder, jobs, self.fresh, self.runner, self.failed)
+        failed = self.failed and not header.get("halving")  # at a rung all trials count
+        sweep = Sweep(folder, jobs, self.runner, failed)
         records = sweep.run({**header, "flags": self.flags}, options, launch)
         self.records = [*before, *(records[job.trial] for job in jobs)]
+        self.begun |= records.keys()
         return records
+
+    def _is_fresh(self, job: Job) -> bool:
+        return self.fresh and job.trial not in self.begun
+
+    def is_complete(self, words: Sequence[str]) -> bool:
+        """Whether the trial with these overrides, one of this sweep's, is completed."""
+        job = self.jobs.get(tuple(words))
+        return job is not None and any(
+            stored["trial"] == job.trial and stored["status"] == "completed" for stored in self.records
+        )
 
     def end_early(self, words: Sequence[str], why: str) -> None:
         """Marks the paused trial with these overrides as ended by the sweep."""
@@ -160,7 +173,7 @@ class Session:
 
         self.folder = job.folder.parent
         with hold(self.folder):
-            sweep = Sweep(self.folder, [job], self.fresh, self.runner)
+            sweep = Sweep(self.folder, [job], self.runner)
             sweep_header = header(config, HydraConfig.get(), self.folder)
             sweep_header |= {"overrides": self._overrides, "flags": self.flags}
             return sweep.run(sweep_header, PackOptions(pack=False))[job.trial]
@@ -170,7 +183,7 @@ class Session:
         from loralab.scheduling.launch import show_own_lines
 
         show_own_lines()
-        sweep = Sweep(job.folder.parent, [], self.fresh, self.runner)
+        sweep = Sweep(job.folder.parent, [], self.runner)
         sweep.run_packs([[job]])
         stored = sweep.records[job.trial]
         text = "trial %s: %s %s, in process %d"
@@ -207,7 +220,7 @@ class Session:
         """Reads the rows before any weight; the runner keeps them. Raises DataError, ConfigError."""
         spec = job.spec()
         prepare(spec.logger)
-        if spec.data.from_base:
+        if spec.data.reads_base:
             return
         try:
             self.runner().inputs.rows(spec)
@@ -219,7 +232,8 @@ class Session:
     def _with_how_to_resume(self, stopped: Interrupted) -> Interrupted:
         """Adds to the message of a stopped sweep how many trials are left and the command that resumes it."""
         if self.many and self.folder is not None:
-            left = sum(trial.get("status") != "completed" for trial in record.read_sweep(self.folder)["trials"])
+            trials = record.read_sweep(self.folder)["trials"]
+            left = sum(trial.get("status") not in ("completed", "pruned") for trial in trials)
             command = f"loralab sweep --resume {shlex.quote(str(self.folder))}"
             stopped.args = (f"{stopped}; {left} trials are left: {command}",)
         return stopped

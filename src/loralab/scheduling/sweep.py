@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralab.config import staleness
-from loralab.errors import ArtifactError, LoralabError
+from loralab.data.base import FORGETTING
+from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.records import record
 from loralab.scheduling import workers
 from loralab.scheduling.job import Job, Record
@@ -44,13 +45,12 @@ class Sweep:
         self,
         folder: Path,
         jobs: Sequence[Job],
-        fresh: bool,
         make_runner: Callable[[], "Runner"],
         failed: bool = False,
     ) -> None:
         """``jobs``: each trial once. ``make_runner`` is called when a trial has to run: it imports torch. ``failed``:
         only those that have failed run, and of the others that are not finished the record is blank."""
-        self.folder, self.jobs, self.fresh, self.make_runner = folder, list(jobs), fresh, make_runner
+        self.folder, self.jobs, self.make_runner = folder, list(jobs), make_runner
         self.failed = failed
         self.records: dict[str, Record] = {}
         self.sweep_file: SweepFile | None = None  # None in a process of one device: the parent writes it
@@ -63,9 +63,9 @@ class Sweep:
 
         An interruption leaves as an exception, after every record has been written.
         """
-        if not self.fresh:
-            set_stale_aside(self.jobs)
-            _mention_earlier_versions(self.folder, [job for job in self.jobs if job.finished() is None])
+        earlier = [job for job in self.jobs if not job.fresh]
+        set_stale_aside(earlier)
+        _mention_earlier_versions(self.folder, [job for job in earlier if job.finished() is None])
         self.sweep_file = SweepFile(self.folder, header, self.jobs)
         waiting = self._left([job for job in self.jobs if not self._skip(job)])
         try:
@@ -110,7 +110,7 @@ class Sweep:
 
     def _skip(self, job: Job) -> bool:
         """True if the trial is finished; then its record is taken."""
-        stored = None if self.fresh else finished(job, self.make_runner)
+        stored = None if job.fresh else finished(job, self.make_runner)
         if stored is not None:
             self._close(job, stored, "finished before")
         return stored is not None
@@ -153,7 +153,7 @@ class Sweep:
         def close(job: Job, stored: Record) -> None:
             self._close(job, stored, _clock(stored["time"]["wall_s"] or 0.0))
 
-        workers.run([[packs[i] for i in share] for share in shares], names, self.fresh, close)
+        workers.run([[packs[i] for i in share] for share in shares], names, close)
 
     def _run_pack(self, jobs: list[Job]) -> None:
         """Runs a pack. One that fails as a whole is run again in halves (memory) or trial by trial."""
@@ -182,8 +182,8 @@ class Sweep:
         """The records of one pass over ``jobs``, all of them refusals where one cannot be built or is locked."""
         with ExitStack() as stack:
             try:
-                if self.fresh:
-                    for job in jobs:
+                for job in jobs:
+                    if job.fresh:
                         job.begin_anew()
                 specs = [job.spec() for job in jobs]
             except LoralabError as error:
@@ -266,17 +266,20 @@ class _Planner:
 
 
 def finished(job: Job, make_runner: Callable[[], "Runner"]) -> Record | None:
-    """The record of an earlier, completed run of the very same trial, with the test scores that ``job`` asks for; None
-    where it must run. Raises ArtifactError where this run would overwrite another trial's result."""
+    """The record of an earlier, completed run of the very same trial, with the scores of the test split and of
+    data.forgetting that ``job`` asks for; None where it must run. Raises ArtifactError where this run would overwrite
+    another trial's result, DataError or ConfigError where data.forgetting cannot be scored."""
     stored = job.finished()
-    if stored is None or not staleness.untested(stored, job.content):
+    if stored is None or not (lacking := staleness.unscored(stored, job.content)):
         return stored
-    from loralab.scheduling.tested import add_test_scores
+    from loralab.scheduling.tested import add_scores
 
     try:
-        return add_test_scores(job, make_runner())
+        return add_scores(job, make_runner(), lacking)
     except LoralabError as error:
-        log.warning("%s runs again, for its test scores: %s", job.trial, error)
+        if FORGETTING in lacking and isinstance(error, DataError | ConfigError):
+            raise  # no run would cure it
+        log.warning("%s runs again, for its %s scores: %s", job.trial, " and ".join(lacking), error)
         job.set_aside()
         return None
 

@@ -58,7 +58,7 @@ class Tuning:
                 )
         self.asked: dict[Arm, Words] = {}  # {arm: the overrides of its trials, one for each seed}
         for words in trials:
-            self.asked.setdefault(tuple(word for word in words if _key(word) != "seed"), []).append(words)
+            self.asked.setdefault(tuple(word for word in words if _is_of_arm(word)), []).append(words)
         self.scores: dict[Arm, dict[Setting, dict[str, float | None]]] = {arm: {} for arm in self.asked}
         self.waiting = [
             (arm, setting, words) for arm, own in self.asked.items() for setting in self.grid for words in own
@@ -130,6 +130,11 @@ def _extend(given: Any) -> int:
 
 def _key(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
+
+
+def _is_of_arm(word: str) -> bool:
+    """Whether an override says what an arm is, not how its sweep goes."""
+    return _key(word) != "seed" and not _key(word).startswith("sweep.")
 
 
 def seed_of(words: Sequence[str]) -> str:

@@ -69,14 +69,13 @@ class Worker:
 def run(
     shares: Sequence[Sequence[Sequence[Job]]],
     names: Sequence[str],
-    fresh: bool,
     close: Callable[[Job, dict[str, Any]], None],
 ) -> None:
     """Runs ``shares``, the packs of each device of ``names``, and calls ``close`` for each trial with a final record.
 
     Returns when all processes have ended. An exception stops them, waits for them and is raised again.
     """
-    workers = [_start(list(packs), name, fresh) for packs, name in zip(shares, names, strict=True) if packs]
+    workers = [_start(list(packs), name) for packs, name in zip(shares, names, strict=True) if packs]
     try:
         while True:
             ended = all(worker.process.poll() is not None for worker in workers)
@@ -103,10 +102,10 @@ def run(
             log.warning(text, worker.device, code, len(worker.waiting))
 
 
-def _start(packs: Sequence[Sequence[Job]], name: str, fresh: bool) -> Worker:
+def _start(packs: Sequence[Sequence[Job]], name: str) -> Worker:
     jobs = [job for pack in packs for job in pack]
     path = jobs[0].folder.parent / f"device-{name}.json"
-    path.write_text(json.dumps({"fresh": fresh, "packs": [[job.as_json() for job in pack] for pack in packs]}))
+    path.write_text(json.dumps({"packs": [[job.as_json() for job in pack] for pack in packs]}))
     before = {job.trial: written(job) for job in jobs}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name}
     process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
@@ -148,8 +147,7 @@ def main(path: Path) -> int:
     log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
     try:
         packs = [[Job.from_json(stored) for stored in pack] for pack in content["packs"]]
-        session = Session(fresh=content["fresh"], many=True)
-        Sweep(path.parent, [], session.fresh, session.runner).run_packs(packs)
+        Sweep(path.parent, [], Session(fresh=False, many=True).runner).run_packs(packs)
     except Interrupted as stopped:
         return stopped.exit_code
     return 0

@@ -63,11 +63,10 @@ class DataCursor:
         for chosen in np.split(rows, starts[1:]):
             yield self._batch(self.data.train, chosen.tolist())
 
-    def evaluation_batches(self, split: str) -> Iterator[Batch]:
-        """All rows of the split, in their order."""
-        examples = self.data[split]
-        for start in range(0, len(examples), self.batch_size):
-            yield self._batch(examples, range(start, min(start + self.batch_size, len(examples))))
+    def evaluation_batches(self, examples: Sequence[Example], size: int) -> Iterator[Batch]:
+        """All of the examples, ``size`` in a batch, in their order."""
+        for start in range(0, len(examples), size):
+            yield self._batch(examples, range(start, min(start + size, len(examples))))
 
     def _batch(self, examples: Sequence[Example], chosen: Sequence[int]) -> Batch:
         tensors = collate([examples[i] for i in chosen], self.task, self.pad_token_id)

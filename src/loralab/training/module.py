@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from loralab.adapters.hooks import BatchSlice
+from loralab.data.base import FORGETTING
 from loralab.data.passes import BatchShape, Feed, Pass, Weighing, heaviest, heaviest_evaluation
 from loralab.errors import ConfigError
 from loralab.forward.metrics import SplitMetrics
@@ -25,7 +26,8 @@ from loralab.training.trainer import TrainerSpec
 from loralab.training.trial import Trial
 
 PAUSE = "pause"  # prefix of the scores of a paused trial, which are no validation of its training
-SPLITS = {"val": "validation", "test": "test", PAUSE: "validation"}  # by the prefix of their metrics
+# by the prefix of their metrics
+SPLITS = {"val": "validation", "test": "test", PAUSE: "validation", FORGETTING: FORGETTING}
 
 
 class FineTuner(LightningModule):
@@ -232,7 +234,7 @@ class FineTuner(LightningModule):
     def heaviest_evaluation(self) -> int | None:
         """The number of the heaviest pass over the split that is scored next; None where there is no pass."""
         split = SPLITS[self.split]
-        parts = [(t.data[split], t.spec.data.batch_size) for t in self.trials if t.failure is None]
+        parts = [trial.evaluated(split) for trial in self.trials if trial.failure is None]
         numbered = heaviest_evaluation(parts, self.weighing)
         return None if numbered is None else numbered[0]
 

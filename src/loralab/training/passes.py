@@ -34,11 +34,11 @@ class EvaluationPasses:
         self.trials, self.split = trials, split
 
     def __len__(self) -> int:
-        return max(-(-len(trial.data[self.split]) // trial.spec.data.batch_size) for trial in self.trials)
+        return max(-(-len(rows) // size) for rows, size in (trial.evaluated(self.split) for trial in self.trials))
 
     def __iter__(self) -> Iterator[dict[int, Batch]]:
         streams = {
-            index: trial.data_cursor.evaluation_batches(self.split)
+            index: trial.data_cursor.evaluation_batches(*trial.evaluated(self.split))
             for index, trial in enumerate(self.trials)
             if trial.failure is None
         }

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loralab.adapters.base import Adapter
 from loralab.adapters.hooks import mix
-from loralab.data.encoding import Encoded
+from loralab.data.base import FORGETTING
+from loralab.data.encoding import Encoded, Example
 from loralab.errors import DivergedError, LoralabError
 from loralab.optim.optimizers import State
 from loralab.records.jsonl import MetricsFile, rows
@@ -57,6 +58,7 @@ class Trial:
     optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
     callback_states: dict[str, Any] = field(default_factory=dict)  # {callback: its state_dict} after the last step
     merges_rows: bool = False  # rows of one step are written as one, once the step is over
+    bare_scores: dict[str, float] = field(default_factory=dict)  # of the base without any adapter on data.forgetting
     last: Best | None = None  # the last state, where the adapter was set back to the best one
     best: Best | None = None  # of the validations so far, where trainer.keep_best
 
@@ -110,6 +112,11 @@ class Trial:
         if self.step < self.spec.trainer.decisive.get("min_steps", 0):
             return None
         return next((rule for rule in self.stops if rule.stopped), None)
+
+    def evaluated(self, split: str) -> tuple[Sequence[Example], int]:
+        """The rows of ``split`` and how many of them are scored in a batch; none where the trial has no such rows."""
+        data = self.spec.data.forgetting if split == FORGETTING else self.spec.data
+        return self.data[split], data.batch_size if data is not None else 1
 
     def next_batch(self) -> Batch:
         """The first micro-batch of the next step; the cursor does not move."""
@@ -268,7 +275,8 @@ class Trial:
         """metrics.jsonl in the run folder, and ``mirror``, which is given the rows of an earlier process where it
         ``replays`` them."""
         path = self.spec.folder / "metrics.jsonl"
-        self.loggers = [MetricsFile(path, self.step), mirror]
+        again = ("pause/",) if self.paused else ("val/", "test/")  # scores of this very step
+        self.loggers = [MetricsFile(path, self.step, again), mirror]
         mirrors = [one for one in getattr(mirror, "loggers", [mirror]) if getattr(one, "replays", False)]
         for step, values in rows(path) if mirrors else ():
             for one in mirrors:

@@ -123,7 +123,8 @@ const specified = async (figure, state, width) => {
   spec.autosize = { type: "fit-x", contains: "padding" };
   const label = { labelColor: colourOf("--soft"), titleColor: colourOf("--ink") };
   const narrow = width < 500 ? { axisX: { titleAnchor: "end" } } : {};
-  spec.config = { ...spec.config, ...narrow, background: "transparent", axis: { ...spec.config.axis, ...label, labelLimit: Math.max(90, Math.min(260, width * 0.4)) } };
+  const legend = { ...spec.config.legend, ...label };
+  spec.config = { ...spec.config, ...narrow, legend, background: "transparent", axis: { ...spec.config.axis, ...label, labelLimit: Math.max(90, Math.min(260, width * 0.4)) } };
   return spec;
 };
 
