@@ -40,7 +40,7 @@ def test_a_fault_says_what_happens_and_names_tests_that_there_are(row):
 
 @cache
 def nodes():
-    """(file, node) of the whole package."""
+    """(file, node) of each import and each call of the whole package."""
     files = {str(path.relative_to(SRC)): ast.walk(ast.parse(path.read_text())) for path in sorted(SRC.rglob("*.py"))}
     return [
         (file, node) for file, tree in files.items() for node in tree if isinstance(node, ast.Call | ast.ImportFrom)
@@ -49,8 +49,12 @@ def nodes():
 
 def calls(owner, function):
     """(file, call) of each call of ``owner.function`` in the package."""
-    found = [(file, node) for file, node in nodes() if isinstance(node, ast.Call)]
-    return [(file, node) for file, node in found if ast.unparse(node.func) == f"{owner}.{function}"]
+    found = [(file, node) for file, node in nodes() if isinstance(getattr(node, "func", None), ast.Attribute)]
+    return [(file, node) for file, node in found if _named(node.func) == (owner, function)]
+
+
+def _named(attribute):
+    return getattr(attribute.value, "id", None), attribute.attr
 
 
 def imported(module):

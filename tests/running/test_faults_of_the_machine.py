@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import Interrupted
 from loralab.records import record
 from loralab.running.runner import Runner
@@ -67,6 +68,16 @@ def test_a_disk_that_is_full_for_metrics_is_exit_7(make_spec):
     assert (stored["status"], stored["exit_code"]) == ("failed", 7)
     assert "metrics.jsonl cannot be written: No space left on device" in stored["error"]
     assert record.read(spec.folder)["error"] == stored["error"]
+
+
+@NEEDS_FULL
+def test_a_file_that_cannot_be_closed_leaves_no_adapter_on_the_base(make_spec):
+    specs, runner = [make_spec(name, max_steps=1) for name in ("one", "two")], Runner()
+    for spec in specs:
+        spec.folder.mkdir()
+        (spec.folder / "metrics.jsonl").symlink_to(FULL)
+    assert [stored["exit_code"] for stored in runner.run(specs)] == [7, 7]
+    assert not AdapterHooks.of(runner.inputs._base.model)._hooks
 
 
 @NEEDS_FULL

@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -95,9 +96,10 @@ class Runner:
                     trial.record.pop("pauses", None)
             self._fit(base, trials, started)
         finally:
-            for trial in trials:
-                trial.adapter.detach()
-                trial.close_loggers()
+            with ExitStack() as closing:  # of every trial, whatever another's raises
+                for trial in reversed(trials):
+                    closing.callback(trial.close_loggers)
+                    closing.callback(trial.adapter.detach)
 
     def _fit(self, base: Base, trials: list[Trial], started: float) -> None:
         """Fits until every record is closed: packs that do not run together are divided and go on in parts."""

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -288,10 +289,12 @@ class Trial:
             logger.sync()
 
     def close_loggers(self) -> None:
-        self.write_held()
         interrupted = self.failure is None and self.record["status"] == "running"
-        for logger in self.loggers:
-            logger.finish(self.failure.exit_code if self.failure else STOPPED if interrupted else 0)
+        code = self.failure.exit_code if self.failure else STOPPED if interrupted else 0
+        with ExitStack() as closing:  # each is closed, whatever another raises
+            for logger in reversed(self.loggers):
+                closing.callback(logger.finish, code)
+            self.write_held()
         self.loggers = []
 
     def state_dict(self) -> dict[str, Any]:
