@@ -24,6 +24,8 @@ from loralab.records.record import blank
 from loralab.records.shown import TrialRecord, TrialRecords
 from loralab.training.module import FineTuner
 
+RANKS = ["adapter.r=2,4", "seed=0,1", "sweep.tune=null"]  # the shipped file tunes; these tests are of plain rows
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -35,7 +37,7 @@ def runs(tmp_path_factory):
 def swept(runs, tiny_arguments):
     words = [word for word in tiny_arguments if not word.startswith("adapter.r=")]
     if not runs.exists():
-        loralab.sweep("rank", [*words, "adapter.r=2,4", "seed=0,1", f"hydra.sweep.dir={runs}"])
+        loralab.sweep("rank", [*words, *RANKS, f"hydra.sweep.dir={runs}"])
     return runs
 
 
@@ -106,7 +108,7 @@ def cells(html):
 
 def test_records_and_plans_are_tables_in_a_notebook(swept, tiny_arguments):
     words = [word for word in tiny_arguments if not word.startswith("adapter.r=")]
-    records = loralab.sweep("rank", [*words, "adapter.r=2,4", "seed=0,1", f"hydra.sweep.dir={swept}"])  # read again
+    records = loralab.sweep("rank", [*words, *RANKS, f"hydra.sweep.dir={swept}"])  # read again
     assert [record.folder for record in records] == [swept / record["trial"] for record in records]
     shown = cells(records._repr_html_())
     assert [row["name"] for row in shown] == ["r=2 seed=0", "r=2 seed=1", "r=4 seed=0", "r=4 seed=1"]

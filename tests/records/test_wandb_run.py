@@ -47,7 +47,7 @@ def test_a_packed_sweep_in_wandb(tiny_arguments, tmp_path, monkeypatch):
     words = [word for word in tiny_arguments if not word.startswith(("logger", "adapter.r=", "callbacks"))]
     words += ["logger.mode=offline", "logger.tags=[mine]", "+sweep.tags=[lora,rank]", "plan.record=true"]
     folder = tmp_path / "rank"
-    records = loralab.sweep("rank", [*words, "adapter.r=2,4", "seed=0", f"hydra.sweep.dir={folder}"])
+    records = loralab.sweep("rank", [*words, "adapter.r=2,4", "seed=0", "sweep.tune=null", f"hydra.sweep.dir={folder}"])
     assert [one["pack"]["size"] for one in records] == [2, 2]
     for stored in records:
         run = read(folder / stored["trial"])

@@ -192,4 +192,5 @@ def _ends(interval: tuple[float, float] | None) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{max(0.0, share):.0%}"
+    """An estimate outside 0 and 1, as an unbiased one may be, as the end that it is beyond."""
+    return f"{min(1.0, max(0.0, share)):.0%}"
