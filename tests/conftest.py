@@ -29,6 +29,7 @@ from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
 from loralab.records import record
+from loralab.records.log_file import LogFile
 from loralab.records.wandb import Wandb
 from loralab.training.specs import TrialSpec
 from loralab.training.trainer import TrainerSpec
@@ -91,7 +92,7 @@ def _no_handlers_left():
     before = list(logging.getLogger().handlers)
     yield
     for handler in list(logging.getLogger().handlers):
-        if handler not in before and type(handler) in (logging.StreamHandler, logging.FileHandler):
+        if handler not in before and type(handler) in (logging.StreamHandler, logging.FileHandler, LogFile):
             logging.getLogger().removeHandler(handler)
 
 

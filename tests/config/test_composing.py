@@ -50,7 +50,9 @@ def assert_same(loaders, words):
 def test_the_last_trial_of_every_sweep(loaders, name):
     given = [word for word in sweep_arguments(name, []) if not word.startswith("hydra.")]
     sweep = sweep_files.load(data_root() / "sweeps" / f"{parted(name)[0]}.yaml", parted(name)[1]).sweep
-    trials = axes.trials(quoted(given), *(OmegaConf.to_container(sweep).get(key) for key in ("zip", "when")))
+    trials = axes.trials(
+        axes.at_ends(quoted(given)), *(OmegaConf.to_container(sweep).get(key) for key in ("zip", "when"))
+    )
     loaders[1]._copy_with_values(loaders[2], trials[0])  # a copy, not the one that was composed
     assert_same(loaders, list(trials[-1]))
 

@@ -10,6 +10,13 @@ class LogFile(logging.FileHandler):
 
     _said = False
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a line; logging opens the file with the first one, whose folder may be gone by then."""
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
