@@ -37,6 +37,8 @@ FENCES = {
     "rich": {"cli", "reporting", "training"},
     "filelock": {"records"},
     "optuna": {"scheduling", "hydra_plugins"},
+    "submitit": {"scheduling", "hydra_plugins"},
+    "ray": {"scheduling", "hydra_plugins"},
     "altair": {"reporting", "api"},
     "vl_convert": {"reporting"},
     "pandas": {"analysis", "reporting", "api"},

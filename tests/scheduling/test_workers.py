@@ -13,6 +13,7 @@ from forked import Forked
 
 from loralab.cli import main
 from loralab.records import record
+from loralab.running import runner
 from loralab.scheduling import workers
 
 WORDS = ["hydra/launcher=packed", "data.limit=6", "trainer.max_steps=3", "hydra.launcher.token_budget=110"]
@@ -88,13 +89,57 @@ def test_two_devices_give_what_one_process_gives_and_a_failing_trial_its_own_cod
     assert all(after[trial] == one for trial, one in done.items())
 
 
-def test_what_a_process_that_died_has_left_runs_in_this_one(sweep, start, capsys):
-    start(device_0=copied, device_1=lambda command, env: Forked(lambda: os.kill(os.getpid(), signal.SIGKILL)))
+def test_what_a_process_that_died_has_left_runs_once_more_in_another(sweep, start, capsys):
+    begun = iter([lambda: os.kill(os.getpid(), signal.SIGKILL)])
+
+    def once(command, env):
+        return Forked(next(begun), env=env) if env["CUDA_VISIBLE_DEVICES"] == "1" else copied(command, env)
+
+    def dying(command, env):
+        start(device_0=copied, device_1=copied)
+        return once(command, env)
+
+    start(device_0=copied, device_1=dying)
     code, records = sweep("s", "seed=0,1,2,3", names="0,1")
     assert code == 0
     assert [one["status"] for one in records.values()] == ["completed"] * 4
-    assert len({one["pid"] for one in records.values()} - {os.getpid()}) == 1
-    assert "the process of device 1 ended with code -9; 2 of its trials run in this one" in capsys.readouterr().err
+    assert os.getpid() not in {one["pid"] for one in records.values()}
+    message = capsys.readouterr().err
+    assert re.search(r"process \d+ of device 1 has ended: signal 9 ended it; 2 of its trials run again", message)
+
+
+def test_a_trial_that_kills_its_process_twice_has_failed_and_takes_no_other_down(sweep, start, tmp_path, capsys):
+    def deadly(command, env):
+        return Forked(lambda: _killed_by_seed_2(Path(command[-1])), env=env)
+
+    start(device_0=deadly, device_1=deadly)
+    code, records = sweep("s", "seed=0,1,2,3", names="0,1")
+    assert code == 4
+    by_seed = {one["seed"]: one for one in records.values()}
+    assert {seed: one["status"] for seed, one in by_seed.items()} == {
+        **{0: "completed", 1: "completed"},
+        **{2: "failed", 3: "completed"},
+    }
+    assert "its process died twice, at last as process" in by_seed[2]["error"]
+    assert "signal 9 ended it" in by_seed[2]["error"]
+    assert sorted(entry["status"] for entry in record.read_sweep(tmp_path / "s")["trials"]) == [
+        *["completed"] * 3,
+        "failed",
+    ]
+    assert not list((tmp_path / "s").glob("device-*.json"))
+
+
+def _killed_by_seed_2(path):
+    """The process of a device, which the kernel kills as soon as a trial of seed 2 is fitted."""
+    real = runner.Runner._fit
+
+    def fit(self, base, trials, started):
+        if any(trial.spec.seed == 2 for trial in trials):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, base, trials, started)
+
+    runner.Runner._fit = fit
+    return workers.main(path)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ class Job:
         except ArtifactError as error:  # of a later version of loralab, or damaged: kept under another name
             return None, str(error)
         if stored["status"] != "completed":
-            paused = stored["trial"] == self.trial and self._pause(stored) is not None
+            paused = stored["trial"] == self.trial and self.has_paused(stored)
             return (stored, staleness.outdated(stored, self.content)) if paused else (None, "")
         if stored["trial"] != self.trial:
             self.spec()  # settings that are not valid have no trial's id: what is wrong with them comes first
@@ -177,6 +177,10 @@ class Job:
             return float((pause or {}).get(name, math.nan))
         value = stored["metrics"].get(name) if stored["status"] == "completed" else None
         return None if value is None else float(value)
+
+    def has_paused(self, stored: Record) -> bool:
+        """Whether a record has the pause that this trial is to make."""
+        return self.until is not None and self._pause(stored) is not None
 
     def _pause(self, stored: Record) -> dict[str, Any] | None:
         """The scores that a record has of the pause that this trial is to make; None where it has not made it."""

@@ -17,6 +17,7 @@ from loralab.config.compose import plain, plain_sweep
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.scheduling import executor_settings, opening
 from loralab.scheduling.claims import named_by
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.session import Session
@@ -131,15 +132,27 @@ def job_return(job: Job, stored: Record) -> JobReturn:
     )
 
 
-def checked_options(pack: str, token_budget: int | None, memory_budget: float | None) -> PackOptions:
-    """Raises ConfigError for an unknown policy or a budget that holds nothing."""
+def checked_options(
+    pack: str,
+    token_budget: int | None,
+    memory_budget: float | None,
+    executor: str = "local",
+    keys: Mapping[str, Any] | None = None,
+) -> PackOptions:
+    """``keys``: those of the executors. Raises ConfigError for an unknown policy, a budget that holds nothing, or an
+    executor that this machine cannot use. Nothing is started or submitted."""
     if pack not in ("auto", "off"):
         raise ConfigError(f"hydra.launcher.pack={pack!r} is unknown; {nearest(str(pack), ('auto', 'off'))}")
     if token_budget is not None and token_budget < 1:
         raise ConfigError(f"hydra.launcher.token_budget must be at least 1 token, got {token_budget}")
     if memory_budget is not None and not 0 < memory_budget < math.inf:
         raise ConfigError(f"hydra.launcher.memory_budget must be a positive number of GiB or null, got {memory_budget}")
-    return PackOptions(pack == "auto", token_budget, memory_budget)
+    given = {
+        key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in (keys or {}).items()
+    }
+    settings = executor_settings.checked(executor, given)
+    opening.check(settings)
+    return PackOptions(pack == "auto", token_budget, memory_budget, settings)
 
 
 def jobs_of(folder: Path, configs: Sequence[DictConfig]) -> list[Job]:

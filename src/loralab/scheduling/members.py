@@ -19,7 +19,9 @@ SHARE_OF_FREE = {"cpu": 0.8, "cuda": 0.9}  # what packs may take where no memory
 class Members:
     """Makes Member objects. The memory of trials that differ only in seed or rate is estimated once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
+        """``device``: cpu or cuda, what trials will run on; None: what each has here."""
+        self.device = device
         self._costs: dict[Any, tuple[int, int]] = {}
 
     def member(self, spec: TrialSpec, data: Any) -> Member:
@@ -53,7 +55,7 @@ class Members:
             length,
         )
         if key not in self._costs:
-            device = spec.trainer.device
+            device = self.device or spec.trainer.device
             try:
                 single, pair = (estimate([spec] * count, device, length=length) for count in (1, 2))
                 self._costs[key] = (2 * single - pair, pair - single)

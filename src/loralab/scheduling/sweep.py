@@ -1,11 +1,12 @@
 """Runs the trials of a sweep: finished ones are skipped, the others run in packs."""
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from loralab.config import staleness
 from loralab.data.base import FORGETTING
 from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.records import record
-from loralab.scheduling import workers
+from loralab.scheduling import executors, opening
+from loralab.scheduling.executor_settings import Local, Settings
 from loralab.scheduling.job import Job, Record
-from loralab.scheduling.packs import TOKEN_BUDGET, Pack, halves, plan, spread
+from loralab.scheduling.packs import TOKEN_BUDGET, Pack, halves, plan
 from loralab.scheduling.sweep_file import SweepFile, status_of
 from loralab.scheduling.train_log import train_logs
 from loralab.scheduling.watching import watched
@@ -31,11 +33,13 @@ FAILED = ("failed", "out_of_memory", "diverged")
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How trials are packed. ``token_budget`` (tokens of a pass), ``memory_budget`` (GiB): None takes the device's."""
+    """How trials are packed, and where packs run. ``token_budget`` (tokens of a pass), ``memory_budget`` (GiB): None
+    takes the device's."""
 
     pack: bool = True
     token_budget: int | None = None
     memory_budget: float | None = None
+    executor: Settings = field(default_factory=Local)
 
 
 class Sweep:
@@ -86,14 +90,7 @@ class Sweep:
             self._run_pack(list(pack))
 
     def _launch(self, waiting: list[Job], launch: Callable[[list[Job]], None]) -> None:
-        def begin(job: Job) -> None:
-            if self.sweep_file is not None:
-                self.sweep_file.set(job.trial, "running")
-
-        def close(job: Job, stored: Record) -> None:
-            self._close(job, stored, _clock(stored["time"]["wall_s"] or 0.0))
-
-        with watched(waiting, close, begin):
+        with watched(waiting, self._close_elsewhere, lambda job: self._show(job, "running")):
             launch(waiting)
 
     def _left(self, unfinished: list[Job]) -> list[Job]:
@@ -129,31 +126,32 @@ class Sweep:
         log.info("[%s] %s  %s  %s", place, self.sweep_file.label(job), score, state, extra={"trial": job.trial})
 
     def _run_waiting(self, waiting: list[Job], options: PackOptions) -> None:
-        """Runs ``waiting`` in packs: on all GPUs where there are several, and then here what is left of them."""
+        """Runs ``waiting`` in packs: here, or by the executor."""
         for job in waiting:
             job.memory_budget = options.memory_budget
-        packs = [[job] for job in waiting]
+        packs, weights, device = [[job] for job in waiting], [1] * len(waiting), "cpu"
         if (len(waiting) > 1 and options.pack) or options.memory_budget is not None:
             planner = _Planner(waiting, self.make_runner(), options)
             for trial, error in planner.refused.items():
                 job = planner.jobs[trial]
                 self._close(job, job.refuse(error))
-            packs = planner.packs()
-            names = workers.devices(planner.device)
-            if names and len(packs) > 1:
-                self._run_on_devices(packs, planner.weights(packs), names)
+            packs, device = planner.packs(), planner.device
+            weights = planner.weights(packs)
+        if not packs:
+            return
+        executor = opening.executor(options.executor, self.folder, device, len(packs))
+        if executor is not None:
+            executors.run(executor, packs, weights, self._close_elsewhere, self._show)
+            return
         for pack in packs:
-            if left := [job for job in pack if job.trial not in self.records]:
-                self._run_pack(left)
+            self._run_pack(pack)
 
-    def _run_on_devices(self, packs: list[list[Job]], weights: list[int], names: Sequence[str]) -> None:
-        """Runs ``packs`` in a process for each GPU; ``weights``: tokens of each pack."""
-        shares = spread(weights, len(names))
+    def _close_elsewhere(self, job: Job, stored: Record) -> None:
+        self._close(job, stored, _clock(stored["time"]["wall_s"] or 0.0))
 
-        def close(job: Job, stored: Record) -> None:
-            self._close(job, stored, _clock(stored["time"]["wall_s"] or 0.0))
-
-        workers.run([[packs[i] for i in share] for share in shares], names, close)
+    def _show(self, job: Job, status: str) -> None:
+        if self.sweep_file is not None:
+            self.sweep_file.set(job.trial, status)
 
     def _run_pack(self, jobs: list[Job]) -> None:
         """Runs a pack. One that fails as a whole is run again in halves (memory) or trial by trial."""
@@ -206,14 +204,15 @@ class _Planner:
         from loralab.training.epochs import settled
 
         self.jobs, self.runner = {job.trial: job for job in waiting}, runner
-        self.device, members = "cpu", Members()
+        elsewhere = options.executor.device
+        self.device, members = "cpu", Members(elsewhere)
         self.members, self.refused = [], dict[str, LoralabError]()
         self.specs: dict[str, TrialSpec] = {}  # of the trials that can be built and read
         for job in waiting:
             try:
                 rows = runner.inputs.rows(job.spec())
                 spec = self.specs[job.trial] = settled(job.spec(), rows)
-                self.device = spec.trainer.device
+                self.device = elsewhere or spec.trainer.device
                 member = members.member(spec, rows)
             except LoralabError:
                 continue
@@ -223,7 +222,9 @@ class _Planner:
             else:
                 self.members.append(member)
         tokens = (options.token_budget or TOKEN_BUDGET[self.device]) if options.pack else 1
-        self.planned: list[Pack] = plan(self.members, tokens, room(self.device, options.memory_budget))
+        budget = options.memory_budget or options.executor.memory_gib
+        known = elsewhere is None or budget  # the memory of another machine is not
+        self.planned: list[Pack] = plan(self.members, tokens, room(self.device, budget) if known else math.inf)
 
     def packs(self) -> list[list[Job]]:
         """All trials but the refused ones; packs in the order of their first trials."""

@@ -1,15 +1,33 @@
 """Watches the records of trials that other processes run."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from loralab.errors import ArtifactError
+from loralab.records import record
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.sweep_file import status_of
-from loralab.scheduling.workers import news, written
 
 POLL = 0.5  # seconds
+
+
+def written(job: Job) -> int:
+    """When the job's record was written, in ns; 0 where there is none."""
+    path = job.folder / record.RESULT
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def news(waiting: Sequence[Job], before: Mapping[str, int]) -> Iterator[tuple[Job, Record]]:
+    """Those of ``waiting`` whose record was written since ``before`` {trial: ``written`` then}, with it."""
+    for job in list(waiting):
+        if written(job) == before[job.trial]:
+            continue
+        try:
+            stored = record.read(job.folder)
+        except ArtifactError:  # it is not whole
+            continue
+        yield job, stored
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""Packs on several GPUs: a process for each card, which sees that card alone and keeps its own base.
+"""Packs on several GPUs of this machine: a process for each card, which sees that card alone and keeps its own base.
 
-CUDA_VISIBLE_DEVICES is set before the process starts. Results come back as records only: the parent reads them, logs
-a line for each trial and runs itself what a process that died has not finished.
+CUDA_VISIBLE_DEVICES is set before the process starts.
 """
 
 import json
@@ -10,23 +9,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ArtifactError, Interrupted
-from loralab.records import record
 from loralab.records.log_file import LogFile
-from loralab.records.secrets import MaskedFormatter
+from loralab.scheduling import tasks
+from loralab.scheduling.executors import End, Pack, Task
 from loralab.scheduling.job import Job
-
-log = logging.getLogger(__name__)
+from loralab.scheduling.packs import spread
 
 STAND_IN = "LORALAB_DEVICES"  # names of devices in place of torch's, for tests
-SETTLED = ("completed", "diverged", "pruned")  # anything else may be tried again, alone
-POLL = 0.2  # seconds
 
 
 def devices(device: str) -> list[str]:
@@ -45,112 +39,79 @@ def _split(names: str) -> list[str]:
 
 
 @dataclass
-class Worker:
-    """A process and the trials it has not settled yet."""
+class _Worker:
+    """``asked``: the file with its trials, whose settings may hold secrets: it goes with the process."""
 
     device: str
-    process: subprocess.Popen[bytes]
-    waiting: list[Job]
-    before: dict[str, int]  # trial -> time of the record it had
-    asked: Path  # the file with its trials, whose settings may hold secrets: it goes with the process
-
-    def settled(self) -> Iterator[tuple[Job, dict[str, Any]]]:
-        """Trials with a new record that is final; once the process has ended, with any new record.
-
-        They are removed from ``waiting``.
-        """
-        ended = self.process.poll() is not None
-        for job, stored in news(self.waiting, self.before):
-            if stored["status"] in SETTLED or (ended and stored["status"] != "running"):
-                self.waiting.remove(job)
-                yield job, stored
+    process: Any = None
+    asked: Path | None = None
 
 
-def run(
-    shares: Sequence[Sequence[Sequence[Job]]],
-    names: Sequence[str],
-    close: Callable[[Job, dict[str, Any]], None],
-) -> None:
-    """Runs ``shares``, the packs of each device of ``names``, and calls ``close`` for each trial with a final record.
+class LocalExecutor:
+    """A process for each of ``names``, with its share of the packs."""
 
-    Returns when all processes have ended. An exception stops them, waits for them and is raised again.
-    """
-    workers = [_start(list(packs), name) for packs, name in zip(shares, names, strict=True) if packs]
-    try:
-        while True:
-            ended = all(worker.process.poll() is not None for worker in workers)
-            for worker in workers:
-                for job, stored in worker.settled():
-                    close(job, stored)
-            if ended:
-                break
-            time.sleep(POLL)
-    except BaseException as error:
-        number = getattr(error, "exit_code", 0) - 128 if isinstance(error, Interrupted) else signal.SIGTERM
-        for worker in workers:
+    poll = 0.2
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def share(self, packs: list[Pack], weights: Sequence[int]) -> list[Task]:
+        shares = spread(weights, len(self.names))
+        given = [(name, [packs[place] for place in share]) for name, share in zip(self.names, shares, strict=True)]
+        return [Task(own, handle=_Worker(name)) for name, own in given if own]
+
+    def retry(self, task: Task, packs: list[Pack]) -> list[Task]:
+        return [Task(packs, handle=_Worker(task.handle.device))]
+
+    def adopt(self, waiting: Sequence[Job]) -> list[Task]:
+        return []
+
+    def start(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            _start(task)
+
+    def over(self, tasks: Sequence[Task]) -> list[tuple[Task, End]]:
+        return [(task, _end(task)) for task in tasks if task.handle.process.poll() is not None]
+
+    def stop(self, tasks: Sequence[Task], number: int) -> None:
+        started = [task.handle for task in tasks if task.handle.process is not None]
+        for worker in started:
             worker.process.send_signal(number)
-        for worker in workers:
+        for worker in started:
             worker.process.wait()
-        raise
-    finally:
-        for worker in workers:
             worker.asked.unlink(missing_ok=True)
-    for worker in workers:
-        if worker.waiting:
-            code = worker.process.returncode
-            text = "the process of device %s ended with code %d; %d of its trials run in this one"
-            log.warning(text, worker.device, code, len(worker.waiting))
+
+    def close(self) -> None:
+        return None
 
 
-def _start(packs: Sequence[Sequence[Job]], name: str) -> Worker:
-    jobs = [job for pack in packs for job in pack]
-    path = jobs[0].folder.parent / f"device-{name}.json"
-    path.write_text(json.dumps({"packs": [[job.as_json() for job in pack] for pack in packs]}))
-    before = {job.trial: written(job) for job in jobs}
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name}
-    process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
-    log.info("device %s: %d trials in %d packs, process %d", name, len(jobs), len(packs), process.pid)
-    return Worker(name, process, jobs, before, path)
+def _start(task: Task) -> None:
+    worker: _Worker = task.handle
+    path = task.packs[0][0].folder.parent / f"device-{worker.device}.json"
+    path.write_text(json.dumps(tasks.content(task.packs, task.before)))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": worker.device}
+    command = [sys.executable, "-m", "loralab.scheduling.workers", str(path)]
+    worker.asked, worker.process = path, subprocess.Popen(command, env=environment)
+    task.name, task.log = f"process {worker.process.pid} of device {worker.device}", str(path.with_suffix(".log"))
 
 
-def written(job: Job) -> int:
-    """When the job's record was written, in ns; 0 where there is none."""
-    path = job.folder / record.RESULT
-    return path.stat().st_mtime_ns if path.is_file() else 0
-
-
-def news(waiting: Sequence[Job], before: Mapping[str, int]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Those of ``waiting`` whose record was written since ``before`` {trial: ``written`` then}, with it."""
-    for job in list(waiting):
-        if written(job) == before[job.trial]:
-            continue
-        try:
-            stored = record.read(job.folder)
-        except ArtifactError:  # it is not whole
-            continue
-        yield job, stored
+def _end(task: Task) -> End:
+    worker: _Worker = task.handle
+    worker.asked.unlink(missing_ok=True)  # type: ignore[union-attr]
+    code = worker.process.returncode
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        return End(f"signal {code - 128} stopped it", "cancelled")
+    return End(f"signal {-code} ended it" if code < 0 else f"it ended with code {code}")
 
 
 def main(path: Path) -> int:
-    """The process of one device: its packs one after the other, over a base that stays loaded."""
-    from loralab.scheduling.session import Session
+    """The process of one device."""
     from loralab.scheduling.signals import listen
-    from loralab.scheduling.sweep import Sweep
 
     listen()
     file, terminal = LogFile(path.with_suffix(".log")), logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
-    logging.basicConfig(level=logging.INFO, handlers=[file, terminal])
-    for handler in (file, terminal):
-        handler.setFormatter(MaskedFormatter("%(asctime)s %(message)s"))
-    content = json.loads(path.read_text())
-    log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
-    try:
-        packs = [[Job.from_json(stored) for stored in pack] for pack in content["packs"]]
-        Sweep(path.parent, [], Session(fresh=False, many=True).runner).run_packs(packs)
-    except Interrupted as stopped:
-        return stopped.exit_code
-    return 0
+    return tasks.perform(json.loads(path.read_text()), [file, terminal])
 
 
 if __name__ == "__main__":
