@@ -20,6 +20,7 @@ from loralab.scheduling.executor_settings import Slurm
 from loralab.scheduling.executors import End, Pack, Task
 from loralab.scheduling.job import Job
 from loralab.scheduling.slurm_task import SlurmTask
+from loralab.scheduling.watching import news
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,8 @@ class SlurmExecutor:
                     self._say(f"{task.name} waits in Slurm's queue: {reason}")
                 continue
             first = self._since.setdefault(task.handle, self._asked)
-            if self._asked - first >= (SLOW_DISK if state == "COMPLETED" else ASKED_EVERY):
+            patience = SLOW_DISK if state == "COMPLETED" and not _has_told(task) else ASKED_EVERY
+            if self._asked - first >= patience:
                 ended.append((task, _end(state or slurm_commands.accounted(task.handle), self.settings)))
         self._forget([task for task, _ in ended])
         return ended
@@ -228,6 +230,12 @@ def check_not_queued(folder: Path, executor: str) -> None:
             f"{folder}: Slurm still has the jobs {', '.join(left)} of this sweep, for which executor={executor} does"
             f" not wait; valid: hydra.launcher.executor=slurm, which does, or scancel {' '.join(left)}"
         )
+
+
+def _has_told(task: Task) -> bool:
+    """Whether the end of all its trials is in their records."""
+    over = [job for job, stored in news(task.waiting, task.before) if tasks.is_over(job, stored)]
+    return len(over) == len(task.waiting)
 
 
 def _end(state: str, settings: Slurm) -> End:

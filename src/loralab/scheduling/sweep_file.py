@@ -37,14 +37,14 @@ class SweepFile:
 
     def set(self, trial: str, status: str) -> None:
         entry = self._entries[trial]
-        if entry["status"] != status:
-            entry["status"] = status
-            if time.monotonic() - self._written >= WRITTEN_EVERY:
-                self.flush()
+        self._stale = self._stale or entry["status"] != status
+        entry["status"] = status
+        if self._stale and time.monotonic() - self._written >= WRITTEN_EVERY:
+            self.flush()
 
     def flush(self) -> None:
         record.write_sweep(self.folder, self.content)
-        self._written = time.monotonic()
+        self._written, self._stale = time.monotonic(), False
 
     def label(self, job: Job) -> str:
         """The overrides of the swept axes; all overrides where the trial has none of them."""
