@@ -56,7 +56,8 @@ class Cluster:
         for job, process in self.jobs.items():
             code = process.poll()
             state = "RUNNING" if code is None else "COMPLETED" if code == 0 else "FAILED"
-            self.states.setdefault(job, state) if code is not None else self.states.update({job: state})
+            if self.states.get(job) != "CANCELLED":
+                self.states[job] = state
         return "".join(f"{job}|{state}|None\n" for job, state in self.states.items())
 
     def executor(self, folder):
@@ -93,6 +94,12 @@ def _job(pickled):
     except SystemExit as left:
         return left.code
     return 0
+
+
+def _late(signal_file, pickled):
+    while not signal_file.exists():
+        time.sleep(0.01)
+    return _job(pickled)
 
 
 @pytest.fixture
@@ -172,12 +179,15 @@ def test_a_killed_job_is_submitted_once_more_and_a_job_that_dies_twice_does_not_
     }
 
 
-def test_jobs_of_an_earlier_call_are_waited_for_and_not_submitted_again(cluster, sweep, tmp_path, capsys):
+@pytest.mark.slow
+def test_jobs_of_an_earlier_call_are_waited_for_and_not_submitted_again(cluster, sweep, tmp_path, capsys, monkeypatch):
     assert sweep("s", "seed=0,1")[0] == 0
     (_, (function,)), folder = cluster.submitted[0], tmp_path / "s"
     for place in record.find(folder):
         (place / record.RESULT).unlink()
-    job = Forked(lambda: time.sleep(1) or _job(pickle.dumps(function)), env={"SLURM_JOB_ID": "77"})
+    job = Forked(lambda: _late(folder / "adopted", pickle.dumps(function)), env={"SLURM_JOB_ID": "77"})
+    adopt = slurm.SlurmExecutor.adopt
+    monkeypatch.setattr(slurm.SlurmExecutor, "adopt", lambda *given: ((folder / "adopted").touch(), adopt(*given))[1])
     cluster.jobs["77"] = job
     record.replace(folder / slurm.FILE, {"jobs": [{"job": "77", "log": "x", "before": function.content["before"]}]})
     with pytest.MonkeyPatch.context() as patch:
@@ -191,6 +201,7 @@ def test_jobs_of_an_earlier_call_are_waited_for_and_not_submitted_again(cluster,
     assert not (folder / slurm.FILE).exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_cancels_the_jobs_which_write_where_they_stand(cluster, tiny_arguments, tmp_path):
     words = [word for word in tiny_arguments if not word.startswith(("callbacks", "trainer.max_steps"))]
     words = ["train", "-m", *words, *WORDS[:2], "trainer.max_steps=100000", "hydra.sweep.dir=s", "seed=0,1"]
@@ -359,14 +370,14 @@ def test_a_task_that_slurm_does_not_requeue_ends(in_job, cluster):
         (["partition=lwo"], "hydra.launcher.partition=lwo does not exist; valid: high, low"),
         (["timeout_min=481"], "hydra.launcher.timeout_min=481 is more than partition low allows; valid: at most 480"),
         (["signal_delay_s=100", "timeout_min=3"], "signal_delay_s=100 is more than half of the 180 s"),
-        (["mem_gb=0"], "hydra.launcher.mem_gb must be a positive number of GiB, got 0"),
+        (["mem_gb=0"], "hydra.launcher.mem_gb must be a positive number of GiB or null, got 0"),
         (["num_gpus=0.5"], "hydra.launcher.num_gpus=0.5 is a key of executor=ray"),
         (["additional_parameters={signal: USR1}"], "additional_parameters.signal=USR1 is set by"),
         (
             ["executor=slrum"],
             "hydra.launcher.executor='slrum' is unknown; did you mean slurm? valid: local, ray, slurm",
         ),
-        (["partiton=low"], "hydra.launcher.partiton is not an option; did you mean partition?"),
+        (["partiton=low"], "hydra.launcher.partiton is not an option of PackedLauncherConf"),
     ],
 )
 def test_wrong_keys_are_exit_2_before_anything_is_submitted(cluster, sweep, capsys, keys, message):
