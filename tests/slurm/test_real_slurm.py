@@ -37,7 +37,7 @@ def node(tmp_path_factory):
 def words(tiny_arguments):
     """A sweep of two trials, long enough to be disturbed; a checkpoint is written when it is."""
     kept = [word for word in tiny_arguments if not word.startswith(("callbacks", "trainer.max_steps"))]
-    return ["train", "-m", *kept, "hydra.sweep.dir=s", "seed=0,1", "trainer.max_steps=1500"]
+    return ["train", "-m", *kept, "hydra.sweep.dir=s", "seed=0,1", "trainer.max_steps=400"]
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def assert_equal_bits(folder, other, weights):
             for place in (folder, other)
         ]
         assert curves[0] == curves[1]
-        assert len({step for step, _ in curves[0]}) == len(curves[0]) == 1500
+        assert len({step for step, _ in curves[0]}) == len(curves[0]) == 400
 
 
 def test_packs_are_array_tasks_that_are_throttled_and_each_has_its_gpu(words, launch, tmp_path, capfd):
@@ -157,8 +157,8 @@ def test_packs_are_array_tasks_that_are_throttled_and_each_has_its_gpu(words, la
 
 def test_a_task_that_is_killed_goes_on_in_another_job_with_equal_bits(words, launch, tmp_path, weights, undisturbed):
     expected = undisturbed(words)
-    launcher = launch([*words, "callbacks.checkpoint.every_n_steps=50"])
-    until(lambda: steps(tmp_path) > 120)
+    launcher = launch([*words, "callbacks.checkpoint.every_n_steps=20"])
+    until(lambda: steps(tmp_path) > 60)
     (job,) = jobs(tmp_path)
     os.kill(next(iter(records(tmp_path).values()))["pid"], signal.SIGKILL)
     assert launcher.wait(240) == 0, (tmp_path / "said").read_text()
@@ -166,7 +166,7 @@ def test_a_task_that_is_killed_goes_on_in_another_job_with_equal_bits(words, lau
         f"Slurm's job {job} has ended: its state is FAILED; 2 of its trials run again"
         in (tmp_path / "said").read_text()
     )
-    assert all(one["resumed_from"] >= 100 for one in records(tmp_path).values())
+    assert all(one["resumed_from"] >= 40 for one in records(tmp_path).values())
     assert_equal_bits(tmp_path, expected, weights)
 
 
@@ -176,7 +176,9 @@ def test_a_task_that_is_killed_twice_is_a_failed_record_and_no_launcher_that_han
         pid = until(lambda: [one["pid"] for one in records(tmp_path).values() if one["status"] == "running"])[0]
         os.kill(pid, signal.SIGKILL)
         until(
-            lambda pid=pid: all(one["pid"] != pid or one["status"] != "running" for one in records(tmp_path).values())
+            lambda pid=pid: all(
+                one.get("pid") != pid or one["status"] != "running" for one in records(tmp_path).values()
+            )
         )
     assert launcher.wait(120) == 4
     (stored,) = records(tmp_path).values()
@@ -194,7 +196,7 @@ def restart_at_once(job):
 def test_a_preempted_task_is_requeued_and_ends_with_equal_bits(words, launch, tmp_path, weights, undisturbed):
     expected = undisturbed(words)
     launcher = launch(words, partition="low")
-    until(lambda: steps(tmp_path) > 120)
+    until(lambda: steps(tmp_path) > 60)
     (job,) = jobs(tmp_path)
     urgent = slurm("sbatch", "--parsable", "-p", "high", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 5").strip()
     until(lambda: queue(job)[0] == "PENDING")
@@ -205,14 +207,14 @@ def test_a_preempted_task_is_requeued_and_ends_with_equal_bits(words, launch, tm
     restart_at_once(job)
     assert launcher.wait(240) == 0, (tmp_path / "said").read_text()
     assert queue(job)[1] == 1
-    assert all(one["resumed_from"] > 120 for one in records(tmp_path).values())
+    assert all(one["resumed_from"] > 60 for one in records(tmp_path).values())
     assert_equal_bits(tmp_path, expected, weights)
 
 
 def test_usr2_of_the_time_limit_requeues_too(words, launch, tmp_path, weights, undisturbed):
     expected = undisturbed(words)
     launcher = launch(words)
-    until(lambda: steps(tmp_path) > 120)
+    until(lambda: steps(tmp_path) > 60)
     (job,) = jobs(tmp_path)
     slurm("scancel", "--signal=USR2", job)
     restart_at_once(job)
