@@ -33,6 +33,7 @@ class SweepFile:
         self._entries = {entry["trial"]: entry for entry in trials}
         present = [entry["trial"] for entry in trials if not entry.get("earlier")]
         self.places = {trial: place for place, trial in enumerate(present, 1)}
+        self._stale = False  # whether the file lacks a status
         self.flush()
 
     def set(self, trial: str, status: str) -> None:
