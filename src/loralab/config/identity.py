@@ -18,7 +18,7 @@ ID_LENGTH = 10
 VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # sections that do not change what a trial computes
 LIBRARIES = ("loralab.", "lightning.pytorch.", "pytorch_lightning.")  # whose callbacks do not either, but for a few
 VOLATILE_KEYS = {
-    "trainer": ("test", "passed", "until"),
+    "trainer": ("test", "passed", "until", "strategy", "devices"),
     "data": ("forgetting",),
     "memory": ("snapshot",),
 }  # nor do these: what else is measured, where it goes

@@ -129,6 +129,7 @@ class EnvironmentSection(TypedDict, total=False):
     cpu: Text
     gpu: Text
     threads: Number
+    processes: Number  # that trained it together
 
 
 class CodeSection(TypedDict, total=False):

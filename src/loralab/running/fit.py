@@ -8,6 +8,7 @@ from typing import Any
 from loralab.adapters.hooks import NotPackable
 from loralab.data.base import FORGETTING
 from loralab.errors import LoralabError, OutOfMemory, explain
+from loralab.forward.stacked import ForwardMode
 from loralab.models.loading import Base
 from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight, predicted
@@ -18,7 +19,7 @@ from loralab.records.wandb import Wandb
 from loralab.running.attach import attach_adapter
 from loralab.running.finish import choose, finish, generate, pause
 from loralab.running.forgetting import compare
-from loralab.training import observer
+from loralab.training import observer, together
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.first_batch import FirstBatch
 from loralab.training.lightning_rows import LightningRows
@@ -41,9 +42,12 @@ class Fit:
         named = made(self.spec)
         self.callbacks = [*named.values(), *self.spec.memory.callbacks()]
         # quantized layers that are not packable take scales over whole sequences, which a cached prefix would split
-        prefix_bytes = self.spec.memory.prefix_bytes if self.spec.quantization.packable else 0
+        keeps = self.spec.quantization.packable and not self.spec.trainer.spreads
+        prefix_bytes = self.spec.memory.prefix_bytes if keeps else 0
         unpad = self.spec.memory.spiky_every is None  # spikes are made of padding, which must be computed
         self.module = FineTuner(base.model, trials, prefix_bytes, base.prefix_states, unpad)
+        if self.spec.trainer.spreads:  # the checks of other ways would have to come out alike in all processes
+            self.module.forward_pass.mode = ForwardMode()
         self.module.others = {name: callback for name, callback in named.items() if not observer.is_own(callback)}
         self.logs = not all(map(observer.is_loralabs, named.values()))  # callbacks that may log by Lightning's ways
         self.optimizer_records: list[dict[str, Any]] = [{} for _ in trials]
@@ -121,6 +125,8 @@ class Fit:
         for name, callback in self.module.others.items():
             if state := self.trials[0].callback_states.get(name):
                 callback.load_state_dict(deepcopy(state))
+        for trial in self.trials:
+            together.agree(trial.step, trial.adapter)
         self.module.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
         try:
             with spec.memory.capped():
@@ -192,8 +198,10 @@ class Fit:
         if not self.spec.plan.record:
             return
         profiler: Any = next((callback for callback in self.callbacks if getattr(callback, "passes", None)), None)
-        specs = [trial.spec for trial in self.trials]
-        plan = None if profiler is None else self.foresight.of(specs, self._geometry(profiler))
+        specs = [trial.spec.own_share for trial in self.trials]
+        plan = (
+            None if profiler is None or not specs[0].plan.record else self.foresight.of(specs, self._geometry(profiler))
+        )
         for trial in self.trials:
             memory = trial.record["memory"]
             memory["alone_peak_bytes"] = self.foresight.alone(trial.spec, trial.data)

@@ -150,6 +150,10 @@ class Job:
         stack.enter_context(hold(self.folder))
         self.__dict__.pop("_earlier_run", None)
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(redact(self.content))))
+        return self.described()
+
+    def described(self) -> "TrialSpec":
+        """The trial's spec with what its record says of how it was called."""
         return replace(self.spec(), flags=self.flags, files=own_files(self.choices))
 
     def refuse(self, error: LoralabError) -> Record:

@@ -18,6 +18,7 @@ from loralab.quick_imports import quick_imports
 from loralab.records import record
 from loralab.records.lock import hold
 from loralab.records.metric_logger import prepare
+from loralab.scheduling import ranks
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.sweep import PackOptions, Sweep, finished, set_stale_aside
 from loralab.scheduling.sweep_file import check_begun, mark
@@ -25,6 +26,8 @@ from loralab.scheduling.sweep_file import check_begun, mark
 if TYPE_CHECKING:
     from loralab.running.runner import Runner
     from loralab.scheduling.previewing import Preview
+    from loralab.scheduling.rerun import Rerun
+    from loralab.training.specs import TrialSpec
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class Session:
     failed: bool = False  # runs again what has failed, and nothing else
     previews: bool = False  # shows what a sweep would run, and runs nothing
     previewed: "Preview | None" = None
+    again: "Rerun | None" = None  # the record whose trial this run makes once more
     listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
     process: int = field(default_factory=os.getpid)
     jobs: dict[tuple[str, ...], Job] = field(default_factory=dict)  # by their overrides
@@ -99,8 +103,12 @@ class Session:
         try:
             job = Job.running(config)
             job.flags, job.fresh = [*self.flags, *self._searched], self._is_fresh(job)
+            if self.again is not None:
+                job = self.again.job(job)
             refuse_mode(job.choices.items(), self.many)
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
+            if self.again is not None:
+                self.again.tell(job.folder)
         except Exception as error:  # Hydra would print its own lines about it
             if os.getpid() != self.process:
                 raise
@@ -209,7 +217,7 @@ class Session:
         with ExitStack() as stack:
             spec = job.open(stack)
             log.info("trial %s in %s: loading the base model", spec.id, job.folder)
-            (stored,) = self.runner().run([spec])
+            stored = self._train(job, spec)
         if stored["error"]:
             log.error("loralab: %s", stored["error"])
         else:
@@ -218,6 +226,14 @@ class Session:
             metric = job.content.get("metric")
             others = "  ".join(f"{name} {value:.4f}" for name, value in stored["metrics"].items() if name != metric)
             log.info("%s  %s  (%s)\n%s", _score(job, stored), others, clock(time.monotonic() - begun), job.folder)
+        return stored
+
+    def _train(self, job: Job, spec: "TrialSpec") -> Record:
+        if spec.trainer.processes > 1:
+            return ranks.run(job, spec, progress=sys.stderr.isatty())
+        if spec.trainer.strategy:
+            log.info("one process trains it, for trainer.devices names no more and there are no more GPUs")
+        (stored,) = self.runner().run([spec])
         return stored
 
     def _check_rows(self, job: Job) -> None:

@@ -13,7 +13,7 @@ from loralab.config import staleness
 from loralab.data.base import FORGETTING
 from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.records import record
-from loralab.scheduling import workers
+from loralab.scheduling import ranks, workers
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.packs import TOKEN_BUDGET, Pack, halves, plan, spread
 from loralab.scheduling.sweep_file import SweepFile, status_of
@@ -140,8 +140,9 @@ class Sweep:
                 self._close(job, job.refuse(error))
             packs = planner.packs()
             names = workers.devices(planner.device)
-            if names and len(packs) > 1:
-                self._run_on_devices(packs, planner.weights(packs), names)
+            each = [pack for pack in packs if not planner.takes_all_devices(pack)]
+            if names and len(each) > 1:
+                self._run_on_devices(each, planner.weights(each), names)
         for pack in packs:
             if left := [job for job in pack if job.trial not in self.records]:
                 self._run_pack(left)
@@ -195,6 +196,8 @@ class Sweep:
             for job in jobs:
                 if self.sweep_file is not None:
                     self.sweep_file.set(job.trial, "running")
+            if specs[0].trainer.processes > 1:
+                return [ranks.run(jobs[0], specs[0])]
             return self.make_runner().run(specs)
 
 
@@ -235,6 +238,11 @@ class _Planner:
         placed = {trial for pack in packs for trial in pack}
         packs += [[trial] for trial in self.jobs if trial not in placed and trial not in self.refused]
         return [[self.jobs[trial] for trial in pack] for pack in sorted(packs, key=lambda pack: places[pack[0]])]
+
+    def takes_all_devices(self, pack: Sequence[Job]) -> bool:
+        """Whether the pack is one trial in several processes, each with a device."""
+        spec = self.specs.get(pack[0].trial)
+        return spec is not None and spec.trainer.processes > 1
 
     def weights(self, packs: Sequence[Sequence[Job]]) -> list[int]:
         """Tokens that each pack is trained with; 1 for a trial whose rows cannot be read."""

@@ -20,6 +20,7 @@ from loralab.records.metric_logger import MetricLogger
 from loralab.training.cursor import Batch, DataCursor
 from loralab.training.early_stopping import EarlyStopping
 from loralab.training.specs import TrialSpec
+from loralab.training.together import rank_and_size
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class Trial:
         self._begin_stopping()
         sizes = (self.spec.data.batch_size, trainer.accumulate_grad_batches)
         self.data_cursor = DataCursor(
-            self.data, self.task, self.pad_token_id, self.spec.seed, *sizes, self.spec.packing_length
+            self.data,
+            *(self.task, self.pad_token_id, self.spec.seed, *sizes, self.spec.packing_length, rank_and_size()),
         )
         self._reset_cursor()
 
