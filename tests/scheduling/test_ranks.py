@@ -75,7 +75,7 @@ def test_two_processes_give_what_one_gives(words, tmp_path, weights, kind):
 @pytest.mark.parametrize("scheme", ["none", "nf4_double"])
 def test_a_base_that_is_spread_over_two_processes_gives_what_one_gives(words, tmp_path, weights, scheme):
     """On CPUs; on cards it is unrun (tests/gpu/test_several_cards.py)."""
-    more = [f"quantization={scheme}", "adapter.lora_dropout=0.2", "trainer.val_check_interval=3"]
+    more = [f"quantization={scheme}", "trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"]
     assert main.run(words("one", 0, *more)) == 0
     assert main.run(words("two", 2, *more, "trainer.strategy=fsdp")) == 0
     assert_alike(tmp_path / "one", tmp_path / "two", weights)
@@ -103,7 +103,7 @@ class Started:
 
     def at_step(self, folder, step):
         """Waits until metrics.jsonl has so many losses and a checkpoint is there."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         file = folder / "metrics.jsonl"
         while not (file.exists() and len(rows(folder, "train/loss")) >= step and (folder / KEPT).exists()):
             assert self.process.poll() is None
@@ -111,7 +111,7 @@ class Started:
             time.sleep(0.02)
 
     def end(self):
-        return self.process.wait(60)
+        return self.process.wait(200)
 
 
 KEPT = "checkpoints/last.pt"
@@ -134,7 +134,7 @@ def test_whichever_process_is_killed_the_run_ends_and_the_same_command_goes_on(w
     assert sorted(own) == [0, 1]
     os.kill({"first": own[0], "second": own[1], "starter": started.process.pid}[victim], signal.SIGKILL)
     code = started.end()
-    gone = time.monotonic() + 30
+    gone = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in own.values()):
         assert time.monotonic() < gone
         time.sleep(0.05)

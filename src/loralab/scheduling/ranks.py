@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -172,7 +173,10 @@ def main(scratch: Path, rank: int) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     asked = json.loads((scratch / ASKED).read_text())
-    _end_with(asked["parent"], signal.SIGKILL if rank else signal.SIGTERM)
+    if rank:
+        threading.Thread(target=_outlive, args=(asked["parent"],), daemon=True).start()
+    else:
+        _stop_with(asked["parent"])
     job = Job.from_json(asked["job"])
     if rank:
         job.folder = scratch / str(rank)
@@ -187,6 +191,9 @@ def main(scratch: Path, rank: int) -> int:
         if isinstance(failure, LoralabError):
             job.refuse(failure)
         return failure.exit_code
+    finally:
+        if rank == 0 and os.getppid() != asked["parent"]:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _join(scratch: Path, rank: int, size: int, cuda: bool) -> None:
@@ -233,12 +240,21 @@ def _spec(job: Job, rank: int) -> "TrialSpec":
     return replace(spec, logger=Loggers(()), callbacks=kept)
 
 
-def _end_with(parent: int, number: int) -> None:
-    """Has Linux send this process a signal when the one that started it ends, however that ends."""
+def _stop_with(parent: int) -> None:
+    """Has Linux interrupt this process when the one that started it ends, however that ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DEATH_SIGNAL, number)
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
     if os.getppid() != parent:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _outlive(parent: int) -> None:
+    """Ends this process some time after the one that started it has ended: the first process, which is interrupted
+    then, must find it there for the exchange under way."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    time.sleep(GRACE)
+    os._exit(1)
 
 
 def _log_to(path: Path, terminal: bool) -> None:

@@ -196,8 +196,8 @@ def _some(texts: list[str]) -> str:
 
 def _same_weights(source: Path, folder: Path) -> bool | None:
     """Whether the two runs' adapter files have the same bytes; None where one of them has none."""
-    files = [place / "adapter" / WEIGHTS for place in (source, folder)]
-    return filecmp.cmp(*files, shallow=False) if all(file.is_file() for file in files) else None
+    before, now = (place / "adapter" / WEIGHTS for place in (source, folder))
+    return filecmp.cmp(before, now, shallow=False) if before.is_file() and now.is_file() else None
 
 
 def _same_threads(stored: Record) -> None:

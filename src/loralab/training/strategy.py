@@ -72,3 +72,14 @@ class Replicated(InPlace):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """What the first process gives."""
         return together.first(obj)
+
+
+def leave_signals(trainer: Any) -> None:
+    """Keeps Lightning from telling the other processes of a signal: it would do so within the signal's handler, where
+    another exchange may be under way, and wait for ever (pytorch-lightning#20806). Only the first process gets one."""
+    trainer._signal_connector.register_signal_handlers = _nothing
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+
+
+def _nothing() -> None:
+    pass

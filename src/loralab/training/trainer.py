@@ -163,12 +163,12 @@ class TrainerSpec:
         from lightning.pytorch import Trainer
         from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
-        from loralab.training.strategy import InPlace, Replicated
+        from loralab.training.strategy import InPlace, Replicated, leave_signals
         from loralab.training.together import several
 
         interval = self.val_check_interval
         asked = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        return Trainer(
+        trainer = Trainer(
             **{
                 **self._passed(evaluating),
                 "enable_progress_bar": self.passed.get("enable_progress_bar", progress) or asked,
@@ -190,6 +190,9 @@ class TrainerSpec:
             inference_mode=False,  # weights cached in inference mode would break later training steps
             log_every_n_steps=self.log_every_n_steps if logger else 1,
         )
+        if several():
+            leave_signals(trainer)
+        return trainer
 
     def _passed(self, evaluating: bool) -> dict[str, Any]:
         """The arguments that Lightning's Trainer itself is given."""
