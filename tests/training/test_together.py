@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from loralab.adapters.dropout import dropped
-from loralab.adapters.hooks import BatchSlice, Share
+from loralab.adapters.dropout import Share, dropped
+from loralab.adapters.hooks import BatchSlice
 from loralab.running.inputs import Inputs
 from loralab.training import together
 from loralab.training.cursor import DataCursor

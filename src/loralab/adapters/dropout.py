@@ -1,6 +1,7 @@
 """Dropout whose masks follow from a key: the same packed, alone, computed again and after a continuation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,22 @@ class SharedKey(int):
         made = super().__new__(cls, key)
         made.before, made.own, made.whole = before, own, whole
         return made
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where the rows of one process stand in the batch that several processes share."""
+
+    rows_before: int
+    rows: int  # of all processes
+    tokens_before: int
+    tokens: int  # of all processes, padding not counted
+
+    def key(self, key: int, rows: int, tokens: int | None) -> SharedKey:
+        """``key`` for this process's ``rows``, which have ``tokens`` where the batch is flat; None: it is not."""
+        if tokens is None:
+            return SharedKey(key, self.rows_before, rows, self.rows)
+        return SharedKey(key, self.tokens_before, tokens, self.tokens)
 
 
 def keyed_dropout(x: Tensor, p: float, key: int | None, length: int = 1) -> Tensor:

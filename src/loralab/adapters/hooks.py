@@ -18,22 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from loralab.adapters.dropout import SharedKey
+from loralab.adapters.dropout import Share
 from loralab.errors import LoralabError
 
 
 class NotPackable(LoralabError):  # noqa: N818 - it says what a model is, not what went wrong
     """The base folds the batch dimension, so rows of several trials cannot be told apart."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """Where the rows of one process stand in the batch that several processes share."""
-
-    rows_before: int
-    rows: int  # of all processes
-    tokens_before: int
-    tokens: int  # of all processes, padding not counted
 
 
 @dataclass(frozen=True)
@@ -48,11 +38,10 @@ class BatchSlice:
 
     def mixed(self, *words: int) -> int | None:
         """The key of one mask: other ``words``, another mask; None while evaluating."""
-        if self.key is None or self.share is None:
-            return None if self.key is None else mix(self.key, *words)
-        if self.tokens is None:
-            return SharedKey(mix(self.key, *words), self.share.rows_before, self.rows, self.share.rows)
-        return SharedKey(mix(self.key, *words), self.share.tokens_before, self.tokens, self.share.tokens)
+        if self.key is None:
+            return None
+        key = mix(self.key, *words)
+        return key if self.share is None else self.share.key(key, self.rows, self.tokens)
 
 
 class AdapterHooks:

@@ -90,7 +90,6 @@ TRAIN = Command(
         "loralab train quantization=nf4_double adapter.r=16 optimizer.lr=2e-4": "one run",
         "loralab train -m adapter.r=4,16 seed=0,1": "four trials, in packs",
         "loralab train --from runs/train/TIME": "the trial of that record again, exactly",
-        "loralab train --preview data=files data.train=rows.jsonl": "the first rows as the model sees them",
     },
     writes="a run folder, hydra.run.dir (runs/train/TIME): result.json, metrics.jsonl, config.yaml, adapter/;\n"
     "with -m a sweep folder, hydra.sweep.dir, with sweep.json, a run folder a trial and report/.",

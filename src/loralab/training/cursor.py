@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from loralab.adapters.hooks import Share
+from loralab.adapters.dropout import Share
 from loralab.data.batches import Order, collate
 from loralab.data.encoding import IGNORE, Encoded, Example
 from loralab.data.passes import Rows
