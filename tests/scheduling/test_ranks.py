@@ -72,6 +72,18 @@ def test_two_processes_give_what_one_gives(words, tmp_path, weights, kind):
 
 
 @pytest.mark.slow
+def test_a_classifier_is_scored_over_the_rows_of_both_processes(words, tmp_path, weights, request):
+    files = request.getfixturevalue("rows")
+    more = ["model.task=sequence_classification", "data.text={t}", "data.label=y"]
+    more += [f"data.{split}={files['labels', split]}" for split in ("train", "validation")]
+    for folder, size in (("one", 0), ("two", 2)):
+        given = [word for word in words(folder, size) if not word.startswith(("data.prompt", "data.target"))]
+        assert main.run([*given, *more]) == 0
+    assert {"val/accuracy", "val/f1", "val/matthews"} < record.read(tmp_path / "two")["metrics"].keys()
+    assert_alike(tmp_path / "one", tmp_path / "two", weights)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["none", "nf4_double"])
 def test_a_base_that_is_spread_over_two_processes_gives_what_one_gives(words, tmp_path, weights, scheme):
     """On CPUs; on cards it is unrun (tests/gpu/test_several_cards.py)."""
