@@ -226,6 +226,11 @@ def test_a_trial_is_the_same_on_any_number_of_processes(name):
         assert trial_id(compose([f"trainer={name}", *more])) == usual
 
 
+def test_no_memory_is_predicted_for_a_base_that_is_spread(capsys):
+    assert main.run(["plan", "trainer=fsdp", "trainer.devices=2"]) == 2
+    assert "valid: trainer=ddp" in capsys.readouterr().err
+
+
 def test_without_a_gpu_the_number_of_processes_is_given_or_one():
     own = [trial_spec(compose(["trainer=ddp", *more]), Path()) for more in ([], ["trainer.devices=2"])]
     assert [spec.trainer.processes for spec in own] == [

@@ -81,7 +81,7 @@ class FineTuner(LightningModule):
         slices = [_slice(self.trials[index], batch, training) for index, batch in batches.items()]
         if training:
             # for what the base draws without the hooks (functional dropout, skipped layers); such a trial runs alone
-            _seed(slices[0].key or 0)
+            _seed((slices[0].key or 0) + together.rank_and_size()[0])  # the rows of another process are others
         if self.task == "seq2seq_lm":
             inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
         scores = self.forward_pass(inputs, labels, slices, lambda part: self.prefix.shared(part, batches))
