@@ -129,7 +129,9 @@ def _headline(comparison: Comparison) -> Iterator[Tile]:
     results, best, first = comparison.results, comparison.best, comparison.arms[0]
     if results.single and first.mean is not None:
         yield Tile(f"{first.mean:.4f}", results.metric)
-    if best is not None:
+    if results.searched and comparison.contenders:
+        yield Tile(f"{first.mean:.4f}", f"{results.metric} of the best point: {first.name}")
+    elif best is not None:
         yield Tile(f"{best.mean:.4f}", f"{results.metric} of the best row, by its intervals: {best.name}")
     elif len(comparison.contenders) > 1:
         title, _, reason = undecided(comparison).partition(": ")

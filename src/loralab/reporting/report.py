@@ -15,6 +15,7 @@ from loralab.analysis.dimension import answers
 from loralab.analysis.effects import effects
 from loralab.analysis.full import to_full
 from loralab.analysis.results import SweepResults, read_results
+from loralab.analysis.search import plain as of_search
 from loralab.analysis.trials import PRUNED, STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting import cost, subspace
@@ -119,6 +120,7 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],
         "effects": [] if results.single else [effects(comparison).plain() for comparison in compared],
         **_dimensions(compared),
+        **of_search(results, compared),
         **subspace.plain(results),
         "trials": [_trial(trial) for trial in results.trials],
     }

@@ -19,6 +19,9 @@ _EXPENDABLE = (
     *("bits/param", "published", VERSUS_PUBLISHED, GAP),
 )
 
+MOST_ROWS = 60  # of a terminal's table
+MOST_TOLD = 20  # trials without a result that a terminal is told of
+
 
 def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: int = WIDTH) -> str:
     """The results, at most ``width`` columns wide."""
@@ -32,7 +35,10 @@ def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: in
         lines += _cost(comparison, width)
     lines += subspace.lines(results, width)
     footer = messages(results, comparisons)
-    footer += [f"{trial.status}: {results.describe(trial)}: {trial.reason}" for trial in results.broken]
+    broken = results.broken
+    footer += [f"{trial.status}: {results.describe(trial)}: {trial.reason}" for trial in broken[:MOST_TOLD]]
+    if len(broken) > MOST_TOLD:
+        footer.append(f"and {len(broken) - MOST_TOLD:,} more that are not completed, each in report/results.csv")
     lines += _paragraphs(footer, width)
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
