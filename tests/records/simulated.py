@@ -11,12 +11,12 @@ import logging
 import math
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +25,8 @@ SEEDS = 4
 RANKS = (1, 2, 4, 8, 16)
 MODULES = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(4) for name in "qkvo"]
 WORDS = ("logger=none", "callbacks=none", "plan.record=false", "data.limit=64", f"trainer.max_steps={STEPS}")
+SPACE = ("hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "adapter.r=choice(1,2,4,8,16)")
+PHASES = ("launch", "again", "report", "ls")
 
 
 class Simulated:
@@ -38,9 +40,9 @@ class Simulated:
 
     def run(self, specs):
         """The records of completed trials, which are written as a run writes them; at lr > 1 they diverge."""
-        begun = time.perf_counter()
+        begun = time.process_time()
         records = [self._trial(spec, index, len(specs)) for index, spec in enumerate(specs)]
-        self.seconds += time.perf_counter() - begun
+        self.seconds += time.process_time() - begun
         self.trials += len(specs)
         return records
 
@@ -51,13 +53,15 @@ class Simulated:
         stored = open_record(spec, index, size)
         noise = random.Random(f"{spec.id}{spec.seed}")
         loss = 3 + 0.1 * (math.log10(spec.optimizer.lr) + 2.5) ** 2 + 0.2 / spec.adapter.r + noise.gauss(0, 0.01)
-        rows = [{"step": s, "train/loss": loss + 0.9 * math.exp(-s / 14) + noise.gauss(0, 0.1)} for s in _steps()]
+        steps = range(1, STEPS + 1)
+        rows = [{"step": s, "train/loss": loss + 0.9 * math.exp(-s / 14) + noise.gauss(0, 0.1)} for s in steps]
         rows += [{"step": STEPS, "val/loss": loss}]
         (spec.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (spec.folder / "adapter").mkdir(exist_ok=True)
         (spec.folder / "adapter" / "adapter_config.json").write_text(json.dumps({"r": spec.adapter.r}))
         (spec.folder / "adapter" / "adapter_model.safetensors").write_bytes(bytes(1024))
-        stored["base"].update(name="tiny", fingerprint="f" * 64, parameters=3_700_000, quantized_parameters=3_000_000)
+        base, tokenizer, source = _fingerprints(json.dumps([spec.config["model"], spec.config["data"]]))
+        stored["base"].update(name="tiny", fingerprint=base, parameters=3_700_000, quantized_parameters=3_000_000)
         stored["base"].update(bytes=12_000_000, bits_per_parameter=32.0, bits_per_parameter_overall=32.0)
         stored["adapter"].update(method="lora", trainable_parameters=6144 * spec.adapter.r, modules=MODULES)
         stored["optimizer"].update(name="adamw", effective_name="torch AdamW", state_bytes=49152 * spec.adapter.r)
@@ -65,6 +69,7 @@ class Simulated:
         stored["time"].update(startup_s=2.0, train_s=11.5 + noise.random(), wall_s=15.0, steps=STEPS, tokens=61_000)
         stored["time"].update(tokens_per_s=5200 + 300 * noise.random())
         stored["data"].update(name="docstrings", rows={"train": 64, "validation": 64}, targets="t" * 16, truncated=0)
+        stored["data"].update(fingerprint="d" * 16, source=source, tokenizer=tokenizer)
         diverges = spec.optimizer.lr > 1
         stored["metrics"] = {} if diverges else {"val/loss": loss, "val/perplexity": math.exp(loss)}
         stored.update(status="diverged" if diverges else "completed", error="the loss is not finite" * diverges or None)
@@ -73,8 +78,13 @@ class Simulated:
         return stored
 
 
-def _steps():
-    return range(1, STEPS + 1)
+@cache
+def _fingerprints(nodes):
+    """Of base, tokenizer and data, so that no record is stale."""
+    from loralab.config import staleness
+
+    model, data = json.loads(nodes)
+    return staleness._base(model), staleness._tokenizer(model), staleness._data(data)
 
 
 def axes(count):
@@ -86,7 +96,7 @@ def axes(count):
 
 @contextmanager
 def counted():
-    """{what: how often}, and seconds, of what a launcher does many times: composing, reading and writing records."""
+    """{what: how often} and {what: seconds} of what a launcher does for each trial or more often."""
     from loralab.records import record
     from loralab.scheduling.composing import Composed
 
@@ -94,12 +104,12 @@ def counted():
 
     def wrapped(real, name):
         def call(*given, **named):
-            begun = time.perf_counter()
+            begun = time.process_time()
             try:
                 return real(*given, **named)
             finally:
                 counts[name(*given)] += 1
-                seconds[name(*given)] += time.perf_counter() - begun
+                seconds[name(*given)] += time.process_time() - begun
 
         return call
 
@@ -110,13 +120,12 @@ def counted():
             (record, "replace", lambda path, *_: f"{path.name} written"),
             (Composed, "load_sweep_config", lambda *given: "composed"),
         ):
-            real = getattr(owner, attribute)
-            stack.enter_context(mock.patch.object(owner, attribute, wrapped(real, name)))
+            stack.enter_context(mock.patch.object(owner, attribute, wrapped(getattr(owner, attribute), name)))
         yield counts, seconds
 
 
 def launched(folder, words):
-    """Runs ``train -m`` with ``words`` into ``folder``, without its report: what it took."""
+    """Runs ``train -m`` with ``words`` into ``folder``, without its report: what it took, in CPU seconds."""
     from loralab.cli import main
     from loralab.scheduling.session import Session
 
@@ -127,54 +136,56 @@ def launched(folder, words):
         stack.enter_context(mock.patch("loralab.reporting.wandb_report.after_sweep"))
         stack.enter_context(mock.patch.object(Session, "runner", return_value=runner))
         counts, seconds = stack.enter_context(counted())
-        begun = time.perf_counter()
+        begun = time.process_time()
         code = main.run(["train", "-m", "hydra/launcher=packed", f"hydra.sweep.dir={folder}", *WORDS, *words])
-        total = time.perf_counter() - begun
-    trials = runner.trials or 1
-    own = total - runner.seconds - seconds["composed"]
+        total = time.process_time() - begun
     return {
-        **{"exit code": code, "trials run": runner.trials, "total s": total, "made-up runs s": runner.seconds},
-        **{"composing ms a trial": 1e3 * seconds["composed"] / max(1, counts["composed"])},
-        **{"launcher's own ms a trial": 1e3 * own / trials, "counts": dict(counts)},
-        **{"seconds": {key: round(value, 2) for key, value in seconds.items()}},
-        "peak RSS MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        **{"exit code": code, "trials run": runner.trials, "counts": dict(counts)},
+        **{"total s": total, "made-up runs s": runner.seconds, "composing s": seconds["composed"]},
+        "launcher s": total - runner.seconds - seconds["composed"],
     }
 
 
-def commanded(*words):
-    """Seconds, peak RSS in MiB and exit code of a command in a process of its own, start-up included."""
-    begun = time.perf_counter()
-    done = subprocess.Popen([sys.executable, "-m", "loralab.cli", *words], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(done.pid, 0)
-    return {
-        "s": time.perf_counter() - begun,
-        "peak RSS MiB": usage.ru_maxrss / 1024,
-        "code": os.waitstatus_to_exitcode(status),
-    }
+def phase(name, folder, count, words):
+    """One of PHASES in this process; what it took. Launching is measured after a sweep of a few trials, so that what
+    is loaded once counts for no trial."""
+    from loralab.cli import main
+
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        if name in ("launch", "again"):
+            launched(folder / "few", axes(20))
+        begun, wall = time.process_time(), time.monotonic()
+        if name in ("launch", "again"):
+            found = launched(folder / "s", words)
+            found["launcher ms a trial"] = 1e3 * found["launcher s"] / count
+            found["composing ms a trial"] = 1e3 * found["composing s"] / count
+        else:
+            found = {"exit code": main.run([name, str(folder / "s" if name == "report" else folder)])}
+        found |= {"cpu s": time.process_time() - begun, "wall s": time.monotonic() - wall}
+    status = Path("/proc/self/status").read_text()
+    peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return {**found, "start to end cpu s": time.process_time(), "peak RSS MiB": int(peak) / 1024}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--search", action="store_true", help="points of a random search in place of a grid")
+    parser.add_argument("--search", action="store_true", help="points of a search in place of a grid")
+    parser.add_argument("--phase", choices=PHASES)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    logging.disable(logging.INFO)
-    space = [
-        "hydra/sweeper=optuna",
-        "optimizer.lr=tag(log,interval(1e-4,1e-1))",
-        f"hydra.sweeper.n_trials={given.count}",
-    ]
-    space += ["adapter.r=choice(1,2,4,8,16)", "hydra.sweeper.sampler=tpe", "hydra.sweeper.batch=16"]
-    words = space if given.search else axes(given.count)
-    figures = {"launched": launched(given.folder / "s", words), "again": launched(given.folder / "s", words)}
-    for name, command in (("report", ["report", str(given.folder / "s")]), ("ls", ["ls", str(given.folder)])):
-        figures[name] = commanded(*command)
-    report = given.folder / "s" / "report"
-    figures["page MB"] = (report / "index.html").stat().st_size / 1e6
-    figures["files"] = sum(len(files) for _, _, files in os.walk(given.folder / "s"))
-    figures["sweep.json MB"] = (given.folder / "s" / "sweep.json").stat().st_size / 1e6
+    search = [*SPACE, f"hydra.sweeper.n_trials={given.count}", "hydra.sweeper.batch=16"]
+    if given.phase:
+        logging.disable(logging.INFO)
+        print(json.dumps(phase(given.phase, given.folder, given.count, search if given.search else axes(given.count))))
+        return
+    command = [sys.executable, __file__, *sys.argv[1:], "--phase"]
+    figures = {name: json.loads(subprocess.check_output([*command, name]).splitlines()[-1]) for name in PHASES}
+    folder = given.folder / "s"
+    figures["page MB"] = (folder / "report" / "index.html").stat().st_size / 1e6
+    figures["sweep.json MB"] = (folder / "sweep.json").stat().st_size / 1e6
+    figures["files"] = sum(len(files) for _, _, files in os.walk(folder))
     print(json.dumps(figures, indent=1))
 
 
