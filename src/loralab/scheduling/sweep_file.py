@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loralab.config import identity
 from loralab.config.sweep_files import own_files
 from loralab.errors import ArtifactError, ConfigError
 from loralab.records import record
 from loralab.records.lock import hold
 from loralab.scheduling.job import Job
 
+CALL = ("overrides", "hydra_overrides", "flags", "cwd")  # of sweep.json: how the sweep was called
 WRITTEN_EVERY = 1.0  # seconds; the file of 10,000 trials takes 40 ms to write
 
 
@@ -30,6 +32,7 @@ class SweepFile:
         trials = [*earlier, *entries.values()]
         axes = swept_axes([list(entry.get("overrides") or []) for entry in trials])
         self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials, **_decided(folder)}
+        self.content |= _called(folder, header)
         self._entries = {entry["trial"]: entry for entry in trials}
         present = [entry["trial"] for entry in trials if not entry.get("earlier")]
         self.places = {trial: place for place, trial in enumerate(present, 1)}
@@ -80,6 +83,31 @@ def _decided(folder: Path) -> dict[str, Any]:
     except ArtifactError:
         return {}
     return {"decisions": stored["decisions"]} if stored.get("decisions") else {}
+
+
+def calls_of(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The calls that ``--resume`` finishes, the first of them first; each has ``overrides``, and other keys of CALL."""
+    listed = [call for call in stored.get("calls") or [] if isinstance(call, Mapping)] or [stored]
+    called: list[dict[str, Any]] = [{key: call.get(key) for key in CALL} for call in listed if call.get("overrides")]
+    return [{**call, "overrides": [str(word) for word in call["overrides"]]} for call in called]
+
+
+def _called(folder: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    """``calls``: those of the sweep.json there, and that of ``header``, which takes the place of one that has asked for
+    the same trials. Empty where it is the only one."""
+    try:
+        before = calls_of(record.read_sweep(folder))
+    except ArtifactError:
+        return {}
+    present = {key: header.get(key) for key in CALL}
+    calls = [present if _asked(call) == _asked(present) else call for call in before]
+    calls += [] if present in calls else [present]
+    return {"calls": calls} if len(calls) > 1 else {}
+
+
+def _asked(call: Mapping[str, Any]) -> list[str]:
+    """The words of a call that say which trials it asks for."""
+    return sorted(word for word in call.get("overrides") or () if identity.decides(word))
 
 
 def check_begun(folder: Path, jobs: Sequence[Job]) -> None:
