@@ -136,7 +136,7 @@ def test_values_of_axes_beside_resume_add_trials_to_those_that_it_finishes(sweep
     assert main.run(["sweep", "--resume", str(folder), "adapter.r=6,8", "plan.record=false"]) == 0
     assert statuses(folder) == ["completed"] * 4
     sweep("adapter.r=2,4", "seed=0,1")
-    assert statuses(folder) == ["completed"] * 5
+    assert statuses(folder) == ["completed"] * 6
     before = times(folder)
     forget(5)
     assert main.run(["sweep", "--resume", str(folder)]) == 0
@@ -146,7 +146,8 @@ def test_values_of_axes_beside_resume_add_trials_to_those_that_it_finishes(sweep
     asked = [[word for word in call["overrides"] if "=" in word and "," in word] for call in stored["calls"]]
     assert asked == [["adapter.r=2,4"], ["adapter.r=6,8"], ["adapter.r=2,4", "seed=0,1"]]
     assert main.run(["sweep", "--resume", str(folder), "logger=none", "adapter.r=2,4"]) == 0  # says nothing new
-    assert record.read_sweep(folder)["calls"] == stored["calls"]
+    again = record.read_sweep(folder)["calls"]
+    assert [sorted(call["overrides"]) for call in again] == [sorted(call["overrides"]) for call in stored["calls"]]
 
 
 def test_resume_takes_words_of_how_it_runs_in_place_of_those_before():

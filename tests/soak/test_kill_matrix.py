@@ -37,7 +37,7 @@ def words(tiny_arguments):
     kept = [word for word in tiny_arguments if not word.startswith(("trainer.max_steps", "adapter.r"))]
     more = [f"trainer.max_steps={STEPS}", "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3"]
     more += ["schedule=cosine", "schedule.warmup_steps=2", "adapter.lora_dropout=0.2"]
-    return [*kept, *more, *WATCHED, f"callbacks.checkpoint.every_n_steps={EVERY}"]
+    return [*kept, *more, *WATCHED, f"+callbacks.checkpoint.every_n_steps={EVERY}"]
 
 
 def survive(command, moments, tmp_path, **more):

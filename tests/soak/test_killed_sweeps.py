@@ -24,7 +24,7 @@ PACKS = ["hydra/launcher=packed", "hydra.launcher.token_budget=110", "data.limit
 @pytest.fixture
 def words(tiny_arguments):
     kept = [word for word in tiny_arguments if not word.startswith(("trainer.max_steps", "adapter.r"))]
-    return [*kept, *WATCHED, f"callbacks.checkpoint.every_n_steps={EVERY}", "trainer.max_steps=60"]
+    return [*kept, *WATCHED, f"+callbacks.checkpoint.every_n_steps={EVERY}", "trainer.max_steps=60"]
 
 
 @pytest.fixture

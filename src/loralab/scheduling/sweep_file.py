@@ -18,7 +18,8 @@ WRITTEN_EVERY = 1.0  # seconds; the file of 10,000 trials takes 40 ms to write
 
 
 class SweepFile:
-    """Trials of earlier calls that have a record stay listed: a call with fewer seeds or other settings hides nothing.
+    """Trials of earlier calls stay listed: a call with fewer seeds or other settings hides nothing. Of an earlier form
+    of the same call only those that have a record do.
 
     A status is set entry by entry and written at most once a second; ``flush`` writes at once.
     """
@@ -27,12 +28,12 @@ class SweepFile:
         """``header``: what the sweep asks and how it was called."""
         self.folder = folder
         entries = {job.trial: _entry(folder, job) for job in jobs}
-        listed = _earlier_entries(folder, entries)
+        calls = _called(folder, header)
+        listed = _earlier_entries(folder, entries, open_too=bool(calls))
         earlier = [entries.pop(entry["trial"], {**entry, "earlier": True}) for entry in listed]
         trials = [*earlier, *entries.values()]
         axes = swept_axes([list(entry.get("overrides") or []) for entry in trials])
-        self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials, **_decided(folder)}
-        self.content |= _called(folder, header)
+        self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials, **_decided(folder), **calls}
         self._entries = {entry["trial"]: entry for entry in trials}
         present = [entry["trial"] for entry in trials if not entry.get("earlier")]
         self.places = {trial: place for place, trial in enumerate(present, 1)}
@@ -165,21 +166,21 @@ def status_of(folder: Path) -> str:
         return "pending"
 
 
-def _earlier_entries(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Trials that sweep.json already lists and that have a record; without those of an earlier version of loralab that
-    ``entries`` lists under a new id."""
+def _earlier_entries(folder: Path, entries: Mapping[str, Mapping[str, Any]], open_too: bool) -> list[dict[str, Any]]:
+    """Trials that sweep.json already lists and that have a record, or (``open_too``) not yet one; without those of an
+    earlier version of loralab that ``entries`` lists under a new id."""
     try:
         listed: list[dict[str, Any]] = record.read_sweep(folder)["trials"]
     except ArtifactError:
         return []
     overrides = {tuple(sorted(entry["overrides"])) for entry in entries.values()}
-    return [entry for entry in listed if "trial" in entry and not _is_left_out(folder, entry, overrides)]
+    return [entry for entry in listed if "trial" in entry and not _is_left_out(folder, entry, overrides, open_too)]
 
 
-def _is_left_out(folder: Path, entry: Mapping[str, Any], overrides: set[tuple[str, ...]]) -> bool:
+def _is_left_out(folder: Path, entry: Mapping[str, Any], overrides: set[tuple[str, ...]], open_too: bool) -> bool:
     place = folder / str(entry["folder"])
     try:
         schema = record.read(place)["schema"]
     except ArtifactError:  # there is no record, or it cannot be read
-        return True
+        return not open_too
     return bool(schema < record.SCHEMA and tuple(sorted(entry.get("overrides") or [])) in overrides)
