@@ -61,7 +61,10 @@ def fault(words):
         return f"exit code {code}: {text[-600:]}"
     if "Traceback" in text:
         return f"a traceback: {text[-600:]}"
-    last = text.strip("\n").rpartition("\n")[2]
+    lines = text.strip("\n").split("\n")
+    while len(lines) > 1 and lines[-1].startswith("  "):  # the list of rows that are bad
+        lines.pop()
+    last = lines[-1]
     if code and not last.startswith("loralab: "):
         return f"exit code {code}, and the last line is no message of loralab's: {text[-600:]!r}"
     if code and len(last) > 2500:

@@ -1,6 +1,6 @@
 """Trials under fire: a sweep is killed by kill -9 at random times until it is done, and nothing is lost.
 
-    python tests/soak/soak.py FOLDER [--trials 100] [--seed 0] [--least 5] [--most 60] [--minutes 40] [--steps 40]
+    python tests/soak/soak.py FOLDER [--trials 100] [--seed 0] [--least 5] [--most 60] [--minutes 40] [--steps 400]
 
 The same command is called again after each kill. At the end it prints one JSON object: kills, seconds, the steps that
 were trained and how often, and what is wrong; the exit code is 1 where anything is. Every number comes from what the
@@ -18,10 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import WATCHED, check_repeated, end, record_of, rows, start, trained
 
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = [
+    *("model=random", "model.max_length=64", "+model.config.num_key_value_heads=2"),
+    *(f"+model.config.{key}={value}" for key, value in SIZES.items()),
+    *("data=files", "data.train=rows.jsonl", "data.validation=rows.jsonl", "data.prompt={q}", "data.target={a}"),
     *("adapter.target_modules=[q_proj,v_proj]", "adapter.lora_dropout=0.1", "optimizer.weight_decay=0.01"),
-    *("data.batch_size=2", "data.limit=16", "trainer=cpu", "logger=none", "callbacks=none", "plan.record=false"),
-    *("hydra/launcher=packed", "hydra.launcher.token_budget=2000"),
+    *("data.batch_size=2", "trainer=cpu", "logger=none", "callbacks=none", "plan.record=false"),
+    *("hydra/launcher=packed", "hydra.launcher.token_budget=1000"),
 ]
 
 
@@ -73,10 +77,12 @@ def faults(folder, steps, every):
     return found
 
 
-def run(folder, trials, seed, bounds, minutes, steps, every=5, more=()):
-    """The report as a dictionary; ``more``: words of the command."""
+def run(folder, trials, seed, bounds, minutes, steps, every=20):
+    """The report as a dictionary."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["train", "-m", *WORDS, *more, *WATCHED, f"+callbacks.checkpoint.every_n_steps={every}"]
+    made = [{"q": f"add {n} to {n * n % 17}: ", "a": str(n + n * n % 17)} for n in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    command = ["train", "-m", *WORDS, *WATCHED, f"+callbacks.checkpoint.every_n_steps={every}"]
     command += [f"trainer.max_steps={steps}", *axes(trials), "hydra.sweep.dir=sweep"]
     begun = time.monotonic()
     code, lives = fire(command, folder, minutes, random.Random(seed), bounds)
@@ -99,7 +105,7 @@ def run(folder, trials, seed, bounds, minutes, steps, every=5, more=()):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    for name, default in (("trials", 100), ("seed", 0), ("least", 5), ("most", 60), ("minutes", 40), ("steps", 40)):
+    for name, default in (("trials", 100), ("seed", 0), ("least", 5), ("most", 60), ("minutes", 40), ("steps", 400)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     bounds = (given.least, given.most)
