@@ -115,6 +115,24 @@ def speed(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     yield "speed", f"{found['dtype']}; {about}:\n\n{ratios(found)}"
 
 
+def decision(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The time to a decision of ``loralab bench decision``, which ``--bench FILE`` may hold."""
+    path = Path(args.bench) if args.bench else RUNS / "decision.json"
+    if not args.bench:
+        run("bench", "decision", "--out", str(path), *(["--quick"] if args.quick else []))
+    found = json.loads(path.read_text("utf-8"))
+    where = datetime.date.fromtimestamp(path.stat().st_mtime)
+    lines = ["| what | by | seconds | times loralab | measured |", "|---|---|---:|---:|---|"]
+    for row in found["parts"]["decision"]["rows"]:
+        computed = f"{row['measured_trials']} of {row['trials']} trials" if row.get("computed") else "whole"
+        lines.append(f"| {row['what']} | {row['name']} | {row['median']:.0f} | {row['ratio']:.2f} | {computed} |")
+    for row in found["parts"]["decision"]["rows"]:
+        if "same_rates" in row:
+            chosen = f"{row['same_rates']} of {row['arms']} arms have the rate that the full grid chose"
+            lines.append(f"\n{row['steps']} steps: {chosen}, after {row['trained_steps']:,} trial-steps.")
+    yield "decision", f"{found['dtype']}; {stamp(found, where)}:\n\n" + "\n".join(lines)
+
+
 def ratios(found: Json) -> str:
     """Markdown: each peer's seconds over loralab's at the same task; above 1 loralab is faster."""
     lines = ["| what | against | times loralab | quartiles of the peer | measured |", "|---|---|---:|---|---:|"]
@@ -124,8 +142,9 @@ def ratios(found: Json) -> str:
         low, high = row["quartiles"]
         spread = f"{low:.4g} to {high:.4g} {row['unit']}"
         lines.append(f"| {row['what']} | {row['name']} | {row['ratio']:.2f} | {spread} | {row['measurements']} times |")
-    apart = [row["loss_difference"]["largest"] for row in _rows(found) if "loss_difference" in row]
-    notes = [f"Training losses of the single runs differ from loralab's by at most {max(apart):.1e}."] if apart else []
+    apart = [(row["name"], row["loss_difference"]["largest"]) for row in _rows(found) if "loss_difference" in row]
+    named = ", ".join(f"{name} {largest:.1e}" for name, largest in apart if name != "loralab")
+    notes = [f"Training losses of the single runs differ from loralab's by at most: {named}."] if named else []
     notes += [f"Not measured: {name}: {part['error']}" for name, part in found["parts"].items() if part["error"]]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)])
 
@@ -185,7 +204,7 @@ def fill(text: str, blocks: Mapping[str, str]) -> str:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[tuple[str, str]]]] = {
-    **{"quickstart": quickstart, "plans": plans, "quantize": quantize, "speed": speed}
+    **{"quickstart": quickstart, "plans": plans, "quantize": quantize, "speed": speed, "decision": decision}
 }
 
 

@@ -1,7 +1,9 @@
 """README.md: its figures lie in blocks that a script measures and writes, each with date, machine and versions."""
 
+import argparse
 import datetime
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -29,14 +31,14 @@ def block(name):
     return found
 
 
-@pytest.mark.parametrize("name", ["quickstart", "memory", "quantize", "speed"])
+@pytest.mark.parametrize("name", ["quickstart", "memory", "quantize", "speed", "decision"])
 def test_every_block_of_figures_says_when_where_and_with_which_versions(name):
     assert re.search(r"\d+ [A-Z][a-z]+ 20\d\d, .+ x \d+, .*torch \d+\.\d+", block(name))
 
 
 def test_the_script_fills_every_block_of_the_readme(figures):
     names = set(re.findall(r"<!-- figures:(\w+) -->", README))
-    assert names == {"quickstart", "memory", "plans", "quantize", "speed"}
+    assert names == {"quickstart", "memory", "plans", "quantize", "speed", "decision"}
     text = figures.fill(README, dict.fromkeys(names, "new"))
     assert text.count("-->\nnew\n<!--") == len(names)
 
@@ -74,10 +76,30 @@ def test_ratios_leave_out_loralab_itself_and_name_what_failed(figures):
     ]
     said = figures.ratios({"parts": {"step": {"rows": rows, "error": "no room"}}})
     assert "| step | PEFT | 0.97 | 1 to 3 ms | 5 times |" in said
-    assert "2.0e-06" in said
+    assert "at most: PEFT 2.0e-06." in said
     assert "Not measured: step: no room" in said
     assert "| loralab |" not in said
     assert "other" not in said
+
+
+def test_a_decision_says_how_many_trials_were_measured_and_whether_the_rates_are_the_full_grid_s(figures, tmp_path):
+    row = {"what": "4 arms x 500 steps", "steps": 500, "trials": 96, "measured_trials": 96}
+    ours = {**row, "name": "loralab", "median": 377.8, "ratio": 1.0, "same_rates": 3, "arms": 4, "trained_steps": 23604}
+    peer = {**row, "name": "PEFT", "median": 1692.0, "ratio": 4.479, "measured_trials": 2, "computed": True}
+    found = {
+        "cpu": "c",
+        "threads": 2,
+        "versions": {},
+        "dtype": "float32",
+        "parts": {"decision": {"rows": [peer, ours]}},
+    }
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(found))
+    ((name, said),) = figures.decision(argparse.Namespace(bench=str(path), quick=False))
+    assert name == "decision"
+    assert "| 4 arms x 500 steps | PEFT | 1692 | 4.48 | 2 of 96 trials |" in said
+    assert "| 4 arms x 500 steps | loralab | 378 | 1.00 | whole |" in said
+    assert "500 steps: 3 of 4 arms have the rate that the full grid chose, after 23,604 trial-steps." in said
 
 
 def test_the_study_s_rows_are_chosen_by_their_whole_names(figures):
