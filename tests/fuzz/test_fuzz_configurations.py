@@ -8,8 +8,11 @@ from driven import fault, shortened
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-FOUND = []  # what was once answered with a traceback or a wrong code
-QUICK, MANY = 30, 3000
+FOUND = [  # what was once answered otherwise
+    ("train", ["memory=default", "memory.slo=\nv\x18Ü"]),
+    ("train", ["++model.drawn_on=\n\\\x82"]),
+]
+QUICK, MANY = 20, 3000
 COMMANDS = st.sampled_from(["train"] * 6 + ["train --cfg job", "count", "plan", "quantize"])
 
 

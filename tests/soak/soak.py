@@ -77,7 +77,7 @@ def faults(folder, steps, every):
     return found
 
 
-def run(folder, trials, seed, bounds, minutes, steps, every=20):
+def run(folder, trials, seed, bounds, minutes, steps, every=10):
     """The report as a dictionary."""
     folder.mkdir(parents=True, exist_ok=True)
     made = [{"q": f"add {n} to {n * n % 17}: ", "a": str(n + n * n % 17)} for n in range(24)]

@@ -23,6 +23,7 @@ OTHERS = {  # whatever a class keeps: a momentum, sums, counts, 8-bit codes, nes
     "lion in 8 bits": {"_target_": "bitsandbytes.optim.Lion8bit", "lr": 1e-3},
     "ademamix": {"_target_": "bitsandbytes.optim.AdEMAMix", "lr": 1e-3},
 }
+QUICK = ("sgd with momentum", "lion in 8 bits")
 
 
 class Keep(Callback):
@@ -45,8 +46,10 @@ def made(name, flat):
 @pytest.mark.parametrize(
     ("name", "flat"),
     [
-        *((option, flat) for option in OPTIONS for flat in (False, True)),
-        *((name, False) for name in OTHERS),
+        *((option, False) for option in OPTIONS),
+        *((name, False) for name in QUICK),
+        *(pytest.param(option, True, marks=pytest.mark.slow) for option in OPTIONS),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in OTHERS if name not in QUICK),
     ],
 )
 def test_it_goes_on_with_the_same_bits(make_spec, break_off, weights, curve, name, flat):
