@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from loralab.data.fields import missing
 from loralab.data.rows import Record
 from loralab.errors import ConfigError, DataError
 
