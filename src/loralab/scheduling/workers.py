@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from loralab.records import record
 from loralab.records.log_file import LogFile
 from loralab.records.secrets import MaskedFormatter
 from loralab.scheduling.job import Job
+from loralab.scheduling.signals import end_with, held_back, listen
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Worker:
 
     device: str
     process: subprocess.Popen[bytes]
-    waiting: list[Job]
+    waiting: dict[str, Job]  # by their trials
     before: dict[str, int]  # trial -> time of the record it had
     asked: Path  # the file with its trials, whose settings may hold secrets: it goes with the process
 
@@ -60,9 +61,9 @@ class Worker:
         They are removed from ``waiting``.
         """
         ended = self.process.poll() is not None
-        for job, stored in news(self.waiting, self.before):
+        for job, stored, _ in news(self.waiting.values(), self.before):
             if stored["status"] in SETTLED or (ended and stored["status"] != "running"):
-                self.waiting.remove(job)
+                del self.waiting[job.trial]
                 yield job, stored
 
 
@@ -105,12 +106,14 @@ def run(
 def _start(packs: Sequence[Sequence[Job]], name: str) -> Worker:
     jobs = [job for pack in packs for job in pack]
     path = jobs[0].folder.parent / f"device-{name}.json"
-    path.write_text(json.dumps({"packs": [[job.as_json() for job in pack] for pack in packs]}))
+    asked = {"packs": [[job.as_json() for job in pack] for pack in packs], "parent": os.getpid()}
+    path.write_text(json.dumps(asked))
     before = {job.trial: written(job) for job in jobs}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name}
-    process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
+    with held_back():
+        process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
     log.info("device %s: %d trials in %d packs, process %d", name, len(jobs), len(packs), process.pid)
-    return Worker(name, process, jobs, before, path)
+    return Worker(name, process, {job.trial: job for job in jobs}, before, path)
 
 
 def written(job: Job) -> int:
@@ -119,33 +122,36 @@ def written(job: Job) -> int:
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
-def news(waiting: Sequence[Job], before: Mapping[str, int]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Those of ``waiting`` whose record was written since ``before`` {trial: ``written`` then}, with it."""
+def news(waiting: Iterable[Job], before: Mapping[str, int]) -> Iterator[tuple[Job, dict[str, Any], int]]:
+    """Those of ``waiting`` whose record was written since ``before`` {trial: ``written`` then}, with it and when."""
     for job in list(waiting):
-        if written(job) == before[job.trial]:
+        when = written(job)
+        if when == before[job.trial]:
             continue
         try:
             stored = record.read(job.folder)
         except ArtifactError:  # it is not whole
             continue
-        yield job, stored
+        yield job, stored, when
 
 
 def main(path: Path) -> int:
-    """The process of one device: its packs one after the other, over a base that stays loaded."""
-    from loralab.scheduling.session import Session
-    from loralab.scheduling.signals import listen
-    from loralab.scheduling.sweep import Sweep
-
-    listen()
+    """The process of one device: its packs one after the other, over a base that stays loaded. It ends, as by SIGTERM,
+    with the process that has started it."""
     file, terminal = LogFile(path.with_suffix(".log")), logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[file, terminal])
     for handler in (file, terminal):
         handler.setFormatter(MaskedFormatter("%(asctime)s %(message)s"))
-    content = json.loads(path.read_text())
-    log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
     try:
+        listen()
+        content = json.loads(path.read_text())
+        path.unlink(missing_ok=True)  # its settings may hold secrets, and a parent that is killed removes nothing
+        end_with(content["parent"])
+        log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
+        from loralab.scheduling.session import Session
+        from loralab.scheduling.sweep import Sweep
+
         packs = [[Job.from_json(stored) for stored in pack] for pack in content["packs"]]
         Sweep(path.parent, [], Session(fresh=False, many=True).runner).run_packs(packs)
     except Interrupted as stopped:
