@@ -42,6 +42,12 @@ SPEECH = ("_target_", "verbose", "strict", "log_rank_zero_only")  # its options 
 SCALARS = {"seed": None, "metric": "val/loss", "metric_mode": "min"}
 
 
+def decides(word: str) -> bool:
+    """Whether an override says which trials are run; false of one that only says how they run."""
+    group, _, name = word.lstrip("+~").partition("=")[0].partition(".")
+    return group.partition("/")[0] not in VOLATILE and name not in VOLATILE_KEYS.get(group, ())
+
+
 def trial_id(specs: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     """10 hex digits over the schema and all that differs from the specs' defaults.
 

@@ -11,6 +11,7 @@ from loralab.adapters.base import Adapter
 from loralab.data.encoding import Encoded
 from loralab.errors import ArtifactError
 from loralab.models.loading import Base
+from loralab.records import process
 from loralab.records import record as records
 from loralab.records.environment import environment
 from loralab.training.layer_inputs import LayerInputs
@@ -29,6 +30,7 @@ def open_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     record["code"], record["flags"] = {"sources": spec.sources(), "files": spec.files}, spec.flags
     record["cwd"] = str(Path.cwd())  # what relative paths among the overrides are relative to
     record["pid"], record["host"] = os.getpid(), socket.gethostname()
+    record["process"] = process.mark(os.getpid())
     records.write(spec.folder, record)
     return record
 

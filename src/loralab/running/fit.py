@@ -52,6 +52,7 @@ class Fit:
     def run(self) -> list[list[Trial]]:
         """The packs in which the trials must go on; empty when every record is closed."""
         for trial in self.trials:
+            trial.clock.started = self.started
             if not trial.loggers:
                 spec = trial.spec
                 logger: LoggerSpec = Wandb(mode="disabled") if spec.trainer.given("fast_dev_run") else spec.logger
@@ -68,15 +69,17 @@ class Fit:
         self._predict_memory()
         for trial, state in zip(self.trials, self.states, strict=True):
             if trial.paused:
-                pause(trial, state or {}, self.started)
+                pause(trial, state or {})
             else:
-                finish(trial, self.base, self.started)
+                finish(trial, self.base)
         return []
 
     def _train_and_score(self) -> LoralabError | None:
         """None, or an error that a smaller pack may avoid, without the frames of its traceback, which hold memory."""
         begun = time.monotonic()
         seconds = 0.0
+        for trial in self.trials:
+            trial.clock.begin(begun)
         try:
             if any(trial.alive for trial in self.trials):
                 self._train()
@@ -98,7 +101,7 @@ class Fit:
                 return failure.with_traceback(None)
             raise
         finally:  # also after an error: what a run used that ran out of memory
-            self._record_costs(begun - self.started, seconds or time.monotonic() - begun)
+            self._record_costs(seconds or time.monotonic() - begun)
         return None
 
     def _train(self) -> None:
@@ -115,9 +118,11 @@ class Fit:
         logger = LightningRows(self.module, str(spec.folder)) if self.logs else False
         # callbacks see the validation of the final state too, as they would in any run of Lightning's
         validating = bool(self.module.others) and len(self.trials) == 1
-        observers = [*ordered, FirstBatch()]
+        observers = [*ordered, FirstBatch(self.base.unmixed)]
         trainer = spec.trainer.build(observers, self.progress, logger=logger, validating=validating, folder=spec.folder)
         count_from(trainer, step)
+        if scaler_state := self.trials[0].scaler_state:
+            trainer.precision_plugin.load_state_dict(scaler_state)
         for name, callback in self.module.others.items():
             if state := self.trials[0].callback_states.get(name):
                 callback.load_state_dict(deepcopy(state))
@@ -131,6 +136,8 @@ class Fit:
                 self.states[:] = optimizers.states(trainer.optimizers[0])
             raise
         finally:
+            for trial in self.trials:  # which may go on in other packs
+                trial.scaler_state = dict(trainer.precision_plugin.state_dict())
             if trainer.optimizers:
                 self._describe(trainer.optimizers[0])
         if any(trial.paused for trial in self.trials):
@@ -165,10 +172,10 @@ class Fit:
         records = [optimizers.describe(optimizer, spec.name, i) for i in range(len(self.trials))]
         self.optimizer_records = [{**one, "note": one["note"] or spec.why_alone or None} for one in records]
 
-    def _record_costs(self, startup: float, seconds: float) -> None:
+    def _record_costs(self, seconds: float) -> None:
         """Memory and time are the pack's, the same in each record; the optimizer state is each trial's own.
 
-        ``startup``, ``seconds``: before and during the fit. Profiled steps are left out of the times.
+        ``seconds``: of the fit. Profiled steps are left out of the times.
         """
         memory: dict[str, Any] = {**self.spec.memory.record(), **observer.memory_fields(self.callbacks)}
         seconds -= observer.excluded_seconds(self.callbacks)
@@ -176,15 +183,14 @@ class Fit:
         for index, trial in enumerate(self.trials):
             trial.record["optimizer"].update(self.optimizer_records[index])
             trial.record["memory"].update(memory)
-            trial.train_seconds += seconds
-            trial.untimed_tokens += untimed.get(index, 0)
-            costs, timed = trial.record["time"], trial.tokens - trial.untimed_tokens
-            costs.update(
-                startup_s=startup if costs["startup_s"] is None else costs["startup_s"],
-                train_s=trial.train_seconds,
+            trial.clock.end(seconds, untimed.get(index, 0))
+            spent = trial.clock.total(time.monotonic())
+            trial.record["time"].update(
+                startup_s=spent["startup_s"],
+                train_s=spent["train_s"],
                 steps=trial.step,
                 tokens=trial.tokens,
-                tokens_per_s=timed / trial.train_seconds if trial.train_seconds > 0 and timed > 0 else None,
+                tokens_per_s=trial.clock.rate(trial.tokens),
             )
 
     def _predict_memory(self) -> None:

@@ -151,9 +151,10 @@ class Job:
         budget = min(self.memory_budget, spec.plan.budget_gib or self.memory_budget)
         return replace(spec, plan=replace(spec.plan, budget_gib=budget))
 
-    def open(self, stack: ExitStack) -> "TrialSpec":
-        """Locks the run folder until ``stack`` closes, writes config.yaml into it and returns the trial's spec."""
-        stack.enter_context(hold(self.folder))
+    def open(self, stack: ExitStack, patience: float = 0.0) -> "TrialSpec":
+        """Locks the run folder until ``stack`` closes, writes config.yaml into it and returns the trial's spec.
+        ``patience``: seconds for which a process that has the folder is waited for."""
+        stack.enter_context(hold(self.folder, patience))
         self.__dict__.pop("_earlier_run", None)
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(redact(self.content))))
         return replace(self.spec(), flags=self.flags, files=own_files(self.choices))

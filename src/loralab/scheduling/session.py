@@ -20,7 +20,7 @@ from loralab.records.lock import hold
 from loralab.records.metric_logger import prepare
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.sweep import PackOptions, Sweep, finished, set_stale_aside
-from loralab.scheduling.sweep_file import check_begun, mark
+from loralab.scheduling.sweep_file import check_begun, mark, status_of
 
 if TYPE_CHECKING:
     from loralab.running.runner import Runner
@@ -247,12 +247,20 @@ class Session:
             log.debug("the rows of %s cannot be read", spec.id, exc_info=True)
 
     def _with_how_to_resume(self, stopped: Interrupted) -> Interrupted:
-        """Adds to the message of a stopped sweep how many trials are left and the command that resumes it."""
-        if self.many and self.folder is not None:
+        """Adds to the message what is left and the command that goes on with it."""
+        if self.folder is None:
+            return stopped
+        if self.many:
             trials = record.read_sweep(self.folder)["trials"]
             left = sum(trial.get("status") not in ("completed", "pruned") for trial in trials)
             command = f"loralab sweep --resume {shlex.quote(str(self.folder))}"
             stopped.args = (f"{stopped}; {left} trials are left: {command}",)
+        elif status_of(self.folder) == "interrupted":
+            from loralab.training import checkpoint
+
+            command = record.rerun(record.read(self.folder), [f"hydra.run.dir={self.folder}"])
+            way = "goes on from its checkpoint" if checkpoint.path(self.folder).is_file() else "begins anew"
+            stopped.args = (f"{stopped}; it {way} with: {command}",)
         return stopped
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILED = ("failed", "out_of_memory", "diverged")
+PATIENCE = 15.0  # seconds in which what a killed sweep has left running ends its step
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class Sweep:
             except LoralabError as error:
                 return [job.refuse(error) for job in jobs]
             try:
-                specs = [job.open(stack) for job in jobs]
+                specs = [job.open(stack, PATIENCE) for job in jobs]
             except ArtifactError as error:  # another process runs one of them
                 return [job.refusal(error) for job in jobs]
             for job in jobs:

@@ -6,18 +6,21 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loralab.config import identity
 from loralab.config.sweep_files import own_files
 from loralab.errors import ArtifactError, ConfigError
 from loralab.records import record
 from loralab.records.lock import hold
 from loralab.scheduling.job import Job
 
+CALL = ("overrides", "hydra_overrides", "flags", "cwd")  # of sweep.json: how the sweep was called
 WRITTEN_EVERY = 1.0  # seconds, and
 SHARE = 0.05  # of the time, at most, goes into writing: the file of 10,000 trials takes 40 ms
 
 
 class SweepFile:
-    """Trials of earlier calls that have a record stay listed: a call with fewer seeds or other settings hides nothing.
+    """Trials of earlier calls stay listed: a call with fewer seeds or other settings hides nothing. Of an earlier form
+    of the same call only those that have a record do.
 
     A status is set entry by entry and written at most once a second, of very many trials less often; ``flush`` writes
     at once.
@@ -30,11 +33,12 @@ class SweepFile:
         which is not looked for."""
         self.folder = folder
         entries = {job.trial: _entry(folder, job) for job in jobs}
-        listed = _earlier_entries(folder, entries, known)
+        calls = _called(folder, header)
+        listed = _earlier_entries(folder, entries, known, open_too=bool(calls))
         earlier = [entries.pop(entry["trial"], {**entry, "earlier": True}) for entry in listed]
         trials = [*earlier, *entries.values()]
         axes = swept_axes([list(entry.get("overrides") or []) for entry in trials])
-        self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials, **_decided(folder)}
+        self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials, **_decided(folder), **calls}
         self._entries = {entry["trial"]: entry for entry in trials}
         present = [entry["trial"] for entry in trials if not entry.get("earlier")]
         self.places = {trial: place for place, trial in enumerate(present, 1)}
@@ -88,6 +92,31 @@ def _decided(folder: Path) -> dict[str, Any]:
     except ArtifactError:
         return {}
     return {"decisions": stored["decisions"]} if stored.get("decisions") else {}
+
+
+def calls_of(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The calls that ``--resume`` finishes, the first of them first; each has ``overrides``, and other keys of CALL."""
+    listed = [call for call in stored.get("calls") or [] if isinstance(call, Mapping)] or [stored]
+    called: list[dict[str, Any]] = [{key: call.get(key) for key in CALL} for call in listed if call.get("overrides")]
+    return [{**call, "overrides": [str(word) for word in call["overrides"]]} for call in called]
+
+
+def _called(folder: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    """``calls``: those of the sweep.json there, and that of ``header``, which takes the place of one that has asked for
+    the same trials. Empty where it is the only one."""
+    try:
+        before = calls_of(record.read_sweep(folder))
+    except ArtifactError:
+        return {}
+    present = {key: header.get(key) for key in CALL}
+    calls = [present if _asked(call) == _asked(present) else call for call in before]
+    calls += [] if present in calls else [present]
+    return {"calls": calls} if len(calls) > 1 else {}
+
+
+def _asked(call: Mapping[str, Any]) -> list[str]:
+    """The words of a call that say which trials it asks for."""
+    return sorted(word for word in call.get("overrides") or () if identity.decides(word))
 
 
 def check_begun(folder: Path, jobs: Sequence[Job]) -> None:
@@ -145,10 +174,10 @@ def status_of(folder: Path) -> str:
 
 
 def _earlier_entries(
-    folder: Path, entries: Mapping[str, Mapping[str, Any]], known: Collection[str]
+    folder: Path, entries: Mapping[str, Mapping[str, Any]], known: Collection[str], open_too: bool
 ) -> list[dict[str, Any]]:
-    """Trials that sweep.json already lists and that have a record; without those of an earlier version of loralab that
-    ``entries`` lists under a new id."""
+    """Trials that sweep.json already lists and that have a record, or (``open_too``) not yet one; without those of an
+    earlier version of loralab that ``entries`` lists under a new id."""
     try:
         listed: list[dict[str, Any]] = record.read_sweep(folder)["trials"]
     except ArtifactError:
@@ -157,14 +186,14 @@ def _earlier_entries(
     return [
         entry
         for entry in listed
-        if "trial" in entry and (entry["trial"] in known or not _is_left_out(folder, entry, overrides))
+        if "trial" in entry and (entry["trial"] in known or not _is_left_out(folder, entry, overrides, open_too))
     ]
 
 
-def _is_left_out(folder: Path, entry: Mapping[str, Any], overrides: set[tuple[str, ...]]) -> bool:
+def _is_left_out(folder: Path, entry: Mapping[str, Any], overrides: set[tuple[str, ...]], open_too: bool) -> bool:
     place = folder / str(entry["folder"])
     try:
         schema = record.read(place)["schema"]
     except ArtifactError:  # there is no record, or it cannot be read
-        return True
+        return not open_too
     return bool(schema < record.SCHEMA and tuple(sorted(entry.get("overrides") or [])) in overrides)

@@ -21,6 +21,7 @@ from loralab.records import record
 from loralab.records.log_file import LogFile
 from loralab.records.secrets import MaskedFormatter
 from loralab.scheduling.job import Job
+from loralab.scheduling.signals import end_with, held_back, listen
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +106,12 @@ def run(
 def _start(packs: Sequence[Sequence[Job]], name: str) -> Worker:
     jobs = [job for pack in packs for job in pack]
     path = jobs[0].folder.parent / f"device-{name}.json"
-    path.write_text(json.dumps({"packs": [[job.as_json() for job in pack] for pack in packs]}))
+    asked = {"packs": [[job.as_json() for job in pack] for pack in packs], "parent": os.getpid()}
+    path.write_text(json.dumps(asked))
     before = {job.trial: written(job) for job in jobs}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name}
-    process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
+    with held_back():
+        process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
     log.info("device %s: %d trials in %d packs, process %d", name, len(jobs), len(packs), process.pid)
     return Worker(name, process, {job.trial: job for job in jobs}, before, path)
 
@@ -133,20 +136,22 @@ def news(waiting: Iterable[Job], before: Mapping[str, int]) -> Iterator[tuple[Jo
 
 
 def main(path: Path) -> int:
-    """The process of one device: its packs one after the other, over a base that stays loaded."""
-    from loralab.scheduling.session import Session
-    from loralab.scheduling.signals import listen
-    from loralab.scheduling.sweep import Sweep
-
-    listen()
+    """The process of one device: its packs one after the other, over a base that stays loaded. It ends, as by SIGTERM,
+    with the process that has started it."""
     file, terminal = LogFile(path.with_suffix(".log")), logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[file, terminal])
     for handler in (file, terminal):
         handler.setFormatter(MaskedFormatter("%(asctime)s %(message)s"))
-    content = json.loads(path.read_text())
-    log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
     try:
+        listen()
+        content = json.loads(path.read_text())
+        path.unlink(missing_ok=True)  # its settings may hold secrets, and a parent that is killed removes nothing
+        end_with(content["parent"])
+        log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
+        from loralab.scheduling.session import Session
+        from loralab.scheduling.sweep import Sweep
+
         packs = [[Job.from_json(stored) for stored in pack] for pack in content["packs"]]
         Sweep(path.parent, [], Session(fresh=False, many=True).runner).run_packs(packs)
     except Interrupted as stopped:
