@@ -115,7 +115,9 @@ def _slice_chart(
 ) -> "alt.LayerChart":
     import altair as alt
 
-    scale = alt.Scale(type="log" if log else "linear", zero=False, padding=12, nice=False)
+    # a logarithmic scale has no zero, and Vega-Lite warns of one
+    kind = {"type": "log"} if log else {"type": "linear", "zero": False}
+    scale = alt.Scale(**kind, padding=12, nice=False)
     axis = alt.Axis(grid=False, format="~g", tickCount=6)
     x = (
         alt.X("x:N", title=name, sort=list(labels), axis=alt.Axis(labelAngle=0))
