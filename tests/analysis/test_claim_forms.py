@@ -62,8 +62,26 @@ def test_an_arm_may_be_named_by_several_axes_or_by_one_with_a_verdict_for_each_s
     assert one.p_permutation == pytest.approx(2 / 2**5)
     assert one.interval_bootstrap[0] < gaps.mean() < one.interval_bootstrap[1]
     assert one.seeds == tuple(map(str, SEEDS))
-    assert [verdict.claim for verdict in each] == ["r=8 <= r=2 (none)", "r=8 <= r=2 (nf4_double)"]
+    assert [verdict.claim for verdict in each] == [
+        "r=8 <= r=2 (quantization = none)",
+        "r=8 <= r=2 (quantization = nf4_double)",
+    ]
     assert each[0].estimate == one.estimate
+
+
+def test_a_setting_names_what_either_arm_alone_has(judge):
+    def change(trial, scheme, r):
+        if scheme == "none":
+            trial["config"]["quantization"].pop("block_size", None)
+        else:
+            trial["config"]["quantization"]["block_size"] = 32 * r
+            del trial["config"]["adapter"]["r"]
+
+    found = judge(["none <= nf4_double"], ranks=(2, 8), change=change, more={"quantization.block_size": (64, 256)})
+    assert [one.claim for one in found] == [
+        f"none <= nf4_double (r = {r}, block_size = {32 * r})"
+        for r in (2, 8)  # they move together
+    ]
 
 
 def test_where_keeps_a_claim_to_some_arms(judge):
@@ -150,7 +168,7 @@ def test_the_bits_that_double_quantization_saves(judge):
 def test_along_an_axis(judge, claim, verdict):
     found = judge([claim])
     assert [one.verdict for one in found] == [verdict] * 2
-    assert [one.claim for one in found] == [f"{claim} (none)", f"{claim} (nf4_double)"]
+    assert [one.claim for one in found] == [f"{claim} (quantization = none)", f"{claim} (quantization = nf4_double)"]
     values = np.array([[loss("none", r, seed) for r in RANKS] for seed in SEEDS])
     gaps = values[:, 0] - values[:, 2] if "flat" in claim else (values[:, 2] - values[:, 0]) / 2
     assert found[0].estimate == pytest.approx(gaps.mean())

@@ -54,6 +54,6 @@ def test_a_second_axis_gives_a_verdict_for_each_of_its_values(tmp_path, syntheti
     record.write_sweep(tmp_path, {"name": "p", "axes": axes, "trials": trials, "claims": ["none <= nf4_double"]})
     results = read_results(tmp_path)
     assert [one.claim for one in verdicts(results, comparisons(results))] == [
-        "none <= nf4_double (2)",
-        "none <= nf4_double (8)",
+        "none <= nf4_double (r = 2)",
+        "none <= nf4_double (r = 8)",
     ]

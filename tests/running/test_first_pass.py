@@ -19,6 +19,7 @@ from loralab.forward.stacked import Forward, ForwardMode
 from loralab.models import loading, pretrained
 from loralab.quantization.four_bit import FourBit
 from loralab.running.runner import Runner
+from loralab.training import first_batch
 from loralab.training.first_batch import FirstBatch
 from loralab.training.module import FineTuner
 
@@ -173,6 +174,21 @@ def test_the_comparison_leaves_no_trace(make_spec, make_data, monkeypatch, curve
     for one, other in zip(compared, plain, strict=True):
         assert curve(one.folder) == curve(other.folder)
         assert all(map(torch.equal, weights(one.folder).values(), weights(other.folder).values()))
+
+
+def test_trials_that_go_on_in_the_same_process_are_not_compared_again(make_spec, monkeypatch):
+    compared, real = [], first_batch._packed_and_alone
+    monkeypatch.setattr(first_batch, "_packed_and_alone", lambda *given: compared.append(1) or real(*given))
+
+    def specs(**steps):
+        return [make_spec(f"{i}", seed=i, **steps) for i in range(2)]
+
+    runner = Runner()
+    assert {one["status"] for one in runner.run(specs(until=0.5))} == {"interrupted"}
+    assert {one["status"] for one in runner.run(specs())} == {"completed"}
+    assert len(compared) == 1
+    runner.run([make_spec("1"), make_spec("2")])  # one of them has not been seen here
+    assert len(compared) == 2
 
 
 def test_an_adapter_that_is_not_what_it_says_keeps_its_padding(load_base, inputs, caplog):

@@ -49,12 +49,31 @@ def test_what_trials_have_is_accepted(claim):
         ({"claim": "flat in adapter.r within 1", "where": {"r": 2}}, "has fewer than two values there"),
         ({"claim": "nf4 <= fp4", "where": {"double_quant": True}}, "no trial of this sweep has"),
         ("nf4 = fp4", "nothing equals it exactly"),
+        ("nf4 <= quantization=nf4", "holds an arm against itself"),
+        ({"claim": "r=8 <= r=2", "where": {"adapter.r": 2}}, "adapter.r is named by its arms and by where"),
+        ({"claim": "r=8 <= r=2", "where": {"seed": 0}}, "seed is no axis of this sweep"),
     ],
 )
 def test_what_no_trial_has_is_refused(claim, why):
     with pytest.raises(ConfigError) as refused:
         checked([claim], when=WHEN)
     assert why in str(refused.value)
+
+
+def test_words_about_the_sweep_are_no_axis():
+    words = ["+sweep.extend=0", *AXES]
+    checked(["nf4 <= fp4"], words)
+    with pytest.raises(ConfigError, match=r"valid: adapter.r, quantization, quantization.double_quant$"):
+        checked(["rank=8 <= rank=2"], words)
+
+
+@pytest.mark.parametrize(("seeds", "said"), [("seed=0", 1), ("seed=0,1", 0), (None, 1)])
+def test_a_claim_about_noise_with_one_seed_is_warned_of(caplog, seeds, said):
+    words = [*AXES[:-1], *([seeds] if seeds else [])]
+    checked(["nf4 <= fp4", {"claim": "nf4 = 4.127 within 0.001", "metric": "base.bits_per_parameter"}], words)
+    found = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(found) == said
+    assert all("1 of 2 claims cannot be told from chance with one seed, the first is 'nf4 <= fp4'" in t for t in found)
 
 
 def test_a_number_that_is_also_an_arm_must_say_which_it_is():

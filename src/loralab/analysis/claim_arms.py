@@ -129,7 +129,7 @@ def _sets(arms: Sequence[Arm], sides: Sequence[Chosen], named: set[str]) -> Iter
             yield Matched((arm,), _setting(arm, named))
         for other in right[0] if right else ():
             if other is not arm and _alike(arm, other, named):
-                yield Matched((arm, other), _setting(arm, named))
+                yield Matched((arm, other), _setting(arm, named, other))
 
 
 def _groups(arms: Sequence[Arm], axis: str, where: Chosen, named: set[str]) -> list[Matched]:
@@ -156,10 +156,12 @@ def _alike(arm: Arm, other: Arm, named: set[str]) -> bool:
     return all(one == two or UNKNOWN in (one, two) for one, two in settings)
 
 
-def _setting(arm: Arm, named: set[str]) -> str:
-    axes = arm.results.axes
-    others = [text for axis, text in arm.values.items() if axis not in named and len(axes[axis]) > 1]
-    return ", ".join(text for text in others if text != UNKNOWN)
+def _setting(arm: Arm, named: set[str], other: Arm | None = None) -> str:
+    """``r = 8, double_quant = true``; a value that the arm lacks is the other's."""
+    axes, short = arm.results.axes, arm.results.short
+    known = {**(other.values if other else {}), **{a: text for a, text in arm.values.items() if text != UNKNOWN}}
+    others = [(axis, known.get(axis, UNKNOWN)) for axis in axes if axis not in named and len(axes[axis]) > 1]
+    return ", ".join(f"{short[axis]} = {text}" for axis, text in others if text != UNKNOWN)
 
 
 def _why_none(comparisons: Sequence[Comparison], claim: Claim, sides: Sequence[Chosen]) -> Unmatched:

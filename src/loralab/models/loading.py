@@ -33,6 +33,7 @@ class Base:
     size: BaseSize
     fingerprint: str | None  # of the spec; None where it could not be taken
     prefix_states: States = field(default_factory=States)  # what one pack leaves for the next
+    unmixed: set[str] = field(default_factory=set)  # trials whose losses were seen not to depend on rows beside theirs
 
     @property
     def hooks(self) -> AdapterHooks:

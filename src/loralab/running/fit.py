@@ -118,7 +118,7 @@ class Fit:
         logger = LightningRows(self.module, str(spec.folder)) if self.logs else False
         # callbacks see the validation of the final state too, as they would in any run of Lightning's
         validating = bool(self.module.others) and len(self.trials) == 1
-        observers = [*ordered, FirstBatch()]
+        observers = [*ordered, FirstBatch(self.base.unmixed)]
         trainer = spec.trainer.build(observers, self.progress, logger=logger, validating=validating, folder=spec.folder)
         count_from(trainer, step)
         if scaler_state := self.trials[0].scaler_state:

@@ -116,6 +116,11 @@ def _axis(override: Override) -> Axis:
     return Axis(key, found, swept=True)
 
 
+def says_what_runs(key: str) -> bool:
+    """Whether a setting (a key without plus signs) is one of the trials': not their seed, not how their sweep goes."""
+    return key not in ("seed", "sweeps") and not key.startswith("sweep.")
+
+
 def canonical(value: Any) -> str:
     """The same text for equal values: 16 and 16.0, a text with quotes and without."""
     return json.dumps(identity.plain(value), sort_keys=True, default=str)

@@ -13,6 +13,7 @@ from loralab.config import staleness
 from loralab.data.base import FORGETTING
 from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.records import record
+from loralab.records.shared import share
 from loralab.scheduling import workers
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.packs import TOKEN_BUDGET, Pack, halves, plan, spread
@@ -48,11 +49,13 @@ class Sweep:
         jobs: Sequence[Job],
         make_runner: Callable[[], "Runner"],
         failed: bool = False,
+        before: Mapping[str, Record] | None = None,
     ) -> None:
         """``jobs``: each trial once. ``make_runner`` is called when a trial has to run: it imports torch. ``failed``:
-        only those that have failed run, and of the others that are not finished the record is blank."""
+        only those that have failed run, and of the others that are not finished the record is blank. ``before``: the
+        records of earlier rounds of the same sweep."""
         self.folder, self.jobs, self.make_runner = folder, list(jobs), make_runner
-        self.failed = failed
+        self.failed, self.before = failed, before or {}
         self.records: dict[str, Record] = {}
         self.sweep_file: SweepFile | None = None  # None in a process of one device: the parent writes it
 
@@ -66,8 +69,9 @@ class Sweep:
         """
         earlier = [job for job in self.jobs if not job.fresh]
         set_stale_aside(earlier)
-        _mention_earlier_versions(self.folder, [job for job in earlier if job.finished() is None])
-        self.sweep_file = SweepFile(self.folder, header, self.jobs)
+        if not self.before:
+            _mention_earlier_versions(self.folder, [job for job in earlier if job.finished() is None])
+        self.sweep_file = SweepFile(self.folder, header, self.jobs, self.before)
         waiting = self._left([job for job in self.jobs if not self._skip(job)])
         try:
             if launch is None:
@@ -102,7 +106,8 @@ class Sweep:
         if not self.failed:
             return unfinished
         chosen = [job for job in unfinished if status_of(job.folder) in FAILED]
-        others = [job for job in unfinished if job not in chosen]
+        names = {job.trial for job in chosen}
+        others = [job for job in unfinished if job.trial not in names]
         self.records |= {job.trial: record.blank(job.trial) for job in others}
         log.info(
             "%d trials have failed and run again; %d others are not finished and stay so", len(chosen), len(others)
@@ -118,7 +123,8 @@ class Sweep:
 
     def _close(self, job: Job, stored: Record, state: str = "") -> None:
         """Takes the final record of a trial, updates sweep.json and logs a line that ends in ``state``."""
-        self.records[job.trial] = stored
+        self.records[job.trial] = stored = share(stored)
+        job.forget()
         if self.sweep_file is None:
             return
         self.sweep_file.set(job.trial, stored["status"])

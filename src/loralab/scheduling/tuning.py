@@ -24,7 +24,7 @@ def check_compared(sweep: Mapping[str, Any], trials: Sequence[Sequence[str]]) ->
         return
     if not isinstance(compared, list) or not all(isinstance(name, str) for name in compared):
         raise ConfigError(f"sweep.compare={compared!r} is no list of axes; valid: such as sweep.compare=[adapter.r]")
-    known = list(dict.fromkeys(_key(word) for words in trials for word in words if _key(word) != "seed"))
+    known = list(dict.fromkeys(_key(word) for words in trials for word in words if axes.says_what_runs(_key(word))))
     for name in compared:
         if name in (sweep.get("tune") or ()):
             raise ConfigError(
@@ -58,7 +58,7 @@ class Tuning:
                 )
         self.asked: dict[Arm, Words] = {}  # {arm: the overrides of its trials, one for each seed}
         for words in trials:
-            self.asked.setdefault(tuple(word for word in words if _is_of_arm(word)), []).append(words)
+            self.asked.setdefault(tuple(word for word in words if axes.says_what_runs(_key(word))), []).append(words)
         self.scores: dict[Arm, dict[Setting, dict[str, float | None]]] = {arm: {} for arm in self.asked}
         self.waiting = [
             (arm, setting, words) for arm, own in self.asked.items() for setting in self.grid for words in own
@@ -130,11 +130,6 @@ def _extend(given: Any) -> int:
 
 def _key(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
-
-
-def _is_of_arm(word: str) -> bool:
-    """Whether an override says what an arm is, not how its sweep goes."""
-    return _key(word) != "seed" and not _key(word).startswith("sweep.")
 
 
 def seed_of(words: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Watches the records of trials that other processes run."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,7 +10,8 @@ from loralab.scheduling.job import Job, Record
 from loralab.scheduling.sweep_file import status_of
 from loralab.scheduling.workers import news, written
 
-POLL = 0.5  # seconds
+POLL = 0.5  # seconds, and
+SHARE = 0.05  # of the time, at most, goes into looking: very many trials are looked at less often
 
 
 @contextmanager
@@ -34,23 +36,27 @@ def watched(jobs: Sequence[Job], close: Callable[[Job, Record], None], begin: Ca
 
 class _Watch:
     def __init__(self, jobs: Sequence[Job], close: Callable[[Job, Record], None], begin: Callable[[Job], None]) -> None:
-        self.waiting, self.close, self.begin = list(jobs), close, begin
+        self.waiting, self.close, self.begin = {job.trial: job for job in jobs}, close, begin
         self.before = {job.trial: written(job) for job in jobs}
 
     def until(self, ended: threading.Event) -> None:
-        while not ended.wait(POLL):
+        took = 0.0
+        while not ended.wait(max(POLL, took / SHARE)):
+            begun = time.monotonic()
             self.look()
+            took = time.monotonic() - begun
 
     def look(self) -> None:
-        for job, stored in news(self.waiting, self.before):
+        for job, stored, when in news(self.waiting.values(), self.before):
             if stored["status"] == "running":
+                self.before[job.trial] = when
                 self.begin(job)
             else:
-                self.waiting.remove(job)
+                del self.waiting[job.trial]
                 self.close(job, stored)
 
     def give_up(self) -> None:
-        for job in self.waiting:
+        for job in self.waiting.values():
             folder = job.folder
             reason = (
                 f"there is no result in {folder}: its process died or was never started; valid: loralab sweep --resume"

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Worker:
 
     device: str
     process: subprocess.Popen[bytes]
-    waiting: list[Job]
+    waiting: dict[str, Job]  # by their trials
     before: dict[str, int]  # trial -> time of the record it had
     asked: Path  # the file with its trials, whose settings may hold secrets: it goes with the process
 
@@ -61,9 +61,9 @@ class Worker:
         They are removed from ``waiting``.
         """
         ended = self.process.poll() is not None
-        for job, stored in news(self.waiting, self.before):
+        for job, stored, _ in news(self.waiting.values(), self.before):
             if stored["status"] in SETTLED or (ended and stored["status"] != "running"):
-                self.waiting.remove(job)
+                del self.waiting[job.trial]
                 yield job, stored
 
 
@@ -113,7 +113,7 @@ def _start(packs: Sequence[Sequence[Job]], name: str) -> Worker:
     with held_back():
         process = subprocess.Popen([sys.executable, "-m", "loralab.scheduling.workers", str(path)], env=environment)
     log.info("device %s: %d trials in %d packs, process %d", name, len(jobs), len(packs), process.pid)
-    return Worker(name, process, jobs, before, path)
+    return Worker(name, process, {job.trial: job for job in jobs}, before, path)
 
 
 def written(job: Job) -> int:
@@ -122,16 +122,17 @@ def written(job: Job) -> int:
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
-def news(waiting: Sequence[Job], before: Mapping[str, int]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Those of ``waiting`` whose record was written since ``before`` {trial: ``written`` then}, with it."""
+def news(waiting: Iterable[Job], before: Mapping[str, int]) -> Iterator[tuple[Job, dict[str, Any], int]]:
+    """Those of ``waiting`` whose record was written since ``before`` {trial: ``written`` then}, with it and when."""
     for job in list(waiting):
-        if written(job) == before[job.trial]:
+        when = written(job)
+        if when == before[job.trial]:
             continue
         try:
             stored = record.read(job.folder)
         except ArtifactError:  # it is not whole
             continue
-        yield job, stored
+        yield job, stored, when
 
 
 def main(path: Path) -> int:

@@ -31,7 +31,10 @@ class FirstBatch(Callback):
 
     pack_aware = True
 
-    def __init__(self) -> None:
+    def __init__(self, unmixed: set[str] | None = None) -> None:
+        """``unmixed``: ids of the trials that were checked on this base, in an earlier pack whose trials go on; those
+        of this pack are added."""
+        self._unmixed = set() if unmixed is None else unmixed
         self._passed = self._stepped = False
         self._before: dict[str, Tensor] = {}  # the base's bits until the first step is over
 
@@ -47,6 +50,9 @@ class FirstBatch(Callback):
         batches = padded_alike(
             {i: trial.next_batch() for i, trial in enumerate(trials) if trial.alive}, trials[0].pad_token_id
         )
+        ids = {trials[index].spec.id for index in batches}
+        if ids <= self._unmixed:
+            return
         device = module.device
         forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with torch.no_grad(), forked, trainer.precision_plugin.train_step_context():
@@ -59,6 +65,7 @@ class FirstBatch(Callback):
                     f"the base mixes rows{dropout if base_dropout(module.model) else ''}: the first batch of trial "
                     f"{trials[index].spec.id} has a loss of {packed[index]:.6g} beside the others and {loss:.6g} alone"
                 )
+        self._unmixed |= ids
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """After the first pass: warns of layers that it did not call. A trial whose layers are all uncalled fails."""
