@@ -85,6 +85,7 @@ def add_predictions(trial: Trial) -> None:
 def finish(trial: Trial, base: Base) -> None:
     """Exports the adapter and closes the record."""
     record = trial.record
+    trial.write_held()  # a kill behind the record would lose it, and no later run writes it again
     keep_predictions(trial)
     if trial.failure is None:
         _export(trial, base)
