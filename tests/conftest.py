@@ -252,8 +252,14 @@ def inputs():
 
 
 @pytest.fixture
-def tiny_arguments(tokenizer_folder, rows):
+def tiny_arguments(tiny_words):
     """``key=value`` words of the smallest run of the command line."""
+    return list(tiny_words)
+
+
+@pytest.fixture(scope="session")
+def tiny_words(tokenizer_folder, rows):
+    """Those of ``tiny_arguments``, for runs that several tests share."""
     config = {"vocab_size": VOCABULARY, **FAMILIES["llama"], "num_key_value_heads": 2}
     return [
         *("model=random", f"model.tokenizer={tokenizer_folder}", "model.max_length=64"),

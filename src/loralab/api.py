@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,7 +216,8 @@ def _with_folders(session: "Session") -> Iterator[tuple[dict[str, Any], Path]]:
 
     folder = session.folder.absolute()
     places = {entry["trial"]: folder / entry["folder"] for entry in read_sweep(folder)["trials"]}
-    yield from ((record, places.get(record["trial"], folder)) for record in session.records)
+    # copies, since equal parts of the session's records are one object
+    yield from ((deepcopy(record), places.get(record["trial"], folder)) for record in session.records)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from loralab.config import sweep_files
 from loralab.config.build import trial_id
 from loralab.config.compose import compose, plain, sweep_axes
 from loralab.records import record
+from loralab.scheduling.sweep_file import calls_of
 
 FILE = """# @package _global_
 defaults:
@@ -94,7 +95,8 @@ def test_a_begun_sweep_goes_on_at_its_scale(file):
     record.write_sweep(
         folder, {"trials": [], "overrides": ["+sweeps=own@paper", "adapter.r=4,8"], "cwd": str(Path.cwd())}
     )
-    words = begun_in(folder, parse(["sweep", "--resume", str(folder)]))
+    (call,) = calls_of(record.read_sweep(folder))
+    words = begun_in(folder, call, parse(["sweep", "--resume", str(folder)]), [])
     assert words[:2] == ["+sweeps=own@paper", "adapter.r=4,8"]
     assert plain(compose(["+sweeps=own@paper", "adapter.r=4"]))["sweep"]["scale"] == "paper"
 

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loralab.errors import ArtifactError, DiskError
-from loralab.records import record
+from loralab.records import process, record
 
 HEX40 = "0123456789abcdef0123456789abcdef01234567"
 
@@ -70,6 +71,16 @@ def test_what_cannot_be_stored_is_refused_and_the_old_record_stays(tmp_path):
 def test_an_unknown_status_is_refused_when_written(tmp_path):
     with pytest.raises(ValueError, match="did you mean completed"):
         record.write(tmp_path, done(status="complete"))
+
+
+@pytest.mark.skipif(process.mark(os.getpid()) is None, reason="this system does not tell when a process began")
+def test_a_run_whose_number_another_process_has_now_is_not_running():
+    known = {"host": socket.gethostname(), "pid": os.getpid(), "process": process.mark(os.getpid())}
+    stored = {**record.blank("a1"), **known}
+    assert record.status(stored) == record.status({**stored, "process": None}) == "running"
+    boot, _, started = known["process"].partition(" ")
+    for other in (f"{boot} {int(started) - 1}", f"another-boot {started}"):
+        assert record.status({**stored, "process": other}) == "interrupted"
 
 
 def test_a_full_disk_is_a_disk_error_and_leaves_the_old_record_and_no_debris(tmp_path, monkeypatch):

@@ -186,3 +186,17 @@ def test_installed_launchers(tiny_arguments, tmp_path, monkeypatch, capsys, name
     assert f"hydra/launcher={name}: packing is off" in capsys.readouterr().err
     assert main.run(["train", "-m", *words, "adapter.r=2,4"]) == 0
     assert capsys.readouterr().err.count("finished before") == 1
+
+
+def test_a_search_asks_the_same_points_whoever_runs_them(sweep, tmp_path, monkeypatch):
+    words = ["hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-1))"]
+    words += ["hydra.sweeper.n_trials=3", "hydra.sweeper.batch=2"]
+    real = Plugins.instantiate_launcher
+    code, launcher = sweep(*words)
+    assert code == 0
+    assert len(launcher.launched) == 3
+    (tmp_path / "s").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(Plugins, "instantiate_launcher", real)
+    here = {entry["trial"] for entry in record.read_sweep(tmp_path / "elsewhere")["trials"]}
+    assert here == {place.name for place in record.find(tmp_path / "elsewhere")}
+    assert record.read_sweep(tmp_path / "elsewhere")["search"]["complete"] == 3

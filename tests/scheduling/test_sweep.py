@@ -109,16 +109,45 @@ def test_failures_alone_are_of_a_begun_sweep(capsys):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("adapter.r=4", "adapter.r=2,4 and adapter.r=4 contradict each other"),
+        ("trainer.max_steps=3", "trainer.max_steps=2 and trainer.max_steps=3 contradict each other"),
         ("seed=1", "seed=1 would make other trials of those that --resume finishes; valid: "),
         ("hydra.sweep.dir=elsewhere", "--resume names the sweep and its folder, and hydra.sweep.dir=elsewhere another"),
     ],
 )
 def test_resume_takes_no_word_that_asks_something_else(sweep, folder, capsys, word, message):
     folder.mkdir()
-    record.write_sweep(folder, {"overrides": ["adapter.r=2,4"]})
+    record.write_sweep(folder, {"overrides": ["adapter.r=2,4", "trainer.max_steps=2"]})
     assert main.run(["sweep", "--resume", str(folder), word]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_no_output")
+def test_values_of_axes_beside_resume_add_trials_to_those_that_it_finishes(sweep, folder, capsys):
+    """Each call leaves a trial open; the last --resume, by the folder alone, finishes those of all three."""
+    sweep("adapter.r=2,4")
+
+    def forget(count):
+        for name in sorted(times(folder))[:count]:
+            (folder / name / "result.json").unlink()
+
+    forget(1)
+    assert main.run(["sweep", "--resume", str(folder), "adapter.r=6,8", "--failed"]) == 2
+    assert "--failed runs nothing but failures again, and adapter.r=6,8 adds trials" in capsys.readouterr().err
+    assert main.run(["sweep", "--resume", str(folder), "adapter.r=6,8", "plan.record=false"]) == 0
+    assert statuses(folder) == ["completed"] * 4
+    sweep("adapter.r=2,4", "seed=0,1")
+    assert statuses(folder) == ["completed"] * 6
+    before = times(folder)
+    forget(5)
+    assert main.run(["sweep", "--resume", str(folder)]) == 0
+    stored = record.read_sweep(folder)
+    assert {one["trial"] for one in stored["trials"] if one["status"] == "completed"} == before.keys()
+    assert stored["axes"] == {"adapter.r": ["2", "4", "6", "8"], "seed": ["0", "1"]}
+    asked = [[word for word in call["overrides"] if "=" in word and "," in word] for call in stored["calls"]]
+    assert asked == [["adapter.r=2,4"], ["adapter.r=6,8"], ["adapter.r=2,4", "seed=0,1"]]
+    assert main.run(["sweep", "--resume", str(folder), "logger=none", "adapter.r=2,4"]) == 0  # says nothing new
+    again = record.read_sweep(folder)["calls"]
+    assert [sorted(call["overrides"]) for call in again] == [sorted(call["overrides"]) for call in stored["calls"]]
 
 
 def test_resume_takes_words_of_how_it_runs_in_place_of_those_before():

@@ -19,17 +19,20 @@ class OptunaSweeperConf:
     params: dict[str, Any] | None = None  # the space: {key: interval, range or choice of Hydra's grammar}
     n_trials: int = 30  # points of the space, each over every seed
     batch: int = 8  # points asked for at a time, which share passes
+    sampler: str = "tpe"  # or random
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaSweeperConf, provider="loralab")
 
 
 class OptunaSweeper(Sweeper):  # type: ignore[misc]
-    """Tree-structured Parzen estimation (multivariate, constant liar) over a space; ``sweep.halving`` prunes at its
-    rungs. What was asked and told is in the sweep folder, from which a later call goes on."""
+    """Tree-structured Parzen estimation (multivariate, constant liar) or random points over a space; ``sweep.halving``
+    prunes at its rungs. What was asked and told is in the sweep folder, from which a later call goes on."""
 
-    def __init__(self, params: Mapping[str, Any] | None = None, n_trials: int = 30, batch: int = 8) -> None:
-        self.params, self.n_trials, self.batch = params, n_trials, batch
+    def __init__(
+        self, params: Mapping[str, Any] | None = None, n_trials: int = 30, batch: int = 8, sampler: str = "tpe"
+    ) -> None:
+        self.params, self.n_trials, self.batch, self.sampler = params, n_trials, batch, sampler
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config

@@ -1,6 +1,7 @@
 """Dropout whose masks follow from a key: the same packed, alone, computed again and after a continuation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LANES = 2**16  # values of the random bits that decide on an element
+
+
+class SharedKey(int):
+    """The key of a mask of which this process draws the part of its own rows: units (rows, or tokens of a flat batch)
+    ``before`` to ``before`` + ``own`` of ``whole``. The masks of all processes together are that of one."""
+
+    before: int
+    own: int
+    whole: int
+
+    def __new__(cls, key: int, before: int, own: int, whole: int) -> "SharedKey":
+        made = super().__new__(cls, key)
+        made.before, made.own, made.whole = before, own, whole
+        return made
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where the rows of one process stand in the batch that several processes share."""
+
+    rows_before: int
+    rows: int  # of all processes
+    tokens_before: int
+    tokens: int  # of all processes, padding not counted
+
+    def key(self, key: int, rows: int, tokens: int | None) -> SharedKey:
+        """``key`` for this process's ``rows``, which have ``tokens`` where the batch is flat; None: it is not."""
+        if tokens is None:
+            return SharedKey(key, self.rows_before, rows, self.rows)
+        return SharedKey(key, self.tokens_before, tokens, self.tokens)
 
 
 def keyed_dropout(x: Tensor, p: float, key: int | None, length: int = 1) -> Tensor:
@@ -55,8 +86,19 @@ def _masked(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int) 
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # x and its gradient may differ in their strides
     for own, (size, key) in zip(torch.split(keep.view(-1), [size for size, _ in parts]), parts, strict=True):
-        words = torch.empty((size + 3) // 4, dtype=torch.int64, device=x.device)
-        words.random_(-(2**63), None, generator=torch.Generator(device=x.device).manual_seed(key))
         by_position = own.view(-1, length, x.shape[-1]).transpose(0, 1) if length > 1 else own
-        torch.ge(words.view(torch.int16)[:size].view(by_position.shape), dropped_of - LANES // 2, out=by_position)
+        bits = _bits(size, key, length, x.device).view(by_position.shape)
+        torch.ge(bits, dropped_of - LANES // 2, out=by_position)
     return keep.mul_(x).mul_(LANES / (LANES - dropped_of))
+
+
+def _bits(size: int, key: int, length: int, device: torch.device) -> Tensor:
+    """Sixteen random bits for each of ``size`` elements, int16, those of the first position of all rows first."""
+    shared = key if isinstance(key, SharedKey) and size % (key.own * length) == 0 else None
+    drawn = size if shared is None else size // shared.own * shared.whole
+    words = torch.empty((drawn + 3) // 4, dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=torch.Generator(device=device).manual_seed(int(key)))
+    bits = words.view(torch.int16)[:drawn]
+    if shared is None:
+        return bits
+    return bits.view(length, shared.whole, -1)[:, shared.before : shared.before + shared.own].reshape(-1)

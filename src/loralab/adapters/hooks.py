@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loralab.adapters.dropout import Share
 from loralab.errors import LoralabError
 
 
@@ -33,6 +34,14 @@ class BatchSlice:
     rows: int
     key: int | None = None  # dropout key of this pass; None while evaluating
     tokens: int | None = None  # of all its rows, where the batch is flat
+    share: Share | None = None  # None: no other process has rows of the batch
+
+    def mixed(self, *words: int) -> int | None:
+        """The key of one mask: other ``words``, another mask; None while evaluating."""
+        if self.key is None:
+            return None
+        key = mix(self.key, *words)
+        return key if self.share is None else self.share.key(key, self.rows, self.tokens)
 
 
 class AdapterHooks:
@@ -94,9 +103,9 @@ class AdapterHooks:
 
     def keys(self) -> list[int]:
         """The key of each slice for the next mask that the base itself draws in this pass; none while evaluating."""
-        keys = [part.key for part in self._slices if part.key is not None]
         self._drawn += 1
-        return [mix(key, self._drawn) for key in keys]
+        keys = [part.mixed(self._drawn) for part in self._slices]
+        return [key for key in keys if key is not None]
 
     def replayed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """``context_fn`` of a checkpointed block: computed again, it draws its masks again."""
@@ -280,7 +289,7 @@ class _LayerHook(Hook):
     def _key(self, part: BatchSlice) -> int | None:
         """Of its masks here: others at each call of a layer that a pass calls again."""
         again = (self.before,) if self.before else ()
-        return None if part.key is None else mix(part.key, self.salt, *again)
+        return part.mixed(self.salt, *again)
 
 
 class _InputHook(_LayerHook):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from loralab.analysis import search
 from loralab.analysis.arms import Comparison
 from loralab.analysis.paired import LEVEL, Difference, paired
 from loralab.analysis.pairs import Pairs, by_axis, together
@@ -15,6 +16,8 @@ def answer(comparisons: Sequence[Comparison]) -> str:
     if len(comparisons) != 1:
         return "The trials are of several sets whose numbers do not compare with each other, so there is no one answer."
     (comparison,) = comparisons
+    if comparison.results.searched:
+        return search.answer(comparison)
     if len(comparison.arms) < 2:
         return ""
     if len(comparison.contenders) < 2:

@@ -203,8 +203,9 @@ def _comparison(results: SweepResults) -> Comparison:
 
 
 def arms(results: SweepResults) -> list[Arm]:
-    """One arm per configuration in the order of the axes; the first value of every axis is the baseline."""
-    keys = pd.Series([_configuration(results, trial) for trial in results.trials])
+    """One arm per configuration in the order of the axes; the first value of every axis is the baseline. Of a search
+    the best first, and no baseline."""
+    keys = pd.Series(_configurations(results))
     numbers = results.frame[[trial.ok for trial in results.trials]]
     numbers = numbers.map(lambda value: value if is_number(value) else None).astype(float)
     by_arm = numbers.groupby(keys)
@@ -215,6 +216,8 @@ def arms(results: SweepResults) -> list[Arm]:
     ]
     order = {(axis, text): index for axis, labels in results.axes.items() for index, text in enumerate(labels)}
     ordered = sorted(unsorted, key=lambda arm: [order.get(value, len(order)) for value in arm.values.items()])
+    if results.searched:  # its points were asked for because of each other: they are ranked, and not compared
+        return sorted(ordered, key=lambda arm: (arm.mean is None, sign(results.mode) * (arm.mean or 0.0)))
     return _mark_best(_compared(ordered), results.mode)
 
 
@@ -223,22 +226,32 @@ def _known(frame: pd.DataFrame, key: str) -> dict[str, float]:
     return frame.loc[key].dropna().to_dict() if key in frame.index else {}
 
 
-def _configuration(results: SweepResults, trial: TrialResult) -> str:
-    """A key, equal for the seeds of one configuration; a trial without a record gets its likely configuration's."""
-    if trial.record["config"]:
-        return trial.values.get(environments.AXIS, "") + identity(trial.record)
+def _configurations(results: SweepResults) -> list[str]:
+    """Of each trial a key, equal for the seeds of one configuration; one without a record gets its likely
+    configuration's."""
     axes = [axis for axis in results.axes if axis != environments.AXIS]  # where it would have run is not known
-    for other in results.trials:
-        alike = all(trial.values[axis] == other.values[axis] for axis in axes)
-        alike = alike and UNKNOWN not in trial.values.values()
-        if other.record["config"] and (alike or _words(trial) == _words(other) != set()):
-            return _configuration(results, other)
-    return repr([trial.values[axis] for axis in results.axes])
+    known = [(place, trial) for place, trial in enumerate(results.trials) if trial.record["config"]]
+    own = {place: trial.values.get(environments.AXIS, "") + identity(trial.record) for place, trial in known}
+    by_values = {tuple(trial.values[axis] for axis in axes): place for place, trial in reversed(known)}
+    by_words = {words: place for place, trial in reversed(known) if (words := _words(trial))}
+
+    def likely(trial: TrialResult) -> str:
+        values = tuple(trial.values[axis] for axis in axes)
+        found = [by_words.get(_words(trial)), None if UNKNOWN in trial.values.values() else by_values.get(values)]
+        alike = [place for place in found if place is not None]
+        return own[min(alike)] if alike else repr([trial.values[axis] for axis in results.axes])
+
+    return [own.get(place) or likely(trial) for place, trial in enumerate(results.trials)]
 
 
-def _words(trial: TrialResult) -> set[str]:
+def _words(trial: TrialResult) -> frozenset[str]:
     """The overrides that it was called with, but for its seed."""
-    return {word for word in trial.record["overrides"] if not word.startswith("seed=")}
+    return frozenset(word for word in trial.record["overrides"] if not word.startswith("seed="))
+
+
+def sign(mode: str) -> int:
+    """By which a score is multiplied so that the least is the best."""
+    return 1 if mode == "min" else -1
 
 
 def _level(contenders: Sequence[Arm]) -> float:
@@ -305,7 +318,9 @@ def _mark_best(arms: list[Arm], mode: str) -> list[Arm]:
         gap = paired(arm.by_seed, other.by_seed, level)
         return gap is not None and gap.verdict(mode) == "better"
 
-    return [
-        replace(arm, best=bool(arm.scores) and all(beats(arm, other) for other in scored if other is not arm))
-        for arm in arms
-    ]
+    candidate = scored[0]
+    for other in scored[1:]:  # nothing beats the best one, so it is the last that is left
+        if not beats(candidate, other):
+            candidate = other
+    best = all(beats(candidate, other) for other in scored if other is not candidate)
+    return [replace(arm, best=best and arm is candidate) for arm in arms]

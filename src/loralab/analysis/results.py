@@ -86,6 +86,13 @@ class SweepResults:
         names = [str(name).lstrip("+") for name in asked] if isinstance(asked, list) else []
         return [axis for axis in self.axes if axis in names or not names]
 
+    @cached_property
+    def searched(self) -> list[str]:
+        """The axes of a search (``hydra/sweeper=optuna``); empty where it is none."""
+        search = self.about.get("search")
+        space = search.get("space") if isinstance(search, Mapping) else None
+        return [axis for axis in self.axes if axis in space] if isinstance(space, Mapping) else []
+
     def moving(self) -> list[str]:
         """The axes with more than one value, the environment aside."""
         return [axis for axis, labels in self.axes.items() if len(labels) > 1 and axis != environments.AXIS]

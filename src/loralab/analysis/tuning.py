@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from loralab.analysis.results import SweepResults
+from loralab.analysis.steps import saved
 from loralab.analysis.trials import PRUNED, TrialResult
 from loralab.analysis.values import UNKNOWN
 from loralab.numerics.scale import scale as of_settings
@@ -62,7 +63,7 @@ class Tuned:
             total = len(self.whole.trials)
             yield (
                 f"{len(early)} of {total} trials were ended early by sweep.halving, each compared with other {names} of"
-                " its own row alone, at equal steps; results.csv has the reason of each"
+                f" its own row alone, at equal steps; {saved(self.whole.trials)}; results.csv has the reason of each"
             )
         lacking = [key for key, choice in self.choices.items() if choice.setting is not None and not choice.complete]
         if lacking:

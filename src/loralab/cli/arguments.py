@@ -43,7 +43,7 @@ class Arguments(argparse.Namespace):
     words: list[str]
     hydra: list[str]
     help = version = debug = json = fresh = preview = evaluate = quick = base = requantize = no_measure = False
-    watch = latex = wandb = decision = failed = False
+    watch = latex = wandb = decision = failed = allow_changes = False
     resume: str | None = None
     out: str | None = None
     budget: str | None = None
@@ -60,6 +60,11 @@ class Arguments(argparse.Namespace):
     @property
     def many(self) -> bool:
         return "-m" in self.hydra
+
+    @property
+    def source(self) -> str | None:
+        """The run folder that ``--from`` names, a word of Python's; None without the flag."""
+        return vars(self).get("from")
 
     @property
     def config_dir(self) -> str | None:

@@ -27,8 +27,13 @@ def translate(error: BaseException, words: Sequence[str]) -> LoralabError | Inte
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return ConfigError(_paragraph(error, words))
+        return ConfigError(_on_one_line(_paragraph(error, words)))
     return translated
+
+
+def _on_one_line(text: str) -> str:
+    """``text`` with line ends and other characters that a terminal does not show as their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _paragraph(error: BaseException, words: Sequence[str]) -> str:

@@ -33,8 +33,9 @@ def check_axes(overrides: list[str]) -> dict[str, str]:
     return axes
 
 
-def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
-    """Hands over to Hydra and returns the exit code; of a sweep the table is printed and the page written."""
+def run(arguments: Arguments, overrides: list[str], many: bool, shows: bool = True) -> int:
+    """Hands over to Hydra and returns the exit code; of a sweep that ``shows`` its results the table is printed and the
+    page written."""
     from loralab.cli.subspace import after_sweep
     from loralab.cli.terminal import show_place, show_report
     from loralab.config.places import searched
@@ -61,7 +62,7 @@ def run(arguments: Arguments, overrides: list[str], many: bool) -> int:
 
         print(text(session.previewed))
         return 0
-    if many and session.folder is not None:
+    if many and shows and session.folder is not None:
         from loralab.reporting import wandb_report
 
         after_sweep(session.folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loralab.cli.arguments import CONFIG_DIR, JSON, Arguments, Command
+from loralab.errors import ConfigError
 
 if TYPE_CHECKING:
     from loralab.planning.plan import Plan
@@ -12,11 +13,16 @@ if TYPE_CHECKING:
 
 
 def planned(overrides: list[str], config_dir: str | None = None) -> "tuple[TrialSpec, Plan]":
-    """The spec of a run and its plan. Raises ConfigError."""
+    """The spec of a run and its plan; of several processes those of one. Raises ConfigError."""
     from loralab.config.build import trial_spec
     from loralab.config.compose import compose
 
-    spec = trial_spec(compose(overrides, config_dir=config_dir), Path())
+    spec = trial_spec(compose(overrides, config_dir=config_dir), Path()).own_share
+    if spec.trainer.spreads:
+        raise ConfigError(
+            "trainer.strategy=fsdp: no prediction is made for a base that is spread over devices; valid: trainer=ddp,"
+            " where each has all of it, which is more"
+        )
     from loralab.planning import plan as planning
     from loralab.planning.foresee import check_packing
     from loralab.planning.sizes import name_what_stays

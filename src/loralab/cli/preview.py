@@ -12,13 +12,16 @@ def text(preview: Preview) -> str:
     arms = f"{len(preview.arms)} arm{'s' * (len(preview.arms) != 1)}"
     tuned = f"; {' and '.join(names[key] for key in preview.tune)} tuned for each arm" if preview.tune else ""
     done = f"; {finished} finished before" if finished else ""
+    if preview.search and not preview.arms:
+        return "\n".join(wrapped(f"{preview.search} none. Nothing was run.", terminal_width()))
     about = f"{count} trials in {preview.folder}: {arms}{tuned}{done}. Nothing was run."
     titles = [names[key] for key in preview.axes] + [names[key] for key in preview.tune]
     titles += ["scale", "lr x scale", "seeds", "steps", "trials"]
     rows = [_row(preview, arm) for arm in preview.arms]
     kept = [place for place, _ in enumerate(titles) if any(row[place] != "-" for row in rows)]
     table = aligned([titles[place] for place in kept], [[row[place] for place in kept] for row in rows], range(0))
-    return "\n".join([*wrapped(about, terminal_width()), "", *table])
+    search = wrapped(preview.search, terminal_width()) if preview.search else []
+    return "\n".join([*search, *wrapped(about, terminal_width()), "", *table])
 
 
 def _row(preview: Preview, arm: Arm) -> list[str]:

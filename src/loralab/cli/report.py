@@ -65,7 +65,8 @@ REPORT = Command(
         "loralab report --watch runs/rank": "a page in the browser that follows the sweep",
     },
     writes=(
-        "DIR/report/{index.html,results.csv,results.json,report.md}, figures/*.{svg,png,pdf}, a table on stdout;\n"
+        "DIR/report/{index.html,results.csv,results.json,report.md}, figures/*.{svg,png,pdf}\n"
+        "(of more than 500 trials svg alone), a table on stdout;\n"
         "with --latex DIR/report/table.tex; of two A/report/compare_B/{index.html,compare.md,compare.json}."
     ),
     run=run,

@@ -2,7 +2,10 @@
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 from loralab.cli.arguments import FRESH, HYDRA, Arguments, Command, Flag
 from loralab.errors import ArtifactError, ConfigError
@@ -17,12 +20,10 @@ def run(arguments: Arguments) -> int:
             "--failed runs the failures of a begun sweep again; valid: loralab sweep --resume DIR --failed"
         )
     if arguments.resume is not None:
-        overrides = begun_in(Path(arguments.resume).expanduser(), arguments)
-    else:
-        chosen = take_name(arguments)
-        hydra_run.check_axes(arguments.overrides())
-        overrides = sweep_arguments(chosen, arguments.overrides())
-    return hydra_run.run(arguments, overrides, many=True)
+        return resume(Path(arguments.resume).expanduser(), arguments)
+    chosen = take_name(arguments)
+    hydra_run.check_axes(arguments.overrides())
+    return hydra_run.run(arguments, sweep_arguments(chosen, arguments.overrides()), many=True)
 
 
 def take_name(arguments: Arguments) -> str:
@@ -76,22 +77,56 @@ def at_scale(chosen: str, overrides: list[str]) -> tuple[str, list[str]]:
     return chosen, [word for word in overrides if word not in scales]
 
 
-def begun_in(folder: Path, arguments: Arguments) -> list[str]:
-    """The words of a begun sweep, those of its launcher among them. Its flags for Hydra are added to ``arguments``,
-    and this process is in its working folder from now on: relative paths mean what they meant."""
-    from loralab.config.places import searched
+def resume(folder: Path, arguments: Arguments) -> int:
+    """Finishes what every call of the sweep in ``folder`` has asked for; axes beside ``--resume`` are one more call,
+    which runs first. The exit code of the first call that has one."""
+    from loralab.cli import hydra_run
     from loralab.records import record
+    from loralab.scheduling.sweep_file import calls_of
 
-    stored = record.read_sweep(folder)
-    overrides = [str(word) for word in stored.get("overrides") or []]
-    if not overrides:
+    calls = calls_of(record.read_sweep(folder))
+    if not calls:
         raise ArtifactError(f"{folder / 'sweep.json'} does not say how the sweep was called; run it by its name")
-    overrides += [str(word) for word in stored.get("hydra_overrides") or []]
-    arguments.hydra = [*(str(flag) for flag in stored.get("flags") or []), *arguments.hydra]
-    overrides, here = resumed(overrides, arguments.overrides()), Path.cwd()
-    cwd = Path(str(stored.get("cwd") or here))
-    if cwd.is_dir() and not cwd.samefile(here):
+    axes, how = split(calls, arguments.overrides())
+    if axes and arguments.failed:
+        raise ConfigError(f"--failed runs nothing but failures again, and {axes[0]} adds trials; valid: one of them")
+    if axes:
+        keys = {_key(word) for word in axes}
+        kept = [word for word in calls[0]["overrides"] if _key(word) not in keys]
+        calls.insert(0, {**calls[0], "overrides": [*kept, *axes]})
+    if any(call.get("cwd") not in (None, str(Path.cwd())) for call in calls):
         folder = folder.absolute()
+    codes = []
+    for number, call in enumerate(calls, 1):
+        own = copy(arguments)
+        overrides = begun_in(folder, call, own, how)
+        codes.append(hydra_run.run(own, overrides, many=True, shows=number == len(calls)))
+    return next((code for code in codes if code), 0)
+
+
+def split(calls: Sequence[Mapping[str, Any]], words: list[str]) -> tuple[list[str], list[str]]:
+    """(those of ``words`` that are new values of axes, which add trials; those that say how it runs, or are refused).
+    ``calls``: of the begun sweep."""
+    from loralab.cli.hydra_run import check_axes
+    from loralab.config import identity
+
+    begun = [word for call in calls for word in call["overrides"]]
+    new = [word for word in words if word not in begun or not identity.decides(word)]
+    swept = {*check_axes(words), *(key for call in calls for key in check_axes(call["overrides"]))}
+    axes = [word for word in new if _key(word) in swept and not _key(word).startswith("hydra")]
+    return axes, [word for word in new if word not in axes]
+
+
+def begun_in(folder: Path, call: Mapping[str, Any], arguments: Arguments, how: list[str]) -> list[str]:
+    """The words of a begun sweep's call, those of its launcher among them. Its flags for Hydra are added to
+    ``arguments``, and this process is in its working folder from now on: relative paths mean what they meant."""
+    from loralab.config.places import searched
+
+    overrides = [*call["overrides"], *(str(word) for word in call.get("hydra_overrides") or [])]
+    arguments.hydra = [*(str(flag) for flag in call.get("flags") or []), *arguments.hydra]
+    overrides, here = resumed(overrides, how), Path.cwd()
+    cwd = Path(str(call.get("cwd") or here))
+    if cwd.is_dir() and not cwd.samefile(here):
         os.chdir(cwd)
         print(f"the sweep was begun in {cwd}: relative paths are looked up there", file=sys.stderr)
     elif not cwd.is_dir():
@@ -127,21 +162,17 @@ def resumed(overrides: list[str], more: list[str]) -> list[str]:
 def _check_beside_resume(word: str, overrides: list[str]) -> None:
     from loralab.config import identity
 
-    group, _, name = _key(word).partition(".")
     stored_word = next((begun for begun in overrides if _key(begun) == _key(word)), None)
     if _key(word).startswith("hydra.sweep"):
         raise ConfigError(f"--resume names the sweep and its folder, and {word} another; valid: without {_key(word)}")
-    if (
-        group.partition("/")[0] in identity.VOLATILE
-        or name in identity.VOLATILE_KEYS.get(group, ())
-        or word == stored_word
-    ):
+    if word == stored_word or not identity.decides(word):
         return
     if stored_word is not None:
         raise ConfigError(f"{stored_word} and {word} contradict each other: --resume finishes the trials it began")
     raise ConfigError(
         f"{word} would make other trials of those that --resume finishes; valid: the sweep by its name with {word},"
-        " and beside --resume only how it runs (hydra.launcher, logger, callbacks, plan)"
+        " and beside --resume values of axes, as in seed=4,5, which adds trials, or how it runs (hydra.launcher,"
+        " logger, callbacks, plan)"
     )
 
 
@@ -154,12 +185,14 @@ SWEEP = Command(
     summary="the question in sweeps/NAME.yaml or a FILE.yaml; finished trials are skipped",
     about="Runs every trial of a sweep file that is not finished yet, in packs, and writes the report.\n"
     "A NAME is looked up in ./sweeps of the current folder, then among loralab's; a FILE ends in .yaml.\n"
-    "Settings replace the file's axes and values; with --resume DIR no name is given, and they only say how it runs.",
+    "Settings replace the file's axes and values; with --resume DIR no name is given: values of axes add trials, and\n"
+    "others only say how it runs.",
     usage="NAME|FILE [k=v ...]",
     examples={
         "loralab sweep rank adapter.r=4,16 seed=0,1,2,3": "the file's question, with other axes than its own",
         "loralab sweep ./my_sweep.yaml": "a file of your own",
         "loralab sweep --resume runs/rank": "after a crash: what is left",
+        "loralab sweep --resume runs/rank seed=4,5": "what is left, and two more seeds",
     },
     writes="a sweep folder, hydra.sweep.dir (runs/NAME): sweep.json, a run folder a trial, and\n"
     "report/{index.html,results.csv,results.json,report.md}.",

@@ -142,6 +142,7 @@ def trial_spec(
     watchable = _check_metric(content["metric"], content["metric_mode"], specs, metrics)
     stops = stopping(made, specs["trainer"], watchable) if made else {}
     _check_packing(specs)
+    _check_processes(specs)
     if specs["data"].forgetting is not None and specs["model"].task == "sequence_classification":
         raise ConfigError(
             "data.forgetting: model.task=sequence_classification trains a new head, which has learned nothing"
@@ -268,6 +269,36 @@ def _check_packing(specs: Mapping[str, Any]) -> None:
     else:
         return
     raise ConfigError(f"data.packing=true: {reason}")
+
+
+def _check_processes(specs: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a trial that several processes cannot train with the results of one."""
+    trainer, data, quantization = specs["trainer"], specs["data"], specs["quantization"]
+    if not trainer.strategy or (size := trainer.processes) == 1:
+        return
+    key = f"trainer.strategy={trainer.strategy}"
+    if data.batch_size % size:
+        nearest_sizes = sorted({max(size, data.batch_size // size * size), -(-data.batch_size // size) * size})
+        raise ConfigError(
+            f"data.batch_size={data.batch_size}: it is that of all {size} processes together, which do not divide it;"
+            f" valid: {' or '.join(map(str, nearest_sizes))}, or another trainer.devices"
+        )
+    if not quantization.packable:
+        raise ConfigError(
+            f"{key}: quantization={quantization.name} takes scales or outlier columns over all rows of a pass, of which"
+            " each process has its share; valid: another quantization, or trainer=auto"
+        )
+    if limits := [name for name in ("ballast", "cap", "snapshot", "spiky_every") if getattr(specs["memory"], name)]:
+        raise ConfigError(f"{key}: memory.{limits[0]} is about the memory of one process; valid: null, or trainer=auto")
+    if trainer.strategy != "fsdp":
+        return
+    spread = "which spreads the frozen base over devices"
+    if specs["adapter"].changes_base:
+        raise ConfigError(f"{key}, {spread}: adapter={specs['adapter'].method} trains the base itself; valid: lora")
+    if quantization.dequantize == "resident":
+        raise ConfigError(f"{key}, {spread}: quantization.dequantize=resident keeps dense weights; valid: per_use")
+    if data.packing:
+        raise ConfigError(f"{key}, {spread}: data.packing=true is computed another way; valid: data.packing=false")
 
 
 def quantizers(config: DictConfig, config_dir: str | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ ID_LENGTH = 10
 VOLATILE = ("hydra", "logger", "callbacks", "sweep", "plan")  # sections that do not change what a trial computes
 LIBRARIES = ("loralab.", "lightning.pytorch.", "pytorch_lightning.")  # whose callbacks do not either, but for a few
 VOLATILE_KEYS = {
-    "trainer": ("test", "passed", "until"),
+    "trainer": ("test", "passed", "until", "strategy", "devices"),
     "data": ("forgetting",),
     "memory": ("snapshot",),
 }  # nor do these: what else is measured, where it goes
@@ -40,6 +40,12 @@ USUAL = {
 STOPPING = {"mode": "min", "min_delta": 0, "patience": 3, "check_finite": True}  # EarlyStopping's defaults
 SPEECH = ("_target_", "verbose", "strict", "log_rank_zero_only")  # its options that decide nothing
 SCALARS = {"seed": None, "metric": "val/loss", "metric_mode": "min"}
+
+
+def decides(word: str) -> bool:
+    """Whether an override says which trials are run; false of one that only says how they run."""
+    group, _, name = word.lstrip("+~").partition("=")[0].partition(".")
+    return group.partition("/")[0] not in VOLATILE and name not in VOLATILE_KEYS.get(group, ())
 
 
 def trial_id(specs: Mapping[str, Any], content: Mapping[str, Any]) -> str:

@@ -3,12 +3,13 @@
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loralab.errors import ConfigError, nearest
 
 Spans = tuple[tuple[int, int], ...]
+MOST, LONGEST = 30, 60  # names in a message, characters of one of them
 
 
 class BadRow(Exception):  # noqa: N818 - never leaves this package
@@ -103,12 +104,19 @@ def text_of(fields: Mapping[str, Any], name: str) -> str:
     return text
 
 
+def missing(kind: str, name: str, names: Iterable[str]) -> str:
+    """The words for a field, or another ``kind``, that is not among ``names``: which there are, and the nearest."""
+    listed = list(names)
+    shown = [each if len(each) <= LONGEST else f"{each[:LONGEST]}..." for each in listed[:MOST]]
+    more = f" and {len(listed) - MOST} more" if len(listed) > MOST else ""
+    close = nearest(name, listed).partition("valid:")[0].strip()
+    return f"{kind} {name!r} is missing (has: {', '.join(shown) or 'nothing'}{more}){close and f'; {close}'}"
+
+
 def field_of(fields: Mapping[str, Any], name: str) -> Any:
     """The value of a field. Raises BadRow, with the nearest name, where it is missing."""
     if name not in fields:
-        close = nearest(name, map(str, fields)).partition("valid:")[0].strip()
-        has = ", ".join(map(str, fields)) or "nothing"
-        raise BadRow(f"field {name!r} is missing (has: {has}){close and f'; {close}'}")
+        raise BadRow(missing("field", name, map(str, fields)))
     return fields[name]
 
 

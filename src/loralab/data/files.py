@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from loralab.data.base import SPLITS, DataSpec, Row, Splits, make_splits
-from loralab.data.fields import Number
+from loralab.data.fields import LONGEST, Number, missing
 from loralab.data.parquet import parquet_records
 from loralab.data.rows import VALIDATION_SHARE, Record, RowSpec
-from loralab.errors import ConfigError, DataError, nearest
+from loralab.errors import ConfigError, DataError
 from loralab.records import fingerprints
 from loralab.spec import spec
 
@@ -190,14 +190,12 @@ def _check_header(where: str, header: list[str], columns: list[str]) -> None:
     twice = [name for name, count in Counter(header).items() if count > 1 and name]
     if twice:
         places = [str(index) for index, name in enumerate(header, 1) if name == twice[0]]
-        raise DataError(f"{where}: the header names column {twice[0]!r} twice (cells {' and '.join(places)})")
+        raise DataError(f"{where}: the header names column {twice[0][:LONGEST]!r} twice (cells {' and '.join(places)})")
     for name in columns:
         if name not in header:
             apart = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
             hint = f"; the cells seem to be separated by {apart!r}, a comma is wanted" if apart else ""
-            close = nearest(name, header).partition("valid:")[0].strip()
-            has = ", ".join(header) or "nothing"
-            raise DataError(f"{where}: column {name!r} is missing (has: {has}){close and f'; {close}'}{hint}")
+            raise DataError(f"{where}: {missing('column', name, header)}{hint}")
 
 
 def _csv_record(cells: list[str], header: list[str], where: str, problem: str) -> Record:

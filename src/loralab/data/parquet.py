@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from loralab.data.fields import missing
 from loralab.data.rows import Record
-from loralab.errors import ConfigError, DataError, nearest
+from loralab.errors import ConfigError, DataError
 
 AT_ONCE = 1024  # rows that are Python objects at a time
 
@@ -35,6 +36,4 @@ def parquet_records(path: Path, columns: list[str]) -> Iterator[Record]:
 def _check_columns(path: Path, held: list[str], columns: list[str]) -> None:
     for name in columns:
         if name not in held:
-            close = nearest(name, held).partition("valid:")[0].strip()
-            has = ", ".join(held) or "nothing"
-            raise DataError(f"{path}: column {name!r} is missing (has: {has}){close and f'; {close}'}")
+            raise DataError(f"{path}: {missing('column', name, held)}")

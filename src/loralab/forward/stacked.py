@@ -8,7 +8,7 @@ suit (soft-capped logits, another kind of attention) is computed the plain way, 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,10 +117,7 @@ class Forward:
     def _flattened(self, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor]:
         lengths = lengths_of(inputs["attention_mask"])
         counts = iter(lengths)
-        slices = [
-            BatchSlice(part.owner, part.rows, part.key, sum(next(counts) for _ in range(part.rows)))
-            for part in self.hooks.slices
-        ]
+        slices = [replace(part, tokens=sum(next(counts) for _ in range(part.rows))) for part in self.hooks.slices]
         self.hooks.begin_pass(tuple(slices))
         return flatten(inputs, lengths), flat(labels, lengths)
 

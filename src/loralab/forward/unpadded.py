@@ -88,7 +88,8 @@ def _attend(
     # not flash attention: it draws other masks, and cannot run a row that is padded
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         for seed, q, k, v, mask, own_bias in parts:
-            _generator(query.device).manual_seed(seed)
+            # of several processes each draws for its own rows: these are not parts of one process's masks
+            _generator(query.device).manual_seed(seed + getattr(seed, "before", 0))
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             outputs.append(_sdpa(module, q, k, v, mask, position_bias=own_bias, **kwargs))
     return hooks.join(outputs), None

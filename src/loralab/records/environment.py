@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
 @cache
 def _machine() -> dict[str, Any]:
     return {
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: package_version(name) for name in PACKAGES},
         "git": git_state(Path.cwd()),
         "python": sys.version.split()[0],
         "cpu": cpu_name(),
@@ -64,7 +64,8 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution; None where there is none."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -26,7 +26,10 @@ class MetricsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             if step:
                 partial = path.with_name(f".{path.name}.kept")
-                partial.write_text(_rows_until(path, step, again), "utf-8")
+                with partial.open("w", encoding="utf-8") as file:
+                    file.write(_rows_until(path, step, again))
+                    file.flush()
+                    os.fsync(file.fileno())  # else a power cut may leave an empty file under the name
                 partial.replace(path)
             self._file = path.open("a+" if step else "w+", buffering=1, encoding="utf-8")
         except OSError as error:

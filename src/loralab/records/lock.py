@@ -13,8 +13,9 @@ OWNER = ".lock.owner"  # a file of its own: on Windows others cannot read a lock
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Makes ``folder`` and locks it; the lock ends with the process, however that ends.
+def hold(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Makes ``folder`` and locks it; the lock ends with the process, however that ends. ``patience``: seconds for which
+    another process is waited for.
 
     Raises ArtifactError where another process holds it, DiskError where it cannot be written. Where the file system
     has no locks (some network file systems) nothing is locked.
@@ -28,7 +29,7 @@ def hold(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise unwritable(f"the run folder {folder}", error) from error
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise ArtifactError(
             f"{folder} is in use by {_holder(owner)}; valid: wait for it, or another hydra.run.dir or hydra.sweep.dir"

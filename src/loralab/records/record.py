@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ArtifactError, DivergedError, nearest, unwritable
+from loralab.records import process
 from loralab.records.schema import KEYS, unknown_keys, wrong_values
 from loralab.records.secrets import MASK, masked, redact
 
@@ -65,7 +66,7 @@ def _alive(record: Mapping[str, Any]) -> bool:
         return False
     except OSError:
         return True
-    return True
+    return record.get("process") is None or process.mark(pid) in (None, record["process"])
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
@@ -122,11 +123,11 @@ def shell_line(words: Iterable[str]) -> str:
     return " ".join(f'"{w}"' if "'" in w and not re.search(r'["$`!\\\n]', w) else shlex.quote(w) for w in words)
 
 
-def rerun(record: Mapping[str, Any]) -> str:
-    """The command that runs a trial again, in the folder where it was started."""
+def rerun(record: Mapping[str, Any], more: Sequence[str] = ()) -> str:
+    """The command that runs a trial again, in the folder where it was started; ``more``: words behind its own."""
     flags, overrides, seed = list(record.get("flags") or ()), list(record["overrides"]), record["seed"]
     seeded = seed is None or any(word.lstrip("+").startswith("seed=") for word in overrides)
-    command = shell_line(["loralab", "train", *flags, *overrides, *([] if seeded else [f"seed={seed}"])])
+    command = shell_line(["loralab", "train", *flags, *overrides, *([] if seeded else [f"seed={seed}"]), *more])
     return f"{command}  # {MASK} hides a secret" if any(MASK in word for word in overrides) else command
 
 
@@ -147,7 +148,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     stored = {key: value for key, value in _load(path).items() if value is not None}
     _check_schema(path, stored.get("schema", SCHEMA))
     sweep = {"name": folder.resolve().name, "question": "", "axes": {}, "trials": [], **stored}
-    kinds = {"name": str, "question": str, "axes": dict, "trials": list, "paper": dict}
+    kinds = {"name": str, "question": str, "axes": dict, "trials": list, "paper": dict, "calls": list}
     wrong = [key for key, kind in kinds.items() if key in sweep and not isinstance(sweep[key], kind)]
     listed = sweep["trials"] if isinstance(sweep["trials"], list) else []
     wrong += [f"trials[{index}]" for index, entry in enumerate(listed) if not _is_entry(entry)]
@@ -229,7 +230,7 @@ def replace_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
@@ -237,7 +238,7 @@ def replace_text(path: Path, text: str) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The rename survives a power loss only once the folder is on disk (only POSIX opens folders)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

@@ -129,6 +129,7 @@ class EnvironmentSection(TypedDict, total=False):
     cpu: Text
     gpu: Text
     threads: Number
+    processes: Number  # that trained it together
 
 
 class CodeSection(TypedDict, total=False):
@@ -164,6 +165,7 @@ class Record(TypedDict, total=False):
     cwd: Text
     pid: int | None
     host: Text
+    process: Text  # tells it from a later one with the same pid (records/process.py)
     resumed_from: int | None  # the step
     stopped_early: dict[str, Any] | None  # {step, metric, best, min_delta}; {step, why} where no metric ended it
     pauses: list[dict[str, Any]] | None  # trainer.until: {until, step, of, metrics} of each, in order

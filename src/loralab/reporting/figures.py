@@ -8,7 +8,7 @@ from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.paired import LEVEL
 from loralab.analysis.results import SweepResults
 from loralab.analysis.values import UNKNOWN, Json, as_number
-from loralab.reporting import charts, curves, differences, explorer, forgetting, heat, tuning
+from loralab.reporting import charts, curves, differences, explorer, forgetting, heat, search, tuning
 from loralab.reporting.charts import Figure, Legend
 from loralab.reporting.labels import spoken
 from loralab.reporting.table import score_text
@@ -26,6 +26,8 @@ BAR = f"bars: the {LEVEL:.0%} interval of the paired difference to the row that 
 def figures(comparison: Comparison, number: int = 0) -> list[Figure]:
     """In the order of the page; a figure that has nothing to show is left out. ``number``: which table of the page."""
     results = comparison.results
+    if results.searched:
+        return _of_search(comparison, number)
     x, others = axis_roles(results)
     second = x if others and x and len(results.axes[x]) <= MOST_DASHES else None
     groups = grouped(results, comparison.arms, others[:1] or ([x] if x else []))
@@ -36,6 +38,15 @@ def figures(comparison: Comparison, number: int = 0) -> list[Figure]:
     forgotten = forgetting.figures(comparison, groups)
     scores = [*_metric(comparison), *heat.figures(comparison), *differences.figures(comparison)]
     return [*rates, *scores, *_against_bits(comparison), *forgotten, *lines, *any_other]
+
+
+def _of_search(comparison: Comparison, number: int) -> list[Figure]:
+    """Of points that compare nothing with each other; coloured by the first searched axis of few values."""
+    results = comparison.results
+    few = [axis for axis in results.searched if 1 < len(results.axes[axis]) <= MOST_DASHES]
+    groups = grouped(results, comparison.arms, few[:1])
+    found = [*search.figures(comparison), *_against_bits(comparison), *forgetting.figures(comparison, groups)]
+    return [*found, *curves.figures(comparison, groups, None, [""]), *explorer.figures(comparison, groups, number)]
 
 
 def axis_roles(results: SweepResults) -> tuple[str | None, list[str]]:

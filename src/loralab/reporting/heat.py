@@ -109,7 +109,7 @@ def _rows(grid: Grid) -> list[Json]:
     means = {pair: statistics.fmean(scores.values()) for pair, scores in known.items()}
     full = [pair for pair, scores in known.items() if len(scores) == most]
     best = (min if results.mode == "min" else max)(full, key=means.__getitem__)
-    low, high = _ends(results.mode, list(means.values()))
+    low, high = ends(results.mode, list(means.values()))
     return [
         {
             "x": pair[0],
@@ -124,7 +124,7 @@ def _rows(grid: Grid) -> list[Json]:
     ]
 
 
-def _ends(mode: str, means: Sequence[float]) -> tuple[float, float]:
+def ends(mode: str, means: Sequence[float]) -> tuple[float, float]:
     """The means between which the colours differ: one that diverged leaves no colour to the others."""
     sign = 1 if mode == "min" else -1
     ordered = sorted(means, key=lambda mean: sign * mean)
@@ -148,7 +148,7 @@ def ink(lightness: float) -> str:
 def _figure(comparison: Comparison, grid: Grid, stem: str, left_out: str) -> Figure:
     results, rows = grid.results, _rows(grid)
     across, down = (results.together(axis) for axis in (grid.across, grid.down))
-    low, high = _ends(results.mode, [row["value"] for row in rows])
+    low, high = ends(results.mode, [row["value"] for row in rows])
     numbers = grid.size <= MOST_NUMBERS
     spec = charts.specification(
         _chart(grid, low, high, numbers), {"cells": rows}, (charts.ROW + 4) * len(grid.labels(grid.down))

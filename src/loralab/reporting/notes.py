@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from loralab.analysis import disagreements, environments, full
+from loralab.analysis import disagreements, environments, full, search
 from loralab.analysis.arms import Comparison
 from loralab.analysis.claims import verdicts
 from loralab.analysis.comparable import apart
@@ -24,7 +24,7 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
         yield from comparison.tuned.sentences()
     yield from _noise(comparison)
     yield from sentences(comparison.results)
-    yield from _separation(comparison)
+    yield from search.sentences(comparison) if comparison.results.searched else _separation(comparison)
     yield from _versus(comparison)
     yield from full.sentences(comparison)
     yield from _effects(comparison)

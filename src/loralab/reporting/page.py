@@ -52,6 +52,7 @@ def page(results: SweepResults, comparisons: Sequence[Comparison]) -> Page:
     provenance, command = facts(results), results.about.get("command")
     sections = [_section(comparison, number, len(comparisons) > 1) for number, comparison in enumerate(comparisons)]
     drawn = [figure for section in sections for figure in _drawn(section)]
+    troubled = [trial for trial in results.trials if not trial.ok and trial.status != PRUNED]
     text = render(
         "sweep.html",
         title=results.name,
@@ -68,7 +69,8 @@ def page(results: SweepResults, comparisons: Sequence[Comparison]) -> Page:
         seeds_text=seeds_text,
         trials=stored(results, comparisons),
         settings=_shared_settings(results),
-        troubled=[trial for trial in results.trials if not trial.ok and trial.status != PRUNED],
+        troubled=troubled[:MOST_ROWS],
+        more_troubled=len(troubled) - len(troubled[:MOST_ROWS]),
         stale=results.count(STALE) > 0,
         most_rows=MOST_ROWS,
         bundle=bundle() if drawn else "",
@@ -129,7 +131,9 @@ def _headline(comparison: Comparison) -> Iterator[Tile]:
     results, best, first = comparison.results, comparison.best, comparison.arms[0]
     if results.single and first.mean is not None:
         yield Tile(f"{first.mean:.4f}", results.metric)
-    if best is not None:
+    if results.searched and comparison.contenders:
+        yield Tile(f"{first.mean:.4f}", f"{results.metric} of the best point: {first.name}")
+    elif best is not None:
         yield Tile(f"{best.mean:.4f}", f"{results.metric} of the best row, by its intervals: {best.name}")
     elif len(comparison.contenders) > 1:
         title, _, reason = undecided(comparison).partition(": ")

@@ -15,6 +15,7 @@ from loralab.analysis.dimension import answers
 from loralab.analysis.effects import effects
 from loralab.analysis.full import to_full
 from loralab.analysis.results import SweepResults, read_results
+from loralab.analysis.search import plain as of_search
 from loralab.analysis.trials import PRUNED, STALE, TrialResult
 from loralab.errors import ArtifactError, DiskError
 from loralab.reporting import cost, subspace
@@ -30,6 +31,7 @@ from loralab.reporting.trials import MEASURED, rows
 from loralab.reporting.vega import drawn
 
 KINDS = ("svg", "png", "pdf")
+MOST_DRAWN = 500  # trials, above which figures are written as SVG alone: a PNG of many lines takes seconds
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Report:
 
 def report(folder: Path, kinds: Sequence[str] = KINDS[:1], tex: bool = False) -> Report:
     """Write index.html, results.csv, results.json, report.md and figures/ into ``folder/report``; ``kinds``: of the
-    figures' files, of svg, png and pdf; ``tex``: table.tex as well, which is written anew wherever it is there. Files
-    of figures that are no longer drawn are removed."""
+    figures' files, of svg, png and pdf (of very many trials svg alone); ``tex``: table.tex as well, which is written
+    anew wherever it is there. Files of figures that are no longer drawn are removed."""
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; expected the folder of a sweep or of a run")
     results = read_results(folder)
@@ -61,6 +63,7 @@ def report(folder: Path, kinds: Sequence[str] = KINDS[:1], tex: bool = False) ->
         **({TABLE: latex(compared)} if tex or (folder / "report" / TABLE).exists() else {}),
     }
     written = {name: write_text(folder / "report" / name, text) for name, text in texts.items()}
+    kinds = kinds if len(results.trials) <= MOST_DRAWN else KINDS[:1]
     write_figures(folder / "report" / "figures", made.figures, kinds)
     table = terminal(results, compared, terminal_width())
     return Report(table, written["index.html"], written, results, compared, made.figures)
@@ -119,6 +122,7 @@ def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, An
         "claims": [verdict.plain() for verdict in verdicts(results, compared)],
         "effects": [] if results.single else [effects(comparison).plain() for comparison in compared],
         **_dimensions(compared),
+        **of_search(results, compared),
         **subspace.plain(results),
         "trials": [_trial(trial) for trial in results.trials],
     }

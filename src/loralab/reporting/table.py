@@ -9,6 +9,7 @@ from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.full import GAP, SHARE, ToFull, gap_is_new, to_full
 from loralab.analysis.paired import LEVEL, Difference
 from loralab.analysis.published import VERSUS_PUBLISHED, mark, published, published_gap, published_text
+from loralab.analysis.search import points
 from loralab.analysis.trials import UNSCORED
 from loralab.analysis.tuning import Tuned, scale
 from loralab.analysis.values import is_number
@@ -46,6 +47,7 @@ def columns(comparison: Comparison) -> list[Column]:
     others = [name for name, value in metrics.items() if name != results.metric and is_number(value)]
     uneven = any(arm.stopped for arm in arms) or len({step for arm in arms for step in arm.steps}) > 1
     shown = [
+        *_asked(comparison),
         *_tuned(comparison),
         Column(VERSUS, _difference_text, lambda arm: arm.difference.mean if arm.difference else None),
         *_to_full(comparison),
@@ -67,6 +69,13 @@ def columns(comparison: Comparison) -> list[Column]:
         return shown
     # a tuned table has more columns, and what a pack measured compares with nothing
     return [one for one in shown if one.title not in MEASURED or any(one.number(arm) is not None for arm in arms)]
+
+
+def _asked(comparison: Comparison) -> Iterator[Column]:
+    """Of a search, as which point each row was asked for."""
+    if comparison.results.searched:
+        numbers = {id(point.arm): point.number for point in points(comparison)}
+        yield column("point", lambda arm: numbers[id(arm)], "{:,.0f}".format)
 
 
 def _tuned(comparison: Comparison) -> Iterator[Column]:

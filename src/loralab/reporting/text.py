@@ -19,6 +19,9 @@ _EXPENDABLE = (
     *("bits/param", "published", VERSUS_PUBLISHED, GAP),
 )
 
+MOST_ROWS = 60  # of a terminal's table
+MOST_TOLD = 20  # trials without a result that a terminal is told of
+
 
 def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: int = WIDTH) -> str:
     """The results, at most ``width`` columns wide."""
@@ -28,11 +31,19 @@ def terminal(results: SweepResults, comparisons: Sequence[Comparison], width: in
             lines += ["", *wrapped(subject(comparison.results), width)]
         fitted = _fit(comparison, width)
         lines += [*wrapped(measure(comparison), width), "", *fitted]
+        if len(comparison.arms) > MOST_ROWS:
+            text = (
+                f"The first {MOST_ROWS} of {len(comparison.arms):,} rows; all are on the page and in report/results.csv"
+            )
+            lines += ["", *wrapped(text, width)]
         lines += _paragraphs(notes(comparison, any("(pack of" in line for line in fitted)), width)
         lines += _cost(comparison, width)
     lines += subspace.lines(results, width)
     footer = messages(results, comparisons)
-    footer += [f"{trial.status}: {results.describe(trial)}: {trial.reason}" for trial in results.broken]
+    broken = results.broken
+    footer += [f"{trial.status}: {results.describe(trial)}: {trial.reason}" for trial in broken[:MOST_TOLD]]
+    if len(broken) > MOST_TOLD:
+        footer.append(f"and {len(broken) - MOST_TOLD:,} more that are not completed, each in report/results.csv")
     lines += _paragraphs(footer, width)
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
@@ -81,24 +92,26 @@ def _fit(comparison: Comparison, width: int) -> list[str]:
     """Leave out the expendable columns one by one; else number the rows and spell them out below."""
     axes = list(comparison.results.short.values())
     expendable = _EXPENDABLE if comparison.tuned else ("scale", RATE, *_EXPENDABLE)
-    lines = _narrowed(comparison, axes, [[*arm.values.values()] for arm in comparison.arms], width, expendable)
+    arms = comparison.arms[:MOST_ROWS]
+    lines = _narrowed(comparison, axes, [[*arm.values.values()] for arm in arms], width, expendable)
     if max(map(len, lines)) <= width:
         return lines
-    numbers = [[str(number)] for number, _ in enumerate(comparison.arms, 1)]
+    numbers = [[str(number)] for number, _ in enumerate(arms, 1)]
     lines = _narrowed(comparison, ["row"], numbers, width, (*expendable, VERSUS))
-    legend = [wrapped(f"{number}: {arm.name}", width, "   ") for number, arm in enumerate(comparison.arms, 1)]
+    legend = [wrapped(f"{number}: {arm.name}", width, "   ") for number, arm in enumerate(arms, 1)]
     return [*(line[:width] for line in lines), "", *(line for item in legend for line in item)]
 
 
 def _narrowed(
     comparison: Comparison, axes: list[str], keys: list[list[str]], width: int, expendable: Sequence[str]
 ) -> list[str]:
-    """The table behind the columns ``axes``, without as many of the expendable columns as it takes to fit."""
+    """The table of the first rows behind the columns ``axes``, without as many of the expendable columns as it takes to
+    fit; ``keys``: of each of these rows."""
     shown = columns(comparison)
     for title in ("", *expendable):
         shown = [column for column in shown if column.title != title]
         titles = _titles(comparison, axes, shown)
-        rows = [[*key, *_cells(arm, shown)] for key, arm in zip(keys, comparison.arms, strict=True)]
+        rows = [[*key, *_cells(arm, shown)] for key, arm in zip(keys, comparison.arms, strict=False)]
         if natural_width(titles, rows) <= width:
             break
     return aligned(titles, rows, range(len(axes) + 1, len(titles) - 1))

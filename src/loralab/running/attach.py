@@ -11,10 +11,12 @@ from loralab.adapters.base import Adapter
 from loralab.data.encoding import Encoded
 from loralab.errors import ArtifactError
 from loralab.models.loading import Base
+from loralab.records import process
 from loralab.records import record as records
 from loralab.records.environment import environment
 from loralab.training.layer_inputs import LayerInputs
 from loralab.training.specs import TrialSpec
+from loralab.training.together import rank_and_size
 from loralab.training.trial import Trial
 
 
@@ -25,10 +27,11 @@ def open_record(spec: TrialSpec, index: int, size: int) -> dict[str, Any]:
     if pauses := _earlier_pauses(spec):
         record["pauses"] = pauses
     record["pack"] = {"size": size, "index": index}
-    record["environment"] = environment()
+    record["environment"] = {**environment(), "processes": rank_and_size()[1]}
     record["code"], record["flags"] = {"sources": spec.sources(), "files": spec.files}, spec.flags
     record["cwd"] = str(Path.cwd())  # what relative paths among the overrides are relative to
     record["pid"], record["host"] = os.getpid(), socket.gethostname()
+    record["process"] = process.mark(os.getpid())
     records.write(spec.folder, record)
     return record
 
@@ -58,7 +61,7 @@ def attach_adapter(base: Base, spec: TrialSpec, data: Encoded) -> Adapter:
 def attach_trial(base: Base, spec: TrialSpec, data: Encoded, record: dict[str, Any]) -> Trial:
     """A trial at its first step, its adapter attached to ``base`` and described in ``record``. Raises ConfigError."""
     adapter = attach_adapter(base, spec, data)
-    base.model.to(spec.trainer.device)
+    base.model.to(spec.trainer.base_device)
     adapter.to(spec.trainer.device)
     record["base"] = base.record()
     record["adapter"].update(

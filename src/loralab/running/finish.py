@@ -82,9 +82,10 @@ def add_predictions(trial: Trial) -> None:
     records.replace_text(path, "".join(f"{line}\n" for line in [*kept, *made]))
 
 
-def finish(trial: Trial, base: Base, started: float) -> None:
-    """Exports the adapter and closes the record. ``started``: when the run began, in seconds of time.monotonic."""
+def finish(trial: Trial, base: Base) -> None:
+    """Exports the adapter and closes the record."""
     record = trial.record
+    trial.write_held()  # a kill behind the record would lose it, and no later run writes it again
     keep_predictions(trial)
     if trial.failure is None:
         _export(trial, base)
@@ -94,7 +95,7 @@ def finish(trial: Trial, base: Base, started: float) -> None:
         record["stopped_early"] = _stopped_early(trial)
     if trial.best is not None:
         record["best"] = _best(trial)
-    record["time"]["wall_s"] = time.monotonic() - started
+    record["time"]["wall_s"] = trial.clock.total(time.monotonic())["wall_s"]
     if trial.failure is None:
         _write_card(trial)
     close_record(record, trial.failure)
@@ -111,18 +112,19 @@ def finish(trial: Trial, base: Base, started: float) -> None:
         checkpoint.forget(trial.spec.folder)
 
 
-def pause(trial: Trial, optimizer: State, started: float) -> None:
+def pause(trial: Trial, optimizer: State) -> None:
     """Writes the state of a trial that a later run goes on from, then its record, whose ``pauses`` have the scores at
-    this step. ``optimizer``: its state on the host; ``started``: when the run began, in seconds of time.monotonic.
-    """
+    this step. ``optimizer``: its state on the host."""
     record = trial.record
     scores = {f"val/{name.partition('/')[2]}": value for name, value in trial.metrics.items() if name.startswith(PAUSE)}
+    now = time.monotonic()
+    trial.clock.mark(now)
     checkpoint.write(trial, optimizer)
     until, known = trial.spec.trainer.until, scores if trial.step == trial.end else {}
     own = {"until": until, "step": trial.step, "of": trial.max_steps, "metrics": known}
     others = [one for one in record.get("pauses") or [] if one["until"] != until]  # of few steps, some at this one
     record["pauses"] = sorted([*others, own], key=lambda one: (one["step"], one["until"]))
-    record["time"]["wall_s"] = time.monotonic() - started
+    record["time"]["wall_s"] = trial.clock.total(now)["wall_s"]
     record.update(status="interrupted", error=None, exit_code=0)
     records.write(trial.spec.folder, record)
 

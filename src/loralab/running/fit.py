@@ -8,6 +8,7 @@ from typing import Any
 from loralab.adapters.hooks import NotPackable
 from loralab.data.base import FORGETTING
 from loralab.errors import LoralabError, OutOfMemory, explain
+from loralab.forward.stacked import ForwardMode
 from loralab.models.loading import Base
 from loralab.optim import optimizers
 from loralab.planning.foresee import Foresight, predicted
@@ -18,7 +19,7 @@ from loralab.records.wandb import Wandb
 from loralab.running.attach import attach_adapter
 from loralab.running.finish import choose, finish, generate, pause
 from loralab.running.forgetting import compare
-from loralab.training import observer
+from loralab.training import observer, together
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.first_batch import FirstBatch
 from loralab.training.lightning_rows import LightningRows
@@ -41,9 +42,12 @@ class Fit:
         named = made(self.spec)
         self.callbacks = [*named.values(), *self.spec.memory.callbacks()]
         # quantized layers that are not packable take scales over whole sequences, which a cached prefix would split
-        prefix_bytes = self.spec.memory.prefix_bytes if self.spec.quantization.packable else 0
+        keeps = self.spec.quantization.packable and not self.spec.trainer.spreads
+        prefix_bytes = self.spec.memory.prefix_bytes if keeps else 0
         unpad = self.spec.memory.spiky_every is None  # spikes are made of padding, which must be computed
         self.module = FineTuner(base.model, trials, prefix_bytes, base.prefix_states, unpad)
+        if self.spec.trainer.spreads:  # the checks of other ways would have to come out alike in all processes
+            self.module.forward_pass.mode = ForwardMode()
         self.module.others = {name: callback for name, callback in named.items() if not observer.is_own(callback)}
         self.logs = not all(map(observer.is_loralabs, named.values()))  # callbacks that may log by Lightning's ways
         self.optimizer_records: list[dict[str, Any]] = [{} for _ in trials]
@@ -52,6 +56,7 @@ class Fit:
     def run(self) -> list[list[Trial]]:
         """The packs in which the trials must go on; empty when every record is closed."""
         for trial in self.trials:
+            trial.clock.started = self.started
             if not trial.loggers:
                 spec = trial.spec
                 logger: LoggerSpec = Wandb(mode="disabled") if spec.trainer.given("fast_dev_run") else spec.logger
@@ -68,15 +73,17 @@ class Fit:
         self._predict_memory()
         for trial, state in zip(self.trials, self.states, strict=True):
             if trial.paused:
-                pause(trial, state or {}, self.started)
+                pause(trial, state or {})
             else:
-                finish(trial, self.base, self.started)
+                finish(trial, self.base)
         return []
 
     def _train_and_score(self) -> LoralabError | None:
         """None, or an error that a smaller pack may avoid, without the frames of its traceback, which hold memory."""
         begun = time.monotonic()
         seconds = 0.0
+        for trial in self.trials:
+            trial.clock.begin(begun)
         try:
             if any(trial.alive for trial in self.trials):
                 self._train()
@@ -98,7 +105,7 @@ class Fit:
                 return failure.with_traceback(None)
             raise
         finally:  # also after an error: what a run used that ran out of memory
-            self._record_costs(begun - self.started, seconds or time.monotonic() - begun)
+            self._record_costs(seconds or time.monotonic() - begun)
         return None
 
     def _train(self) -> None:
@@ -118,9 +125,13 @@ class Fit:
         observers = [*ordered, FirstBatch(self.base.unmixed)]
         trainer = spec.trainer.build(observers, self.progress, logger=logger, validating=validating, folder=spec.folder)
         count_from(trainer, step)
+        if scaler_state := self.trials[0].scaler_state:
+            trainer.precision_plugin.load_state_dict(scaler_state)
         for name, callback in self.module.others.items():
             if state := self.trials[0].callback_states.get(name):
                 callback.load_state_dict(deepcopy(state))
+        for trial in self.trials:
+            together.agree(trial.step, trial.adapter)
         self.module.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
         try:
             with spec.memory.capped():
@@ -131,6 +142,8 @@ class Fit:
                 self.states[:] = optimizers.states(trainer.optimizers[0])
             raise
         finally:
+            for trial in self.trials:  # which may go on in other packs
+                trial.scaler_state = dict(trainer.precision_plugin.state_dict())
             if trainer.optimizers:
                 self._describe(trainer.optimizers[0])
         if any(trial.paused for trial in self.trials):
@@ -165,10 +178,10 @@ class Fit:
         records = [optimizers.describe(optimizer, spec.name, i) for i in range(len(self.trials))]
         self.optimizer_records = [{**one, "note": one["note"] or spec.why_alone or None} for one in records]
 
-    def _record_costs(self, startup: float, seconds: float) -> None:
+    def _record_costs(self, seconds: float) -> None:
         """Memory and time are the pack's, the same in each record; the optimizer state is each trial's own.
 
-        ``startup``, ``seconds``: before and during the fit. Profiled steps are left out of the times.
+        ``seconds``: of the fit. Profiled steps are left out of the times.
         """
         memory: dict[str, Any] = {**self.spec.memory.record(), **observer.memory_fields(self.callbacks)}
         seconds -= observer.excluded_seconds(self.callbacks)
@@ -176,15 +189,14 @@ class Fit:
         for index, trial in enumerate(self.trials):
             trial.record["optimizer"].update(self.optimizer_records[index])
             trial.record["memory"].update(memory)
-            trial.train_seconds += seconds
-            trial.untimed_tokens += untimed.get(index, 0)
-            costs, timed = trial.record["time"], trial.tokens - trial.untimed_tokens
-            costs.update(
-                startup_s=startup if costs["startup_s"] is None else costs["startup_s"],
-                train_s=trial.train_seconds,
+            trial.clock.end(seconds, untimed.get(index, 0))
+            spent = trial.clock.total(time.monotonic())
+            trial.record["time"].update(
+                startup_s=spent["startup_s"],
+                train_s=spent["train_s"],
                 steps=trial.step,
                 tokens=trial.tokens,
-                tokens_per_s=timed / trial.train_seconds if trial.train_seconds > 0 and timed > 0 else None,
+                tokens_per_s=trial.clock.rate(trial.tokens),
             )
 
     def _predict_memory(self) -> None:
@@ -192,8 +204,10 @@ class Fit:
         if not self.spec.plan.record:
             return
         profiler: Any = next((callback for callback in self.callbacks if getattr(callback, "passes", None)), None)
-        specs = [trial.spec for trial in self.trials]
-        plan = None if profiler is None else self.foresight.of(specs, self._geometry(profiler))
+        specs = [trial.spec.own_share for trial in self.trials]
+        plan = (
+            None if profiler is None or not specs[0].plan.record else self.foresight.of(specs, self._geometry(profiler))
+        )
         for trial in self.trials:
             memory = trial.record["memory"]
             memory["alone_peak_bytes"] = self.foresight.alone(trial.spec, trial.data)

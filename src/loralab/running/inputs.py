@@ -107,7 +107,7 @@ class Inputs:
     def base(self, spec: TrialSpec, labels: int | None) -> loading.Base:
         """The base of ``spec`` on its device, frozen and quantized. ``labels``: how many the data has; None: it has
         none. Raises ConfigError."""
-        device, key = spec.trainer.device, _base_key(spec, labels)
+        device, key = spec.trainer.base_device, _base_key(spec, labels)
         if self._base is None or key != self._base_key:
             self.forget_base()
             tokenizer, _ = self.tokenizer(spec.model)

@@ -14,6 +14,7 @@ from loralab.errors import ConfigError, Interrupted, LoralabError, explain
 from loralab.forward.head import frozen_head
 from loralab.models.batching import check_rows
 from loralab.models.loading import Base
+from loralab.models.sharded import shard
 from loralab.planning.foresee import Foresight, check_packing, predicted
 from loralab.records import record
 from loralab.records.metric_logger import prepare
@@ -73,7 +74,8 @@ class Runner:
         specs = [settled(spec, encoded) for spec, encoded in zip(specs, rows, strict=True)]
         check_pack(specs)  # by their steps too
         _name_limits(data[0].limited)
-        plan = self.foresight.check(specs, rows, specs[0].trainer.device, self.inputs.base_bytes)
+        shares = [spec.own_share for spec in specs]
+        plan = self.foresight.check(shares, rows, specs[0].trainer.device, self.inputs.base_bytes)
         for stored, trial_data in zip(records, data, strict=True):
             stored["data"].update(source=trial_data.source, tokenizer=trial_data.tokenizer)
             stored["data"]["limited"] = trial_data.limited
@@ -94,6 +96,8 @@ class Runner:
                 _resume(trial)
                 if not trial.step:
                     trial.record.pop("pauses", None)
+            if specs[0].trainer.spreads:
+                shard(base.model, specs[0].trainer.device, specs[0].trainer.processes)
             self._fit(base, trials, started)
         finally:
             with ExitStack() as closing:  # of every trial, whatever another's raises

@@ -11,15 +11,16 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+MOST_WORDS = 4096  # that are kept as they were parsed
+
 
 class Composed:
-    """Stands in for Hydra's config loader. What a sweeper composes to check a trial is kept for the launcher."""
+    """Stands in for Hydra's config loader. Nothing of a trial is kept, so that very many cost no memory."""
 
     def __init__(self, loader: ConfigLoader) -> None:
         self.loader: Any = loader
-        self.checked: dict[tuple[str, ...], list[DictConfig]] = {}
         self._parser = OverridesParser.create()
-        self._parsed: dict[str, Override] = {}
+        self._parsed: dict[str, Override] = {}  # the newest, so that axes are parsed once
         self._pickled: dict[tuple[str, ...], bytes] = {}  # by the overrides that choose files
         self._groups: dict[str, bool] = {}
         self._repository: Any = None  # all folders that are searched, those of hydra.searchpath too
@@ -28,24 +29,15 @@ class Composed:
         return getattr(self.loader, name)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """Called by a sweeper, which checks the configuration and drops it."""
-        config = self._compose(master_config, sweep_overrides)
-        self.checked.setdefault(tuple(sweep_overrides), []).append(config)
-        return config
-
-    def take(self, master: DictConfig, overrides: list[str]) -> DictConfig:
-        """A trial's own configuration: no two trials are given the same object."""
-        configs = self.checked.get(tuple(overrides))
-        return configs.pop() if configs else self._compose(master, overrides)
-
-    def _compose(self, master: DictConfig, overrides: list[str]) -> DictConfig:
         """What Hydra would compose. Where values cannot be set in a copy, Hydra composes and raises its own errors."""
         try:
-            config = self._copy_with_values(master, [*map(str, master.hydra.overrides.hydra), *overrides])
+            config = self._copy_with_values(
+                master_config, [*map(str, master_config.hydra.overrides.hydra), *sweep_overrides]
+            )
         except Exception:
-            config = self.loader.load_sweep_config(master, overrides)
+            config = self.loader.load_sweep_config(master_config, sweep_overrides)
         else:
-            OmegaConf.copy_cache(from_config=master, to_config=config)
+            OmegaConf.copy_cache(from_config=master_config, to_config=config)
         return config
 
     def _copy_with_values(self, master: DictConfig, words: Sequence[str]) -> DictConfig:
@@ -69,6 +61,8 @@ class Composed:
 
     def _parse(self, word: str) -> Override:
         if word not in self._parsed:
+            if len(self._parsed) >= MOST_WORDS:
+                self._parsed.clear()
             self._parsed[word] = self._parser.parse_override(word)
         return self._parsed[word]
 

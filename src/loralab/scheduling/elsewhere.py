@@ -39,7 +39,7 @@ def launch(sweeper: Any, session: Session, trials: Sequence[Sequence[str]], firs
 
     with hold(folder):
         composed = Composed(context.config_loader)
-        jobs = launching.jobs_of(folder, launching.compose_all(composed, master, trials, first))
+        jobs = launching.jobs_of(folder, launching.compose_all(composed, master, trials, first), session)
         header = launching.header(master, master.hydra, folder)
         records = session.sweep(folder, launching.distinct(jobs), header, PackOptions(pack=False), run)
     return [launching.job_return(job, records[job.trial]) for job in jobs]

@@ -140,11 +140,11 @@ class _Loop:
     def mark_interrupted(self) -> None:
         """Of trials whose process was stopped before it could say so itself."""
         for task in self.tasks:
-            for job, _ in news(task.waiting, task.before):
+            for job, _, _ in news(task.waiting, task.before):
                 _leave(job, "its process was stopped")
 
     def _read(self, task: Task) -> None:
-        for job, stored in news(task.waiting, task.before):
+        for job, stored, _ in news(task.waiting, task.before):
             if stored["status"] in SETTLED or job.has_paused(stored):
                 self._take(task, job, stored)
             else:
@@ -157,7 +157,7 @@ class _Loop:
     def _ended(self, task: Task, end: End) -> list[Task]:
         """The tasks for what has to run again of ``task``, whose process has ended."""
         begun = []
-        for job, stored in news(task.waiting, task.before):
+        for job, stored, _ in news(task.waiting, task.before):
             if is_over(job, stored):
                 self._take(task, job, stored)
             else:

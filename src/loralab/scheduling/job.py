@@ -19,6 +19,7 @@ from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
 from loralab.records.lock import hold
 from loralab.records.secrets import redact
+from loralab.records.shared import share
 
 if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec
@@ -103,7 +104,7 @@ class Job:
         if not (self.folder / record.RESULT).exists():
             return None, ""
         try:
-            stored = record.read(self.folder)
+            stored = share(record.read(self.folder))
         except ArtifactError as error:  # of a later version of loralab, or damaged: kept under another name
             return None, str(error)
         if stored["status"] != "completed":
@@ -121,7 +122,12 @@ class Job:
     def set_aside(self) -> None:
         """Renames the files of a stale run."""
         staleness.set_aside(self.folder)
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of what was read and built of it, which is read and built again where it is asked for."""
         self.__dict__.pop("_earlier_run", None)
+        self.__dict__.pop("_spec", None)
 
     def begin_anew(self) -> None:
         """Removes the checkpoint of an earlier run; a record that cannot be read is kept under another name."""
@@ -145,11 +151,16 @@ class Job:
         budget = min(self.memory_budget, spec.plan.budget_gib or self.memory_budget)
         return replace(spec, plan=replace(spec.plan, budget_gib=budget))
 
-    def open(self, stack: ExitStack) -> "TrialSpec":
-        """Locks the run folder until ``stack`` closes, writes config.yaml into it and returns the trial's spec."""
-        stack.enter_context(hold(self.folder))
+    def open(self, stack: ExitStack, patience: float = 0.0) -> "TrialSpec":
+        """Locks the run folder until ``stack`` closes, writes config.yaml into it and returns the trial's spec.
+        ``patience``: seconds for which a process that has the folder is waited for."""
+        stack.enter_context(hold(self.folder, patience))
         self.__dict__.pop("_earlier_run", None)
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(redact(self.content))))
+        return self.described()
+
+    def described(self) -> "TrialSpec":
+        """The trial's spec with what its record says of how it was called."""
         return replace(self.spec(), flags=self.flags, files=own_files(self.choices))
 
     def refuse(self, error: LoralabError) -> Record:
@@ -174,7 +185,8 @@ class Job:
         None where the trial has failed, nan where it has gone on without a score there."""
         name, pause = str(self.content.get("metric")), self._pause(stored) if self.until is not None else None
         if self.until is not None and (pause is not None or stored["status"] == "completed"):
-            return float((pause or {}).get(name, math.nan))
+            value = (pause or {}).get(name)
+            return math.nan if value is None else float(value)
         value = stored["metrics"].get(name) if stored["status"] == "completed" else None
         return None if value is None else float(value)
 

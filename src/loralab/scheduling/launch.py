@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from loralab.config.compose import plain, plain_sweep
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.records.shared import part, share
 from loralab.scheduling import executor_settings, opening
 from loralab.scheduling.claims import named_by
 from loralab.scheduling.job import Job, Record
@@ -47,11 +48,11 @@ def launch(
     session: Any = getattr(task_function, "__self__", None)
     if not isinstance(session, Session):
         folder.mkdir(parents=True, exist_ok=True)
-        configs = compose_all(context.config_loader, master, job_overrides, first)
+        configs = list(compose_all(context.config_loader, master, job_overrides, first))
         return [_run_job(context, task_function, master, config) for config in configs]
     show_own_lines()
     with hold(folder):
-        jobs = jobs_of(folder, compose_all(context.config_loader, master, job_overrides, first))
+        jobs = jobs_of(folder, compose_all(context.config_loader, master, job_overrides, first), session)
         records = session.sweep(folder, distinct(jobs), header(master, master.hydra, folder), options)
     return [job_return(job, records[job.trial]) for job in jobs]
 
@@ -98,14 +99,14 @@ def show_own_lines() -> None:
 
 def compose_all(
     loader: Any, master: DictConfig, job_overrides: Sequence[Sequence[str]], first: int
-) -> list[DictConfig]:
-    """The configuration of each trial. ``loader``: Hydra's; ``first``: the number of the first of them."""
-    compose = getattr(loader, "take", loader.load_sweep_config)
-    configs: list[DictConfig] = [compose(master, list(overrides)) for overrides in job_overrides]
-    for number, config in enumerate(configs, first):
+) -> Iterator[DictConfig]:
+    """The configuration of each trial, one at a time: thousands together would fill the memory. ``loader``: Hydra's;
+    ``first``: the number of the first of them."""
+    for number, overrides in enumerate(job_overrides, first):
+        config = loader.load_sweep_config(master, list(overrides))
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
-    return configs
+        yield config
 
 
 def _run_job(context: HydraContext, task_function: TaskFunction, master: DictConfig, config: DictConfig) -> JobReturn:
@@ -155,21 +156,31 @@ def checked_options(
     return PackOptions(pack == "auto", token_budget, memory_budget, settings)
 
 
-def jobs_of(folder: Path, configs: Sequence[DictConfig]) -> list[Job]:
-    """A job for each. A trial id is taken from a finished record of the same settings; else its specs are built."""
-    finished = _finished(folder)
-    jobs = []
-    for config in configs:
-        content, subdir = plain(config), _raw_subdir(config)
-        trial = finished.get(identity.settings_key(content)) if subdir == BY_TRIAL else None
-        job = Job.of(content, config.hydra, folder)
-        if trial is not None:
-            job.trial = trial
-        job.folder = folder / (job.trial if subdir == BY_TRIAL else _subdir(config))
-        jobs.append(job)
+def jobs_of(folder: Path, configs: Iterable[DictConfig], session: Session | None = None) -> list[Job]:
+    """A job for each. A trial id is taken from a finished record of the same settings; else its specs are built.
+
+    ``session``: keeps what was found of finished records for its later rounds."""
+    finished = session.finished if session is not None else None
+    if finished is None:
+        finished = _finished(folder)
+        if session is not None:
+            session.finished = finished
+    jobs = [job_of(config, folder, finished) for config in configs]
     if len({job.folder for job in jobs}) < len({job.trial for job in jobs}):
         raise ConfigError("hydra.sweep.subdir gives several trials one folder; valid: ${loralab.trial_id:} in it")
     return jobs
+
+
+def job_of(config: DictConfig, folder: Path, finished: Mapping[str, str]) -> Job:
+    """The job of a composed configuration. ``finished``: {settings: trial id}, see ``jobs_of``."""
+    content, subdir = share(plain(config)), _raw_subdir(config)
+    job = Job.of(content, config.hydra, folder)
+    job.choices = part(job.choices)
+    trial = finished.get(identity.settings_key(content)) if finished and subdir == BY_TRIAL else None
+    if trial is not None:
+        job.trial = trial
+    job.folder = folder / (job.trial if subdir == BY_TRIAL else _subdir(config))
+    return job
 
 
 def _finished(folder: Path) -> dict[str, str]:

@@ -53,8 +53,11 @@ def plan(members: Sequence[Member], token_budget: int, memory_budget: float = ma
                 open_packs[member.shares] = len(packs) - 1
         else:
             packs[index].append(member)
+    kinds: dict[Hashable, list[Member]] = {}
+    for member in members:
+        kinds.setdefault(member.shares, []).append(member)
     budgets = (token_budget, memory_budget)
-    return [Pack(tuple(member.trial for member in pack), _why(pack, members, *budgets)) for pack in packs]
+    return [Pack(tuple(member.trial for member in pack), _why(pack, kinds[pack[0].shares], *budgets)) for pack in packs]
 
 
 def need(members: Sequence[Member]) -> int:
@@ -69,25 +72,28 @@ def _exceeds(members: Sequence[Member], token_budget: int, memory_budget: float)
     return f"memory budget of {memory_budget / 2**30:.3g} GiB" if need(members) > memory_budget else ""
 
 
-def _why(pack: Sequence[Member], members: Sequence[Member], token_budget: int, memory_budget: float) -> str:
-    """Why a pack has a single member; empty where it has several."""
+def _why(pack: Sequence[Member], alike: Sequence[Member], token_budget: int, memory_budget: float) -> str:
+    """Why a pack has a single member; empty where it has several. ``alike``: all members that share its kind."""
     if len(pack) > 1:
         return ""
     single = pack[0]
     if single.alone:
         return single.alone
-    alike = [other for other in members if other is not single and other.shares == single.shares]
-    if not alike:
+    others = (other for other in alike if other is not single)
+    if len(alike) == 1:
         return "no other trial shares its model, quantization, optimizer, precision and intervals"
-    budgets = [_exceeds([single, other], token_budget, memory_budget) for other in alike]
-    return f"together with any other trial it would be over the {next(filter(None, budgets), 'budget')}"
+    exceeded = (_exceeds([single, other], token_budget, memory_budget) for other in others)
+    return f"together with any other trial it would be over the {next(filter(None, exceeded), 'budget')}"
 
 
 def spread(weights: Sequence[float], count: int) -> list[list[int]]:
     """Places of ``weights`` in ``count`` shares of about the same sum: the heaviest first, to the lightest share."""
     shares: list[list[int]] = [[] for _ in range(count)]
+    sums = [0.0] * count
     for place in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        min(shares, key=lambda share: sum(weights[i] for i in share)).append(place)
+        lightest = min(range(count), key=sums.__getitem__)
+        shares[lightest].append(place)
+        sums[lightest] += weights[place]
     return [sorted(share) for share in shares]
 
 

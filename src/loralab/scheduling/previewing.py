@@ -31,16 +31,19 @@ class Arm:
 
 @dataclass(frozen=True)
 class Preview:
-    """``arms`` in the order of the trials; ``tune``: the names of what is tuned."""
+    """``arms`` in the order of the trials; ``tune``: the names of what is tuned; ``search``: of a search, what it is,
+    in one sentence."""
 
     folder: Path
     arms: list[Arm] = field(default_factory=list)
     axes: list[str] = field(default_factory=list)
     tune: list[str] = field(default_factory=list)
+    search: str = ""
 
 
-def preview(sweeper: Any, trials: Sequence[Sequence[str]], tune: Sequence[str]) -> Preview:
-    """Of ``trials``, the overrides that the sweep asks for first; ``tune``: keys that are tuned. Raises ConfigError for
+def preview(sweeper: Any, trials: Sequence[Sequence[str]], tune: Sequence[str], search: str = "") -> Preview:
+    """Of ``trials``, the overrides that the sweep asks for first; ``tune``: keys that are tuned; ``search``: see
+    ``Preview``. Raises ConfigError for
     a trial that cannot be built."""
     master, folder = sweeper.config, Path(str(sweeper.config.hydra.sweep.dir))
     loader = Composed(sweeper.hydra_context.config_loader)
@@ -51,7 +54,7 @@ def preview(sweeper: Any, trials: Sequence[Sequence[str]], tune: Sequence[str]) 
         settings = _settings(job)
         grouped.setdefault(tuple((axis, settings.get(axis, "-")) for axis in axes), []).append(job)
     arms = [_arm(dict(values), own, tune) for values, own in grouped.items()]
-    return Preview(folder, arms, axes, list(tune))
+    return Preview(folder, arms, axes, list(tune), search)
 
 
 def _arm(values: dict[str, str], jobs: Sequence[Job], tune: Sequence[str]) -> Arm:

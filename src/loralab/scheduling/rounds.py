@@ -100,7 +100,9 @@ def run(sweeper: Any, study: Study) -> list[Sequence[JobReturn]]:
     session = getattr(sweeper.task_function, "__self__", None)
     if isinstance(session, Session) and session.previews:
         tune = plain_sweep(sweeper.config).get("tune") or ()
-        session.previewed = previewing.preview(sweeper, study.ask(), [str(name).lstrip("+") for name in tune])
+        names = [str(name).lstrip("+") for name in tune]
+        trials = study.ask()
+        session.previewed = previewing.preview(sweeper, trials, names, getattr(study, "spoken", ""))
         return []
     folder = Path(str(sweeper.config.hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,13 +111,14 @@ def run(sweeper: Any, study: Study) -> list[Sequence[JobReturn]]:
     returns: list[Sequence[JobReturn]] = []
     decisions: list[Mapping[str, Any]] = []
     while trials := study.ask():
+        if isinstance(session, Session):
+            session.about = getattr(study, "about", {})
         first = sum(map(len, returns))
         returns.append(_launched(sweeper, trials, first))
         decisions += study.tell(trials, [done.return_value for done in returns[-1]])  # raises what a job raised
-        decide(folder, decisions)  # before anything is done about them
-        for words, why in getattr(study, "ended", {}).items():
-            if isinstance(session, Session):
-                session.end_early(words, why)
+        decide(folder, decisions, getattr(study, "about", {}))  # before anything is done about them
+        if isinstance(session, Session):
+            session.end_early(getattr(study, "ended", {}))
     return returns
 
 
@@ -123,6 +126,7 @@ def _launched(sweeper: Any, trials: Trials, first: int) -> Sequence[JobReturn]:
     session = getattr(sweeper.task_function, "__self__", None)
     if isinstance(session, Session) and not getattr(sweeper.launcher, "packs", False):
         return elsewhere.launch(sweeper, session, trials, first)
-    sweeper.validate_batch_is_legal(trials)
+    # each is composed before any runs; here the first, before anything is written
+    sweeper.validate_batch_is_legal(trials[:1] if isinstance(session, Session) else trials)
     found: Sequence[JobReturn] = sweeper.launcher.launch(trials, initial_job_idx=first)
     return found

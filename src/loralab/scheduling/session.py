@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,16 @@ from loralab.quick_imports import quick_imports
 from loralab.records import record
 from loralab.records.lock import hold
 from loralab.records.metric_logger import prepare
+from loralab.scheduling import ranks
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.sweep import PackOptions, Sweep, finished, set_stale_aside
-from loralab.scheduling.sweep_file import check_begun, mark
+from loralab.scheduling.sweep_file import check_begun, mark, status_of
 
 if TYPE_CHECKING:
     from loralab.running.runner import Runner
     from loralab.scheduling.previewing import Preview
+    from loralab.scheduling.rerun import Rerun
+    from loralab.training.specs import TrialSpec
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +41,17 @@ class Session:
     flags: list[str] = field(default_factory=list)  # of Hydra's own, with which a resumed sweep is called again
     resumes: bool = False  # a begun sweep, whose trials it finishes
     folder: Path | None = None
-    records: list[Record] = field(default_factory=list)
+    latest: dict[str, Record] = field(default_factory=dict)  # of each trial, in the order of their first rounds
     error: Exception | None = None
     failed: bool = False  # runs again what has failed, and nothing else
     previews: bool = False  # shows what a sweep would run, and runs nothing
     previewed: "Preview | None" = None
+    again: "Rerun | None" = None  # the record whose trial this run makes once more
     listing: bool = False  # sweep.json is written by the process that launches trials, not by those that run one
     process: int = field(default_factory=os.getpid)
     jobs: dict[tuple[str, ...], Job] = field(default_factory=dict)  # by their overrides
+    finished: dict[str, str] | None = None  # of launch.jobs_of; None: not looked for yet
+    about: Mapping[str, Any] = field(default_factory=dict)  # what sweep.json says of a search
     begun: set[str] = field(default_factory=set)  # trials of earlier rounds, which go on from there
     _overrides: list[str] = field(default_factory=list)  # the words that are not Hydra's own
     _searched: list[str] = field(default_factory=list)  # those that name folders to search
@@ -53,7 +59,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """For a process that a launcher starts: without what is loaded here."""
-        return {**self.__dict__, "_runner": None, "records": [], "jobs": {}}
+        return {**self.__dict__, "_runner": None, "latest": {}, "jobs": {}, "finished": None, "about": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from loralab.config.compose import register_resolvers
@@ -85,6 +91,11 @@ class Session:
         codes = [int(stored.get("exit_code") or 0) for stored in self.records]
         return next((code for code in codes if code), 0)
 
+    @property
+    def records(self) -> list[Record]:
+        """Of each trial the latest. Equal parts of them are one object, which nobody may change."""
+        return list(self.latest.values())
+
     def runner(self) -> "Runner":
         """The same Runner for all trials, which keeps the base loaded."""
         if self._runner is None:
@@ -99,8 +110,12 @@ class Session:
         try:
             job = Job.running(config)
             job.flags, job.fresh = [*self.flags, *self._searched], self._is_fresh(job)
+            if self.again is not None:
+                job = self.again.job(job)
             refuse_mode(job.choices.items(), self.many)
             stored = self._run_in_sweep(job, config) if self.many else self._run_single(job)
+            if self.again is not None:
+                self.again.tell(job.folder)
         except Exception as error:  # Hydra would print its own lines about it
             if os.getpid() != self.process:
                 raise
@@ -108,7 +123,7 @@ class Session:
             if not self.many:
                 _remove_if_empty()
             return None
-        self.records.append(stored)
+        self.latest[stored["trial"]] = stored
         return job.value(stored)
 
     def sweep(
@@ -124,43 +139,49 @@ class Session:
         ``launch``: has trials that are not finished run by another launcher, whose processes call ``job``.
         """
         refuse_mode(dict.fromkeys(pair for job in jobs for pair in job.choices.items()), self.many)
-        if self.resumes and not self.records:
+        before = dict(self.latest)
+        if self.resumes and not before and "search" not in self.about:  # a search asks for further trials
             check_begun(folder, jobs)
         for job in jobs:
             job.flags, job.fresh = [*self.flags, *self._searched], self._is_fresh(job)
         self.jobs |= {tuple(job.overrides): job for job in jobs}
-        self.folder, self.listing, before = folder, launch is not None, list(self.records)
+        self.folder, self.listing = folder, launch is not None
         failed = self.failed and not header.get("halving")
         if self.failed and not failed and not before:
             log.info(
                 "sweep.halving compares all trials at a rung: those that are not finished run with the failed ones"
             )
-        sweep = Sweep(folder, jobs, self.runner, failed)
-        records = sweep.run({**header, "flags": self.flags}, options, launch)
-        self.records = [*before, *(records[job.trial] for job in jobs)]
+        sweep = Sweep(folder, jobs, self.runner, failed, before)
+        records = sweep.run({**header, **self.about, "flags": self.flags}, options, launch)
+        self.latest |= {job.trial: records[job.trial] for job in jobs}
         self.begun |= records.keys()
         return records
 
     def _is_fresh(self, job: Job) -> bool:
         return self.fresh and job.trial not in self.begun
 
-    def is_complete(self, words: Sequence[str]) -> bool:
-        """Whether the trial with these overrides, one of this sweep's, is completed."""
+    def status(self, words: Sequence[str]) -> str:
+        """Of the trial with these overrides, one of this sweep's; empty where it has none."""
         job = self.jobs.get(tuple(words))
-        return job is not None and any(
-            stored["trial"] == job.trial and stored["status"] == "completed" for stored in self.records
-        )
+        return str(self.latest[job.trial]["status"]) if job is not None and job.trial in self.latest else ""
 
-    def end_early(self, words: Sequence[str], why: str) -> None:
-        """Marks the paused trial with these overrides as ended by the sweep."""
-        job = self.jobs.get(tuple(words))
-        if job is None:  # the same trial as one with other words, which is marked
-            return
-        stored = job.end_early(why)
-        log.info("%s ends: %s", job.trial, why, extra={"trial": job.trial})
-        self.records = [stored if one["trial"] == job.trial else one for one in self.records]
-        assert self.folder is not None
-        mark(self.folder, job.trial, stored["status"])
+    def is_complete(self, words: Sequence[str]) -> bool:
+        """Whether the trial with these overrides is completed."""
+        return self.status(words) == "completed"
+
+    def end_early(self, ended: Mapping[tuple[str, ...], str]) -> None:
+        """Marks the paused trials with these overrides as ended by the sweep; ``ended``: why, for each."""
+        statuses = {}
+        for words, why in ended.items():
+            job = self.jobs.get(words)
+            if job is None:  # the same trial as one with other words, which is marked
+                continue
+            self.latest[job.trial] = stored = job.end_early(why)
+            log.info("%s ends: %s", job.trial, why, extra={"trial": job.trial})
+            statuses[job.trial] = stored["status"]
+        if statuses:
+            assert self.folder is not None
+            mark(self.folder, statuses)
 
     def _run_in_sweep(self, job: Job, config: Any) -> Record:
         """A trial of a sweep whose launcher is not loralab's."""
@@ -209,7 +230,7 @@ class Session:
         with ExitStack() as stack:
             spec = job.open(stack)
             log.info("trial %s in %s: loading the base model", spec.id, job.folder)
-            (stored,) = self.runner().run([spec])
+            stored = self._train(job, spec)
         if stored["error"]:
             log.error("loralab: %s", stored["error"])
         else:
@@ -218,6 +239,14 @@ class Session:
             metric = job.content.get("metric")
             others = "  ".join(f"{name} {value:.4f}" for name, value in stored["metrics"].items() if name != metric)
             log.info("%s  %s  (%s)\n%s", _score(job, stored), others, clock(time.monotonic() - begun), job.folder)
+        return stored
+
+    def _train(self, job: Job, spec: "TrialSpec") -> Record:
+        if spec.trainer.processes > 1:
+            return ranks.run(job, spec, progress=sys.stderr.isatty())
+        if spec.trainer.strategy:
+            log.info("one process trains it, for trainer.devices names no more and there are no more GPUs")
+        (stored,) = self.runner().run([spec])
         return stored
 
     def _check_rows(self, job: Job) -> None:
@@ -234,12 +263,20 @@ class Session:
             log.debug("the rows of %s cannot be read", spec.id, exc_info=True)
 
     def _with_how_to_resume(self, stopped: Interrupted) -> Interrupted:
-        """Adds to the message of a stopped sweep how many trials are left and the command that resumes it."""
-        if self.many and self.folder is not None:
+        """Adds to the message what is left and the command that goes on with it."""
+        if self.folder is None:
+            return stopped
+        if self.many:
             trials = record.read_sweep(self.folder)["trials"]
             left = sum(trial.get("status") not in ("completed", "pruned") for trial in trials)
             command = f"loralab sweep --resume {shlex.quote(str(self.folder))}"
             stopped.args = (f"{stopped}; {left} trials are left: {command}",)
+        elif status_of(self.folder) == "interrupted":
+            from loralab.training import checkpoint
+
+            command = record.rerun(record.read(self.folder), [f"hydra.run.dir={self.folder}"])
+            way = "goes on from its checkpoint" if checkpoint.path(self.folder).is_file() else "begins anew"
+            stopped.args = (f"{stopped}; it {way} with: {command}",)
         return stopped
 
 

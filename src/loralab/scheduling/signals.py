@@ -1,24 +1,58 @@
 """SIGINT and SIGTERM as an exception, so that records are written before the process ends."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from loralab.errors import Interrupted
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+WATCHED = 0.5  # seconds between looks at the parent
+
 
 def listen() -> None:
-    """From here on SIGINT and SIGTERM raise Interrupted in the main thread; later ones are ignored."""
+    """From here on SIGINT and SIGTERM raise Interrupted in the main thread, also one that was held back before; later
+    ones are ignored."""
 
     def stop(number: int, frame: Any) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM):  # records are being written from now on
+        for other in STOPPING:  # records are being written from now on
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, stop)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """A process that is started within gets no SIGINT and no SIGTERM before it listens: until then it could not answer
+    them by a record."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with(parent: int) -> None:
+    """From here on this process is told to stop (SIGTERM) once ``parent``, whose child it is, was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCHED)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.name == "posix":
+        threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def check_not_queued(folder: Path, executor: str) -> None:
 
 def _has_told(task: Task) -> bool:
     """Whether the end of all its trials is in their records."""
-    over = [job for job, stored in news(task.waiting, task.before) if tasks.is_over(job, stored)]
+    over = [job for job, stored, _ in news(task.waiting, task.before) if tasks.is_over(job, stored)]
     return len(over) == len(task.waiting)
 
 

@@ -14,7 +14,8 @@ from loralab.config import staleness
 from loralab.data.base import FORGETTING
 from loralab.errors import ArtifactError, ConfigError, DataError, LoralabError
 from loralab.records import record
-from loralab.scheduling import executors, opening
+from loralab.records.shared import share
+from loralab.scheduling import executors, opening, ranks
 from loralab.scheduling.executor_settings import Local, Settings
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.packs import TOKEN_BUDGET, Pack, halves, plan
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILED = ("failed", "out_of_memory", "diverged")
+PATIENCE = 15.0  # seconds in which what a killed sweep has left running ends its step
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ class Sweep:
         jobs: Sequence[Job],
         make_runner: Callable[[], "Runner"],
         failed: bool = False,
+        before: Mapping[str, Record] | None = None,
     ) -> None:
         """``jobs``: each trial once. ``make_runner`` is called when a trial has to run: it imports torch. ``failed``:
-        only those that have failed run, and of the others that are not finished the record is blank."""
+        only those that have failed run, and of the others that are not finished the record is blank. ``before``: the
+        records of earlier rounds of the same sweep."""
         self.folder, self.jobs, self.make_runner = folder, list(jobs), make_runner
-        self.failed = failed
+        self.failed, self.before = failed, before or {}
         self.records: dict[str, Record] = {}
         self.sweep_file: SweepFile | None = None  # None in a process of one device: the parent writes it
 
@@ -69,8 +73,9 @@ class Sweep:
         """
         earlier = [job for job in self.jobs if not job.fresh]
         set_stale_aside(earlier)
-        _mention_earlier_versions(self.folder, [job for job in earlier if job.finished() is None])
-        self.sweep_file = SweepFile(self.folder, header, self.jobs)
+        if not self.before:
+            _mention_earlier_versions(self.folder, [job for job in earlier if job.finished() is None])
+        self.sweep_file = SweepFile(self.folder, header, self.jobs, self.before)
         waiting = self._left([job for job in self.jobs if not self._skip(job)])
         try:
             if launch is None:
@@ -98,7 +103,8 @@ class Sweep:
         if not self.failed:
             return unfinished
         chosen = [job for job in unfinished if status_of(job.folder) in FAILED]
-        others = [job for job in unfinished if job not in chosen]
+        names = {job.trial for job in chosen}
+        others = [job for job in unfinished if job.trial not in names]
         self.records |= {job.trial: record.blank(job.trial) for job in others}
         log.info(
             "%d trials have failed and run again; %d others are not finished and stay so", len(chosen), len(others)
@@ -114,7 +120,8 @@ class Sweep:
 
     def _close(self, job: Job, stored: Record, state: str = "") -> None:
         """Takes the final record of a trial, updates sweep.json and logs a line that ends in ``state``."""
-        self.records[job.trial] = stored
+        self.records[job.trial] = stored = share(stored)
+        job.forget()
         if self.sweep_file is None:
             return
         self.sweep_file.set(job.trial, stored["status"])
@@ -129,20 +136,20 @@ class Sweep:
         """Runs ``waiting`` in packs: here, or by the executor."""
         for job in waiting:
             job.memory_budget = options.memory_budget
-        packs, weights, device = [[job] for job in waiting], [1] * len(waiting), "cpu"
+        packs = elsewhere = [[job] for job in waiting]
+        weights, device, local = [1] * len(waiting), "cpu", isinstance(options.executor, Local)
         if (len(waiting) > 1 and options.pack) or options.memory_budget is not None:
             planner = _Planner(waiting, self.make_runner(), options)
             for trial, error in planner.refused.items():
                 job = planner.jobs[trial]
                 self._close(job, job.refuse(error))
             packs, device = planner.packs(), planner.device
-            weights = planner.weights(packs)
-        if not packs:
-            return
-        executor = opening.executor(options.executor, self.folder, device, len(packs))
+            elsewhere = [pack for pack in packs if not (local and planner.takes_all_devices(pack))]
+            weights = planner.weights(elsewhere)
+        executor = opening.executor(options.executor, self.folder, device, len(elsewhere)) if elsewhere else None
         if executor is not None:
-            executors.run(executor, packs, weights, self._close_elsewhere, self._show)
-            return
+            executors.run(executor, elsewhere, weights, self._close_elsewhere, self._show)
+            packs = [pack for pack in packs if pack not in elsewhere]
         for pack in packs:
             self._run_pack(pack)
 
@@ -187,12 +194,14 @@ class Sweep:
             except LoralabError as error:
                 return [job.refuse(error) for job in jobs]
             try:
-                specs = [job.open(stack) for job in jobs]
+                specs = [job.open(stack, PATIENCE) for job in jobs]
             except ArtifactError as error:  # another process runs one of them
                 return [job.refusal(error) for job in jobs]
             for job in jobs:
                 if self.sweep_file is not None:
                     self.sweep_file.set(job.trial, "running")
+            if specs[0].trainer.processes > 1:
+                return [ranks.run(jobs[0], specs[0])]
             return self.make_runner().run(specs)
 
 
@@ -236,6 +245,11 @@ class _Planner:
         placed = {trial for pack in packs for trial in pack}
         packs += [[trial] for trial in self.jobs if trial not in placed and trial not in self.refused]
         return [[self.jobs[trial] for trial in pack] for pack in sorted(packs, key=lambda pack: places[pack[0]])]
+
+    def takes_all_devices(self, pack: Sequence[Job]) -> bool:
+        """Whether the pack is one trial in several processes, each with a device."""
+        spec = self.specs.get(pack[0].trial)
+        return spec is not None and spec.trainer.processes > 1
 
     def weights(self, packs: Sequence[Sequence[Job]]) -> list[int]:
         """Tokens that each pack is trained with; 1 for a trial whose rows cannot be read."""

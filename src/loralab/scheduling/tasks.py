@@ -50,7 +50,7 @@ def perform(task: Mapping[str, Any], handlers: Sequence[logging.Handler]) -> int
 def left(packs: Sequence[Sequence[Job]], before: Mapping[str, int]) -> list[list[Job]]:
     """What an earlier start of the same task has not brought to its end."""
     over = set()
-    for job, stored in news([job for pack in packs for job in pack], before):
+    for job, stored, _ in news([job for pack in packs for job in pack], before):
         job.fresh = False  # it was begun by that start
         if is_over(job, stored):
             over.add(job.trial)

@@ -1,7 +1,8 @@
 """Watches the records of trials that other processes run."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from loralab.errors import ArtifactError
@@ -9,7 +10,8 @@ from loralab.records import record
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.sweep_file import status_of
 
-POLL = 0.5  # seconds
+POLL = 0.5  # seconds, and
+SHARE = 0.05  # of the time, at most, goes into looking: very many trials are looked at less often
 
 
 def written(job: Job) -> int:
@@ -18,16 +20,17 @@ def written(job: Job) -> int:
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
-def news(waiting: Sequence[Job], before: Mapping[str, int]) -> Iterator[tuple[Job, Record]]:
-    """Those of ``waiting`` whose record was written since ``before`` {trial: ``written`` then}, with it."""
+def news(waiting: Iterable[Job], before: Mapping[str, int]) -> Iterator[tuple[Job, Record, int]]:
+    """Those of ``waiting`` whose record was written since ``before`` {trial: ``written`` then}, with it and when."""
     for job in list(waiting):
-        if written(job) == before[job.trial]:
+        when = written(job)
+        if when == before[job.trial]:
             continue
         try:
             stored = record.read(job.folder)
         except ArtifactError:  # it is not whole
             continue
-        yield job, stored
+        yield job, stored, when
 
 
 @contextmanager
@@ -52,23 +55,27 @@ def watched(jobs: Sequence[Job], close: Callable[[Job, Record], None], begin: Ca
 
 class _Watch:
     def __init__(self, jobs: Sequence[Job], close: Callable[[Job, Record], None], begin: Callable[[Job], None]) -> None:
-        self.waiting, self.close, self.begin = list(jobs), close, begin
+        self.waiting, self.close, self.begin = {job.trial: job for job in jobs}, close, begin
         self.before = {job.trial: written(job) for job in jobs}
 
     def until(self, ended: threading.Event) -> None:
-        while not ended.wait(POLL):
+        took = 0.0
+        while not ended.wait(max(POLL, took / SHARE)):
+            begun = time.monotonic()
             self.look()
+            took = time.monotonic() - begun
 
     def look(self) -> None:
-        for job, stored in news(self.waiting, self.before):
+        for job, stored, when in news(self.waiting.values(), self.before):
             if stored["status"] == "running":
+                self.before[job.trial] = when
                 self.begin(job)
             else:
-                self.waiting.remove(job)
+                del self.waiting[job.trial]
                 self.close(job, stored)
 
     def give_up(self) -> None:
-        for job in self.waiting:
+        for job in self.waiting.values():
             folder = job.folder
             reason = (
                 f"there is no result in {folder}: its process died or was never started; valid: loralab sweep --resume"

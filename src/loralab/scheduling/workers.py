@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loralab.errors import Interrupted
 from loralab.records.log_file import LogFile
 from loralab.scheduling import tasks
 from loralab.scheduling.executors import End, Pack, Task
 from loralab.scheduling.job import Job
 from loralab.scheduling.packs import spread
+from loralab.scheduling.signals import end_with, held_back, listen
 
 STAND_IN = "LORALAB_DEVICES"  # names of devices in place of torch's, for tests
 
@@ -88,10 +90,12 @@ class LocalExecutor:
 def _start(task: Task) -> None:
     worker: _Worker = task.handle
     path = task.packs[0][0].folder.parent / f"device-{worker.device}.json"
-    path.write_text(json.dumps(tasks.content(task.packs, task.before)))
+    path.write_text(json.dumps({**tasks.content(task.packs, task.before), "parent": os.getpid()}))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": worker.device}
     command = [sys.executable, "-m", "loralab.scheduling.workers", str(path)]
-    worker.asked, worker.process = path, subprocess.Popen(command, env=environment)
+    worker.asked = path
+    with held_back():
+        worker.process = subprocess.Popen(command, env=environment)
     task.name, task.log = f"process {worker.process.pid} of device {worker.device}", str(path.with_suffix(".log"))
 
 
@@ -105,13 +109,17 @@ def _end(task: Task) -> End:
 
 
 def main(path: Path) -> int:
-    """The process of one device."""
-    from loralab.scheduling.signals import listen
-
-    listen()
+    """The process of one device. It ends, as by SIGTERM, with the process that has started it."""
     file, terminal = LogFile(path.with_suffix(".log")), logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
-    return tasks.perform(json.loads(path.read_text()), [file, terminal])
+    try:
+        listen()
+        task = json.loads(path.read_text())
+        path.unlink(missing_ok=True)  # its settings may hold secrets, and a parent that is killed removes nothing
+        end_with(task["parent"])
+        return tasks.perform(task, [file, terminal])
+    except Interrupted as stopped:
+        return stopped.exit_code
 
 
 if __name__ == "__main__":

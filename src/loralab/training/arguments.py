@@ -31,6 +31,15 @@ def _duration(value: Any) -> Any:
     raise ValueError("no duration")
 
 
+def _devices(value: Any) -> Any:
+    """A count of devices, also as a text, or auto."""
+    if value in (None, "auto") or (isinstance(value, str) and re.fullmatch("[1-9][0-9]{0,4}", value)):
+        return value if value in (None, "auto") else int(value)
+    if type(value) is int and value >= 1:
+        return value
+    raise ValueError("no number of devices")
+
+
 Duration = Annotated[
     Any, before(_duration), "a time in double quotes and single ones, DD:HH:MM:SS, or {minutes: 5}: weeks to seconds"
 ]
@@ -69,6 +78,9 @@ class Harmless:
     use_distributed_sampler: bool | None = None
     sync_batchnorm: bool | None = None
     enable_autolog_hparams: bool | None = None
+    # a trial means the same on any number of processes
+    strategy: Literal["auto", "single_device", "ddp", "fsdp"] | None = None
+    devices: Annotated[Any, before(_devices), "a number of processes, or auto: as many as there are GPUs"] = None
 
 
 MOST = 2**31 - 1  # of anything that is counted
@@ -78,15 +90,17 @@ USUAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("deterministic", "benchmark", "detect_anomaly"), (False,)),
     "fast_dev_run": (False, 0),
     "gradient_clip_algorithm": ("norm",),
+    "strategy": ("auto", "single_device"),
+    "devices": ("auto",),
 }
+SEVERAL = ("ddp", "fsdp")  # strategies by which several processes train one trial
 ONE_DEVICE = (
     "a trial trains on one device, where the frozen base that trials share is loaded once; of several GPUs each runs "
-    "packs of its own (hydra.launcher), and CUDA_VISIBLE_DEVICES chooses among them"
+    "packs of its own (hydra.launcher), and CUDA_VISIBLE_DEVICES chooses among them; valid: 1, or trainer=ddp with "
+    "trainer.devices, by which several processes train one trial"
 )
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {  # {argument: (values that it may have, why it may have no other)}
-    "devices": ((1, "1", "auto"), ONE_DEVICE),
-    "num_nodes": ((1,), ONE_DEVICE),
-    "strategy": (("auto", "single_device"), ONE_DEVICE),
+    "num_nodes": ((1,), "the processes of a run are on one machine"),
     "inference_mode": ((False,), "weights that a validation caches in inference mode would break later training steps"),
     "reload_dataloaders_every_n_epochs": (
         (0,),
@@ -119,11 +133,13 @@ def split(values: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
             raise ConfigError(
                 f"trainer.{name} is no argument of Lightning's Trainer; {nearest(name, [*own, *PASSED, *FIXED])}"
             )
-    decisive = _given(Decisive, others)
+    decisive, passed = _given(Decisive, others), _given(Harmless, others)
+    if passed.get("strategy") not in SEVERAL and passed.pop("devices", 1) != 1:
+        raise ConfigError(f"trainer.devices={others['devices']!r}: {ONE_DEVICE}")
     fields = {name: value for name, value in values.items() if name in own}
     if fields.get("max_steps") in (-1, None) and "max_epochs" in decisive:  # Lightning's word for no such end
         fields["max_steps"] = MOST
-    return {**fields, "decisive": decisive, "passed": _given(Harmless, others)}
+    return {**fields, "decisive": decisive, "passed": passed}
 
 
 def _check_fixed(name: str, value: Any) -> None:

@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from loralab.errors import ArtifactError, Interrupted
 from loralab.optim.optimizers import State, state_of
+from loralab.records.record import sync_folder
 from loralab.spec import Count, Positive, arguments
+from loralab.training import observer
 
 if TYPE_CHECKING:
     from loralab.training.trial import Trial
@@ -26,17 +28,19 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 OVERHEAD = 1024  # bytes of a tensor's own file and entry in a checkpoint
+ANEW = "the trial begins anew"
 WORTH_SECONDS = 60.0  # of training since the last file, from which its end is written too
 
 
 class Checkpoint(Callback):
-    """Writes ``checkpoints/last.pt`` of every trial, each its own file: adapter, optimizer state, step.
+    """Writes ``checkpoints/last.pt`` of every trial, each its own file: adapter, optimizer state, step. The file before
+    it stays beside it as ``previous.pt``, for a last one that is damaged.
 
     The order of the data and dropout follow from seed and step, and the base is not written. Files are written between
     optimizer steps, when ``minutes`` have passed or a trial has made ``every_n_steps`` since the last time, and when
     the run is interrupted. The last state of a trial that ends before its pack is written too. A file that cannot be
     written is a warning. The ``state_dict`` of Lightning's and of the user's own callbacks is in it, as it is when all
-    of them have seen the end of a step. The state of a GradScaler (16-mixed) is not.
+    of them have seen the end of a step, and so is that of a loss scaler (16-mixed).
     """
 
     pack_aware = True
@@ -113,18 +117,22 @@ class Checkpoint(Callback):
 
     def _write(self, trainer: Trainer, trials: list["Trial"]) -> None:
         begun = time.monotonic()
+        observers = trainer.callbacks  # type: ignore[attr-defined]
+        excluded, untimed = observer.excluded_seconds(observers), observer.excluded_tokens(observers)
         for index, trial in enumerate(trials):
             name = trial.spec.id
+            trial.clock.mark(begun, excluded, untimed.get(index, 0))
+            trial.scaler_state = dict(trainer.precision_plugin.state_dict())
             before = self._written.get(name, trial.step)
             if trial.failure is not None or trial.step == before or trial.step != self._logged.get(name):
                 continue
-            self._written[name] = trial.step
             try:
                 state = state_of(trainer.optimizers[0], index)
                 if trial.is_in_step(state):
                     write(trial, state)
             except Exception as error:  # training has not failed, and an interruption shall stay one
                 log.warning("%s has no checkpoint at step %d: %s", name, trial.step, " ".join(str(error).split())[:200])
+            self._written[name] = trial.step  # not where an interruption tears it, which writes it again
         self._since = time.monotonic()
         self.excluded_s += self._since - begun
 
@@ -145,8 +153,14 @@ def path(folder: Path) -> Path:
     return folder / "checkpoints" / "last.pt"
 
 
+def _previous(folder: Path) -> Path:
+    """The checkpoint before the last one of the run in ``folder``."""
+    return path(folder).with_name("previous.pt")
+
+
 def write(trial: "Trial", optimizer: State) -> None:
-    """Replaces the trial's checkpoint; a reader sees the old file or the new one. Raises OSError, RuntimeError."""
+    """Replaces the trial's checkpoint and keeps the one before; at any moment one of them is whole. Raises OSError,
+    RuntimeError."""
     target = path(trial.spec.folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_partial(target)
@@ -159,7 +173,10 @@ def write(trial: "Trial", optimizer: State) -> None:
             file.flush()
             os.fsync(file.fileno())
         _check_size(partial, state)
+        if target.is_file():
+            target.replace(_previous(trial.spec.folder))
         partial.replace(target)
+        sync_folder(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -176,13 +193,24 @@ def _check_size(file: Path, state: Any) -> None:
 
 
 def resume(trial: "Trial") -> bool:
-    """True if ``trial`` was set to the checkpoint in its folder; that must be of the same trial, base and rows.
+    """True if ``trial`` was set to a checkpoint in its folder, the last one or, where that is damaged, the one before;
+    it must be of the same trial, base and rows.
 
-    Raises ArtifactError where a newer loralab has written it, so that it is not replaced.
+    Where there is none of it, those that are there are removed: the rows that belong to them are written anew. Raises
+    ArtifactError where a newer loralab has written it, so that it is not replaced.
     """
-    source = path(trial.spec.folder)
-    if not source.is_file():
-        return False
+    folder = trial.spec.folder
+    for source in filter(Path.is_file, (path(folder), _previous(folder))):
+        taken = _take_up(trial, source)
+        if taken is not None:
+            if not taken:
+                forget(folder)
+            return taken
+    return False
+
+
+def _take_up(trial: "Trial", source: Path) -> bool | None:
+    """True if ``trial`` was set to the checkpoint ``source``, False if that is another's, None if it is damaged."""
     try:
         with zipfile.ZipFile(source) as archive:  # torch writes checksums and does not check them
             if (damaged := archive.testzip()) is not None:
@@ -202,21 +230,28 @@ def resume(trial: "Trial") -> bool:
     except ArtifactError:
         raise
     except pickle.UnpicklingError:  # torch's own text says how to run the code in it
-        log.warning("%s holds more than tensors, such as code, which is never run: the trial begins anew", source)
-        return False
+        _mention(trial, source, "holds more than tensors, such as code, which is never run")
+        return None
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        log.warning("%s cannot be used (%s): the trial begins anew", source, reason)
-        return False
+        _mention(trial, source, f"cannot be used ({reason})")
+        return None
     log.info("%s goes on from step %d of %d", trial.spec.id, trial.step, trial.max_steps)
     return True
 
 
+def _mention(trial: "Trial", source: Path, fault: str) -> None:
+    other = _previous(trial.spec.folder)
+    following = f"the one before it, {other.name}, is tried" if other != source and other.is_file() else ANEW
+    log.warning("%s %s: %s", source, fault, following)
+
+
 def forget(folder: Path) -> None:
-    """Removes the checkpoint of a finished run, or before a fresh one. A file that cannot be removed is a warning."""
+    """Removes the checkpoints of a finished run, or before a fresh one. A file that cannot be removed is a warning."""
     target = path(folder)
     try:
         target.unlink(missing_ok=True)
+        _previous(folder).unlink(missing_ok=True)
         _remove_partial(target)
     except OSError as error:
         log.warning("%s cannot be removed: %s", target, error)

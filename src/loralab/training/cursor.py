@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from loralab.adapters.dropout import Share
 from loralab.data.batches import Order, collate
 from loralab.data.encoding import IGNORE, Encoded, Example
 from loralab.data.passes import Rows
@@ -29,11 +30,14 @@ class DataCursor:
         batch_size: int,
         micros: int,
         packing_length: int | None = None,
+        ranks: tuple[int, int] = (0, 1),
     ) -> None:
         """``micros``: micro-batches of an optimizer step (trainer.accumulate_grad_batches). ``packing_length``: a
-        training batch is of ``batch_size`` packed sequences of at most so many tokens; None: of as many rows."""
+        training batch is of ``batch_size`` packed sequences of at most so many tokens; None: of as many rows.
+        ``ranks``: (this process, how many share every batch)."""
         self.data, self.task, self.pad_token_id = data, task, pad_token_id
         self.seed, self.batch_size, self.micros, self.packing_length = seed, batch_size, micros, packing_length
+        self.ranks = ranks
         self.step = 0
 
     @cached_property
@@ -59,14 +63,26 @@ class DataCursor:
             yield {**batch, "step_targets": targets, "micro": micro}
 
     def _training_batches(self, step: int, count: int) -> Iterator[Batch]:
-        rows, starts = self.order.take(step * self.micros * self.batch_size, count, self.batch_size)
-        for chosen in np.split(rows, starts[1:]):
-            yield self._batch(self.data.train, chosen.tolist())
+        rank, ranks = self.ranks
+        first, size = step * self.micros * self.batch_size, self.batch_size // ranks
+        rows, starts = self.order.take(first, count * ranks, size)
+        parts = [self._batch(self.data.train, chosen.tolist()) for chosen in np.split(rows, starts[1:])]
+        for at in range(0, len(parts), ranks):
+            yield parts[at] if ranks == 1 else _shared(parts[at : at + ranks], rank)
 
-    def evaluation_batches(self, examples: Sequence[Example], size: int) -> Iterator[Batch]:
-        """All of the examples, ``size`` in a batch, in their order."""
+    def evaluation_batches(self, examples: Sequence[Example], size: int) -> Iterator[Batch | None]:
+        """All of the examples, ``size`` in a batch, in their order; None for a batch of which only other processes have
+        rows."""
+        rank, ranks = self.ranks
+        own = -(-size // ranks)
         for start in range(0, len(examples), size):
-            yield self._batch(examples, range(start, min(start + size, len(examples))))
+            stop = min(start + size, len(examples))
+            chosen = range(min(start + rank * own, stop), min(start + (rank + 1) * own, stop))
+            yield self._batch(examples, chosen) if chosen else None
+
+    def first(self, examples: Sequence[Example]) -> Batch:
+        """The first of the examples."""
+        return self._batch(examples, [0])
 
     def _batch(self, examples: Sequence[Example], chosen: Sequence[int]) -> Batch:
         tensors = collate([examples[i] for i in chosen], self.task, self.pad_token_id)
@@ -80,3 +96,12 @@ class DataCursor:
             "target_tokens": len(chosen) if regression else int((predicted != IGNORE).sum()),
             "tokens": int(tensors["attention_mask"].sum()),
         }
+
+
+def _shared(parts: Sequence[Batch], rank: int) -> Batch:
+    """The part of process ``rank`` of a batch of which each process has one. Its counts of tokens are the whole
+    batch's: losses are divided by them, and no row is counted twice."""
+    rows, tokens = [part["rows"] for part in parts], [part["tokens"] for part in parts]
+    share = Share(sum(rows[:rank]), sum(rows), sum(tokens[:rank]), sum(tokens))
+    targets = sum(part["target_tokens"] for part in parts)
+    return {**parts[rank], "target_tokens": targets, "tokens": share.tokens, "share": share}

@@ -20,6 +20,7 @@ from loralab.forward.stacked import Forward
 from loralab.optim.groups import rate, trial_of
 from loralab.optim.optimizers import restore
 from loralab.quantization.sequences import decoder_input_ids
+from loralab.training import together
 from loralab.training.cursor import Batch
 from loralab.training.passes import stack_batches
 from loralab.training.trainer import TrainerSpec
@@ -54,6 +55,7 @@ class FineTuner(LightningModule):
         self._scores: list[SplitMetrics] = []
         self._running: dict[int, float] = {}  # {trial: loss} of the optimizer step under way
         self._norms: dict[int, float] = {}
+        self._micro = 0  # number of the pass within the step under way
         self._last: dict[int, float] = {}  # {trial: loss} of the last finished step
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +81,7 @@ class FineTuner(LightningModule):
         slices = [_slice(self.trials[index], batch, training) for index, batch in batches.items()]
         if training:
             # for what the base draws without the hooks (functional dropout, skipped layers); such a trial runs alone
-            _seed(slices[0].key or 0)
+            _seed((slices[0].key or 0) + together.rank_and_size()[0])  # the rows of another process are others
         if self.task == "seq2seq_lm":
             inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
         scores = self.forward_pass(inputs, labels, slices, lambda part: self.prefix.shared(part, batches))
@@ -93,7 +95,8 @@ class FineTuner(LightningModule):
         for index, (loss_sum, _, _) in self.losses(batches, training=True).items():
             trial, batch = self.trials[index], batches[index]
             loss = loss_sum / max(1, batch["step_targets"])
-            value = float(loss.detach())  # one device-to-host synchronization a trial and pass
+            value = float(together.total(loss.detach()))  # one device-to-host synchronization a trial and pass
+            self._micro = batch["micro"]
             if not math.isfinite(value):
                 trial.fail_on_infinite("the training loss")
                 continue
@@ -105,6 +108,12 @@ class FineTuner(LightningModule):
             return None
         # undoes Lightning's division by the number of accumulated passes: the loss is normalised already
         return torch.stack(total).sum() * self.trainer.accumulate_grad_batches
+
+    def on_after_backward(self) -> None:
+        """Adds up the gradients of several processes once a step: before they are unscaled, checked and clipped."""
+        if together.several() and self._micro == self.trainer.accumulate_grad_batches - 1:
+            for trial in self.trials:
+                together.add_gradients(trial.adapter.parameters())
 
     def configure_gradient_clipping(
         self,
@@ -163,10 +172,15 @@ class FineTuner(LightningModule):
         ]
 
     def validation_step(self, batches: dict[int, Batch], batch_idx: int) -> None:
-        if not batches:
+        if not batches and not together.several():
             return
         with torch.random.fork_rng(devices=[]):
-            for index, scored in self.losses(batches, training=False).items():
+            scores = self.losses(batches, training=False) if batches else {}
+            if together.several():
+                own = None if not batches or batches[0].get("spare") else scores[0]
+                whole = together.joined(own, self.device)
+                scores = {} if whole is None else {0: whole}
+            for index, scored in scores.items():
                 self._scores[index].update(*scored)
 
     def on_validation_epoch_end(self) -> None:
@@ -277,7 +291,8 @@ def _clip(parameters: list[nn.Parameter], settings: TrainerSpec) -> float:
 
 
 def _slice(trial: Trial, batch: Batch, training: bool) -> BatchSlice:
-    return BatchSlice(trial.adapter, batch["rows"], trial.dropout_key(batch["micro"]) if training else None)
+    key = trial.dropout_key(batch["micro"]) if training else None
+    return BatchSlice(trial.adapter, batch["rows"], key, share=batch.get("share"))
 
 
 def _seed(key: int) -> None:

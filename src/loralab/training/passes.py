@@ -44,7 +44,17 @@ class EvaluationPasses:
         }
         for _ in range(len(self)):
             batches = {index: next(stream, None) for index, stream in streams.items()}
-            yield {index: batch for index, batch in batches.items() if batch is not None}
+            yield {index: batch or self._spare(index) for index, batch in batches.items() if batch or self.lockstep}
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether every process must compute every pass, since each holds a part of the base."""
+        return self.trials[0].spec.trainer.spreads
+
+    def _spare(self, index: int) -> Batch:
+        """A row for a pass in which this process has none; it is not scored."""
+        trial = self.trials[index]
+        return {**trial.data_cursor.first(trial.evaluated(self.split)[0]), "spare": True}
 
 
 def stack_batches(

@@ -1,7 +1,7 @@
 """The checked settings of one trial, and which of them the trials of one pack must share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -88,9 +88,21 @@ class TrialSpec:
     @property
     def why_alone(self) -> str:
         """Why the trial cannot share a pass, by its own settings; empty where it can."""
+        if self.trainer.strategy:
+            return f"trainer.strategy={self.trainer.strategy} is one trial over several processes"
         if self.trainer.decisive.get("max_time"):
             return "trainer.max_time would end all trials of a pass, by the time that they take together"
         return self.memory.alone or self.adapter.why_alone or self.optimizer.why_alone
+
+    @property
+    def own_share(self) -> "TrialSpec":
+        """The trial as one of its processes computes it: with its share of the rows of a batch. The prediction of
+        memory knows of no base that is spread over devices: of such a one none is made."""
+        size = self.trainer.processes
+        if size == 1:
+            return self
+        plan = replace(self.plan, record=False) if self.trainer.strategy == "fsdp" else self.plan
+        return replace(self, data=replace(self.data, batch_size=self.data.batch_size // size), plan=plan)
 
     @property
     def pack_key(self) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from annotated_types import Gt, Le
 
 from loralab.errors import ConfigError
 from loralab.spec import Count, Natural, Positive, Share, before, spec
-from loralab.training.arguments import MOST
+from loralab.training.arguments import MOST, SEVERAL
 
 EACH_TRIALS = (  # Lightning's arguments that trials of one pack may differ in
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches", "gradient_clip_algorithm"),
@@ -92,6 +92,39 @@ class TrainerSpec:
         return any(name in self.decisive or name in self.passed for name in names)
 
     @property
+    def strategy(self) -> str:
+        """ddp or fsdp where several processes may train a trial; else empty."""
+        strategy = self.passed.get("strategy")
+        return strategy if strategy in SEVERAL else ""
+
+    @property
+    def processes(self) -> int:
+        """How many train a trial together: ``devices`` or, where that is auto, as many as there are GPUs. Raises
+        ConfigError where there are not as many."""
+        if not self.strategy:
+            return 1
+        import torch
+
+        from loralab.training.together import rank_and_size, several
+
+        if several():  # this is one of them, which sees its own device alone
+            return rank_and_size()[1]
+        devices, cards = self.passed.get("devices", "auto"), torch.cuda.device_count() if self.device == "cuda" else 0
+        if cards and devices != "auto" and devices > cards:
+            raise ConfigError(f"trainer.devices={devices}, but torch sees {cards} CUDA devices; valid: at most {cards}")
+        return max(1, cards) if devices == "auto" else int(devices)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the base is spread over the processes, so that all of them must compute every pass."""
+        return self.strategy == "fsdp" and self.processes > 1
+
+    @property
+    def base_device(self) -> str:
+        """Where the base is loaded: on the host where it is to be spread over several devices."""
+        return "cpu" if self.spreads else self.device
+
+    @property
     def shared(self) -> tuple[str, ...]:
         """What trials of one pack must share beside the fields: what their one Trainer is given."""
         given = {**self.decisive, **self.passed}
@@ -130,18 +163,19 @@ class TrainerSpec:
         from lightning.pytorch import Trainer
         from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
-        from loralab.training.strategy import InPlace
+        from loralab.training.strategy import InPlace, Replicated, leave_signals
+        from loralab.training.together import several
 
         interval = self.val_check_interval
         asked = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        return Trainer(
+        trainer = Trainer(
             **{
                 **self._passed(evaluating),
                 "enable_progress_bar": self.passed.get("enable_progress_bar", progress) or asked,
             },
             accelerator="gpu" if self.device == "cuda" else "cpu",
             devices=1,
-            strategy=InPlace("cuda:0" if self.device == "cuda" else "cpu"),
+            strategy=(Replicated if several() else InPlace)("cuda:0" if self.device == "cuda" else "cpu"),
             precision="32-true" if self.precision == "auto" else self.precision,  # type: ignore[arg-type]
             max_epochs=1,
             accumulate_grad_batches=self.accumulate_grad_batches,
@@ -156,6 +190,9 @@ class TrainerSpec:
             inference_mode=False,  # weights cached in inference mode would break later training steps
             log_every_n_steps=self.log_every_n_steps if logger else 1,
         )
+        if several():
+            leave_signals(trainer)
+        return trainer
 
     def _passed(self, evaluating: bool) -> dict[str, Any]:
         """The arguments that Lightning's Trainer itself is given."""

@@ -17,9 +17,11 @@ from loralab.errors import DivergedError, LoralabError
 from loralab.optim.optimizers import State
 from loralab.records.jsonl import MetricsFile, rows
 from loralab.records.metric_logger import MetricLogger
+from loralab.training.clock import Clock
 from loralab.training.cursor import Batch, DataCursor
 from loralab.training.early_stopping import EarlyStopping
 from loralab.training.specs import TrialSpec
+from loralab.training.together import rank_and_size
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +53,12 @@ class Trial:
     loggers: list[MetricLogger] = field(default_factory=list)
     last_validated_step: int = -1
     last_logged_step: int = -1  # rows up to it are in metrics.jsonl already
-    train_seconds: float = 0.0  # of all its fits
-    untimed_tokens: int = 0  # of steps that no timing counts
+    clock: Clock = field(default_factory=Clock)
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # {split: its generated rows}
     updating: bool = False  # the optimizer has begun to change the parameters and has not ended
     optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
     callback_states: dict[str, Any] = field(default_factory=dict)  # {callback: its state_dict} after the last step
+    scaler_state: dict[str, Any] = field(default_factory=dict)  # of the loss scaler (16-mixed), which a pack shares
     merges_rows: bool = False  # rows of one step are written as one, once the step is over
     bare_scores: dict[str, float] = field(default_factory=dict)  # of the base without any adapter on data.forgetting
     last: Best | None = None  # the last state, where the adapter was set back to the best one
@@ -68,7 +70,8 @@ class Trial:
         self._begin_stopping()
         sizes = (self.spec.data.batch_size, trainer.accumulate_grad_batches)
         self.data_cursor = DataCursor(
-            self.data, self.task, self.pad_token_id, self.spec.seed, *sizes, self.spec.packing_length
+            self.data,
+            *(self.task, self.pad_token_id, self.spec.seed, *sizes, self.spec.packing_length, rank_and_size()),
         )
         self._reset_cursor()
 
@@ -302,10 +305,12 @@ class Trial:
         return {
             "step": self.step,
             "tokens": self._finished_tokens,
+            "time": self.clock.state_dict(),
             "optimizer": self.optimizer_state,
             "early_stopping": self.early_stopping.state_dict(),
             "stops": [rule.state_dict() for rule in self.stops[1:]],
             "callbacks": self.callback_states,
+            "scaler": self.scaler_state,
             "best": vars(self.best) if self.best is not None else None,
             "adapter": self.adapter.state_dict(),
         }
@@ -321,5 +326,6 @@ class Trial:
         self.adapter.load_state_dict(state["adapter"], strict=True)  # last, because it changes the adapter in place
         self.early_stopping, self.stops, self.best, self.callback_states = stops[0], stops, best, callbacks
         self.step, self.tokens, self.optimizer_state = step, tokens, optimizer
-        self.untimed_tokens = self.tokens  # another process spent the seconds they took
+        self.scaler_state = dict(state.get("scaler", {}))
+        self.clock.load_state_dict(state.get("time", {}), tokens)
         self._reset_cursor()

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from loralab.models.sharded import local
+
 
 def bits(model: nn.Module, owned: set[int]) -> dict[str, Tensor]:
     """{name: XOR over the bits of a tensor} of the parameters, saved buffers and packed weights of ``model``, but for
@@ -13,9 +15,9 @@ def bits(model: nn.Module, owned: set[int]) -> dict[str, Tensor]:
     kept |= {f"{name}.{part}" for name, layer in model.named_modules() for part in getattr(layer, "packed_names", ())}
     named = {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in kept}}
     return {
-        name: torch.hash_tensor(_as_integers(tensor.detach())).view(torch.int64)
+        name: torch.hash_tensor(_as_integers(local(tensor.detach()))).view(torch.int64)
         for name, tensor in named.items()
-        if id(tensor) not in owned and tensor.numel() and not tensor.is_meta and not tensor.is_complex()
+        if id(tensor) not in owned and local(tensor).numel() and not tensor.is_meta and not tensor.is_complex()
     }
 
 

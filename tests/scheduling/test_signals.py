@@ -1,0 +1,67 @@
+"""A process ends with the one that has started it, and no signal is lost while it starts."""
+
+import os
+import signal
+import time
+
+import pytest
+from forked import Forked
+
+from loralab.errors import Interrupted
+from loralab.scheduling import signals
+
+
+def until(path, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not path.is_file():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def interrupted(act):
+    """The exit code of what stops ``act``."""
+    try:
+        act()
+    except Interrupted as stopped:
+        return stopped.exit_code
+    return 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process does not learn there that its parent is gone")
+def test_a_process_ends_with_the_one_that_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "WATCHED", 0.05)
+
+    def started():
+        signals.listen()
+        signals.end_with(os.getppid())
+        (tmp_path / "begun").touch()
+        code = interrupted(lambda: time.sleep(60))
+        (tmp_path / "ended").write_text(str(code))
+        return code
+
+    def starts():
+        Forked(started).wait()
+        return 0
+
+    parent = Forked(starts)
+    until(tmp_path / "begun")
+    parent.kill()
+    assert parent.wait() == -signal.SIGKILL
+    time.sleep(0.1)
+    assert until(tmp_path / "ended") == "143"
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be held back there")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_before_a_process_listens_waits_until_it_does(number, code):
+    def begins():
+        time.sleep(0.2)
+        return interrupted(signals.listen)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with signals.held_back():
+        process = Forked(begins)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    process.send_signal(number)
+    assert process.wait() == code
