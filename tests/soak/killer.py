@@ -18,6 +18,7 @@ import signal
 from pathlib import Path
 
 import torch
+from left_files import STATE, STEPS
 from lightning.pytorch import Callback
 
 from loralab.optim.optimizers import state_of
@@ -25,7 +26,6 @@ from loralab.running import finish
 from loralab.training import checkpoint
 
 PLACE = os.environ.get("KILL_AT", "")
-STATE, STEPS = "final-optimizer.pt", "steps.log"
 
 
 def reach(place):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import torch
-from killer import STATE, STEPS
+from left_files import STATE, STEPS
 from torch.utils._pytree import tree_flatten
 
 HERE = Path(__file__).parent

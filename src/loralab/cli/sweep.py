@@ -191,8 +191,7 @@ SWEEP = Command(
     examples={
         "loralab sweep rank adapter.r=4,16 seed=0,1,2,3": "the file's question, with other axes than its own",
         "loralab sweep ./my_sweep.yaml": "a file of your own",
-        "loralab sweep --resume runs/rank": "after a crash: what is left",
-        "loralab sweep --resume runs/rank seed=4,5": "what is left, and two more seeds",
+        "loralab sweep --resume runs/rank": "after a crash: what is left; seed=4,5 behind it adds two seeds",
     },
     writes="a sweep folder, hydra.sweep.dir (runs/NAME): sweep.json, a run folder a trial, and\n"
     "report/{index.html,results.csv,results.json,report.md}.",
