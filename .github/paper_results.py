@@ -29,7 +29,7 @@ def run(name: str) -> int:
     if report.is_file():
         RESULTS.mkdir(exist_ok=True)
         about = f"{datetime.now():%d %B %Y}; this run took {time.monotonic() - begun:.0f} s; exit code {code}."
-        text = report.read_text("utf-8").replace(f"{ROOT}/", "")
+        text = report.read_text("utf-8").replace(f"{ROOT}/", "").replace(str(ROOT), ".")
         (RESULTS / f"{name}.md").write_text(f"{about}\n\n{text}", "utf-8")
         (RESULTS / f"{name}.json").write_text(json.dumps(claims(folder), indent=1) + "\n", "utf-8")
     return code
@@ -48,7 +48,8 @@ def write_index() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         for one in json.loads(path.read_text("utf-8")):
             counts[one["verdict"]] = counts.get(one["verdict"], 0) + 1
-            claim = one["claim"].replace("|", "\\|")
+            where = [f"{axis} = {value}" for axis, value in one["where"].items()]
+            claim = " where ".join([one["claim"], *([", ".join(where)] if where else [])]).replace("|", "\\|")
             lines.append(f"| [{path.stem}]({path.stem}.md) | `{claim}` | {one['verdict']} | {len(one['seeds'])} |")
     lines[1:1] = ["", ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) + "."]
     (RESULTS / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
