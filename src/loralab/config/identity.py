@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import PurePath
@@ -157,6 +157,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, PurePath) else value
+
+
+def flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all in ``content`` that is no mapping, and of mappings in it that are empty."""
+    if isinstance(content, Mapping) and (content or not path):
+        for name, value in content.items():
+            yield from flat(value, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, content
 
 
 def settings(content: Mapping[str, Any]) -> dict[str, Any]:

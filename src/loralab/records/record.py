@@ -82,6 +82,14 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     replace(folder / RESULT, {**record, **hidden})
 
 
+def read_if_whole(folder: Path) -> dict[str, Any] | None:
+    """The record in ``folder``, as ``read``; None where there is none that can be read."""
+    try:
+        return read(folder)
+    except ArtifactError:
+        return None
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The record in ``folder``, with every key of the schema, null where it lacks one. Raises ArtifactError."""
     path = folder / RESULT

@@ -21,7 +21,8 @@ MOST_TOLD = 3  # differences
 def of(master: DictConfig, space: Space, also: Mapping[str, Any]) -> dict[str, Any]:
     """For JSON: the space, the seeds and the settings of all points. ``also``: what else makes it this search."""
     content = plain(master)
-    settings = {key: value for key, value in _flat(identity.settings(content)) if key not in space.plain()}
+    given = identity.flat(identity.settings(content))
+    settings = {key: value for key, value in given if key not in space.plain() and value != {}}
     about = {"space": space.plain(), "seeds": space.seeds, "settings": settings, "trial": trial_id(content)}
     found: dict[str, Any] = json.loads(json.dumps({**about, **also}, default=repr))
     return found
@@ -61,11 +62,3 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 
 def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

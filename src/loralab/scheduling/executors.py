@@ -208,7 +208,7 @@ def _given_up(task: Task, job: Job, end: End) -> Record:
         with hold(job.folder):
             if end.verdict != "cancelled":
                 return job.refuse(error)
-            stored = _stored(job) or job.refusal(error)
+            stored = record.read_if_whole(job.folder) or job.refusal(error)
             stored.update(status="interrupted", error=str(error), exit_code=128 + int(SIGTERM))
             record.write(job.folder, stored)
             return stored
@@ -222,13 +222,6 @@ def _leave(job: Job, why: str) -> None:
         stored = record.read(job.folder)
         if stored["status"] == "running":
             record.write(job.folder, {**stored, "status": "interrupted", "error": why})
-
-
-def _stored(job: Job) -> Record | None:
-    try:
-        return record.read(job.folder)
-    except ArtifactError:
-        return None
 
 
 def _s(count: int) -> str:

@@ -43,8 +43,7 @@ class Preview:
 
 def preview(sweeper: Any, trials: Sequence[Sequence[str]], tune: Sequence[str], search: str = "") -> Preview:
     """Of ``trials``, the overrides that the sweep asks for first; ``tune``: keys that are tuned; ``search``: see
-    ``Preview``. Raises ConfigError for
-    a trial that cannot be built."""
+    ``Preview``. Raises ConfigError for a trial that cannot be built."""
     master, folder = sweeper.config, Path(str(sweeper.config.hydra.sweep.dir))
     loader = Composed(sweeper.hydra_context.config_loader)
     jobs = launch.distinct(launch.jobs_of(folder, launch.compose_all(loader, master, trials, 0)))

@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loralab.errors import ArtifactError, Interrupted, LoralabError, explain
+from loralab.errors import Interrupted, LoralabError, explain
 from loralab.records import record
 from loralab.records.log_file import LogFile
 from loralab.records.secrets import MaskedFormatter
@@ -132,7 +132,7 @@ class _Group:
 
 def _mark_interrupted(job: Job, stopped: Interrupted) -> None:
     """Says so in a record that the first process could not close."""
-    stored = _read(job.folder)
+    stored = record.read_if_whole(job.folder)
     if stored is not None and stored["status"] == "running":
         stored.update(status=stopped.status, error=str(stopped), exit_code=stopped.exit_code)
         record.write(job.folder, stored)
@@ -142,9 +142,9 @@ def _settled(job: Job, scratch: Path, group: _Group, cause: int | None) -> Recor
     """The final record. Where process ``cause`` was killed, or it failed and is not the first one, it says so."""
     if cause is None:
         return record.read(job.folder)
-    stored = _read(job.folder) or job.refusal(LoralabError(""))
+    stored = record.read_if_whole(job.folder) or job.refusal(LoralabError(""))
     code, name = group.codes[cause] or 0, f"process {cause + 1} of {len(group.processes)}"
-    other = _read(scratch / str(cause)) if cause else None
+    other = record.read_if_whole(scratch / str(cause)) if cause else None
     if code < 0:
         known = Interrupted(-code if -code in (signal.SIGINT, signal.SIGTERM) else signal.SIGTERM)
         text = f"{name} was ended by signal {-code}: by hand, or by a host that has no memory left"
@@ -156,13 +156,6 @@ def _settled(job: Job, scratch: Path, group: _Group, cause: int | None) -> Recor
         stored.update(status=failed.status, error=str(failed), exit_code=failed.exit_code)
     record.write(job.folder, stored)
     return stored
-
-
-def _read(folder: Path) -> Record | None:
-    try:
-        return record.read(folder)
-    except ArtifactError:
-        return None
 
 
 def main(scratch: Path, rank: int) -> int:

@@ -4,7 +4,7 @@ import filecmp
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,25 +153,16 @@ def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all that is no mapping."""
-    if isinstance(node, Mapping) and (node or not path):
-        for name, value in node.items():
-            yield from _flat(value, f"{path}.{name}" if path else str(name))
-    else:
-        yield path, node
-
-
 def _hidden(content: Mapping[str, Any], same: bool) -> list[str]:
     """Dotted keys whose value was masked when the record was written. ``same``: the settings give the recorded trial,
     so that none of those that decide it was."""
-    hidden = [key for key, value in _flat(content) if value == MASK]
+    hidden = [key for key, value in identity.flat(content) if value == MASK]
     return [key for key in hidden if not same or key.partition(".")[0] in identity.VOLATILE]
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``trainer.max_steps 20 -> 5`` for each setting that is another."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(identity.flat(before)), dict(identity.flat(now))
     keys = [key for key in dict.fromkeys([*old, *new]) if identity.plain(old.get(key)) != identity.plain(new.get(key))]
     return [f"{key} {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}" for key in keys]
 

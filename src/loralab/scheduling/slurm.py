@@ -6,10 +6,8 @@ instead of submitting their trials again.
 
 import importlib.util
 import logging
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from loralab.scheduling import slurm_commands, tasks
 from loralab.scheduling.executor_settings import Slurm
 from loralab.scheduling.executors import End, Pack, Task
 from loralab.scheduling.job import Job
+from loralab.scheduling.signals import held_back
 from loralab.scheduling.slurm_task import SlurmTask
 from loralab.scheduling.watching import news
 
@@ -85,7 +84,7 @@ class SlurmExecutor:
 
     def _submit(self, array: Sequence[Task]) -> None:
         given = [self._callable(task) for task in array]
-        with _uninterrupted():  # a job whose id is not known could not be cancelled
+        with held_back():  # a job whose id is not known could not be cancelled
             try:
                 jobs = self._submitit().submit_array(given)
             except Exception as error:  # submitit raises several kinds, with what sbatch has said
@@ -254,13 +253,3 @@ def _end(state: str, settings: Slurm) -> End:
         text = "Slurm ended it: out of the memory of its job; valid: a larger hydra.launcher.mem_gb"
         return End(text, error=OutOfMemory)
     return End(f"its state is {state}" if state else "Slurm does not know it any more")
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Within, SIGINT and SIGTERM wait."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -47,12 +47,12 @@ class FirstBatch(Callback):
         config: Any = module.model.config
         if why := why_alone(config, config._attn_implementation):
             raise NotPackable(why)
+        ids = {trial.spec.id for trial in trials if trial.alive}
+        if ids <= self._unmixed:
+            return
         batches = padded_alike(
             {i: trial.next_batch() for i, trial in enumerate(trials) if trial.alive}, trials[0].pad_token_id
         )
-        ids = {trials[index].spec.id for index in batches}
-        if ids <= self._unmixed:
-            return
         device = module.device
         forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with torch.no_grad(), forked, trainer.precision_plugin.train_step_context():
