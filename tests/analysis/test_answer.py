@@ -116,3 +116,28 @@ def test_axes_that_move_together_are_one(tmp_path, synthetic, write):
     )
     assert axis_roles(tied) == ("quantization", [])
     assert replace(tied, about={"zip": [["seed", "adapter.r"]]}).led == {}  # seed is no axis of a table
+
+
+@pytest.mark.parametrize(
+    ("words", "led"),
+    [
+        (["adapter.lora_alpha='${loralab.mul:2,${adapter.r}}'"], {"adapter.lora_alpha": "adapter.r"}),
+        (["+adapter.lora_alpha=${adapter.r}", "optimizer.lr=1e-3"], {"adapter.lora_alpha": "adapter.r"}),
+        (["adapter.r=2,8", "adapter.lora_alpha=4,16"], {}),  # written out, it is an axis of its own
+        (["adapter.lora_alpha='${loralab.mul:${adapter.r},${quantization}}'"], {}),  # of two axes
+        (["adapter.r='${adapter.lora_alpha}'"], {}),  # alpha = 4 does not say which r
+        (None, {}),
+    ],
+)
+def test_an_axis_written_as_an_interpolation_of_another_moves_with_it(tmp_path, synthetic, write, words, led):
+    alphas = {(2, "none"): 4, (8, "none"): 16, (2, "nf4_double"): 4, (32, "none"): 4}
+    if led:
+        del alphas[32, "none"]
+    for (r, scheme), alpha in alphas.items():
+        stored = synthetic(scheme, r, 0)
+        stored["config"]["adapter"]["lora_alpha"] = alpha
+        write(tmp_path / f"{scheme}-{r}", stored)
+    axes = {"adapter.r": [2, 8], "adapter.lora_alpha": [4, 16], "quantization": ["none", "nf4_double"]}
+    trials = [{"folder": f"{scheme}-{r}", "status": "completed"} for r, scheme in alphas]
+    record.write_sweep(tmp_path, {"name": "s", "question": "?", "axes": axes, "trials": trials, "overrides": words})
+    assert read_results(tmp_path).led == led

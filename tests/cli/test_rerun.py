@@ -1,11 +1,15 @@
 """``loralab train --from RUN``: the same bits again, from any folder, or a refusal that names what has changed."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 
+from loralab.analysis.results import read_results
 from loralab.cli import main
+from loralab.config.build import trial_id
+from loralab.config.compose import compose
 from loralab.records import record
 
 
@@ -202,6 +206,27 @@ def test_what_makes_no_rerun_is_refused(there, again, name, words, code, text):
     got, said, folder = again(there / name, *(word.format(there=there) for word in words))
     assert (got, folder) == (code, None)
     assert text in said
+
+
+def test_a_setting_written_as_an_interpolation_keeps_its_value_in_reruns_and_when_the_sweep_grows(
+    tiny_arguments, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in tiny_arguments if not word.startswith("adapter.r=")]
+    alpha = "adapter.lora_alpha='${loralab.mul:2,${adapter.r}}'"
+    assert main.run(["train", "-m", *words, "adapter.r=2,4", alpha, "seed=0,1", "hydra.sweep.dir=sweep"]) == 0
+    trials = read_results(tmp_path / "sweep").trials
+    for trial in trials:
+        stored = trial.record["config"]["adapter"]
+        assert stored["lora_alpha"] == 2 * stored["r"]
+        assert f"adapter.lora_alpha={stored['lora_alpha']}" in trial.record["overrides"]
+        assert trial_id(compose(main.parse(shlex.split(trial.rerun)[1:]).overrides())) == trial.record["trial"]
+    assert alpha in record.read_sweep(tmp_path / "sweep")["overrides"]
+    assert main.run(["sweep", "--resume", "sweep", "seed=2"]) == 0
+    grown = [trial.record["config"] for trial in read_results(tmp_path / "sweep").trials]
+    assert sorted((one["seed"], one["adapter"]["r"], one["adapter"]["lora_alpha"]) for one in grown) == [
+        (seed, r, 2 * r) for seed in (0, 1, 2) for r in (2, 4)
+    ]
 
 
 def test_allowing_changes_needs_a_record(capsys):

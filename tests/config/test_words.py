@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from loralab.cli.main import parse
+from loralab.config.compose import as_called, settled_words
 from loralab.config.words import quoted
 from loralab.errors import ConfigError
 
@@ -155,3 +156,22 @@ def test_two_templates_are_a_list(given):
 @pytest.mark.parametrize("template", ["[INST] {q} [/INST]", "[{q}]", "[CLS] {p}, {h} [SEP]"])
 def test_one_template_in_brackets_is_a_text(template):
     assert parsed(f"data.text={template}") == template
+
+
+@pytest.mark.parametrize(
+    ("word", "found", "said"),
+    [
+        ("adapter.lora_alpha='${loralab.mul:2,${adapter.r}}'", 16, "adapter.lora_alpha=16"),
+        ("++data.text='${oc.env:TEXT} it'", "a, b it", "++data.text='a, b it'"),
+        ("data.text='${oc.env:TEXT}'", "${x}", "data.text='\\${x}'"),
+        ("data.text='\\${x}'", "${x}", "data.text='\\${x}'"),
+        ("data.text='plain'", "plain", "data.text='plain'"),
+    ],
+)
+def test_a_setting_written_as_an_interpolation_is_said_by_its_value(word, found, said):
+    hydra = OmegaConf.create({"overrides": {"task": [word]}, "runtime": {"choices": {}}})
+    content = {"adapter": {"lora_alpha": found}, "data": {"text": found}}
+    assert settled_words(hydra, content) == [said]
+    assert as_called(hydra) == [word]
+    value = OverridesParser.create().parse_override(said).value()
+    assert OmegaConf.create({"it": value})["it"] == found

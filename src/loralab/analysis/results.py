@@ -100,9 +100,10 @@ class SweepResults:
     @cached_property
     def led(self) -> dict[str, str]:
         """{axis: the one that it moves with}: of each group of ``sweep.zip`` the first leads, whose value says the
-        others'. Where it does not, as with a value given twice, none of them is led."""
+        others', and an axis leads those that were written as an interpolation of it. Where its value does not say
+        theirs, as with a value given twice, none of them is led."""
         led: dict[str, str] = {}
-        for group in _groups(self.about.get("zip")):
+        for group in [*_groups(self.about.get("zip")), *_interpolated(self.about.get("overrides"), self.axes)]:
             first, *others = (name.lstrip("+") for name in group)
             for other in others if first in self.axes else ():
                 pairs = {(t.values[first], t.values[other]) for t in self.trials} if other in self.axes else set()
@@ -127,6 +128,13 @@ def _groups(zipped: Any) -> list[list[str]]:
     """The groups of axes of ``sweep.zip``; a single one may be written as one list."""
     listed = zipped if isinstance(zipped, list) else []
     return [listed] if listed and all(isinstance(name, str) for name in listed) else listed
+
+
+def _interpolated(words: Any, axes: Iterable[str]) -> list[list[str]]:
+    """[axis, one that a setting of the command line writes as an interpolation of it, and of no other axis]."""
+    settings = [str(word).lstrip("+").partition("=") for word in (words if isinstance(words, list) else [])]
+    named = [(key, [axis for axis in axes if f"${{{axis}}}" in value]) for key, _, value in settings]
+    return [[found[0], key] for key, found in named if len(found) == 1]
 
 
 def read_results(folder: Path) -> SweepResults:

@@ -1,5 +1,6 @@
 """Composes the command line, conf/ and sweeps/ into one configuration, by Hydra."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +11,14 @@ from omegaconf.errors import OmegaConfBaseException
 from loralab.config import sweep_files
 from loralab.config.classes import foreign_keys
 from loralab.config.places import data_root, searched
-from loralab.config.words import forced, quoted
+from loralab.config.words import forced, in_quotes, quoted
 from loralab.errors import ConfigError
 
 ONE_CLASS = (  # groups of which a trial has one option
     *("model", "quantization", "adapter", "data", "optimizer", "schedule", "trainer", "logger", "memory", "plan"),
 )
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # one that is not escaped
+_ABSENT = object()
 DEFAULTS = {"launcher": "packed", "sweeper": "loralab"}  # of Hydra's own groups
 
 
@@ -75,6 +78,30 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
     for group, key in foreign_keys(resolved, words):
         del resolved[group][key]
     return {str(key): value for key, value in resolved.items()}
+
+
+def as_called(hydra: Any) -> list[str]:
+    """The settings of the command line as they were written, interpolations and escapes too."""
+    return [str(word) for word in cast(list[Any], OmegaConf.to_container(hydra.overrides.task, resolve=False))]
+
+
+def settled_words(hydra: Any, content: Mapping[str, Any]) -> list[str]:
+    """The settings of the command line, each with the value that it has in ``content`` where it was written as an
+    interpolation: ``adapter.lora_alpha=16``, which says the same in another call."""
+    words = enumerate(as_called(hydra))
+    return [_settled(word, hydra, at, content) if _INTERPOLATION.search(word) else word for at, word in words]
+
+
+def _settled(word: str, hydra: Any, at: int, content: Mapping[str, Any]) -> str:
+    setting = word.partition("=")[0]
+    found: Any = content
+    for part in setting.lstrip("+").split("."):
+        found = found.get(part, _ABSENT) if isinstance(found, Mapping) else _ABSENT
+    if found is _ABSENT or setting.lstrip("+") in hydra.runtime.choices:
+        return str(hydra.overrides.task[at])
+    if isinstance(found, str) and "${" in found:  # a text that means itself
+        return f"{setting}='{in_quotes(found).replace('${', chr(92) + '${')}'"
+    return f"{setting}={sweep_files.grammar(found)}"
 
 
 def plain_sweep(config: DictConfig) -> dict[str, Any]:

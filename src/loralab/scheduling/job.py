@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from loralab.config import staleness
 from loralab.config.build import trial_id, trial_spec
-from loralab.config.compose import check_one_each, plain
+from loralab.config.compose import check_one_each, plain, settled_words
 from loralab.config.sweep_files import named_classes, own_files
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
@@ -54,7 +54,7 @@ class Job:
             raise ConfigError("hydra.job.chdir=true would move every relative path; valid: false")
         check_one_each(content, hydra)
         choices = {str(k): str(v) for k, v in hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
-        words = [word for word in hydra.overrides.task if not word.lstrip("+").startswith(PAUSING)]
+        words = [word for word in settled_words(hydra, content) if not word.lstrip("+").startswith(PAUSING)]
         named = {group: content[group] for group in named_classes(words) if group in choices}
         choices |= {group: str(node["_target_"]) for group, node in named.items() if isinstance(node, dict)}
         return cls(content, folder, words, choices)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from loralab.config import identity
 from loralab.config.build import check_tags
-from loralab.config.compose import plain, plain_sweep
+from loralab.config.compose import as_called, plain, plain_sweep
 from loralab.errors import ArtifactError, ConfigError, nearest
 from loralab.records import record
 from loralab.records.lock import hold
@@ -77,7 +77,7 @@ def header(config: DictConfig, hydra: Any, folder: Path) -> dict[str, Any]:
         **named_by(config, hydra),
         "name": sweep.get("name") or folder.name,
         "question": sweep.get("question"),
-        "overrides": list(hydra.overrides.task),
+        "overrides": as_called(hydra),
         "hydra_overrides": [word for word in hydra.overrides.hydra if _belongs_to_sweep(word)],
         "cwd": str(Path.cwd()),  # what relative paths among them are relative to
     }
