@@ -7,6 +7,7 @@ import torch
 
 from loralab.adapters.hooks import BatchSlice
 from loralab.adapters.lora import LoRA
+from loralab.forward import stacked
 from loralab.forward.stacked import Forward, ForwardMode
 
 CAUSAL = ["llama", "gpt2", "phi"]
@@ -156,3 +157,36 @@ def test_generation_after_a_flat_pass_is_what_it_was(load_base):
     before = base.model.generate(**words)
     Forward(base.model, "causal_lm")(given, labels, [BatchSlice(adapter, 3)])
     assert torch.equal(base.model.generate(**words), before)
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", "causal_lm"), ("t5", "seq2seq_lm")])
+def test_the_check_of_a_long_row_makes_dense_logits_of_a_few_tokens_and_sees_its_targets(
+    load_base, monkeypatch, family, task
+):
+    base = load_base(family)
+    adapter = LoRA(r=4).attach(base.model, seed=1)
+    ids = torch.randint(2, 60, (2, 200), generator=torch.Generator().manual_seed(1))
+    given, labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.clone()
+    if task == "seq2seq_lm":
+        given["decoder_input_ids"] = ids
+    else:
+        labels[:, :150] = -100
+        labels[:, 190:] = -100
+    forward, seen, real = Forward(base.model, task, unpad=False), [], stacked.Forward._plain
+
+    def plain(self, logits, labels):
+        seen.append((logits.shape[1], int((labels != -100).sum())))
+        return real(self, logits, labels)
+
+    monkeypatch.setattr(stacked.Forward, "_plain", plain)
+    forward(given, labels, [BatchSlice(adapter, 2)])
+    assert forward.mode == ForwardMode(fused_cross_entropy=True)
+    assert {length for length, _ in seen} == {stacked.CHECKED}
+    assert min(targets for _, targets in seen) > 30
+
+
+def test_a_row_without_targets_and_one_of_few_tokens_are_checked_whole():
+    for length, kept in ((200, stacked.CHECKED), (7, 7)):
+        ids = torch.ones(2, length, dtype=torch.int64)
+        cut, labels = stacked._short({"input_ids": ids, "attention_mask": ids}, torch.full_like(ids, -100))
+        assert labels.shape == cut["input_ids"].shape == cut["attention_mask"].shape == (1, kept)

@@ -51,6 +51,23 @@ def test_managed_bytes_on_the_card_are_what_the_driver_counts_and_torch_does_not
     assert card.managed_resident(100 * MIB) == 0
 
 
+def test_context_and_kernels_that_are_loaded_later_are_no_managed_pages(cuda):
+    card = Cuda()
+    cuda["free"] = 650  # cuBLAS, cuDNN and bitsandbytes, loaded by the first pass
+    card.read()
+    assert card.managed_resident(500 * MIB) == 250 * MIB
+    card.rebase()
+    assert card.managed_resident(500 * MIB) == 0
+    cuda["free"] = 600
+    assert card.managed_resident(500 * MIB) == 50 * MIB
+
+
+def test_the_driver_is_asked_where_it_is_wanted_alone(cuda, monkeypatch):
+    card = Cuda()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: pytest.fail("asked"))
+    assert card.read(driver=False).used is None
+
+
 def test_a_driver_that_does_not_answer_is_reported_once(cuda, monkeypatch, caplog):
     def refuse():
         raise RuntimeError("CUDA error: operation not supported")

@@ -231,12 +231,18 @@ class Card(Host):
     def __init__(self, script=None):
         super().__init__()
         self.script, self.marks, self.waited = script or {}, 0, False
-        self.step = 0
+        self.step = self.rebased = self.given_back = 0
 
-    def read(self):
+    def read(self, driver=True):
         self.step += 1
         peak = self.script.get(self.step, 2**30)
-        return Reading(peak, peak + 2**20, 3 * 2**30)
+        return Reading(peak, peak + 2**20, 3 * 2**30 if driver else None)
+
+    def rebase(self):
+        self.rebased = self.rebased or self.step
+
+    def give_back(self):
+        self.given_back += 1
 
     def mark(self):
         self.marks += 1
@@ -279,6 +285,7 @@ def test_a_spike_is_in_record_rows_and_table_with_its_phase_and_batch(make_spec,
     assert (spike["rows"], spike["tokens"], spike["cause"]) == (2, 50, "other")
     assert spike["optimizer_time_ratio"] == 1.0  # known a step later, and still recorded
     assert made.waited
+    assert (made.given_back, made.rebased) == (1, 0)  # once a spike; a resumed state is paged before the first update
     (row,) = [row for row in rows_of(spec) if "memory/spike_excess_gib" in row]
     assert (row["step"], row["memory/spike_excess_gib"], row["memory/spike_by_length"]) == (8, 2.0, 0.0)
     assert row["memory/backward_peak_gib"] == 3.0
@@ -291,6 +298,18 @@ def test_a_spike_is_in_record_rows_and_table_with_its_phase_and_batch(make_spec,
     assert (found["managed_peak_bytes"], found["managed_resident_peak_bytes"]) == (2**29, 2**28)
     assert found["device_used_peak_bytes"] == 3 * 2**30
     assert set(found["seconds_by_phase"]) == {"forward", "backward", "optimizer"}
+
+
+@pytest.mark.parametrize(("every", "counted"), [(1, [1, 2, 3, 4]), (3, [3, 4])])
+def test_the_drivers_count_is_read_at_the_steps_with_a_row_and_its_base_before_the_first_update(
+    make_spec, card, curve, every, counted
+):
+    made = card()
+    spec = make_spec(callbacks={"memory": lambda: PhaseMemory(every_n_steps=every)})
+    Runner().run([spec])
+    assert made.rebased == 2 + 1  # load, forward, backward
+    assert made.given_back == 0
+    assert [row["step"] for row in rows_of(spec) if "memory/device_used_gib" in row] == counted
 
 
 def test_progress_lines_say_where_a_run_stands(make_spec, caplog):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
 from loralab.optim import optimizers
-from loralab.optim.optimizers import PAGED_FROM, AdamW, Schedule, describe, repage
+from loralab.optim.managed import PAGED_FROM, repage
+from loralab.optim.optimizers import AdamW, Schedule, describe
 from loralab.running.runner import Runner
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.module import FineTuner

@@ -39,6 +39,7 @@ class Unsuited(RuntimeError):  # noqa: N818 - it says what a base is, not what w
 Scores = tuple[Tensor, Tensor, Tensor]  # summed nll, predictions, targets
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}  # of a row's mean nll; half precision rounds by 2^-8
 HALF_TOLERANCE = 0.02
+CHECKED = 64  # tokens of a row that a way without dense logits is held against the plain one on
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Forward:
         if isinstance(labels, FakeTensor):
             return ForwardMode(unpadded, fused_cross_entropy)
         two_rows = _two_rows(inputs)
-        if fused_cross_entropy and not self._logits_are_the_heads(two_rows):
+        if fused_cross_entropy and not self._logits_are_the_heads(_two_rows(_short(inputs, labels)[0])):
             fused_cross_entropy = False
             log.info("this base is not computed without dense logits: it changes what its head gives")
         if unpadded and not self._rows_are_independent(two_rows):
@@ -181,6 +182,8 @@ class Forward:
         its start, where most compute nothing."""
         training = self.model.training
         self.model.eval()
+        if not mode.unpadded:  # where attention has a say whole rows are compared
+            inputs, labels = _short(inputs, labels)
         try:
             two_rows = _two_rows(inputs)
             targets = torch.cat([labels[:1], labels[:1]])
@@ -225,6 +228,16 @@ def _two_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     length = int(rows["attention_mask"][0].sum())
     rows["attention_mask"][1, length - length // 3 :] = 0
     return rows
+
+
+def _short(inputs: dict[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The first row alone, and of it at most CHECKED tokens, the last of which is the last that is a target or stands
+    before one: dense logits of whole rows would need memory that no plan holds."""
+    places = torch.nonzero(labels[0] != -100)
+    aligned = labels.shape == inputs["input_ids"].shape  # of an encoder-decoder they are the decoder's
+    end = max(CHECKED, int(places[-1]) + 1) if aligned and len(places) else CHECKED
+    cut = {name: value[:1, (end - CHECKED if aligned else 0) : end] for name, value in inputs.items()}
+    return cut, labels[:1, (end - CHECKED if aligned else 0) : end]
 
 
 def _computed_in(model: nn.Module, device: str) -> torch.dtype:

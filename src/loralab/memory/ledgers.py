@@ -48,8 +48,9 @@ class Host:
                 weakref.finalize(self, os.close, file)
         self._page = os.sysconf("SC_PAGE_SIZE")
 
-    def read(self) -> Reading:
-        """The memory of the phase since the last call; on CUDA resets the allocator's peak."""
+    def read(self, driver: bool = True) -> Reading:
+        """The memory of the phase since the last call; on CUDA resets the allocator's peak. ``driver``: its count is
+        asked for too, which takes longer than all others."""
         return Reading(self.resident())
 
     def resident(self) -> int:
@@ -66,6 +67,13 @@ class Host:
             return None
         match = re.search(rb"MemAvailable:\s+(\d+) kB", os.pread(self._meminfo, 512, 0))
         return int(match[1]) * 1024 if match else None
+
+    def rebase(self) -> None:
+        """Takes what the driver counts beyond torch's own for context and kernels: called where all of these are
+        loaded and no page of managed memory is on the card yet."""
+
+    def give_back(self) -> None:
+        """Gives the driver what torch holds and does not use, so that managed pages can come back to the card."""
 
     def managed_resident(self, managed: int) -> int | None:
         """An estimate of how many of the ``managed`` bytes are on the card; None where there is none."""
@@ -97,8 +105,8 @@ class Cuda(Host):
         super().__init__()
         self._readable = True
         self._reserved = 0
-        used = self.used()
-        self._overhead = None if used is None else used - torch.cuda.memory_reserved()
+        self._overhead: int | None = None
+        self.rebase()
         self.others = other_processes()
         if self.others:
             log.warning(
@@ -107,13 +115,20 @@ class Cuda(Host):
                 self.others,
             )
 
-    def read(self) -> Reading:
+    def rebase(self) -> None:
+        used = self.used()
+        self._overhead = None if used is None else used - torch.cuda.memory_reserved()
+
+    def give_back(self) -> None:
+        torch.cuda.empty_cache()
+
+    def read(self, driver: bool = True) -> Reading:
         stats = torch.cuda.memory_stats_as_nested_dict()  # memory_stats() flattens and sorts hundreds of entries
         torch.cuda.reset_peak_memory_stats()
         self.retries = int(stats.get("num_alloc_retries", 0))
         allocated, reserved = (stats.get(f"{kind}_bytes", {}).get("all", {}) for kind in ("allocated", "reserved"))
         self._reserved = int(reserved.get("current", 0))
-        return Reading(int(allocated.get("peak", 0)), int(reserved.get("peak", 0)), self.used())
+        return Reading(int(allocated.get("peak", 0)), int(reserved.get("peak", 0)), self.used() if driver else None)
 
     def used(self) -> int | None:
         """Bytes in use on the card by the driver's count; None, with one warning, where the driver gives none."""

@@ -54,7 +54,8 @@ class Step:
 
 class PhaseMemory(Callback):
     """Records memory, times and batch sizes of a run. A row of metrics.jsonl has the largest value of every series
-    since the row before, so every spike is in one."""
+    since the row before, so every spike is in one. The driver's count (``device_used``) is read at the steps that have
+    a row of their own alone."""
 
     pack_aware = True
 
@@ -86,7 +87,7 @@ class PhaseMemory(Callback):
         self._step = Step(0)
         self._profile: ProfiledStep | None = None
         self._mark: Any = None
-        self._profile_start, self._managed, self._first = 0.0, 0, 0
+        self._profile_start, self._managed, self._first, self._rebased = 0.0, 0, 0, False
         self.single = False  # the profiled step is the first and only one
         self._due: int | None = None  # the heaviest step, once it is known
         self._due_evaluation: int | None = None
@@ -137,6 +138,12 @@ class PhaseMemory(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
         self._close("forward")  # zero_grad has run: old gradients do not count as backward's
         self._begin("backward")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        assert self.ledger is not None
+        if not self._rebased and not ledgers.managed_bytes(trainer.optimizers):  # a resumed state is paged already
+            self.ledger.rebase()
+        self._rebased = True
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close("backward")
@@ -223,7 +230,12 @@ class PhaseMemory(Callback):
     def _close(self, phase: str) -> None:
         assert self.ledger is not None
         self._step.marks.append((phase, self._mark, self.ledger.mark()))
-        self._step.add(phase, self.ledger.read())
+        self._step.add(phase, self.ledger.read(driver=self._samples))
+
+    @property
+    def _samples(self) -> bool:
+        """Whether the step under way is the first, or one that ends with a row."""
+        return self._step.number % self.every_n_steps in (0, 1)
 
     def _note_batch(self, batch: dict[int, Any]) -> None:
         """Adds a pass's batch {trial: batch} to the step; a pack's batches are all padded to the longest of them."""
@@ -254,7 +266,7 @@ class PhaseMemory(Callback):
             self.batch = step.batch
         for phase, reading in step.phases.items():
             self._fold(phase, reading)
-        if self.ledger.device == "cuda" and step.number % self.every_n_steps in (0, 1):
+        if self.ledger.device == "cuda" and self._samples:
             self._managed = ledgers.managed_bytes(trainer.optimizers)  # changes at the first step only
         self._extreme("host_rss", self.ledger.resident())
         self._extreme("host_available", self.ledger.available(), least=True)
@@ -270,6 +282,8 @@ class PhaseMemory(Callback):
         )
         for listener in self.on_spike if step.spike else ():
             listener(step.spike)  # type: ignore[arg-type]
+        if step.spike and self._managed:  # else the cached blocks of the long batch keep the state out for good
+            self.ledger.give_back()
         self._waiting.append(step)
         self._resolve()
 

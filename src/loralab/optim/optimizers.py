@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from loralab.errors import ConfigError
+from loralab.optim import managed
 from loralab.optim.groups import split_groups, trial_of, trial_parameters
+from loralab.optim.managed import PAGED_FROM
 from loralab.quantization.kernels import import_bitsandbytes
 from loralab.spec import Natural, NotNegative, Positive, Share, spec
 
@@ -29,7 +31,6 @@ BITSANDBYTES = {
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
 UNPAGED: dict[str, Name] = {"paged_adamw": "adamw_32bit", "paged_adamw_8bit": "adamw_8bit"}
-PAGED_FROM = 100_000  # elements; bitsandbytes pages no smaller state tensor (Optimizer8bit.get_state_buffer)
 MEMBERS = "loralab_members"  # attribute of a flat buffer: the parameters that are views of it
 
 
@@ -106,7 +107,8 @@ class AdamW:
             for group in groups:
                 if reason := _unpaged_reason(group["params"]):
                     _warn_once(f"optimizer={self.name} pages nothing: {reason}")
-            _page_after_resume(optimizer)
+            if not cannot_page():
+                managed.page(optimizer)
         return optimizer
 
 
@@ -290,48 +292,12 @@ def cannot_page() -> str:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     try:
-        driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+        driver, value = managed.driver(), ctypes.c_int(0)
         # 89: CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS, both may use managed memory at once
         failed = driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(value), 89, 0)
     except OSError as error:
         return f"the CUDA driver cannot be loaded ({error})"
     return "" if not failed and value.value == 1 else "the device and the host cannot share managed memory"
-
-
-def repage(optimizer: Any) -> int:
-    """Moves state that a resume turned into ordinary tensors to managed memory; returns how many tensors it moved.
-
-    bitsandbytes' load_state_dict and Lightning's move to the device each make ordinary CUDA tensors of paged state.
-    Which tensors are managed is the page manager's list, not the mark ``is_paged``, which a deep copy keeps.
-    """
-    functional, manager = _bitsandbytes().functional, optimizer.page_mng
-    managed = {tensor.data_ptr() for tensor in manager.paged_tensors}
-    moved = 0
-    for parameter, state in optimizer.state.items():
-        for key in ("state1", "state2"):
-            old = state.get(key)
-            if isinstance(old, Tensor) and old.numel() >= PAGED_FROM and old.data_ptr() not in managed:
-                new = functional.get_paged(*old.shape, dtype=old.dtype, device=parameter.device)
-                new.copy_(old.cpu())
-                state[key] = new
-                manager.paged_tensors.append(new)
-                moved += 1
-    return moved
-
-
-def _page_after_resume(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the first step of ``optimizer`` call ``repage`` before it: by then a resumed state has been loaded and
-    moved. Nothing where memory cannot be paged."""
-    if cannot_page():
-        return
-    started: list[bool] = []
-
-    def repage_once(*_: Any) -> None:
-        if not started and (moved := repage(optimizer)):
-            log.info("%d restored tensors of optimizer state are paged again", moved)
-        started[:] = [True]
-
-    optimizer.register_step_pre_hook(repage_once)
 
 
 def _bitsandbytes() -> Any:

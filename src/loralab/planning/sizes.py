@@ -11,7 +11,8 @@ from loralab.adapters.base import Adapter
 from loralab.adapters.blocks import stack
 from loralab.models import loading, pretrained
 from loralab.optim.foreign import AnyOptimizer
-from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED, AdamW
+from loralab.optim.managed import PAGED_FROM
+from loralab.optim.optimizers import TORCH, UNPAGED, AdamW
 from loralab.quantization.base import is_linear, linear_shape, out_of_reach_weights, quantizable, warn_out_of_reach
 from loralab.training.specs import TrialSpec
 

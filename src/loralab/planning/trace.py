@@ -31,7 +31,8 @@ from loralab.forward.stacked import ForwardMode
 from loralab.forward.unpadded import prepare
 from loralab.models import loading, pretrained
 from loralab.models.architecture import auto_class
-from loralab.optim.optimizers import PAGED_FROM, TORCH, UNPAGED
+from loralab.optim.managed import PAGED_FROM
+from loralab.optim.optimizers import TORCH, UNPAGED
 from loralab.planning.faking import faked, quiet
 from loralab.planning.tracker import Segment, Tracker
 from loralab.planning.workspace import held_workspaces
@@ -231,9 +232,7 @@ class _Step:
         return optimizer
 
     def _pass(self, shape: Pass) -> dict[int, dict[str, Any]]:
-        return {
-            index: self._batch(batch, shape.length) for index, batch in enumerate(shape.batches) if batch is not None
-        }
+        return {i: self._batch(batch, shape.length) for i, batch in enumerate(shape.batches) if batch is not None}
 
     def _batch(self, batch: BatchShape, length: int | None) -> dict[str, Any]:
         rows, width = len(batch.inputs), length or max(batch.inputs)

@@ -10,7 +10,7 @@ from loralab.data.base import FORGETTING
 from loralab.errors import LoralabError, OutOfMemory, explain
 from loralab.forward.stacked import ForwardMode
 from loralab.models.loading import Base
-from loralab.optim import optimizers
+from loralab.optim import managed, optimizers
 from loralab.planning.foresee import Foresight, predicted
 from loralab.planning.trace import Geometry
 from loralab.records import wandb_run
@@ -64,7 +64,8 @@ class Fit:
                 left_out = wandb_run.not_measured(spec.trainer.device)
                 trial.open_loggers(logger.start(spec.folder, labels, trial.step > 0, left_out))
             trial.merges_rows = self.logs
-        with self.spec.trainer.settings_restored():
+        # a smaller card would be smaller for the validations too, whose peaks are part of what is measured
+        with self.spec.trainer.settings_restored(), self.spec.memory.capped():
             failure = self._train_and_score()
         if failure is not None and len(self.trials) > 1:
             return self._divide(failure)
@@ -134,20 +135,21 @@ class Fit:
             together.agree(trial.step, trial.adapter)
         self.module.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
         try:
-            with spec.memory.capped():
-                trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
+            trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
         except Exception:
             if trainer.optimizers:  # else the error came before it had states
                 self.states = [None for _ in self.trials]
                 self.states[:] = optimizers.states(trainer.optimizers[0])
             raise
+        else:
+            if any(trial.paused for trial in self.trials):
+                self.states[:] = optimizers.states(trainer.optimizers[0])
         finally:
             for trial in self.trials:  # which may go on in other packs
                 trial.scaler_state = dict(trainer.precision_plugin.state_dict())
             if trainer.optimizers:
                 self._describe(trainer.optimizers[0])
-        if any(trial.paused for trial in self.trials):
-            self.states[:] = optimizers.states(trainer.optimizers[0])
+                managed.release(trainer.optimizers[0])
 
     def evaluate(self, prefix: str, split: str) -> None:
         """Scores the final state over ``split``, by its loss, by choice and by generation."""

@@ -121,12 +121,13 @@ class FineTuner(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips each trial by its own norm. A trial whose gradient is not finite fails and drops its gradient."""
+        """Clips each trial by its own norm. A trial whose gradient is not finite fails and drops its gradient; under a
+        loss scaler, which skips that update and goes on with half its scale, only once there is no scale to halve."""
         for index, trial in enumerate(self.trials):
             parameters = [p for p in trial.adapter.parameters() if p.grad is not None]
             if trial.failure is None and parameters:
                 norm = _clip(parameters, trial.spec.trainer)
-                if not norm < float("inf"):
+                if not norm < float("inf") and not self._skips_update:
                     trial.fail_on_infinite("the gradient")
                 elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
                     trial.fail_on_zero_gradient()
@@ -135,6 +136,12 @@ class FineTuner(LightningModule):
                 for parameter in parameters:
                     parameter.grad = None
             trial.updating = True  # Lightning clips last of all before the update
+
+    @property
+    def _skips_update(self) -> bool:
+        """Whether a gradient that is not finite may be the doing of a loss scaler (16-mixed)."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler is not None and float(scaler.get_scale()) > 1.0
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -151,7 +158,8 @@ class FineTuner(LightningModule):
                 trial.finish_step()
                 if trial.step % trial.spec.trainer.log_every_n_steps == 0 or not trial.alive:
                     norm = self._norms.get(index, 0.0)
-                    trial.log({"train/loss": loss, "train/lr": rates[index], "train/grad_norm": norm})
+                    found = {"train/grad_norm": norm} if norm < float("inf") else {"train/skipped_update": 1.0}
+                    trial.log({"train/loss": loss, "train/lr": rates[index], **found})
         self._last = dict(self._running) or self._last
         self._running = {}
         self.log("loss", sum(self._last.values()) / max(1, len(self._last)), prog_bar=True, logger=False)

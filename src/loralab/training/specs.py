@@ -92,6 +92,8 @@ class TrialSpec:
             return f"trainer.strategy={self.trainer.strategy} is one trial over several processes"
         if self.trainer.decisive.get("max_time"):
             return "trainer.max_time would end all trials of a pass, by the time that they take together"
+        if self.trainer.precision == "16-mixed":
+            return "trainer.precision=16-mixed has one loss scaler, which would skip the update of all trials of a pass"
         return self.memory.alone or self.adapter.why_alone or self.optimizer.why_alone
 
     @property
