@@ -1,11 +1,14 @@
 """Quicker imports give the same modules."""
 
 import gc
+import os
 import subprocess
 import sys
 from textwrap import dedent
 
-from loralab.quick_imports import quick_imports
+import pytest
+
+from loralab.quick_imports import ALLOCATOR, quick_imports
 
 
 def test_the_collector_is_as_it_was_before():
@@ -89,3 +92,27 @@ def test_transformers_reads_no_folder_twice():
         assert transformers.LlamaConfig.model_type == "llama"
     """
     subprocess.run([sys.executable, "-c", dedent(script)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "after"),
+    [
+        ({}, "expandable_segments:True None"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64 None"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None max_split_size_mb:64"),
+    ],
+)
+def test_the_command_line_sets_the_allocator_before_torch_is_imported_and_only_where_nobody_has(given, after):
+    script = """
+        import os, sys
+        from loralab import quick_imports
+
+        quick_imports.own_process()
+        assert "torch" not in sys.modules
+        print(*map(os.environ.get, quick_imports.ALLOCATOR))
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+    said = subprocess.run(
+        [sys.executable, "-c", dedent(script)], check=True, env={**kept, **given}, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == after

@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +17,23 @@ ASIDE = {
     "scipy.signal": ("torchmetrics", "hamming"),  # for an audio metric
     "scipy.optimize": ("transformers.loss.loss_for_object_detection", "linear_sum_assignment"),
 }
+ALLOCATOR = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)  # of torch's allocator on CUDA: its name, and the older one
 SCAN = "create_import_structure_from_path"
 _alone = False  # this process runs loralab's command line and nothing else
 
 
 def own_process() -> None:
     """Says that this process is loralab's alone: what is imported from now on stays to its end, so that the garbage
-    collector need not look at it again, which takes a second of the first steps."""
+    collector need not look at it again, which takes a second of the first steps; and torch's allocator on CUDA is the
+    one that plans count with, unless the environment says which."""
     global _alone
     _alone = True
+    # segments that grow leave far less between blocks of ever new lengths; read by torch when it is imported
+    if sys.platform == "linux" and os.environ.keys().isdisjoint(ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 @contextmanager

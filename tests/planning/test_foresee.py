@@ -6,19 +6,22 @@ import types
 from dataclasses import replace
 
 import pytest
+import torch
 
 from loralab.cli import main
 from loralab.data.passes import BatchShape, Pass
 from loralab.errors import OutOfMemory
+from loralab.memory import cards
 from loralab.memory.budget import PlanSpec
 from loralab.memory.phases import PhaseMemory
 from loralab.planning import foresee, kept
 from loralab.planning.foresee import Foresight
-from loralab.planning.plan import GIB, predict_step
+from loralab.planning.plan import CONTEXT, FRAGMENTATION, GIB, device_bytes, predict_step
 from loralab.planning.trace import Geometry
 from loralab.records import record
 from loralab.running.inputs import encoded_data
 from loralab.running.runner import Runner
+from loralab.scheduling import members
 
 MIB = 2**20
 
@@ -176,3 +179,27 @@ def test_a_damaged_plan_is_traced_again(trial, calls, plans, monkeypatch):
     monkeypatch.setattr(kept, "_known", {})
     assert Foresight().of([trial[0]], geometry) == plan
     assert len(calls) == 2
+
+
+def test_one_card_is_asked_here_and_its_context_is_not_counted_twice(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 80 * GIB))
+    assert foresee.free_bytes("cuda") == 10 * GIB + CONTEXT
+    # a run that needs all of it with its context just fits
+    allocated = int((foresee.free_bytes("cuda") - CONTEXT) / FRAGMENTATION)
+    assert device_bytes(allocated) <= foresee.free_bytes("cuda") < device_bytes(allocated + 2)
+
+
+def test_several_cards_are_asked_by_a_process_of_its_own_and_the_fullest_decides(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: pytest.fail("this process made a context"))
+    monkeypatch.setattr(cards, "ASK", "print([7 * 2**30, 3 * 2**30])")
+    cards.free_of_each.cache_clear()
+    try:
+        assert foresee.free_bytes("cuda") == 3 * GIB + CONTEXT
+        assert members.room("cuda", None) == pytest.approx((0.9 * (3 * GIB + CONTEXT) - CONTEXT) / FRAGMENTATION)
+        monkeypatch.setattr(cards, "ASK", "raise SystemExit(3)")
+        cards.free_of_each.cache_clear()
+        assert foresee.free_bytes("cuda") == float("inf")
+    finally:
+        cards.free_of_each.cache_clear()

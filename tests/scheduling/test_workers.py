@@ -4,17 +4,21 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from forked import Forked
 
 from loralab.cli import main
+from loralab.errors import ConfigError
 from loralab.records import record
 from loralab.running import runner
-from loralab.scheduling import workers
+from loralab.scheduling import opening, workers
+from loralab.scheduling.executor_settings import Local
 
 WORDS = ["hydra/launcher=packed", "data.limit=6", "trainer.max_steps=3", "hydra.launcher.token_budget=110"]
 
@@ -175,3 +179,60 @@ def test_devices_are_those_that_this_process_may_see(monkeypatch):
     assert workers.devices("cuda") == ["4", "6"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert workers.devices("cuda") == []
+
+
+@pytest.mark.parametrize(("names", "missing"), [("0,1,7", "7"), ("5", "5"), ("2, 3", "2, 3")])
+def test_a_card_that_is_not_there_is_one_paragraph_before_any_process_starts(monkeypatch, names, missing):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv(workers.STAND_IN, names)
+    with pytest.raises(ConfigError) as raised:
+        opening.executor(Local(), Path("nowhere"), "cuda", 1)  # of one pack too, which no process is started for
+    said = f"names {missing}, and torch sees 2 CUDA devices; valid: some of 0,1, or LORALAB_DEVICES not set"
+    assert str(raised.value) == f"LORALAB_DEVICES={names} {said}"
+
+
+@pytest.mark.parametrize("names", ["1,0", "0,0", "GPU-8f5c,GPU-02aa"])
+def test_some_of_the_cards_may_be_named_and_one_twice(monkeypatch, names):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv(workers.STAND_IN, names)
+    assert workers.devices("cuda") == names.split(",")
+
+
+def jobs(tmp_path, count):
+    return [[SimpleNamespace(trial=str(number), folder=tmp_path / "sweep" / str(number))] for number in range(count)]
+
+
+def test_two_processes_on_one_card_have_files_of_their_own_and_each_its_share_of_the_cores(tmp_path, monkeypatch):
+    (tmp_path / "sweep").mkdir()
+    monkeypatch.setattr(workers, "_cores", lambda: 9)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(workers.tasks, "content", lambda packs, before: {})
+    begun = []
+
+    def popen(command, env):
+        begun.append((Path(command[-1]).name, env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]))
+        return SimpleNamespace(pid=len(begun))
+
+    monkeypatch.setattr(workers.subprocess, "Popen", popen)
+    executor = workers.LocalExecutor(["0", "0"])
+    tasks = executor.share(jobs(tmp_path, 2), [1, 1])
+    executor.start(tasks)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    executor.start(executor.retry(tasks[1], tasks[1].packs))
+    assert begun == [("device-0.json", "0", "4"), ("device-0-2.json", "0", "4"), ("device-0-2.json", "0", "3")]
+
+
+def test_a_process_that_does_not_stop_is_killed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(workers, "PATIENCE_S", 0.2)
+    # it says when it is deaf: a signal before that would end it
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    task = workers.Task([], handle=workers._Worker("0", "0-2", 1, process, tmp_path / "asked.json"))
+    workers.LocalExecutor(["0"]).stop([task], signal.SIGTERM)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert f"process {process.pid} of device 0-2 does not stop" in caplog.text

@@ -10,7 +10,6 @@ from loralab.records.jsonl import rows
 from loralab.running.runner import Runner, check_pack
 from loralab.training.module import FineTuner
 
-
 UNFUSED = AdamW("adamw_32bit", lr=1e-3)  # torch's own on a CPU is fused, and would unscale by itself
 
 

@@ -17,10 +17,11 @@ from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, h
 from loralab.errors import ConfigError, OutOfMemory
 from loralab.forward.stacked import no_packing
 from loralab.forward.unpadded import can_unpad
+from loralab.memory.cards import free_of_each
 from loralab.memory.ledgers import Host
 from loralab.planning import alone
 from loralab.planning.kept import kept
-from loralab.planning.plan import GIB, Plan, predict_step
+from loralab.planning.plan import CONTEXT, GIB, Plan, predict_step
 from loralab.planning.sizes import skeleton
 from loralab.planning.trace import Geometry
 
@@ -196,9 +197,12 @@ def predicted(plan: Plan | None) -> dict[str, Any]:
 
 
 def free_bytes(device: str) -> float:
-    """Bytes that a new run could take; infinite where that is unknown."""
-    if device == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
+    """Bytes that a new run could take, on CUDA with its context; infinite where that is unknown. Of several devices,
+    each of which will have a process of its own, the least."""
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        return float(min(free_of_each(), default=float("inf"))) + CONTEXT
+    if device == "cuda":  # asking makes the context, so that what is free is without it
+        return float(torch.cuda.mem_get_info()[0]) + CONTEXT
     return float(Host().available() or float("inf"))
 
 

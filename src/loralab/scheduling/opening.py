@@ -21,13 +21,14 @@ def check(settings: Settings) -> None:
 def executor(settings: Settings, folder: Path, device: str, packs: int) -> Executor | None:
     """What runs the packs of the sweep in ``folder``; None: this process. ``packs``: how many there are.
 
-    Raises ArtifactError where Slurm still has trials of this sweep and another executor is to run them."""
+    Raises ArtifactError where Slurm still has trials of this sweep and another executor is to run them, ConfigError
+    where LORALAB_DEVICES names a card that is not there."""
     if isinstance(settings, Slurm):
         return slurm.SlurmExecutor(settings, folder)
     slurm.check_not_queued(folder, "local" if isinstance(settings, Local) else "ray")
     if isinstance(settings, Local):
-        names: Sequence[str] = workers.devices(device) if packs > 1 else ()
-        return workers.LocalExecutor(names) if names else None
+        names: Sequence[str] = workers.devices(device)
+        return workers.LocalExecutor(names) if names and packs > 1 else None
     from loralab.scheduling import ray_cluster
 
     return ray_cluster.RayExecutor(settings, folder)
