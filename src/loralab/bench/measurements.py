@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from loralab.bench.launches import Launches
 from loralab.bench.processes import Row
 
 T = TypeVar("T")
@@ -13,18 +14,28 @@ WARM_UP = 3  # steps at the head of a measurement that are not counted
 
 
 class Clock:
-    """When each step ended, everything queued on the device included."""
+    """When each step ended, everything queued on the device included; the last ``profiled`` of ``steps`` steps are not
+    timed, but what they launch is counted: ``launches``, None where none is profiled."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, steps: int = 0, profiled: int = 0) -> None:
         self.cuda = device == "cuda"
         self.ends: list[float] = []
+        self.launches: Row | None = None
+        self._timed, self._last, self._count = steps - profiled, steps, 0
+        self._profile: Launches | None = None
 
     def __call__(self) -> None:
         if self.cuda:
             import torch
 
             torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+        self._count += 1
+        if self._profile is None:
+            self.ends.append(time.perf_counter())
+        elif self._count == self._last:
+            self.launches = self._profile.stop(self._last - self._timed)
+        if self._count == self._timed < self._last:
+            self._profile = Launches(self.cuda)
 
     def steps(self) -> list[float]:
         """Seconds of each step but the first, which has no beginning."""

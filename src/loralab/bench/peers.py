@@ -31,33 +31,40 @@ QUIET: Row = {
 
 
 class Peft:
-    """A quantized base and the rows in token ids, in the order in which they are trained on. ``setup``: device, pad,
-    rows (a file), model (a folder) or config (of a random base); ``dense``, ``medium``: torch's matmul precision."""
+    """A base, quantized but where ``dense``, and the rows in token ids, in the order in which they are trained on.
+    ``setup``: device, pad, rows (a file, or each request names its own), model (a folder) or config (of a random base);
+    ``medium``: torch's matmul precision."""
 
     def __init__(self, setup: Row) -> None:
         if setup.get("medium"):
             torch.set_float32_matmul_precision("medium")
         self.device, self.pad = setup["device"], setup["pad"]
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        self.base: Any = _random(setup["config"], self.device, dtype) if "config" in setup else _loaded(setup, dtype)
+        self.base: Any = _random(setup, dtype) if "config" in setup else _loaded(setup, dtype)
         for module in self.base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes 0.50: on such a CPU the first validation repacks the weight for a kernel without
                 # autograd, and every later trial would train on wrong gradients
                 module.support_avx512bf16_for_cpu = False
-        stored = json.loads(Path(setup["rows"]).read_text("utf-8"))
+        if "rows" in setup:
+            self._read(setup["rows"])
+
+    def _read(self, path: str) -> None:
+        stored = json.loads(Path(path).read_text("utf-8"))
         self.train, self.validation = (
             [Example(ids, labels, 0) for ids, labels in stored[split]] for split in ("train", "validation")
         )
 
     def answer(self, request: Row) -> Row:
-        """{steps: seconds of each but the first, losses, trainable_parameters, peak_bytes}."""
+        """{steps: seconds of each but the first, losses, trainable_parameters, peak_bytes, launches}."""
+        if "rows" in request:
+            self._read(request["rows"])
         torch.manual_seed(0)
         lora_keys = {key: request[key] for key in ("r", "lora_alpha", "target_modules")}
         model: Any = get_peft_model(self.base, LoraConfig(**lora_keys, task_type="CAUSAL_LM"))
         if request.get("same_start"):
             start_as_loralab(model)
-        clock, losses = Clock(self.device), list[Tensor]()
+        clock, losses = Clock(self.device, request["steps"], request.get("profiled", 0)), list[Tensor]()
         hook = model.register_forward_hook(lambda _, __, out: losses.append(out.loss.detach()))
         self.fit(model, request, self.train[: request["steps"] * request["batch"]], clock)
         hook.remove()
@@ -68,6 +75,7 @@ class Peft:
             "losses": torch.stack(losses[: request["steps"]]).tolist(),  # then those of the validation
             "trainable_parameters": trainable,
             "peak_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else None,
+            "launches": clock.launches,
         }
 
     def fit(self, model: Any, request: Row, rows: Rows, clock: Clock) -> None:
@@ -91,11 +99,15 @@ def _loaded(setup: Row, dtype: torch.dtype) -> Any:
     )
 
 
-def _random(config: Row, device: str, dtype: torch.dtype) -> Any:
-    """A model drawn on the device, every linear layer but its output packed there in NF4, double quantization."""
+def _random(setup: Row, dtype: torch.dtype) -> Any:
+    """A model drawn on the device; unless ``dense``, every linear layer but its output is packed there in NF4, double
+    quantization."""
+    device = setup["device"]
     with torch.device(device):
-        prepared = Random(config=config, dropout=0.0).prepared_config(None)
+        prepared = Random(config=setup["config"], dropout=0.0).prepared_config(None)
         model = auto_class("causal_lm").from_config(prepared, dtype=dtype)
+    if setup.get("dense"):
+        return model
     output = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and layer is not output:
@@ -105,7 +117,8 @@ def _random(config: Row, device: str, dtype: torch.dtype) -> Any:
 
 
 class WithTrainer(Peft):
-    """Hugging Face's Trainer with its default AdamW (torch's fused one)."""
+    """Hugging Face's Trainer with its default AdamW (torch's fused one); with ``liger`` over Liger's kernels, which
+    stay in the base for all later requests."""
 
     def fit(self, model: Any, request: Row, rows: Rows, clock: Clock) -> None:
         class StepTimes(TrainerCallback):  # type: ignore[misc]
@@ -124,6 +137,7 @@ class WithTrainer(Peft):
                 train_sampling_strategy="sequential",  # the rows are in their order already
                 use_cpu=self.device == "cpu",
                 bf16=self.device == "cuda",
+                use_liger_kernel=bool(request.get("liger")),
                 dataloader_pin_memory=self.device == "cuda",
                 **QUIET,
             )

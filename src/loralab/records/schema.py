@@ -77,6 +77,7 @@ class MemorySection(TypedDict, total=False):
     ballast_bytes: Number
     cap_bytes: Number
     simulated: Any
+    predicted_on_card: dict[str, Any] | None  # of a run with long batches: by step (planning/spikes.py)
 
 
 class TimeSection(TypedDict, total=False):

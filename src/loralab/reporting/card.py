@@ -1,21 +1,24 @@
 """The page of ``make gpu``: what was measured on one card, from gpu.json alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from loralab.analysis.values import Json
-from loralab.reporting import charts
+from loralab.reporting import card_figures
 from loralab.reporting.charts import Figure
 from loralab.reporting.html import Cell, Head, Tile, render
 from loralab.reporting.table import MIB
 from loralab.reporting.vega import bundle
 
-SPEED = "name trials step_s tokens_per_s over_alone over_peft peak_bytes loss_difference error"
+SPEED = (
+    "name trials step_s tokens_per_s over_alone over_peft over_liger peak_bytes launches waits busy_share "
+    "loss_difference skipped error"
+)
 # Of each stage: where its rows are, and which of their keys are shown.
 _PAGING = (
     "arms",
-    "room optimizer status steps cap_bytes ballast_bytes measured_peak_bytes state_bytes paged_bytes step_s "
-    "optimizer_step_s slowest_optimizer_step_s error",
+    "room optimizer status steps cap_bytes ballast_bytes measured_peak_bytes state_bytes paged_bytes evicted_bytes "
+    "step_s optimizer_step_s slowest_optimizer_step_s error",
 )
 TABLES = {
     "plan": (
@@ -26,7 +29,14 @@ TABLES = {
     "paged": _PAGING,
     "resume": ("runs", "run status steps resumed_from paged_bytes state_bytes error"),
     "halving": ("runs", "case status statuses pack_sizes measured_peak_bytes error"),
+    "workers": ("runs", "case seconds trials processes pack_sizes statuses"),
     "ballast": _PAGING,
+}
+# Of each stage: where the rows of its charts are, and what draws them.
+FIGURES: dict[str, tuple[str, Callable[[Sequence[Json]], Iterator[Figure]]]] = {
+    "speed": ("bases", card_figures.speed),
+    "plan": ("runs", card_figures.ratios),
+    **dict.fromkeys(("paged", "ballast"), ("arms", card_figures.memory)),
 }
 STAGES = ("machine", "tests", "speed", *TABLES)
 TITLES = {
@@ -35,6 +45,10 @@ TITLES = {
     "trials": "trials a pass",
     "over_alone": "times one trial a pass",
     "over_peft": "times PEFT",
+    "over_liger": "times PEFT + Liger",
+    "launches": "launches a step",
+    "waits": "host waits a step",
+    "busy_share": "busy",
     "loss_difference": "loss, from one trial a pass",
     "predicted_over_measured": "ratio",
     "resumed_from": "from step",
@@ -53,7 +67,8 @@ def page(result: Json) -> str:
 
 
 def _stage(name: str, stage: Json) -> Json:
-    figures = list(_ratios(stage["runs"])) if name == "plan" and "runs" in stage else []
+    key, draw = FIGURES.get(name, ("", card_figures.ratios))
+    figures = list(draw(stage.get(key, [])))
     return {"name": name, "facts": dict(_facts(stage)), "figures": figures, "tables": _tables(name, stage)}
 
 
@@ -76,7 +91,9 @@ def _tables(name: str, stage: Json) -> list[tuple[str, list[Head], list[list[Cel
     """(title, heads, rows) each."""
     if name == "speed":
         title = "{model}, {quantization}, {rows} x {length} tokens a trial"
-        return [(title.format_map(base), *_table(SPEED, base["sides"])) for base in stage.get("bases", [])]
+        bases = stage.get("bases", [])
+        titles = ["; ".join([title.format_map(base), *base.get("notes", [])]) for base in bases]
+        return [(title, *_table(SPEED, base["sides"])) for title, base in zip(titles, bases, strict=True)]
     list_key, keys = TABLES.get(name, ("", ""))
     return [("", *_table(keys, stage.get(list_key, [])))]
 
@@ -95,21 +112,3 @@ def _cell(key: str, value: Any) -> Cell:
         size = f"{value / MIB:,.1f}" if key.endswith("_bytes") else ""
         return Cell(size or (f"{value:.4g}" if isinstance(value, float) else str(value)), value)
     return Cell("" if value is None else str(value), kind="key")
-
-
-def _ratios(runs: Sequence[Json]) -> Iterator[Figure]:
-    """Predicted over measured peak of each run that has both."""
-    runs = [run for run in runs if run.get("predicted_over_measured")]
-    if not runs:
-        return
-    rows = [
-        {
-            "name": ", ".join(filter(None, (run["model"], run["quantization"], run["case"]))),
-            "value": float(run["predicted_over_measured"]),
-        }
-        for run in runs
-    ]
-    chart = charts.by_name("predicted / measured peak", 1.0)
-    spec = charts.specification(chart, {"rows": rows, "at": [{"at": 1}]}, charts.ROW * len(rows) + 10)
-    caption = "Predicted over measured peak of torch's allocator; 1 is exact."
-    yield Figure("peak_memory", "Peak memory", caption, spec)

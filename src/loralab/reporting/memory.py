@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.trials import TrialResult
 from loralab.analysis.values import Json, is_number
-from loralab.reporting import charts, curves
+from loralab.reporting import charts, curves, spikes
 from loralab.reporting.charts import Figure, Legend
 from loralab.reporting.html import Cell, Head, Section, render
 from loralab.reporting.table import MIB
@@ -36,7 +36,7 @@ def section(comparison: Comparison) -> Section | None:
         return None
     rows = [list(_cells(arm)) for arm in comparison.arms]
     body = render("memory.html", heads=HEADS, rows=rows, notes=list(_notes(trials)))
-    return Section(body, list(_timelines(comparison)))
+    return Section(body, list(spikes.predicted(comparison) or _timelines(comparison)))
 
 
 def _cells(arm: Arm) -> Iterator[Cell]:

@@ -11,6 +11,7 @@ from loralab.errors import LoralabError, OutOfMemory, explain
 from loralab.forward.stacked import ForwardMode
 from loralab.models.loading import Base
 from loralab.optim import managed, optimizers
+from loralab.planning import spikes
 from loralab.planning.foresee import Foresight, predicted
 from loralab.planning.trace import Geometry
 from loralab.records import wandb_run
@@ -213,6 +214,8 @@ class Fit:
         for trial in self.trials:
             memory = trial.record["memory"]
             memory["alone_peak_bytes"] = self.foresight.alone(trial.spec, trial.data)
+            if trial.spec.memory.spiky_every is not None:
+                memory["predicted_on_card"] = spikes.by_step(trial.spec, trial.data, self.foresight)
             if plan is not None:
                 memory.update(predicted(plan))
 

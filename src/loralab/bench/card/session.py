@@ -13,17 +13,19 @@ from typing import NamedTuple
 
 from loralab.bench.card.shapes import CARD, CPU, write_rows
 from loralab.bench.processes import Late, ProcessError, Row, WorkerProcess
+from loralab.memory.ledgers import GIB
 from loralab.records import record
 
 log = logging.getLogger(__name__)
 
 RECORDS = "records.jsonl"
 NO_RECORD = "it left no record"
+TOO_LITTLE = "this card has too little memory"
 FEWEST_S = 8.0  # a process with less time than this is not started
 
 
 class Skipped(Exception):  # noqa: N818 - as Late
-    """What the stage needs is not installed."""
+    """What the stage needs is not installed, or more than the card has."""
 
 
 class CardSession:
@@ -34,6 +36,7 @@ class CardSession:
         self.out, self.rehearsal, self.work, self.budgets = out, rehearsal, work, budgets
         self.sizes, self.device = (CPU, "cpu") if rehearsal else (CARD, "cuda")
         self.deadline = self.begun = time.monotonic()
+        self.free_bytes: int | None = None  # in place of what the card has free
         self.result: Row = {
             **{"schema": 2, "rehearsal": rehearsal, "device": self.device},
             **{"date": datetime.now(UTC).isoformat("T", "seconds"), "seconds": 0.0, "stages": {}},
@@ -80,17 +83,22 @@ class CardSession:
             self.save()
         log.info("%s: %s after %.0f s%s", name, stage["status"], stage["seconds"], f": {stage['error'] or ''}")
 
+    @property
+    def first_device(self) -> str:
+        """Of the cards that this process may use."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
     def worker(self, engine: str, setup: Row | None = None, **environment: str) -> WorkerProcess:
         """A process until the stage's deadline. Raises Late where too little time is left to start it."""
         seconds_left = self.deadline - time.monotonic()
         if seconds_left < FEWEST_S:
             raise Late(f"{max(0.0, seconds_left):.0f} s were left for {engine}")
-        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # of the cards that this process may use
         variables = {"PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
-        variables |= {"CUDA_VISIBLE_DEVICES": first, **environment}
+        variables |= {"CUDA_VISIBLE_DEVICES": self.first_device, **environment}
         if self.rehearsal:  # threads that wait for each other in tiny shapes cost most where others compute too
             variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        return WorkerProcess(engine, {"device": self.device, **(setup or {})}, self.work, variables, self.deadline)
+        setup = {"device": self.device, "free_bytes": self.free_bytes, **(setup or {})}
+        return WorkerProcess(engine, setup, self.work, variables, self.deadline)
 
     def keep(self, folder: Path, stage: str, name: str) -> tuple[Row, list[Row]]:
         """A run's record and metrics, which then are a line of the records' file and no longer a folder."""
@@ -132,6 +140,8 @@ def run_all(
             row = outcome(session, stage, name)
             if "failure" in answer and (row["status"] == "running" or row["error"] == NO_RECORD):
                 row.update(status="failed", error=answer["failure"])
+            if "skipped" in answer:
+                row.update(status="skipped", error=answer["skipped"])
             row.update({key: answer.get(key) for key in ("seconds", "left_bytes")})
             rows.append({**case.about, **row})
             session.save()
@@ -170,12 +180,37 @@ def summary(stored: Row, rows: list[Row]) -> Row:
         "optimizer_step_s": statistics.median(row["time/optimizer_s"] for row in steps) if steps else None,
         "slowest_optimizer_step_s": max((row["time/optimizer_s"] for row in steps), default=None),
         "losses": [row["train/loss"] for row in rows if "train/loss" in row],
+        **series(rows),
     }
 
 
-def check_ends(rows: Iterable[Row], allowed: tuple[str, ...] = ("completed",)) -> None:
-    """Raises RuntimeError for the first that ended otherwise."""
+def series(rows: list[Row]) -> Row:
+    """The memory of each step that has a row, in GiB: ``series``, torch's highest peak and, of paged state, what of it
+    was on the card; and ``evicted_bytes``, the most that was not, None where nothing is paged."""
+    phases = ("forward", "backward", "optimizer")
+    found: Row = {"step": [], "peak_gib": [], "managed_resident_gib": []}
+    evicted: list[float] = []
     for row in rows:
+        peaks = [row[f"memory/{phase}_peak_gib"] for phase in phases if f"memory/{phase}_peak_gib" in row]
+        if peaks:
+            resident = row.get("memory/managed_resident_gib")
+            for name, value in (("step", row["step"]), ("peak_gib", max(peaks)), ("managed_resident_gib", resident)):
+                found[name].append(value)
+            if resident is not None:
+                evicted.append(row["memory/managed_gib"] - resident)
+    return {"series": found, "evicted_bytes": round(max(evicted) * GIB) if evicted else None}
+
+
+def check_ends(rows: Iterable[Row], allowed: tuple[str, ...] = ("completed",)) -> None:
+    """Raises Skipped where there was memory for none of ``rows``, else RuntimeError for the first that ended otherwise;
+    of some that there was no memory for their own rows say so."""
+    rows = list(rows)
+    skipped = [row for row in rows if row["status"] == "skipped"]
+    if skipped and len(skipped) == len(rows):
+        raise Skipped(f"{TOO_LITTLE}: {skipped[0]['error']}")
+    for row in rows:
+        if row in skipped:
+            continue
         if row["status"] not in allowed:
             name = next(row[key] for key in ("case", "optimizer", "model", "run") if row.get(key))
             raise RuntimeError(f"{name}: {row['status']}: {row['error']}")

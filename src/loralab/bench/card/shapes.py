@@ -36,16 +36,34 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """A base, and for each of ``shapes``, whose ``config`` is the same, how many trials share a pass."""
+
+    quantization: str
+    shapes: tuple[Shape, ...]
+    trials: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What a session measures."""
 
     plan: tuple[Shape, ...]
     large: Shape  # the plan's longer cases, paging, resuming, halving
-    speed: tuple[tuple[Shape, tuple[int, ...]], ...]  # and how many trials share a pass
+    speed: tuple[Speed, ...]
     steps: int  # timed, of each speed
     spiky_length: int  # tokens
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a row of any run."""
+        shapes = (*self.plan, *(shape for speed in self.speed for shape in speed.shapes))
+        return max(self.spiky_length, *(shape.length for shape in shapes))
 
+
+ONE_B = (Shape("llama 1B", LLAMA_1B, 128, 1), Shape("llama 1B", LLAMA_1B, 512, 1))
+TINY = (Shape("tiny llama", SMALL, 32, 1), Shape("tiny llama", SMALL, 64, 1))
+PACKED, DENSE = "nf4_double", "none"
 CARD = Sizes(
     plan=(
         Shape("tiny llama", {"model_type": "llama"}, 256, 8),
@@ -53,14 +71,18 @@ CARD = Sizes(
         Shape("llama 1B", LLAMA_1B, 512, 4),
     ),
     large=Shape("llama 1B", LLAMA_1B, 192, 2),
-    speed=((Shape("llama 1B", LLAMA_1B, 128, 1), (1, 4, 16)), (Shape("llama 7B", LLAMA_7B, 512, 1), (1, 4))),
-    steps=15,
+    speed=(
+        Speed(PACKED, ONE_B, (1, 4, 16, 64)),
+        Speed(DENSE, ONE_B, (1, 4, 16, 64)),
+        Speed(PACKED, (Shape("llama 7B", LLAMA_7B, 512, 1),), (1, 4, 8)),
+    ),
+    steps=10,
     spiky_length=1024,
 )
 CPU = Sizes(
     plan=(Shape("tiny llama", SMALL, 64, 2), Shape("gpt2", SMALL_GPT2, 64, 2)),
     large=Shape("tiny llama", SMALL, 64, 2),
-    speed=((Shape("tiny llama", SMALL, 32, 1), (1, 4, 16)),),
+    speed=(Speed(PACKED, TINY, (1, 4, 16, 64)), Speed(DENSE, TINY[:1], (1, 4))),
     steps=3,
     spiky_length=128,
 )

@@ -1,6 +1,5 @@
-"""What is measured, stage by stage: machine, tests, speed, plan, resume, halving (paging has a file of its own)."""
+"""What is measured, stage by stage: machine, tests, plan, resume, halving, workers (speed and paging: own files)."""
 
-import json
 import signal
 import subprocess
 from importlib.util import find_spec
@@ -8,14 +7,14 @@ from typing import Any
 
 import torch
 
-from loralab.bench.card.session import CardSession, Case, Skipped, check_ends, run_all, trainer
+from loralab.bench.card.session import TOO_LITTLE, CardSession, Case, Skipped, check_ends, run_all, trainer
 from loralab.bench.card.shapes import Shape
-from loralab.bench.measurements import OURS, WARM_UP, counted, summary
-from loralab.bench.parts import TRAINER, one_trial
 from loralab.bench.processes import SOURCE, ProcessError, Row
+from loralab.records import record
 
 TRIALS = 8  # of a pack that has to be divided
 STEPS, KILLED_AT, CHECKPOINT_EVERY = 10, 5, 2  # the step after the last checkpoint is made twice
+SAME_LOSS = 1e-2  # relative, of bf16 in other packs
 NF4 = "quantization=nf4_double"
 
 
@@ -59,64 +58,6 @@ def tests(session: CardSession, stage: Row) -> None:
         raise RuntimeError(stage["summary"])
 
 
-def speed(session: CardSession, stage: Row) -> None:
-    """K trials in one pass, for several K, and one trial of PEFT; each base has a process a side."""
-    stage["bases"], errors = [], list[str]()
-    for number, (shape, trials) in enumerate(session.sizes.speed):
-        base: Row = {"model": shape.name, "length": shape.length, "rows": shape.rows, "quantization": "nf4_double"}
-        base["sides"] = []
-        stage["bases"].append(base)
-        steps, ids = WARM_UP + session.sizes.steps, session.work / f"ids{number}.json"
-        rows = torch.randint(1, 2048, (steps * shape.rows, shape.length), generator=torch.Generator().manual_seed(0))
-        pairs = [(row, row) for row in rows.tolist()]
-        ids.write_text(json.dumps({"train": pairs, "validation": pairs[: shape.rows]}))
-        words = [*shape.words(session.device), NF4, "callbacks=none", "plan.record=false"]
-        setup = {"config": shape.config, "rows": str(ids), "pad": 0, "words": words}
-        setup["folder"] = str(session.work / f"speed{number}")
-        _measure(session, base, OURS, "loralab.bench.ours.Loralab", setup, trials)
-        if find_spec("peft") is None:
-            base["note"] = "peft is not installed"
-        else:
-            _measure(session, base, TRAINER, "loralab.bench.peers.WithTrainer", setup, (1,))
-        compare(base)
-        errors += [
-            f"{shape.name}, {side['trials']} trials: {side['error']}" for side in base["sides"] if "error" in side
-        ]
-    if errors:
-        raise RuntimeError("; ".join(errors))
-
-
-def _measure(session: CardSession, base: Row, name: str, engine: str, setup: Row, trials: tuple[int, ...]) -> None:
-    """Adds a side for each number of ``trials`` in one pass; tokens/s are all of theirs."""
-    first: list[float] = []
-    with session.worker(engine, setup) as worker:
-        for count in trials:
-            side: Row = {"name": name, "trials": count}
-            base["sides"].append(side)
-            try:
-                answer = worker.ask({**one_trial(WARM_UP + session.sizes.steps, base["rows"]), "trials": count})
-            except ProcessError as error:
-                side["error"] = str(error)
-                continue
-            losses, time = answer["losses"], summary(counted(answer))
-            first = first or losses
-            side["loss_difference"] = max(abs(a - b) / abs(b) for a, b in zip(losses, first, strict=True))
-            side.update(step_s=time["median"], quartiles_s=time["quartiles"], steps=time["measurements"])
-            side.update(tokens_per_s=count * base["rows"] * base["length"] / time["median"], whole_s=answer["seconds"])
-            side.update({key: answer.get(key) for key in ("peak_bytes", "pack_sizes", "trainable_parameters")})
-            session.save()
-
-
-def compare(base: Row) -> None:
-    """Tokens a second of each side over those of loralab with one trial a pass, and over PEFT's."""
-    rates = {(side["name"], side["trials"]): side["tokens_per_s"] for side in base["sides"] if "tokens_per_s" in side}
-    alone, peft = rates.get((OURS, 1)), rates.get((TRAINER, 1))
-    for side in base["sides"]:
-        if "tokens_per_s" in side:
-            side["over_alone"] = side["tokens_per_s"] / alone if alone else None
-            side["over_peft"] = side["tokens_per_s"] / peft if peft else None
-
-
 def plan(session: CardSession, stage: Row) -> None:
     """Predicted beside measured peaks of real trainings, all in one process."""
 
@@ -146,7 +87,9 @@ def resume(session: CardSession, stage: Row) -> None:
     cases = [Case({"run": name}, words) for name in ("resumed", "undisturbed")]
     with trainer(session) as worker:
         try:
-            worker.ask({"name": "resume0", "words": words, "kill_after": KILLED_AT})
+            answer = worker.ask({"name": "resume0", "words": words, "kill_after": KILLED_AT})
+            if "skipped" in answer:
+                raise Skipped(f"{TOO_LITTLE}: {answer['skipped']}")
             raise LookupError(f"the run was to be killed after {KILLED_AT} steps, and ended")
         except ProcessError as end:
             if end.code != -signal.SIGKILL:
@@ -183,3 +126,43 @@ def halving(session: CardSession, stage: Row) -> None:
     check_ends(stage["runs"])
     if not all(stage["runs"][0]["halved"]):
         raise RuntimeError(f"the pack was not divided: there was room for {TRIALS} trials")
+
+
+def workers(session: CardSession, stage: Row) -> None:
+    """A sweep in two processes that share the card, beside the same in one: the same losses?"""
+    shape, device = session.sizes.plan[0], "card" if session.rehearsal else session.first_device
+    if session.rehearsal:
+        stage["stood_in"] = "two processes on the CPU"
+    words = [*shape.words(session.device), NF4, "trainer.max_steps=4", "plan.record=false", "seed=0,1,2,3"]
+    words += ["hydra/launcher=packed", f"hydra.launcher.token_budget={2 * shape.rows * shape.length}"]
+    stage["runs"] = []
+    for name, devices in (("two processes", f"{device},{device}"), ("one process", "")):
+        folder = session.work / f"workers{len(stage['runs'])}"
+        command = ["-m", "loralab.cli.main", "train", "-m", *words, f"hydra.sweep.dir={folder}"]
+        with session.worker("loralab.bench.worker.Python", LORALAB_DEVICES=devices) as worker:
+            answer = worker.ask({"words": command, "folder": str(session.work)})
+            tail = worker.tail(600)
+        kept = [session.keep(run, "workers", f"{name}/{run.name}") for run in record.find(folder)]
+        stored = sorted((one for one, _ in kept), key=lambda one: one["seed"])
+        stage["runs"].append(
+            {
+                **{"case": name, "seconds": answer["seconds"], "processes": len({one["pid"] for one in stored})},
+                **{"statuses": sorted({one["status"] for one in stored}), "trials": len(stored)},
+                "losses": [one["metrics"].get("val/loss") for one in stored],
+                "pack_sizes": [one["pack"]["size"] for one in stored],
+            }
+        )
+        session.save()
+        if answer["exit_code"]:
+            raise RuntimeError(f"{name}: exit code {answer['exit_code']}: {tail}")
+    compare_workers(stage, *stage["runs"])
+
+
+def compare_workers(stage: Row, two: Row, one: Row) -> None:
+    """Raises RuntimeError where the sweep was not shared, or its trials differ."""
+    pairs = list(zip(two["losses"], one["losses"], strict=True))
+    stage["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
+    if (two["processes"], one["processes"]) != (2, 1):
+        raise RuntimeError(f"the sweep ran in {two['processes']} processes where it was to run in two")
+    if stage["loss_difference"] > SAME_LOSS:
+        raise RuntimeError(f"losses differ by {stage['loss_difference']:.2g} from those of one process")
