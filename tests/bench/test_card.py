@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,15 +16,16 @@ import torch
 from loralab import reporting
 from loralab.bench import ours, processes
 from loralab.bench.card import __main__ as command
-from loralab.bench.card import paging, session, shapes, stages
+from loralab.bench.card import paging, session, shapes, speed, stages
 from loralab.bench.card.session import CardSession, Case, Skipped
 from loralab.bench.measurements import Clock
 from loralab.bench.processes import Late, ProcessError
 from loralab.config import compose
 from loralab.config.build import trial_spec
 from loralab.planning import plan
+from loralab.training.cursor import DataCursor
 
-NAMES = ["machine", "tests", "speed", "plan", "paged", "resume", "halving"]
+NAMES = ["machine", "tests", "speed", "plan", "paged", "resume", "halving", "workers"]
 ROOT = Path(__file__).resolve().parents[2]
 STATUSES = {"ok", "failed", "timeout", "skipped"}
 
@@ -81,6 +83,14 @@ class Sleeps(Dies):
             Path("pids.writing").replace("pids")
             time.sleep(60)
         self.answered += 1
+        return {"x": self.answered}
+
+class Unfit(Dies):
+    def answer(self, request):
+        from loralab.errors import ConfigError
+        self.answered += 1
+        if self.answered == 1:
+            raise ConfigError("quantization: bitsandbytes cannot be imported (it has no binary)")
         return {"x": self.answered}
 
 class Refuses(Dies):
@@ -213,6 +223,14 @@ def test_an_answer_comes_when_it_is_asked_for_and_a_death_is_told_to_every_later
             with pytest.raises(ProcessError, match="exit code 1: what is printed is no answer\nso it is") as raised:
                 worker.ask({"n": 2})
             assert raised.value.code == 1
+
+
+def test_what_loralab_says_of_a_machine_is_a_paragraph_without_a_traceback_and_ends_no_process(open_short):
+    with open_short().worker("engines.Unfit") as worker:
+        with pytest.raises(ProcessError) as raised:
+            worker.ask({"n": 1})
+        assert str(raised.value) == "engines.Unfit: quantization: bitsandbytes cannot be imported (it has no binary)"
+        assert worker.ask({"n": 2})["x"] == 2
 
 
 def test_an_error_that_is_answered_ends_no_process(open_short):
@@ -419,13 +437,15 @@ def test_speeds_are_compared_with_one_trial_a_pass_and_with_the_peer():
         {"name": "loralab", "trials": 16, "tokens_per_s": 800.0},
         {"name": "loralab", "trials": 64, "error": "out of memory"},
         {"name": "PEFT + HF Trainer", "trials": 1, "tokens_per_s": 50.0},
+        {"name": "PEFT + Liger", "trials": 1, "tokens_per_s": 80.0},
     ]
-    stages.compare({"sides": sides})
-    assert [(one.get("over_alone"), one.get("over_peft")) for one in sides] == [
-        (1.0, 2.0),
-        (8.0, 16.0),
-        (None, None),
-        (0.5, 1.0),
+    speed.compare({"sides": sides})
+    assert [(one.get("over_alone"), one.get("over_peft"), one.get("over_liger")) for one in sides] == [
+        (1.0, 2.0, 1.25),
+        (8.0, 16.0, 10.0),
+        (None, None, None),
+        (0.5, 1.0, 0.625),
+        (0.8, 1.6, 1.0),
     ]
 
 
@@ -460,10 +480,156 @@ def test_rows_are_cut_to_one_length_but_for_the_ragged(tmp_path):
         name: [len(json.loads(line)["text"].split()) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("rows", "held_out", "ragged")
     }
-    longest = max(shape.length for shape in (*shapes.CARD.plan, *(one for one, _ in shapes.CARD.speed)))
-    assert min(words["rows"] + words["held_out"]) > max(longest, shapes.CARD.spiky_length)
-    assert words["ragged"][0] > longest
+    assert min(words["rows"] + words["held_out"]) > shapes.CARD.most_tokens == 1024
+    assert words["ragged"][0] > max(shape.length for shape in shapes.CARD.plan)
     assert max(words["ragged"][1:]) < shapes.CPU.plan[0].length * 5
+
+
+def test_what_a_card_is_measured_at_is_what_is_claimed_of_it():
+    """1B at 128 and 512 tokens, NF4 and bf16, K = 1, 4, 16, 64; 7B in NF4."""
+    found = [(one.quantization, [s.length for s in one.shapes], one.trials) for one in shapes.CARD.speed]
+    assert found == [
+        ("nf4_double", [128, 512], (1, 4, 16, 64)),
+        ("none", [128, 512], (1, 4, 16, 64)),
+        ("nf4_double", [512], (1, 4, 8)),
+    ]
+    assert all(shape.config is one.shapes[0].config for one in shapes.CARD.speed for shape in one.shapes)
+
+
+class Answering:
+    """A process in whose place ``answers`` are: by the name of its engine, of each request."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def __call__(self, engine, setup=None, **_):
+        self.engine = engine
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, request):
+        self.asked.append((self.engine, request))
+        if path := request.get("rows_to"):
+            Path(path).write_text("{}")
+        return self.answer(request)
+
+
+def test_peers_are_measured_on_the_rows_of_loralab_and_liger_last(open_session, monkeypatch):
+    def answer(request):
+        return {
+            **{"losses": [2.0, 1.0], "steps": [0.5] * 5, "seconds": 3.0, "pack_sizes": [request["trials"]]},
+            "launches": {"launches": 10.0, "waits": 1.0, "busy_share": 0.9, "profiled_steps": 2},
+        }
+
+    made, worker, told = open_session(), Answering(answer), {}
+    made.device = "cuda"
+    monkeypatch.setattr(made, "worker", worker)
+    monkeypatch.setattr(speed, "find_spec", lambda name: object())
+    speed.speed(made, told)
+    base = told["bases"][0]
+    names = [(side["name"], side["trials"]) for side in base["sides"]]
+    assert names == [*(("loralab", k) for k in (1, 4, 16, 64)), ("PEFT + HF Trainer", 1), ("PEFT + Liger", 1)]
+    assert [side["tokens_per_s"] for side in base["sides"]] == [64.0, 256.0, 1024.0, 4096.0, 64.0, 64.0]
+    assert (base["sides"][2]["over_liger"], base["sides"][2]["launches"], base["notes"]) == (16.0, 10.0, [])
+    peers = [request for engine, request in worker.asked if engine.endswith("WithTrainer")]
+    assert [one["liger"] for one in peers[:4]] == [False, False, True, True]  # its kernels stay
+    written = {request["rows_to"] for engine, request in worker.asked if engine.endswith("Loralab")}
+    assert {one["rows"] for one in peers} == written
+
+
+def test_a_pass_that_was_divided_has_no_speed(open_session, monkeypatch):
+    def answer(request):
+        sizes = [request["trials"]] if request["trials"] < 64 else [32]
+        return {"losses": [1.0], "steps": [0.5] * 5, "seconds": 3.0, "pack_sizes": sizes}
+
+    made, told = open_session(), {}
+    monkeypatch.setattr(made, "worker", Answering(answer))
+    speed.speed(made, told)
+    side = next(side for side in told["bases"][0]["sides"] if side["trials"] == 64)
+    assert side["skipped"] == "one pass ran out of memory, and the trials went on in packs of [32]"
+    assert "tokens_per_s" not in side
+
+
+LITTLE = "it needs about 9.1 GiB, and 4.0 GiB are free"
+
+
+def test_a_card_with_too_little_memory_for_a_stage_skips_it_with_a_line_and_the_next_one_runs(
+    open_session, monkeypatch, read
+):
+    made = open_session()
+    monkeypatch.setattr(made, "worker", Answering(lambda request: {"skipped": LITTLE}))
+    for name in ("speed", "plan", "paged", "resume", "halving"):
+        made.stage(name, command.stages(ballast=False)[name])
+    monkeypatch.undo()
+    made.stage("machine", lambda session, told: None)
+    for name, told in read()["stages"].items():
+        expected = ("ok", None) if name == "machine" else ("skipped", f"this card has too little memory: {LITTLE}")
+        assert (told["status"], told["error"]) == expected, name
+
+
+def test_what_fits_is_measured_beside_what_does_not():
+    runs = [{"case": "7B", "status": "skipped", "error": LITTLE}, {"case": "1B", "status": "completed", "error": None}]
+    session.check_ends(runs)
+    with pytest.raises(Skipped, match="too little memory: it needs"):
+        session.check_ends(runs[:1])
+    with pytest.raises(RuntimeError, match="1B: failed: no"):
+        session.check_ends([runs[0], {"case": "1B", "status": "failed", "error": "no"}])
+
+
+@pytest.mark.parametrize(("free", "says"), [(2**28, r"it needs about 0\.6 GiB, and 0\.2 GiB are free"), (2**40, "")])
+def test_a_run_that_will_not_fit_is_not_begun(tmp_path, free, says):
+    words = [*shapes.CPU.large.words("cpu"), "quantization=nf4_double"]
+    engine = ours.Loralab({"device": "cpu", "folder": str(tmp_path), "words": words, "free_bytes": free})
+    specs = engine.specs({"trials": 2, "words": ["seed=0"]}, ours.StepTimes(None))
+    assert re.fullmatch(says, engine.too_little(specs))
+    if says:
+        assert list(engine.answer({"trials": 2, "words": ["seed=0"]})) == ["skipped"]
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rows_that_peers_are_given_are_those_that_the_trial_is_fed_in_their_order(tmp_path):
+    shapes.write_rows(tmp_path)
+    rows = [f"data.train={tmp_path}/rows.jsonl", f"data.validation={tmp_path}/held_out.jsonl"]
+    words = [*shapes.CPU.speed[0].shapes[0].words("cpu"), *rows, "trainer.max_steps=10"]
+    engine = ours.Loralab({"device": "cpu", "folder": str(tmp_path), "words": words})
+    (spec,) = engine.specs({"words": ["seed=0"]}, ours.StepTimes(None))
+    engine._write_rows(spec, tmp_path / "ids.json")
+    written = json.loads((tmp_path / "ids.json").read_text())
+    data = engine.runner.inputs.rows(spec)
+    cursor = DataCursor(data, "causal_lm", 0, spec.seed, 1, 1, None, (0, 1))
+    fed = [cursor.peek(step)["tensors"]["input_ids"][0].tolist() for step in range(10) if not cursor.seek(step)]
+    assert [ids for ids, _ in written["train"]] == fed
+    assert {len(ids) for ids, _ in written["train"]} == {32}
+
+
+def test_the_series_of_a_run_has_its_spikes_and_what_left_the_card():
+    rows = [
+        {"step": 1, "memory/forward_peak_gib": 1.0, "memory/backward_peak_gib": 2.0, "memory/optimizer_peak_gib": 1.5},
+        {"step": 2, "memory/backward_peak_gib": 5.0, "memory/managed_gib": 1.0, "memory/managed_resident_gib": 0.25},
+        {"step": 3, "train/loss": 1.0},
+    ]
+    found = session.series(rows)
+    assert found["series"] == {"step": [1, 2], "peak_gib": [2.0, 5.0], "managed_resident_gib": [None, 0.25]}
+    assert found["evicted_bytes"] == 0.75 * 2**30
+    assert session.series(rows[:1])["evicted_bytes"] is None
+
+
+def test_workers_have_to_be_two_and_to_train_what_one_does():
+    def run(losses, processes):
+        return {"losses": losses, "processes": processes}
+
+    told = {}
+    stages.compare_workers(told, run([2.0, 1.0], 2), run([2.0, 1.001], 1))
+    assert told["loss_difference"] == pytest.approx(1e-3, rel=0.01)
+    with pytest.raises(RuntimeError, match="ran in 1 processes"):
+        stages.compare_workers({}, run([2.0], 1), run([2.0], 1))
+    with pytest.raises(RuntimeError, match="losses differ by 0.05"):
+        stages.compare_workers({}, run([2.1], 2), run([2.0], 1))
 
 
 @pytest.mark.slow
@@ -478,12 +644,17 @@ def test_a_rehearsal_on_a_cpu_has_every_stage_ok(tmp_path):
     assert found["rehearsal"] is True
     assert list(told) == NAMES
     assert {one["status"] for one in told.values()} == {"ok"}
-    (base,) = told["speed"]["bases"]
-    assert [one["trials"] for one in base["sides"]] == [1, 4, 16, 1]
-    assert max(one.get("loss_difference", 0.0) for one in base["sides"]) < 1e-4
+    packed, longer, dense = told["speed"]["bases"]
+    assert [one["trials"] for one in packed["sides"]] == [one["trials"] for one in longer["sides"]] == [1, 4, 16, 64, 1]
+    assert [one["trials"] for one in dense["sides"]] == [1, 4, 1]
+    sides = [side for base in told["speed"]["bases"] for side in base["sides"]]
+    assert max(side["loss_difference"] for side in sides) < 1e-4
+    assert all(side["launches"] > 100 and side["steps"] == shapes.CPU.steps for side in sides)
+    assert (told["workers"]["loss_difference"], told["workers"]["runs"][0]["processes"]) == (0.0, 2)
+    assert all(len(arm["series"]["step"]) == 12 for arm in told["paged"]["arms"])
     assert all(run["predicted_over_measured"] == pytest.approx(1, rel=0.05) for run in told["plan"]["runs"])
     assert {"", "ragged"} <= {run["case"] for run in told["plan"]["runs"]}
     assert told["resume"]["same_bits"] is True
     assert told["halving"]["runs"][0]["pack_sizes"] == [stages.TRIALS // 2] * stages.TRIALS
-    assert all("stood_in" in told[name] for name in ("machine", "tests", "paged", "halving"))
+    assert all("stood_in" in told[name] for name in ("machine", "tests", "speed", "paged", "halving", "workers"))
     assert names(tmp_path) == ["gpu.json", "index.html", "records.jsonl"]

@@ -12,6 +12,8 @@ import time
 from importlib import import_module
 from typing import Any
 
+from loralab.errors import LoralabError
+
 Row = dict[str, Any]
 
 
@@ -35,7 +37,10 @@ def main() -> None:
     engine = getattr(import_module(module), name)(json.loads(sys.stdin.readline()))
     for line in sys.stdin:
         request, begun = json.loads(line), time.perf_counter()
-        answer = engine.answer(request) if request else {}
+        try:
+            answer = engine.answer(request) if request else {}
+        except LoralabError as error:  # a paragraph for a reader, and the process goes on
+            answer = {"error": str(error)}
         answers.write(json.dumps({"seconds": time.perf_counter() - begun, **answer}) + "\n")
 
 

@@ -88,9 +88,13 @@ def bitsandbytes() -> Finding:
         installed = version("bitsandbytes")
     except PackageNotFoundError:
         return finding("bitsandbytes", "fail", "not installed", "pip install bitsandbytes; or quantization=none")
-    from loralab.quantization.kernels import bitsandbytes_ops
+    from loralab.quantization.kernels import import_bitsandbytes
 
-    bitsandbytes_ops()
+    try:
+        import_bitsandbytes()
+    except ImportError as error:
+        fix = "a bitsandbytes that has one, or torch for a CUDA that it has one for; quantization=none needs neither"
+        return finding("bitsandbytes", "fail", f"{installed}: {error}", fix)
     return finding("bitsandbytes", "ok", installed)
 
 

@@ -24,12 +24,19 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def import_bitsandbytes() -> Any:
     """The module bitsandbytes, imported. On CPUs with bf16 instructions it warns that an optional kernel from a hub is
-    missing; that warning is suppressed, as loralab does not use the kernel (``gemm``). Raises ImportError."""
+    missing; that warning is suppressed, as loralab does not use the kernel (``gemm``). Raises ImportError, also where
+    there is a CUDA device and bitsandbytes has no binary for torch's CUDA: then none of its kernels run, nor on a CPU.
+    """
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_hub_warning)
     first = "bitsandbytes" not in sys.modules  # later imports cost nothing, and torch stays as it is
     with patch.object(torch, "compile", _compiled_when_called) if first else nullcontext():
         import bitsandbytes
 
+    if not bitsandbytes.cextension.lib.compiled_with_cuda and torch.cuda.is_available():
+        raise ImportError(
+            f"it has no binary for CUDA {torch.version.cuda}, which this torch is built for; python -m bitsandbytes "
+            "says which one it looked for"
+        )
     return bitsandbytes
 
 

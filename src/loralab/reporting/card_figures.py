@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 PEFT, ALONE = "tokens/s, times PEFT + HF Trainer's", "tokens/s, times those of one trial a pass"
-STEP = "memory of the step (GiB)"
+STEP, RESIDENT = "memory of the step (GiB)", "resident memory of the process (GiB)"
 
 
 def speed(bases: Sequence[Json]) -> Iterator[Figure]:
@@ -86,12 +86,19 @@ def memory(arms: Sequence[Json]) -> Iterator[Figure]:
     if not lines:
         return
     groups, dashes = (list(dict.fromkeys(line[name] for line in lines)) for name in ("group", "by"))
+    on_cpu = all(arm.get("device") == "cpu" for arm in arms)
+    title = RESIDENT if on_cpu else STEP
     stored = {"seeds": lines, "means": []}
     made = curves.rows(stored, None)
     values = [point["value"] for point in made["lines"]]
-    domain = charts.without_spikes([0.9 * min(values), max(values)])  # the spikes are what is looked for
-    spec = charts.specification(curves.chart(STEP, groups, dashes, domain), made)
+    margin = (max(values) - min(values)) * 0.06 or 0.02 * max(values)  # the spikes are what is looked for
+    spec = charts.specification(curves.chart(title, groups, dashes, [min(values) - margin, max(values) + margin]), made)
     legends = [Legend("group", "colour", groups), Legend("by", "dash", dashes)]
-    caption = "The allocator's peak of each step, and the paged state that was on the card then; cross: not completed."
-    store = {"metrics": {STEP: stored}, "metric": STEP, "smooth": None}
-    yield Figure("memory", "A long sentence arrives: memory by step", caption, spec, legends, "y", "curves", store)
+    what = (
+        "The process's resident set: a CPU pages nothing"
+        if on_cpu
+        else ("The allocator's peak of each step, and the paged state that was on the card then")
+    )
+    store = {"metrics": {title: stored}, "metric": title, "smooth": None}
+    name = "A long sentence arrives: memory by step"
+    yield Figure("memory", name, f"{what}; cross: not completed.", spec, legends, "y", "curves", store)
