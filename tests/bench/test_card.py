@@ -23,6 +23,7 @@ from loralab.bench.processes import Late, ProcessError
 from loralab.config import compose
 from loralab.config.build import trial_spec
 from loralab.planning import plan
+from loralab.reporting import card_figures
 from loralab.training.cursor import DataCursor
 
 NAMES = ["machine", "tests", "speed", "plan", "paged", "resume", "halving", "workers"]
@@ -196,6 +197,38 @@ def test_a_session_of_stubs_writes_what_readers_rely_on(monkeypatch, tmp_path, r
     monkeypatch.setattr(command, "stages", lambda ballast: {"plan": short})
     assert command.measure(tmp_path / "out", False, False) == 0
     assert read()["rehearsal"] is False
+
+
+def test_the_page_has_the_charts_of_speed_and_memory_and_crosses_what_died():
+    side = {"step_s": 0.1, "tokens_per_s": 100.0, "over_peft": 2.0, "over_alone": 1.0}
+    base = {"model": "llama 1B", "quantization": "nf4_double", "length": 128, "rows": 1, "notes": []}
+    sides = [{**side, "name": "loralab", "trials": k, "over_peft": 2.0 * k} for k in (1, 4)]
+    sides += [{**side, "name": "PEFT + HF Trainer", "trials": 1, "over_peft": 1.0}]
+    sides += [{"name": "loralab", "trials": 64, "skipped": "too little"}]
+    (figure,) = card_figures.speed([{**base, "sides": sides}])
+    rows = figure.spec["datasets"]["rows"]
+    assert [(row["group"], row["trials"], row["value"]) for row in rows] == [
+        ("loralab, nf4_double", 1, 2.0),
+        ("loralab, nf4_double", 4, 8.0),
+        ("PEFT + HF Trainer, nf4_double", 1, 1.0),
+    ]
+    assert list(card_figures.speed([{**base, "sides": sides[3:]}])) == []
+    (alone,) = card_figures.speed([{**base, "sides": [{**sides[0], "over_peft": None}]}])
+    assert "times those of one trial a pass" in json.dumps(alone.spec)
+    resident = [None, 0.5, 0.25]
+    series = {"step": [1, 2, 3], "peak_gib": [1.0, 2.0, 3.0], "managed_resident_gib": resident}
+    arms = [
+        {"room": "cap", "optimizer": "paged_adamw", "status": "completed", "device": "cuda", "series": series},
+        {"room": "cap", "optimizer": "adamw_32bit", "status": "out_of_memory", "device": "cuda", "series": series},
+        {"room": "cap", "optimizer": "adamw_8bit", "status": "failed", "error": "it left no record"},
+    ]
+    (figure,) = card_figures.memory(arms)
+    made = figure.spec["datasets"]
+    assert [row["value"] for row in made["lines"]][:3] == [1.0, 2.5, 3.25]
+    assert [(end["group"], end["step"]) for end in made["ends"]] == [("adamw_32bit", 3)]
+    assert "allocator's peak" in figure.caption
+    (figure,) = card_figures.memory([{**arm, "device": "cpu"} for arm in arms])
+    assert "resident set" in figure.caption
 
 
 def test_without_what_draws_the_page_the_measurements_are_kept(monkeypatch, tmp_path, read):

@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 
+from loralab.bench.measurements import Clock
 from loralab.cli import main
+from loralab.forward.stacked import Forward
 from loralab.models import loading, pretrained
 from loralab.numerics import blockwise, codebooks
-from loralab.optim import optimizers
+from loralab.optim import managed, optimizers
 from loralab.optim.optimizers import AdamW
+from loralab.planning import foresee
+from loralab.planning.plan import CONTEXT
 from loralab.planning.workspace import cublas_workspace, held_workspaces
 from loralab.quantization.four_bit import FourBit
 from loralab.quantization.none import NoQuantization
@@ -158,3 +162,79 @@ def test_packed_rows_have_the_losses_on_the_card_that_they_have_on_a_cpu(trained
     assert stored["memory"]["predicted_peak_bytes"] == pytest.approx(stored["memory"]["measured_peak_bytes"], rel=0.05)
     trained(*words, "trainer=cpu", "--fresh")
     assert on_card == pytest.approx(curve(tmp_path / "run"), rel=1e-3)
+
+
+def test_ragged_rows_and_shared_keys_are_planned_within_five_percent(trained, tmp_path):
+    lines = (json.dumps({"text": f"row {i} holds word {i} " * (4 + 6 * i)}) + "\n" for i in range(8))
+    (tmp_path / "ragged.jsonl").write_text("".join(lines))
+    words = ["data.train=ragged.jsonl", "data.validation=ragged.jsonl", "trainer.precision=bf16-mixed"]
+    words += ["+model.config.num_attention_heads=8", "+model.config.num_key_value_heads=2"]
+    memory = trained(*words)["memory"]
+    assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
+
+
+def test_an_overflow_under_16_mixed_skips_its_update_and_ends_no_run(trained, tmp_path):
+    stored = trained("trainer.precision=16-mixed", "trainer.max_steps=12")
+    assert (stored["status"], stored["time"]["steps"]) == ("completed", 12)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained_rows = [row for row in rows if "train/loss" in row]
+    assert all(("train/grad_norm" in row) != ("train/skipped_update" in row) for row in trained_rows)
+    assert any("train/grad_norm" in row for row in trained_rows)
+
+
+def test_managed_memory_is_given_back():
+    if reason := optimizers.cannot_page():
+        pytest.skip(reason)
+    spec = AdamW(name="paged_adamw")
+    parameter = torch.nn.Parameter(torch.zeros(2**26, device="cuda"))  # 512 MiB of state
+    optimizer = spec.build([spec.group([parameter])])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.mem_get_info()[0]
+    assert managed.release(optimizer) == 2**29
+    torch.cuda.synchronize()
+    assert torch.cuda.mem_get_info()[0] - before >= 2**28  # the update had them on the card
+    optimizer.step()  # and a new state is made where it is asked for again
+    assert optimizers.describe(optimizer, spec.name)["paged_bytes"] == 2**29
+
+
+def test_managed_memory_that_the_host_lacks_is_out_of_memory_and_no_end_of_the_process(trained, monkeypatch):
+    if reason := optimizers.cannot_page():
+        pytest.skip(reason)
+    monkeypatch.setattr(managed, "SPARE", 2**50)
+    with pytest.raises(AssertionError, match="6 == 0"):  # the exit code of out of memory
+        trained("optimizer=paged_adamw", "optimizer.flat=true", "adapter.r=64")
+
+
+def test_a_check_that_runs_out_of_memory_is_no_disagreement(trained, monkeypatch):
+    """The plain way of the first batch asks for more than the card has."""
+    real = Forward._plain
+
+    def plain(self, logits, labels):
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        return real(self, logits, labels)
+
+    monkeypatch.setattr(Forward, "_plain", plain)
+    with pytest.raises(AssertionError, match="6 == 0"):
+        trained()
+
+
+def test_what_is_free_counts_no_context_twice():
+    free = torch.cuda.mem_get_info()[0]
+    if torch.cuda.device_count() == 1:
+        assert foresee.free_bytes("cuda") == pytest.approx(free + CONTEXT, abs=2**26)
+
+
+def test_launches_waits_and_the_busy_share_are_counted():
+    x = torch.ones(2048, 2048, device="cuda")
+    torch.mm(x, x)
+    clock = Clock("cuda", steps=4, profiled=2)
+    for _ in range(4):
+        for _ in range(10):
+            torch.mm(x, x)
+        float(x[0, 0])
+        clock()
+    assert clock.launches["launches"] >= 10
+    assert clock.launches["waits"] >= 1
+    assert 0 < clock.launches["busy_share"] <= 1

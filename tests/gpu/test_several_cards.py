@@ -1,9 +1,13 @@
 """What only two CUDA cards can show: one trial over both of them gives what it gives on one."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from loralab.cli import main
+from loralab.planning.plan import CONTEXT
 from loralab.records import record
 
 pytestmark = [
@@ -25,3 +29,12 @@ def test_qlora_over_two_cards_gives_the_losses_and_the_adapter_of_one(tiny_words
     before, now = weights(one), weights(two)
     for name, tensor in before.items():
         assert (now[name] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), name
+
+
+def test_packs_are_sized_by_the_fullest_card_and_this_process_makes_no_context_for_it():
+    script = "import torch; from loralab.planning.foresee import free_bytes; print(free_bytes('cuda')); "
+    script += "print(torch.cuda.is_initialized())"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert said[1] == "False"
+    least = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    assert float(said[0]) == pytest.approx(least + CONTEXT, rel=0.1)
