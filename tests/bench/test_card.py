@@ -294,6 +294,21 @@ def test_a_process_that_would_have_too_little_time_is_not_started(open_session):
         made.worker("engines.Dies")
 
 
+def test_tests_that_the_time_does_not_suffice_for_are_kept_as_far_as_they_came(open_session, monkeypatch, read):
+    class Slow(Answering):
+        def tail(self, characters):
+            return "....s\n17 passed so far"
+
+    def late(request):
+        raise Late("stopped")
+
+    made = open_session()
+    monkeypatch.setattr(made, "worker", Slow(late))
+    made.stage("tests", stages.tests)
+    told = read()["stages"]["tests"]
+    assert (told["status"], told["summary"]) == ("timeout", "17 passed so far")
+
+
 def test_a_late_stage_keeps_its_figures_and_the_next_one_starts(open_short, read):
     def plan(made, told):
         told["runs"] = []

@@ -9,9 +9,9 @@ from loralab.quantization import gemm
 
 @pytest.fixture(autouse=True)
 def probed_anew():
-    gemm.product_library.cache_clear()
+    gemm.chosen.cache_clear()
     yield
-    gemm.product_library.cache_clear()
+    gemm.chosen.cache_clear()
 
 
 @pytest.fixture

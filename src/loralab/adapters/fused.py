@@ -31,7 +31,7 @@ class Part:
 def lora_update(x: Tensor, y: Tensor, parts: Sequence[Part], factors: Sequence[Tensor]) -> Tensor:
     """y (..., out) with each part's update added; x (..., in), ``factors``: A (r, in) and B (out, r) of
     each part in turn. y is written to, unless it is a view of something else."""
-    if y._is_view() or not y.is_contiguous() or (y.is_leaf and y.requires_grad):
+    if (not torch.compiler.is_compiling() and y._is_view()) or not y.is_contiguous() or (y.is_leaf and y.requires_grad):
         y = y.clone(memory_format=torch.contiguous_format)
     updated: Tensor = _Update.apply(x, y, tuple(parts), *factors)  # type: ignore[no-untyped-call]
     return updated

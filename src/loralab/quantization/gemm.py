@@ -41,8 +41,14 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def product_library() -> str:
+    """``chosen``, of which a compiled graph takes the answer: torch.compile traces through a cache."""
+    return chosen()
+
+
+@cache
+def chosen() -> str:
     """ "torch" or "onednn", the library for float32 products on this CPU; the first call runs the probe."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):  # type: ignore[no-untyped-call]
         return "torch"

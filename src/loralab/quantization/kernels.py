@@ -123,7 +123,8 @@ def dequantize_4bit(
 def _kernel(
     packed: Tensor, absmax: Tensor, quant_type: str, block_size: int, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    dense: Tensor = bitsandbytes_ops().dequantize_4bit(packed, absmax, block_size, quant_type, shape, dtype)
+    # imported by who made the layer: the import is nothing that torch.compile could trace
+    dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block_size, quant_type, shape, dtype)
     return dense
 
 
@@ -133,8 +134,14 @@ def _reference(packed: Tensor, absmax: Tensor, quant_type: str, block_size: int,
     return blockwise.dequantize_blockwise(codes, absmax, code, block_size).view(shape)
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def kernel_is_correct(quant_type: str, block_size: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """``tried``, of which a compiled graph takes the answer: torch.compile traces through a cache."""
+    return tried(quant_type, block_size, width, dtype, device)
+
+
+@cache
+def tried(quant_type: str, block_size: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the 4-bit kernel dequantizes rows of ``width`` to the bits of the reference; tried once per width.
 
     Blocks run on across rows. bitsandbytes 0.50.2 on CPUs with AVX-512 silently gives each row ``width //

@@ -34,7 +34,9 @@ class _Product(torch.autograd.Function):
         with without_autocast(x.device.type):
             y = layer.product(x.to(ctx.dtype), bias).to(x.dtype)
         # autograd forbids in-place writes to a view from a custom function, and some models do that (RoCBert)
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling() or not y._is_view():  # a compiled graph has no views of that kind
+            return y
+        return torch.ops.aten._unsafe_view(y, y.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -52,8 +52,12 @@ def tests(session: CardSession, stage: Row) -> None:
         stage["stood_in"] = "without a card each of these tests skips itself: what is shown is that they are found"
     words = ["-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider"]
     with session.worker("loralab.bench.worker.Python") as worker:
-        answer, output = worker.ask({"words": words, "folder": str(root)}), worker.tail(6000)
-    stage.update(exit_code=answer["exit_code"], summary=output.splitlines()[-1] if output else "", output=output)
+        try:
+            answer = worker.ask({"words": words, "folder": str(root)})
+        finally:  # also of tests that the time did not suffice for
+            output = worker.tail(6000)
+            stage.update(summary=output.splitlines()[-1] if output else "", output=output)
+    stage["exit_code"] = answer["exit_code"]
     if answer["exit_code"]:
         raise RuntimeError(stage["summary"])
 
