@@ -1,5 +1,7 @@
 """Ballast, cap and snapshots through stand-ins of torch.cuda; lengthened batches for real."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from loralab.memory.ledgers import GIB
 from loralab.memory.limits import Ballast, MemorySpec, Snapshots, auto_ballast
 from loralab.memory.phases import PhaseMemory
 from loralab.memory.spikes import Spike
+from loralab.running.fit import Fit
 from loralab.running.runner import Runner
 
 SPIKE = Spike(8, "backward", 2, 1, 1, 1, 1.0, "other", 0)
@@ -167,6 +170,22 @@ def test_a_cap_holds_within_the_fit_and_is_called_simulated(monkeypatch, caplog)
     with MemorySpec(cap=200.0).capped():
         assert card.fractions[-1] == 1.0
     assert "no less than the card's 80.0 GiB" in caplog.text
+
+
+def test_a_cap_holds_in_the_final_validation_too(make_spec, monkeypatch):
+    capped, within = [], []
+
+    @contextmanager
+    def cap(self):
+        capped.append(True)
+        yield
+        capped.clear()
+
+    real = Fit._score
+    monkeypatch.setattr(MemorySpec, "capped", cap)
+    monkeypatch.setattr(Fit, "_score", lambda self, *given: [within.append(bool(capped)), real(self, *given)][1])
+    (stored,) = Runner().run([make_spec(max_steps=1)])
+    assert (stored["status"], within, capped) == ("completed", [True], [])
 
 
 @pytest.fixture

@@ -136,6 +136,21 @@ def test_padded_rows_cost_masks(make, allocated, family):
     assert predict(spec, "cpu", ragged=True).predicted_peak_bytes > predict(spec, "cpu", ragged=False).by_phase["load"]
 
 
+def test_a_card_is_planned_on_the_padded_path_that_it_takes_where_keys_and_values_are_repeated(make):
+    """A mask keeps CUDA's kernels from sharing keys and values among heads: transformers repeats them then."""
+    grouped = make(ragged=True, layers=1, precision="bf16-mixed")
+    config = {**grouped.model.config, "num_attention_heads": 4, "num_key_value_heads": 2}  # of one head it is a view
+    grouped = replace(grouped, model=replace(grouped.model, config=config, dtype="bfloat16"))
+    assert predict(grouped, "cpu", ragged=True).mode.unpadded
+    ragged, alike = (predict(grouped, "cuda", ragged=ragged) for ragged in (True, False))
+    assert not ragged.mode.unpadded
+    rows, length = grouped.data.batch_size, grouped.model.length
+    wide = 2 * rows * length * config["hidden_size"]  # bytes of the keys, or values, of all heads, in bfloat16
+    mask = 2 * rows * length**2
+    # two of each are kept for the backward pass in place of two of half the size
+    assert ragged.by_phase["forward"] - alike.by_phase["forward"] == pytest.approx(mask + 2 * wide / 2, rel=0.05)
+
+
 @pytest.mark.slow
 def test_a_pack_is_predicted_as_one(make, allocated, tmp_path):
     one = make()

@@ -13,7 +13,7 @@ from pathlib import Path
 NEEDED = ("torch", "lightning", "transformers", "safetensors", "torchmetrics", "hydra", "omegaconf", "bitsandbytes")
 # seconds; what a stage leaves is passed on to the next. The ballast is last, and its arms ask for 20 s each
 BUDGETS = {
-    **{"machine": 30, "tests": 60, "speed": 200, "plan": 75, "paged": 80, "resume": 35, "halving": 25, "workers": 25},
+    **{"machine": 45, "tests": 60, "speed": 200, "plan": 75, "paged": 80, "resume": 35, "halving": 25, "workers": 25},
     "ballast": 20,
 }
 MOST_S = {False: 530.0, True: 580.0}  # of all stages; the rest is this program's own start
