@@ -448,7 +448,7 @@ def test_every_run_that_a_card_would_make_is_a_valid_configuration(open_session,
     for name in ("plan", "paged", "resume", "halving", "ballast"):
         made.stage(name, command.stages(ballast=True)[name])
         assert made.result["stages"][name]["status"] == "ok", made.result["stages"][name]["error"]
-    assert len(words) == 9 + 6 + 3 + 1 + 2
+    assert len(words) == 10 + 6 + 3 + 1 + 2
     for one in words:
         spec = trial_spec(compose.compose(one), Path("nowhere"))
         assert (spec.trainer.accelerator, spec.trainer.precision) == ("gpu", "bf16-mixed")

@@ -49,7 +49,8 @@ class Sizes:
     """What a session measures."""
 
     plan: tuple[Shape, ...]
-    large: Shape  # the plan's longer cases, paging, resuming, halving
+    largest: Shape  # planned with checkpointing
+    large: Shape  # paging, resuming, halving
     speed: tuple[Speed, ...]
     steps: int  # timed, of each speed
     spiky_length: int  # tokens
@@ -57,7 +58,7 @@ class Sizes:
     @property
     def most_tokens(self) -> int:
         """Of a row of any run."""
-        shapes = (*self.plan, *(shape for speed in self.speed for shape in speed.shapes))
+        shapes = (*self.plan, self.largest, *(shape for speed in self.speed for shape in speed.shapes))
         return max(self.spiky_length, *(shape.length for shape in shapes))
 
 
@@ -70,6 +71,7 @@ CARD = Sizes(
         Shape("gpt2", {"model_type": "gpt2"}, 512, 8),
         Shape("llama 1B", LLAMA_1B, 512, 4),
     ),
+    largest=Shape("llama 7B", LLAMA_7B, 512, 1),
     large=Shape("llama 1B", LLAMA_1B, 192, 2),
     speed=(
         Speed(PACKED, ONE_B, (1, 4, 16, 64)),
@@ -81,6 +83,7 @@ CARD = Sizes(
 )
 CPU = Sizes(
     plan=(Shape("tiny llama", SMALL, 64, 2), Shape("gpt2", SMALL_GPT2, 64, 2)),
+    largest=Shape("tiny llama", SMALL, 64, 2),
     large=Shape("tiny llama", SMALL, 64, 2),
     speed=(Speed(PACKED, TINY, (1, 4, 16, 64)), Speed(DENSE, TINY[:1], (1, 4))),
     steps=3,

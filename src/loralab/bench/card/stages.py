@@ -75,6 +75,7 @@ def plan(session: CardSession, stage: Row) -> None:
     cases.append(case(last, "nf4_double", "ragged", rows="ragged"))
     cases.append(case(last, "nf4_double", "checkpointed", "model.gradient_checkpointing=true"))
     cases.append(case(last, "nf4_double", "4 trials in a pass", trials=4))
+    cases.append(case(session.sizes.largest, "nf4_double", "checkpointed", "model.gradient_checkpointing=true"))
     stage["runs"] = []
     run_all(session, "plan", stage["runs"], cases)
     ratios = [run["predicted_over_measured"] for run in stage["runs"] if run.get("predicted_over_measured")]
