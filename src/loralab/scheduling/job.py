@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from loralab.config import staleness
 from loralab.config.build import trial_id, trial_spec
-from loralab.config.compose import check_one_each, plain, settled_words
+from loralab.config.compose import as_yaml, check_one_each, plain, settled_words
 from loralab.config.sweep_files import named_classes, own_files
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
@@ -156,7 +156,7 @@ class Job:
         ``patience``: seconds for which a process that has the folder is waited for."""
         stack.enter_context(hold(self.folder, patience))
         self.__dict__.pop("_earlier_run", None)
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(redact(self.content))))
+        (self.folder / "config.yaml").write_text(as_yaml(redact(self.content)), "utf-8")
         return self.described()
 
     def described(self) -> "TrialSpec":
