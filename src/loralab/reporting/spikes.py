@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from loralab.analysis.arms import Comparison
 from loralab.analysis.trials import TrialResult
 from loralab.analysis.values import Json
-from loralab.memory.ledgers import GIB
 from loralab.reporting import charts, curves
 from loralab.reporting.charts import Figure, Legend
+from loralab.reporting.table import MIB
 
+GIB = 1024 * MIB
 NAME = "memory in use on the device, predicted (GiB)"
 CARD, PAGED, UNPAGED = "all that the card has", "paged", "not paged"
 SHORT_OF = 0.5  # share of the largest paged state that the card has no room for when the longest batch arrives
