@@ -94,6 +94,13 @@ class Job:
         stored, why_stale = self._earlier_run
         return None if why_stale else stored
 
+    def tidy(self) -> None:
+        """Removes the checkpoints of a completed trial whose process was killed before it could."""
+        if (self.folder / "checkpoints").is_dir():
+            from loralab.training.checkpoint import forget
+
+            forget(self.folder)
+
     def why_stale(self) -> str:
         """Why the completed record in the folder is no longer valid for this trial; empty if it is or there is none."""
         return self._earlier_run[1]

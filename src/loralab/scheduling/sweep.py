@@ -284,6 +284,8 @@ def finished(job: Job, make_runner: Callable[[], "Runner"]) -> Record | None:
     data.forgetting that ``job`` asks for; None where it must run. Raises ArtifactError where this run would overwrite
     another trial's result, DataError or ConfigError where data.forgetting cannot be scored."""
     stored = job.finished()
+    if stored is not None and stored["status"] == "completed":
+        job.tidy()
     if stored is None or not (lacking := staleness.unscored(stored, job.content)):
         return stored
     from loralab.scheduling.tested import add_scores
