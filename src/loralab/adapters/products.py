@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from loralab.numerics.stacks import stacked
+
 Matrices = Sequence[Tensor] | Tensor  # one for each part, (rows, columns); or a stack of them
 OF_A, OF_B = 0, 1  # the dimension of A (r, in), of B (out, r) that is the rank
 # what grouped_mm multiplies without the host (on CUDA others go through a loop that reads the offsets back)
@@ -147,28 +149,6 @@ def form_for(sizes: tuple[int, ...], a: Tensor, b: Tensor, dtype: torch.dtype) -
     unit = ALIGNED // dtype.itemsize
     aligned = a.shape[1] % unit == 0 and b.shape[0] % unit == 0
     return (Ragged if aligned and dtype in GROUPED.get(a.device.type, ()) else OneByOne)(sizes)
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors, of one shape, along a new first dimension: a view where they lie side by side."""
-    there = side_by_side(tensors)
-    return torch.stack(list(tensors)) if there is None else there
-
-
-def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
-    """A view of all, (number, ...), where they are contiguous and lie at equal distances in one memory, as the
-    parameters of a pack do; else None."""
-    first, count = tensors[0], len(tensors)
-    if count < 2 or isinstance(first, FakeTensor):
-        return None
-    begin, step = first.data_ptr(), tensors[1].data_ptr() - first.data_ptr()
-    storage, unit = first.untyped_storage(), first.element_size()
-    inside = begin + (count - 1) * step + first.nbytes <= storage.data_ptr() + storage.nbytes()
-    if not inside or step < first.nbytes or step % unit:
-        return None
-    if any(one.data_ptr() != begin + i * step or not one.is_contiguous() for i, one in enumerate(tensors)):
-        return None
-    return first.detach().as_strided((count, *first.shape), (step // unit, *first.stride()))
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loralab.adapters.dropout import dropped, keyed_dropout
-from loralab.adapters.products import OF_A, OF_B, Matrices, OneByOne, as_dtype, form_for, side_by_side
+from loralab.adapters.products import OF_A, OF_B, Matrices, OneByOne, as_dtype, form_for
+from loralab.numerics.stacks import side_by_side
 from loralab.quantization.linear import without_autocast
 
 

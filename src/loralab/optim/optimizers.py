@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from loralab.errors import ConfigError
+from loralab.optim import packed
 from loralab.optim.groups import split_groups, trial_of, trial_parameters
 from loralab.quantization.kernels import import_bitsandbytes
 from loralab.spec import Natural, NotNegative, Positive, Share, spec
@@ -93,6 +94,8 @@ class AdamW:
         """One optimizer over the groups of all trials of a pack; warns where a paged one can page none of its state.
 
         Raises ConfigError where ``name`` is one of bitsandbytes' and bitsandbytes cannot be imported."""
+        if self.name == TORCH and not self.flat and packed.suits(groups):
+            return packed.PackedAdamW(groups)
         kind: Any = torch.optim.AdamW
         if self.name != TORCH:
             kind = getattr(_bitsandbytes().optim, BITSANDBYTES[self.effective_name])

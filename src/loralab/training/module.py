@@ -17,6 +17,7 @@ from loralab.errors import ConfigError
 from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
+from loralab.optim import packed
 from loralab.optim.groups import rate, trial_of
 from loralab.optim.optimizers import restore
 from loralab.quantization.sequences import decoder_input_ids
@@ -125,9 +126,8 @@ class FineTuner(LightningModule):
 
         What the host must know of the step, losses and norms, it waits for here, once, and not for each trial."""
         graded = [[p for p in trial.adapter.parameters() if p.grad is not None] for trial in self.trials]
-        clipped = [index for index, trial in enumerate(self.trials) if trial.failure is None and graded[index]]
-        norms = [_clip(graded[index], self.trials[index].spec.trainer) for index in clipped]
-        read = _read([*(loss for _, loss in self._unread), *norms])
+        clipped, norms = self._clipped(optimizer, graded)
+        read = _read([*(loss for _, loss in self._unread), norms])
         for (index, _), loss in zip(self._unread, read, strict=False):
             self._running[index] = self._running.get(index, 0.0) + loss
         for index in [index for index, loss in self._running.items() if not math.isfinite(loss)]:
@@ -145,6 +145,17 @@ class FineTuner(LightningModule):
                 for parameter in parameters:
                     parameter.grad = None
             trial.updating = True  # Lightning clips last of all before the update
+
+    def _clipped(self, optimizer: Optimizer, graded: list[list[nn.Parameter]]) -> tuple[list[int], Tensor]:
+        """(trials with a gradient, the norm of each before it was clipped)."""
+        settings = [trial.spec.trainer for trial in self.trials]
+        if all(one.decisive.get("gradient_clip_algorithm", "norm") == "norm" for one in settings):
+            bounds = {index: one.gradient_clip_val or float("inf") for index, one in enumerate(settings)}
+            if (found := packed.clip(optimizer, bounds)) is not None:
+                return found
+        clipped = [index for index, trial in enumerate(self.trials) if trial.failure is None and graded[index]]
+        norms = [_clip(graded[index], settings[index]) for index in clipped]
+        return clipped, torch.stack(norms) if norms else torch.empty(0, device=self.device)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -300,9 +311,9 @@ def _clip(parameters: list[nn.Parameter], settings: TrainerSpec) -> Tensor:
     return norm
 
 
-def _read(scalars: Sequence[Tensor]) -> list[float]:
-    """The values of tensors without a dimension; the host waits for the device once."""
-    values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist() if scalars else []
+def _read(tensors: Sequence[Tensor]) -> list[float]:
+    """All values of the tensors; the host waits for the device once."""
+    values: list[float] = torch.cat([tensor.reshape(-1).double() for tensor in tensors]).tolist()
     return values
 
 
