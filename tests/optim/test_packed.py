@@ -1,11 +1,13 @@
 """AdamW over the rows of a pack is AdamW trial by trial, in operations whose number does not grow with the trials."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loralab.adapters import fused
+from loralab.adapters import fused, runs
 from loralab.adapters.lora import LoRA
 from loralab.adapters.low_rank import LoRADelta
 from loralab.optim import packed
@@ -171,6 +173,20 @@ def test_the_operations_of_a_block_and_its_step_do_not_grow_with_the_trials(on_c
 
 
 @pytest.fixture
+def used(monkeypatch):
+    """Counts how often each form of a card is used."""
+    seen = Counter()
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (seen.update([name]), real(*args))[1])
+
+    watch(packed.Bucket, "update")
+    watch(runs, "runs_of")
+    return seen
+
+
+@pytest.fixture
 def pack(make_spec, make_data, on_cpu):
     def specs(on, prefix, lr=1e-2, **changes):
         on_cpu(on)
@@ -189,7 +205,7 @@ def pack(make_spec, make_data, on_cpu):
     return specs
 
 
-def test_a_pack_trains_as_one_trial_after_the_other_would(pack, curve, weights):
+def test_a_pack_trains_as_one_trial_after_the_other_would(pack, curve, weights, used):
     found = {}
     for on in (False, True):
         specs = pack(on, f"{on}")
@@ -198,6 +214,7 @@ def test_a_pack_trains_as_one_trial_after_the_other_would(pack, curve, weights):
         found[on] = [(curve(s.folder), curve(s.folder, "train/grad_norm"), weights(s.folder)) for s in specs]
         bytes_kept = [record["optimizer"]["state_bytes"] for record in records]
         assert bytes_kept == [8 * record["adapter"]["trainable_parameters"] for record in records]
+        assert bool(used["update"]) == bool(used["runs_of"]) == on
     for (losses, norms, state), (wanted, wanted_norms, wanted_state) in zip(found[True], found[False], strict=True):
         assert losses == pytest.approx(wanted, abs=1e-5)
         assert norms == pytest.approx(wanted_norms, rel=1e-4)

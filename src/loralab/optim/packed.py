@@ -90,10 +90,10 @@ class Bucket:
     def __init__(self, numbers: list[int], trials: list[int], rows: list[list[nn.Parameter]]) -> None:
         self.numbers, self.trials, self.rows = numbers, trials, rows
         self.sizes = [parameter.numel() for parameter in rows[0]]
-        self.values = torch.stack([torch.cat([p.detach().reshape(-1) for p in row]) for row in rows])
+        self.values = rows[0][0].new_empty(len(rows), sum(self.sizes), requires_grad=False)
         for row, own in zip(rows, self.values, strict=True):
             for parameter, part in zip(row, own.split_with_sizes(self.sizes), strict=True):
-                parameter.data = part.view(parameter.shape)
+                parameter.data = part.view(parameter.shape).copy_(parameter.detach())
         self.gradients: Tensor | None = None  # between clipping and the update
         self._moments: tuple[Tensor, Tensor, Tensor] | None = None  # means, mean squares, steps (on the host)
         self._first: list[Tensor] = []  # a moment of each trial, as the optimizer's state has it
