@@ -1,5 +1,6 @@
 """AdamW over the rows of a pack is AdamW trial by trial, in operations whose number does not grow with the trials."""
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -124,6 +125,18 @@ def test_it_goes_on_from_its_states_with_the_same_bits(on_cpu):
         for p, q in zip(own, theirs, strict=True):
             assert torch.equal(p, q)
             assert all(torch.equal(value, again.state[q][key]) for key, value in optimizer.state[p].items())
+
+
+def test_moments_that_are_moved_elsewhere_are_kept_nowhere_else(on_cpu):
+    optimizer, trials = built(on_cpu, True)
+    step(optimizer, trials, 0)
+    held = weakref.ref(optimizer.state[trials[0][0]]["exp_avg"].untyped_storage())
+    moments = [weakref.ref(optimizer.state[own[0]]["exp_avg"]._base) for own in trials]
+    for parameter, state in optimizer.state.items():  # as Lightning does after a fit
+        optimizer.state[parameter] = {key: value.clone() for key, value in state.items()}
+    state = None
+    assert held() is None
+    assert [one() for one in moments] == [None] * 4
 
 
 class Operations(TorchDispatchMode):

@@ -17,6 +17,7 @@ from loralab.numerics.stacks import stacked
 from loralab.optim.groups import trial_of
 
 DEVICES = {"cuda"}
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
 
 def suits(groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -95,8 +96,6 @@ class Bucket:
             for parameter, part in zip(row, own.split_with_sizes(self.sizes), strict=True):
                 parameter.data = part.view(parameter.shape).copy_(parameter.detach())
         self.gradients: Tensor | None = None  # between clipping and the update
-        self._moments: tuple[Tensor, Tensor, Tensor] | None = None  # means, mean squares, steps (on the host)
-        self._first: list[Tensor] = []  # a moment of each trial, as the optimizer's state has it
 
     def incomplete(self) -> bool:
         """Whether some parameters of a trial have a gradient and some have none."""
@@ -104,7 +103,7 @@ class Bucket:
 
     def uneven(self, state: Mapping[Any, Any]) -> bool:
         """Whether parameters of a trial have made different numbers of steps, as a state may say that was read."""
-        if self._is_ours(state):
+        if self._kept(state) is not None:
             return False
         return any(len({float(state[p]["step"]) if p in state else 0.0 for p in row}) > 1 for row in self.rows)
 
@@ -158,16 +157,23 @@ class Bucket:
     def _active(self) -> list[bool]:
         return [row[0].grad is not None for row in self.rows]
 
-    def _is_ours(self, state: Mapping[Any, Any]) -> bool:
-        """Whether ``state`` holds views of the moments, and not what a checkpoint or a move put in their place."""
-        firsts = [state[row[0]]["exp_avg"] if row[0] in state else None for row in self.rows]
-        ours: Sequence[Tensor | None] = self._first or [None] * len(firsts)
-        return all(one is other for one, other in zip(firsts, ours, strict=True))
+    def _kept(self, state: Mapping[Any, Any]) -> tuple[Tensor, ...] | None:
+        """The moments of all rows, of which ``state`` holds views; None where it holds none, or what a checkpoint or a
+        move to the host put in their place. Nothing else holds them, so that such a move frees them."""
+        own = [state[row[0]] for row in self.rows if row[0] in state]
+        if len(own) < len(self.rows):
+            return None
+        bases = tuple(own[0][key]._base for key in MOMENTS)
+        if any(base is None or len(base) != len(own) for base in bases) or bases[0].device != self.values.device:
+            return None
+        same = all(one[key]._base is base for one in own for key, base in zip(MOMENTS, bases, strict=True))
+        return bases if same else None
 
-    def _moments_of(self, state: dict[Any, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """The moments of all rows, which take up what ``state`` holds and become what it holds."""
-        if self._moments is not None and self._is_ours(state):
-            return self._moments
+    def _moments_of(self, state: dict[Any, Any]) -> tuple[Tensor, ...]:
+        """(means, mean squares, steps on the host) of all rows, which take up what ``state`` holds and become what it
+        holds."""
+        if (kept := self._kept(state)) is not None:
+            return kept
         means, squares = torch.zeros_like(self.values), torch.zeros_like(self.values)
         steps = torch.zeros(len(self.rows))
         for number, row in enumerate(self.rows):
@@ -178,9 +184,7 @@ class Bucket:
                 for key, value in state.get(parameter, {}).items():
                     own[key].copy_(value)
                 state[parameter] = own
-        self._first = [state[row[0]]["exp_avg"] for row in self.rows]
-        self._moments = means, squares, steps
-        return self._moments
+        return means, squares, steps
 
 
 def _columns(group: Mapping[str, Any], step: float, active: bool) -> tuple[float, ...]:
