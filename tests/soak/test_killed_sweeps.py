@@ -68,15 +68,11 @@ def check_listing(root, folder, count):
     return entry
 
 
-def begun_in(folder):
-    return len(list(folder.glob("*/steps.log")))
-
-
 def steps_in(folder):
     return sum(path.read_text().count("\n") for path in folder.glob("*/steps.log"))
 
 
-def more_than(folder, before, running, count=begun_in):
+def more_than(folder, before, running, count):
     """Waits until there is more of what ``count`` counts, or the process has ended."""
     until(lambda: running.poll() is not None or count(folder) > before)
 
@@ -89,12 +85,13 @@ def check_same(ours, theirs):
 
 
 def test_killed_at_random_times_until_it_is_done(sweep, whole, tmp_path):
-    """The kill comes between two finished trials, by a clock of its own; ls is asked before and after each."""
+    """The kill comes by a clock of its own, after some steps or while it starts; ls is asked before and after each."""
     draw, command, kills, kept = random.Random(1), sweep("runs/killed"), 0, {}
     folder, resume = tmp_path / "runs" / "killed", ["sweep", "--resume", "runs/killed"]
-    for _ in range(40):
+    for attempt in range(40):
         running = start(command, tmp_path, output=tmp_path / "output")
-        more_than(folder, len(kept), running)
+        if attempt % 3:  # else while it starts: before a pack, or a checkpoint, is written
+            more_than(folder, steps_in(folder) + 2 * EVERY, running, steps_in)
         time.sleep(draw.uniform(0, 0.5))
         if running.poll() is None:
             check_listing(tmp_path / "runs", folder, 6)
