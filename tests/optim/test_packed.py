@@ -187,12 +187,19 @@ def test_the_operations_of_a_block_and_its_step_do_not_grow_with_the_trials(on_c
 
 @pytest.fixture
 def used(monkeypatch):
-    """Counts how often each form of a card is used."""
+    """Counts how often each form of a card is used; "runs": the most products that a layer was computed by."""
     seen = Counter()
 
     def watch(owner, name):
         real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args: (seen.update([name]), real(*args))[1])
+
+        def watched(*args):
+            made = real(*args)
+            seen.update([name])
+            seen["runs"] = max(seen["runs"], len(made or ()))
+            return made
+
+        monkeypatch.setattr(owner, name, watched)
 
     watch(packed.Bucket, "update")
     watch(runs, "runs_of")
@@ -228,6 +235,7 @@ def test_a_pack_trains_as_one_trial_after_the_other_would(pack, curve, weights, 
         bytes_kept = [record["optimizer"]["state_bytes"] for record in records]
         assert bytes_kept == [8 * record["adapter"]["trainable_parameters"] for record in records]
         assert bool(used["update"]) == bool(used["runs_of"]) == on
+        assert used["runs"] == 2 * on  # one for each rank, whatever the trials' order
     for (losses, norms, state), (wanted, wanted_norms, wanted_state) in zip(found[True], found[False], strict=True):
         assert losses == pytest.approx(wanted, abs=1e-5)
         assert norms == pytest.approx(wanted_norms, rel=1e-4)
