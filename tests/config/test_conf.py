@@ -1,14 +1,16 @@
 """Every option and every trial of every sweep composes, builds, and lists all its keys."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from loralab.cli.sweep import sweep_arguments
 from loralab.config import sweep_files
 from loralab.config.build import SPECS, build, trial_id, trial_spec
-from loralab.config.compose import compose, plain, sweep_axes
+from loralab.config.compose import as_yaml, compose, plain, sweep_axes
 from loralab.config.places import data_root
 from loralab.config.words import quoted
 from loralab.scheduling.axes import at_ends
@@ -135,3 +137,27 @@ def test_the_axes_of_a_sweep_are_named_as_records_name_them():
     assert sweep_axes("cost") == ["method", "seed"]
     assert sweep_axes("rank") == ["adapter.r", "seed"]
     assert sweep_axes("nowhere") == []
+
+
+ODD = {  # texts and values that YAML may read otherwise
+    **{
+        f"number {text}": text
+        for text in ("1e3", "1_000", "0x1F", "+1.", ".5", "nan", "-.inf", "12", "1:30", "2020-01-01")
+    },
+    **{
+        f"word {text}": text
+        for text in ("yes", "null", "true", "~", "", " x", "a: b", "é✓", "line\nbreak", "{q}\n", "- x")
+    },
+    "values": [1e-5, float("inf"), None, True, [], {}, ["a", {"b": 1}]],
+    "twice": [["a"], ["a"]],
+}
+
+
+def test_a_configuration_is_written_as_omegaconf_reads_it():
+    shared = ["q_proj"]
+    content = {**ODD, "shared": {"first": shared, "second": shared}}
+    text = as_yaml(content)
+    assert OmegaConf.to_container(OmegaConf.create(text)) == content
+    assert "&" not in text
+    spec = json.loads((Path(__file__).parent / "spec_defaults.json").read_text())
+    assert as_yaml(spec) == OmegaConf.to_yaml(OmegaConf.create(spec))

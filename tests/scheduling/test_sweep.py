@@ -61,7 +61,12 @@ def _no_output(capsys):
 def test_a_second_call_skips_what_is_finished_and_reruns_what_failed(sweep, folder):
     sweep("adapter.r=0,2,4")
     before = times(folder)
+    left = folder / next(name for name in before if record.read(folder / name)["status"] == "completed") / "checkpoints"
+    left.mkdir()  # by a process that was killed once it had written the record
+    for name in ("last.pt", "previous.pt", ".last.pt.7"):
+        (left / name).touch()
     assert sweep("adapter.r=0,2,4") == 2
+    assert not left.exists()
     after = times(folder)
     kept = {name for name in before if before[name] == after[name]}
     assert len(kept) == 2

@@ -35,14 +35,16 @@ def reach(place):
 
 class Killer(Callback):
     pack_aware = True
-    seen = {}  # noqa: RUF012 - set anew by each fit
+    seen = {}  # noqa: RUF012 - set anew by each fit: the steps that are in the log
+    ended = {}  # noqa: RUF012 - those whose end was seen
 
     def summary(self):
         """Makes it an observer of the final validation too."""
         return {}
 
     def on_train_start(self, trainer, module):
-        self.seen = {trial.spec.id: trial.step for trial in module.trials}
+        Killer.seen = {trial.spec.id: trial.step for trial in module.trials}
+        self.ended = dict(Killer.seen)
 
     def on_train_batch_start(self, trainer, module, batch, index):
         micro = next(iter(batch.values()))["micro"]
@@ -52,11 +54,10 @@ class Killer(Callback):
         reach(f"update:{max(trial.step for trial in module.trials) + 1}")
 
     def on_train_batch_end(self, trainer, module, *_):
-        moved = [pair for pair in enumerate(module.trials) if pair[1].step > self.seen[pair[1].spec.id]]
+        note(module.trials)
+        moved = [pair for pair in enumerate(module.trials) if pair[1].step > self.ended.get(pair[1].spec.id, 0)]
         for index, trial in moved:
-            self.seen[trial.spec.id] = trial.step
-            with (trial.spec.folder / STEPS).open("a") as file:
-                file.write(f"{os.getpid()} {trial.step}\n")
+            self.ended[trial.spec.id] = trial.step
             if trial.step == trial.max_steps:
                 torch.save(state_of(trainer.optimizers[0], index), trial.spec.folder / STATE)
         if moved:
@@ -65,6 +66,15 @@ class Killer(Callback):
     def on_validation_batch_start(self, trainer, module, *_):
         training = bool(trainer.optimizers)
         reach(f"validation:{max(trial.step for trial in module.trials)}" if training else "final")
+
+
+def note(trials):
+    """Logs the steps that are over, each once; also before a checkpoint holds them."""
+    for trial in trials:
+        if trial.step > Killer.seen.get(trial.spec.id, 0):
+            Killer.seen[trial.spec.id] = trial.step
+            with (trial.spec.folder / STEPS).open("a") as file:
+                file.write(f"{os.getpid()} {trial.step}\n")
 
 
 class Torn:
@@ -96,6 +106,7 @@ def finished(folder, record, real=finish.records.write):
 
 
 def before_writing(self, trainer, trials, real=checkpoint.Checkpoint._write):
+    note(trials)
     reach(f"after:{max(trial.step for trial in trials)}")
     real(self, trainer, trials)
 

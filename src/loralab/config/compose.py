@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from loralab.config import sweep_files
 from loralab.config.classes import foreign_keys
 from loralab.config.places import data_root, searched
-from loralab.config.words import forced, in_quotes, quoted
+from loralab.config.words import LITERAL, forced, in_quotes, quoted
 from loralab.errors import ConfigError
 
 ONE_CLASS = (  # groups of which a trial has one option
@@ -66,18 +67,23 @@ def plain(config: DictConfig, words: Iterable[str] | None = None) -> dict[str, A
     """
     if words is None:
         words = OmegaConf.select(config, "hydra.overrides.task") or []
-    copied = OmegaConf.create({str(key): config._get_node(key) for key in config if key != "hydra"})
     try:
-        resolved = OmegaConf.to_container(copied, resolve=True, throw_on_missing=True)
+        resolved = {str(key): _resolved(config, str(key)) for key in config if key != "hydra"}
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         if (cause := _refusal(error)) is not None:
             raise ConfigError(f"{key}: {cause}") from error
         raise ConfigError(f"{key} cannot be resolved: {str(error).strip().splitlines()[0]}") from error
-    assert isinstance(resolved, dict)
     for group, key in foreign_keys(resolved, words):
         del resolved[group][key]
-    return {str(key): value for key, value in resolved.items()}
+    return resolved
+
+
+def _resolved(config: DictConfig, key: str) -> Any:
+    value = config[key]
+    if not OmegaConf.is_config(value):
+        return value
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
 
 
 def as_called(hydra: Any) -> list[str]:
@@ -102,6 +108,26 @@ def _settled(word: str, hydra: Any, at: int, content: Mapping[str, Any]) -> str:
     if isinstance(found, str) and "${" in found:  # a text that means itself
         return f"{setting}='{in_quotes(found).replace('${', chr(92) + '${')}'"
     return f"{setting}={sweep_files.grammar(found)}"
+
+
+def as_yaml(content: Mapping[str, Any]) -> str:
+    """A resolved configuration as OmegaConf writes it, in a tenth of its time: a launcher does it for every trial."""
+    text: str = yaml.dump(content, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return text
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Repeats what occurs twice; texts that OmegaConf would read as numbers are quoted."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: Any, text: str) -> Any:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if LITERAL.fullmatch(text) else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def plain_sweep(config: DictConfig) -> dict[str, Any]:

@@ -145,9 +145,13 @@ def rerun_anywhere(record: Mapping[str, Any]) -> str:
     return f"cd {shlex.quote(record['cwd'])} && {rerun(record)}" if needed and record.get("cwd") else rerun(record)
 
 
-def write_sweep(folder: Path, sweep: Mapping[str, Any]) -> None:
-    """Replace ``folder/sweep.json``: ``{name, question, axes, trials: [{trial, folder, status}]}``."""
-    replace(folder / SWEEP, {"schema": SCHEMA, **redact(sweep)})
+def write_sweep(folder: Path, sweep: Mapping[str, Any], redacted: bool = False) -> None:
+    """Replace ``folder/sweep.json``: ``{name, question, axes, trials: [{trial, folder, status}]}``, a line a trial.
+    ``redacted``: it comes from ``redact``, which takes most of the time for very many trials."""
+    content = _plain({"schema": SCHEMA, **(sweep if redacted else redact(sweep))})
+    trials = [f"\n  {json.dumps(entry, allow_nan=False)}" for entry in content.pop("trials", [])]
+    head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
+    replace_text(folder / SWEEP, f'{head},\n "trials": [{",".join(trials)}\n ]\n}}\n')
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MASK = "***"
@@ -12,6 +12,7 @@ SHORTEST = 8  # characters of a value of these that is looked for in other text
 
 _WORDS = r"(?:api_?key|token|secret|passw(?:or)?d|credentials?|authorization)"
 _SECRET_KEY = re.compile(rf"(?i)(^|[_.\-]){_WORDS}$")
+_SETTING = re.compile(r"[+~]*[\w.\-/@]+")
 _SPECIAL_TOKEN = re.compile(r"(?i)(^|[_.\-])(pad|eos|bos|unk|sep|cls|mask|prompt|stop|start|end)_token$")
 _PUBLIC_KEY = re.compile(r"(?i)(revision|commit|sha\d*|fingerprint|git|trial)$")
 _SECRET_VALUE = re.compile(
@@ -32,24 +33,28 @@ def redact(value: Any, key: str = "") -> Any:
     ``k=v`` strings are read as a key and a value. 40 hexadecimal digits look like a W&B key, but are kept
     under names such as ``revision``, where they are a commit.
     """
+    return _redacted(value, key, _environments())
+
+
+def _redacted(value: Any, key: str, known: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
-        return {str(name): redact(item, str(name)) for name, item in value.items()}
+        return {str(name): _redacted(item, str(name), known) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redact(item, key) for item in value]
+        return [_redacted(item, key, known) for item in value]
     if not isinstance(value, str):
         return value
     name, equals, rest = value.partition("=")
-    if equals and re.fullmatch(r"[+~]*[\w.\-/@]+", name):
-        return f"{name}={redact(rest, name)}"
+    if equals and _SETTING.fullmatch(name):
+        return f"{name}={_redacted(rest, name, known)}"
     if _is_secret(key) and value not in ("", "null"):
         return MASK
-    text = _SECRET_VALUE.sub(MASK, _without_the_environments(value))
+    text = _SECRET_VALUE.sub(MASK, _without(known, value))
     return text if _PUBLIC_KEY.search(key) else _HEX40.sub(MASK, text)
 
 
 def masked(text: str) -> str:
     """A line of a log or an error without secrets: of what stands behind ``api_key=`` and the like too."""
-    shown = _IN_TEXT.sub(_masked_value, _without_the_environments(text))
+    shown = _IN_TEXT.sub(_masked_value, _without(_environments(), text))
     return _HEX40.sub(MASK, _SECRET_VALUE.sub(MASK, shown))
 
 
@@ -64,12 +69,14 @@ def _is_secret(key: str) -> bool:
     return bool(_SECRET_KEY.search(key)) and not _SPECIAL_TOKEN.search(key)
 
 
-def _without_the_environments(text: str) -> str:
-    """``text`` without the values of VARIABLES."""
-    values = (os.environ.get(name, "") for name in VARIABLES)
-    for value in values:
-        if len(value) >= SHORTEST:
-            text = text.replace(value, MASK)
+def _environments() -> list[str]:
+    """The values of VARIABLES that are looked for."""
+    return [value for name in VARIABLES if len(value := os.environ.get(name, "")) >= SHORTEST]
+
+
+def _without(known: Sequence[str], text: str) -> str:
+    for value in known:
+        text = text.replace(value, MASK)
     return text
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from loralab.config import staleness
 from loralab.config.build import trial_id, trial_spec
-from loralab.config.compose import check_one_each, plain, settled_words
+from loralab.config.compose import as_yaml, check_one_each, plain, settled_words
 from loralab.config.sweep_files import named_classes, own_files
 from loralab.errors import ArtifactError, ConfigError, LoralabError
 from loralab.records import record
@@ -94,6 +94,13 @@ class Job:
         stored, why_stale = self._earlier_run
         return None if why_stale else stored
 
+    def tidy(self) -> None:
+        """Removes the checkpoints of a completed trial whose process was killed before it could."""
+        if (self.folder / "checkpoints").is_dir():
+            from loralab.training.checkpoint import forget
+
+            forget(self.folder)
+
     def why_stale(self) -> str:
         """Why the completed record in the folder is no longer valid for this trial; empty if it is or there is none."""
         return self._earlier_run[1]
@@ -156,7 +163,7 @@ class Job:
         ``patience``: seconds for which a process that has the folder is waited for."""
         stack.enter_context(hold(self.folder, patience))
         self.__dict__.pop("_earlier_run", None)
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(redact(self.content))))
+        (self.folder / "config.yaml").write_text(as_yaml(redact(self.content)), "utf-8")
         return self.described()
 
     def described(self) -> "TrialSpec":

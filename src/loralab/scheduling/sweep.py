@@ -198,9 +198,7 @@ class Sweep:
             except ArtifactError as error:  # another process runs one of them
                 return [job.refusal(error) for job in jobs]
             if self.sweep_file is not None:
-                for job in jobs:
-                    self.sweep_file.set(job.trial, "running")
-                self.sweep_file.flush()  # nothing may be set for as long as the pack runs
+                self.sweep_file.begin(job.trial for job in jobs)
             if specs[0].trainer.processes > 1:
                 return [ranks.run(jobs[0], specs[0])]
             return self.make_runner().run(specs)
@@ -286,6 +284,8 @@ def finished(job: Job, make_runner: Callable[[], "Runner"]) -> Record | None:
     data.forgetting that ``job`` asks for; None where it must run. Raises ArtifactError where this run would overwrite
     another trial's result, DataError or ConfigError where data.forgetting cannot be scored."""
     stored = job.finished()
+    if stored is not None and stored["status"] == "completed":
+        job.tidy()
     if stored is None or not (lacking := staleness.unscored(stored, job.content)):
         return stored
     from loralab.scheduling.tested import add_scores

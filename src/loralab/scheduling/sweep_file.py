@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from loralab.config.sweep_files import own_files
 from loralab.errors import ArtifactError, ConfigError
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.records.secrets import redact
 from loralab.scheduling.job import Job
 
 CALL = ("overrides", "hydra_overrides", "flags", "cwd")  # of sweep.json: how the sweep was called
@@ -22,8 +23,8 @@ class SweepFile:
     """Trials of earlier calls stay listed: a call with fewer seeds or other settings hides nothing. Of an earlier form
     of the same call only those that have a record do.
 
-    A status is set entry by entry and written at most once a second, of very many trials less often; ``flush`` writes
-    at once.
+    A status is set entry by entry and written at most once a second, of very many trials less often; ``begin`` writes
+    without that second, ``flush`` at once.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class SweepFile:
         earlier = [entries.pop(entry["trial"], {**entry, "earlier": True}) for entry in listed]
         trials = [*earlier, *entries.values()]
         axes = swept_axes([list(entry.get("overrides") or []) for entry in trials])
-        self.content: dict[str, Any] = {**header, "axes": axes, "trials": trials, **_decided(folder), **calls}
-        self._entries = {entry["trial"]: entry for entry in trials}
+        content = {**header, "axes": axes, "trials": trials, **_decided(folder), **calls}
+        self.content: dict[str, Any] = redact(content)  # once: statuses hold no secrets
+        self._entries = {entry["trial"]: entry for entry in self.content["trials"]}
         present = [entry["trial"] for entry in trials if not entry.get("earlier")]
         self.places = {trial: place for place, trial in enumerate(present, 1)}
         self._stale = False  # whether the file lacks a status
@@ -49,12 +51,21 @@ class SweepFile:
         entry = self._entries[trial]
         self._stale = self._stale or entry["status"] != status
         entry["status"] = status
-        if self._stale and time.monotonic() - self._written >= max(WRITTEN_EVERY, self._took / SHARE):
+        self._flush_after(WRITTEN_EVERY)
+
+    def begin(self, trials: Iterable[str]) -> None:
+        """The trials are running, and for as long as they do nothing more may be set."""
+        for trial in trials:
+            self.set(trial, "running")
+        self._flush_after(0.0)
+
+    def _flush_after(self, seconds: float) -> None:
+        if self._stale and time.monotonic() - self._written >= max(seconds, self._took / SHARE):
             self.flush()
 
     def flush(self) -> None:
         begun = time.monotonic()
-        record.write_sweep(self.folder, self.content)
+        record.write_sweep(self.folder, self.content, redacted=True)
         self._written, self._stale = time.monotonic(), False
         self._took = self._written - begun
 
