@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from loralab.adapters.dropout import keyed_dropout
-from loralab.adapters.fused import Part, lora_update
+from loralab.adapters.fused import lora_update
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRADelta
+from loralab.adapters.runs import Part
 
 PARTS = [Part(0, 6, 2.0, 0.0, None), Part(6, 15, 0.5, 0.3, 7)]
 

@@ -5,7 +5,6 @@ one keeps x and h = drop(x) A^T, draws dropout again from its key, and adds into
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loralab.adapters.dropout import keyed_dropout
+from loralab.adapters.runs import Part, Together
 from loralab.quantization.linear import without_autocast
 
-
-@dataclass(frozen=True)
-class Part:
-    """One trial's positions (``start`` to ``stop`` of the leading dimensions flattened) and what its update needs."""
-
-    start: int
-    stop: int
-    scaling: float
-    dropout: float
-    key: int | None
-    length: int = 1  # positions of a row, padding counted
+# where the products of all parts are made together; on a CPU this takes as long or longer than one after the other
+TOGETHER = {"cuda"}
 
 
 def lora_update(x: Tensor, y: Tensor, parts: Sequence[Part], factors: Sequence[Tensor]) -> Tensor:
@@ -33,7 +24,8 @@ def lora_update(x: Tensor, y: Tensor, parts: Sequence[Part], factors: Sequence[T
     each part in turn. y is written to, unless it is a view of something else."""
     if (not torch.compiler.is_compiling() and y._is_view()) or not y.is_contiguous() or (y.is_leaf and y.requires_grad):
         y = y.clone(memory_format=torch.contiguous_format)
-    updated: Tensor = _Update.apply(x, y, tuple(parts), *factors)  # type: ignore[no-untyped-call]
+    function = Together if len(parts) > 1 and x.device.type in TOGETHER else _Update
+    updated: Tensor = function.apply(x, y, tuple(parts), *factors)  # type: ignore[no-untyped-call]
     return updated
 
 

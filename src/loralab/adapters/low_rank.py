@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from loralab.adapters import dora
 from loralab.adapters.dropout import length_of
-from loralab.adapters.fused import Part, lora_update
+from loralab.adapters.fused import lora_update
 from loralab.adapters.grouped import Given
+from loralab.adapters.runs import Part
 from loralab.quantization.base import dense_weight
 
 

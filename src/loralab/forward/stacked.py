@@ -109,7 +109,8 @@ class Forward:
             return [total]
         if isinstance(kept, FakeTensor):
             return [total // len(parts)] * (len(parts) - 1) + [total - total // len(parts) * (len(parts) - 1)]
-        return [int(own.sum()) for own in parts]
+        counts: list[int] = torch.stack([own.sum() for own in parts]).tolist()  # one wait for the device, not one each
+        return counts
 
     def _plain(self, logits: Tensor, labels: Tensor) -> list[Scores]:
         task = "seq2seq_lm" if self.task == "causal_lm" else self.task  # the labels are shifted already

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from loralab.errors import ConfigError
-from loralab.optim import managed
+from loralab.optim import managed, packed
 from loralab.optim.groups import split_groups, trial_of, trial_parameters
 from loralab.optim.managed import PAGED_FROM
 from loralab.quantization.kernels import import_bitsandbytes
@@ -94,6 +94,8 @@ class AdamW:
         """One optimizer over the groups of all trials of a pack; warns where a paged one can page none of its state.
 
         Raises ConfigError where ``name`` is one of bitsandbytes' and bitsandbytes cannot be imported."""
+        if self.name == TORCH and not self.flat and packed.suits(groups):
+            return packed.PackedAdamW(groups)
         kind: Any = torch.optim.AdamW
         if self.name != TORCH:
             kind = getattr(_bitsandbytes().optim, BITSANDBYTES[self.effective_name])

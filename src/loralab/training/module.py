@@ -1,7 +1,7 @@
 """The LightningModule: loss, metrics and the optimizer of a list of trials on one frozen base."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from loralab.errors import ConfigError
 from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
+from loralab.optim import packed
 from loralab.optim.groups import rate, trial_of
 from loralab.optim.optimizers import restore
 from loralab.quantization.sequences import decoder_input_ids
@@ -53,6 +54,7 @@ class FineTuner(LightningModule):
         self.others: dict[str, Any] = {}  # callbacks that are no Observer, by name
         self.split = "val"
         self._scores: list[SplitMetrics] = []
+        self._unread: list[tuple[int, Tensor]] = []  # (trial, loss) of each pass of the step, still on the device
         self._running: dict[int, float] = {}  # {trial: loss} of the optimizer step under way
         self._norms: dict[int, float] = {}
         self._micro = 0  # number of the pass within the step under way
@@ -77,6 +79,7 @@ class FineTuner(LightningModule):
 
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
+        batches = dict(sorted(batches.items(), key=lambda pair: self._size(pair[0])))
         inputs, labels = stack_batches(batches, self.trials[0].pad_token_id, self.device)
         slices = [_slice(self.trials[index], batch, training) for index, batch in batches.items()]
         if training:
@@ -87,6 +90,12 @@ class FineTuner(LightningModule):
         scores = self.forward_pass(inputs, labels, slices, lambda part: self.prefix.shared(part, batches))
         return dict(zip(batches, scores, strict=True))
 
+    def _size(self, index: int) -> int:
+        """What the parameters of a trial grow with, such as r. Trials alike in it follow each other in a pass, so that
+        their products are made together."""
+        spec = self.trials[index].adapter.spec
+        return int(getattr(spec, spec.size_field, 0)) if spec.size_field else 0
+
     def training_step(self, batches: dict[int, Batch], batch_idx: int) -> Tensor | None:
         """Sum over trials of nll / target tokens of the whole optimizer step."""
         if not batches:
@@ -94,18 +103,10 @@ class FineTuner(LightningModule):
         total: list[Tensor] = []
         for index, (loss_sum, _, _) in self.losses(batches, training=True).items():
             trial, batch = self.trials[index], batches[index]
-            loss = loss_sum / max(1, batch["step_targets"])
-            value = float(together.total(loss.detach()))  # one device-to-host synchronization a trial and pass
+            total.append(loss_sum / max(1, batch["step_targets"]))
+            self._unread.append((index, together.total(total[-1].detach())))
             self._micro = batch["micro"]
-            if not math.isfinite(value):
-                trial.fail_on_infinite("the training loss")
-                continue
             trial.tokens += batch["tokens"]
-            self._running[index] = self._running.get(index, 0.0) + value
-            total.append(loss)
-        if not total:
-            self.trainer.should_stop = not any(trial.alive for trial in self.trials)
-            return None
         # undoes Lightning's division by the number of accumulated passes: the loss is normalised already
         return torch.stack(total).sum() * self.trainer.accumulate_grad_batches
 
@@ -121,17 +122,27 @@ class FineTuner(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips each trial by its own norm. A trial whose gradient is not finite fails and drops its gradient; under a
-        loss scaler, which skips that update and goes on with half its scale, only once there is no scale to halve."""
-        for index, trial in enumerate(self.trials):
-            parameters = [p for p in trial.adapter.parameters() if p.grad is not None]
-            if trial.failure is None and parameters:
-                norm = _clip(parameters, trial.spec.trainer)
-                if not norm < float("inf") and not self._skips_update:
-                    trial.fail_on_infinite("the gradient")
-                elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
-                    trial.fail_on_zero_gradient()
-                self._norms[index] = norm
+        """Clips each trial by its own norm. A trial whose loss or gradient is not finite fails and drops its gradient;
+        under a loss scaler, which skips that update and goes on with half its scale, only once there is no scale to
+        halve.
+
+        What the host must know of the step, losses and norms, it waits for here, once, and not for each trial."""
+        graded = [[p for p in trial.adapter.parameters() if p.grad is not None] for trial in self.trials]
+        clipped, norms = self._clipped(optimizer, graded)
+        read = _read([*(loss for _, loss in self._unread), norms])
+        for (index, _), loss in zip(self._unread, read, strict=False):
+            self._running[index] = self._running.get(index, 0.0) + loss
+        for index in [index for index, loss in self._running.items() if not math.isfinite(loss)]:
+            self.trials[index].fail_on_infinite("the training loss")
+            del self._running[index]
+        for index, norm in zip(clipped, read[len(self._unread) :], strict=True):
+            if not norm < float("inf") and not self._skips_update:
+                self.trials[index].fail_on_infinite("the gradient")
+            elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
+                self.trials[index].fail_on_zero_gradient()
+            self._norms[index] = norm
+        self._unread = []
+        for trial, parameters in zip(self.trials, graded, strict=True):
             if trial.failure is not None:
                 for parameter in parameters:
                     parameter.grad = None
@@ -142,6 +153,17 @@ class FineTuner(LightningModule):
         """Whether a gradient that is not finite may be the doing of a loss scaler (16-mixed)."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return scaler is not None and float(scaler.get_scale()) > 1.0
+
+    def _clipped(self, optimizer: Optimizer, graded: list[list[nn.Parameter]]) -> tuple[list[int], Tensor]:
+        """(trials with a gradient, the norm of each before it was clipped)."""
+        settings = [trial.spec.trainer for trial in self.trials]
+        if all(one.decisive.get("gradient_clip_algorithm", "norm") == "norm" for one in settings):
+            bounds = {index: one.gradient_clip_val or float("inf") for index, one in enumerate(settings)}
+            if (found := packed.clip(optimizer, bounds)) is not None:
+                return found
+        clipped = [index for index, trial in enumerate(self.trials) if trial.failure is None and graded[index]]
+        norms = [_clip(graded[index], settings[index]) for index in clipped]
+        return clipped, torch.stack(norms) if norms else torch.empty(0, device=self.device)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -242,7 +264,7 @@ class FineTuner(LightningModule):
     def _under_way(self) -> bool:
         """True if a step has begun that is not finished."""
         begun: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return bool(self._running) or (self.trainer.training and begun.ready > begun.processed)
+        return bool(self._running or self._unread) or (self.trainer.training and begun.ready > begun.processed)
 
     def heaviest(self) -> int | None:
         """The step with the heaviest pass, of those that early stopping cannot prevent; None where no step is left."""
@@ -288,14 +310,20 @@ class FineTuner(LightningModule):
         }
 
 
-def _clip(parameters: list[nn.Parameter], settings: TrainerSpec) -> float:
+def _clip(parameters: list[nn.Parameter], settings: TrainerSpec) -> Tensor:
     """The norm of all gradients before they are clipped, by it or (``gradient_clip_algorithm=value``) each value."""
     bound = settings.gradient_clip_val or float("inf")
     if settings.decisive.get("gradient_clip_algorithm", "norm") == "norm":
-        return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, float("inf")))
+        return torch.nn.utils.clip_grad_norm_(parameters, bound)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
     torch.nn.utils.clip_grad_value_(parameters, bound)
     return norm
+
+
+def _read(tensors: Sequence[Tensor]) -> list[float]:
+    """All values of the tensors; the host waits for the device once."""
+    values: list[float] = torch.cat([tensor.reshape(-1).double() for tensor in tensors]).tolist()
+    return values
 
 
 def _slice(trial: Trial, batch: Batch, training: bool) -> BatchSlice:

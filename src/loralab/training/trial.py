@@ -312,7 +312,7 @@ class Trial:
             "callbacks": self.callback_states,
             "scaler": self.scaler_state,
             "best": vars(self.best) if self.best is not None else None,
-            "adapter": self.adapter.state_dict(),
+            "adapter": {name: _own(tensor) for name, tensor in self.adapter.state_dict().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -329,3 +329,8 @@ class Trial:
         self.scaler_state = dict(state.get("scaler", {}))
         self.clock.load_state_dict(state.get("time", {}), tokens)
         self._reset_cursor()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """``tensor``; a copy where it is a view of more, as of the parameters of a pack: a file would hold them all."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

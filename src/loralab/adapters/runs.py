@@ -1,0 +1,183 @@
+"""LoRA's update of a pass whose trials are many, in a number of operations that does not grow with theirs.
+
+It is ``fused``'s, with the parts of one rank that follow each other in one product each (``products``), their A and
+their B stacked. The stack is a view where the parts' parameters lie side by side (``optim/packed.py``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loralab.adapters.dropout import dropped, keyed_dropout
+from loralab.adapters.products import OF_A, OF_B, Matrices, OneByOne, as_dtype, form_for
+from loralab.numerics.stacks import side_by_side
+from loralab.quantization.linear import without_autocast
+
+
+@dataclass(frozen=True)
+class Part:
+    """One trial's positions (``start`` to ``stop`` of the leading dimensions flattened) and what its update needs."""
+
+    start: int
+    stop: int
+    scaling: float
+    dropout: float
+    key: int | None
+    length: int = 1  # positions of a row, padding counted
+
+
+@dataclass(frozen=True)
+class Run:
+    """Parts of one rank that follow each other: those from number ``first`` on."""
+
+    first: int
+    parts: tuple[Part, ...]
+    rank: int
+    form: OneByOne
+
+    @property
+    def place(self) -> slice:
+        """Its positions."""
+        return slice(self.parts[0].start, self.parts[-1].stop)
+
+    @property
+    def scalings(self) -> tuple[float, ...]:
+        return tuple(part.scaling for part in self.parts)
+
+    @property
+    def drops(self) -> bool:
+        return any(part.key is not None and part.dropout for part in self.parts)
+
+    def of(self, factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The A and the B of its parts, of those of all parts in turn."""
+        own = factors[2 * self.first : 2 * (self.first + len(self.parts))]
+        return own[::2], own[1::2]
+
+    def joined(self, factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Matrices, Matrices]:
+        """The same in ``dtype``, as its form takes them."""
+        a, b = self.of(factors)
+        return self.form.joined(a, dtype, OF_A), self.form.joined(b, dtype, OF_B)
+
+    def dropped(self, own: Tensor) -> Tensor:
+        """``own`` (its positions, width) dropped out. The same values however often it is asked for."""
+        if not self.drops:
+            return own
+        keys, shares = [part.key for part in self.parts], {part.dropout for part in self.parts}
+        if len(shares) == 1 and None not in keys:
+            drawn = [(size * own.shape[1], key) for size, key in zip(self.form.sizes, keys, strict=True)]
+            return dropped(own, shares.pop(), drawn, self.parts[0].length)  # type: ignore[arg-type]
+        split = zip(self.form.split(own), self.parts, strict=True)
+        return torch.cat([keyed_dropout(rows, part.dropout, part.key, part.length) for rows, part in split])
+
+
+def runs_of(parts: Sequence[Part], factors: Sequence[Tensor], dtype: torch.dtype) -> list[Run]:
+    """The parts, those together whose products can be made together. Trials are in few runs where those of a pass are
+    in the order of their ranks."""
+    ranks = [len(a) for a in factors[::2]]
+    begins = [
+        number
+        for number, part in enumerate(parts)
+        if not number or ranks[number] != ranks[number - 1] or part.start != parts[number - 1].stop
+    ]
+    runs = []
+    for first, end in zip(begins, [*begins[1:], len(parts)], strict=True):
+        own = tuple(parts[first:end])
+        sizes = tuple(part.stop - part.start for part in own)
+        form = form_for(sizes, factors[2 * first], factors[2 * first + 1], dtype)
+        runs.append(Run(first, own, ranks[first], form))
+    return runs
+
+
+class Together(torch.autograd.Function):
+    """``fused``'s function by runs. Where the factors have gradients side by side, those of an earlier pass of the same
+    step, it adds to them itself, in one operation: autograd would add one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, parts: tuple[Part, ...], *factors: Tensor) -> Tensor:
+        ctx.dtype = factors[0].dtype
+        if torch.is_autocast_enabled(x.device.type) and ctx.dtype != torch.float64:
+            ctx.dtype = torch.get_autocast_dtype(x.device.type)
+        ctx.runs = runs_of(parts, factors, ctx.dtype)
+        rows, out = _flat(x), y.view(-1, y.shape[-1])
+        with without_autocast(x.device.type):
+            inner = [_forward(run, rows[run.place], out[run.place], factors, ctx.dtype) for run in ctx.runs]
+        ctx.save_for_backward(x, *factors, *inner)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        count = len(saved) - len(ctx.runs)
+        factors, inner = saved[:count], saved[count:]
+        rows, back = _flat(x), _flat(dy)
+        dx = _like(rows, ctx.runs) if ctx.needs_input_grad[0] else None
+        trained = any(ctx.needs_input_grad[3:])  # PiSSA's A0 and B0 are not
+        found: list[Tensor | None] = [] if trained else [None] * count
+        with without_autocast(x.device.type):
+            for run, h in zip(ctx.runs, inner, strict=True):
+                form, (a, b) = run.form, run.joined(factors, ctx.dtype)
+                own = as_dtype(back[run.place], ctx.dtype)
+                dh = form.times(own, b)
+                form.scale(dh, run.scalings)
+                if trained:
+                    given = as_dtype(run.dropped(rows[run.place]), ctx.dtype)
+                    made = (form.outer(dh, given), form.outer(own, h))
+                    found += _gradients(run, factors, made)
+                if dx is not None:
+                    _into(dx[run.place], run, dh, a)
+        return None if dx is None else dx.view(x.shape), dy, None, *found
+
+
+def _forward(run: Run, own: Tensor, out: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Adds the run's update to ``out``; scaling * drop(own) A^T, (positions, r)."""
+    form, (a, b) = run.form, run.joined(factors, dtype)
+    h = form.times(as_dtype(run.dropped(own), dtype), form.turned(a))
+    form.scale(h, run.scalings)
+    if out.dtype == h.dtype:
+        form.add(out, h, form.turned(b))
+    else:
+        out.add_(form.times(h, form.turned(b)).to(out.dtype))
+    return h
+
+
+def _into(dx: Tensor, run: Run, dh: Tensor, a: Matrices) -> None:
+    """The run's gradient of x, written where it belongs."""
+    if dx.dtype == dh.dtype and not run.drops:
+        run.form.times(dh, a, dx)
+    else:
+        dx.copy_(run.dropped(run.form.times(dh, a).to(dx.dtype)))
+
+
+def _gradients(run: Run, factors: Sequence[Tensor], made: tuple[Matrices, Matrices]) -> list[Tensor | None]:
+    """The gradients of A and B of each part in turn; None for those that have been added where they belong."""
+    kinds: list[Sequence[Tensor | None]] = []
+    for rank, own, matrices in zip((OF_A, OF_B), run.of(factors), made, strict=True):
+        new = run.form.cut(matrices, own[0].dtype, rank, run.rank)
+        before = [factor.grad for factor in own]
+        present = [gradient for gradient in before if gradient is not None]
+        if not isinstance(new, Tensor):
+            kinds.append(new)
+        elif len(present) < len(own) or (there := side_by_side(present)) is None:
+            kinds.append(new.unbind(0))
+        else:
+            there.add_(new)
+            kinds.append([None] * len(own))
+    return list(chain.from_iterable(zip(*kinds, strict=True)))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(positions, width), row after row, as grouped products need it."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _like(rows: Tensor, runs: Sequence[Run]) -> Tensor:
+    """For the gradient of x, (positions, in); zero where they belong to nobody."""
+    whole = sum(run.place.stop - run.place.start for run in runs) == len(rows)
+    return torch.empty_like(rows) if whole else torch.zeros_like(rows)

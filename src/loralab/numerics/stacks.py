@@ -1,0 +1,37 @@
+"""Tensors that lie side by side in one memory are a stack already."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors, of one shape, along a new first dimension: a view where they lie side by side."""
+    there = side_by_side(tensors)
+    return torch.stack(list(tensors)) if there is None else there
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A view of all, (number, ...), where they are contiguous and lie at equal distances in one memory, as the
+    parameters of a pack do; else None."""
+    first, count = tensors[0], len(tensors)
+    if count < 2:
+        return None
+    storage, unit = first.untyped_storage(), first.element_size()
+    if isinstance(first, FakeTensor):  # has no address
+        if any(one.untyped_storage()._cdata != storage._cdata for one in tensors):
+            return None
+        begin, places = 0, [one.storage_offset() * unit for one in tensors]
+    else:
+        begin, places = storage.data_ptr(), [one.data_ptr() for one in tensors]
+    step = places[1] - places[0]
+    inside = begin <= places[0] and places[0] + (count - 1) * step + first.nbytes <= begin + storage.nbytes()
+    if not inside or step < first.nbytes or step % unit:
+        return None
+    if any(place != places[0] + i * step for i, place in enumerate(places)):
+        return None
+    if not all(one.is_contiguous() for one in tensors):
+        return None
+    return first.detach().as_strided((count, *first.shape), (step // unit, *first.stride()))

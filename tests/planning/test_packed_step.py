@@ -1,0 +1,21 @@
+"""On a card a pack's update holds its gradients once more, side by side; the plan counts them."""
+
+import pytest
+
+from loralab.adapters.lora import LoRA
+from loralab.data.passes import BatchShape, Pass
+from loralab.planning.plan import predict_step
+from loralab.planning.trace import Geometry
+
+LENGTH = 8
+BATCH = BatchShape((LENGTH,), (LENGTH,), LENGTH - 1)
+
+
+def test_the_plan_of_a_pack_on_a_card_counts_the_rows_of_gradients(make_spec, load_base):
+    specs = [make_spec(f"{i}", adapter=LoRA(r=64)) for i in range(4)]
+    adapter = LoRA(r=64).attach(load_base("llama").model)
+    gradients = 4 * 4 * sum(parameter.numel() for parameter in adapter.parameters())
+    plan = predict_step(specs, Geometry((Pass(0, (BATCH,) * 4),), cuda=True))
+    assert plan.by_phase["optimizer"] == plan.predicted_peak_bytes  # so that ``by_kind`` is of this phase
+    found = [plan.by_kind[kind] / gradients for kind in ("adapter", "gradients", "optimizer", "transient")]
+    assert found == pytest.approx([1, 1, 2, 1], rel=0.01)
