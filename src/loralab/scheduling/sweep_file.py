@@ -16,6 +16,7 @@ from loralab.scheduling.job import Job
 
 CALL = ("overrides", "hydra_overrides", "flags", "cwd")  # of sweep.json: how the sweep was called
 WRITTEN_EVERY = 1.0  # seconds, and
+QUICK = 0.02  # seconds, that the file of a thousand trials takes
 SHARE = 0.05  # of the time, at most, goes into writing: the file of 10,000 trials takes 40 ms
 
 
@@ -57,10 +58,13 @@ class SweepFile:
         """The trials are running, and for as long as they do nothing more may be set."""
         for trial in trials:
             self.set(trial, "running")
-        self._flush_after(0.0)
+        self._flush_after(0.0, QUICK)
 
-    def _flush_after(self, seconds: float) -> None:
-        if self._stale and time.monotonic() - self._written >= max(seconds, self._took / SHARE):
+    def _flush_after(self, seconds: float, quick: float = 0.0) -> None:
+        """Writes what is new, unless the last time is not so long ago, or took so long that it would be too much of the
+        time; ``quick``: seconds that are never too much."""
+        share = self._took / SHARE if self._took > quick else 0.0
+        if self._stale and time.monotonic() - self._written >= max(seconds, share):
             self.flush()
 
     def flush(self) -> None:
