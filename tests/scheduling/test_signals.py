@@ -65,3 +65,18 @@ def test_a_signal_that_comes_before_a_process_listens_waits_until_it_does(number
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     process.send_signal(number)
     assert process.wait() == code
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no signals of this kind there")
+@pytest.mark.parametrize(("stopped", "code"), [(False, -signal.SIGINT), (True, 130)])
+def test_a_signal_while_the_process_exits_shows_no_traceback(stopped, code):
+    """After the first one the exit code is the promised one, whatever else comes."""
+
+    def exits():
+        signals.listen()
+        found = interrupted(lambda: os.kill(os.getpid(), signal.SIGINT)) if stopped else 0
+        signals.unlisten()
+        os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    assert Forked(exits).wait() == code

@@ -72,9 +72,9 @@ def note(trials):
     """Logs the steps that are over, each once; also before a checkpoint holds them."""
     for trial in trials:
         if trial.step > Killer.seen.get(trial.spec.id, 0):
-            Killer.seen[trial.spec.id] = trial.step
             with (trial.spec.folder / STEPS).open("a") as file:
                 file.write(f"{os.getpid()} {trial.step}\n")
+            Killer.seen[trial.spec.id] = trial.step  # last: an interruption may come in between
 
 
 class Torn:

@@ -57,7 +57,11 @@ OWN_FAULT = "this is a fault of loralab's own, unless a line of your code is nam
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Leaves with the contract's exit code."""
     own_process()
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    from loralab.scheduling.signals import unlisten
+
+    unlisten()
+    sys.exit(code)
 
 
 def run(words: list[str]) -> int:

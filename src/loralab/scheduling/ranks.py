@@ -27,7 +27,7 @@ from loralab.records import record
 from loralab.records.log_file import LogFile
 from loralab.records.secrets import MaskedFormatter
 from loralab.scheduling.job import Job, Record
-from loralab.scheduling.signals import listen
+from loralab.scheduling.signals import listen, unlisten
 from loralab.scheduling.train_log import FORMAT, NAME, TerminalFilter
 from loralab.scheduling.workers import devices
 
@@ -264,4 +264,6 @@ def _log_to(path: Path, terminal: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    code = main(Path(sys.argv[1]), int(sys.argv[2]))
+    unlisten()
+    sys.exit(code)

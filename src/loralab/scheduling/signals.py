@@ -29,6 +29,14 @@ def listen() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
+def unlisten() -> None:
+    """From here on they end the process at once: it is about to exit, and nothing is left to write. After a first one
+    they stay ignored, so that it exits with its code."""
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """A process that is started within gets no SIGINT and no SIGTERM before it listens: until then it could not answer

@@ -22,7 +22,7 @@ from loralab.scheduling import tasks
 from loralab.scheduling.executors import End, Pack, Task
 from loralab.scheduling.job import Job
 from loralab.scheduling.packs import spread
-from loralab.scheduling.signals import end_with, held_back, listen
+from loralab.scheduling.signals import end_with, held_back, listen, unlisten
 
 log = logging.getLogger(__name__)
 
@@ -169,4 +169,6 @@ def main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    code = main(Path(sys.argv[1]))
+    unlisten()
+    sys.exit(code)
