@@ -14,7 +14,7 @@ from loralab.analysis.pairs import together
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import Pack, TrialResult
 from loralab.analysis.tuning import Tuned, tuned
-from loralab.analysis.values import UNKNOWN, identity, is_number
+from loralab.analysis.values import UNKNOWN, is_number
 
 MOST_SEARCHED = 2000  # arms; of more, each is held against one that differs in one axis, or against the first
 
@@ -231,7 +231,7 @@ def _configurations(results: SweepResults) -> list[str]:
     configuration's."""
     axes = [axis for axis in results.axes if axis != environments.AXIS]  # where it would have run is not known
     known = [(place, trial) for place, trial in enumerate(results.trials) if trial.record["config"]]
-    own = {place: trial.values.get(environments.AXIS, "") + identity(trial.record) for place, trial in known}
+    own = {place: trial.values.get(environments.AXIS, "") + trial.configuration for place, trial in known}
     by_values = {tuple(trial.values[axis] for axis in axes): place for place, trial in reversed(known)}
     by_words = {words: place for place, trial in reversed(known) if (words := _words(trial))}
 

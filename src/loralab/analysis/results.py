@@ -16,7 +16,6 @@ from loralab.analysis.values import (
     axis_value,
     canonical,
     flatten,
-    identity,
     names,
     short_names,
     sort_key,
@@ -243,7 +242,7 @@ def _bare_key(trial: TrialResult) -> str | None:
     """A key of the configuration, seed and metric, whatever environment it ran in; None without a configuration."""
     if not trial.record["config"]:
         return None
-    return canonical([identity(trial.record), trial.record["seed"], trial.metric, trial.setting("metric_mode")])
+    return canonical([trial.configuration, trial.record["seed"], trial.metric, trial.setting("metric_mode")])
 
 
 def _ordered(declared: Sequence[Any], values: Sequence[Any], labels: Mapping[str, str]) -> list[str]:

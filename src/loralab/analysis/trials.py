@@ -4,10 +4,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loralab.analysis.values import UNKNOWN, Json, is_number, label, lookup
+from loralab.analysis.values import UNKNOWN, Json, identity, is_number, label, lookup
 from loralab.config import staleness
 from loralab.errors import ArtifactError
 from loralab.records import record as records
@@ -49,6 +50,11 @@ class TrialResult:
     @property
     def seed(self) -> str:
         return self.values.get("seed", UNKNOWN)
+
+    @cached_property
+    def configuration(self) -> str:
+        """Equal for trials that differ only by seed."""
+        return identity(self.record)
 
     @property
     def metric(self) -> str:

@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 from loralab.config import identity as settings
@@ -36,7 +37,17 @@ def canonical(value: Any) -> str:
 
     A text that spells a number is that number, since a setting's type decides which of the two it becomes.
     """
-    return UNKNOWN if value is UNSAID else json.dumps(_settled(value), sort_keys=True)
+    if value is UNSAID:
+        return UNKNOWN
+    if value is None or isinstance(value, str | int | float):
+        return _canonical_of(value)
+    return json.dumps(_settled(value), sort_keys=True)
+
+
+@lru_cache(maxsize=2**16, typed=True)  # True is not 1
+def _canonical_of(value: str | float | None) -> str:
+    """Of what every trial is asked for."""
+    return json.dumps(_settled(value))
 
 
 def spelled(text: str) -> Any:
