@@ -80,3 +80,20 @@ def test_a_signal_while_the_process_exits_shows_no_traceback(stopped, code):
         return found
 
     assert Forked(exits).wait() == code
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no signals of this kind there")
+def test_a_signal_that_an_import_made_something_else_of_is_not_lost():
+    """And one that comes when a library has set the handler again raises nothing."""
+
+    def swallows():
+        signals.listen()
+        own = signal.getsignal(signal.SIGINT)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Interrupted:
+            signal.signal(signal.SIGINT, own)
+        os.kill(os.getpid(), signal.SIGINT)
+        return interrupted(signals.check)
+
+    assert Forked(swallows).wait() == 130

@@ -14,27 +14,46 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 WATCHED = 0.5  # seconds between looks at the parent
 
 
-def listen() -> None:
-    """From here on SIGINT and SIGTERM raise Interrupted in the main thread, also one that was held back before; later
-    ones are ignored."""
+class _Stop:
+    """A handler that raises once, whoever sets it again: Lightning does at the end of a fit."""
 
-    def stop(number: int, frame: Any) -> None:
+    number = 0  # of the signal that came
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.number:
+            return
+        self.number = number
         for other in STOPPING:  # records are being written from now on
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(number)
 
+
+_stop = _Stop()  # of this process
+
+
+def listen() -> None:
+    """From here on SIGINT and SIGTERM raise Interrupted in the main thread, also one that was held back before; later
+    ones are ignored."""
+    global _stop
+    _stop = _Stop()
     for number in STOPPING:
-        signal.signal(number, stop)
+        signal.signal(number, _stop)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def check() -> None:
+    """Raises Interrupted again where one has come: an import that is interrupted may raise something else, which then
+    looks like a setting that is not valid."""
+    if _stop.number:
+        raise Interrupted(_stop.number)
 
 
 def unlisten() -> None:
     """From here on they end the process at once: it is about to exit, and nothing is left to write. After a first one
     they stay ignored, so that it exits with its code."""
     for number in STOPPING:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if _stop.number else signal.SIG_DFL)
 
 
 @contextmanager
