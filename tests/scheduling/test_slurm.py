@@ -130,6 +130,13 @@ def sweep(tiny_arguments, tmp_path, monkeypatch):
     return run
 
 
+def test_a_task_whose_records_come_before_slurm_says_that_it_ended_is_forgotten(cluster, sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(Cluster, "_squeue", lambda self, *_: "".join(f"{job}|RUNNING|None\n" for job in self.jobs))
+    assert sweep("s", "seed=0")[0] == 0
+    assert not (tmp_path / "s" / slurm.FILE).exists()
+    assert not list((tmp_path / "s" / slurm.FOLDER).glob("*.pkl"))
+
+
 def test_a_pack_is_an_array_task_and_gives_what_this_process_gives(cluster, sweep, weights, tmp_path, capsys):
     import torch
 

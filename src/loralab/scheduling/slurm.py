@@ -166,7 +166,7 @@ class SlurmExecutor:
         self._forget(list(tasks))
 
     def close(self) -> None:
-        self._forget([])
+        self._forget([task for task in self.live if not task.waiting])  # their records came before Slurm said so
 
     def _forget(self, ended: Sequence[Task]) -> None:
         """Jobs that nobody waits for any more: what holds their trials' settings is removed."""
