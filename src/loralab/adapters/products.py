@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from loralab.numerics.stacks import stacked
+from loralab.numerics.stacks import sent, stacked
 
 Matrices = Sequence[Tensor] | Tensor  # one for each part, (rows, columns); or a stack of them
 OF_A, OF_B = 0, 1  # the dimension of A (r, in), of B (out, r) that is the rank
@@ -156,18 +156,20 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def products_dtype(x: Tensor, factors: Sequence[Tensor]) -> torch.dtype:
+    """In which the factors meet x: autocast's, where it is on, else their own."""
+    own = factors[0].dtype
+    cast = torch.is_autocast_enabled(x.device.type) and own != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if cast else own
+
+
 @lru_cache(maxsize=64)  # all layers of a pass ask for the same ones
 def _ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each part ends."""
-    return _moved(torch.tensor(sizes).cumsum(0).to(torch.int32), device)
+    return sent(torch.tensor(sizes).cumsum(0).to(torch.int32), device)
 
 
 @lru_cache(maxsize=64)
 def _repeated(values: tuple[float, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, 1): the value of the part that a row belongs to."""
-    return _moved(torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes))[:, None], device)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, for which the host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return sent(torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes))[:, None], device)

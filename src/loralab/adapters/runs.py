@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loralab.adapters.dropout import dropped, keyed_dropout
-from loralab.adapters.products import OF_A, OF_B, Matrices, OneByOne, as_dtype, form_for
+from loralab.adapters.products import OF_A, OF_B, Matrices, OneByOne, as_dtype, form_for, products_dtype
 from loralab.numerics.stacks import side_by_side
 from loralab.quantization.linear import without_autocast
 
@@ -99,9 +99,7 @@ class Together(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, parts: tuple[Part, ...], *factors: Tensor) -> Tensor:
-        ctx.dtype = factors[0].dtype
-        if torch.is_autocast_enabled(x.device.type) and ctx.dtype != torch.float64:
-            ctx.dtype = torch.get_autocast_dtype(x.device.type)
+        ctx.dtype = products_dtype(x, factors)
         ctx.runs = runs_of(parts, factors, ctx.dtype)
         rows, out = _flat(x), y.view(-1, y.shape[-1])
         with without_autocast(x.device.type):

@@ -1,4 +1,4 @@
-"""Tensors that lie side by side in one memory are a stack already."""
+"""Tensors that lie side by side in one memory are a stack already; and how one goes to a device without a wait."""
 
 from collections.abc import Sequence
 
@@ -35,3 +35,8 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
     if not all(one.is_contiguous() for one in tensors):
         return None
     return first.detach().as_strided((count, *first.shape), (step // unit, *first.stride()))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor``, of the host, on ``device``, for which the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.numerics.stacks import stacked
+from loralab.numerics.stacks import sent, stacked
 from loralab.optim.groups import trial_of
 
 DEVICES = {"cuda"}
@@ -128,9 +128,9 @@ class Bucket:
         if self.gradients is None:
             return [], self.values.new_empty(0)
         norms = torch.linalg.vector_norm(self.gradients, dim=1)
-        limits = _on(torch.tensor([bounds[trial] for trial in self.trials], dtype=norms.dtype), norms.device)
+        limits = sent(torch.tensor([bounds[trial] for trial in self.trials], dtype=norms.dtype), norms.device)
         self.gradients.mul_(limits.div(norms + 1e-6).clamp(max=1.0)[:, None])
-        own = norms if len(active) == len(self.rows) else norms[_on(torch.tensor(active), norms.device)]
+        own = norms if len(active) == len(self.rows) else norms[sent(torch.tensor(active), norms.device)]
         return [self.trials[k] for k in active], own
 
     def update(self, groups: Sequence[Mapping[str, Any]], state: dict[Any, Any]) -> None:
@@ -142,7 +142,7 @@ class Bucket:
         steps += torch.tensor(active, dtype=steps.dtype)
         settings = [groups[number] for number in self.numbers]
         columns = [_columns(*given) for given in zip(settings, steps.tolist(), active, strict=True)]
-        moved = _on(torch.tensor(columns, dtype=gradients.dtype).t().contiguous(), gradients.device)
+        moved = sent(torch.tensor(columns, dtype=gradients.dtype).t().contiguous(), gradients.device)
         decay, share, kept, added, scale, eps, size, idle = moved[:, :, None].unbind(0)
         if not all(active):  # what is not finite must not meet a zero
             gradients.masked_fill_(idle.bool(), 0.0)
@@ -195,8 +195,3 @@ def _columns(group: Mapping[str, Any], step: float, active: bool) -> tuple[float
     lr, (beta1, beta2) = group["lr"], group["betas"]
     scale, size = 1 / math.sqrt(1 - beta2**step), lr / (1 - beta1**step)
     return 1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, scale, group["eps"], size, 0.0
-
-
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, for which the host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

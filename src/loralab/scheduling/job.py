@@ -20,6 +20,7 @@ from loralab.records import record
 from loralab.records.lock import hold
 from loralab.records.secrets import redact
 from loralab.records.shared import share
+from loralab.scheduling.signals import check
 
 if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec
@@ -70,8 +71,10 @@ class Job:
 
     @cached_property
     def trial(self) -> str:
-        """The trial's id: 10 hex digits."""
-        return trial_id(self.content)
+        """The trial's id: 10 hex digits. Raises Interrupted where a signal came that an import made an error of."""
+        found = trial_id(self.content)
+        check()
+        return found
 
     @property
     def until(self) -> float | None:

@@ -22,7 +22,6 @@ from loralab.scheduling import executor_settings, opening
 from loralab.scheduling.claims import named_by
 from loralab.scheduling.job import Job, Record
 from loralab.scheduling.session import Session
-from loralab.scheduling.signals import check
 from loralab.scheduling.sweep import PackOptions
 from loralab.scheduling.train_log import TerminalFilter
 
@@ -167,7 +166,6 @@ def jobs_of(folder: Path, configs: Iterable[DictConfig], session: Session | None
         if session is not None:
             session.finished = finished
     jobs = [job_of(config, folder, finished) for config in configs]
-    check()
     if len({job.folder for job in jobs}) < len({job.trial for job in jobs}):
         raise ConfigError("hydra.sweep.subdir gives several trials one folder; valid: ${loralab.trial_id:} in it")
     return jobs

@@ -13,7 +13,6 @@ from typing import Any
 from loralab.errors import Interrupted
 from loralab.records.secrets import MaskedFormatter
 from loralab.scheduling.job import Job, Record
-from loralab.scheduling.signals import check
 from loralab.scheduling.watching import news
 
 log = logging.getLogger(__name__)
@@ -40,11 +39,7 @@ def perform(task: Mapping[str, Any], handlers: Sequence[logging.Handler]) -> int
     log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.chdir(task["cwd"])
     try:
-        packs = [[Job.from_json(stored) for stored in pack] for pack in task["packs"]]
-        ids = [job.trial for pack in packs for job in pack]  # which imports much
-        check()
-        log.debug("trials: %s", ", ".join(ids))
-        packs = left(packs, task["before"])
+        packs = left([[Job.from_json(stored) for stored in pack] for pack in task["packs"]], task["before"])
         if packs:
             Sweep(packs[0][0].folder.parent, [], Session(fresh=False, many=True).runner).run_packs(packs)
     except Interrupted as stopped:
