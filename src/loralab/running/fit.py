@@ -5,6 +5,7 @@ import time
 from copy import deepcopy
 from typing import Any
 
+from loralab import signals
 from loralab.adapters.hooks import NotPackable
 from loralab.data.base import FORGETTING
 from loralab.errors import LoralabError, OutOfMemory, explain
@@ -136,7 +137,8 @@ class Fit:
             together.agree(trial.step, trial.adapter)
         self.module.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
         try:
-            trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
+            with signals.whole_steps():
+                trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
         except Exception:
             if trainer.optimizers:  # else the error came before it had states
                 self.states = [None for _ in self.trials]

@@ -165,7 +165,7 @@ def _line(error: BaseException) -> str:
 
 def _perform(content: Mapping[str, Any], log_file: str) -> int:
     """A task, in Ray's process. Returns its exit code."""
-    from loralab.scheduling.signals import listen
+    from loralab.signals import listen
 
     listen()  # Ray cancels a task by SIGINT's handler
     return tasks.perform(content, [LogFile(log_file)])
