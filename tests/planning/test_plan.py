@@ -31,9 +31,9 @@ from loralab.training.trainer import TrainerSpec
 FAMILIES = ("llama", "gpt2", "t5", "distilbert", "roberta")
 SCHEMES = {
     "none": NoQuantization(),
-    "int8_absmax": Int8Absmax(),
-    "nf4": FourBit(),
-    "nf4_double": FourBit(double_quant=True),
+    "int8_absmax": Int8Absmax(dequantize="per_use"),
+    "nf4": FourBit(dequantize="per_use"),
+    "nf4_double": FourBit(double_quant=True, dequantize="per_use"),
 }
 WIDER = {
     "llama": {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512},

@@ -38,6 +38,7 @@ from loralab.planning.tracker import Segment, Tracker
 from loralab.planning.workspace import held_workspaces
 from loralab.quantization.base import quantizable
 from loralab.quantization.kernels import bitsandbytes_ops
+from loralab.quantization.linear import frozen_layers
 from loralab.quantization.loading import replace
 from loralab.training.module import FineTuner
 from loralab.training.specs import TrialSpec
@@ -199,6 +200,8 @@ class _Step:
             return None
         if self.geometry.scored:
             self._evaluate()
+        kept = (layer.resident for layer in frozen_layers(self.model) if layer.resident is not None)
+        self.tracker.tag(kept, "base")
         segments = [segment for segment in self.tracker.segments() if segment.phase]
         levels = self.tracker.levels()
         self.tracker.forget()
