@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loralab.adapters import fused, runs
+from loralab.adapters import dropout, fused, runs
 from loralab.adapters.lora import LoRA
 from loralab.adapters.low_rank import LoRADelta
 from loralab.optim import packed
@@ -24,6 +24,7 @@ SPECS = [AdamW(lr=10.0**-i, weight_decay=0.1 * i, betas=[0.9 - 0.1 * i, 0.99], e
 @pytest.fixture
 def on_cpu(monkeypatch):
     """What a card does, on this CPU."""
+    monkeypatch.setattr(dropout, "COUNTED", {"cpu"})  # its masks in both forms
 
     def switch(on):
         monkeypatch.setattr(packed, "DEVICES", {"cpu"} if on else set())
@@ -236,6 +237,9 @@ def test_a_pack_trains_as_one_trial_after_the_other_would(pack, curve, weights, 
         assert bytes_kept == [8 * record["adapter"]["trainable_parameters"] for record in records]
         assert bool(used["update"]) == bool(used["runs_of"]) == on
         assert used["runs"] == 2 * on  # one for each rank, whatever the trials' order
+    alone = pack(True, "alone")[1]  # where its dropout masks are those of the pack
+    Runner().run([alone])
+    assert curve(alone.folder) == pytest.approx(found[True][1][0], abs=1e-5)
     for (losses, norms, state), (wanted, wanted_norms, wanted_state) in zip(found[True], found[False], strict=True):
         assert losses == pytest.approx(wanted, abs=1e-5)
         assert norms == pytest.approx(wanted_norms, rel=1e-4)

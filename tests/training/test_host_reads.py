@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loralab.adapters import fused
+from loralab.adapters import dropout, fused
 from loralab.adapters.lora import LoRA
 from loralab.optim import packed
 from loralab.optim.optimizers import AdamW
@@ -45,7 +45,12 @@ def reads_of_a_step(make_spec, make_data, monkeypatch):
 
         monkeypatch.setattr(FineTuner, "optimizer_step", counted)
         specs = [
-            make_spec(f"{trials}-{i}", adapter=LoRA(r=2 + i % 2), optimizer=AdamW(lr=1e-3 * (1 + i)), data=data)
+            make_spec(
+                f"{trials}-{i}",
+                adapter=LoRA(r=2 + i % 2, lora_dropout=0.1),
+                optimizer=AdamW(lr=1e-3 * (1 + i)),
+                data=data,
+            )
             for i in range(trials)
         ]
         assert [record["status"] for record in Runner().run(specs)] == ["completed"] * trials
@@ -60,6 +65,7 @@ def test_the_reads_of_a_step_do_not_grow_with_its_trials(reads_of_a_step, monkey
     if card:  # the forms of a card, which run here too; the numbers of steps, one more list, are on the host there
         monkeypatch.setattr(packed, "DEVICES", {"cpu"})
         monkeypatch.setattr(fused, "TOGETHER", {"cpu"})
+        monkeypatch.setattr(dropout, "COUNTED", {"cpu"})
     two, five = reads_of_a_step(2), reads_of_a_step(5)
     assert two == five
     assert two.total() <= 6 + card, two

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loralab.adapters.dropout import Share
+from loralab.adapters.masks import MaskKey
 from loralab.errors import LoralabError
 
 
@@ -36,12 +37,12 @@ class BatchSlice:
     tokens: int | None = None  # of all its rows, where the batch is flat
     share: Share | None = None  # None: no other process has rows of the batch
 
-    def mixed(self, *words: int) -> int | None:
+    def mixed(self, *words: int) -> MaskKey | None:
         """The key of one mask: other ``words``, another mask; None while evaluating."""
         if self.key is None:
             return None
-        key = mix(self.key, *words)
-        return key if self.share is None else self.share.key(key, self.rows, self.tokens)
+        units = None if self.share is None else self.share.units(self.rows, self.tokens)
+        return MaskKey(self.key, words, units)
 
 
 class AdapterHooks:
@@ -101,7 +102,7 @@ class AdapterHooks:
         self._stands, self.originals, self.layer_inputs = True, None, None
         self.begin_pass((BatchSlice(owner, 1),))
 
-    def keys(self) -> list[int]:
+    def keys(self) -> list[MaskKey]:
         """The key of each slice for the next mask that the base itself draws in this pass; none while evaluating."""
         self._drawn += 1
         keys = [part.mixed(self._drawn) for part in self._slices]
@@ -331,14 +332,3 @@ def acts(layer: nn.Module, owners: Collection[nn.Module]) -> bool:
         not isinstance(hook, _LayerHook) or not hook.deltas.keys().isdisjoint(owners)
         for hook in layer._forward_hooks.values()
     )
-
-
-def mix(*words: int) -> int:
-    """A 63-bit key from several words (splitmix64's finalizer), equal on every platform."""
-    state = 0
-    for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
