@@ -19,3 +19,17 @@ def test_the_plan_of_a_pack_on_a_card_counts_the_rows_of_gradients(make_spec, lo
     assert plan.by_phase["optimizer"] == plan.predicted_peak_bytes  # so that ``by_kind`` is of this phase
     found = [plan.by_kind[kind] / gradients for kind in ("adapter", "gradients", "optimizer", "transient")]
     assert found == pytest.approx([1, 1, 2, 1], rel=0.01)
+
+
+def test_the_plan_of_a_pack_on_a_card_counts_the_masks_that_are_kept_for_the_gradients(make_spec):
+    plans = [
+        predict_step(
+            [make_spec(f"{p}-{i}", adapter=LoRA(r=2, lora_dropout=p)) for i in range(4)],
+            Geometry((Pass(0, (BATCH,) * 4),), cuda=True),
+        )
+        for p in (0.0, 0.1)
+    ]
+    assert [plan.by_phase["forward"] for plan in plans] == [plan.predicted_peak_bytes for plan in plans]
+    dry, wet = (plan.by_kind["activations"] for plan in plans)
+    inputs = 2 * (6 * 64 + 128)  # of the layers of two blocks, an element each at a position
+    assert wet - dry == 4 * LENGTH * inputs  # a byte for each
