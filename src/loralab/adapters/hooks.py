@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from loralab.adapters.dropout import Share
 from loralab.adapters.masks import MaskKey
 from loralab.errors import LoralabError
+from loralab.numerics.shadows import Shadowed
 
 
 class NotPackable(LoralabError):  # noqa: N818 - it says what a model is, not what went wrong
@@ -94,6 +95,7 @@ class AdapterHooks:
 
     def begin_pass(self, slices: tuple[BatchSlice, ...]) -> None:
         """A new pass, whose rows belong to ``slices`` in their order; empty: to the bare base."""
+        Shadowed.begin_pass()
         self._slices, self._drawn, self._calls = slices, 0, {}
 
     def stand(self, owner: nn.Module) -> None:
@@ -132,7 +134,7 @@ class AdapterHooks:
     def only(self, part: BatchSlice) -> Iterator[None]:
         """Within, a part of the pass that holds the rows of ``part`` alone, and masks of its own."""
         before = self._slices, self._drawn, self._calls
-        self.begin_pass((part,))
+        self._slices, self._drawn, self._calls = (part,), 0, {}
         try:
             yield
         finally:
