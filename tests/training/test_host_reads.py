@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loralab.adapters import fused
+from loralab.adapters import dropout, fused
 from loralab.adapters.lora import LoRA
 from loralab.forward.stacked import Forward
 from loralab.optim import packed
@@ -66,7 +66,12 @@ def reads_of_a_step(make_spec, make_data, monkeypatch):
 
         monkeypatch.setattr(FineTuner, "optimizer_step", counted)
         specs = [
-            make_spec(f"{trials}-{i}", adapter=LoRA(r=2 + i % 2), optimizer=AdamW(lr=1e-3 * (1 + i)), data=data)
+            make_spec(
+                f"{trials}-{i}",
+                adapter=LoRA(r=2 + i % 2, lora_dropout=0.1),
+                optimizer=AdamW(lr=1e-3 * (1 + i)),
+                data=data,
+            )
             for i in range(trials)
         ]
         assert [record["status"] for record in Runner().run(specs)] == ["completed"] * trials
@@ -82,5 +87,6 @@ def test_a_step_of_any_number_of_trials_waits_once(reads_of_a_step, monkeypatch,
     if card:  # the forms of a card, which run here too; the numbers of steps of each rank's rows are on the host there
         monkeypatch.setattr(packed, "DEVICES", {"cpu"})
         monkeypatch.setattr(fused, "TOGETHER", {"cpu"})
+        monkeypatch.setattr(dropout, "COUNTED", {"cpu"})
     two, five = reads_of_a_step(2), reads_of_a_step(5)
     assert two == five == {"tolist": 1 + 2 * card}

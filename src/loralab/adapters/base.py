@@ -13,9 +13,10 @@ from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from loralab.adapters.files import WEIGHTS, read_state, write_state
-from loralab.adapters.hooks import AdapterHooks, mix
+from loralab.adapters.hooks import AdapterHooks
 from loralab.adapters.peft import HEADS
 from loralab.errors import ConfigError, nearest
+from loralab.numerics.hashing import mix
 from loralab.quantization.base import Quantizer, base_linears, dense_weight, is_linear, matching
 from loralab.spec import spec
 

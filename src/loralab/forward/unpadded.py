@@ -89,7 +89,8 @@ def _attend(
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         for seed, q, k, v, mask, own_bias in parts:
             # of several processes each draws for its own rows: these are not parts of one process's masks
-            _generator(query.device).manual_seed(seed + getattr(seed, "before", 0))
+            before = seed.units[0] if seed.units else 0
+            _generator(query.device).manual_seed(seed + before)
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             outputs.append(_sdpa(module, q, k, v, mask, position_bias=own_bias, **kwargs))
     return hooks.join(outputs), None
