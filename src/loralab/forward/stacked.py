@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.perturbed import moderate, perturbed
 from loralab.errors import ConfigError, is_out_of_memory
+from loralab.forward import varlen
+from loralab.forward.dropout import own_dropout
 from loralab.forward.graph import evaluated, reached, reads_positions
 from loralab.forward.head import bypassed, frozen_head, hands_on, head_nll
 from loralab.forward.metrics import nll
@@ -140,7 +142,8 @@ class Forward:
         owners = [part.owner for part in slices]
         fused_cross_entropy = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
         unpadded = self.task == "causal_lm" and self.unpad and can_unpad(self.model)
-        unpadded = unpadded and (self.packing or labels.device.type == "cpu")
+        device = self._device.type
+        unpadded = unpadded and unpads(self.model.config, device, _computed_in(self.model, device), self.packing)
         changed = prepare(self.model) if unpadded else []
         if isinstance(labels, FakeTensor):
             return ForwardMode(unpadded, fused_cross_entropy)
@@ -209,7 +212,7 @@ class Forward:
             scale, dense = moderate(owner, loss(ForwardMode()), lambda: loss(ForwardMode()))
             with perturbed(owner, scale):
                 by_mode = loss(mode)
-            allowed = TOLERANCE.get(_computed_in(self.model, labels.device.type), HALF_TOLERANCE)
+            allowed = TOLERANCE.get(_computed_in(self.model, self._device.type), HALF_TOLERANCE)
             return abs(dense - by_mode) <= allowed * max(1.0, dense)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             if is_out_of_memory(error):  # says nothing of the way, and fewer trials may cure it
@@ -225,6 +228,12 @@ def _marked(moved: Tensor, tensor: Tensor) -> Tensor:
     for name, mark in vars(tensor).items() if moved is not tensor else ():
         setattr(moved, name, sent(mark, moved.device) if isinstance(mark, Tensor) else mark)
     return moved
+
+
+def unpads(config: Any, device: str, dtype: torch.dtype, packing: bool = False) -> bool:
+    """Whether the rows of a causal base are computed without padding: on a CPU; on a card where its attention takes
+    rows of unequal lengths in one call; everywhere with ``packing``, since rows share sequences then."""
+    return packing or device == "cpu" or (varlen.suits(config, dtype) and not own_dropout(config))
 
 
 def no_packing(config: Any, attention: str) -> ConfigError:

@@ -15,15 +15,15 @@ from loralab.data.base import FORGETTING
 from loralab.data.encoding import Encoded
 from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, heaviest_evaluation, weight
 from loralab.errors import ConfigError, OutOfMemory
-from loralab.forward.stacked import no_packing
+from loralab.forward.stacked import no_packing, unpads
 from loralab.forward.unpadded import can_unpad
 from loralab.memory.cards import free_of_each
 from loralab.memory.ledgers import Host
 from loralab.planning import alone, resident
+from loralab.planning.geometry import Geometry
 from loralab.planning.kept import kept
 from loralab.planning.plan import CONTEXT, GIB, Plan, predict, predict_step
 from loralab.planning.sizes import skeleton
-from loralab.planning.trace import Geometry
 
 log = logging.getLogger(__name__)
 
@@ -212,9 +212,12 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
     spiky = None
     if memory.spiky_every is not None:
         spiky = memory.spiky_every, memory.spike(first.model.length, first.room)
-    unpadded = first.model.task == "causal_lm" and (device == "cpu" or first.data.packing) and spiky is None
+    unpadded = first.model.task == "causal_lm" and spiky is None
     unpadded = unpadded and all(s.adapter.tokenwise for s in specs) and first.model.attn_implementation != "eager"
-    return Weighing(unpadded and can_unpad(skeleton(first.model)), first.model.task == "seq2seq_lm", spiky)
+    model = skeleton(first.model) if unpadded else None
+    unpadded = model is not None and can_unpad(model)
+    unpadded = unpadded and unpads(model.config, device, resident.computed_in(first), first.data.packing)
+    return Weighing(unpadded, first.model.task == "seq2seq_lm", spiky)
 
 
 def _without_step(geometry: Geometry) -> str:

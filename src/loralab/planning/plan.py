@@ -11,9 +11,10 @@ from typing import Any
 from loralab.data.passes import BatchShape, Pass
 from loralab.errors import ConfigError, nearest
 from loralab.forward.stacked import ForwardMode
+from loralab.planning.geometry import Geometry
 from loralab.planning.resident import dense_bytes
 from loralab.planning.sizes import homogeneous_layers, sizes
-from loralab.planning.trace import Geometry, trace
+from loralab.planning.trace import trace
 from loralab.planning.tracker import Segment
 from loralab.planning.workspace import held_workspaces
 from loralab.records.record import PHASES

@@ -16,16 +16,18 @@ SHARE = 0.25  # of the free memory, that dense weights may take
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def dense_dtype(spec: TrialSpec) -> torch.dtype:
-    """The dtype that quantized weights are dequantized to in training."""
-    quantization, precision = spec.quantization, spec.trainer.precision
-    if quantization.compute_dtype != "auto":
-        return COMPUTE_DTYPES[quantization.compute_dtype]
-    if precision in AUTOCAST:
-        return AUTOCAST[precision]
+def computed_in(spec: TrialSpec) -> torch.dtype:
+    """The dtype that the base computes in while it is trained."""
+    if spec.trainer.precision in AUTOCAST:
+        return AUTOCAST[spec.trainer.precision]
     given = spec.model.dtype
     found = getattr(torch, given) if given != "auto" else getattr(spec.model.architecture(), "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def dense_dtype(spec: TrialSpec) -> torch.dtype:
+    """The dtype that quantized weights are dequantized to in training."""
+    return COMPUTE_DTYPES.get(spec.quantization.compute_dtype) or computed_in(spec)
 
 
 def dense_bytes(spec: TrialSpec) -> int:

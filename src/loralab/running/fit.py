@@ -14,7 +14,7 @@ from loralab.models.loading import Base
 from loralab.optim import managed, optimizers
 from loralab.planning import resident, spikes
 from loralab.planning.foresee import Foresight, predicted
-from loralab.planning.trace import Geometry
+from loralab.planning.geometry import Geometry
 from loralab.quantization.linear import keep_dense
 from loralab.records import wandb_run
 from loralab.records.metric_logger import LoggerSpec
