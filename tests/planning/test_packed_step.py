@@ -46,3 +46,13 @@ def test_the_plan_of_a_pack_on_a_card_counts_its_factors_in_half_precision(make_
     assert more == pytest.approx(shared.by_kind["adapter"] / 2, rel=0.07)  # less a layer's casts, which are not made
     assert shared.by_phase["optimizer"] == shared.predicted_peak_bytes
     assert shared.by_kind["activations"] < 0.01 * shared.by_kind["adapter"]  # the copy is gone by then
+
+
+def test_the_plan_for_a_card_pads_as_a_card_does(make_spec):
+    def activations(*lengths, padded_to=None):
+        shape = Pass(0, (BatchShape(lengths, lengths, 60),), padded_to)
+        return predict_step([make_spec()], Geometry((shape,), cuda=True)).by_kind["activations"]
+
+    ragged = activations(40, 30)
+    assert ragged == pytest.approx(activations(40, 30, padded_to=64), rel=0.01)
+    assert ragged > 1.3 * activations(40, 40)  # without padding it stays as it is

@@ -7,7 +7,8 @@ import torch
 
 from loralab.adapters.lora import LoRA
 from loralab.data.encoding import encode
-from loralab.training.passes import EvaluationPasses, TrainPasses, stack_batches
+from loralab.training import passes
+from loralab.training.passes import EvaluationPasses, TrainPasses, padded_alike, stack_batches
 from loralab.training.trial import Trial
 
 
@@ -89,7 +90,7 @@ def test_stacked_batches_are_padded_on_the_right_to_the_longest(make_trial):
     trials = [make_trial("a", batch_size=2, seed=3), make_trial("b", batch_size=4, seed=4)]
     batches = {index: next(trial.data_cursor.step_batches()) for index, trial in enumerate(trials)}
     pad = trials[0].pad_token_id
-    inputs, labels = stack_batches(batches, pad)
+    inputs, labels = stack_batches(batches, pad, torch.device("cpu"))
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == labels.shape
     lengths = [batch["tensors"]["input_ids"].shape[1] for batch in batches.values()]
     assert inputs["input_ids"].shape == (6, max(lengths))
@@ -97,3 +98,43 @@ def test_stacked_batches_are_padded_on_the_right_to_the_longest(make_trial):
     assert torch.equal(first[:, : lengths[0]], batches[0]["tensors"]["input_ids"])
     assert (first[:, lengths[0] :] == pad).all()
     assert (labels[inputs["attention_mask"] == 0] == -100).all()
+
+
+def batch_of(*lengths, labels=None):
+    """Rows of so many tokens; ``labels``: tokens of a decoder's rows."""
+    mask = torch.tensor([[int(i < n) for i in range(max(lengths))] for n in lengths])
+    targets = mask.masked_fill(mask == 0, -100) if labels is None else torch.ones(len(lengths), labels).long()
+    return {"tensors": {"input_ids": 5 * mask, "attention_mask": mask, "labels": targets}}
+
+
+@pytest.mark.parametrize(
+    ("batches", "room", "width"),
+    [
+        ({0: batch_of(70, 65)}, None, 128),
+        ({0: batch_of(70, 65), 3: batch_of(20)}, 130, 128),
+        ({0: batch_of(70, 65)}, 100, 100),  # no position is behind that
+        ({0: batch_of(70), 1: batch_of(70)}, None, 70),  # a mask would cost more than a new shape
+        ({0: batch_of(64, 3)}, None, 64),
+        ({0: batch_of(3, 130)}, 130, 130),
+    ],
+)
+def test_on_a_card_a_pass_with_padding_has_a_multiple_of_64_tokens(monkeypatch, batches, room, width):
+    cpu = torch.device("cpu")
+    assert passes.MULTIPLES == {"cuda": 64}
+    assert {one["tensors"]["labels"].shape[1] for one in padded_alike(batches, 0, cpu, room).values()} != {128}
+    monkeypatch.setattr(passes, "MULTIPLES", {"cpu": 64})
+    inputs, labels = stack_batches(batches, 0, cpu, room)
+    assert inputs["input_ids"].shape[1] == inputs["attention_mask"].shape[1] == labels.shape[1] == width
+    assert torch.equal(inputs["attention_mask"] == 0, inputs["input_ids"] == 0)
+    assert torch.equal(labels == -100, inputs["attention_mask"] == 0)
+    alike = padded_alike(batches, 0, cpu, room)
+    for index, one in alike.items():  # alone it is what it is in the pack
+        again = padded_alike({index: one}, 0, cpu, room)[index]["tensors"]
+        assert all(torch.equal(again[key], value) for key, value in one["tensors"].items())
+
+
+def test_a_decoders_rows_are_not_lengthened_with_the_encoders(monkeypatch):
+    monkeypatch.setattr(passes, "MULTIPLES", {"cpu": 64})
+    inputs, labels = stack_batches({0: batch_of(20, 9, labels=6)}, 0, torch.device("cpu"))
+    assert inputs["input_ids"].shape == (2, 64)
+    assert labels.shape == (2, 6)

@@ -15,6 +15,7 @@ from loralab.adapters import dropout, fused
 from loralab.optim import packed
 from loralab.planning.attention import kernels
 from loralab.planning.experts import grouped_products
+from loralab.training import passes
 
 
 @contextmanager
@@ -33,8 +34,9 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def faked(cuda: bool) -> Iterator[None]:
-    """Inside, torch and transformers work with fake tensors; random state and kernels are restored at the end."""
+def faked(cuda: bool, padded: bool = False) -> Iterator[None]:
+    """Inside, torch and transformers work with fake tensors; random state and kernels are restored at the end.
+    ``padded``: whether passes have padding, which no value of theirs says."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(kernels(cuda))
@@ -43,6 +45,8 @@ def faked(cuda: bool) -> Iterator[None]:
             stack.enter_context(patch.object(fused, "TOGETHER", {"cpu"}))
             stack.enter_context(patch.object(dropout, "COUNTED", {"cpu"}))
             stack.enter_context(patch.object(packed, "DEVICES", {"cpu"}))
+            stack.enter_context(patch.object(passes, "MULTIPLES", {"cpu": passes.MULTIPLES["cuda"]}))
+            stack.enter_context(patch.object(passes, "has_padding", lambda _: padded))
         # else transformers keeps every attention mask; so it asks the tracker whether anything is masked
         stack.enter_context(patch.object(transformers.masking_utils, "is_tracing", lambda *_: False))
         # modules convert parameters by swap_tensors, which fails for tensors with weak references

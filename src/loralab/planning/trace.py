@@ -43,6 +43,7 @@ from loralab.quantization.kernels import bitsandbytes_ops
 from loralab.quantization.linear import frozen_layers
 from loralab.quantization.loading import replace
 from loralab.training.module import FineTuner
+from loralab.training.passes import padded_alike
 from loralab.training.specs import TrialSpec
 from loralab.training.trial import Trial
 
@@ -100,7 +101,7 @@ def _trace(specs: Sequence[TrialSpec], geometry: Geometry, layers: int | None, t
     else:
         vocabulary = int(spec.architecture().get_text_config().vocab_size)
     tracker = Tracker(CUDA_BLOCK if geometry.cuda else 1, not geometry.masked, vocabulary)
-    with faked(geometry.cuda), FakeTensorMode(allow_non_fake_inputs=True):
+    with faked(geometry.cuda, geometry.masked), FakeTensorMode(allow_non_fake_inputs=True):
         model = build(spec, layers)
         AdapterHooks.of(model).new_parameters = new
         # asked now, because it makes a pass: the tracker would count the dense weights that this uses as moved already
@@ -212,7 +213,8 @@ class _Step:
         return optimizer
 
     def _pass(self, shape: Pass) -> dict[int, dict[str, Any]]:
-        return {i: self._batch(batch, shape.length) for i, batch in enumerate(shape.batches) if batch is not None}
+        made = {i: self._batch(batch, shape.length) for i, batch in enumerate(shape.batches) if batch is not None}
+        return padded_alike(made, 0, torch.device("cpu"), self.module.room) if self.geometry.cuda else made
 
     def _batch(self, batch: BatchShape, length: int | None) -> dict[str, Any]:
         rows, width = len(batch.inputs), length or max(batch.inputs)
@@ -221,13 +223,8 @@ class _Step:
         shape = {"sequence_classification": (rows,), "seq2seq_lm": (rows, max(batch.labels))}.get(task, (rows, width))
         tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.ones(shape).long()}
         self.tracker.tag(tensors.values(), "activations")
-        return {
-            "tensors": tensors,
-            "rows": rows,
-            "step_targets": batch.targets,
-            "tokens": sum(batch.inputs),
-            "micro": 0,
-        }
+        tokens = sum(batch.inputs)
+        return {"tensors": tensors, "rows": rows, "step_targets": batch.targets, "tokens": tokens, "micro": 0}
 
     def _losses(self, number: int, training: bool) -> Any:
         """The losses of one pass; its lengths and targets are set, since fake tensors have no values."""

@@ -51,7 +51,8 @@ class FirstBatch(Callback):
         if ids <= self._unmixed:
             return
         batches = padded_alike(
-            {i: trial.next_batch() for i, trial in enumerate(trials) if trial.alive}, trials[0].pad_token_id
+            {i: trial.next_batch() for i, trial in enumerate(trials) if trial.alive},
+            *(trials[0].pad_token_id, module.device, module.room),
         )
         device = module.device
         forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

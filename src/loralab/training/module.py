@@ -17,6 +17,7 @@ from loralab.errors import ConfigError
 from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
+from loralab.models.architecture import positions
 from loralab.optim import packed
 from loralab.optim.groups import rate, trial_of
 from loralab.optim.optimizers import restore
@@ -49,6 +50,8 @@ class FineTuner(LightningModule):
         self.adapters = nn.ModuleList([trial.adapter for trial in trials])
         self.prefix = Prefix(model, [t.adapter for t in trials], [t.data for t in trials], prefix_bytes, prefix_states)
         self.task = trials[0].task
+        found = positions(model.config)
+        self.room = None if found is None else found - max(t.adapter.spec.virtual_tokens for t in trials)
         unpad = unpad and all(t.adapter.spec.tokenwise for t in trials)
         self.forward_pass = Forward(model, self.task, unpad, packing=any(t.spec.data.packing for t in trials))
         self.others: dict[str, Any] = {}  # callbacks that are no Observer, by name
@@ -80,7 +83,7 @@ class FineTuner(LightningModule):
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         batches = dict(sorted(batches.items(), key=lambda pair: self._size(pair[0])))
-        inputs, labels = stack_batches(batches, self.trials[0].pad_token_id)
+        inputs, labels = stack_batches(batches, self.trials[0].pad_token_id, self.device, self.room)
         slices = [_slice(self.trials[index], batch, training) for index, batch in batches.items()]
         if training:
             # for what the base draws without the hooks (functional dropout, skipped layers); such a trial runs alone

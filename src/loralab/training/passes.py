@@ -9,6 +9,10 @@ from loralab.data.encoding import IGNORE
 from loralab.training.cursor import Batch
 from loralab.training.trial import Trial
 
+# a pass with padding is padded to a multiple of so many tokens: fewer shapes for the allocator and for kernels that are
+# chosen by shape; by the kind of device
+MULTIPLES = {"cuda": 64}
+
 
 class TrainPasses:
     """The training passes of a pack; a trial that has ended is in no further pass."""
@@ -57,21 +61,40 @@ class EvaluationPasses:
         return {**trial.data_cursor.first(trial.evaluated(self.split)[0]), "spare": True}
 
 
-def stack_batches(batches: Mapping[int, Batch], pad_token_id: int) -> tuple[dict[str, Tensor], Tensor]:
-    """(inputs, labels) of all trials along dim 0, on the host, padded on the right to the longest of them."""
-    tensors = [batch["tensors"] for batch in padded_alike(batches, pad_token_id).values()]
+def stack_batches(
+    batches: Mapping[int, Batch], pad_token_id: int, device: torch.device, room: int | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(inputs, labels) of all trials along dim 0, on the host, padded for ``device`` as ``padded_alike`` does."""
+    tensors = [batch["tensors"] for batch in padded_alike(batches, pad_token_id, device, room).values()]
     stacked = {key: torch.cat([t[key] for t in tensors]) if len(tensors) > 1 else tensors[0][key] for key in tensors[0]}
     labels = stacked.pop("labels")
     return stacked, labels
 
 
-def padded_alike(batches: Mapping[int, Batch], pad_token_id: int) -> dict[int, Batch]:
-    """The batches padded on the right to the longest of them."""
-    if len(batches) < 2:
+def has_padding(batches: Mapping[int, Batch]) -> bool:
+    """Whether a row of the pass is shorter than the longest, so that attention gets a mask."""
+    tensors = [batch["tensors"] for batch in batches.values()]
+    unlike = len({own["input_ids"].shape[1] for own in tensors}) > 1
+    return unlike or not all(bool(own["attention_mask"].all()) for own in tensors)
+
+
+def padded_alike(
+    batches: Mapping[int, Batch], pad_token_id: int, device: torch.device, room: int | None = None
+) -> dict[int, Batch]:
+    """The batches padded on the right to the longest of them, and where there is padding to a multiple of MULTIPLES.
+
+    ``room``: tokens that the base has positions for; None: no bound."""
+    multiple = MULTIPLES.get(device.type, 1)
+    rounded = multiple > 1 and has_padding(batches)
+    if len(batches) < 2 and not rounded:
         return dict(batches)
     fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
     widths = [(key, part.shape[-1]) for batch in batches.values() for key, part in batch["tensors"].items()]
     longest = {key: max((width for name, width in widths if name == key), default=0) for key in fill}
+    if rounded:
+        width = longest["input_ids"]
+        whole = max(width, min(-(-width // multiple) * multiple, room or width + multiple))
+        longest = {key: whole if own == width else own for key, own in longest.items()}  # a decoder's labels are others
 
     def padded(key: str, part: Tensor) -> Tensor:
         if part.dim() < 2 or part.shape[1] == longest[key]:  # labels of whole rows; the longest

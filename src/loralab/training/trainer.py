@@ -214,7 +214,7 @@ class TrainerSpec:
         milliseconds, and ragged rows bring one in almost every pass. Flash attention, which is foreseen, makes none."""
         import torch
 
-        attention = torch.backends.cuda.cudnn_sdp_enabled()
+        attention: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         benchmark = torch.backends.cudnn.benchmark
         torch.backends.cuda.enable_cudnn_sdp(False)
