@@ -8,8 +8,9 @@ from loralab.analysis.answer import answer
 from loralab.analysis.arms import Comparison
 from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
+from loralab.analysis.settings import Settings
 from loralab.analysis.trials import MISSING, PRUNED, STALE
-from loralab.analysis.values import canonical, flatten, label
+from loralab.analysis.values import flatten, label
 from loralab.records.record import shell_line
 from loralab.reporting import cost, memory, samples
 from loralab.reporting.charts import Figure
@@ -174,6 +175,8 @@ def _cut(results: SweepResults) -> Iterator[str]:
 
 def _shared_settings(results: SweepResults) -> list[str]:
     """What all trials share; of a single run, everything."""
-    flat = [flatten(trial.record["config"]) for trial in results.trials if trial.record["config"]]
-    shared = [key for key in (flat or [{}])[0] if len({canonical(config.get(key)) for config in flat}) == 1]
-    return [f"{key}={label(flat[0][key])}" for key in shared]
+    records = [trial.record for trial in results.trials if trial.record["config"]]
+    if not records:
+        return []
+    settings, first = Settings(records), flatten(records[0]["config"])
+    return [f"{key}={label(value)}" for key, value in first.items() if len(settings.values(key)) == 1]

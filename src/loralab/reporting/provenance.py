@@ -11,10 +11,11 @@ from typing import Any
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import TrialResult
 from loralab.analysis.tuning import tuned_axes
-from loralab.analysis.values import canonical, is_number, label, sort_key
+from loralab.analysis.values import canonical, is_number, label, lookup, sort_key
 from loralab.config.compose import sweep_axes
 from loralab.config.sweep_files import chosen_by
 from loralab.records.record import RESULT
+from loralab.records.shared import distinct
 
 # What a reader asks first; shown where it is one value in all trials.
 _FIXED = (
@@ -143,12 +144,15 @@ def _uncontradicted(text: str, further: list[str]) -> str:
 def _common(results: SweepResults, trials: Sequence[TrialResult]) -> str:
     """``model = tiny, data.batch_size = 4``: the choices and settings that all trials share."""
     pairs = []
+    chosen = distinct(trial.record["choices"] for trial in trials)
     for group in _GROUPS:
-        options = {canonical(trial.record["choices"].get(group)) for trial in trials}
+        options = {canonical(choices.get(group)) for choices in chosen}
         if len(options) == 1 and group not in results.axes and options != {"null"}:
             pairs.append(f"{group} = {label(trials[0].record['choices'][group])}")
     for key in _FIXED:
-        values = {canonical(trial.setting(key)) for trial in trials}
+        name, _, rest = key.partition(".")
+        sections = distinct(trial.record["config"].get(name) for trial in trials)
+        values = {canonical(lookup(section, rest)) for section in sections}
         value = trials[0].setting(key) if trials else None
         if len(values) == 1 and key not in results.axes and value not in (None, ""):
             pairs.append(f"{key} = {json.dumps(value) if key in _TEMPLATES else label(value)}")
@@ -168,7 +172,11 @@ def _alpha(trials: Sequence[TrialResult]) -> str:
 
 
 def _distinct(trials: Iterable[TrialResult], key: str) -> str:
-    return " | ".join(dict.fromkeys(text for trial in trials if (text := brief(trial.get(key)))))
+    """Each value, once, of a key of the record."""
+    name, _, rest = key.partition(".")
+    sections = distinct(trial.record.get(name) for trial in trials)
+    values = (lookup(section, rest) if rest else section for section in sections)
+    return " | ".join(dict.fromkeys(text for value in values if (text := brief(value))))
 
 
 def _reconciled(trials: Iterable[TrialResult]) -> str:
@@ -180,11 +188,17 @@ def _reconciled(trials: Iterable[TrialResult]) -> str:
 
 def _when(results: SweepResults) -> str:
     """From the first to the last write of a record, in local time."""
-    paths = [trial.folder / RESULT for trial in results.trials]
-    stamps = [path.stat().st_mtime for path in paths if path.exists()]
+    stamps = list(filter(None, (_written(trial.folder / RESULT) for trial in results.trials)))
     if not stamps:
         return ""
     first, last = (datetime.fromtimestamp(stamp).astimezone() for stamp in (min(stamps), max(stamps)))
     end = last.strftime("%H:%M %Z" if first.date() == last.date() else "%Y-%m-%d %H:%M %Z")
     begin = first.strftime("%Y-%m-%d %H:%M")
     return f"{begin} to {end}" if begin[-5:] != end[:5] else last.strftime("%Y-%m-%d %H:%M %Z")
+
+
+def _written(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
