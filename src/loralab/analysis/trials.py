@@ -164,10 +164,11 @@ def listed_trial(sweep: Path, entry: Json) -> TrialResult:
 
     The sweep may have been moved, and its entries may be relative to it or to where it was started.
     """
-    written = Path(entry["folder"])
-    candidates = [sweep / written, written, sweep / written.name]
-    path = next((candidate for candidate in candidates if (candidate / records.RESULT).exists()), None)
-    return _of(candidates[0], _blank(entry), MISSING) if path is None else read_trial(path, entry)
+    here, written = sweep / entry["folder"], Path(entry["folder"])
+    if (here / records.RESULT).exists():
+        return read_trial(here, entry)
+    moved = [path for path in (written, sweep / written.name) if (path / records.RESULT).exists()]
+    return read_trial(moved[0], entry) if moved else _of(here, _blank(entry), MISSING)
 
 
 def dated(trials: Sequence[TrialResult]) -> list[TrialResult]:

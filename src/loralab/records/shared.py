@@ -1,11 +1,13 @@
 """Equal parts of records and configurations, kept once: ten thousand trials differ in a few settings and numbers."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import wraps
 from typing import Any, NoReturn, TypeVar
 
 MOST = 4096  # parts that are remembered
 
 T = TypeVar("T")
+Owner = TypeVar("Owner")
 
 _parts: dict[str, Any] = {}
 _sections: dict[str, "Section"] = {}
@@ -66,6 +68,21 @@ def once(function: Callable[..., T], value: Any, *given: Hashable) -> T:
         value.known[key] = function(value, *given)
     found: T = value.known[key]
     return found
+
+
+def kept(function: Callable[[Owner], T]) -> Callable[[Owner], T]:
+    """``function`` of an object of a frozen class, computed the first time only and kept with it. Nobody may change
+    what it returns."""
+
+    @wraps(function)
+    def first_time(owner: Owner) -> T:
+        known = vars(owner).setdefault("_kept", {})
+        if function not in known:
+            known[function] = function(owner)
+        found: T = known[function]
+        return found
+
+    return first_time
 
 
 def distinct(values: Iterable[T]) -> list[T]:

@@ -48,7 +48,8 @@ def figures(
     ]
     runs = [run for run in runs if run.curves.counts]
     names = analysis.metrics([run.curves for run in runs], (LOSS, results.metric))
-    store = {metric: _stored(comparison, runs, metric) for metric in names}
+    most = MOST_LINES if len(shown) == of_how_many else MOST_TOLD
+    store = {metric: _stored(comparison, runs, metric, most) for metric in names}
     store = {metric: stored for metric, stored in store.items() if stored["seeds"] or stored["means"]}
     logged = list(dict.fromkeys(run.group for run in runs))
     legends = [Legend("group", "colour", logged), Legend("by", "dash", [d for d in names_by if by])]
@@ -142,13 +143,14 @@ def _caption(comparison: Comparison, stored: Json, metric: str) -> str:
     return f"{who}{smoothed}{broken}. At most {analysis.MOST_POINTS} points of a line, the extremes among them."
 
 
-def _stored(comparison: Comparison, runs: Sequence[Run], metric: str) -> Json:
-    """What the page draws a metric's curves from. ``seeds``: a line for each run, empty where there are too many;
-    ``means``: a line with its range for each arm of several runs, where even those are too many for each group."""
+def _stored(comparison: Comparison, runs: Sequence[Run], metric: str, most: int) -> Json:
+    """What the page draws a metric's curves from. ``seeds``: a line for each run, empty where there are more than
+    ``most``; ``means``: a line with its range for each arm of several runs, where even those are more for each group.
+    """
     series = [(run, points) for run in runs if (points := run.curves.series(metric))]
-    few = len(series) <= MOST_LINES
+    few = len(series) <= most
     arms: dict[object, list[tuple[Run, list[tuple[float, float]]]]] = {}
-    by_arm = len({id(run.arm) for run, _ in series}) <= MOST_LINES
+    by_arm = len({id(run.arm) for run, _ in series}) <= most
     for run, points in series:
         arms.setdefault(id(run.arm) if by_arm else (run.group, run.by), []).append((run, points))
     limit = max(8, min(analysis.MOST_POINTS, MOST_VALUES // max(1, len(series) if few else len(arms))))

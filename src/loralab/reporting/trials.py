@@ -9,6 +9,7 @@ from loralab.analysis.arms import Comparison
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import PRUNED, TrialResult
 from loralab.analysis.values import Json, as_number, is_number
+from loralab.records.shared import kept
 from loralab.reporting.charts import rounded
 from loralab.reporting.table import MIB
 
@@ -41,6 +42,7 @@ QUANTITIES = {  # column: title with its unit, divisor
 HIGHER = ("accuracy", "rouge", "bleu", "f1", "match", "matthews", "pearson", "spearman", "tokens_per_s", "correlation")
 
 
+@kept
 def columns(results: SweepResults) -> dict[str, list[Any]]:
     """The columns of results.csv, of each trial a value, whatever became of it; None where it has none."""
     trials = results.trials
@@ -178,7 +180,7 @@ def _path(folder: Path, trial: TrialResult) -> str:
 
 def average(trials: Sequence[TrialResult], name: str, about: Mapping[str, Any]) -> float | None:
     """The mean over the trials that have the number and, where that is a process's, ran alone."""
-    counted = [trial for trial in trials if trial.pack is None or not about["alone"]]
-    values = [trial.record["metrics"].get(name, trial.get(name)) for trial in counted]
+    counted = [trial for trial in trials if not about["alone"] or trial.pack is None]
+    values = [metrics[name] if name in (metrics := trial.record["metrics"]) else trial.get(name) for trial in counted]
     known = [float(value) for value in values if is_number(value)]
     return sum(known) / len(known) if known else None
