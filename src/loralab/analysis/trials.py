@@ -228,8 +228,9 @@ def _blank(entry: Mapping[str, Any]) -> Json:
 
 
 def _rows(lines: Sequence[str]) -> list[Any]:
-    """What each line holds, None of one that is torn. Whole lines are read at once, which takes a third of the time."""
-    if all(line[:1] == "{" and line[-1:] == "}" for line in lines):
+    """What each line holds, None of one that is torn. Lines of one object each are read at once, which takes a third of
+    the time: as many objects as braces are one a line, so no torn line has been made whole by the next one."""
+    if all(line[:1] == "{" and line.count("{") == 1 for line in lines):
         rows = _json(f"[{','.join(lines)}]")
         if isinstance(rows, list) and len(rows) == len(lines):
             return rows
