@@ -12,7 +12,7 @@ from loralab.adapters.biases import BiasDelta
 from loralab.adapters.blocks import stack
 from loralab.adapters.lora import LoRA
 from loralab.errors import ConfigError
-from loralab.forward import stacked
+from loralab.forward import prefix, stacked
 from loralab.forward.prefix import Pass, Prefix, States
 from loralab.forward.unpadded import mask_of
 from loralab.memory.limits import MemorySpec
@@ -223,6 +223,19 @@ def test_rows_computed_and_rows_known_end_in_their_places():
     assert wide[:, 0, 0].tolist() == [0.0, 9.0, 0.0, 3.0, 9.0]
     assert wide[1].tolist() == [[9.0, 9.0], [9.0, 9.0], [0.0, 0.0]]
     assert found.narrow((None, torch.ones(1, 5), torch.ones(5)))[2].shape == (5,)
+
+
+def test_numbers_of_rows_go_to_the_device_once_a_pass(monkeypatch):
+    moved = []
+    monkeypatch.setattr(prefix, "sent", lambda tensor, device: moved.append(tensor.dtype) or tensor)
+    keys = [("a",), ("b",), ("a",), ("c",), ("b",)]
+    states = torch.ones(5, 3, 2)
+    found = Pass(1, keys, [3, 2, 3, 1, 2], False, {("b",): torch.full((2, 2), 9.0)})
+    for _ in range(4):  # blocks
+        fed = found.narrow((states, torch.ones(5, 3), torch.ones(5, 1, 3, 3)))
+    assert moved == [torch.int64]
+    found.widen(fed[0], states)
+    assert moved == [torch.int64, torch.float32, torch.int64]  # those known, and where all belong
 
 
 def test_without_padding_rows_are_found_by_their_tokens():

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loralab.adapters import fused, runs
+from loralab.adapters import dropout, fused, runs
 from loralab.adapters.lora import LoRA
 from loralab.adapters.low_rank import LoRADelta
+from loralab.numerics.shadows import Shadowed
 from loralab.optim import packed
 from loralab.optim.groups import TRIAL
 from loralab.optim.optimizers import AdamW, restore, states
@@ -24,6 +25,7 @@ SPECS = [AdamW(lr=10.0**-i, weight_decay=0.1 * i, betas=[0.9 - 0.1 * i, 0.99], e
 @pytest.fixture
 def on_cpu(monkeypatch):
     """What a card does, on this CPU."""
+    monkeypatch.setattr(dropout, "COUNTED", {"cpu"})  # its masks in both forms
 
     def switch(on):
         monkeypatch.setattr(packed, "DEVICES", {"cpu"} if on else set())
@@ -153,7 +155,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def operations_of_a_block(trials, layers=2):
+def operations_of_a_block(trials, layers=2, autocast=False):
     """Of the products of a block, forward and backward, clipping and update."""
     deltas = [[LoRADelta(16, 16, r=4, scaling=1.0 + i) for _ in range(layers)] for i in range(trials)]
     owned = [[p for delta in own for p in delta.parameters()] for own in deltas]
@@ -164,9 +166,10 @@ def operations_of_a_block(trials, layers=2):
         x = torch.randn(trials * 3, 16, requires_grad=True)
         with Operations() as seen:
             y = x
-            for site in zip(*deltas, strict=True):
-                slices = [(3 * i, 3 * i + 3, delta, None) for i, delta in enumerate(site)]
-                y = LoRADelta.forward_grouped(y, torch.zeros_like(y), slices)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                for site in zip(*deltas, strict=True):
+                    slices = [(3 * i, 3 * i + 3, delta, None) for i, delta in enumerate(site)]
+                    y = LoRADelta.forward_grouped(y, torch.zeros_like(y), slices)
             y.sum().backward()
             if packed.clip(optimizer, dict.fromkeys(range(trials), 1.0)) is None:
                 for own in owned:
@@ -183,6 +186,22 @@ def test_the_operations_of_a_block_and_its_step_do_not_grow_with_the_trials(on_c
         counts[on] = [operations_of_a_block(k) for k in (1, 4, 16)]
     assert counts[True][1] == counts[True][2], counts
     assert counts[False][2] > 3 * counts[False][1], counts
+
+
+def test_in_half_precision_no_layer_casts_its_factors(on_cpu, monkeypatch):
+    """A layer takes 18 operations where it took 22: its A and B were cast in the forward and in the backward pass. One
+    cast of the buffer is left, of all layers."""
+    on_cpu(True)
+
+    def counted():
+        return [[operations_of_a_block(k, layers, autocast=True) for k in (4, 16)] for layers in (2, 3)]
+
+    two, three = counted()
+    monkeypatch.setattr(Shadowed, "over", lambda tensor: None)
+    two_cast, three_cast = counted()
+    assert [after - before for before, after in zip(two, three, strict=True)] == [18, 18]
+    assert [after - before for before, after in zip(two_cast, three_cast, strict=True)] == [22, 22]
+    assert [apart - shared for apart, shared in zip(two_cast, two, strict=True)] == [2 * 4 - 1] * 2
 
 
 @pytest.fixture
@@ -236,6 +255,9 @@ def test_a_pack_trains_as_one_trial_after_the_other_would(pack, curve, weights, 
         assert bytes_kept == [8 * record["adapter"]["trainable_parameters"] for record in records]
         assert bool(used["update"]) == bool(used["runs_of"]) == on
         assert used["runs"] == 2 * on  # one for each rank, whatever the trials' order
+    alone = pack(True, "alone")[1]  # where its dropout masks are those of the pack
+    Runner().run([alone])
+    assert curve(alone.folder) == pytest.approx(found[True][1][0], abs=1e-5)
     for (losses, norms, state), (wanted, wanted_norms, wanted_state) in zip(found[True], found[False], strict=True):
         assert losses == pytest.approx(wanted, abs=1e-5)
         assert norms == pytest.approx(wanted_norms, rel=1e-4)
@@ -264,3 +286,21 @@ def test_a_pack_goes_on_with_the_same_bits_and_its_checkpoints_hold_one_trial_ea
     for one, other in zip(whole, again, strict=True):
         assert curve(one.folder) == curve(other.folder)
         assert all(torch.equal(value, weights(other.folder)[key]) for key, value in weights(one.folder).items())
+
+
+def test_in_half_precision_a_pack_has_the_bits_of_factors_that_each_layer_casts(pack, curve, weights, monkeypatch):
+    """Through accumulated passes, validations after updates, a trial that diverges, parameters perturbed before it."""
+    found, copies, real = [], Counter(), Shadowed.copy
+    for shadowed in (True, False):
+        monkeypatch.setattr(Shadowed, "copy", lambda *given, by=shadowed: copies.update([by]) or real(*given))
+        if not shadowed:
+            monkeypatch.setattr(Shadowed, "over", lambda tensor: None)
+        specs = pack(True, f"{shadowed}", lr=1e30, precision="bf16-mixed", val_check_interval=1)
+        assert [record["status"] for record in Runner().run(specs)] == ["completed", "diverged", "completed"]
+        curves = [curve(spec.folder, key) for spec in specs for key in ("train/loss", "val/loss")]
+        found.append((curves, [weights(specs[i].folder) for i in (0, 2)]))
+    (curves, kept), (wanted, wanted_kept) = found
+    assert curves == wanted
+    assert [len(values) for values in curves] == [3, 3, 1, 1, 3, 3]
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(kept, wanted_kept, strict=True) for key in b)
+    assert set(copies) == {True}

@@ -89,7 +89,7 @@ def test_stacked_batches_are_padded_on_the_right_to_the_longest(make_trial):
     trials = [make_trial("a", batch_size=2, seed=3), make_trial("b", batch_size=4, seed=4)]
     batches = {index: next(trial.data_cursor.step_batches()) for index, trial in enumerate(trials)}
     pad = trials[0].pad_token_id
-    inputs, labels = stack_batches(batches, pad, torch.device("cpu"))
+    inputs, labels = stack_batches(batches, pad)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == labels.shape
     lengths = [batch["tensors"]["input_ids"].shape[1] for batch in batches.values()]
     assert inputs["input_ids"].shape == (6, max(lengths))

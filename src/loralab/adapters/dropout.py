@@ -8,21 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LANES = 2**16  # values of the random bits that decide on an element
+from loralab.adapters.masks import LANES, Units, kept, lanes_dropped, scale_of
 
-
-class SharedKey(int):
-    """The key of a mask of which this process draws the part of its own rows: units (rows, or tokens of a flat batch)
-    ``before`` to ``before`` + ``own`` of ``whole``. The masks of all processes together are that of one."""
-
-    before: int
-    own: int
-    whole: int
-
-    def __new__(cls, key: int, before: int, own: int, whole: int) -> "SharedKey":
-        made = super().__new__(cls, key)
-        made.before, made.own, made.whole = before, own, whole
-        return made
+# where masks are drawn for the whole stack; a CPU draws them from a generator, trial by trial
+COUNTED = {"cuda"}
 
 
 @dataclass(frozen=True)
@@ -34,11 +23,11 @@ class Share:
     tokens_before: int
     tokens: int  # of all processes, padding not counted
 
-    def key(self, key: int, rows: int, tokens: int | None) -> SharedKey:
-        """``key`` for this process's ``rows``, which have ``tokens`` where the batch is flat; None: it is not."""
+    def units(self, rows: int, tokens: int | None) -> Units:
+        """Those of this process's ``rows``, which have ``tokens`` where the batch is flat; None: it is not."""
         if tokens is None:
-            return SharedKey(key, self.rows_before, rows, self.rows)
-        return SharedKey(key, self.tokens_before, tokens, self.tokens)
+            return self.rows_before, rows, self.rows
+        return self.tokens_before, tokens, self.tokens
 
 
 def keyed_dropout(x: Tensor, p: float, key: int | None, length: int = 1) -> Tensor:
@@ -51,8 +40,13 @@ def keyed_dropout(x: Tensor, p: float, key: int | None, length: int = 1) -> Tens
 
 def dropped(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int = 1) -> Tensor:
     """Inverted dropout of a stack: the mask of each part, (elements, key), depends on its key alone."""
-    kept: Tensor = _Dropped.apply(x, p, parts, length)  # type: ignore[no-untyped-call]
-    return kept
+    if x.device.type in COUNTED and lanes_dropped(p) < LANES:
+        flat = x.reshape(-1, x.shape[-1])
+        sizes = [size // x.shape[-1] for size, _ in parts]
+        keep = kept(sizes, [key for _, key in parts], [p] * len(parts), length, flat)
+        return (flat * keep).mul_(scale_of(p)).view(x.shape)
+    drawn: Tensor = _Dropped.apply(x, p, parts, length)  # type: ignore[no-untyped-call]
+    return drawn
 
 
 def length_of(x: Tensor) -> int:
@@ -76,12 +70,12 @@ class _Dropped(torch.autograd.Function):
 
 
 def _masked(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int) -> Tensor:
-    """Sixteen random bits an element, which is a quarter of a uniform number's cost; p is met to 1 in 131072.
+    """Sixteen random bits an element, which is a quarter of a uniform number's cost.
 
     The bits of a part go to the first position of all its rows, then to the second: longer padding, which the rows of
     other trials may bring, takes those behind.
     """
-    dropped_of = round(p * LANES)
+    dropped_of = lanes_dropped(p)
     if dropped_of >= LANES:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # x and its gradient may differ in their strides
@@ -89,16 +83,18 @@ def _masked(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int) 
         by_position = own.view(-1, length, x.shape[-1]).transpose(0, 1) if length > 1 else own
         bits = _bits(size, key, length, x.device).view(by_position.shape)
         torch.ge(bits, dropped_of - LANES // 2, out=by_position)
-    return keep.mul_(x).mul_(LANES / (LANES - dropped_of))
+    return keep.mul_(x).mul_(scale_of(p))
 
 
 def _bits(size: int, key: int, length: int, device: torch.device) -> Tensor:
     """Sixteen random bits for each of ``size`` elements, int16, those of the first position of all rows first."""
-    shared = key if isinstance(key, SharedKey) and size % (key.own * length) == 0 else None
-    drawn = size if shared is None else size // shared.own * shared.whole
+    units = getattr(key, "units", None)
+    shared = units if units is not None and size % (units[1] * length) == 0 else None
+    before, own, whole = shared or (0, 1, 1)
+    drawn = size // own * whole
     words = torch.empty((drawn + 3) // 4, dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=torch.Generator(device=device).manual_seed(int(key)))
     bits = words.view(torch.int16)[:drawn]
     if shared is None:
         return bits
-    return bits.view(length, shared.whole, -1)[:, shared.before : shared.before + shared.own].reshape(-1)
+    return bits.view(length, whole, -1)[:, before : before + own].reshape(-1)

@@ -25,7 +25,9 @@ def lora_update(x: Tensor, y: Tensor, parts: Sequence[Part], factors: Sequence[T
     each part in turn. y is written to, unless it is a view of something else."""
     if (not torch.compiler.is_compiling() and y._is_view()) or not y.is_contiguous() or (y.is_leaf and y.requires_grad):
         y = y.clone(memory_format=torch.contiguous_format)
-    function = Together if len(parts) > 1 and x.device.type in TOGETHER else _Update
+    # a single one too where it drops: its mask is drawn once
+    many = len(parts) > 1 or any(part.rate for part in parts)
+    function = Together if many and x.device.type in TOGETHER else _Update
     updated: Tensor = function.apply(x, y, tuple(parts), *factors)  # type: ignore[no-untyped-call]
     return updated
 
@@ -92,7 +94,7 @@ def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
 
 def _into(out: Tensor, dh: Tensor, a: Tensor, part: Part) -> None:
     """The part's gradient of x, written where it belongs."""
-    if out.dtype == dh.dtype and (part.key is None or part.dropout == 0.0):
+    if out.dtype == dh.dtype and not part.rate:
         torch.mm(dh, a, out=out)
     else:
         out.copy_(keyed_dropout(torch.mm(dh, a).to(out.dtype), part.dropout, part.key, part.length))

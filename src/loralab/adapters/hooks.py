@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loralab.adapters.dropout import Share
+from loralab.adapters.masks import MaskKey
 from loralab.errors import LoralabError
+from loralab.numerics.shadows import Shadowed
 
 
 class NotPackable(LoralabError):  # noqa: N818 - it says what a model is, not what went wrong
@@ -36,12 +38,12 @@ class BatchSlice:
     tokens: int | None = None  # of all its rows, where the batch is flat
     share: Share | None = None  # None: no other process has rows of the batch
 
-    def mixed(self, *words: int) -> int | None:
+    def mixed(self, *words: int) -> MaskKey | None:
         """The key of one mask: other ``words``, another mask; None while evaluating."""
         if self.key is None:
             return None
-        key = mix(self.key, *words)
-        return key if self.share is None else self.share.key(key, self.rows, self.tokens)
+        units = None if self.share is None else self.share.units(self.rows, self.tokens)
+        return MaskKey(self.key, words, units)
 
 
 class AdapterHooks:
@@ -93,6 +95,7 @@ class AdapterHooks:
 
     def begin_pass(self, slices: tuple[BatchSlice, ...]) -> None:
         """A new pass, whose rows belong to ``slices`` in their order; empty: to the bare base."""
+        Shadowed.begin_pass()
         self._slices, self._drawn, self._calls = slices, 0, {}
 
     def stand(self, owner: nn.Module) -> None:
@@ -101,7 +104,7 @@ class AdapterHooks:
         self._stands, self.originals, self.layer_inputs = True, None, None
         self.begin_pass((BatchSlice(owner, 1),))
 
-    def keys(self) -> list[int]:
+    def keys(self) -> list[MaskKey]:
         """The key of each slice for the next mask that the base itself draws in this pass; none while evaluating."""
         self._drawn += 1
         keys = [part.mixed(self._drawn) for part in self._slices]
@@ -131,7 +134,7 @@ class AdapterHooks:
     def only(self, part: BatchSlice) -> Iterator[None]:
         """Within, a part of the pass that holds the rows of ``part`` alone, and masks of its own."""
         before = self._slices, self._drawn, self._calls
-        self.begin_pass((part,))
+        self._slices, self._drawn, self._calls = (part,), 0, {}
         try:
             yield
         finally:
@@ -331,14 +334,3 @@ def acts(layer: nn.Module, owners: Collection[nn.Module]) -> bool:
         not isinstance(hook, _LayerHook) or not hook.deltas.keys().isdisjoint(owners)
         for hook in layer._forward_hooks.values()
     )
-
-
-def mix(*words: int) -> int:
-    """A 63-bit key from several words (splitmix64's finalizer), equal on every platform."""
-    state = 0
-    for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loralab.adapters.base import Adapter
-from loralab.adapters.hooks import mix
+from loralab.numerics.hashing import mix
 
 SIZE = 0.02  # of a parameter's root mean square, or of 1 where it is zero
 SCALES = tuple(2.0**-power for power in (0, 4, 8, 16, 32))

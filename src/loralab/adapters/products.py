@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from loralab.numerics.shadows import ALIGNED, in_dtype
 from loralab.numerics.stacks import sent, stacked
 
 Matrices = Sequence[Tensor] | Tensor  # one for each part, (rows, columns); or a stack of them
 OF_A, OF_B = 0, 1  # the dimension of A (r, in), of B (out, r) that is the rank
 # what grouped_mm multiplies without the host (on CUDA others go through a loop that reads the offsets back)
 GROUPED = {"cuda": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16, torch.float16)}
-ALIGNED = 16  # bytes, of which its strides are multiples
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class OneByOne:
 
     def joined(self, matrices: Sequence[Tensor], dtype: torch.dtype, rank: int) -> Matrices:
         """The parts' matrices in ``dtype``, as the other methods take them; ``rank``: OF_A or OF_B."""
-        return [as_dtype(matrix, dtype) for matrix in matrices]
+        return [in_dtype(matrix, dtype, [matrix]) for matrix in matrices]
 
     def turned(self, matrices: Matrices) -> Matrices:
         """The matrices transposed."""
@@ -84,7 +84,7 @@ class Batched(OneByOne):
     """One batched product, of parts that have equally many rows."""
 
     def joined(self, matrices: Sequence[Tensor], dtype: torch.dtype, rank: int) -> Matrices:
-        return as_dtype(stacked(matrices), dtype)
+        return in_dtype(stacked(matrices), dtype, matrices)
 
     def turned(self, matrices: Matrices) -> Matrices:
         return matrices.transpose(1, 2) if isinstance(matrices, Tensor) else super().turned(matrices)
@@ -117,7 +117,7 @@ class Ragged(Batched):
     need."""
 
     def joined(self, matrices: Sequence[Tensor], dtype: torch.dtype, rank: int) -> Matrices:
-        joined = as_dtype(stacked(matrices), dtype)
+        joined = in_dtype(stacked(matrices), dtype, matrices)
         missing = -matrices[0].shape[rank] % (ALIGNED // joined.element_size())
         return F.pad(joined, (0, 0, 0, missing) if rank == OF_A else (0, missing)) if missing else joined
 

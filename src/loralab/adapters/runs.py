@@ -1,7 +1,8 @@
 """LoRA's update of a pass whose trials are many, in a number of operations that does not grow with theirs.
 
 It is ``fused``'s, with the parts of one rank that follow each other in one product each (``products``), their A and
-their B stacked. The stack is a view where the parts' parameters lie side by side (``optim/packed.py``).
+their B stacked. The stack is a view where the parts' parameters lie side by side (``optim/packed.py``). Dropout is one
+mask, drawn once a pass and kept for the gradients.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralab.adapters.dropout import dropped, keyed_dropout
+from loralab.adapters.masks import kept, scale_of
 from loralab.adapters.products import OF_A, OF_B, Matrices, OneByOne, as_dtype, form_for, products_dtype
 from loralab.numerics.stacks import side_by_side
 from loralab.quantization.linear import without_autocast
@@ -29,6 +30,11 @@ class Part:
     dropout: float
     key: int | None
     length: int = 1  # positions of a row, padding counted
+
+    @property
+    def rate(self) -> float:
+        """The share of its inputs that is dropped in this pass."""
+        return 0.0 if self.key is None else self.dropout
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,12 @@ class Run:
 
     @property
     def scalings(self) -> tuple[float, ...]:
-        return tuple(part.scaling for part in self.parts)
+        """Of each part, with what dropout multiplies what it keeps by."""
+        return tuple(part.scaling * scale_of(part.rate) for part in self.parts)
 
     @property
     def drops(self) -> bool:
-        return any(part.key is not None and part.dropout for part in self.parts)
+        return any(part.rate for part in self.parts)
 
     def of(self, factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The A and the B of its parts, of those of all parts in turn."""
@@ -63,16 +70,10 @@ class Run:
         a, b = self.of(factors)
         return self.form.joined(a, dtype, OF_A), self.form.joined(b, dtype, OF_B)
 
-    def dropped(self, own: Tensor) -> Tensor:
-        """``own`` (its positions, width) dropped out. The same values however often it is asked for."""
-        if not self.drops:
-            return own
-        keys, shares = [part.key for part in self.parts], {part.dropout for part in self.parts}
-        if len(shares) == 1 and None not in keys:
-            drawn = [(size * own.shape[1], key) for size, key in zip(self.form.sizes, keys, strict=True)]
-            return dropped(own, shares.pop(), drawn, self.parts[0].length)  # type: ignore[arg-type]
-        split = zip(self.form.split(own), self.parts, strict=True)
-        return torch.cat([keyed_dropout(rows, part.dropout, part.key, part.length) for rows, part in split])
+    def kept(self, own: Tensor) -> Tensor:
+        """Which of ``own`` (its positions, width) dropout keeps, bool."""
+        keys, rates = [part.key for part in self.parts], [part.rate for part in self.parts]
+        return kept(self.form.sizes, keys, rates, self.parts[0].length, own)
 
 
 def runs_of(parts: Sequence[Part], factors: Sequence[Tensor], dtype: torch.dtype) -> list[Run]:
@@ -103,8 +104,12 @@ class Together(torch.autograd.Function):
         ctx.runs = runs_of(parts, factors, ctx.dtype)
         rows, out = _flat(x), y.view(-1, y.shape[-1])
         with without_autocast(x.device.type):
-            inner = [_forward(run, rows[run.place], out[run.place], factors, ctx.dtype) for run in ctx.runs]
-        ctx.save_for_backward(x, *factors, *inner)
+            masks = [run.kept(rows[run.place]) if run.drops else None for run in ctx.runs]
+            inner = [
+                _forward(run, rows[run.place], mask, out[run.place], factors, ctx.dtype)
+                for run, mask in zip(ctx.runs, masks, strict=True)
+            ]
+        ctx.save_for_backward(x, *factors, *inner, *masks)
         ctx.mark_dirty(y)
         return y
 
@@ -112,31 +117,33 @@ class Together(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        count = len(saved) - len(ctx.runs)
-        factors, inner = saved[:count], saved[count:]
+        count, number = len(saved) - 2 * len(ctx.runs), len(ctx.runs)
+        factors, inner, masks = saved[:count], saved[count:-number], saved[-number:]
         rows, back = _flat(x), _flat(dy)
         dx = _like(rows, ctx.runs) if ctx.needs_input_grad[0] else None
         trained = any(ctx.needs_input_grad[3:])  # PiSSA's A0 and B0 are not
         found: list[Tensor | None] = [] if trained else [None] * count
         with without_autocast(x.device.type):
-            for run, h in zip(ctx.runs, inner, strict=True):
+            for run, h, mask in zip(ctx.runs, inner, masks, strict=True):
                 form, (a, b) = run.form, run.joined(factors, ctx.dtype)
                 own = as_dtype(back[run.place], ctx.dtype)
                 dh = form.times(own, b)
                 form.scale(dh, run.scalings)
                 if trained:
-                    given = as_dtype(run.dropped(rows[run.place]), ctx.dtype)
+                    given = _kept(rows[run.place], mask, ctx.dtype)
                     made = (form.outer(dh, given), form.outer(own, h))
                     found += _gradients(run, factors, made)
                 if dx is not None:
-                    _into(dx[run.place], run, dh, a)
+                    _into(dx[run.place], run, mask, dh, a)
         return None if dx is None else dx.view(x.shape), dy, None, *found
 
 
-def _forward(run: Run, own: Tensor, out: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _forward(
+    run: Run, own: Tensor, mask: Tensor | None, out: Tensor, factors: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
     """Adds the run's update to ``out``; scaling * drop(own) A^T, (positions, r)."""
     form, (a, b) = run.form, run.joined(factors, dtype)
-    h = form.times(as_dtype(run.dropped(own), dtype), form.turned(a))
+    h = form.times(_kept(own, mask, dtype), form.turned(a))
     form.scale(h, run.scalings)
     if out.dtype == h.dtype:
         form.add(out, h, form.turned(b))
@@ -145,12 +152,19 @@ def _forward(run: Run, own: Tensor, out: Tensor, factors: Sequence[Tensor], dtyp
     return h
 
 
-def _into(dx: Tensor, run: Run, dh: Tensor, a: Matrices) -> None:
+def _kept(own: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``own`` in ``dtype`` without what dropout drops. What it multiplies the rest by is in the run's scalings."""
+    return as_dtype(own if mask is None else own * mask, dtype)
+
+
+def _into(dx: Tensor, run: Run, mask: Tensor | None, dh: Tensor, a: Matrices) -> None:
     """The run's gradient of x, written where it belongs."""
-    if dx.dtype == dh.dtype and not run.drops:
+    if mask is not None:
+        torch.mul(run.form.times(dh, a), mask, out=dx)
+    elif dx.dtype == dh.dtype:
         run.form.times(dh, a, dx)
     else:
-        dx.copy_(run.dropped(run.form.times(dh, a).to(dx.dtype)))
+        dx.copy_(run.form.times(dh, a))
 
 
 def _gradients(run: Run, factors: Sequence[Tensor], made: tuple[Matrices, Matrices]) -> list[Tensor | None]:

@@ -21,6 +21,7 @@ from loralab.adapters.blocks import stack
 from loralab.errors import is_out_of_memory
 from loralab.forward.dropout import base_dropout
 from loralab.forward.unpadded import LENGTHS, mask_of
+from loralab.numerics.stacks import sent
 from loralab.quantization.sequences import watched
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Pass:
         self._fed = [self.first[key] for key in self.missing]
         order = {key: place for place, key in enumerate([*self.known, *self.missing])}
         self._places = [order[key] for key in self.keys]
+        self._sent: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def rows(self, states: Tensor, places: Sequence[int] | None = None) -> list[Tensor]:
         """(tokens, width) of each row, without padding; ``places``: which rows ``states`` holds, null: all."""
@@ -94,7 +96,7 @@ class Pass:
         if self.flat:
             return self._narrow_flat(value)
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == len(self.keys):
-            return _select(value, self._fed)
+            return self._select(value, self._fed)
         return value
 
     def _narrow_flat(self, value: Any) -> Any:
@@ -117,8 +119,17 @@ class Pass:
             host = some.new_zeros(len(self.known), like.shape[1], some.shape[1])
             for place, states in enumerate(self.known.values()):
                 host[place, : len(states)] = states
-            parts.insert(0, host.to(like.device, non_blocking=True))
-        return _select(torch.cat(parts) if len(parts) > 1 else parts[0], self._places)
+            parts.insert(0, sent(host, like.device))
+        return self._select(torch.cat(parts) if len(parts) > 1 else parts[0], self._places)
+
+    def _select(self, value: Tensor, rows: list[int]) -> Tensor:
+        """``rows`` of value; their numbers go to the device once a pass, for all arguments of all blocks."""
+        if rows == list(range(len(rows))):
+            return value[: len(rows)]
+        key = tuple(rows), value.device
+        if key not in self._sent:
+            self._sent[key] = sent(torch.tensor(rows), value.device)
+        return value.index_select(0, self._sent[key])
 
 
 class Prefix:
@@ -279,9 +290,3 @@ def _depth(adapter: Adapter, within: str, count: int) -> int:
         return 0
     inside = [name.removeprefix(within) for name in adapter.module_names if name.startswith(within)]
     return min((int(name.partition(".")[0]) for name in inside), default=count) if count else 0
-
-
-def _select(value: Tensor, rows: list[int]) -> Tensor:
-    if rows == list(range(len(rows))):
-        return value[: len(rows)]
-    return value.index_select(0, torch.tensor(rows, device=value.device))

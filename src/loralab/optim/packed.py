@@ -1,9 +1,10 @@
 """AdamW of all trials of a pack at once: a row of one buffer each, stepped in as many operations as one trial.
 
 Trials whose parameters have the same shapes share a buffer (trials, elements), of which their parameters become views;
-so do their moments. What the factors of a layer need stacked is then a view (``adapters/runs.py``). Every trial keeps
-its learning rate, weight decay, betas and eps: they are columns. The arithmetic is torch's, in another order of
-rounding, so that a CPU, where nothing is gained, steps trial by trial.
+so do their moments. What the factors of a layer need stacked is then a view (``adapters/runs.py``), in half precision
+of one cast of the whole buffer a pass. Every trial keeps its learning rate, weight decay, betas and eps: they are
+columns. The arithmetic is torch's, in another order of rounding, so that a CPU, where nothing is gained, steps trial by
+trial.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralab.numerics.shadows import Shadowed
 from loralab.numerics.stacks import sent, stacked
 from loralab.optim.groups import trial_of
 
@@ -95,6 +97,7 @@ class Bucket:
         for row, own in zip(rows, self.values, strict=True):
             for parameter, part in zip(row, own.split_with_sizes(self.sizes), strict=True):
                 parameter.data = part.view(parameter.shape).copy_(parameter.detach())
+        self._shadowed = Shadowed(self.values, [parameter for row in rows for parameter in row])  # for the products
         self.gradients: Tensor | None = None  # between clipping and the update
 
     def incomplete(self) -> bool:
@@ -111,6 +114,7 @@ class Bucket:
         """Copies the gradients to ``gradients``, those of a trial that has none as zeros."""
         if self.gradients is not None or not any(self._active):
             return
+        self._shadowed.forget()
         if all(self._active):
             sites = [stacked([p.grad for p in site if p.grad is not None]) for site in zip(*self.rows, strict=True)]
             self.gradients = torch.cat([site.reshape(len(self.rows), -1) for site in sites], 1)

@@ -11,7 +11,7 @@ import transformers.masking_utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from loralab.adapters import fused
+from loralab.adapters import dropout, fused
 from loralab.optim import packed
 from loralab.planning.attention import kernels
 from loralab.planning.experts import grouped_products
@@ -41,6 +41,7 @@ def faked(cuda: bool) -> Iterator[None]:
         stack.enter_context(grouped_products())
         if cuda:  # what a pack does there
             stack.enter_context(patch.object(fused, "TOGETHER", {"cpu"}))
+            stack.enter_context(patch.object(dropout, "COUNTED", {"cpu"}))
             stack.enter_context(patch.object(packed, "DEVICES", {"cpu"}))
         # else transformers keeps every attention mask; so it asks the tracker whether anything is masked
         stack.enter_context(patch.object(transformers.masking_utils, "is_tracing", lambda *_: False))

@@ -80,7 +80,7 @@ class FineTuner(LightningModule):
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         batches = dict(sorted(batches.items(), key=lambda pair: self._size(pair[0])))
-        inputs, labels = stack_batches(batches, self.trials[0].pad_token_id, self.device)
+        inputs, labels = stack_batches(batches, self.trials[0].pad_token_id)
         slices = [_slice(self.trials[index], batch, training) for index, batch in batches.items()]
         if training:
             # for what the base draws without the hooks (functional dropout, skipped layers); such a trial runs alone
@@ -245,7 +245,7 @@ class FineTuner(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # stacked first, moved once, in losses()
+        return batch  # stacked first, moved once, by the pass
 
     def report(self, values: Mapping[str, Any], own: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         """Logs a row for every trial of the pack, at the step under way or else the last one. For callbacks.

@@ -57,15 +57,12 @@ class EvaluationPasses:
         return {**trial.data_cursor.first(trial.evaluated(self.split)[0]), "spare": True}
 
 
-def stack_batches(
-    batches: Mapping[int, Batch], pad_token_id: int, device: torch.device
-) -> tuple[dict[str, Tensor], Tensor]:
-    """(inputs, labels) of all trials along dim 0 on ``device``, padded on the right to the longest of them."""
+def stack_batches(batches: Mapping[int, Batch], pad_token_id: int) -> tuple[dict[str, Tensor], Tensor]:
+    """(inputs, labels) of all trials along dim 0, on the host, padded on the right to the longest of them."""
     tensors = [batch["tensors"] for batch in padded_alike(batches, pad_token_id).values()]
     stacked = {key: torch.cat([t[key] for t in tensors]) if len(tensors) > 1 else tensors[0][key] for key in tensors[0]}
-    moved = {key: value.to(device, non_blocking=True) for key, value in stacked.items()}
-    labels = moved.pop("labels")
-    return moved, labels
+    labels = stacked.pop("labels")
+    return stacked, labels
 
 
 def padded_alike(batches: Mapping[int, Batch], pad_token_id: int) -> dict[int, Batch]:

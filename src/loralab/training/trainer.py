@@ -190,8 +190,7 @@ class TrainerSpec:
             inference_mode=False,  # weights cached in inference mode would break later training steps
             log_every_n_steps=self.log_every_n_steps if logger else 1,
         )
-        if several():
-            leave_signals(trainer)
+        leave_signals(trainer)
         return trainer
 
     def _passed(self, evaluating: bool) -> dict[str, Any]:
@@ -209,14 +208,20 @@ class TrainerSpec:
 
     @contextmanager
     def settings_restored(self) -> Iterator[None]:
-        """Undoes what Lightning's Trainer sets for the whole process, so that a later trial is not another for it."""
+        """Undoes what Lightning's Trainer sets for the whole process, so that a later trial is not another for it.
+
+        Within, cuDNN's attention is off: it makes a plan for every new shape, which takes the host tens of
+        milliseconds, and ragged rows bring one in almost every pass. Flash attention, which is foreseen, makes none."""
         import torch
 
+        attention = torch.backends.cuda.cudnn_sdp_enabled()
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         benchmark = torch.backends.cudnn.benchmark
+        torch.backends.cuda.enable_cudnn_sdp(False)
         try:
             yield
         finally:
+            torch.backends.cuda.enable_cudnn_sdp(attention)
             if self.given("deterministic"):
                 torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             torch.backends.cudnn.benchmark = benchmark

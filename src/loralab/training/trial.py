@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from loralab.adapters.base import Adapter
-from loralab.adapters.hooks import mix
 from loralab.data.base import FORGETTING
 from loralab.data.encoding import Encoded, Example
 from loralab.errors import DivergedError, LoralabError
+from loralab.numerics.hashing import mix
 from loralab.optim.optimizers import State
 from loralab.records.jsonl import MetricsFile, rows
 from loralab.records.metric_logger import MetricLogger
