@@ -14,6 +14,7 @@ import socket
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,12 @@ def find(root: Path) -> list[Path]:
 def shell_line(words: Iterable[str]) -> str:
     """``shlex.join``, with readable double quotes around a word that holds single ones and nothing that double quotes
     leave special."""
-    return " ".join(f'"{w}"' if "'" in w and not re.search(r'["$`!\\\n]', w) else shlex.quote(w) for w in words)
+    return " ".join(map(_shell_word, words))
+
+
+@lru_cache(maxsize=4096)  # trials of a sweep have most words in common
+def _shell_word(word: str) -> str:
+    return f'"{word}"' if "'" in word and not re.search(r'["$`!\\\n]', word) else shlex.quote(word)
 
 
 def rerun(record: Mapping[str, Any], more: Sequence[str] = ()) -> str:

@@ -63,9 +63,11 @@ def grouped(results: SweepResults, arms: Sequence[Arm], by: Sequence[str]) -> di
     ``by`` is empty."""
     if not by:
         return {results.metric: list(arms)}
-    labels = in_order([*results.axes[by[0]], UNKNOWN])
-    by_label = {text: [arm for arm in arms if arm.values[by[0]] == text] for text in labels}
-    return {spoken(results, by[0], text): members for text, members in by_label.items() if members}
+    by_label: dict[str, list[Arm]] = {}
+    for arm in arms:
+        by_label.setdefault(arm.values[by[0]], []).append(arm)
+    labels = [text for text in in_order([*results.axes[by[0]], UNKNOWN]) if text in by_label]
+    return {spoken(results, by[0], text): by_label[text] for text in labels}
 
 
 def named(results: SweepResults, axis: str) -> list[str]:

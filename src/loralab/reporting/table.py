@@ -1,7 +1,7 @@
 """What an arm shows: its columns as text and numbers, and the same for results.json."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -213,8 +213,8 @@ def _plain_difference(difference: Difference | None) -> dict[str, Any] | None:
     if difference is None:
         return None
     low, high = difference.interval or (None, None)
-    fields = asdict(difference)
-    return {"mean": fields["mean"], "low": low, "high": high, **{key: fields[key] for key in ("p", "n", "seeds")}}
+    told = {key: getattr(difference, key) for key in ("p", "n", "seeds")}
+    return {"mean": difference.mean, "low": low, "high": high, **told}
 
 
 def _difference_text(arm: Arm) -> str:
