@@ -11,7 +11,7 @@ SRC = Path(loralab.__file__).parent
 PLUGIN = SRC.parent / "hydra_plugins"
 FLOORS = [
     {"errors", "quick_imports"},
-    {"spec"},
+    {"spec", "signals"},
     {"records", "numerics", "memory"},
     {"quantization", "data"},
     {"adapters", "optim"},

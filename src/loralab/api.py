@@ -197,7 +197,7 @@ def lightning(overrides: Sequence[str] = ()) -> "tuple[AdapterModule, TrialData]
 
 def _run(words: list[str], fresh: bool, many: bool) -> "Session":
     from loralab.scheduling.session import Session
-    from loralab.scheduling.signals import listening
+    from loralab.signals import listening
 
     session = Session(fresh=fresh, many=many)
     try:

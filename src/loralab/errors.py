@@ -1,10 +1,16 @@
 """What can go wrong for a user, one class per exit code; every other exception is a fault of loralab (exit 1)."""
 
 import errno
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from traceback import extract_tb
+
+LONG, KEPT = (
+    re.compile(r"\S{500,}"),
+    100,
+)  # a value without a space that no one reads to its end, and what is shown of it
 
 
 class LoralabError(Exception):
@@ -12,6 +18,9 @@ class LoralabError(Exception):
 
     exit_code = 1
     status = "failed"
+
+    def __str__(self) -> str:
+        return LONG.sub(lambda value: f"{value[0][:KEPT]}... ({len(value[0]):,} characters)", super().__str__())
 
 
 class ConfigError(LoralabError):

@@ -13,7 +13,7 @@ from loralab.bench import ours, peers, run
 from loralab.bench import setup as setups
 from loralab.bench.layer import PEER, _step, layers, timed
 from loralab.bench.measurements import Table, interleaved, render, summary
-from loralab.bench.parts import ALONE, KEPT, LIGHTNING, MEDIUM, OURS, TRAINER, BenchmarkSize, SweepSize, one_trial
+from loralab.bench.parts import ALONE, LIGHTNING, MEDIUM, OURS, PER_USE, TRAINER, BenchmarkSize, SweepSize, one_trial
 from loralab.bench.processes import ProcessError
 from loralab.bench.setup import BenchmarkSetup, physical_cores, prepare
 from loralab.cli import main
@@ -142,7 +142,7 @@ def test_a_trial_leaves_the_peers_base_as_it_was(setup):
 
 def test_the_step_part_leaves_warm_up_out_and_compares_losses(measured):
     rows = by_name(measured("step")["parts"]["step"], "one step, batch 2")
-    assert list(rows) == [TRAINER, MEDIUM, LIGHTNING, OURS, KEPT]
+    assert list(rows) == [TRAINER, MEDIUM, LIGHTNING, OURS, PER_USE]
     assert rows[TRAINER]["median"] == pytest.approx(3.0)
     assert rows[TRAINER]["ratio"] == pytest.approx(1.5)
     assert all(row["measurements"] == TINY.rounds * TINY.steps for row in rows.values())
@@ -197,7 +197,7 @@ def test_a_library_that_fails_says_so_and_the_others_go_on(measured):
     assert [row["error"] for row in part["rows"] if "error" in row] == [
         "loralab.bench.peers.WithLightning ended with exit code 1: gone"
     ]
-    assert set(by_name(part, "one step, batch 2")) == {TRAINER, MEDIUM, OURS, KEPT}
+    assert set(by_name(part, "one step, batch 2")) == {TRAINER, MEDIUM, OURS, PER_USE}
 
 
 def test_an_unknown_part_is_refused_with_the_nearest(capsys):

@@ -41,6 +41,8 @@ def of(*words):
         (["logger=none", "callbacks=none", "plan=default", "plan.record=false"], []),
         (["hydra.run.dir=elsewhere"], []),
         (["memory.snapshot=a"], ["memory.snapshot=b"]),
+        (["quantization=nf4", "quantization.dequantize=per_use"], ["quantization=nf4"]),  # the same bits
+        (["quantization=nf4", "quantization.dequantize=resident"], ["quantization=nf4"]),
         (["data=files", "data.train=./a//b.jsonl"], ["data=files", "data.train=a/b.jsonl"]),
         (["model.name_or_path=base/"], ["model.name_or_path=base"]),
     ],
@@ -112,10 +114,12 @@ def defaults():
     """{class: {field: default}} of every spec that conf/ names, as far as ids depend on them."""
     found = {}
     for path in sorted((data_root() / "conf").rglob("*/*.yaml")):
-        if path.relative_to(data_root() / "conf").parts[0] in identity.USUAL:
+        section = path.relative_to(data_root() / "conf").parts[0]
+        if section in identity.USUAL:
             module, _, name = OmegaConf.load(path)._target_.rpartition(".")
             cls = getattr(import_module(module), name)
-            found[name] = {one.name: identity.plain(_default(one)) for one in fields(cls)}
+            volatile = identity.VOLATILE_KEYS.get(section, ())
+            found[name] = {one.name: identity.plain(_default(one)) for one in fields(cls) if one.name not in volatile}
     return found
 
 

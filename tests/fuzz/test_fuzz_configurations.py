@@ -11,6 +11,10 @@ from hypothesis import strategies as st
 FOUND = [  # what was once answered otherwise
     ("train", ["memory=default", "memory.slo=\nv\x18Ü"]),
     ("train", ["++model.drawn_on=\n\\\x82"]),
+    ("plan", ["adapter.modules_to_save="]),
+    ("train", ["metric={}"]),
+    ("train", ["metric=88"]),
+    ("train", ["=" + "9" * 5000]),
 ]
 QUICK, MANY = 20, 3000
 COMMANDS = st.sampled_from(["train"] * 6 + ["train --cfg job", "count", "plan", "quantize"])

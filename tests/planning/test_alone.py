@@ -7,8 +7,8 @@ import pytest
 from loralab.adapters.lora import LoRA
 from loralab.data.passes import BatchShape, Pass
 from loralab.planning import alone, kept
+from loralab.planning.geometry import Geometry
 from loralab.planning.plan import predict_step
-from loralab.planning.trace import Geometry
 from loralab.quantization.four_bit import FourBit
 
 GEOMETRY = Geometry((Pass(0, (BatchShape((32, 20), (32, 20), 30),)),), False)

@@ -15,8 +15,8 @@ from loralab.optim.optimizers import AdamW
 from loralab.planning import alone, kept
 from loralab.planning import plan as planning
 from loralab.planning.foresee import Foresight
+from loralab.planning.geometry import Geometry
 from loralab.planning.plan import predict_step
-from loralab.planning.trace import Geometry
 from loralab.quantization.four_bit import FourBit
 from loralab.running.inputs import encoded_data
 from loralab.running.runner import Runner

@@ -16,8 +16,8 @@ from loralab.memory.budget import PlanSpec
 from loralab.memory.phases import PhaseMemory
 from loralab.planning import foresee, kept
 from loralab.planning.foresee import Foresight
+from loralab.planning.geometry import Geometry
 from loralab.planning.plan import CONTEXT, FRAGMENTATION, GIB, device_bytes, predict_step
-from loralab.planning.trace import Geometry
 from loralab.records import record
 from loralab.running.inputs import encoded_data
 from loralab.running.runner import Runner

@@ -6,8 +6,8 @@ import pytest
 from loralab.adapters.lora import LoRA
 from loralab.data.passes import BatchShape, Pass
 from loralab.numerics.shadows import Shadowed
+from loralab.planning.geometry import Geometry
 from loralab.planning.plan import predict_step
-from loralab.planning.trace import Geometry
 
 LENGTH = 8
 BATCH = BatchShape((LENGTH,), (LENGTH,), LENGTH - 1)

@@ -16,6 +16,7 @@ from loralab.adapters.lora import LoRA
 from loralab.config import compose
 from loralab.config.build import build, trial_spec
 from loralab.errors import ConfigError
+from loralab.forward import varlen
 from loralab.memory.budget import PlanSpec
 from loralab.models import pretrained
 from loralab.optim.optimizers import AdamW
@@ -31,9 +32,9 @@ from loralab.training.trainer import TrainerSpec
 FAMILIES = ("llama", "gpt2", "t5", "distilbert", "roberta")
 SCHEMES = {
     "none": NoQuantization(),
-    "int8_absmax": Int8Absmax(),
-    "nf4": FourBit(),
-    "nf4_double": FourBit(double_quant=True),
+    "int8_absmax": Int8Absmax(dequantize="per_use"),
+    "nf4": FourBit(dequantize="per_use"),
+    "nf4_double": FourBit(double_quant=True, dequantize="per_use"),
 }
 WIDER = {
     "llama": {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512},
@@ -136,11 +137,27 @@ def test_padded_rows_cost_masks(make, allocated, family):
     assert predict(spec, "cpu", ragged=True).predicted_peak_bytes > predict(spec, "cpu", ragged=False).by_phase["load"]
 
 
-def test_a_card_is_planned_on_the_padded_path_that_it_takes_where_keys_and_values_are_repeated(make):
+@pytest.fixture
+def grouped(make):
+    """Two heads share keys and values; of one head they would be a view."""
+    spec = make(ragged=True, layers=1, precision="bf16-mixed")
+    config = {**spec.model.config, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return replace(spec, model=replace(spec.model, config=config, dtype="bfloat16"))
+
+
+def test_a_card_is_planned_without_padding_where_its_attention_takes_rows_of_unequal_lengths(grouped, monkeypatch):
+    plan = predict(grouped, "cuda", ragged=True)
+    assert plan.mode.unpadded
+    monkeypatch.setattr(varlen, "_kernel", lambda: None)
+    padded = predict(grouped, "cuda", ragged=True)
+    assert not padded.mode.unpadded
+    assert plan.predicted_peak_bytes < padded.predicted_peak_bytes
+
+
+def test_a_card_without_it_is_planned_on_the_padded_path_where_keys_and_values_are_repeated(grouped, monkeypatch):
     """A mask keeps CUDA's kernels from sharing keys and values among heads: transformers repeats them then."""
-    grouped = make(ragged=True, layers=1, precision="bf16-mixed")
-    config = {**grouped.model.config, "num_attention_heads": 4, "num_key_value_heads": 2}  # of one head it is a view
-    grouped = replace(grouped, model=replace(grouped.model, config=config, dtype="bfloat16"))
+    monkeypatch.setattr(varlen, "_kernel", lambda: None)
+    config = grouped.model.config
     assert predict(grouped, "cpu", ragged=True).mode.unpadded
     ragged, alike = (predict(grouped, "cuda", ragged=ragged) for ragged in (True, False))
     assert not ragged.mode.unpadded

@@ -11,8 +11,9 @@ from loralab.memory.limits import MemorySpec
 from loralab.optim.optimizers import AdamW
 from loralab.planning import spikes
 from loralab.planning.foresee import Foresight
+from loralab.planning.geometry import Geometry
 from loralab.planning.plan import predict_step
-from loralab.planning.trace import Geometry, build
+from loralab.planning.trace import build
 from loralab.running.inputs import encoded_data
 from loralab.running.runner import Runner
 

@@ -18,7 +18,7 @@ from loralab.quantization.four_bit import FourBit
 from loralab.quantization.int8 import Int8Absmax, Int8ZeroPoint
 from loralab.quantization.int8_blockwise import Int8Blockwise
 from loralab.quantization.int8_product import Int8Product
-from loralab.quantization.linear import FrozenLinear
+from loralab.quantization.linear import FrozenLinear, dequantized, keep_dense, resident_bytes
 from loralab.quantization.llm_int8 import LLMInt8
 
 WEIGHT_ONLY = {
@@ -141,6 +141,26 @@ def test_resident_gives_the_same_numbers_and_first_use_may_be_a_validation(spec)
     assert layer.resident is None
     assert resident.resident is not None
     assert "resident" not in resident.state_dict()
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_that_keeps_its_dense_weights_and_then_frees_them_has_the_same_bits(spec, dtype):
+    model = torch.nn.Sequential(spec.convert(dense_layer(dtype=dtype)))
+    assert dequantized(model) == "per_use"  # auto, of which nobody has said more
+
+    def values():
+        x = inputs(3, 64, dtype=dtype)
+        y = model(x)
+        y.float().square().sum().backward()
+        return y.detach(), x.grad
+
+    before = values()
+    for dequantize, held in (("resident", 64 * model[0].out_features * dtype.itemsize), ("per_use", 0)):
+        keep_dense(model, dequantize)
+        for _ in range(2):
+            assert all(map(torch.equal, values(), before))
+        assert (dequantized(model), resident_bytes(model)) == (dequantize, held)
 
 
 @every

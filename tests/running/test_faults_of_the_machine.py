@@ -4,6 +4,7 @@
 """
 
 import errno
+import json
 import logging
 import os
 import re
@@ -15,7 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+from torch.optim import AdamW
 
+from loralab import signals
 from loralab.adapters.hooks import AdapterHooks
 from loralab.errors import Interrupted
 from loralab.records import record
@@ -24,6 +29,7 @@ from loralab.scheduling.train_log import train_logs
 from loralab.training import checkpoint
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.module import FineTuner
+from loralab.training.trial import Trial
 
 FULL = Path("/dev/full")
 NEEDS_FULL = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
@@ -43,6 +49,20 @@ def at_step(monkeypatch):
         monkeypatch.setattr(FineTuner, "training_step", watched)
 
     return install
+
+
+@pytest.fixture
+def handlers():
+    """Those of SIGINT and SIGTERM are set again afterwards."""
+    before = {number: signal.getsignal(number) for number in signals.STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def losses(spec):
+    rows = map(json.loads, (spec.folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
 
 
 @pytest.fixture
@@ -121,10 +141,70 @@ def test_a_batch_that_is_nan_ends_the_trial_and_leaves_the_finite_checkpoint(kep
     assert not (kept.folder / "adapter").exists()
 
 
-def test_a_second_interruption_does_not_tear_what_the_first_one_writes(kept, at_step, monkeypatch):
-    from loralab.scheduling.signals import listen
+@pytest.mark.parametrize("watched", [False, True], ids=["alone", "with another callback"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(AdamW, "step"), (Trial, "finish_step"), (Trial, "log"), (FineTuner, "lr_scheduler_step")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_signal_between_the_update_and_the_end_of_its_step_loses_no_step(
+    make_spec, monkeypatch, handlers, owner, method, number, watched
+):
+    """It is answered once the step can be written, and the run that goes on makes the same bits."""
+    more = {"own": Callback} if watched else {}
+    whole, kept = (make_spec(name, callbacks={"checkpoint": Checkpoint, **more}) for name in ("whole", "kept"))
+    Runner().run([whole])
+    real, calls = getattr(owner, method), []
 
-    real, handlers = torch.save, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    def interrupted(*given, **more):
+        result = real(*given, **more)
+        calls.append(given)
+        if len(calls) == 2:
+            signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(owner, method, interrupted)
+    signals.listen()
+    with pytest.raises(Interrupted) as stopped:
+        Runner().run([kept])
+    assert stopped.value.exit_code == 128 + number
+    assert state(kept)["step"] == 2
+    signals.listen()
+    (done,) = Runner().run([kept])
+    assert done["status"] == "completed"
+    one, other = (load_file(spec.folder / "adapter" / "adapter_model.safetensors") for spec in (whole, kept))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert losses(kept) == losses(whole)
+
+
+def test_a_second_signal_does_not_wait_for_the_end_of_the_step(kept, monkeypatch, handlers):
+    def hangs(self):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(Trial, "finish_step", hangs)
+    signals.listen()
+    with pytest.raises(Interrupted):
+        Runner().run([kept])
+    assert not checkpoint.path(kept.folder).exists()
+
+
+def test_a_signal_in_a_step_that_fails_is_not_lost(kept, monkeypatch, handlers):
+    def fails(self):
+        signal.raise_signal(signal.SIGTERM)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Trial, "finish_step", fails)
+    signals.listen()
+    with pytest.raises(Interrupted) as stopped:
+        Runner().run([kept])
+    assert stopped.value.exit_code == 143
+
+
+def test_a_second_interruption_does_not_tear_what_the_first_one_writes(kept, at_step, monkeypatch, handlers):
+    real = torch.save
 
     def impatient(*given, **more):
         signal.raise_signal(signal.SIGINT)
@@ -135,13 +215,9 @@ def test_a_second_interruption_does_not_tear_what_the_first_one_writes(kept, at_
         signal.raise_signal(signal.SIGINT)
 
     at_step(2, interrupt)
-    try:
-        listen()
-        with pytest.raises(Interrupted) as stopped:
-            Runner().run([kept])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    signals.listen()
+    with pytest.raises(Interrupted) as stopped:
+        Runner().run([kept])
     assert stopped.value.exit_code == 130
     assert record.read(kept.folder)["status"] == "interrupted"
     assert state(kept)["step"] == 2

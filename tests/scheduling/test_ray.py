@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from loralab.cli import main
+from loralab.errors import ConfigError
 from loralab.records import record
 from loralab.scheduling import executors, ray_cluster
 from loralab.scheduling.executor_settings import Ray
@@ -103,6 +104,18 @@ def test_a_local_cluster_that_can_never_run_a_task_is_refused_and_another_one_ma
     ray_cluster.RayExecutor(Ray(num_gpus=0.5, address="auto"), tmp_path)
     assert "the tasks wait until one has" in caplog.text
     assert ray.given["address"] == "auto"
+
+
+def test_a_cluster_that_asks_for_a_token_says_where_to_put_it(ray, tmp_path, monkeypatch):
+    """Ray looks for one by itself only where it was given no address."""
+
+    def refuses(**given):
+        cause = RuntimeError("AuthenticationError: RPC error: InvalidAuthToken: Authentication token is missing")
+        raise ConnectionError("Failed to connect to Ray cluster") from cause
+
+    monkeypatch.setattr(ray, "init", refuses)
+    with pytest.raises(ConfigError, match=r"address=head:6379: the cluster of Ray there asks.*RAY_AUTH_MODE=token"):
+        ray_cluster.RayExecutor(Ray(address="head:6379"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +214,10 @@ def test_a_task_that_is_killed_is_retried_with_equal_bits_on_a_local_cluster(lau
 
 
 @pytest.fixture
-def head(tmp_path_factory):
-    """The address of a cluster of two CPUs and two GPUs that are not there, started in another folder."""
+def head(tmp_path_factory, monkeypatch):
+    """The address of a cluster of two CPUs and two GPUs that are not there, with a token, started in another folder."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
     folder = tmp_path_factory.mktemp("head")
     port = "6391"
     ray = str(Path(sys.executable).with_name("ray"))
@@ -216,12 +231,17 @@ def head(tmp_path_factory):
 
 @pytest.mark.slow
 @needs_ray
-def test_tasks_share_gpus_of_a_cluster_and_write_into_the_folder_of_the_launcher(launch, head, tmp_path):
-    launcher = launch(
+def test_tasks_share_gpus_of_a_cluster_and_write_into_the_folder_of_the_launcher(launch, head, tmp_path, monkeypatch):
+    words = [
         *("seed=0,1,2,3", "trainer.max_steps=3", "data.limit=6", "hydra.launcher.pack=off"),
         *("hydra.launcher.executor=ray", f"hydra.launcher.address='{head}'"),
         *("hydra.launcher.num_gpus=0.5", "hydra.launcher.num_cpus=0.5"),
-    )
+    ]
+    with monkeypatch.context() as without:
+        without.delenv("RAY_AUTH_MODE")
+        assert launch(*words).wait(120) == 2
+    assert "the cluster of Ray there asks for its token" in (tmp_path / "said").read_text()
+    launcher = launch(*words)
     assert launcher.wait(240) == 0, (tmp_path / "said").read_text()
     stored = records(tmp_path / "s").values()
     assert [one["status"] for one in stored] == ["completed"] * 4

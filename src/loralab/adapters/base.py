@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
 import torch
+from annotated_types import MinLen
 from pydantic import BeforeValidator
 from torch import Tensor, nn
 
@@ -25,7 +26,11 @@ def _listed(value: Any) -> Any:
 
 
 # adapter.modules_to_save; see the function
-Saved = Annotated[list[str] | None, BeforeValidator(_listed), "a list of module names or null"]
+Saved = Annotated[
+    list[Annotated[str, MinLen(1), "the name of a module"]] | None,
+    BeforeValidator(_listed),
+    "a list of module names or null",
+]
 STATED = ("packable", "tokenwise", "layerwise")  # each class for itself: what it does not say is false
 
 

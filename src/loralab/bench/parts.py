@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 Engine = tuple[str, dict[str, Any]]  # a class for ``worker``, and what it is made with beside the common setup
 TRAINER, MEDIUM, LIGHTNING = "PEFT + HF Trainer", "PEFT + HF Trainer, medium", "PEFT + Lightning"
 ALONE = "a process per trial"
-KEPT = "loralab, dequantize=resident"
+PER_USE = "loralab, dequantize=per_use"
 PEERS: dict[str, Engine] = {
     **{TRAINER: ("loralab.bench.peers.WithTrainer", {}), MEDIUM: ("loralab.bench.peers.WithTrainer", {"medium": True})},
     LIGHTNING: ("loralab.bench.peers.WithLightning", {}),
 }
-RESIDENT: Engine = ("loralab.bench.ours.Loralab", {"more_words": ["quantization.dequantize=resident"]})
-SINGLE_RUNS = {**PEERS, OURS: ("loralab.bench.ours.Loralab", {}), KEPT: RESIDENT}
+LEAN: Engine = ("loralab.bench.ours.Loralab", {"more_words": ["quantization.dequantize=per_use"]})
+SINGLE_RUNS = {**PEERS, OURS: ("loralab.bench.ours.Loralab", {}), PER_USE: LEAN}
 RANKS = (2, 4, 8, 16)
 RATES = (3e-4, 1e-3, 2e-3, 3e-3)
 

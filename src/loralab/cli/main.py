@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The console script. Leaves with the contract's exit code."""
     own_process()
     code = run(sys.argv[1:] if arguments is None else arguments)
-    from loralab.scheduling.signals import unlisten
+    from loralab.signals import unlisten
 
     unlisten()
     sys.exit(code)
@@ -93,7 +93,7 @@ def _dispatch(arguments: Arguments) -> int:
     if arguments.help:
         print(arguments.command.parser().format_help(), end="")
         return 0
-    from loralab.scheduling.signals import listen
+    from loralab.signals import listen
 
     listen()
     if arguments.debug:  # a trial's failure is its record's; where it came from is logged at this level

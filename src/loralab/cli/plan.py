@@ -23,15 +23,14 @@ def planned(overrides: list[str], config_dir: str | None = None) -> "tuple[Trial
             "trainer.strategy=fsdp: no prediction is made for a base that is spread over devices; valid: trainer=ddp,"
             " where each has all of it, which is more"
         )
-    from loralab.planning import plan as planning
-    from loralab.planning.foresee import check_packing
+    from loralab.planning.foresee import check_packing, plan_here
     from loralab.planning.sizes import name_what_stays
     from loralab.training.trainer import quiet
 
     quiet()
     name_what_stays(spec.model)
     check_packing(spec)
-    return spec, planning.predict(spec, "cuda" if spec.plan.device == "auto" else spec.plan.device)
+    return spec, plan_here(spec, "cuda" if spec.plan.device == "auto" else spec.plan.device)
 
 
 def run(arguments: Arguments) -> int:
@@ -45,7 +44,8 @@ def run(arguments: Arguments) -> int:
     print(render(predicted), flush=True)
     budget = spec.plan.budget_gib or 0.0
     for what in planning.WHATS if budget else ():  # each a few traces
-        fits = planning.largest(spec, budget * planning.GIB, what, predicted.device, predicted.device_bytes)
+        present = None if predicted.resident_bytes else predicted.device_bytes  # auto keeps nothing that is in the way
+        fits = planning.largest(spec, budget * planning.GIB, what, predicted.device, present)
         print(f"largest {what} in {budget:g} GiB, the rest as it is: {fits:,}", flush=True)
     return 0
 
@@ -58,6 +58,8 @@ def render(plan: "Plan") -> str:
     totals = [("predicted peak", plan.predicted_peak_bytes, "allocated by torch")]
     if plan.device == "cuda":
         totals.append(("device", plan.device_bytes, "with context and fragmentation"))
+    if plan.resident_bytes:
+        totals.append(("dense weights", plan.resident_bytes, "kept beside the codes, part of the base below"))
     if plan.paged_bytes:
         totals.append(("pageable", plan.paged_bytes, "optimizer state, in none of the above"))
     rows = [(name, f"{size / GIB:.3f} GiB", note) for name, size, note in totals]

@@ -198,6 +198,8 @@ def _check_scalars(content: Mapping[str, Any]) -> None:
         raise ConfigError(f"metric_mode must be min or max, got {content['metric_mode']!r}")
     if type(content["seed"]) is not int or content["seed"] < 0:
         raise ConfigError(f"seed must be a whole number of at least 0, got {content['seed']!r}")
+    if not isinstance(content["metric"], str):
+        raise ConfigError(f"metric must be the name of a metric, such as val/loss, got {content['metric']!r}")
 
 
 def _metrics(nodes: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ VOLATILE_KEYS = {
     "trainer": ("test", "passed", "until", "strategy", "devices"),
     "data": ("forgetting",),
     "memory": ("snapshot",),
-}  # nor do these: what else is measured, where it goes
+    "quantization": ("dequantize",),  # the same bits either way
+}  # nor do these: what else is measured, where it goes, what is kept in memory
 PATHS = {"data": ("train", "validation", "test"), "model": ("name_or_path", "tokenizer")}
 # sets of names
 UNORDERED = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "skip_modules")

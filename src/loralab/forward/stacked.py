@@ -18,10 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.perturbed import moderate, perturbed
 from loralab.errors import ConfigError, is_out_of_memory
+from loralab.forward import varlen
+from loralab.forward.dropout import own_dropout
 from loralab.forward.graph import evaluated, reached, reads_positions
 from loralab.forward.head import bypassed, frozen_head, hands_on, head_nll
 from loralab.forward.metrics import nll
 from loralab.forward.unpadded import can_unpad, flat, flatten, prepare, undo
+from loralab.numerics.stacks import sent
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +69,9 @@ class Forward:
     def __call__(
         self, inputs: dict[str, Tensor], labels: Tensor, slices: Sequence[BatchSlice], around: Around = _nothing
     ) -> list[Scores]:
-        """Scores of each share. ``inputs`` and ``labels``: rows of all shares along dim 0, padded on the right.
-        ``around``: what the model is called within, given its inputs."""
+        """Scores of each share. ``inputs`` and ``labels``: rows of all shares along dim 0, padded on the right; on the
+        host, where what depends on their values is asked, so that no card is waited for. ``around``: what the model is
+        called within, given its inputs."""
         if self.mode is None:
             self.mode = self._choose(inputs, labels, slices)
         return self._scores(self.mode, inputs, labels, slices, around)
@@ -86,19 +90,22 @@ class Forward:
         if mode.unpadded:
             inputs, labels = self._flattened(inputs, labels)
         if not mode.fused_cross_entropy:
+            inputs, labels = self._sent(inputs), sent(labels, self._device)
             with around(inputs):
                 logits = self.model(**inputs).logits
             return self._plain(logits, labels)
         head = frozen_head(self.model, [part.owner for part in slices])
         assert head is not None
+        has_target = labels != -100
+        places = has_target.flatten().nonzero()[:, 0]
+        counts = self._counts(has_target, len(places))
+        targets, places = sent(labels.flatten()[places], self._device), sent(places, self._device)
+        inputs = self._sent(inputs)
         with bypassed(head) as entered, around(inputs):
             hidden = self.model(**inputs).logits
         if isinstance(hidden, FakeTensor) and hidden is not entered[0]:  # _losses_match sees it in the values
             raise Unsuited("the base changes its logits, which have to be made then")
-        has_target = labels != -100
-        targets = labels[has_target]
-        losses, predictions = head_nll(hidden[has_target], targets, head)
-        counts = self._counts(has_target, len(targets))
+        losses, predictions = head_nll(hidden.flatten(0, 1).index_select(0, places), targets, head)
         parts = zip(*(torch.split(x, counts) for x in (losses, predictions, targets)), strict=True)
         return [(trial_losses.sum(), *rest) for trial_losses, *rest in parts]
 
@@ -109,8 +116,15 @@ class Forward:
             return [total]
         if isinstance(kept, FakeTensor):
             return [total // len(parts)] * (len(parts) - 1) + [total - total // len(parts) * (len(parts) - 1)]
-        counts: list[int] = torch.stack([own.sum() for own in parts]).tolist()  # one wait for the device, not one each
+        counts: list[int] = torch.stack([own.sum() for own in parts]).tolist()
         return counts
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _sent(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _marked(sent(value, self._device), value) for name, value in inputs.items()}
 
     def _plain(self, logits: Tensor, labels: Tensor) -> list[Scores]:
         task = "seq2seq_lm" if self.task == "causal_lm" else self.task  # the labels are shifted already
@@ -128,7 +142,8 @@ class Forward:
         owners = [part.owner for part in slices]
         fused_cross_entropy = self.task != "sequence_classification" and frozen_head(self.model, owners) is not None
         unpadded = self.task == "causal_lm" and self.unpad and can_unpad(self.model)
-        unpadded = unpadded and (self.packing or labels.device.type == "cpu")
+        device = self._device.type
+        unpadded = unpadded and unpads(self.model.config, device, _computed_in(self.model, device), self.packing)
         changed = prepare(self.model) if unpadded else []
         if isinstance(labels, FakeTensor):
             return ForwardMode(unpadded, fused_cross_entropy)
@@ -160,14 +175,14 @@ class Forward:
         head = frozen_head(self.model)
         self.hooks.begin_pass(())
         with evaluated(self.model):
-            return head is not None and hands_on(self.model, head, two_rows)
+            return head is not None and hands_on(self.model, head, self._sent(two_rows))
 
     def _rows_are_independent(self, two_rows: dict[str, Tensor]) -> bool:
         """Whether two rows of a flat batch stand at positions of their own and do not see each other."""
         self.hooks.begin_pass(())
         lengths = lengths_of(two_rows["attention_mask"])
         try:
-            flat_inputs, second = flatten(two_rows, lengths), slice(lengths[0], sum(lengths))
+            flat_inputs, second = self._sent(flatten(two_rows, lengths)), slice(lengths[0], sum(lengths))
             dependences = reached(self.model, flat_inputs, second)
             independent = len(dependences) == 1 and not bool((dependences[0][:, : lengths[0]] != 0).any())
             return independent and (lengths[1] < 2 or reads_positions(self.model, flat_inputs, second))
@@ -197,7 +212,7 @@ class Forward:
             scale, dense = moderate(owner, loss(ForwardMode()), lambda: loss(ForwardMode()))
             with perturbed(owner, scale):
                 by_mode = loss(mode)
-            allowed = TOLERANCE.get(_computed_in(self.model, labels.device.type), HALF_TOLERANCE)
+            allowed = TOLERANCE.get(_computed_in(self.model, self._device.type), HALF_TOLERANCE)
             return abs(dense - by_mode) <= allowed * max(1.0, dense)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             if is_out_of_memory(error):  # says nothing of the way, and fewer trials may cure it
@@ -206,6 +221,19 @@ class Forward:
             return False
         finally:
             self.model.train(training)
+
+
+def _marked(moved: Tensor, tensor: Tensor) -> Tensor:
+    """``moved`` with what ``tensor``, which it is a copy of, carries beside its values."""
+    for name, mark in vars(tensor).items() if moved is not tensor else ():
+        setattr(moved, name, sent(mark, moved.device) if isinstance(mark, Tensor) else mark)
+    return moved
+
+
+def unpads(config: Any, device: str, dtype: torch.dtype, packing: bool = False) -> bool:
+    """Whether the rows of a causal base are computed without padding: on a CPU; on a card where its attention takes
+    rows of unequal lengths in one call; everywhere with ``packing``, since rows share sequences then."""
+    return packing or device == "cpu" or (varlen.suits(config, dtype) and not own_dropout(config))
 
 
 def no_packing(config: Any, attention: str) -> ConfigError:

@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loralab.adapters.hooks import AdapterHooks
+from loralab.forward import varlen
 
 NAME = "loralab_rows"
 LENGTHS = "loralab_lengths"  # of the rows of a flat batch, an attribute of its mask
@@ -123,6 +124,8 @@ def _sdpa(
     if len(set(lengths)) == 1:  # one call for rows of one length
         rows = [_rows(x, len(lengths)) for x in (query, key, value)]
         return sdpa(module, *rows, None, **kwargs)[0].flatten(0, 1)[None]  # type: ignore[no-any-return]
+    if varlen.takes(query) and not kwargs.get("dropout") and kwargs.get("position_bias") is None:
+        return varlen.attend(query, key, value, lengths, kwargs.get("scaling"))
     parts = zip(*(torch.split(x, list(lengths), 2) for x in (query, key, value)), strict=True)
     return torch.cat([sdpa(module, *part, None, **kwargs)[0] for part in parts], 1)
 

@@ -19,6 +19,7 @@ from loralab.models.tokenizer import check_vocabulary
 from loralab.models.weights import explained
 from loralab.quantization import gemm
 from loralab.quantization.base import BaseSize, Quantizer, measure, warn_out_of_reach
+from loralab.quantization.linear import dequantized
 from loralab.records import fingerprints
 
 
@@ -40,6 +41,11 @@ class Base:
         """The hooks of the adapters attached to the model."""
         return AdapterHooks.of(self.model)
 
+    @property
+    def dequantize(self) -> str:
+        """How its quantized layers dequantize: resident or per_use."""
+        return dequantized(self.model) or "per_use"
+
     def record(self) -> dict[str, Any]:
         """The ``base`` part of a run record."""
         attention = getattr(self.model.config, "_attn_implementation", None)
@@ -51,6 +57,7 @@ class Base:
             "bytes": self.size.bytes,
             "bits_per_parameter": self.size.bits_per_parameter,
             "attn_implementation": "sdpa" if attention == ROWS else attention,
+            "dequantize": dequantized(self.model),
             "bits_per_parameter_overall": self.size.bits_per_parameter_overall,
             "out_of_reach": {
                 "parameters": sum(self.size.out_of_reach.values()),

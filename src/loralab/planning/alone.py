@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from loralab.adapters.hooks import AdapterHooks
 from loralab.adapters.lora import LoRA
 from loralab.optim.optimizers import TORCH
+from loralab.planning.geometry import Geometry
 from loralab.planning.kept import kept
 from loralab.planning.plan import LONG, predict_step
 from loralab.planning.sizes import homogeneous_layers, skeleton
-from loralab.planning.trace import Geometry, trace
+from loralab.planning.trace import trace
 from loralab.training.specs import TrialSpec
 
 RANKS = (8, 32)  # that are traced; lines run through them

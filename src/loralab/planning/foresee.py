@@ -15,15 +15,15 @@ from loralab.data.base import FORGETTING
 from loralab.data.encoding import Encoded
 from loralab.data.passes import Feed, Pass, Rows, Weighing, fullest, heaviest, heaviest_evaluation, weight
 from loralab.errors import ConfigError, OutOfMemory
-from loralab.forward.stacked import no_packing
+from loralab.forward.stacked import no_packing, unpads
 from loralab.forward.unpadded import can_unpad
 from loralab.memory.cards import free_of_each
 from loralab.memory.ledgers import Host
-from loralab.planning import alone
+from loralab.planning import alone, resident
+from loralab.planning.geometry import Geometry
 from loralab.planning.kept import kept
-from loralab.planning.plan import CONTEXT, GIB, Plan, predict_step
+from loralab.planning.plan import CONTEXT, GIB, Plan, predict, predict_step
 from loralab.planning.sizes import skeleton
-from loralab.planning.trace import Geometry
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Foresight:
     def __init__(self) -> None:
         self._plans: dict[str, Plan | None] = {}
         self._said: set[str] = set()
+        self._keeps: dict[tuple[Any, ...], bool] = {}  # whether a base's dense weights are kept
 
     def plan(self, specs: list[Any], data: Sequence[Encoded], device: str, start: int = 0) -> Plan | None:
         """The plan of trials that have made ``start`` steps, for the heaviest pass that is still to come; None where
@@ -95,7 +96,7 @@ class Foresight:
         plan = self.plan(specs, data, device) if settings.record else None
         if plan is None:
             return None
-        room = settings.budget_gib * GIB if settings.budget_gib else free_bytes(device) + held
+        room = _room(specs[0], device, held)
         if plan.device_bytes <= room:
             return plan
         whose = "plan.budget_gib allows" if settings.budget_gib else f"{device} has"
@@ -109,6 +110,28 @@ class Foresight:
         log.warning("%s", text)
         return plan
 
+    def dequantize(self, specs: list[Any], data: Sequence[Encoded], device: str, held: int = 0) -> str:
+        """How the base of a pack is to dequantize, per_use or resident.
+
+        auto is resident where the dense weights easily fit, which is decided once for each base in a process, before it
+        is first loaded, and where the pack is predicted to fit with them too. ``held``: as in ``check``.
+        """
+        asked = str(specs[0].quantization.dequantize)
+        if asked != "auto" or specs[0].quantization.name == "none":
+            return "per_use" if asked == "auto" else asked
+        key = _base_key(specs[0])
+        if key not in self._keeps:
+            self._keeps[key] = resident.easily_fits(specs[0], free_bytes(device) + held)
+        if not self._keeps[key]:
+            return "per_use"
+        kept = resident.settled(specs, "resident")
+        plan = self.plan(kept, data, device) if specs[0].plan.record else None
+        return "per_use" if plan and plan.device_bytes > _room(specs[0], device, held) else "resident"
+
+    def keep_no_more(self, spec: Any) -> None:
+        """auto is per_use from now on for the base of ``spec``, with which a pack ran out of memory."""
+        self._keeps[_base_key(spec)] = False
+
     def alone(self, spec: Any, data: Encoded) -> int | None:
         """The predicted peak bytes of a trial alone on the largest batch that its rows can make, in any order; None
         where it trains nothing or cannot be traced. Cached on disk for the next run."""
@@ -120,6 +143,17 @@ class Foresight:
         except Exception as error:
             log.debug("the memory of trial %s alone could not be foreseen", spec.id, exc_info=error)
             return None
+
+
+def _room(spec: Any, device: str, held: int) -> float:
+    """Bytes that a pack may take: ``plan.budget_gib``, or what is free beside the base with its ``held`` bytes."""
+    return spec.plan.budget_gib * GIB if spec.plan.budget_gib else free_bytes(device) + held
+
+
+def _base_key(spec: Any) -> tuple[Any, ...]:
+    """Equal where base and bounds of its memory are the same."""
+    trainer, limits = spec.trainer, (spec.plan.budget_gib, spec.memory.cap)
+    return (*map(alone.with_class, (spec.model, spec.quantization)), trainer.precision, trainer.strategy, *limits)
 
 
 def _heaviest_scored(specs: Sequence[Any], data: Sequence[Encoded], weighing: Weighing) -> Pass | None:
@@ -178,9 +212,13 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
     spiky = None
     if memory.spiky_every is not None:
         spiky = memory.spiky_every, memory.spike(first.model.length, first.room)
-    unpadded = first.model.task == "causal_lm" and (device == "cpu" or first.data.packing) and spiky is None
+    unpadded = first.model.task == "causal_lm" and spiky is None
     unpadded = unpadded and all(s.adapter.tokenwise for s in specs) and first.model.attn_implementation != "eager"
-    return Weighing(unpadded and can_unpad(skeleton(first.model)), first.model.task == "seq2seq_lm", spiky)
+    model = skeleton(first.model) if unpadded else None
+    unpadded = model is not None and can_unpad(model)
+    if model is not None and unpadded:
+        unpadded = unpads(model.config, device, resident.computed_in(first), first.data.packing)
+    return Weighing(unpadded, first.model.task == "seq2seq_lm", spiky)
 
 
 def _without_step(geometry: Geometry) -> str:
@@ -204,6 +242,22 @@ def free_bytes(device: str) -> float:
     if device == "cuda":  # asking makes the context, so that what is free is without it
         return float(torch.cuda.mem_get_info()[0]) + CONTEXT
     return float(Host().available() or float("inf"))
+
+
+def plan_here(spec: Any, device: str) -> Plan:
+    """The plan of a trial of full rows, with quantization.dequantize=auto as a run would have it.
+
+    That is by plan.budget_gib and memory.cap, and by what this machine has free where it has such a device. ``fits`` is
+    without weights that auto keeps, since it keeps them only where they fit.
+    """
+    lean = predict(resident.settled([spec], "per_use"), device)
+    here = device == "cpu" or torch.cuda.is_available()
+    free = free_bytes(device) if here else float("inf")
+    if spec.quantization.dequantize != "auto" or not resident.easily_fits(spec, free):
+        return lean
+    kept = predict(resident.settled([spec], "resident"), device)
+    room = spec.plan.budget_gib * GIB if spec.plan.budget_gib else free
+    return replace(kept, fits=lean.fits) if kept.device_bytes <= room else lean
 
 
 def sentence(trials: int, plan: Plan) -> str:

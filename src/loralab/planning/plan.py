@@ -11,8 +11,10 @@ from typing import Any
 from loralab.data.passes import BatchShape, Pass
 from loralab.errors import ConfigError, nearest
 from loralab.forward.stacked import ForwardMode
+from loralab.planning.geometry import Geometry
+from loralab.planning.resident import dense_bytes
 from loralab.planning.sizes import homogeneous_layers, sizes
-from loralab.planning.trace import Geometry, trace
+from loralab.planning.trace import trace
 from loralab.planning.tracker import Segment
 from loralab.planning.workspace import held_workspaces
 from loralab.records.record import PHASES
@@ -42,6 +44,7 @@ class Plan:
     rows: int = 0
     length: int = 0
     mode: ForwardMode | None = None  # how the passes are computed
+    resident_bytes: int = 0  # dense weights that are kept beside the codes, part of the base above
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> "Plan":
@@ -105,9 +108,12 @@ def predict_step(pack: Sequence[TrialSpec], geometry: Geometry) -> Plan:
     if layers is not None and layers > LONG:
         short, long = trace(pack, geometry, SHORT), trace(pack, geometry, LONG)
         segments = _extrapolated(_named(short.segments, SHORT), _named(long.segments, LONG), layers)
-        return _plan(segments, _extrapolate(short.paged, long.paged, layers), geometry, long.mode)
-    traced = trace(pack, geometry)
-    return _plan(traced.segments, traced.paged, geometry, traced.mode)
+        plan = _plan(segments, _extrapolate(short.paged, long.paged, layers), geometry, long.mode)
+    else:
+        traced = trace(pack, geometry)
+        plan = _plan(traced.segments, traced.paged, geometry, traced.mode)
+    resident = pack[0].quantization.dequantize == "resident"
+    return dataclasses.replace(plan, resident_bytes=dense_bytes(pack[0])) if resident else plan
 
 
 def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry, mode: ForwardMode | None) -> Plan:
@@ -189,8 +195,9 @@ def estimate(
     states = sum(trial.optimizer - (trial.paged if device != "cpu" else 0) for trial in trials)
     trained = sum(trial.adapter + trial.gradients for trial in trials)
     constant = held_workspaces() if device != "cpu" else 0
-    dense_layer = trials[0].largest_layer * width  # a quantized layer unpacked
-    return int(trials[0].base + trained + states + activations + logits + dense_layer) + constant
+    resident = pack[0].quantization.dequantize == "resident"
+    dense = (trials[0].quantized if resident else trials[0].largest_layer) * width  # quantized layers unpacked
+    return int(trials[0].base + trained + states + activations + logits + dense) + constant
 
 
 def largest(spec: TrialSpec, budget: float, what: str, device: str = "cuda", present: int | None = None) -> int:

@@ -22,7 +22,8 @@ EIGHT_BIT_BLOCK = 256  # states that share one float32 absmax
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes, but for ``dtype_bytes`` (of one unquantized weight), ``largest_layer`` (weights), ``adapted_width``."""
+    """Bytes, but for ``dtype_bytes`` (of one unquantized weight), ``largest_layer`` and ``quantized`` (weights), and
+    ``adapted_width``."""
 
     base: int
     adapter: int
@@ -31,6 +32,7 @@ class Sizes:
     paged: int  # of ``optimizer``, where managed memory can be had
     dtype_bytes: int
     largest_layer: int
+    quantized: int  # weights
     adapted_width: int  # input features of all adapted layers together
 
 
@@ -60,8 +62,16 @@ def sizes(spec: TrialSpec) -> Sizes:
         paged=sum(states[n] for n in trained if n >= PAGED_FROM) if spec.optimizer.name in UNPAGED else 0,
         dtype_bytes=dtype_bytes,
         largest_layer=max((out * width for out, width in shapes), default=0),
+        quantized=sum(out * width for out, width in shapes),
         adapted_width=sum(linear_shape(layer)[1] for layer in adapted if is_linear(layer)),
     )
+
+
+def quantized_weights(spec: TrialSpec) -> int:
+    """How many weights of the base are quantized."""
+    model = skeleton(spec.model)
+    shapes = [linear_shape(model.get_submodule(name)) for name in _quantized(model, spec)]
+    return sum(out * width for out, width in shapes)
 
 
 def name_what_stays(spec: pretrained.Pretrained) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from loralab.data.encoding import Encoded
 from loralab.data.passes import BatchShape, Feed, Pass
 from loralab.planning.foresee import Foresight
-from loralab.planning.trace import Geometry
+from loralab.planning.geometry import Geometry
 
 MOST_STEPS = 2000
 

@@ -27,17 +27,20 @@ from loralab.data.passes import BatchShape, Pass
 from loralab.errors import ConfigError
 from loralab.forward import stacked
 from loralab.forward.dropout import own_dropout
-from loralab.forward.stacked import ForwardMode
+from loralab.forward.stacked import ForwardMode, unpads
 from loralab.forward.unpadded import prepare
 from loralab.models import loading, pretrained
 from loralab.models.architecture import auto_class
 from loralab.optim.managed import PAGED_FROM
 from loralab.optim.optimizers import TORCH, UNPAGED
 from loralab.planning.faking import faked, quiet
+from loralab.planning.geometry import Geometry
+from loralab.planning.resident import computed_in
 from loralab.planning.tracker import Segment, Tracker
 from loralab.planning.workspace import held_workspaces
 from loralab.quantization.base import quantizable
 from loralab.quantization.kernels import bitsandbytes_ops
+from loralab.quantization.linear import frozen_layers
 from loralab.quantization.loading import replace
 from loralab.training.module import FineTuner
 from loralab.training.passes import padded_alike
@@ -48,32 +51,6 @@ log = logging.getLogger(__name__)
 
 PACKED_ROWS = 8  # of a batch that are traced: attention's operations are traced row by row
 CUDA_BLOCK = 512  # bytes every block of CUDA's caching allocator is a multiple of (c10/cuda/CUDACachingAllocator)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The shapes of a step: its heaviest pass; of several (accumulation) that one and its neighbour, in their order.
-
-    ``ragged``: some rows are padded, which costs attention masks; None: if their lengths differ. ``mode``: how the pass
-    is computed; None: as the base allows. ``first``: no gradients or states of an earlier step exist. ``scored``: a
-    validation pass follows.
-    """
-
-    passes: tuple[Pass, ...]
-    cuda: bool
-    evaluation: Pass | None = None  # None: the first of ``passes``
-    ragged: bool | None = None
-    mode: ForwardMode | None = None
-    first: bool = False
-    scored: bool = True
-
-    @property
-    def masked(self) -> bool:
-        """True if attention gets a mask of the padding, where padding is computed."""
-        if self.ragged is not None:
-            return self.ragged
-        lengths = [length for shape in self.passes for batch in shape.present for length in batch.inputs]
-        return min(lengths) < max(*lengths, *(shape.length or 0 for shape in self.passes))
 
 
 @dataclass(frozen=True)
@@ -163,9 +140,10 @@ class _Step:
         # a mark for each part: each peak is linear in the layers, the higher of two is not
         tracker.mark("load", "adapters")
         trials = [self._trial(spec) for spec in specs]
-        # without packing only a CPU computes rows without their padding, and that not of lengthened ones
-        unpad = not geometry.cuda and not any(p.length for p in geometry.passes)
-        unpad = unpad or self.spec.data.packing
+        # lengthened rows are computed with their padding
+        device, packing = "cuda" if geometry.cuda else "cpu", self.spec.data.packing
+        unpad = unpads(model.config, device, computed_in(self.spec), packing)
+        unpad = unpad and (packing or not any(p.length for p in geometry.passes))
         self.module = FineTuner(model, trials, unpad=unpad)
         self.module.forward_pass.mode = geometry.mode
         if geometry.mode is not None and geometry.mode.unpadded:
@@ -200,6 +178,8 @@ class _Step:
             return None
         if self.geometry.scored:
             self._evaluate()
+        kept = (layer.resident for layer in frozen_layers(self.model) if layer.resident is not None)
+        self.tracker.tag(kept, "base")
         segments = [segment for segment in self.tracker.segments() if segment.phase]
         levels = self.tracker.levels()
         self.tracker.forget()

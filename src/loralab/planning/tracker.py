@@ -70,7 +70,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten._local_scalar_dense.default:
             return self.nothing_masked if args[0].dtype == torch.bool else 1
         if func is aten.index.Tensor and any(t is not None and t.dtype == torch.bool for t in args[1]):
-            args = (args[0], self._nonzero(args[1]))
+            args = (args[0], self._positions(args[1]))
+        if func is aten.nonzero.default:
+            return self._nonzero(args[0])
         if func in (aten.index_put.default, aten._unsafe_index_put.default) and args[3:] == (True,):
             func = aten.index_put_.default  # of real tensors, the backward of an index adds into its zeros in place
         out = func(*args, **(kwargs or {}))
@@ -145,17 +147,20 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live.clear()
         self._events.clear()
 
-    def _nonzero(self, indices: Any) -> list[Any]:
+    def _nonzero(self, mask: Any) -> Tensor:
+        count = max(1, self.targets.get(mask.numel(), mask.numel()))
+        nonzero = torch.empty(count, mask.dim(), dtype=torch.int64, device=mask.device)
+        self._note(nonzero)
+        return nonzero
+
+    def _positions(self, indices: Any) -> list[Any]:
         """``indices`` with each boolean mask as its nonzero positions, (n, dim) int64, as kernels make them."""
         positions: list[Any] = []
         for index in indices:
             if index is None or index.dtype != torch.bool:
                 positions.append(index)
                 continue
-            count = max(1, self.targets.get(index.numel(), index.numel()))
-            nonzero = torch.empty(count, index.dim(), dtype=torch.int64, device=index.device)
-            self._note(nonzero)
-            positions += nonzero.unbind(1)
+            positions += self._nonzero(index).unbind(1)
         return positions
 
 

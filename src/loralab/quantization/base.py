@@ -39,8 +39,9 @@ class Quantizer(ABC):
 
     skip_modules: list[str] = field(default_factory=list)  # stay dense: exact name, last part of it, or regex
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the dtype of the layer's input
-    # per_use: the dense weight is computed for each use and freed; resident: it stays in memory
-    dequantize: Literal["per_use", "resident"] = "per_use"
+    # per_use: the dense weight is computed for each use and freed; resident: it stays in memory; auto: resident where
+    # it takes little of what is free (planning/resident.py). The numbers are the same to the bit
+    dequantize: Literal["auto", "per_use", "resident"] = "auto"
 
     def __post_init__(self) -> None:
         for pattern in self.skip_modules:

@@ -99,8 +99,9 @@ class FrozenLinear(nn.Module, ABC):
         return [getattr(self, name) for name in self.packed_names]
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight: new at each call ("per_use"), or one that stays in memory ("resident")."""
-        if self.dequantize == "per_use":
+        """The dequantized weight: one that stays in memory ("resident"), or new at each call ("per_use", and "auto"
+        where ``keep_dense`` has not said which)."""
+        if self.dequantize != "resident":
             return self.dense(dtype)
         if self.resident is None or self.resident.dtype != dtype:
             with (
@@ -150,7 +151,27 @@ class FrozenLinear(nn.Module, ABC):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.scheme}"
 
 
+def frozen_layers(model: nn.Module) -> list[FrozenLinear]:
+    """The quantized layers of ``model``."""
+    return [layer for layer in model.modules() if isinstance(layer, FrozenLinear)]
+
+
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of the dequantized weights that the frozen layers of ``model`` hold beside their codes."""
-    layers = (layer for layer in model.modules() if isinstance(layer, FrozenLinear))
-    return sum(layer.resident.nbytes for layer in layers if layer.resident is not None)
+    return sum(layer.resident.nbytes for layer in frozen_layers(model) if layer.resident is not None)
+
+
+def keep_dense(model: nn.Module, dequantize: str) -> None:
+    """Sets how the frozen layers of ``model`` dequantize; per_use frees the dense weights that they hold."""
+    for layer in frozen_layers(model):
+        layer.dequantize = dequantize
+        if dequantize != "resident":
+            layer.resident = None
+
+
+def dequantized(model: nn.Module) -> str | None:
+    """How the frozen layers of ``model`` dequantize, resident or per_use; None where there are none."""
+    layers = frozen_layers(model)
+    if not layers:
+        return None
+    return "resident" if any(layer.dequantize == "resident" for layer in layers) else "per_use"

@@ -25,6 +25,7 @@ class BaseSection(TypedDict, total=False):
     bits_per_parameter_overall: Number
     out_of_reach: dict[str, Any] | None  # {parameters, share, names} of no linear layer
     attn_implementation: Text
+    dequantize: Text  # resident or per_use, what quantization.dequantize came to
 
 
 class AdapterSection(TypedDict, total=False):

@@ -37,6 +37,7 @@ def notes(comparison: Comparison, packs_shown: bool = True) -> Iterator[str]:
     yield from _lengths(comparison)
     yield from _parts(comparison)
     yield from _best_states(comparison)
+    yield from _kept_weights(comparison)
     yield from _packs(comparison, packs_shown)
     if published_source := source(comparison.results):
         yield published_source
@@ -204,6 +205,17 @@ def _lengths(comparison: Comparison) -> Iterator[str]:
     if uneven:
         averages = "1 row averages" if uneven == 1 else f"{uneven} rows average"
         yield f"{averages} trials of different numbers of steps; see {STEPS}"
+
+
+def _kept_weights(comparison: Comparison) -> Iterator[str]:
+    """Which rows have dense weights in their measured memory."""
+    measured = [arm for arm in comparison.arms if arm.measured("memory.measured_peak_bytes", largest=True)]
+    kept = [arm for arm in measured if any(trial.get("base.dequantize") == "resident" for trial in arm.ok)]
+    if kept:
+        yield (
+            f"Measured memory of {len(kept)} of {len(measured)} rows holds the quantized base's dense weights beside "
+            "its codes, since there was room; quantization.dequantize=per_use keeps none"
+        )
 
 
 def _packs(comparison: Comparison, shown: bool) -> Iterator[str]:

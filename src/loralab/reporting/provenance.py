@@ -43,6 +43,7 @@ _PROVENANCE = {
     "base fingerprint": "base.fingerprint",
     "base parameters": "base.parameters",
     "quantized parameters": "base.quantized_parameters",
+    "quantized weights are dequantized": "base.dequantize",
     "device": "memory.device",
     "threads": "environment.threads",
     "optimizer": "optimizer.effective_name",

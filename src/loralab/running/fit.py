@@ -5,15 +5,17 @@ import time
 from copy import deepcopy
 from typing import Any
 
+from loralab import signals
 from loralab.adapters.hooks import NotPackable
 from loralab.data.base import FORGETTING
 from loralab.errors import LoralabError, OutOfMemory, explain
 from loralab.forward.stacked import ForwardMode
 from loralab.models.loading import Base
 from loralab.optim import managed, optimizers
-from loralab.planning import spikes
+from loralab.planning import resident, spikes
 from loralab.planning.foresee import Foresight, predicted
-from loralab.planning.trace import Geometry
+from loralab.planning.geometry import Geometry
+from loralab.quantization.linear import keep_dense
 from loralab.records import wandb_run
 from loralab.records.metric_logger import LoggerSpec
 from loralab.records.wandb import Wandb
@@ -68,6 +70,8 @@ class Fit:
         # a smaller card would be smaller for the validations too, whose peaks are part of what is measured
         with self.spec.trainer.settings_restored(), self.spec.memory.capped():
             failure = self._train_and_score()
+        if isinstance(failure, OutOfMemory) and self._keeps_by_itself:
+            return self._without_dense_weights(failure)
         if failure is not None and len(self.trials) > 1:
             return self._divide(failure)
         if failure is not None:
@@ -136,7 +140,8 @@ class Fit:
             together.agree(trial.step, trial.adapter)
         self.module.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
         try:
-            trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
+            with signals.whole_steps():
+                trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
         except Exception:
             if trainer.optimizers:  # else the error came before it had states
                 self.states = [None for _ in self.trials]
@@ -207,7 +212,7 @@ class Fit:
         if not self.spec.plan.record:
             return
         profiler: Any = next((callback for callback in self.callbacks if getattr(callback, "passes", None)), None)
-        specs = [trial.spec.own_share for trial in self.trials]
+        specs = resident.settled([trial.spec.own_share for trial in self.trials], self.base.dequantize)
         plan = (
             None if profiler is None or not specs[0].plan.record else self.foresight.of(specs, self._geometry(profiler))
         )
@@ -227,18 +232,26 @@ class Fit:
         pair = tuple(passes[first : first + 2])
         return Geometry(pair, profiler.device == "cuda", profiler.evaluated, mode=mode, first=profiler.single)
 
+    @property
+    def _keeps_by_itself(self) -> bool:
+        """Whether dense weights are kept that nobody asked for."""
+        auto = self.spec.quantization.dequantize == "auto" and self.spec.trainer.processes == 1
+        return auto and self.base.dequantize == "resident"
+
+    def _without_dense_weights(self, why: OutOfMemory) -> list[list[Trial]]:
+        """The same trials again, from their last finished step, with the weights dequantized at each use."""
+        keep_dense(self.base.model, "per_use")
+        self.foresight.keep_no_more(self.spec)
+        for trial in self.trials:
+            trial.record["base"]["dequantize"] = self.base.dequantize
+        log.warning("%s: quantization.dequantize=auto keeps no dense weights any more", why)
+        return [part for part in self._go_on() if part]
+
     def _divide(self, why: LoralabError) -> list[list[Trial]]:
         """Two halves, or single trials where the base mixes rows. Each trial goes on from its last finished step; one
         whose update was cut short begins anew."""
         step = max(trial.step for trial in self.trials)
-        rewound: list[Trial] = []
-        restarted: list[Trial] = []
-        for trial, state in zip(self.trials, self.states, strict=True):
-            (rewound if trial.rewind(state) else restarted).append(trial)
-        with self.base.hooks.given(decomposed={}):
-            for trial in restarted:
-                trial.adapter.detach()
-                trial.restart(attach_adapter(self.base, trial.spec, trial.data))
+        rewound, restarted = self._go_on()
         half = len(self.trials) // 2
         if isinstance(why, NotPackable):
             parts = [[trial] for trial in self.trials]
@@ -254,6 +267,18 @@ class Fit:
             for index, trial in enumerate(part):
                 _record_division(trial.record["pack"], len(part), index, why)
         return parts
+
+    def _go_on(self) -> tuple[list[Trial], list[Trial]]:
+        """(the trials set back to their last finished step, those whose update was cut short, which begin anew)."""
+        rewound: list[Trial] = []
+        restarted: list[Trial] = []
+        for trial, state in zip(self.trials, self.states, strict=True):
+            (rewound if trial.rewind(state) else restarted).append(trial)
+        with self.base.hooks.given(decomposed={}):
+            for trial in restarted:
+                trial.adapter.detach()
+                trial.restart(attach_adapter(self.base, trial.spec, trial.data))
+        return rewound, restarted
 
 
 def made(spec: TrialSpec) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from loralab.forward.head import frozen_head
 from loralab.models.batching import check_rows
 from loralab.models.loading import Base
 from loralab.models.sharded import shard
+from loralab.planning import resident
 from loralab.planning.foresee import Foresight, check_packing, predicted
+from loralab.quantization.linear import keep_dense
 from loralab.records import record
 from loralab.records.metric_logger import prepare
 from loralab.running.attach import attach_trial, open_record
@@ -75,13 +77,16 @@ class Runner:
         check_pack(specs)  # by their steps too
         _name_limits(data[0].limited)
         shares = [spec.own_share for spec in specs]
-        plan = self.foresight.check(shares, rows, specs[0].trainer.device, self.inputs.base_bytes)
+        device, held = specs[0].trainer.device, self.inputs.base_bytes
+        dequantize = self.foresight.dequantize(shares, rows, device, held)
+        plan = self.foresight.check(resident.settled(shares, dequantize), rows, device, held)
         for stored, trial_data in zip(records, data, strict=True):
             stored["data"].update(source=trial_data.source, tokenizer=trial_data.tokenizer)
             stored["data"]["limited"] = trial_data.limited
             stored["data"][FORGETTING] = described(trial_data.encoded, trial_data.forgetting_source)
             stored["memory"].update(predicted(plan))
         base = self.inputs.base(specs[0], len(rows[0].splits.labels) or None)
+        keep_dense(base.model, dequantize)
         check_labels(base, rows)
         check_metrics(base, specs)
         bare = [self.inputs.bare_scores(base, *parts) for parts in zip(specs, rows, strict=True)]
@@ -109,21 +114,21 @@ class Runner:
         """Fits until every record is closed: packs that do not run together are divided and go on in parts."""
         waiting = parts_at_one_step(base, trials)
         if len(waiting) > 1:
-            self._plan_again(waiting)
+            self._plan_again(base, waiting)
         while waiting:
             parts = Fit(base, waiting.pop(0), started, self.progress, self.foresight).run()
             if parts:
-                self._plan_again(parts)
+                self._plan_again(base, parts)
             waiting[:0] = parts
 
-    def _plan_again(self, parts: list[list[Trial]]) -> None:
+    def _plan_again(self, base: Base, parts: list[list[Trial]]) -> None:
         """Frees the memory of the divided pack, and predicts that of its parts."""
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
         for trials in parts:
-            specs, rows = [trial.spec for trial in trials], [trial.data for trial in trials]
-            device, step = specs[0].trainer.device, trials[0].step
+            specs = resident.settled([trial.spec for trial in trials], base.dequantize)
+            rows, device, step = [trial.data for trial in trials], specs[0].trainer.device, trials[0].step
             plan = self.foresight.plan(specs, rows, device, step) if specs[0].plan.record else None
             for trial in trials:
                 trial.record["memory"].update(predicted(plan))

@@ -20,7 +20,7 @@ from loralab.records import record
 from loralab.records.lock import hold
 from loralab.records.secrets import redact
 from loralab.records.shared import share
-from loralab.scheduling.signals import check
+from loralab.signals import check
 
 if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec

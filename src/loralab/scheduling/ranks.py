@@ -27,9 +27,9 @@ from loralab.records import record
 from loralab.records.log_file import LogFile
 from loralab.records.secrets import MaskedFormatter
 from loralab.scheduling.job import Job, Record
-from loralab.scheduling.signals import listen, unlisten
 from loralab.scheduling.train_log import FORMAT, NAME, TerminalFilter
 from loralab.scheduling.workers import devices
+from loralab.signals import listen, unlisten
 
 if TYPE_CHECKING:
     from loralab.training.specs import TrialSpec

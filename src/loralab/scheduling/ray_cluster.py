@@ -153,6 +153,11 @@ def _connected(settings: Ray) -> Any:
 def _unreachable(settings: Ray, error: Exception) -> ConfigError:
     if settings.address is None:
         return ConfigError(f"a local cluster of Ray could not be started: {_line(error)}")
+    if "AuthToken" in str(error.__cause__):
+        return ConfigError(
+            f"hydra.launcher.address={settings.address}: the cluster of Ray there asks for its token; valid:"
+            " RAY_AUTH_MODE=token in the environment, and the token of its head in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        )
     return ConfigError(
         f"hydra.launcher.address={settings.address}: no cluster of Ray answers there ({_line(error)}); valid: the one"
         " that 'ray start --head' has said, auto, or null, which starts a cluster for this sweep"
@@ -165,7 +170,7 @@ def _line(error: BaseException) -> str:
 
 def _perform(content: Mapping[str, Any], log_file: str) -> int:
     """A task, in Ray's process. Returns its exit code."""
-    from loralab.scheduling.signals import listen
+    from loralab.signals import listen
 
     listen()  # Ray cancels a task by SIGINT's handler
     return tasks.perform(content, [LogFile(log_file)])

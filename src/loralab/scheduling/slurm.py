@@ -17,9 +17,9 @@ from loralab.scheduling import slurm_commands, tasks
 from loralab.scheduling.executor_settings import Slurm
 from loralab.scheduling.executors import End, Pack, Task
 from loralab.scheduling.job import Job
-from loralab.scheduling.signals import held_back
 from loralab.scheduling.slurm_task import SlurmTask
 from loralab.scheduling.watching import news
+from loralab.signals import held_back
 
 log = logging.getLogger(__name__)
 

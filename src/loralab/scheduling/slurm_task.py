@@ -14,7 +14,7 @@ from typing import Any
 
 from loralab.errors import Interrupted
 from loralab.scheduling import slurm_commands, tasks
-from loralab.scheduling.signals import listen
+from loralab.signals import after_the_step, listen
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class SlurmTask:
         os.environ.pop("SLURM_NTASKS", None)  # else Lightning sees the job, and requeues it too
         self.begun, self.requeues = time.monotonic(), False
         listen()
-        signal.signal(signal.SIGUSR2, self._told)
+        signal.signal(signal.SIGUSR2, after_the_step(self._told))
         code = tasks.perform(self.content, [logging.StreamHandler()])
         if code:
             self._leave(code)

@@ -22,7 +22,7 @@ from loralab.scheduling import tasks
 from loralab.scheduling.executors import End, Pack, Task
 from loralab.scheduling.job import Job
 from loralab.scheduling.packs import spread
-from loralab.scheduling.signals import end_with, held_back, listen, unlisten
+from loralab.signals import end_with, held_back, listen, unlisten
 
 log = logging.getLogger(__name__)
 

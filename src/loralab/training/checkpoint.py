@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._pytree import tree_leaves
 
+from loralab import signals
 from loralab.errors import ArtifactError, Interrupted
 from loralab.optim.optimizers import State, state_of
 from loralab.records.record import sync_folder
@@ -38,9 +39,10 @@ class Checkpoint(Callback):
 
     The order of the data and dropout follow from seed and step, and the base is not written. Files are written between
     optimizer steps, when ``minutes`` have passed or a trial has made ``every_n_steps`` since the last time, and when
-    the run is interrupted. The last state of a trial that ends before its pack is written too. A file that cannot be
-    written is a warning. The ``state_dict`` of Lightning's and of the user's own callbacks is in it, as it is when all
-    of them have seen the end of a step, and so is that of a loss scaler (16-mixed).
+    the run is interrupted: a signal that comes once the update has begun waits for the end of its step. The last state
+    of a trial that ends before its pack is written too. A file that cannot be written is a warning. The ``state_dict``
+    of Lightning's and of the user's own callbacks is in it, as it is when all of them have seen the end of a step, and
+    so is that of a loss scaler (16-mixed).
     """
 
     pack_aware = True
@@ -60,6 +62,10 @@ class Checkpoint(Callback):
         self._written = {trial.spec.id: trial.step for trial in module.trials}
         self._logged = {}
 
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        if self._enabled:
+            signals.begin_step()
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not pl_module.others:
             self._end_step(trainer, pl_module)
@@ -76,6 +82,10 @@ class Checkpoint(Callback):
             self._end_step(trainer, pl_module)
 
     def _end_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._see_step(trainer, pl_module)
+        signals.end_step()
+
+    def _see_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         if module.others and all(trial.step == self._logged.get(trial.spec.id) for trial in module.trials):
             return  # within a step, or after its validation

@@ -248,7 +248,7 @@ class FineTuner(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # stacked first, moved once, in losses()
+        return batch  # stacked first, moved once, by the pass
 
     def report(self, values: Mapping[str, Any], own: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         """Logs a row for every trial of the pack, at the step under way or else the last one. For callbacks.

@@ -75,8 +75,9 @@ class Replicated(InPlace):
 
 
 def leave_signals(trainer: Any) -> None:
-    """Keeps Lightning from telling the other processes of a signal: it would do so within the signal's handler, where
-    another exchange may be under way, and wait for ever (pytorch-lightning#20806). Only the first process gets one."""
+    """Keeps Lightning from handlers of its own. By SIGTERM it ends a fit where a step's rows and checkpoint may not be
+    written yet; and of several processes it tells the others within the handler, where another exchange may be under
+    way, and waits for ever (pytorch-lightning#20806). Only the first process gets a signal."""
     trainer._signal_connector.register_signal_handlers = _nothing
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
 

@@ -190,8 +190,7 @@ class TrainerSpec:
             inference_mode=False,  # weights cached in inference mode would break later training steps
             log_every_n_steps=self.log_every_n_steps if logger else 1,
         )
-        if several():
-            leave_signals(trainer)
+        leave_signals(trainer)
         return trainer
 
     def _passed(self, evaluating: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Managed memory is not given back before a process ends, so each paged run has a 
 from typing import Any
 
 from loralab.bench.card.session import CardSession, Case, check_ends, run_all
-from loralab.bench.card.stages import NF4, card_bytes
+from loralab.bench.card.stages import NF4, PER_USE, card_bytes
 from loralab.bench.processes import Row
 from loralab.memory.ledgers import GIB
 from loralab.optim.optimizers import UNPAGED, cannot_page
@@ -63,7 +63,7 @@ def _arms(session: CardSession, stage: Row, processes: tuple[tuple[Arm, ...], ..
 def _case(session: CardSession, arm: Arm, measured: list[Row]) -> Case:
     room, name = arm
     words = [*session.sizes.large.words(session.device), NF4, f"optimizer={name}", "optimizer.flat=true"]
-    words += ["adapter.r=256", "adapter.lora_alpha=256", "memory.solo=true", "plan.record=false"]
+    words += ["adapter.r=256", "adapter.lora_alpha=256", "memory.solo=true", "plan.record=false", PER_USE]
     words += ["trainer.max_steps=12", "callbacks.memory.every_n_steps=1"]
     words += ["memory.spiky_every=4", f"memory.spiky_length={session.sizes.spiky_length}"]
     return Case({"room": room, "optimizer": name}, words + ([] if session.rehearsal else limit(room, name, measured)))

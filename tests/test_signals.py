@@ -7,8 +7,8 @@ import time
 import pytest
 from forked import Forked
 
+from loralab import signals
 from loralab.errors import Interrupted
-from loralab.scheduling import signals
 
 
 def until(path, seconds=20.0):

@@ -4,14 +4,70 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 from loralab.errors import Interrupted
 
+Handler = Callable[[int, Any], None]
+
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 WATCHED = 0.5  # seconds between looks at the parent
+
+
+class _Steps:
+    """Between ``begin`` and ``end`` a training step is under way whose state could not be written."""
+
+    under_way = False
+    waiting: Callable[[], None] | None = None  # the first handler that was called in it
+
+
+_steps: _Steps | None = None  # None outside of a training
+
+
+@contextmanager
+def whole_steps() -> Iterator[None]:
+    """Within, a signal that comes between ``begin_step`` and ``end_step`` waits for the latter. What still waits at the
+    end, after an error within a step, is answered then."""
+    global _steps
+    before, _steps = _steps, _Steps()
+    try:
+        yield
+    finally:
+        left, _steps = _steps, before
+        if left.waiting is not None:
+            left.waiting()
+
+
+def begin_step() -> None:
+    """Within ``whole_steps``: from here on the first signal waits for ``end_step``. A second one does not."""
+    if _steps is not None:
+        _steps.under_way = True
+
+
+def end_step() -> None:
+    """Answers the signal that has waited since ``begin_step``: raises Interrupted where its handler does."""
+    if _steps is None:
+        return
+    _steps.under_way = False
+    waiting, _steps.waiting = _steps.waiting, None
+    if waiting is not None:
+        waiting()
+
+
+def after_the_step(handler: Handler) -> Handler:
+    """``handler`` of a signal, called at the end of a step that is under way."""
+
+    @wraps(handler)
+    def wait(number: int, frame: Any) -> None:
+        if _steps is not None and _steps.under_way and _steps.waiting is None:
+            _steps.waiting = partial(handler, number, frame)
+        else:
+            handler(number, frame)
+
+    return wait
 
 
 class _Stop:
@@ -37,7 +93,7 @@ def listen() -> None:
     global _stop
     _stop = _Stop()
     for number in STOPPING:
-        signal.signal(number, _stop)
+        signal.signal(number, after_the_step(_stop))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
@@ -94,6 +150,7 @@ def listening() -> Iterator[None]:
         yield
         return
 
+    @after_the_step
     def stop(number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise Interrupted(number)
