@@ -358,7 +358,7 @@ def synthetic_sweep(tmp_path_factory):
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def synthetic():
     """The function that makes a record, for tests that build their own folders."""
     return synthetic_record

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralab.analysis.curves import MOST_POINTS, metrics, series, smoothed, thin, together
+from loralab.analysis.curves import MOST_POINTS, Curves, metrics, smoothed, thin, together
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=700), st.integers(4, MOST_POINTS))
@@ -41,8 +41,9 @@ def test_lines_together_are_their_mean_and_range_at_each_step():
 
 def test_a_series_is_of_finite_numbers_and_metrics_are_those_that_repeat():
     rows = [{"step": 1, "train/loss": 1.0, "val/loss": 2.0}, {"step": 2, "train/loss": float("nan"), "train/x": "a"}]
-    assert series(rows, "train/loss") == [(1.0, 1.0)]
-    assert metrics([[*rows, {"step": 3, "val/loss": 1.0, "val/x": 1}]], ("train/loss", "val/loss")) == [
+    assert Curves.of(rows).series("train/loss") == [(1.0, 1.0)]
+    curves = Curves.of([*rows, {"step": 3, "val/loss": 1.0, "val/x": 1}])
+    assert metrics([curves, Curves.of(rows)], ("train/loss", "val/loss")) == [
         "train/loss",
         "val/loss",
     ]

@@ -6,6 +6,7 @@ from loralab.analysis import search
 from loralab.analysis.arms import Comparison
 from loralab.analysis.paired import LEVEL, Difference, paired
 from loralab.analysis.pairs import Pairs, by_axis, together
+from loralab.records.shared import kept
 
 MOST_NAMED = 4  # values of an axis
 
@@ -15,7 +16,11 @@ def answer(comparisons: Sequence[Comparison]) -> str:
     differences that hold together with 95% (Bonferroni). Empty for a single row."""
     if len(comparisons) != 1:
         return "The trials are of several sets whose numbers do not compare with each other, so there is no one answer."
-    (comparison,) = comparisons
+    return _of(comparisons[0])
+
+
+@kept
+def _of(comparison: Comparison) -> str:
     if comparison.results.searched:
         return search.answer(comparison)
     if len(comparison.arms) < 2:

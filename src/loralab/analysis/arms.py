@@ -1,5 +1,6 @@
 """Groups trials into arms: one for each configuration, averaged over its seeds only; and compares the arms."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ import pandas as pd
 
 from loralab.analysis import environments
 from loralab.analysis.comparable import comparable
+from loralab.analysis.numbers import numbers
 from loralab.analysis.paired import LEVEL, Difference, paired, replicates
 from loralab.analysis.pairs import together
 from loralab.analysis.results import SweepResults
@@ -205,15 +207,14 @@ def _comparison(results: SweepResults) -> Comparison:
 def arms(results: SweepResults) -> list[Arm]:
     """One arm per configuration in the order of the axes; the first value of every axis is the baseline. Of a search
     the best first, and no baseline."""
-    keys = pd.Series(_configurations(results))
-    numbers = results.frame[[trial.ok for trial in results.trials]]
-    numbers = numbers.map(lambda value: value if is_number(value) else None).astype(float)
-    by_arm = numbers.groupby(keys)
-    means, largest = by_arm.mean(), by_arm.max()
-    unsorted = [
-        Arm(results, [results.trials[index] for index in indices], _known(means, key), _known(largest, key))
-        for key, indices in keys.groupby(keys, sort=False).groups.items()
-    ]
+    keyed = list(zip(_configurations(results), results.trials, strict=True))
+    members: dict[str, list[TrialResult]] = {}
+    for key, trial in keyed:
+        members.setdefault(key, []).append(trial)
+    completed = numbers([trial for _, trial in keyed if trial.ok])
+    by_arm = completed.groupby([key for key, trial in keyed if trial.ok])
+    means, largest = _known(by_arm.mean()), _known(by_arm.max())
+    unsorted = [Arm(results, trials, means.get(key, {}), largest.get(key, {})) for key, trials in members.items()]
     order = {(axis, text): index for axis, labels in results.axes.items() for index, text in enumerate(labels)}
     ordered = sorted(unsorted, key=lambda arm: [order.get(value, len(order)) for value in arm.values.items()])
     if results.searched:  # its points were asked for because of each other: they are ranked, and not compared
@@ -221,9 +222,13 @@ def arms(results: SweepResults) -> list[Arm]:
     return _mark_best(_compared(ordered), results.mode)
 
 
-def _known(frame: pd.DataFrame, key: str) -> dict[str, float]:
-    """The row ``key`` of the frame as {column: number}, without missing numbers; empty where there is no such row."""
-    return frame.loc[key].dropna().to_dict() if key in frame.index else {}
+def _known(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The rows of the frame as {column: number}, without missing numbers, by their index."""
+    rows = zip(frame.index, frame.to_numpy().tolist(), strict=True)
+    return {
+        key: {name: number for name, number in zip(frame.columns, row, strict=True) if not math.isnan(number)}
+        for key, row in rows
+    }
 
 
 def _configurations(results: SweepResults) -> list[str]:

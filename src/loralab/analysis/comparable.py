@@ -129,7 +129,25 @@ def _subset(results: SweepResults, trials: Sequence[TrialResult]) -> SweepResult
 
 
 def _bases(trials: Sequence[TrialResult]) -> pd.DataFrame:
-    """What each completed trial's score is taken over: a row for each trial, a column for each key of ``_REASONS``."""
+    """What each completed trial's score is taken over: a row for each trial, a column for each key of ``_REASONS``.
+    Trials of the same sections have one basis, which is looked at once."""
+    keys = [_sections(trial) for trial in trials]
+    last = list(dict.fromkeys(reversed(keys)))[::-1]
+    of_key = dict(zip(keys, trials, strict=True))
+    row = {key: number for number, key in enumerate(last)}
+    return _distinct_bases([of_key[key] for key in last]).iloc[[row[key] for key in keys]]
+
+
+def _sections(trial: TrialResult) -> tuple[Any, ...]:
+    """Equal for trials of one basis, though not for all of them."""
+    record, config = trial.record, trial.record["config"]
+    if record["schema"] < 2:
+        return (id(record),)
+    sections = [config.get("model"), config.get("data"), record["data"], record["base"], record["choices"]]
+    return (trial.metric, trial.mode, *map(id, sections))
+
+
+def _distinct_bases(trials: Sequence[TrialResult]) -> pd.DataFrame:
     targets_of_rows = {_rows(trial.record): targets for trial in trials if (targets := trial.get("data.targets"))}
     bases = pd.DataFrame([_basis(trial, targets_of_rows) for trial in trials])
     for column, key, settings_of, _ in _REWRITTEN:

@@ -2,21 +2,43 @@
 
 import math
 import statistics
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from loralab.analysis.values import Json, is_number
 
 Rows = Sequence[tuple[float, ...]]  # (step, value) or (step, mean, least, greatest)
 MOST_POINTS = 100
+KINDS = ("train/", "val/")
 
 
-def series(rows: Iterable[Json], metric: str) -> list[tuple[float, float]]:
-    """(step, value) of the lines of metrics.jsonl that have a finite number for the metric."""
-    return [
-        (float(row["step"]), float(value))
-        for row in rows
-        if is_number(value := row.get(metric)) and math.isfinite(value)
-    ]
+@dataclass(frozen=True)
+class Curves:
+    """The training and validation metrics of a run: ``counts``, how many rows of metrics.jsonl have a number for each;
+    of ten thousand runs the numbers take 16 bytes each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    _steps: dict[str, "array[float]"] = field(default_factory=dict)
+    _values: dict[str, "array[float]"] = field(default_factory=dict)
+
+    @staticmethod
+    def of(rows: Iterable[Json]) -> "Curves":
+        """Of the rows of metrics.jsonl."""
+        curves = Curves()
+        for row in rows:
+            for metric, value in row.items():
+                if metric.startswith(KINDS) and is_number(value):
+                    curves.counts[metric] += 1
+                    if math.isfinite(value):
+                        curves._steps.setdefault(metric, array("d")).append(row["step"])
+                        curves._values.setdefault(metric, array("d")).append(value)
+        return curves
+
+    def series(self, metric: str) -> list[tuple[float, float]]:
+        """(step, value) of the rows that have a finite number for the metric."""
+        return list(zip(self._steps.get(metric, ()), self._values.get(metric, ()), strict=True))
 
 
 def thin(rows: Rows, limit: int = MOST_POINTS) -> list[tuple[float, ...]]:
@@ -40,25 +62,20 @@ def smoothed(rows: Rows, keep: float) -> list[tuple[float, float]]:
     return smooth
 
 
-def together(lines: Sequence[Rows]) -> list[tuple[float, ...]]:
+def together(lines: Iterable[Rows]) -> list[tuple[float, ...]]:
     """(step, mean, least, greatest) over the lines that have a value at the step."""
     by_step: dict[float, list[float]] = {}
     for line in lines:
-        for step, value, *_ in line:
-            by_step.setdefault(step, []).append(value)
+        for point in line:
+            by_step.setdefault(point[0], []).append(point[1])
     return [(step, statistics.fmean(values), min(values), max(values)) for step, values in sorted(by_step.items())]
 
 
-def metrics(curves: Iterable[Sequence[Json]], first: Sequence[str]) -> list[str]:
-    """The training and validation metrics that any curve has more than once: ``first``, then the others by name."""
-    counts: dict[str, int] = {}
-    for rows in curves:
-        own: dict[str, int] = {}
-        for row in rows:
-            for key, value in row.items():
-                if key.startswith(("train/", "val/")) and is_number(value):
-                    own[key] = own.get(key, 0) + 1
-        counts = {key: max(own.get(key, 0), counts.get(key, 0)) for key in [*counts, *own]}
+def metrics(runs: Iterable[Curves], first: Sequence[str]) -> list[str]:
+    """The metrics that any run has more than once: ``first``, then the others by name."""
+    counts: Counter[str] = Counter()
+    for curves in runs:
+        counts |= curves.counts
     return [*(key for key in first if counts.get(key)), *sorted(_further(counts, first))]
 
 

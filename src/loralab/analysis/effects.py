@@ -9,6 +9,7 @@ import numpy as np
 
 from loralab.analysis.arms import Arm, Comparison
 from loralab.analysis.inference import FEWEST_FOR_BOOTSTRAP
+from loralab.records.shared import kept
 
 RESAMPLES = 2000
 MOST_NUMBERS = 4_000_000  # that are resampled at once: 32 MB
@@ -66,6 +67,7 @@ class Effects:
         return {**asdict(self), "importance": [{"axis": axis, "share": share} for axis, share in self.importance]}
 
 
+@kept
 def effects(comparison: Comparison) -> Effects:
     """The effects of the axes with several values on the metric, over the seeds that all rows share; without any, and
     ``why``, where not every combination of values has a score."""

@@ -2,18 +2,19 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from loralab.analysis.values import Json, lookup
+from loralab.records.shared import Section, distinct, once
 
 AXIS = "environment"
 # Versions that compute: a loss, a quantized weight, an update or a score. Python, Hydra, W&B and git move no number.
 _VERSIONS = ("loralab", "torch", "transformers", "lightning", "bitsandbytes", "torchmetrics")
 COMPARED = f"compared are the versions of {', '.join(_VERSIONS)}, the device and, on a CPU, the number of threads"
 
-Environment = dict[str, Any]
+Environment = Mapping[str, Any]
 
 
 def environment(record: Json) -> Environment:
@@ -21,14 +22,18 @@ def environment(record: Json) -> Environment:
 
     An older record has no thread count: there the number of cores, by which torch chooses it, stays in the CPU's name.
     """
-    values = {name: lookup(record, f"environment.versions.{name}") for name in _VERSIONS}
-    gpu, cpu, threads = (lookup(record, f"environment.{key}") for key in ("gpu", "cpu", "threads"))
     device = lookup(record, "memory.device") or ("cpu" if record["choices"].get("trainer") == "cpu" else None)
-    values |= {"device": device, "gpu": None if device == "cpu" else gpu, "record schema": record["schema"]}
+    return once(_environment, record["environment"], device, record["schema"])
+
+
+def _environment(section: Json, device: str | None, schema: int) -> Environment:
+    values = {name: lookup(section, f"versions.{name}") for name in _VERSIONS}
+    gpu, cpu, threads = (lookup(section, key) for key in ("gpu", "cpu", "threads"))
+    values |= {"device": device, "gpu": None if device == "cpu" else gpu, "record schema": schema}
     if device is None or device == "cpu":
         name = re.sub(r" x \d+$", "", cpu) if isinstance(cpu, str) and threads is not None else cpu
         values |= {"cpu": name, "threads": threads}
-    return values
+    return Section(values)
 
 
 def labels(records: Sequence[tuple[Json, bool]]) -> list[str]:
@@ -38,12 +43,15 @@ def labels(records: Sequence[tuple[Json, bool]]) -> list[str]:
     """
     environments = [environment(record) for record, _ in records]
     with_result = [this for this, (_, ok) in zip(environments, records, strict=True) if ok]
-    distinct = [this for index, this in enumerate(with_result) if this not in with_result[:index]]
-    if len(distinct) < 2:
+    different: list[Environment] = []
+    for this in distinct(with_result):
+        different += [this] if this not in different else []
+    if len(different) < 2:
         return []
-    usual = Counter(map(with_result.index, with_result))
-    distinct.sort(key=lambda this: -usual[with_result.index(this)])  # the likely one first, where several are alike
-    return [_label(max(distinct, key=partial(_in_common, this)), distinct) for this in environments]
+    usual = Counter(map(different.index, with_result))
+    likely = [different[place] for place, _ in usual.most_common()]  # the usual one first, where several are alike
+    told_of = {id(this): _label(max(likely, key=partial(_in_common, this)), likely) for this in distinct(environments)}
+    return [told_of[id(this)] for this in environments]
 
 
 def told(this: Environment, keys: Sequence[str]) -> str:

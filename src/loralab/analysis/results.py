@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralab.analysis import environments
+from loralab.analysis.settings import varying
 from loralab.analysis.trials import DAMAGED, PRUNED, Pack, TrialResult, dated, listed_trial, read_trial
 from loralab.analysis.values import (
     UNKNOWN,
@@ -20,15 +21,15 @@ from loralab.analysis.values import (
     short_names,
     sort_key,
     spelled,
-    varying,
 )
-from loralab.config import staleness
 from loralab.errors import ArtifactError
 from loralab.records import record as records
 from loralab.records import schema
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ def read_results(folder: Path) -> SweepResults:
     sweep = _sweep(folder)
     listed = [listed_trial(folder, entry) for entry in sweep["trials"]]
     listed = listed or [read_trial(path) for path in records.find(folder)]
-    fingerprints: staleness.Known = {}
-    trials, conflicts = _once([dated(trial, fingerprints) for trial in listed])
+    trials, conflicts = _once(dated(listed))
     if not trials:
         raise ArtifactError(
             f"{folder}: nothing to report; looked for {records.SWEEP} there, {records.RESULT} there and below"
@@ -166,8 +166,8 @@ def assemble(folder: Path, sweep: Json, trials: Sequence[TrialResult]) -> SweepR
     if places := environments.labels([(trial.record, trial.ok) for trial in trials]):
         texts[environments.AXIS], axes[environments.AXIS] = places, list(dict.fromkeys(places))
     labelled = [
-        replace(trial, values={key: values[index] for key, values in texts.items()})
-        for index, trial in enumerate(trials)
+        replace(trial, values=dict(zip(texts, own, strict=True)))
+        for trial, own in zip(trials, zip(*texts.values(), strict=True), strict=True)
     ]
     metric = _most_common((trial.metric for trial in trials if trial.record["config"]), "val/loss")
     mode = _most_common((trial.mode for trial in trials if trial.record["config"]), "min")
@@ -215,7 +215,7 @@ def _once(listed: Sequence[TrialResult]) -> tuple[list[TrialResult], list[str]]:
 
     ``seed=0,0`` is one seed, a repetition no second one; on other data, another base or elsewhere it is another trial.
     """
-    by_key: dict[str, TrialResult] = {}
+    by_key: dict[Key, TrialResult] = {}
     conflicts = []
     for trial in listed:
         key = _key(trial)
@@ -230,19 +230,21 @@ def _once(listed: Sequence[TrialResult]) -> tuple[list[TrialResult], list[str]]:
     return [trial for trial in by_key.values() if trial.ok or _bare_key(trial) not in completed], conflicts
 
 
-def _key(trial: TrialResult) -> str:
+def _key(trial: TrialResult) -> Key:
     bare = _bare_key(trial)
     if bare is None:
-        return str(trial.folder)
+        return (str(trial.folder),)
     marks = [trial.get(f"{part}.fingerprint") for part in ("data", "base")]
-    return canonical([bare, trial.record["schema"], *marks, environments.environment(trial.record)])
+    values = [trial.record["schema"], *marks, environments.environment(trial.record)]
+    return (*bare, *map(canonical, values))
 
 
-def _bare_key(trial: TrialResult) -> str | None:
+def _bare_key(trial: TrialResult) -> Key | None:
     """A key of the configuration, seed and metric, whatever environment it ran in; None without a configuration."""
     if not trial.record["config"]:
         return None
-    return canonical([trial.configuration, trial.record["seed"], trial.metric, trial.setting("metric_mode")])
+    values = [trial.record["seed"], trial.metric, trial.setting("metric_mode")]
+    return (trial.configuration, *map(canonical, values))
 
 
 def _ordered(declared: Sequence[Any], values: Sequence[Any], labels: Mapping[str, str]) -> list[str]:

@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, TypeGuard
 
 from loralab.config import identity as settings
+from loralab.records.shared import once
 
 Json = dict[str, Any]
 UNKNOWN = "-"  # the label of a value that nothing tells, and of a setting that a trial does not have
@@ -22,6 +24,7 @@ _ASIDE_KEYS = {"trainer.test", "trainer.until", "data.forgetting"}
 _WHOLE = re.compile(r"[+-]?(0|[1-9][0-9_]*)")
 _REAL = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?")
 _ITEM = re.compile(r"""(?:[^,'"\[\]]|'[^']*'|"[^"]*"|\[[^\]]*\])+""")
+_MAPPINGS = (dict, Mapping)  # what nearly all are is looked for first
 _WORDS = {"null": None, "true": True, "false": False}
 
 
@@ -41,6 +44,10 @@ def canonical(value: Any) -> str:
         return UNKNOWN
     if value is None or isinstance(value, str | int | float):
         return _canonical_of(value)
+    return once(_canonical_text, value)
+
+
+def _canonical_text(value: Any) -> str:
     return json.dumps(_settled(value), sort_keys=True)
 
 
@@ -105,7 +112,7 @@ def sort_key(canonical: str) -> tuple[bool, float, str]:
 def lookup(config: Any, dotted: str) -> Any:
     """``config["a"]["b"]`` for ``a.b``; None where there is no such key."""
     for part in dotted.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
+        config = config.get(part) if isinstance(config, _MAPPINGS) else None
     return config
 
 
@@ -126,24 +133,6 @@ def axis_value(record: Json, axis: str) -> Any:
     return None if isinstance(holder, Mapping) and key in holder else UNSAID
 
 
-def varying(configured: Sequence[Json], axes: list[str]) -> list[str]:
-    """Config keys and group choices that vary and do not follow from ``axes`` (``lora_alpha`` follows from
-    ``r`` where every r has one lora_alpha); so trials that are told apart by nothing else still are."""
-    choices = list(dict.fromkeys(group for record in configured for group in record["choices"]))
-    keys = list(dict.fromkeys(key for record in configured for key in flatten(record["config"])))
-    flat = [{**flatten(record["config"]), **record["choices"]} for record in configured]
-    positions = [tuple(canonical(axis_value(record, axis)) for axis in axes if axis != "seed") for record in configured]
-    chosen: list[str] = []
-    for key in [*choices, *keys]:
-        if aside(key) or key in axes or key in chosen:
-            continue
-        values = [canonical(config.get(key)) for config in flat]
-        if len(set(zip(positions, values, strict=True))) > len(set(positions)):
-            chosen.append(key)
-            positions = [(*position, value) for position, value in zip(positions, values, strict=True)]
-    return chosen
-
-
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Nested config -> dotted keys; lists are values, ``_target_`` is left out."""
     flat: dict[str, Any] = {}
@@ -155,16 +144,40 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flat(name: str, value: Any) -> dict[str, Any]:
+    """``flatten({name: value})``; of a shared section computed once. Do not change it."""
+    return once(_flat, value, name)
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    return flatten({name: value})
+
+
 def identity(record: Json) -> str:
     """Equal for trials that differ only by seed: the whole config and the choices, without what is aside, and
     of the callbacks what decides a result."""
-    config = {key: value for key, value in record["config"].items() if not aside(key)}
-    for group, _, key in (dotted.partition(".") for dotted in _ASIDE_KEYS):
-        if isinstance(config.get(group), Mapping):
-            config[group] = {name: value for name, value in config[group].items() if name != key}
-    config["callbacks"] = [*settings.stops(record["config"]), *settings.callbacks(record["config"].get("callbacks"))]
-    choices = {key: value for key, value in record["choices"].items() if not aside(key)}
-    return canonical([config, choices])
+    config = record["config"]
+    texts = {key: once(_deciding, value, key) for key, value in config.items() if not aside(key)}
+    texts["callbacks"] = once(_callbacks, config.get("callbacks"))
+    content = ", ".join(f"{json.dumps(key)}: {text}" for key, text in sorted(texts.items()))
+    choices = once(_choices, record["choices"])
+    return sys.intern(f"[{{{content}}}, {choices}]")  # of trials that differ in numbers alone, kept once
+
+
+def _deciding(value: Any, name: str) -> str:
+    """The canonical text of a section of a config, without what is aside."""
+    left_out = [dotted.rpartition(".")[2] for dotted in _ASIDE_KEYS if dotted.startswith(f"{name}.")]
+    if not left_out or not isinstance(value, Mapping):
+        return canonical(value)
+    return canonical({key: item for key, item in value.items() if key not in left_out})
+
+
+def _callbacks(nodes: Any) -> str:
+    return canonical([*settings.stops({"callbacks": nodes}), *settings.callbacks(nodes)])
+
+
+def _choices(choices: Json) -> str:
+    return canonical({key: value for key, value in choices.items() if not aside(key)})
 
 
 def short_names(axes: Sequence[str]) -> dict[str, str]:
@@ -173,6 +186,7 @@ def short_names(axes: Sequence[str]) -> dict[str, str]:
     return {axis: tail if last[tail := axis.rpartition(".")[2]] == 1 else axis for axis in axes}
 
 
+@cache
 def aside(key: str) -> bool:
     """Whether a key says nothing about what a trial is."""
     named = key.rpartition("@")[2]  # of a choice such as data@data.forgetting, where it is put

@@ -214,10 +214,10 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
         spiky = memory.spiky_every, memory.spike(first.model.length, first.room)
     unpadded = first.model.task == "causal_lm" and spiky is None
     unpadded = unpadded and all(s.adapter.tokenwise for s in specs) and first.model.attn_implementation != "eager"
-    model = skeleton(first.model) if unpadded else None
-    unpadded = model is not None and can_unpad(model)
-    if model is not None and unpadded:
-        unpadded = unpads(model.config, device, resident.computed_in(first), first.data.packing)
+    if unpadded:
+        model = skeleton(first.model)
+        takes = unpads(model.config, device, resident.computed_in(first), first.data.packing)
+        unpadded = takes and can_unpad(model)
     return Weighing(unpadded, first.model.task == "seq2seq_lm", spiky)
 
 

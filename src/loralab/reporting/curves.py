@@ -1,12 +1,12 @@
 """Training and validation curves: a line for each run, or an arm's mean and range where there are very many."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loralab.analysis import curves as analysis
 from loralab.analysis.arms import Arm, Comparison
-from loralab.analysis.trials import TrialResult
+from loralab.analysis.trials import MISSING, TrialResult
 from loralab.analysis.values import Json
 from loralab.reporting import charts
 from loralab.reporting.charts import Figure, Legend, rounded
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 MOST_LINES = 200  # above, means and ranges stand for them
+MOST_TOLD = 40  # lines, where there would be more than MOST_LINES means
 MOST_VALUES = 20_000  # of all lines of a metric together
 SMOOTH = (0.8, 0.95)
 LOSS = "train/loss"
@@ -22,13 +23,13 @@ LOSS = "train/loss"
 
 @dataclass(frozen=True)
 class Run:
-    """One trial's rows of metrics.jsonl; ``group`` gives its line's colour, ``by`` its dash."""
+    """One trial's metrics.jsonl; ``group`` gives its line's colour, ``by`` its dash."""
 
     trial: TrialResult
     arm: Arm
     group: str
     by: str
-    rows: list[Json]
+    curves: analysis.Curves
 
 
 def figures(
@@ -38,22 +39,41 @@ def figures(
     axis whose value gives a line's dash, called ``names_by``; ``groups`` give the colours."""
     results = comparison.results
     dashes = dict(zip(results.axes[by], names_by, strict=True)) if by else {}
+    shown, of_how_many = _spaced(groups, by)
     runs = [
-        Run(trial, arm, group, dashes.get(arm.values[by], "?") if by else "", trial.curves())
-        for group, arms in groups.items()
+        Run(trial, arm, group, dashes.get(arm.values[by], "?") if by else "", analysis.Curves.of(trial.curves()))
+        for group, arms in shown.items()
         for arm in arms
         for trial in arm.trials
     ]
-    runs = [run for run in runs if run.rows]
-    names = analysis.metrics([run.rows for run in runs], (LOSS, results.metric))
-    store = {metric: _stored(comparison, runs, metric) for metric in names}
+    runs = [run for run in runs if run.curves.counts]
+    names = analysis.metrics([run.curves for run in runs], (LOSS, results.metric))
+    most = MOST_LINES if len(shown) == of_how_many else MOST_TOLD
+    store = {metric: _stored(comparison, runs, metric, most) for metric in names}
     store = {metric: stored for metric, stored in store.items() if stored["seeds"] or stored["means"]}
     logged = list(dict.fromkeys(run.group for run in runs))
     legends = [Legend("group", "colour", logged), Legend("by", "dash", [d for d in names_by if by])]
     legends = [legend for legend in legends if len(legend.names) > 1]
     for metric in (LOSS, results.metric):
         if metric in store and (metric == LOSS or _is_curve(store[metric])):
-            yield _figure(comparison, metric, store, legends, logged, names_by)
+            figure = _figure(comparison, metric, store, legends, logged, names_by)
+            chosen = f" Drawn are {len(shown)} of {of_how_many} values of the legend, evenly spaced among them."
+            yield figure if len(shown) == of_how_many else replace(figure, caption=figure.caption + chosen)
+
+
+def _spaced(groups: Mapping[str, Sequence[Arm]], by: str | None) -> tuple[Mapping[str, Sequence[Arm]], int]:
+    """Of groups with more lines than a reader can tell apart, even as means, so many that about MOST_TOLD lines are
+    left, the first and the last among them; and how many there are."""
+    begun = [
+        (group, arm) for group, arms in groups.items() for arm in arms if {t.status for t in arm.trials} - {MISSING}
+    ]
+    names = list(dict.fromkeys(group for group, _ in begun))
+    lines = len({(group, arm.values[by] if by else "") for group, arm in begun})
+    if lines <= MOST_LINES or len(names) < 3:
+        return groups, len(groups)
+    kept = min(len(names), max(2, MOST_TOLD * len(names) // lines))
+    chosen = [names[place * (len(names) - 1) // (kept - 1)] for place in range(kept)]
+    return {group: groups[group] for group in chosen}, len(names)
 
 
 def rows(stored: Json, smooth: float | None) -> dict[str, list[Json]]:
@@ -123,13 +143,14 @@ def _caption(comparison: Comparison, stored: Json, metric: str) -> str:
     return f"{who}{smoothed}{broken}. At most {analysis.MOST_POINTS} points of a line, the extremes among them."
 
 
-def _stored(comparison: Comparison, runs: Sequence[Run], metric: str) -> Json:
-    """What the page draws a metric's curves from. ``seeds``: a line for each run, empty where there are too many;
-    ``means``: a line with its range for each arm of several runs, where even those are too many for each group."""
-    series = [(run, points) for run in runs if (points := analysis.series(run.rows, metric))]
-    few = len(series) <= MOST_LINES
+def _stored(comparison: Comparison, runs: Sequence[Run], metric: str, most: int) -> Json:
+    """What the page draws a metric's curves from. ``seeds``: a line for each run, empty where there are more than
+    ``most``; ``means``: a line with its range for each arm of several runs, where even those are more for each group.
+    """
+    series = [(run, points) for run in runs if (points := run.curves.series(metric))]
+    few = len(series) <= most
     arms: dict[object, list[tuple[Run, list[tuple[float, float]]]]] = {}
-    by_arm = len({id(run.arm) for run, _ in series}) <= MOST_LINES
+    by_arm = len({id(run.arm) for run, _ in series}) <= most
     for run, points in series:
         arms.setdefault(id(run.arm) if by_arm else (run.group, run.by), []).append((run, points))
     limit = max(8, min(analysis.MOST_POINTS, MOST_VALUES // max(1, len(series) if few else len(arms))))

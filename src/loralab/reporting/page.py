@@ -9,8 +9,9 @@ from loralab.analysis.arms import Comparison
 from loralab.analysis.comparable import subject
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import MISSING, PRUNED, STALE
-from loralab.analysis.values import canonical, flatten, label
+from loralab.analysis.values import canonical, flat, label
 from loralab.records.record import shell_line
+from loralab.records.shared import distinct
 from loralab.reporting import cost, memory, samples
 from loralab.reporting.charts import Figure
 from loralab.reporting.figures import figures
@@ -82,7 +83,7 @@ def page(results: SweepResults, comparisons: Sequence[Comparison]) -> Page:
 def _section(comparison: Comparison, number: int, one_of_several: bool) -> dict[str, Any]:
     """What the template shows of one table."""
     shown = columns(comparison)
-    fixed = [f"Held fixed: {text}" for text in held_fixed(comparison.results) if one_of_several]
+    fixed = [f"Held fixed: {text}" for text in (held_fixed(comparison.results) if one_of_several else [])]
     prefix = f"set{number + 1}_" if one_of_several else ""
     return {
         "comparison": comparison,
@@ -174,6 +175,10 @@ def _cut(results: SweepResults) -> Iterator[str]:
 
 def _shared_settings(results: SweepResults) -> list[str]:
     """What all trials share; of a single run, everything."""
-    flat = [flatten(trial.record["config"]) for trial in results.trials if trial.record["config"]]
-    shared = [key for key in (flat or [{}])[0] if len({canonical(config.get(key)) for config in flat}) == 1]
-    return [f"{key}={label(flat[0][key])}" for key in shared]
+    configs = [trial.record["config"] for trial in results.trials if trial.record["config"]]
+    texts = []
+    for name, first in (configs or [{}])[0].items():
+        sections = [flat(name, section) for section in distinct(config.get(name) for config in configs)]
+        shared = [key for key in flat(name, first) if len({canonical(own.get(key)) for own in sections}) == 1]
+        texts += [f"{key}={label(sections[0][key])}" for key in shared]
+    return texts

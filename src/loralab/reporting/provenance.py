@@ -2,19 +2,21 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import TrialResult
 from loralab.analysis.tuning import tuned_axes
-from loralab.analysis.values import canonical, is_number, label, sort_key
+from loralab.analysis.values import Json, canonical, is_number, label, lookup, sort_key
 from loralab.config.compose import sweep_axes
 from loralab.config.sweep_files import chosen_by
 from loralab.records.record import RESULT
+from loralab.records.shared import distinct, kept
 
 # What a reader asks first; shown where it is one value in all trials.
 _FIXED = (
@@ -61,24 +63,27 @@ class Facts:
     seconds: float
 
 
+@kept
 def facts(results: SweepResults) -> Facts:
     """Everything about where and on what the trials ran."""
     trials = [trial for trial in results.trials if trial.record["config"] or trial.ok]
-    hardware = [_distinct(trials, f"environment.{part}") for part in ("gpu", "cpu")]
+    told = partial(_distinct, _sections([trial.record for trial in trials]))
+    hardware = [told(f"environment.{part}") for part in ("gpu", "cpu")]
     header = {
         "when": _when(results),
         "hardware": " / ".join(filter(None, hardware)),
-        "versions": _distinct(trials, "environment.versions"),
-        "git": _distinct(trials, "environment.git"),
+        "versions": told("environment.versions"),
+        "git": told("environment.git"),
     }
-    provenance = {term: _distinct(trials, key) for term, key in _PROVENANCE.items()}
-    provenance["optimizer"] = provenance["optimizer"] or _distinct(trials, "optimizer.name")
+    provenance = {term: told(key) for term, key in _PROVENANCE.items()}
+    provenance["optimizer"] = provenance["optimizer"] or told("optimizer.name")
     seeds = ", ".join(sorted({trial.seed for trial in results.trials}, key=sort_key))
     provenance = {"seeds": seeds, **provenance, "peak memory, predicted over measured": _reconciled(trials)}
     walls = ((trial.get("time.wall_s"), trial.get("pack.size")) for trial in trials)  # a pack has one clock
     return Facts(header, provenance, sum(wall / (size or 1) for wall, size in walls if is_number(wall)))
 
 
+@kept
 def held_fixed(results: SweepResults) -> list[str]:
     """What sweep.json says is held fixed, and what the trials' configurations show."""
     stated = results.about.get("fixed") if asks_its_own(results) else None
@@ -144,12 +149,15 @@ def _uncontradicted(text: str, further: list[str]) -> str:
 def _common(results: SweepResults, trials: Sequence[TrialResult]) -> str:
     """``model = tiny, data.batch_size = 4``: the choices and settings that all trials share."""
     pairs = []
+    sections = _sections([trial.record["config"] for trial in trials])
+    chosen = distinct(trial.record["choices"] for trial in trials)
     for group in _GROUPS:
-        options = {canonical(trial.record["choices"].get(group)) for trial in trials}
+        options = {canonical(choices.get(group)) for choices in chosen}
         if len(options) == 1 and group not in results.axes and options != {"null"}:
             pairs.append(f"{group} = {label(trials[0].record['choices'][group])}")
     for key in _FIXED:
-        values = {canonical(trial.setting(key)) for trial in trials}
+        name, _, rest = key.partition(".")
+        values = {canonical(lookup(section, rest)) for section in sections(name)}
         value = trials[0].setting(key) if trials else None
         if len(values) == 1 and key not in results.axes and value not in (None, ""):
             pairs.append(f"{key} = {json.dumps(value) if key in _TEMPLATES else label(value)}")
@@ -158,7 +166,8 @@ def _common(results: SweepResults, trials: Sequence[TrialResult]) -> str:
 
 def _alpha(trials: Sequence[TrialResult]) -> str:
     """How lora_alpha goes with r, where r moves; empty where it goes in no simple way."""
-    pairs = {(trial.setting("adapter.r"), trial.setting("adapter.lora_alpha")) for trial in trials}
+    adapters = distinct(trial.record["config"].get("adapter") for trial in trials)
+    pairs = {(lookup(adapter, "r"), lookup(adapter, "lora_alpha")) for adapter in adapters}
     numeric = {(r, alpha) for r, alpha in pairs if is_number(r) and is_number(alpha) and r}
     alphas, ratios = {alpha for _, alpha in numeric}, {alpha / r for r, alpha in numeric}
     if len({r for r, _ in numeric}) < 2:
@@ -168,8 +177,16 @@ def _alpha(trials: Sequence[TrialResult]) -> str:
     return f"lora_alpha / r = {label(ratios.pop())} while r moves" if len(ratios) == 1 else ""
 
 
-def _distinct(trials: Iterable[TrialResult], key: str) -> str:
-    return " | ".join(dict.fromkeys(text for trial in trials if (text := brief(trial.get(key)))))
+def _sections(records: Sequence[Json]) -> Callable[[str], list[Any]]:
+    """A function that returns what records have under a name, of the sections that they share each once."""
+    return cache(lambda name: distinct(record.get(name) for record in records))
+
+
+def _distinct(sections: Callable[[str], list[Any]], key: str) -> str:
+    """Each value, once, of a key of the record."""
+    name, _, rest = key.partition(".")
+    values = (lookup(section, rest) if rest else section for section in sections(name))
+    return " | ".join(dict.fromkeys(text for value in values if (text := brief(value))))
 
 
 def _reconciled(trials: Iterable[TrialResult]) -> str:
@@ -181,11 +198,17 @@ def _reconciled(trials: Iterable[TrialResult]) -> str:
 
 def _when(results: SweepResults) -> str:
     """From the first to the last write of a record, in local time."""
-    paths = [trial.folder / RESULT for trial in results.trials]
-    stamps = [path.stat().st_mtime for path in paths if path.exists()]
+    stamps = list(filter(None, (_written(trial.folder / RESULT) for trial in results.trials)))
     if not stamps:
         return ""
     first, last = (datetime.fromtimestamp(stamp).astimezone() for stamp in (min(stamps), max(stamps)))
     end = last.strftime("%H:%M %Z" if first.date() == last.date() else "%Y-%m-%d %H:%M %Z")
     begin = first.strftime("%Y-%m-%d %H:%M")
     return f"{begin} to {end}" if begin[-5:] != end[:5] else last.strftime("%Y-%m-%d %H:%M %Z")
+
+
+def _written(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None

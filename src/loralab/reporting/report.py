@@ -27,7 +27,7 @@ from loralab.reporting.page import page
 from loralab.reporting.provenance import facts, held_fixed, question
 from loralab.reporting.table import as_plain, plain_gap
 from loralab.reporting.text import markdown, measure, terminal
-from loralab.reporting.trials import MEASURED, rows
+from loralab.reporting.trials import MEASURED, columns
 from loralab.reporting.vega import drawn
 
 KINDS = ("svg", "png", "pdf")
@@ -99,8 +99,7 @@ def _csv(results: SweepResults) -> str:
     """One line per trial, whatever became of it."""
     import pandas as pd
 
-    columns, lines = rows(results)
-    return str(pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n"))
+    return str(pd.DataFrame(columns(results), dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def _json(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from loralab.analysis.search import points
 from loralab.analysis.trials import UNSCORED
 from loralab.analysis.tuning import Tuned, scale
 from loralab.analysis.values import is_number
+from loralab.records.shared import kept
 
 MIB, GIB = 2**20, 2**30
 VERSUS = "vs baseline"
@@ -40,6 +41,7 @@ class Column:
     number: Number
 
 
+@kept
 def columns(comparison: Comparison) -> list[Column]:
     """The columns behind the metric that any arm can fill."""
     arms, results = comparison.arms, comparison.results

@@ -9,6 +9,7 @@ from loralab.analysis.arms import Comparison
 from loralab.analysis.results import SweepResults
 from loralab.analysis.trials import PRUNED, TrialResult
 from loralab.analysis.values import Json, as_number, is_number
+from loralab.records.shared import kept
 from loralab.reporting.charts import rounded
 from loralab.reporting.table import MIB
 
@@ -41,19 +42,23 @@ QUANTITIES = {  # column: title with its unit, divisor
 HIGHER = ("accuracy", "rouge", "bleu", "f1", "match", "matthews", "pearson", "spearman", "tokens_per_s", "correlation")
 
 
-def rows(results: SweepResults) -> tuple[list[str], list[Json]]:
-    """The columns of results.csv and a row for each trial, whatever became of it."""
-    metrics = dict.fromkeys(name for trial in results.trials for name in trial.record["metrics"])
-    columns = ["trial", "folder", *results.axes, "seed", "status", *metrics, *MEASURED, "ended", "error"]
-    lines = [
-        {
-            **{"trial": trial.record["trial"], "folder": trial.name, **trial.values, "status": trial.status},
-            **{**trial.record["metrics"], **{key: trial.get(key) for key in MEASURED}},
-            **{"ended": trial.ended, "error": "" if trial.ok or trial.status == PRUNED else trial.reason},
-        }
-        for trial in results.trials
-    ]
-    return columns, lines
+@kept
+def columns(results: SweepResults) -> dict[str, list[Any]]:
+    """The columns of results.csv, of each trial a value, whatever became of it; None where it has none."""
+    trials = results.trials
+    metrics = dict.fromkeys(name for trial in trials for name in trial.record["metrics"])
+    found: dict[str, list[Any]] = {
+        "trial": [trial.record["trial"] for trial in trials],
+        "folder": [trial.name for trial in trials],
+        **{axis: [trial.values.get(axis) for trial in trials] for axis in [*results.axes, "seed"]},
+        "status": [trial.status for trial in trials],
+        **{name: [trial.record["metrics"].get(name) for trial in trials] for name in metrics},
+    }
+    for key in MEASURED:
+        section, _, name = key.partition(".")
+        found[key] = [trial.record[section].get(name) for trial in trials]
+    errors = ["" if trial.ok or trial.status == PRUNED else trial.reason for trial in trials]
+    return found | {"ended": [trial.ended for trial in trials], "error": errors}
 
 
 def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
@@ -61,7 +66,7 @@ def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
     ``values``: of each column a list, or ``{"all": value}``; beside those of results.csv ``set`` (the number of the
     table, null for a trial that was not chosen), ``arm`` (the row), ``path`` (of the folder, from the page), ``files``
     in it and ``rerun``."""
-    names, lines = rows(results)
+    found = columns(results)
     places = {
         trial.folder: (number, arm.name)
         for number, one in enumerate(comparisons)
@@ -70,17 +75,18 @@ def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
     }
     tested = [one.results.metric for one in comparisons if one.tuned is not None][:1]
     shown = [*results.axes, "seed", "status", "trial", results.metric, *tested, "time.steps", "ended"]
-    shown = [name for name in shown if name in names]
-    columns = [*shown, *(name for name in names if name not in shown)]
-    many = len(lines) > MANY
+    shown = [name for name in shown if name in found]
+    names = [*shown, *(name for name in found if name not in shown)]
+    many = len(results.trials) > MANY
     values: dict[str, list[Any]] = {
-        name: [_plain(line.get(name), many and name in MEASURED) for line in lines] for name in columns
+        name: [_plain(value, many and name in MEASURED) for value in found[name]] for name in names
     }
+    placed = [places.get(trial.folder, (None, "")) for trial in results.trials]
     values |= {
-        "set": [places.get(trial.folder, (None, ""))[0] for trial in results.trials],
-        "arm": [places.get(trial.folder, (None, ""))[1] for trial in results.trials],
+        "set": [number for number, _ in placed],
+        "arm": [name for _, name in placed],
         "path": [_path(results.folder, trial) for trial in results.trials],
-        "files": [[name for name in FILES if (trial.folder / name).exists()] for trial in results.trials],
+        "files": [_files(trial) for trial in results.trials],
         "rerun": [trial.rerun if trial.record["overrides"] else "" for trial in results.trials],
     }
     about = [
@@ -90,7 +96,7 @@ def stored(results: SweepResults, comparisons: Sequence[Comparison]) -> Json:
             "shown": name in shown,
             "number": _is_quantity(values[name]),
         }
-        for name in columns
+        for name in names
     ]
     return {"columns": about, "values": _packed(values)}
 
@@ -101,11 +107,11 @@ _TITLES = {"time.steps": "steps"}
 def quantities(results: SweepResults) -> dict[str, Json]:
     """What an axis of the explorer can be, by column: its title with its unit, its divisor, which way is better
     (None: neither), and whether a pack's number counts."""
-    names, lines = rows(results)
+    values = columns(results)
     skipped = ("trial", "folder", "seed", "pack.size", "error", "status", "ended")
     found = {}
-    for name in [results.metric, *names]:
-        known = [line.get(name) for line in lines if line.get(name) is not None]
+    for name in [results.metric, *values]:
+        known = [value for value in values.get(name, ()) if value is not None]
         is_axis = name in results.axes
         numeric = [as_number(str(value)) if is_axis else value for value in known]
         if name in skipped or not numeric or not all(is_number(value) for value in numeric):
@@ -154,15 +160,27 @@ def constant(values: list[Any]) -> Any:
     return {"all": values[0]} if len(values) > 1 and all(value == values[0] for value in values) else values
 
 
+def _files(trial: TrialResult) -> list[str]:
+    """Those of FILES that its folder has."""
+    try:
+        with os.scandir(trial.folder) as entries:
+            found = {entry.name for entry in entries}
+    except OSError:
+        return []
+    return [name for name in FILES if name in found]
+
+
 def _path(folder: Path, trial: TrialResult) -> str:
     """The trial's folder as seen from the page in ``folder/report``; empty where it lies beside that by its name."""
+    if trial.folder.parent == folder:
+        return ""
     path = Path(os.path.relpath(trial.folder, folder / "report")).as_posix()
     return "" if path == f"../{trial.name}" else path
 
 
 def average(trials: Sequence[TrialResult], name: str, about: Mapping[str, Any]) -> float | None:
     """The mean over the trials that have the number and, where that is a process's, ran alone."""
-    counted = [trial for trial in trials if trial.pack is None or not about["alone"]]
-    values = [trial.record["metrics"].get(name, trial.get(name)) for trial in counted]
+    counted = [trial for trial in trials if not about["alone"] or trial.pack is None]
+    values = [metrics[name] if name in (metrics := trial.record["metrics"]) else trial.get(name) for trial in counted]
     known = [float(value) for value in values if is_number(value)]
     return sum(known) / len(known) if known else None

@@ -23,7 +23,7 @@ from loralab.reporting.charts import Figure
 from loralab.reporting.html import embedded, render
 from loralab.reporting.report import Report
 from loralab.reporting.table import as_plain
-from loralab.reporting.trials import rows
+from loralab.reporting.trials import columns
 from loralab.reporting.vega import bundle
 
 log = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ def _logged(report: Report, logger: Wandb) -> str:
 
 
 def _fill(mirror: Mirror, report: Report) -> None:
-    for name, (columns, lines) in tables(report.results, report.compared).items():
-        mirror.table(f"report/{name}", columns, lines)
+    for name, (titles, lines) in tables(report.results, report.compared).items():
+        mirror.table(f"report/{name}", titles, lines)
     mirror.pages(pages(report.figures))
     found = answer(report.compared)
     mirror.summarize({"trials": len(report.results.trials), **({"answer": found} if found else {})})
@@ -102,7 +102,8 @@ def tables(results: SweepResults, compared: Sequence[Comparison]) -> dict[str, T
     """``results``: a row for each row of the page, with the columns of results.json; ``trials``: those of results.csv.
     A column that no row fills is left out."""
     lines = [_arm(comparison) for comparison in compared]
-    _, trials = rows(results)
+    found = columns(results)
+    trials = [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
     return {"results": _columns([row for arms in lines for row in arms]), "trials": _columns(trials)}
 
 

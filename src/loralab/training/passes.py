@@ -64,7 +64,7 @@ class EvaluationPasses:
 def stack_batches(
     batches: Mapping[int, Batch], pad_token_id: int, device: torch.device, room: int | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """(inputs, labels) of all trials along dim 0, on the host, padded as ``padded_alike`` does for ``device``."""
+    """(inputs, labels) of all trials along dim 0, on the host, padded for ``device`` as ``padded_alike`` does."""
     tensors = [batch["tensors"] for batch in padded_alike(batches, pad_token_id, device, room).values()]
     stacked = {key: torch.cat([t[key] for t in tensors]) if len(tensors) > 1 else tensors[0][key] for key in tensors[0]}
     labels = stacked.pop("labels")
