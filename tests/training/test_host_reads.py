@@ -12,7 +12,7 @@ from loralab.forward.stacked import Forward
 from loralab.optim import packed
 from loralab.optim.optimizers import AdamW
 from loralab.running.runner import Runner
-from loralab.training import module
+from loralab.training import module, passes
 from loralab.training.module import FineTuner
 
 READS = ("_local_scalar_dense", "nonzero", "aten.equal", "aten.is_nonzero", "masked_select", "_unique")
@@ -88,5 +88,6 @@ def test_a_step_of_any_number_of_trials_waits_once(reads_of_a_step, monkeypatch,
         monkeypatch.setattr(packed, "DEVICES", {"cpu"})
         monkeypatch.setattr(fused, "TOGETHER", {"cpu"})
         monkeypatch.setattr(dropout, "COUNTED", {"cpu"})
+        monkeypatch.setattr(passes, "MULTIPLES", {"cpu": 64})
     two, five = reads_of_a_step(2), reads_of_a_step(5)
     assert two == five == {"tolist": 1 + 2 * card}
