@@ -214,6 +214,7 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
         spiky = memory.spiky_every, memory.spike(first.model.length, first.room)
     unpadded = first.model.task == "causal_lm" and (device == "cpu" or first.data.packing) and spiky is None
     unpadded = unpadded and all(s.adapter.tokenwise for s in specs) and first.model.attn_implementation != "eager"
+    unpadded = unpadded and first.model.compile == "none"
     return Weighing(unpadded and can_unpad(skeleton(first.model)), first.model.task == "seq2seq_lm", spiky)
 
 
