@@ -14,6 +14,7 @@ from loralab.memory.phases import PhaseMemory
 from loralab.models import loading
 from loralab.optim.optimizers import AdamW, Schedule
 from loralab.quantization.four_bit import FourBit
+from loralab.quantization.linear import frozen_layers, keep_dense
 from loralab.records import schema
 from loralab.records.environment import environment
 from loralab.running.runner import Runner
@@ -160,8 +161,12 @@ def test_training_and_validation_leave_every_byte_of_the_base_alone(make_spec, m
     untouched = loading.load(spec.model, spec.quantization, tokenizer, labels)
     record = runner.run([spec])[0]
     assert record["status"] == "completed", record["error"]
-    assert digest(runner.inputs._base.model) == digest(untouched.model)
-    assert not any(p.requires_grad for p in runner.inputs._base.model.parameters())
+    base = runner.inputs._base.model
+    kept = [layer for layer in frozen_layers(base) if layer.resident is not None]
+    assert all(torch.equal(layer.resident, layer.dense(torch.float32)) for layer in kept)
+    keep_dense(base, "per_use")
+    assert digest(base) == digest(untouched.model)
+    assert not any(p.requires_grad for p in base.parameters())
     assert record["base"]["fingerprint"] == untouched.fingerprint
 
 

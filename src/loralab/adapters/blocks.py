@@ -21,6 +21,18 @@ def last_stack(model: nn.Module) -> nn.ModuleList | None:
     return None if layers is None or len(set(layers)) < len(layers) else layers
 
 
+def stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """Every stack of a model: of an encoder-decoder the encoder's and the decoder's; empty where none is found."""
+    config: Any = model.config
+    if not config.is_encoder_decoder:
+        found = [stack(model)]
+    else:
+        encoder = getattr(model, "get_encoder", lambda: None)()
+        count = getattr(config, "num_layers", None) or getattr(config, "encoder_layers", None)
+        found = [None if encoder is None else _of_length(encoder, count), last_stack(model)]
+    return [layers for layers in found if layers is not None]
+
+
 def _decoder(model: nn.Module) -> nn.ModuleList | None:
     config: Any = model.config
     decoder = getattr(model, "get_decoder", lambda: None)()

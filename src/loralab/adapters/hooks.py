@@ -260,8 +260,9 @@ class _LayerHook(Hook):
         owners = [part.owner for part in slices if part.owner in self.deltas]
         if not owners:
             return y
-        self.called.update(owners)
-        self.before = self.hooks.call(self.salt)
+        if not torch.compiler.is_compiling():  # a compiled block has been called before, and once in each pass
+            self.called.update(owners)
+            self.before = self.hooks.call(self.salt)
         found = [self.deltas.get(part.owner, []) for part in slices]
         kinds = {type(delta) for own in found for delta in own}
         # a class that inherits ``forward_grouped`` may compute something else

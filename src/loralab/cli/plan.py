@@ -42,6 +42,8 @@ def run(arguments: Arguments) -> int:
         print(json.dumps(predicted.as_dict()))
         return 0
     print(render(predicted), flush=True)
+    if spec.model.compile != "none":
+        print(f"model.compile={spec.model.compile}: traced as it is computed without it, but for the padding")
     budget = spec.plan.budget_gib or 0.0
     for what in planning.WHATS if budget else ():  # each a few traces
         present = None if predicted.resident_bytes else predicted.device_bytes  # auto keeps nothing that is in the way

@@ -266,6 +266,8 @@ def _check_packing(specs: Mapping[str, Any]) -> None:
         reason = (
             f"adapter={adapter.method} needs rows of their own, with their padding; valid: lora, or data.packing=false"
         )
+    elif model.compile != "none":
+        reason = f"model.compile={model.compile} pads rows; valid: model.compile=none"
     elif specs["memory"].spiky_every is not None:
         reason = "memory.spiky_every pads rows, and packed ones have no padding; valid: memory.spiky_every=null"
     else:
@@ -299,6 +301,8 @@ def _check_processes(specs: Mapping[str, Any]) -> None:
         raise ConfigError(f"{key}, {spread}: adapter={specs['adapter'].method} trains the base itself; valid: lora")
     if quantization.dequantize == "resident":
         raise ConfigError(f"{key}, {spread}: quantization.dequantize=resident keeps dense weights; valid: per_use")
+    if specs["model"].compile != "none":
+        raise ConfigError(f"{key}, {spread}: its blocks are not compiled; valid: model.compile=none")
     if data.packing:
         raise ConfigError(f"{key}, {spread}: data.packing=true is computed another way; valid: data.packing=false")
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loralab.adapters.base import Adapter
 from loralab.adapters.blocks import stack
 from loralab.errors import is_out_of_memory
+from loralab.forward.compiled import eager
 from loralab.forward.dropout import base_dropout
 from loralab.forward.unpadded import LENGTHS, mask_of
 from loralab.numerics.stacks import sent
@@ -193,7 +194,8 @@ class Prefix:
         for block in blocks:
             block.forward = partial(self._forward, shared_pass, block is blocks[-1], keep, block.forward)
         try:
-            yield
+            with eager(blocks):
+                yield
         finally:
             for block in blocks:
                 del block.forward
@@ -224,7 +226,8 @@ class Prefix:
         # where rows could pass for tokens
         kind = (shared_pass.depth, shared_pass.flat, len(shared_pass.keys) == inputs["input_ids"].shape[1])
         if kind not in self._narrowable:
-            why = self._why_not_narrowed(inputs, shared_pass)
+            with eager(self.blocks):
+                why = self._why_not_narrowed(inputs, shared_pass)
             self._narrowable[kind] = not why
             log.info(
                 "the frozen blocks below block %d of %d are computed %s",

@@ -113,8 +113,9 @@ def prepare(spec: Pretrained, model: nn.Module) -> None:
     key_dropout(model)
     if spec.gradient_checkpointing:
         with explained("model.gradient_checkpointing=true is refused"):
-            replayed = AdapterHooks.of(model).replayed
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replayed})  # type: ignore[operator]
+            # a compiled block draws no masks, and torch.compile traces no context of ours
+            context = {"context_fn": AdapterHooks.of(model).replayed} if spec.compile == "none" else {}
+            model.gradient_checkpointing_enable({"use_reentrant": False, **context})  # type: ignore[operator]
 
 
 def skeleton(spec: Pretrained, num_labels: int | None = None) -> nn.Module:

@@ -46,6 +46,8 @@ class Pretrained:
     gradient_checkpointing: bool = False
     attn_implementation: architecture.Attention = "auto"  # sdpa where the architecture has it, else eager
     dropout: Literal["keep"] | Share = "keep"  # the base's own dropout: keep, or one number for all of it
+    # blocks: each block by torch.compile; graphs: as CUDA graphs besides
+    compile: Literal["none", "blocks", "graphs"] = "none"
     tokenizer: str | None = None  # null: beside the weights
     num_labels: Annotated[Count, Le(2**31 - 1)] | None = None  # null: from the data
     trust_remote_code: bool = False

@@ -57,7 +57,18 @@ def identity(spec: TrialSpec) -> tuple[Any, ...]:
     steps = (trainer.precision, trainer.val_check_interval is None, trainer.gradient_clip_val is None)
     quantization = with_class(spec.quantization)
     optimizing = optimizer.memory_key
-    return (*settings, str(model.dropout), config, untied, *new, quantization, *optimizing, *steps, spec.data.packing)
+    return (
+        *settings,
+        str(model.dropout),
+        model.compile,
+        config,
+        untied,
+        *new,
+        quantization,
+        *optimizing,
+        *steps,
+        spec.data.packing,
+    )
 
 
 def is_loralabs(spec: TrialSpec) -> bool:

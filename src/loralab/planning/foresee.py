@@ -212,7 +212,7 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
     spiky = None
     if memory.spiky_every is not None:
         spiky = memory.spiky_every, memory.spike(first.model.length, first.room)
-    unpadded = first.model.task == "causal_lm" and spiky is None
+    unpadded = first.model.task == "causal_lm" and spiky is None and first.model.compile == "none"
     unpadded = unpadded and all(s.adapter.tokenwise for s in specs) and first.model.attn_implementation != "eager"
     if unpadded:
         model = skeleton(first.model)

@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +25,7 @@ from loralab.adapters.hooks import AdapterHooks
 from loralab.data.passes import BatchShape, Pass
 from loralab.errors import ConfigError
 from loralab.forward import stacked
+from loralab.forward.compiled import width
 from loralab.forward.dropout import own_dropout
 from loralab.forward.stacked import ForwardMode, unpads
 from loralab.forward.unpadded import prepare
@@ -33,7 +33,7 @@ from loralab.models import loading, pretrained
 from loralab.models.architecture import auto_class
 from loralab.optim.managed import PAGED_FROM
 from loralab.optim.optimizers import TORCH, UNPAGED
-from loralab.planning.faking import faked, quiet
+from loralab.planning.faking import faked, precision, quiet
 from loralab.planning.geometry import Geometry
 from loralab.planning.resident import computed_in
 from loralab.planning.tracker import Segment, Tracker
@@ -213,7 +213,10 @@ class _Step:
         return optimizer
 
     def _pass(self, shape: Pass) -> dict[int, dict[str, Any]]:
-        made = {i: self._batch(batch, shape.length) for i, batch in enumerate(shape.batches) if batch is not None}
+        length = shape.length
+        if self.spec.model.compile != "none":  # traced as without it, but for its padding
+            length = width(length or max(n for batch in shape.present for n in batch.inputs), self.spec.room)
+        made = {i: self._batch(batch, length) for i, batch in enumerate(shape.batches) if batch is not None}
         return padded_alike(made, 0, torch.device("cpu"), self.module.room) if self.geometry.cuda else made
 
     def _batch(self, batch: BatchShape, length: int | None) -> dict[str, Any]:
@@ -317,10 +320,3 @@ def _targets(shape: Pass, task: str, batches: dict[int, dict[str, Any]]) -> dict
     targets |= {sum(batch.inputs): batch.targets for batch in present}
     total = sum(batch.targets for batch in present)
     return targets | {sum(rows) * width: total, sum(sum(batch.inputs) for batch in present): total}
-
-
-def precision(name: str) -> Precision:
-    """Lightning's own plugin; 16-mixed keeps as many bytes as bf16-mixed."""
-    if name.endswith("-mixed"):
-        return MixedPrecision("bf16-mixed", "cpu")
-    return HalfPrecision("bf16-true") if name == "bf16-true" else Precision()

@@ -9,6 +9,7 @@ from loralab import signals
 from loralab.adapters.hooks import NotPackable
 from loralab.data.base import FORGETTING
 from loralab.errors import LoralabError, OutOfMemory, explain
+from loralab.forward.compiled import explained, switch_off
 from loralab.forward.stacked import ForwardMode
 from loralab.models.loading import Base
 from loralab.optim import managed, optimizers
@@ -24,6 +25,7 @@ from loralab.running.finish import choose, finish, generate, pause
 from loralab.running.forgetting import compare
 from loralab.training import observer, together
 from loralab.training.checkpoint import Checkpoint
+from loralab.training.compiling import compiling
 from loralab.training.first_batch import FirstBatch
 from loralab.training.lightning_rows import LightningRows
 from loralab.training.module import PAUSE, FineTuner
@@ -128,7 +130,7 @@ class Fit:
         logger = LightningRows(self.module, str(spec.folder)) if self.logs else False
         # callbacks see the validation of the final state too, as they would in any run of Lightning's
         validating = bool(self.module.others) and len(self.trials) == 1
-        observers = [*ordered, FirstBatch(self.base.unmixed)]
+        observers = [*ordered, FirstBatch(self.base.unmixed), *compiling(spec.model.compile)]
         trainer = spec.trainer.build(observers, self.progress, logger=logger, validating=validating, folder=spec.folder)
         count_from(trainer, step)
         if scaler_state := self.trials[0].scaler_state:
@@ -139,8 +141,9 @@ class Fit:
         for trial in self.trials:
             together.agree(trial.step, trial.adapter)
         self.module.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
+        methods = ", ".join(sorted({trial.spec.adapter.method for trial in self.trials}))
         try:
-            with signals.whole_steps():
+            with explained(spec.model.compile, methods, spec.quantization.name), signals.whole_steps():
                 trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
         except Exception:
             if trainer.optimizers:  # else the error came before it had states
@@ -151,6 +154,8 @@ class Fit:
             if any(trial.paused for trial in self.trials):
                 self.states[:] = optimizers.states(trainer.optimizers[0])
         finally:
+            if spec.model.compile != "none":
+                switch_off(self.base.model)
             for trial in self.trials:  # which may go on in other packs
                 trial.scaler_state = dict(trainer.precision_plugin.state_dict())
             if trainer.optimizers:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule
 
 from loralab.adapters.export import save
 from loralab.errors import ConfigError
+from loralab.forward import compiled
 from loralab.models.loading import Base
 from loralab.planning.foresee import check_packing
 from loralab.records import record as records
@@ -17,6 +18,7 @@ from loralab.running.attach import attach_trial
 from loralab.running.inputs import Inputs, check_labels
 from loralab.running.runner import check_batches
 from loralab.training.arguments import MOST
+from loralab.training.compiling import compiling
 from loralab.training.cursor import Batch
 from loralab.training.first_batch import FirstBatch
 from loralab.training.module import FineTuner
@@ -65,7 +67,7 @@ class AdapterModule(FineTuner):
     def configure_callbacks(self) -> list[Callback]:
         """Raises where the first step would train nothing, or changes the base."""
         there = any(isinstance(callback, FirstBatch) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if there else [FirstBatch()]
+        return [*([] if there else [FirstBatch()]), *compiling(self.trial.spec.model.compile)]
 
     def configure_optimizers(self) -> Any:
         """As many steps as the Trainer makes, which the schedule is laid over."""
@@ -200,6 +202,7 @@ def module_and_data(spec: TrialSpec) -> tuple[AdapterModule, TrialData]:
     """The adapter of ``spec`` on its loaded base, and its rows. Raises ConfigError, DataError."""
     spec.check_positions()
     check_packing(spec)
+    compiled.check(spec.model.compile, "cpu" if not torch.cuda.is_available() else "cuda")
     inputs = Inputs()
     data = inputs.rows(spec)
     base = inputs.base(spec, len(data.splits.labels) or None)

@@ -11,6 +11,7 @@ import torch
 
 from loralab.data.base import FORGETTING
 from loralab.errors import ConfigError, Interrupted, LoralabError, explain
+from loralab.forward import compiled
 from loralab.forward.head import frozen_head
 from loralab.models.batching import check_rows
 from loralab.models.loading import Base
@@ -71,6 +72,7 @@ class Runner:
             check_packing(spec)
         specs[0].trainer.check_precision()
         specs[0].memory.check(specs[0].trainer.device)
+        compiled.check(specs[0].model.compile, specs[0].trainer.device)
         data += [self.inputs.data(spec) for spec in specs]
         rows = [trial_data.encoded for trial_data in data]
         specs = [settled(spec, encoded) for spec, encoded in zip(specs, rows, strict=True)]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from loralab.adapters.hooks import BatchSlice
 from loralab.data.base import FORGETTING
 from loralab.data.passes import BatchShape, Feed, Pass, Weighing, heaviest, heaviest_evaluation
 from loralab.errors import ConfigError
+from loralab.forward.compiled import padded
 from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
@@ -52,7 +54,8 @@ class FineTuner(LightningModule):
         self.task = trials[0].task
         found = positions(model.config)
         self.room = None if found is None else found - max(t.adapter.spec.virtual_tokens for t in trials)
-        unpad = unpad and all(t.adapter.spec.tokenwise for t in trials)
+        self.compiles = trials[0].spec.model.compile != "none"
+        unpad = unpad and not self.compiles and all(t.adapter.spec.tokenwise for t in trials)
         self.forward_pass = Forward(model, self.task, unpad, packing=any(t.spec.data.packing for t in trials))
         self.others: dict[str, Any] = {}  # callbacks that are no Observer, by name
         self.split = "val"
@@ -84,10 +87,14 @@ class FineTuner(LightningModule):
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         batches = dict(sorted(batches.items(), key=lambda pair: self._size(pair[0])))
         inputs, labels = stack_batches(batches, self.trials[0].pad_token_id, self.device, self.room)
+        if self.compiles:
+            inputs, labels = padded(inputs, labels, self.trials[0].pad_token_id, self.trials[0].spec.room)
         slices = [_slice(self.trials[index], batch, training) for index, batch in batches.items()]
         if training:
             # for what the base draws without the hooks (functional dropout, skipped layers); such a trial runs alone
             _seed((slices[0].key or 0) + together.rank_and_size()[0])  # the rows of another process are others
+        if self.compiles:  # nothing is drawn (training/compiling.py), and a key is new at each step
+            slices = [replace(part, key=None) for part in slices]
         if self.task == "seq2seq_lm":
             inputs["decoder_input_ids"] = decoder_input_ids(self.model, labels)
         scores = self.forward_pass(inputs, labels, slices, lambda part: self.prefix.shared(part, batches))

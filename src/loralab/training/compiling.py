@@ -1,0 +1,53 @@
+"""``model.compile``: the blocks of the base are compiled behind the first pass of a fit.
+
+That pass is looked into (which layers are called, how rows may be computed) and is not compiled, nor are the validation
+and the generation behind the last step.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from loralab.errors import ConfigError
+from loralab.forward.compiled import NONE, blocks, switch_on
+from loralab.forward.dropout import base_dropout, own_dropout
+
+
+def compiling(how: str) -> list[Callback]:
+    """The callbacks of ``model.compile``; empty for none."""
+    return [] if how == "none" else [CompileBlocks(how)]
+
+
+class CompileBlocks(Callback):
+    """Raises ConfigError where masks are drawn in a block, or where the base is no stack of blocks."""
+
+    pack_aware = True
+
+    def __init__(self, how: str) -> None:
+        self.how, self._on = how, False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        blocks(module.model)
+        drawn = {"the base": max(base_dropout(module.model), own_dropout(module.model.config))}
+        drawn |= {f"adapter={trial.spec.adapter.method}": base_dropout(trial.adapter) for trial in module.trials}
+        for whose, share in drawn.items():
+            if share > 0:
+                raise ConfigError(
+                    f"model.compile={self.how}: the dropout of {whose} ({share:g}) draws its masks from a key of its "
+                    f"own at each step, which one graph cannot hold; valid: model.dropout=0 and "
+                    f"adapter.lora_dropout=0, or {NONE.removeprefix('valid: ')}"
+                )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.how == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._on:
+            module: Any = pl_module
+            switch_on(module.model, self.how)
+            self._on = True
