@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from loralab.adapters.dropout import Share, dropped
+from loralab.adapters.dropout import Share, dropped, length_of
 from loralab.adapters.hooks import BatchSlice
 from loralab.running.inputs import Inputs
 from loralab.training import together
@@ -49,17 +49,19 @@ def test_every_row_is_scored_once_and_by_one_process(cursors, size):
 
 
 @pytest.mark.parametrize(("shape", "flat"), [((6, 5, 8), False), ((1, 30, 8), True), ((6, 8), False)])
-def test_the_masks_of_the_shares_are_the_mask_of_the_batch(shape, flat):
-    x, key, length = torch.ones(shape), 1234, 1 if flat or len(shape) < 3 else shape[1]
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 5), (1,) * 6])
+def test_the_masks_of_the_shares_are_the_mask_of_the_batch(shape, flat, sizes):
+    x, key = torch.ones(shape), 1234
     owner = torch.nn.Identity()
-    units, dim = (30, 1) if flat else (6, 0)
-    whole = dropped(x, 0.5, [(x.numel(), BatchSlice(owner, 6, key).mixed(7))], length)
-    parts, sizes = [], (units // 3, units - units // 3)
-    for before, own in zip((0, sizes[0]), sizes, strict=True):
-        share = Share(before, 6, before, 30)
-        part = BatchSlice(owner, own, key, own if flat else None, share)
-        given = x.narrow(dim, before, own)
-        parts.append(dropped(given, 0.5, [(given.numel(), part.mixed(7))], length))
+    unit, dim = (5, 1) if flat else (1, 0)
+    whole = dropped(x, 0.5, [(x.numel(), BatchSlice(owner, 6, key).mixed(7))], length_of(x))
+    parts, before = [], 0
+    for rows in sizes:
+        share = Share(before, 6, 5 * before, 30)
+        part = BatchSlice(owner, rows, key, 5 * rows if flat else None, share)
+        given = x.narrow(dim, before * unit, rows * unit)
+        parts.append(dropped(given, 0.5, [(given.numel(), part.mixed(7))], length_of(given)))
+        before += rows
     assert torch.equal(torch.cat(parts, dim), whole)
     assert 0 < int((whole == 0).sum()) < whole.numel()
 

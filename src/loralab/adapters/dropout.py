@@ -80,10 +80,18 @@ def _masked(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int) 
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
     keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # x and its gradient may differ in their strides
     for own, (size, key) in zip(torch.split(keep.view(-1), [size for size, _ in parts]), parts, strict=True):
-        by_position = own.view(-1, length, x.shape[-1]).transpose(0, 1) if length > 1 else own
-        bits = _bits(size, key, length, x.device).view(by_position.shape)
+        places = _positions(key, length, size // x.shape[-1])
+        by_position = own.view(-1, places, x.shape[-1]).transpose(0, 1) if places > 1 else own
+        bits = _bits(size, key, places, x.device).view(by_position.shape)
         torch.ge(bits, dropped_of - LANES // 2, out=by_position)
     return keep.mul_(x).mul_(scale_of(p))
+
+
+def _positions(key: int, length: int, own: int) -> int:
+    """Positions of a row of a part with ``own`` positions. That a single row is not a flat batch says its key, where
+    other processes have the other rows."""
+    units = getattr(key, "units", None)
+    return own if units is not None and units[1] == 1 else length
 
 
 def _bits(size: int, key: int, length: int, device: torch.device) -> Tensor:
