@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from loralab.adapters import fused
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
 from loralab.adapters.lora import LoRA
 
 
 @pytest.mark.slow  # the import of the compiler
-def test_a_packed_block_is_traced_whole_and_its_gradients_are_eagers_to_the_bit(load_base):
+@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["part by part", "together, as on a card"])
+def test_a_packed_block_is_traced_whole_and_its_gradients_are_eagers_to_the_bit(load_base, monkeypatch, devices):
+    monkeypatch.setattr(fused, "TOGETHER", devices)
     model = load_base("llama", "nf4").model
     adapters = [LoRA(r=r, modules_to_save=[]).attach(model, seed=r) for r in (2, 4, 4)]
     for adapter in adapters:

@@ -120,8 +120,10 @@ def test_a_graph_that_breaks_is_one_paragraph_and_exit_2(pack, monkeypatch):
 
     monkeypatch.setattr(LoRADelta, "forward_grouped", staticmethod(broken))
     monkeypatch.setattr(compiled, "BACKEND", "eager")
-    records = Runner().run(pack("trial"))
+    runner = Runner()
+    records = runner.run(pack("trial"))
     assert [one["exit_code"] for one in records] == [2, 2], records[0]["error"]
+    assert all(module._compiled_call_impl is None for module in runner.inputs._base.model.modules())
     text = records[0]["error"]
     assert text.startswith("model.compile=blocks: a block with adapter=lora over quantization=nf4 cannot be compiled")
     assert text.endswith("; valid: model.compile=none")

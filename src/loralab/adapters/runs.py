@@ -172,7 +172,8 @@ def _gradients(run: Run, factors: Sequence[Tensor], made: tuple[Matrices, Matric
     kinds: list[Sequence[Tensor | None]] = []
     for rank, own, matrices in zip((OF_A, OF_B), run.of(factors), made, strict=True):
         new = run.form.cut(matrices, own[0].dtype, rank, run.rank)
-        before = [factor.grad for factor in own]
+        # a compiled graph hands its gradients to autograd
+        before = [None if torch.compiler.is_compiling() else factor.grad for factor in own]
         present = [gradient for gradient in before if gradient is not None]
         if not isinstance(new, Tensor):
             kinds.append(new)

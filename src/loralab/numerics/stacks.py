@@ -17,7 +17,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
     """A view of all, (number, ...), where they are contiguous and lie at equal distances in one memory, as the
     parameters of a pack do; else None."""
     first, count = tensors[0], len(tensors)
-    if count < 2:
+    if count < 2 or torch.compiler.is_compiling():  # a graph holds no addresses
         return None
     storage, unit = first.untyped_storage(), first.element_size()
     if isinstance(first, FakeTensor):  # has no address
@@ -39,4 +39,6 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor``, of the host, on ``device``, for which the host does not wait."""
+    if torch.compiler.is_compiling():
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -9,7 +9,7 @@ from loralab import signals
 from loralab.adapters.hooks import NotPackable
 from loralab.data.base import FORGETTING
 from loralab.errors import LoralabError, OutOfMemory, explain
-from loralab.forward.compiled import explained, switch_off
+from loralab.forward.compiled import explained
 from loralab.forward.stacked import ForwardMode
 from loralab.models.loading import Base
 from loralab.optim import managed, optimizers
@@ -154,8 +154,6 @@ class Fit:
             if any(trial.paused for trial in self.trials):
                 self.states[:] = optimizers.states(trainer.optimizers[0])
         finally:
-            if spec.model.compile != "none":
-                switch_off(self.base.model)
             for trial in self.trials:  # which may go on in other packs
                 trial.scaler_state = dict(trainer.precision_plugin.state_dict())
             if trainer.optimizers:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from loralab.errors import ConfigError
-from loralab.forward.compiled import NONE, blocks, switch_on
+from loralab.forward.compiled import NONE, blocks, switch_off, switch_on
 from loralab.forward.dropout import base_dropout, own_dropout
 
 
@@ -51,3 +51,13 @@ class CompileBlocks(Callback):
             module: Any = pl_module
             switch_on(module.model, self.how)
             self._on = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._off(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._off(pl_module)
+
+    def _off(self, pl_module: Any) -> None:
+        switch_off(pl_module.model)
+        self._on = False
