@@ -148,6 +148,7 @@ def test_a_process_that_dies_costs_its_trial_alone(sweep, capsys, monkeypatch):
 
 def test_sweep_json_is_never_torn_while_others_write_their_records(sweep, monkeypatch):
     monkeypatch.setattr("loralab.scheduling.watching.POLL", 0.01)
+    monkeypatch.setattr("loralab.scheduling.watching.SHARE", 1.0)  # else a slow look is followed by a long pause
     monkeypatch.setattr("loralab.scheduling.sweep_file.WRITTEN_EVERY", 0.0)
     seen, ended = [], threading.Event()
 
