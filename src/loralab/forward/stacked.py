@@ -124,7 +124,8 @@ class Forward:
         return next(self.model.parameters()).device
 
     def _sent(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _marked(sent(value, self._device), value) for name, value in inputs.items()}
+        device = self._device
+        return {name: _marked(sent(value, device), value) for name, value in inputs.items()}
 
     def _plain(self, logits: Tensor, labels: Tensor) -> list[Scores]:
         task = "seq2seq_lm" if self.task == "causal_lm" else self.task  # the labels are shifted already

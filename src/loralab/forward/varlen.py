@@ -27,6 +27,12 @@ def _kernel() -> Callable[..., Any] | None:
     return varlen_attn
 
 
+@cache
+def _arguments(kernel: Callable[..., Any]) -> frozenset[str]:
+    """The names that it takes: earlier versions of torch say some of it otherwise."""
+    return frozenset(inspect.signature(kernel).parameters)
+
+
 def suits(config: Any, dtype: torch.dtype) -> bool:
     """Whether the attention of a causal base, computed in ``dtype``, can be made of it on this machine's card; where
     there is none, on one from Ampere on."""
@@ -47,7 +53,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], sc
     rows of ``lengths`` tokens behind each other -> (1, tokens, heads, width)."""
     kernel = _kernel()
     assert kernel is not None
-    known = inspect.signature(kernel).parameters  # earlier versions of torch say some of it otherwise
+    known = _arguments(kernel)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     more: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "num_splits" in known:  # a row's bits do not depend on the rows beside it
@@ -57,8 +63,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], sc
             more["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    ends = _ends(tuple(lengths), q.device)
-    out: Tensor = kernel(q, k, v, ends, ends, max(lengths), max(lengths), scale=scaling, **more)
+    ends, longest = _ends(tuple(lengths), q.device), max(lengths)
+    out: Tensor = kernel(q, k, v, ends, ends, longest, longest, scale=scaling, **more)
     return out[None]
 
 
