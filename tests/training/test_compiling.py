@@ -15,6 +15,7 @@ from loralab.quantization.four_bit import FourBit
 from loralab.records import record
 from loralab.running.runner import Runner
 from loralab.training import compiling
+from loralab.training.passes import stack_batches
 
 
 @pytest.fixture
@@ -102,13 +103,18 @@ def test_every_family_has_its_blocks(load_base, family):
 @pytest.mark.parametrize(("length", "room", "padded"), [(1, None, 64), (64, None, 64), (65, 100, 100), (65, 60, 65)])
 def test_rows_are_padded_to_a_multiple_as_far_as_there_are_positions(length, room, padded):
     ids = torch.ones(2, length, dtype=torch.int64)
-    inputs, labels = compiled.padded({"input_ids": ids, "attention_mask": ids}, ids.clone(), 9, room)
+
+    def stacked(own):
+        tensors = {"input_ids": ids, "attention_mask": ids, "labels": own}
+        return stack_batches({0: {"tensors": tensors}}, 9, torch.device("cpu"), room, always=True)
+
+    inputs, labels = stacked(ids.clone())
     assert inputs["input_ids"].shape == labels.shape == (2, padded)
     assert (inputs["input_ids"][:, length:] == 9).all()
     assert not inputs["attention_mask"][:, length:].any()
     assert (labels[:, length:] == -100).all()
     of_rows = torch.ones(2, dtype=torch.int64)
-    assert compiled.padded({"input_ids": ids, "attention_mask": ids}, of_rows, 9, room)[1] is of_rows
+    assert stacked(of_rows)[1] is of_rows
 
 
 def test_a_graph_that_breaks_is_one_paragraph_and_exit_2(pack, monkeypatch):

@@ -11,8 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from loralab.adapters.blocks import stacks
 from loralab.errors import ConfigError
@@ -75,20 +74,8 @@ def _call_of(block: nn.Module) -> Callable[..., Any]:
     return FunctionType(own, globals(), own.co_name, None, call.__closure__)
 
 
-def padded(inputs: dict[str, Tensor], labels: Tensor, pad: int, room: int | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Rows (n, T) padded on the right to a multiple of MULTIPLE tokens, at most ``room``; labels likewise where they
-    are those of the tokens."""
-    ids = inputs["input_ids"]
-    missing = width(ids.shape[1], room) - ids.shape[1]
-    filled = {"input_ids": pad}
-    return (
-        {name: F.pad(value, (0, missing), value=filled.get(name, 0)) for name, value in inputs.items()},
-        F.pad(labels, (0, missing), value=-100) if labels.shape == ids.shape else labels,
-    )
-
-
 def width(length: int, room: int | None) -> int:
-    """Tokens that a row of ``length`` is padded to."""
+    """Tokens that a row of ``length`` is padded to: a multiple of MULTIPLE, at most ``room``; None: no bound."""
     whole = -(-length // MULTIPLE) * MULTIPLE
     return max(length, min(whole, room or whole))
 

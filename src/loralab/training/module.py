@@ -15,7 +15,6 @@ from loralab.adapters.hooks import BatchSlice
 from loralab.data.base import FORGETTING
 from loralab.data.passes import BatchShape, Feed, Pass, Weighing, heaviest, heaviest_evaluation
 from loralab.errors import ConfigError
-from loralab.forward.compiled import padded
 from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
@@ -86,9 +85,8 @@ class FineTuner(LightningModule):
     def losses(self, batches: Mapping[int, Batch], training: bool) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """{trial: (summed nll, predictions, targets)} of one pass through the base."""
         batches = dict(sorted(batches.items(), key=lambda pair: self._size(pair[0])))
-        inputs, labels = stack_batches(batches, self.trials[0].pad_token_id, self.device, self.room)
-        if self.compiles:
-            inputs, labels = padded(inputs, labels, self.trials[0].pad_token_id, self.trials[0].spec.room)
+        pad = self.trials[0].pad_token_id
+        inputs, labels = stack_batches(batches, pad, self.device, self.room, self.compiles)
         slices = [_slice(self.trials[index], batch, training) for index, batch in batches.items()]
         if training:
             # for what the base draws without the hooks (functional dropout, skipped layers); such a trial runs alone

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from loralab.data.encoding import IGNORE
+from loralab.forward.compiled import MULTIPLE, width
 from loralab.training.cursor import Batch
 from loralab.training.trial import Trial
 
 # a pass with padding is padded to a multiple of so many tokens: fewer shapes for the allocator and for kernels that are
 # chosen by shape; by the kind of device
-MULTIPLES = {"cuda": 64}
+MULTIPLES = {"cuda": MULTIPLE}
 
 
 class TrainPasses:
@@ -62,10 +63,14 @@ class EvaluationPasses:
 
 
 def stack_batches(
-    batches: Mapping[int, Batch], pad_token_id: int, device: torch.device, room: int | None = None
+    batches: Mapping[int, Batch],
+    pad_token_id: int,
+    device: torch.device,
+    room: int | None = None,
+    always: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(inputs, labels) of all trials along dim 0, on the host, padded for ``device`` as ``padded_alike`` does."""
-    tensors = [batch["tensors"] for batch in padded_alike(batches, pad_token_id, device, room).values()]
+    tensors = [batch["tensors"] for batch in padded_alike(batches, pad_token_id, device, room, always).values()]
     stacked = {key: torch.cat([t[key] for t in tensors]) if len(tensors) > 1 else tensors[0][key] for key in tensors[0]}
     labels = stacked.pop("labels")
     return stacked, labels
@@ -79,22 +84,27 @@ def has_padding(batches: Mapping[int, Batch]) -> bool:
 
 
 def padded_alike(
-    batches: Mapping[int, Batch], pad_token_id: int, device: torch.device, room: int | None = None
+    batches: Mapping[int, Batch],
+    pad_token_id: int,
+    device: torch.device,
+    room: int | None = None,
+    always: bool = False,
 ) -> dict[int, Batch]:
-    """The batches padded on the right to the longest of them, and where there is padding to a multiple of MULTIPLES.
+    """The batches padded on the right to the longest of them; ``always``, and where there is padding on a device of
+    MULTIPLES, to a multiple.
 
     ``room``: tokens that the base has positions for; None: no bound."""
-    multiple = MULTIPLES.get(device.type, 1)
-    rounded = multiple > 1 and has_padding(batches)
+    rounded = always or (device.type in MULTIPLES and has_padding(batches))
     if len(batches) < 2 and not rounded:
         return dict(batches)
     fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}
     widths = [(key, part.shape[-1]) for batch in batches.values() for key, part in batch["tensors"].items()]
     longest = {key: max((width for name, width in widths if name == key), default=0) for key in fill}
     if rounded:
-        width = longest["input_ids"]
-        whole = max(width, min(-(-width // multiple) * multiple, room or width + multiple))
-        longest = {key: whole if own == width else own for key, own in longest.items()}  # a decoder's labels are others
+        tokens = longest["input_ids"]
+        longest = {
+            key: width(tokens, room) if own == tokens else own for key, own in longest.items()
+        }  # a decoder's labels are others
 
     def padded(key: str, part: Tensor) -> Tensor:
         if part.dim() < 2 or part.shape[1] == longest[key]:  # labels of whole rows; the longest
