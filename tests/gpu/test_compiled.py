@@ -42,5 +42,5 @@ def test_a_small_base_is_kept_dense_on_the_card(make_spec, make_model, make_data
     specs, (record,) = run(make_spec, make_model, make_data, "trial", 1, "none", runner=runner)
     base = runner.inputs._base.model
     assert record["base"]["dequantize"] == "resident"
-    assert resident_bytes(base) == dense_bytes(specs[0])
+    assert resident_bytes(base) == dense_bytes(specs[0], "cuda")
     assert all(buffer.is_cuda for buffer in base.buffers())

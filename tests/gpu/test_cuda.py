@@ -143,6 +143,19 @@ def test_a_planned_peak_is_within_five_percent_of_the_measured(trained, quantiza
     assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
 
 
+def test_auto_is_bf16_mixed_on_the_card_and_tf32_is_near_float32(trained, curve, tmp_path):
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("the card has neither bfloat16 nor TF32")
+    assert trained()["base"]["precision"] == "bf16-mixed"
+    curves = {}
+    for precision in ("tf32", "32-true"):
+        assert trained(f"trainer.precision={precision}")["base"]["precision"] == precision
+        curves[precision] = curve(tmp_path / "run")
+    assert curves["tf32"] == pytest.approx(curves["32-true"], rel=2.5e-3)
+    assert curves["tf32"] != curves["32-true"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_run_on_the_card_learns_and_leaves_a_whole_record(trained, curve, tmp_path):
     stored = trained("quantization=nf4_double", "trainer.max_steps=20", "optimizer.lr=1e-2")
     assert (stored["status"], stored["time"]["steps"]) == ("completed", 20)

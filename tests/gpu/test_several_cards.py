@@ -15,7 +15,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA devices"),
 ]
 
-QLORA = ["quantization=nf4_double", "quantization.quant_storage=bfloat16", "trainer.max_steps=6", "data.batch_size=4"]
+QLORA = ["quantization=nf4_double", "quantization.quant_storage=bfloat16", "trainer.precision=32-true"]
+QLORA += ["trainer.max_steps=6", "data.batch_size=4"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -51,7 +51,8 @@ def test_the_plan_of_a_pack_on_a_card_counts_its_factors_in_half_precision(make_
 def test_the_plan_for_a_card_pads_as_a_card_does(make_spec):
     def activations(*lengths, padded_to=None):
         shape = Pass(0, (BatchShape(lengths, lengths, 60),), padded_to)
-        return predict_step([make_spec()], Geometry((shape,), cuda=True)).by_kind["activations"]
+        spec = make_spec(precision="32-true")  # in bfloat16 a card leaves the padding out
+        return predict_step([spec], Geometry((shape,), cuda=True)).by_kind["activations"]
 
     ragged = activations(40, 30)
     assert ragged == pytest.approx(activations(40, 30, padded_to=64), rel=0.01)

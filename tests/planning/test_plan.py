@@ -339,6 +339,18 @@ def test_every_key_is_in_the_yaml():
     assert set(node) == {"_target_", *PlanSpec.__dataclass_fields__}
 
 
+@pytest.mark.parametrize(("device", "auto"), [("cuda", "bf16-mixed"), ("cpu", "32-true")])
+def test_auto_is_planned_in_the_precision_of_the_device(make, device, auto):
+    specs = {name: make(trainer=TrainerSpec(precision=name)) for name in ("auto", "bf16-mixed", "32-true")}
+    plans = {name: predict(spec, device) for name, spec in specs.items()}
+    by_arithmetic = {name: estimate(spec, device) for name, spec in specs.items()}
+    assert plans["bf16-mixed"].predicted_peak_bytes != plans["32-true"].predicted_peak_bytes
+    assert plans["auto"] == plans[auto]
+    assert by_arithmetic["bf16-mixed"] != by_arithmetic["32-true"]
+    assert by_arithmetic["auto"] == by_arithmetic[auto]
+
+
 def test_trainer_precision_sets_the_activations(make):
     mixed = predict(make(trainer=TrainerSpec(accelerator="cpu", precision="bf16-mixed")))
-    assert mixed.by_kind["activations"] < predict(make()).by_kind["activations"]
+    whole = predict(make(trainer=TrainerSpec(accelerator="cpu", precision="32-true")))
+    assert mixed.by_kind["activations"] < whole.by_kind["activations"]

@@ -42,8 +42,12 @@ def free(monkeypatch):
 
 def test_the_bytes_are_those_of_the_weights_in_the_dtype_of_the_products(spec):
     def dense(**changes):
-        return resident.dense_bytes(replace(spec, **changes))
+        return resident.dense_bytes(replace(spec, **changes), device)
 
+    device = "cuda"  # where auto computes in bfloat16
+    assert dense() == 2 * WEIGHTS
+    assert dense(trainer=TrainerSpec(precision="tf32")) == 4 * WEIGHTS
+    device = "cpu"
     assert dense() == 4 * WEIGHTS
     assert dense(trainer=TrainerSpec(accelerator="cpu", precision="bf16-mixed")) == 2 * WEIGHTS
     assert dense(model=replace(spec.model, dtype="bfloat16")) == 2 * WEIGHTS
@@ -69,7 +73,7 @@ def test_the_bytes_are_those_of_the_weights_in_the_dtype_of_the_products(spec):
     ],
 )  # fmt: skip
 def test_they_are_kept_in_a_quarter_of_what_there_is(spec, room, changes, kept):
-    assert resident.easily_fits(replace(spec, **changes), room) == kept
+    assert resident.easily_fits(replace(spec, **changes), "cpu", room) == kept
 
 
 def test_it_is_decided_once_for_a_base_and_what_was_asked_for_is_not_decided(spec, free):
@@ -114,7 +118,7 @@ def test_a_run_that_fits_fits_with_auto_and_its_plan_holds_what_is_kept(planned,
 
 
 def test_the_plan_has_the_dense_weights_in_its_base(spec):
-    device = "cuda"
+    device, spec = "cuda", replace(spec, trainer=TrainerSpec(precision="32-true"))
     lean, whole = (predict(resident.settled([spec], how)[0], device) for how in ("per_use", "resident"))
     assert (lean.resident_bytes, whole.resident_bytes) == (0, 4 * WEIGHTS)
     assert whole.by_kind["base"] - lean.by_kind["base"] == 4 * WEIGHTS
@@ -204,7 +208,7 @@ def test_a_base_without_quantization_has_nothing_to_keep(make_spec, free):
     free(GIB)
     spec = make_spec(max_steps=1)
     assert Foresight().dequantize([spec], [], "cpu") == "per_use"
-    assert not resident.easily_fits(spec, GIB)
+    assert not resident.easily_fits(spec, "cpu", GIB)
     (done,) = Runner().run([spec])
     assert done["base"]["dequantize"] is None
     assert record.read(spec.folder)["base"]["dequantize"] is None

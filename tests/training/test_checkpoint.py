@@ -254,6 +254,20 @@ def test_where_both_are_damaged_the_trial_begins_anew(killed, curve, caplog):
     assert len(curve(killed.folder)) == 4
 
 
+def test_a_checkpoint_of_another_precision_is_kept_and_not_gone_on_from(killed, monkeypatch, curve):
+    """trainer.precision=auto is another one on a card."""
+    kept = path(killed.folder).read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(killed.trainer), "precision_on", lambda self, device: "bf16-mixed")
+        (refused,) = Runner().run([killed])
+    assert (refused["status"], refused["exit_code"]) == ("failed", 4)
+    assert "was computed in 32-true, and trainer.precision=auto is bf16-mixed on this device" in refused["error"]
+    assert path(killed.folder).read_bytes() == kept
+    (done,) = Runner().run([killed])
+    assert (done["status"], done["base"]["precision"]) == ("completed", "32-true")
+    assert len(curve(killed.folder)) == 4
+
+
 def test_no_flipped_bit_changes_what_is_read_in_silence(killed, monkeypatch):
     """Wherever it lies, the file is refused, or all that is read is as before: it fills a space between tensors."""
     last, kept = path(killed.folder), path(killed.folder).read_bytes()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from loralab.adapters.lora import LoRA
+from loralab.forward.stacked import in_tf32
 from loralab.memory.phases import PhaseMemory
 from loralab.running.runner import Runner
 from loralab.training.first_batch import tolerance
@@ -77,3 +78,14 @@ def test_the_tolerance_follows_the_shortest_type(load_base):
     assert tolerance(["bf16-mixed"], model) == pytest.approx(0.0195, rel=0.01)
     assert tolerance(["16-mixed"], model) == pytest.approx(0.00244, rel=0.01)
     assert tolerance(["32-true"], torch.nn.Linear(2, 2, dtype=torch.bfloat16)) > 1e-2
+
+
+@pytest.mark.parametrize(("products", "short"), [("highest", False), ("high", True), ("medium", True)])
+def test_float32_products_of_a_card_are_as_short_as_torch_may_make_them(products, short):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    try:
+        assert in_tf32("cuda") == short
+        assert not in_tf32("cpu")
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -34,6 +34,54 @@ def test_auto_takes_what_the_machine_has(monkeypatch):
         assert TrainerSpec(accelerator="cpu").device == "cpu"
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """Gives torch cards of these compute capabilities; none: no card."""
+
+    def give(*capabilities):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+
+    return give
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "on_card"),
+    [((), "bf16-mixed"), (((9, 0),), "bf16-mixed"), (((7, 5),), "32-true"), (((8, 0), (7, 5)), "32-true")],
+)
+def test_auto_precision_is_bf16_mixed_on_a_card_that_has_it(card, capabilities, on_card):
+    card(*capabilities)
+    assert TrainerSpec().precision_on("cuda") == on_card
+    assert TrainerSpec().precision_on("cpu") == "32-true"
+    assert {TrainerSpec(precision="bf16-true").precision_on(device) for device in ("cpu", "cuda")} == {"bf16-true"}
+
+
+@pytest.mark.parametrize("capabilities", [(), ((7, 5),)])
+def test_tf32_is_refused_where_no_product_would_be_in_it(card, capabilities):
+    card(*capabilities)
+    with pytest.raises(ConfigError, match="trainer.precision=tf32 needs a GPU of compute capability 8.0 or more"):
+        TrainerSpec(precision="tf32").check_precision()
+    card((8, 6))
+    TrainerSpec(precision="tf32").check_precision()
+
+
+@pytest.mark.parametrize(("precision", "within"), [("tf32", "high"), ("32-true", "highest"), ("auto", "highest")])
+def test_float32_products_on_a_card_are_tf32_only_where_it_is_asked_for(card, precision, within):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        card((9, 0))
+        with TrainerSpec(precision=precision).settings_restored():
+            assert torch.get_float32_matmul_precision() == within
+        assert torch.get_float32_matmul_precision() == "medium"
+        card()
+        with TrainerSpec().settings_restored():
+            assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_validation_interval_counts_optimizer_steps():
     trainer = TrainerSpec(accelerator="cpu", val_check_interval=3, accumulate_grad_batches=4).build([], progress=False)
     assert trainer.val_check_interval == 12

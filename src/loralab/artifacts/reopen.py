@@ -27,6 +27,8 @@ from loralab.training.specs import TrialSpec
 
 log = logging.getLogger(__name__)
 
+ON_CPU = {"16-mixed": "bf16-mixed", "tf32": "32-true"}  # the nearest precision that a CPU has
+
 
 @dataclass
 class OpenRun:
@@ -109,10 +111,18 @@ def spec_of(folder: Path, record: Mapping[str, Any]) -> TrialSpec:
     except ConfigError:
         device = "cpu"
         log.warning("%s was trained on a GPU; this machine has none, so it runs on the CPU", folder)
+    changes: dict[str, Any] = {"precision": _precision(spec, record, device)}
     if device == "cpu":
-        precision = "bf16-mixed" if spec.trainer.precision == "16-mixed" else spec.trainer.precision
-        spec = replace(spec, trainer=replace(spec.trainer, accelerator="cpu", precision=precision))
-    return spec
+        changes["accelerator"] = "cpu"
+    return replace(spec, trainer=replace(spec.trainer, **changes))
+
+
+def _precision(spec: TrialSpec, record: Mapping[str, Any], device: str) -> str:
+    """The precision that the run was computed in, or the one nearest to it where ``device`` is a CPU."""
+    precision = str(record["base"].get("precision") or spec.trainer.precision)
+    if precision == "auto":  # before records said so, auto was always this
+        return "32-true"
+    return ON_CPU.get(precision, precision) if device == "cpu" else precision
 
 
 def open_run(folder: Path, inputs: Inputs | None = None, quantization: Any = None) -> OpenRun:

@@ -213,7 +213,8 @@ class Forward:
             scale, dense = moderate(owner, loss(ForwardMode()), lambda: loss(ForwardMode()))
             with perturbed(owner, scale):
                 by_mode = loss(mode)
-            allowed = TOLERANCE.get(_computed_in(self.model, self._device.type), HALF_TOLERANCE)
+            computed_in, device = _computed_in(self.model, self._device.type), self._device.type
+            allowed = HALF_TOLERANCE if in_tf32(device) else TOLERANCE.get(computed_in, HALF_TOLERANCE)
             return abs(dense - by_mode) <= allowed * max(1.0, dense)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             if is_out_of_memory(error):  # says nothing of the way, and fewer trials may cure it
@@ -268,6 +269,11 @@ def _short(inputs: dict[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor]
     end = max(CHECKED, int(places[-1]) + 1) if aligned and len(places) else CHECKED
     cut = {name: value[:1, (end - CHECKED if aligned else 0) : end] for name, value in inputs.items()}
     return cut, labels[:1, (end - CHECKED if aligned else 0) : end]
+
+
+def in_tf32(device: str) -> bool:
+    """Whether float32 products on ``device``, cpu or cuda, may be TF32."""
+    return device == "cuda" and torch.get_float32_matmul_precision() != "highest"
 
 
 def _computed_in(model: nn.Module, device: str) -> torch.dtype:

@@ -29,7 +29,7 @@ Line = tuple[float, float]  # bytes at r: slope, intercept
 
 def peak(spec: TrialSpec, geometry: Geometry) -> int:
     """Peak bytes. Trials that differ only in learning rate, seed or rank share traces, also across processes."""
-    key, on_disk = identity(spec), is_loralabs(spec)
+    key, on_disk = identity(spec, geometry.device), is_loralabs(spec)
     if not _is_linear_in_rank(spec):
         plain = (key, with_class(spec.adapter), geometry)
         return int(kept(plain, lambda: predict_step([spec], geometry).predicted_peak_bytes, on_disk))
@@ -47,14 +47,14 @@ def at(lines: Sequence[Line], r: int) -> int:
     return round(max(slope * r + intercept for slope, intercept in lines))
 
 
-def identity(spec: TrialSpec) -> tuple[Any, ...]:
-    """All that decides the memory of a step except the adapter and the batch; no learning rate, seed or path."""
+def identity(spec: TrialSpec, device: str) -> tuple[Any, ...]:
+    """All that decides the memory of a step on ``device`` except adapter and batch; no learning rate, seed or path."""
     model, trainer, optimizer = spec.model, spec.trainer, spec.optimizer
     settings = (type(model), model.task, model.dtype, model.gradient_checkpointing, model.attn_implementation)
     config = model._adjust(model.architecture(), None).to_json_string(use_diff=False)
     untied = model.config.get("tie_word_embeddings")
     new = sorted(AdapterHooks.of(skeleton(model)).new_parameters)  # which the files of the weights decide too
-    steps = (trainer.precision, trainer.val_check_interval is None, trainer.gradient_clip_val is None)
+    steps = (trainer.precision_on(device), trainer.val_check_interval is None, trainer.gradient_clip_val is None)
     quantization = with_class(spec.quantization)
     optimizing = optimizer.memory_key
     return (

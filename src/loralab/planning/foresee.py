@@ -121,7 +121,7 @@ class Foresight:
             return "per_use" if asked == "auto" else asked
         key = _base_key(specs[0])
         if key not in self._keeps:
-            self._keeps[key] = resident.easily_fits(specs[0], free_bytes(device) + held)
+            self._keeps[key] = resident.easily_fits(specs[0], device, free_bytes(device) + held)
         if not self._keeps[key]:
             return "per_use"
         kept = resident.settled(specs, "resident")
@@ -170,7 +170,8 @@ def _heaviest_scored(specs: Sequence[Any], data: Sequence[Encoded], weighing: We
 def _kept_plan(specs: Sequence[Any], geometry: Geometry) -> Plan:
     """The plan of ``geometry``; from the disk where an earlier run traced the same step of loralab's own classes."""
     on_disk = all(map(alone.is_loralabs, specs))
-    trials = [(alone.identity(spec), alone.with_class(spec.adapter), spec.memory.spiky_every) for spec in specs]
+    own = [(alone.with_class(spec.adapter), spec.memory.spiky_every) for spec in specs]
+    trials = [(alone.identity(spec, geometry.device), *parts) for spec, parts in zip(specs, own, strict=True)]
     key = ("plan", trials, _without_step(geometry), geometry.scored)
     return Plan.of(kept(key, lambda: predict_step(specs, geometry).as_dict(), on_disk))
 
@@ -216,7 +217,7 @@ def _weighing(specs: Sequence[Any], device: str) -> Weighing:
     unpadded = unpadded and all(s.adapter.tokenwise for s in specs) and first.model.attn_implementation != "eager"
     if unpadded:
         model = skeleton(first.model)
-        takes = unpads(model.config, device, resident.computed_in(first), first.data.packing)
+        takes = unpads(model.config, device, resident.computed_in(first, device), first.data.packing)
         unpadded = takes and can_unpad(model)
     return Weighing(unpadded, first.model.task == "seq2seq_lm", spiky)
 
@@ -253,7 +254,7 @@ def plan_here(spec: Any, device: str) -> Plan:
     lean = predict(resident.settled([spec], "per_use"), device)
     here = device == "cpu" or torch.cuda.is_available()
     free = free_bytes(device) if here else float("inf")
-    if spec.quantization.dequantize != "auto" or not resident.easily_fits(spec, free):
+    if spec.quantization.dequantize != "auto" or not resident.easily_fits(spec, device, free):
         return lean
     kept = predict(resident.settled([spec], "resident"), device)
     room = spec.plan.budget_gib * GIB if spec.plan.budget_gib else free

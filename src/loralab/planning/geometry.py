@@ -24,6 +24,11 @@ class Geometry:
     scored: bool = True
 
     @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return "cuda" if self.cuda else "cpu"
+
+    @property
     def masked(self) -> bool:
         """True if attention gets a mask of the padding, where padding is computed."""
         if self.ragged is not None:

@@ -12,7 +12,7 @@ from loralab.data.passes import BatchShape, Pass
 from loralab.errors import ConfigError, nearest
 from loralab.forward.stacked import ForwardMode
 from loralab.planning.geometry import Geometry
-from loralab.planning.resident import dense_bytes
+from loralab.planning.resident import AUTOCAST, dense_bytes
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.planning.trace import trace
 from loralab.planning.tracker import Segment
@@ -113,7 +113,7 @@ def predict_step(pack: Sequence[TrialSpec], geometry: Geometry) -> Plan:
         traced = trace(pack, geometry)
         plan = _plan(traced.segments, traced.paged, geometry, traced.mode)
     resident = pack[0].quantization.dequantize == "resident"
-    return dataclasses.replace(plan, resident_bytes=dense_bytes(pack[0])) if resident else plan
+    return dataclasses.replace(plan, resident_bytes=dense_bytes(pack[0], geometry.device)) if resident else plan
 
 
 def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry, mode: ForwardMode | None) -> Plan:
@@ -122,7 +122,7 @@ def _plan(segments: Sequence[Segment], paged: int, geometry: Geometry, mode: For
     needed = device_bytes(highest.peak) if geometry.cuda else highest.peak
     lengths = [batch.inputs for batch in geometry.passes[0].present]
     return Plan(
-        device="cuda" if geometry.cuda else "cpu",
+        device=geometry.device,
         predicted_peak_bytes=highest.peak,
         device_bytes=needed,
         by_phase=by_phase,
@@ -181,7 +181,7 @@ def estimate(
     pack = list(spec) if isinstance(spec, Sequence) else [spec]
     model, config = pack[0].model, pack[0].model.architecture().get_text_config()
     trials = [sizes(trial) for trial in pack]
-    mixed = pack[0].trainer.precision not in ("auto", "32-true")
+    mixed = pack[0].trainer.precision_on(device) in AUTOCAST
     width = 2 if mixed else trials[0].dtype_bytes
     tokens = sum(rows or trial.data.batch_size for trial in pack) * (length or model.length)
     layers = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)

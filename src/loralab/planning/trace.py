@@ -134,15 +134,15 @@ class _Step:
     ) -> None:
         self.tracker, self.model, self.geometry = tracker, model, geometry
         self.spec, self.phase = specs[0], ""
-        self.plugin = precision(self.spec.trainer.precision)
+        self.plugin = precision(self.spec.trainer.precision_on(geometry.device))
         tracker.mark("load")
         self._convert(names)
         # a mark for each part: each peak is linear in the layers, the higher of two is not
         tracker.mark("load", "adapters")
         trials = [self._trial(spec) for spec in specs]
         # lengthened rows are computed with their padding
-        device, packing = "cuda" if geometry.cuda else "cpu", self.spec.data.packing
-        unpad = unpads(model.config, device, computed_in(self.spec), packing)
+        device, packing = geometry.device, self.spec.data.packing
+        unpad = unpads(model.config, device, computed_in(self.spec, device), packing)
         unpad = unpad and (packing or not any(p.length for p in geometry.passes))
         self.module = FineTuner(model, trials, unpad=unpad)
         self.module.forward_pass.mode = geometry.mode

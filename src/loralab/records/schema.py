@@ -26,6 +26,7 @@ class BaseSection(TypedDict, total=False):
     out_of_reach: dict[str, Any] | None  # {parameters, share, names} of no linear layer
     attn_implementation: Text
     dequantize: Text  # resident or per_use, what quantization.dequantize came to
+    precision: Text  # of the passes, what trainer.precision came to
 
 
 class AdapterSection(TypedDict, total=False):

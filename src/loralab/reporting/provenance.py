@@ -47,6 +47,7 @@ _PROVENANCE = {
     "quantized parameters": "base.quantized_parameters",
     "quantized weights are dequantized": "base.dequantize",
     "device": "memory.device",
+    "precision of the passes": "base.precision",
     "threads": "environment.threads",
     "optimizer": "optimizer.effective_name",
     "Python": "environment.python",

@@ -63,7 +63,7 @@ def attach_trial(base: Base, spec: TrialSpec, data: Encoded, record: dict[str, A
     adapter = attach_adapter(base, spec, data)
     base.model.to(spec.trainer.base_device)
     adapter.to(spec.trainer.device)
-    record["base"] = base.record()
+    record["base"] = {**base.record(), "precision": spec.trainer.precision_on(spec.trainer.device)}
     record["adapter"].update(
         method=spec.adapter.method,
         trainable_parameters=adapter.trainable_parameters(),

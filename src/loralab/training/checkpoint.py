@@ -179,7 +179,7 @@ def write(trial: "Trial", optimizer: State) -> None:
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            torch.save({"format": FORMAT, "made_on": _made_on(trial), **state}, file)
+            torch.save({"format": FORMAT, "made_on": _made_on(trial), "precision": _precision(trial), **state}, file)
             file.flush()
             os.fsync(file.fileno())
         _check_size(partial, state)
@@ -207,7 +207,8 @@ def resume(trial: "Trial") -> bool:
     it must be of the same trial, base and rows.
 
     Where there is none of it, those that are there are removed: the rows that belong to them are written anew. Raises
-    ArtifactError where a newer loralab has written it, so that it is not replaced.
+    ArtifactError where a newer loralab has written it, or another device in another precision, so that it is not
+    replaced.
     """
     folder = trial.spec.folder
     for source in filter(Path.is_file, (path(folder), _previous(folder))):
@@ -234,6 +235,11 @@ def _take_up(trial: "Trial", source: Path) -> bool | None:
         if state["format"] != FORMAT or state["made_on"] != _made_on(trial):
             log.info("%s is of other settings, data or base weights: the trial begins anew", source)
             return False
+        if (before := state.get("precision")) not in (None, _precision(trial)):
+            raise ArtifactError(
+                f"{source} was computed in {before}, and trainer.precision={trial.spec.trainer.precision} is "
+                f"{_precision(trial)} on this device; valid: a device as before, or --fresh, which begins anew"
+            )
         if _shapes(state["adapter"]) != _shapes(trial.adapter.state_dict()):
             raise ValueError("its adapter has other parameters")
         trial.load_state_dict(state)
@@ -273,6 +279,12 @@ def _remove_partial(target: Path) -> None:
     """Removes the unfinished files of a run that was killed while it wrote."""
     for partial in target.parent.glob(f".{target.name}.*"):
         partial.unlink(missing_ok=True)
+
+
+def _precision(trial: "Trial") -> str:
+    """Of the passes on the device that the trial is on."""
+    trainer = trial.spec.trainer
+    return trainer.precision_on(trainer.device)
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -17,6 +17,7 @@ from loralab.adapters.hooks import NotPackable
 from loralab.adapters.perturbed import moderate, perturbed
 from loralab.errors import ConfigError
 from loralab.forward.dropout import base_dropout, why_alone
+from loralab.forward.stacked import in_tf32
 from loralab.training import unchanged
 from loralab.training.passes import padded_alike
 from loralab.training.trial import Trial
@@ -199,4 +200,6 @@ def tolerance(precisions: Iterable[str], model: torch.nn.Module) -> float:
     dtypes |= {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     compute_dtypes = {getattr(layer, "compute_dtype", None) for layer in model.modules()}
     dtypes |= {getattr(torch, name) for name in compute_dtypes if name in ("bfloat16", "float16")}
+    if in_tf32(next(model.parameters()).device.type):
+        dtypes.add(torch.float16)  # the mantissa of TF32 has as many bits
     return max(1e-4, *(2.5 * torch.finfo(dtype).eps for dtype in dtypes))

@@ -24,6 +24,7 @@ PASSED_ON = (  # to every Trainer; to that of the training also the others
     *("deterministic", "benchmark", "detect_anomaly", "sync_batchnorm", "use_distributed_sampler"),
     *("default_root_dir", "enable_autolog_hparams"),
 )
+AMPERE = (8, 0)  # the first compute capability with bfloat16 and TF32
 SHORT = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true", "64": "64-true"}  # Lightning's other names
 
 
@@ -33,9 +34,17 @@ def _precision(value: Any) -> Any:
     if full == "64-true":
         raise ConfigError(
             f"trainer.precision={value}: adapters are float32, and the frozen base is shared as it was loaded"
-            " (model.dtype); valid: auto, 32-true, bf16-mixed, 16-mixed, bf16-true"
+            " (model.dtype); valid: auto, 32-true, tf32, bf16-mixed, 16-mixed, bf16-true"
         )
     return full
+
+
+def _has_bfloat16() -> bool:
+    """Whether every card here computes bfloat16, and so TF32 too; True where there is no card."""
+    import torch
+
+    cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return all(torch.cuda.get_device_capability(card) >= AMPERE for card in cards)
 
 
 def _accelerator(value: Any) -> Any:
@@ -55,9 +64,10 @@ class TrainerSpec:
     max_steps: Annotated[Natural, Le(MOST)] = 200  # 0: the base is scored as it is
     accumulate_grad_batches: Annotated[Count, Le(MOST)] = 1
     gradient_clip_val: Positive | None = 1.0
-    precision: Annotated[Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"], before(_precision)] = (
-        "auto"  # auto: 32-true
-    )
+    # auto: bf16-mixed on a card that computes bfloat16, else 32-true
+    precision: Annotated[
+        Literal["auto", "32-true", "tf32", "bf16-mixed", "16-mixed", "bf16-true"], before(_precision)
+    ] = "auto"
     val_check_interval: Annotated[Count, Le(MOST)] | None = None
     # validations without a better metric after which a trial ends (null: never)
     patience: Annotated[Count, Le(MOST)] | None = None
@@ -143,10 +153,22 @@ class TrainerSpec:
             raise ConfigError("trainer=gpu, but torch sees no CUDA device; trainer=auto takes the CPU")
         return "cpu"
 
+    def precision_on(self, device: str) -> str:
+        """The precision of the passes on ``device``, cpu or cuda: ``precision`` or, where that is auto, bf16-mixed on a
+        card that computes bfloat16 and 32-true elsewhere. A card that this machine does not have is taken to."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16-mixed" if device == "cuda" and _has_bfloat16() else "32-true"
+
     def check_precision(self) -> None:
-        """Raises ConfigError for 16-mixed on a CPU, where Lightning would compute in bf16 and not say so."""
+        """Raises ConfigError for what the device would compute otherwise: 16-mixed on a CPU, where Lightning takes
+        bf16 and does not say so, and TF32 where the products have none."""
         if self.precision == "16-mixed" and self.device == "cpu":
             raise ConfigError("trainer.precision=16-mixed needs a GPU; valid on a CPU: 32-true, bf16-mixed, bf16-true")
+        if self.precision == "tf32" and (self.device == "cpu" or not _has_bfloat16()):
+            raise ConfigError(
+                "trainer.precision=tf32 needs a GPU of compute capability 8.0 or more (Ampere); valid here: 32-true"
+            )
 
     def build(
         self,
@@ -166,7 +188,7 @@ class TrainerSpec:
         from loralab.training.strategy import InPlace, Replicated, leave_signals
         from loralab.training.together import several
 
-        interval = self.val_check_interval
+        interval, precision = self.val_check_interval, self.precision_on(self.device)
         asked = any(isinstance(callback, ProgressBar) for callback in callbacks)
         trainer = Trainer(
             **{
@@ -176,7 +198,7 @@ class TrainerSpec:
             accelerator="gpu" if self.device == "cuda" else "cpu",
             devices=1,
             strategy=(Replicated if several() else InPlace)("cuda:0" if self.device == "cuda" else "cpu"),
-            precision="32-true" if self.precision == "auto" else self.precision,  # type: ignore[arg-type]
+            precision="32-true" if precision == "tf32" else precision,  # type: ignore[arg-type]
             max_epochs=1,
             accumulate_grad_batches=self.accumulate_grad_batches,
             val_check_interval=None if interval is None else interval * self.accumulate_grad_batches,
@@ -210,17 +232,22 @@ class TrainerSpec:
     def settings_restored(self) -> Iterator[None]:
         """Undoes what Lightning's Trainer sets for the whole process, so that a later trial is not another for it.
 
-        Within, cuDNN's attention is off: it makes a plan for every new shape, which takes the host tens of
-        milliseconds, and ragged rows bring one in almost every pass. Flash attention, which is foreseen, makes none."""
+        Within, float32 products on a card are TF32 where ``precision`` says so and not otherwise, and cuDNN's attention
+        is off: it makes a plan for every new shape, which takes the host tens of milliseconds, and ragged rows bring
+        one in almost every pass. Flash attention, which is foreseen, makes none."""
         import torch
 
         attention: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         benchmark = torch.backends.cudnn.benchmark
+        products = torch.get_float32_matmul_precision()
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if self.device == "cuda":
+            torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
         try:
             yield
         finally:
+            torch.set_float32_matmul_precision(products)
             torch.backends.cuda.enable_cudnn_sdp(attention)
             if self.given("deterministic"):
                 torch.use_deterministic_algorithms(before[0], warn_only=before[1])
