@@ -203,7 +203,7 @@ def test_states_are_not_taken_for_another_padding_or_block():
     kept = States()
     data = object()
     kept.open([data], 1000)
-    kept.put((1, 8, True, None, 5, 0), torch.ones(8, 4), 1000)
+    kept.put({(1, 8, True, None, 5, 0): torch.ones(8, 4)}, 1000)
     assert kept.find([(1, 8, True, None, 5, 0)])
     assert not kept.find([(2, 8, True, None, 5, 0), (1, 9, False, None, 5, 0), (1, 8, False, None, 5, 0)])
     kept.open([data], 1000)
@@ -211,6 +211,38 @@ def test_states_are_not_taken_for_another_padding_or_block():
     kept.open([object()], 1000)
     assert not kept.bytes
     assert not kept.find([(1, 8, True, None, 5, 0)])
+
+
+def test_states_of_a_card_are_waited_for_where_they_are_looked_for():
+    kept, data, asked = States(), object(), []
+    kept.open([data], 1000)
+    kept.put_later(lambda: asked.append(1) or {(5,): torch.ones(8, 4), (6,): torch.ones(64, 4)}, 500)
+    assert (asked, kept.bytes) == ([], 0)
+    assert list(kept.find([(5,), (6,)])) == [(5,)]  # both exceeded the bound
+    assert list(kept.find([(5,)])) == [(5,)]
+    assert (asked, kept.bytes) == ([1], 128)
+    kept.put_later(lambda: pytest.fail("of other data"), 500)
+    kept.open([object()], 1000)
+    assert not kept.find([(5,)])
+
+
+def test_what_comes_from_a_card_a_pass_later_is_what_it_computed(
+    make_spec, make_data, vary, monkeypatch, curve, weights
+):
+    """A stand-in for a card: a copy that nobody has before the pass is over."""
+    taken = []
+    specs = trials(make_spec, data=make_data("pairs", batch_size=4), max_steps=5, memory=ON)
+    completed(specs)
+
+    def received(tensor):
+        copy = tensor.clone()
+        return lambda: taken.append(len(copy)) or copy
+
+    monkeypatch.setattr(prefix, "HOST", set())
+    monkeypatch.setattr(prefix, "received", received)
+    completed(renamed(specs, vary, "later"))
+    assert taken
+    same(specs, renamed(specs, vary, "later"), curve, weights)
 
 
 def test_rows_computed_and_rows_known_end_in_their_places():

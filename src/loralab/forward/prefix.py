@@ -7,7 +7,7 @@ the same bits: of a batch without padding always, else under the same padded len
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,12 +22,13 @@ from loralab.errors import is_out_of_memory
 from loralab.forward.compiled import eager
 from loralab.forward.dropout import base_dropout
 from loralab.forward.unpadded import LENGTHS, mask_of
-from loralab.numerics.stacks import sent
+from loralab.numerics.stacks import received, sent
 from loralab.quantization.sequences import watched
 
 log = logging.getLogger(__name__)
 
 Key = tuple[Any, ...]  # depth, padded length, whether unpadded, autocast's dtype, split's identity, row
+HOST = {"cpu"}  # where states are kept as they are computed; those of a card come while it goes on
 CLOSE = 0.05  # relative error of a row by which the first pass tells rounding (bf16, other GEMM shapes) from a mix-up
 
 
@@ -40,23 +41,32 @@ class States:
     def __init__(self) -> None:
         self.budget = self.bytes = 0
         self._kept: dict[Key, Tensor] = {}
+        self._coming: list[tuple[Callable[[], Mapping[Key, Tensor]], int]] = []  # states on their way, and their limit
         self._sources: list[object] = []  # held, so that no other data gets their identity
 
     def open(self, sources: Iterable[object], budget: int) -> None:
         """For trials on these data; states of other data are dropped."""
         distinct = list({id(source): source for source in sources}.values())
         if budget < self.bytes or list(map(id, distinct)) != list(map(id, self._sources)):
-            self._kept, self.bytes = {}, 0
+            self._kept, self._coming, self.bytes = {}, [], 0
         self._sources, self.budget = distinct, budget
 
     def find(self, keys: Iterable[Key]) -> dict[Key, Tensor]:
+        for states, limit in self._coming:
+            self.put(states(), limit)
+        self._coming = []
         return {key: self._kept[key] for key in keys if key in self._kept}
 
-    def put(self, key: Key, states: Tensor, limit: int) -> None:
-        """Keeps a copy unless that exceeded ``limit`` bytes."""
-        if key not in self._kept and self.bytes + states.nbytes <= limit:
-            self._kept[key] = states.clone()
-            self.bytes += states.nbytes
+    def put(self, states: Mapping[Key, Tensor], limit: int) -> None:
+        """Keeps copies, unless they exceeded ``limit`` bytes with what is kept."""
+        for key, own in states.items():
+            if key not in self._kept and self.bytes + own.nbytes <= limit:
+                self._kept[key] = own.clone()
+                self.bytes += own.nbytes
+
+    def put_later(self, states: Callable[[], Mapping[Key, Tensor]], limit: int) -> None:
+        """The same of what ``states`` gives, which is asked for when any are looked for next."""
+        self._coming.append((states, limit))
 
 
 @dataclass
@@ -218,8 +228,11 @@ class Prefix:
         # training rows come in ever new paddings: they shall not take the room of a validation, which repeats itself
         limit = self.states.budget // 2 if self.model.training else self.states.budget
         if self.states.bytes < limit:
-            for key, states in shared_pass.computed(computed.cpu()).items():
-                self.states.put(key, states, limit)
+            if computed.device.type in HOST:  # what comes behind may change it in place
+                self.states.put(shared_pass.computed(computed), limit)
+            else:
+                host = received(computed)
+                self.states.put_later(lambda: shared_pass.computed(host()), limit)
 
     def _can_be_narrowed(self, inputs: Mapping[str, Any], shared_pass: Pass) -> bool:
         """Compares, at the first pass of a kind, with the plain one: no list of models says which may do this."""

@@ -1,6 +1,7 @@
-"""Tensors that lie side by side in one memory are a stack already; and how one goes to a device without a wait."""
+"""Tensors that lie side by side in one memory are a stack already; and how one goes to a device, or comes from it,
+without a wait."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,3 +43,16 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if torch.compiler.is_compiling():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def received(tensor: Tensor) -> Callable[[], Tensor]:
+    """What gives ``tensor``, of a card, on the host, where it is being copied to: only who asks for it waits."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def get() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return get
