@@ -6,6 +6,8 @@ import queue
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -227,6 +229,35 @@ def test_the_longest_tag_project_and_name_that_are_let_through_are_taken_by_wand
     assert "t" * 64 in written
     assert "0.125" in written
     assert not list((tmp_path / "run").rglob("*.wandb"))
+
+
+@pytest.mark.parametrize("variable", [None, "dir"])
+def test_a_relative_folder_is_the_callers_though_wandbs_service_was_started_in_another(tmp_path, monkeypatch, variable):
+    __import__("wandb").setup()
+    (tmp_path / "dir").mkdir()
+    monkeypatch.chdir(tmp_path)
+    if variable:
+        monkeypatch.setenv("WANDB_DIR", variable)
+    run = Wandb(mode="offline").start(Path("run"), Labels("n"))
+    run.log(1, {"train/loss": 0.125})
+    run.finish()
+    assert "0.125" in history(tmp_path / (variable or "run"))
+
+
+def test_a_file_that_wandb_has_not_written_is_named(tmp_path, caplog):
+    class Run:
+        offline, settings = True, SimpleNamespace(sync_file=str(tmp_path / "run.wandb"))
+
+        def finish(self, exit_code):
+            assert exit_code == 0
+
+    mirror.Mirror(Run()).finish()
+    assert f"W&B has written no {tmp_path / 'run.wandb'}" in caplog.text
+    assert "loralab wandb-upload" in caplog.text
+    caplog.clear()
+    (tmp_path / "run.wandb").write_text("")
+    mirror.Mirror(Run()).finish()
+    assert not caplog.text
 
 
 def test_wandbs_own_variables_are_not_overruled(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 
 from wandb.util import get_core_path
 
@@ -18,6 +19,16 @@ def read(folder):
 
 
 def inspected(path):
+    """W&B's service writes the last rows a moment after the run has been finished."""
+    for _ in range(100):
+        found = _inspected(path)
+        if found["state"] == "finished":
+            break
+        time.sleep(0.1)
+    return found
+
+
+def _inspected(path):
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json"]
     asked = [[*command, *more, "--run-file", str(path)] for more in ([], ["--summary"])]
     running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for words in asked]

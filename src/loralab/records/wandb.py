@@ -124,7 +124,8 @@ class Wandb:
             "tags": redact(list(dict.fromkeys([*labels.tags, *self._tags[1]]))) or None,
             "name": (f"{prefix} {labels.name}" if prefix and swept else prefix or labels.name)[:LONGEST],
             "config": dict(labels.config),
-            "dir": os.environ.get("WANDB_DIR") or str(folder),
+            # W&B's service writes, from the folder that this process was in when it was started
+            "dir": str(Path(os.environ.get("WANDB_DIR") or folder).absolute()),
         }
         if _names_the_run(swept):
             return Mirror(_start(options, mode), left_out)
@@ -199,7 +200,10 @@ class Mirror:
         self._try(lambda run: run.summary.update(dict(values)))
 
     def finish(self, exit_code: int = 0) -> None:
+        run = self._run
         self._try(lambda run: run.finish(exit_code=exit_code))
+        if self._run is not None and run.offline and not (file := Path(run.settings.sync_file)).is_file():
+            log.warning("W&B has written no %s; metrics.jsonl has all rows, and loralab wandb-upload sends them", file)
         self._run = None
         if self._completed and self._id_file is not None:
             self._id_file.unlink(missing_ok=True)
