@@ -161,6 +161,13 @@ def test_resume_takes_words_of_how_it_runs_in_place_of_those_before():
     assert resumed(begun, words) == ["trainer.max_steps=2", *words]
 
 
+def test_what_a_sweep_was_begun_with_beyond_its_file_needs_no_plus_beside_resume():
+    begun = ["rank", "+sweep.halving=true", "++logger.project=p"]
+    words = ["sweep.halving=false", "logger.project=q", "+plan.x=1"]
+    assert resumed(begun, words) == ["rank", "++sweep.halving=false", "++logger.project=q", "+plan.x=1"]
+    assert resumed(begun, ["~sweep.halving"])[-1] == "~sweep.halving"
+
+
 @pytest.mark.usefixtures("_no_output")
 def test_a_sweep_resumed_from_another_folder_reads_the_files_it_began_with(sweep, folder, rows, tmp_path, monkeypatch):
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"

@@ -91,9 +91,7 @@ def resume(folder: Path, arguments: Arguments) -> int:
     if axes and arguments.failed:
         raise ConfigError(f"--failed runs nothing but failures again, and {axes[0]} adds trials; valid: one of them")
     if axes:
-        keys = {_key(word) for word in axes}
-        kept = [word for word in calls[0]["overrides"] if _key(word) not in keys]
-        calls.insert(0, {**calls[0], "overrides": [*kept, *axes]})
+        calls.insert(0, {**calls[0], "overrides": replaced(calls[0]["overrides"], axes)})
     if any(call.get("cwd") not in (None, str(Path.cwd())) for call in calls):
         folder = folder.absolute()
     codes = []
@@ -155,8 +153,15 @@ def resumed(overrides: list[str], more: list[str]) -> list[str]:
     """
     for word in more:
         _check_beside_resume(word, overrides)
-    replaced = {_key(word) for word in (*more, "hydra.sweep.dir")}
-    return [*(word for word in overrides if _key(word) not in replaced), *more]
+    return replaced([word for word in overrides if _key(word) != "hydra.sweep.dir"], more)
+
+
+def replaced(overrides: list[str], more: list[str]) -> list[str]:
+    """``overrides`` with ``more`` in place of those of the same keys. A key that was added (``+KEY=``) stays one."""
+    added = {_key(word) for word in overrides if word.startswith("+")}
+    keys = {_key(word) for word in more}
+    new = [f"++{word}" if word[0] not in "+~" and _key(word) in added else word for word in more]
+    return [*(word for word in overrides if _key(word) not in keys), *new]
 
 
 def _check_beside_resume(word: str, overrides: list[str]) -> None:
