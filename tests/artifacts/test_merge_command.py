@@ -21,6 +21,7 @@ from loralab.adapters.export import save as export
 from loralab.adapters.ia3 import IA3
 from loralab.adapters.lora import LoRA, LoRAAdapter
 from loralab.adapters.low_rank import LoRADelta
+from loralab.artifacts import merge as merge_command
 from loralab.artifacts import merged_files
 from loralab.artifacts.reopen import open_run
 from loralab.artifacts.swap import DENSE, Merger
@@ -64,6 +65,17 @@ def test_the_merged_model_writes_the_runs_text(finished, merged, family):
     made = model.generate(**ids, **ends, do_sample=False, max_new_tokens=12)
     skipped = 1 if family == "t5" else ids["input_ids"].shape[1]
     assert tokenizer.decode(made[0, skipped:], skip_special_tokens=True) == wanted
+
+
+def test_weights_that_are_rounded_as_the_checkpoint_is_are_said_to_be(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_command, "_stored_dtype", lambda run: torch.bfloat16)
+    for name, words in (("short", ()), ("asked", ("--dtype", "bfloat16")), ("long", ("--dtype", "float32"))):
+        assert merge(finished("llama"), tmp_path / name, "--no-measure", *words) == 0
+        figures = json.loads((tmp_path / name / "merge.json").read_text())
+        assert figures["dtype"] == ("float32" if name == "long" else "bfloat16")
+        said = [note for note in figures["notes"] if "rounded to bfloat16" in note]
+        assert len(said) == (name == "short")
+        assert all("the run had float32: --dtype float32" in note for note in said)
 
 
 def test_a_generation_config_that_transformers_would_not_write_is_kept(opened, tmp_path):

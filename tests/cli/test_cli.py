@@ -267,6 +267,11 @@ def test_hydras_flags_are_refused_by_commands_that_do_not_run_through_it(command
     assert f"loralab {command} has no --cfg; valid: loralab train, loralab sweep" in capsys.readouterr().err
 
 
+def test_ls_lists_one_folder(capsys):
+    assert main.run(["ls", "a", "b"]) == 2
+    assert "ls lists one folder and was given 2" in capsys.readouterr().err
+
+
 EVERY = 'lr=0.001,r=8 it\'s "q" (x) [y] {z} d$x~\u00e9\u65e5#&;\\'
 
 

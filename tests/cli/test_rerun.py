@@ -232,3 +232,13 @@ def test_a_setting_written_as_an_interpolation_keeps_its_value_in_reruns_and_whe
 def test_allowing_changes_needs_a_record(capsys):
     assert main.run(["train", "--allow-changes"]) == 2
     assert "--from RUN" in capsys.readouterr().err
+
+
+def test_a_record_of_another_precision_is_told_apart(again, edited):
+    """trainer.precision=auto is another one on a card."""
+    source = edited(lambda stored: stored["base"].update(precision="bf16-mixed"))
+    code, said, made = again(source)
+    assert code == 0
+    assert "the record was computed in bf16-mixed, this is in 32-true" in said
+    assert "trainer.precision=bf16-mixed beside --from" in said
+    assert record.read(made)["base"]["precision"] == "32-true"

@@ -8,7 +8,7 @@ import pytest
 from forked import Forked
 
 from loralab.cli import main
-from loralab.cli.sweep import resumed
+from loralab.cli.sweep import resumed, sweep_arguments
 from loralab.config.build import trial_id
 from loralab.config.compose import compose
 from loralab.records import record
@@ -166,6 +166,13 @@ def test_what_a_sweep_was_begun_with_beyond_its_file_needs_no_plus_beside_resume
     words = ["sweep.halving=false", "logger.project=q", "+plan.x=1"]
     assert resumed(begun, words) == ["rank", "++sweep.halving=false", "++logger.project=q", "+plan.x=1"]
     assert resumed(begun, ["~sweep.halving"])[-1] == "~sweep.halving"
+    assert resumed(["rank"], ["sweep.halving=true"]) == ["rank", "++sweep.halving=true"]
+
+
+def test_how_a_sweep_goes_is_set_without_a_plus_whatever_its_file_has():
+    words = sweep_arguments("rank", ["sweep.halving=true", "sweep.tune={optimizer.lr:[1,2]}", "+sweep.budget=3"])
+    assert words[-3:] == ["++sweep.halving=true", "++sweep.tune={optimizer.lr:[1,2]}", "+sweep.budget=3"]
+    assert sweep_arguments("rank", ["sweep.halvin=true"])[-1] == "sweep.halvin=true"  # which Hydra refuses
 
 
 @pytest.mark.usefixtures("_no_output")

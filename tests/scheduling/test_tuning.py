@@ -91,7 +91,7 @@ def test_a_preview_shows_arms_scales_and_rates_and_writes_nothing(here, tmp_path
         ("+sweep.compare=[optimizer.lr]", "optimizer.lr stands in both sweep.compare and sweep.tune"),
         ("+sweep.compare=[adapter.x]", "sweep.compare names adapter.x, which is no axis of this sweep"),
         ("+sweep.compare=adapter.r", "is no list of axes"),
-        ("optimizer.lr=1e-3,2e-3", "optimizer.lr is both an axis of the sweep and tuned"),
+        ("optimizer.lr=1e-3,2e-3", "optimizer.lr is both given and tuned"),
         ("sweep.tune={optimizer.lr:[1e-3]}", "sweep.tune.optimizer.lr has fewer than two values"),
         ("sweep.tune={optimizer.lr:[1e-3,0.001]}", "fewer than two values"),
         ("sweep.extend=-1", "sweep.extend=-1 is no number of values"),

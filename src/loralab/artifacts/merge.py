@@ -83,6 +83,8 @@ def merge(folder: Path, request: Request) -> dict[str, Any]:
         dtype = getattr(torch, request.dtype) if request.dtype else _stored_dtype(run)
         merger = Merger(run, dtype, before)
         work = _Work(run, merger, chosen, partial, None if rows is None else Damage(run, rows, request.rows))
+        if not request.dtype:
+            work.notes += _rounded(dtype, run.model.dtype)  # type: ignore[arg-type]
         result = work.result(request)
         (partial / merged_files.FIGURES).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         readable_as(partial / merged_files.FIGURES)
@@ -101,6 +103,14 @@ def _stored_dtype(run: OpenRun) -> torch.dtype:
     own: torch.dtype = run.model.dtype  # type: ignore[assignment]
     found = getattr(run.spec.model.architecture(), "dtype", None) if run.spec.model.dtype != "auto" else None
     return found if isinstance(found, torch.dtype) else own
+
+
+def _rounded(written: torch.dtype, computed: torch.dtype) -> list[str]:
+    """A note where the checkpoint's dtype has fewer bits than the run computed with."""
+    if written.itemsize >= computed.itemsize:
+        return []
+    short, long = (str(dtype).removeprefix("torch.") for dtype in (written, computed))
+    return [f"what is dense is rounded to {short}, as the base's checkpoint is; the run had {long}: --dtype {long}"]
 
 
 @dataclass

@@ -4,12 +4,17 @@ import json
 from pathlib import Path
 
 from loralab.cli.arguments import JSON, Arguments, Command
+from loralab.errors import ConfigError
 
 
 def run(arguments: Arguments) -> int:
     """Their state, read from the records."""
     from loralab.reporting import listing
 
+    if len(arguments.words) > 1:
+        raise ConfigError(
+            f"ls lists one folder and was given {len(arguments.words)}; valid: the folder that holds them"
+        )
     entries = listing.listing(Path(arguments.words[0]) if arguments.words else Path("runs"))
     print(json.dumps({"runs": entries}) if arguments.json else listing.render(entries))
     return 0

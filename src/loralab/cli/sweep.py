@@ -10,6 +10,8 @@ from typing import Any
 from loralab.cli.arguments import FRESH, HYDRA, Arguments, Command, Flag
 from loralab.errors import ArtifactError, ConfigError
 
+SETTINGS = ("compare", "tune", "extend", "halving", "question", "fixed", "tags")  # of a sweep file's section sweep
+
 
 def run(arguments: Arguments) -> int:
     """The sweep of a name, or with --resume that of a folder."""
@@ -52,7 +54,7 @@ def sweep_arguments(chosen: str, overrides: list[str]) -> list[str]:
     from loralab.config import sweep_files
     from loralab.config.places import shown
 
-    chosen, overrides = at_scale(chosen, overrides)
+    chosen, overrides = at_scale(chosen, [_added(word) for word in overrides])
     path = sweep_files.locate(chosen)
     assert path is not None, chosen
     axes = sweep_files.axes(path, sweep_files.scale_of(chosen))
@@ -64,6 +66,12 @@ def sweep_arguments(chosen: str, overrides: list[str]) -> list[str]:
     overridden = {_key(word) for word in overrides}
     axis_words = [f"{key}={value}" for key, value in (axes or {}).items() if _key(key) not in overridden]
     return [sweep_files.word(chosen), "hydra.sweeper.params=null", *axis_words, *overrides]
+
+
+def _added(word: str) -> str:
+    """A setting of how a sweep goes needs no plus, whether its file has one of that name or not."""
+    section, _, key = _key(word).partition(".")
+    return f"++{word}" if section == "sweep" and key in SETTINGS and word[0] not in "+~" else word
 
 
 def at_scale(chosen: str, overrides: list[str]) -> tuple[str, list[str]]:
@@ -160,7 +168,7 @@ def replaced(overrides: list[str], more: list[str]) -> list[str]:
     """``overrides`` with ``more`` in place of those of the same keys. A key that was added (``+KEY=``) stays one."""
     added = {_key(word) for word in overrides if word.startswith("+")}
     keys = {_key(word) for word in more}
-    new = [f"++{word}" if word[0] not in "+~" and _key(word) in added else word for word in more]
+    new = [f"++{word}" if word[0] not in "+~" and _key(word) in added else _added(word) for word in more]
     return [*(word for word in overrides if _key(word) not in keys), *new]
 
 

@@ -88,7 +88,7 @@ def _noise(comparison: Comparison) -> Iterator[str]:
         yield (
             f"Noise floor: over its seeds a row's {comparison.results.metric} has a standard deviation of "
             f"{deviation:.2g} ({f'pooled over {count} rows' if count > 1 else 'of the one row'} with several seeds); a "
-            "difference of that size between two single runs is none"
+            "difference of that size between two single runs is within the noise"
         )
 
 
@@ -226,7 +226,7 @@ def _packs(comparison: Comparison, shown: bool) -> Iterator[str]:
         yield (
             "(pack of N): N trials ran at once, and the measured memory, time and speed are those of all N together, "
             "so they compare with no other row's; a row whose seeds ran in different packs has none; peak alone is the "
-            "predicted peak of a trial by itself"
+            "predicted peak of a trial by itself, on the largest batch that its rows can make"
         )
     completed = [trial for arm in comparison.arms for trial in arm.ok]
     cpu = any(trial.get("memory.device") == "cpu" for trial in completed)

@@ -102,6 +102,13 @@ class Rerun:
             before, now = (one["environment"].get(name) for one in (self.stored, made))
             if before != now:
                 log.warning("the record is of %s %s, this is %s: last digits may differ", name, before, now)
+        before, now = (one["base"].get("precision") for one in (self.stored, made))
+        if before and now and before != now:
+            log.warning(
+                "the record was computed in %s, this is in %s, which is what trainer.precision=auto takes here; "
+                "trainer.precision=%s beside --from computes as it did, as another trial",
+                *(before, now, before),
+            )
         if made["status"] != self.stored["status"]:
             log.warning("%s, where %s was %s", made["status"], self.source, self.stored["status"])
         count, differing = len(self.stored["metrics"]), _metrics(self.stored, made)

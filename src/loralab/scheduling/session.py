@@ -229,7 +229,7 @@ class Session:
         self._check_rows(job)
         with ExitStack() as stack:
             spec = job.open(stack)
-            log.info("trial %s in %s: loading the base model", spec.id, job.folder)
+            log.info("trial %s in %s", spec.id, job.folder)
             stored = self._train(job, spec)
         if stored["error"]:
             log.error("loralab: %s", stored["error"])

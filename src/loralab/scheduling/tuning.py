@@ -54,7 +54,8 @@ class Tuning:
         for words in trials:
             if twice := next((key for word in words if (key := _key(word)) in tuned), None):
                 raise ConfigError(
-                    f"{twice} is both an axis of the sweep and tuned; valid: its values in sweep.tune alone"
+                    f"{twice} is both given and tuned; valid: its values in sweep.tune alone, on the command line "
+                    f"'sweep.tune={{{twice}: [A, B]}}'"
                 )
         self.asked: dict[Arm, Words] = {}  # {arm: the overrides of its trials, one for each seed}
         for words in trials:
