@@ -65,6 +65,24 @@ def test_a_compiled_pack_has_eagers_bits_and_few_forms(pack, weights, curve, mon
 
 
 @pytest.mark.slow
+def test_validations_on_the_way_are_not_compiled(pack, curve, monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(compiled, "BACKEND", counter)
+    theirs, ours = (
+        [replace(one, trainer=replace(one.trainer, val_check_interval=2)) for one in pack(name, 6)]
+        for name in ("eager", "whole")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "switch_on", lambda model, how: None)
+        finished(theirs)
+    finished(ours)
+    assert 1 <= counter.frame_count <= 3  # the forms of training, made once
+    for key in ("train/loss", "val/loss"):
+        assert curve(ours[0].folder, key) == curve(theirs[0].folder, key)
+    assert len(curve(ours[0].folder, "val/loss")) == 3
+
+
+@pytest.mark.slow
 def test_inductors_losses_are_eagers_to_rounding(pack, curve, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiling, "switch_on", lambda model, how: None)

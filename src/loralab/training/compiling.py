@@ -1,16 +1,17 @@
 """``model.compile``: the blocks of the base are compiled behind the first pass of a fit.
 
-That pass is looked into (which layers are called, how rows may be computed) and is not compiled, nor are the validation
-and the generation behind the last step.
+That pass is looked into (which layers are called, how rows may be computed) and is not compiled, nor are validations,
+where an adapter's function has no gradients and could not be in a graph, and the generation behind the last step.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from loralab.errors import ConfigError
-from loralab.forward.compiled import NONE, blocks, switch_off, switch_on
+from loralab.forward.compiled import NONE, blocks, eager, switch_off, switch_on
 from loralab.forward.dropout import base_dropout, own_dropout
 
 
@@ -26,6 +27,7 @@ class CompileBlocks(Callback):
 
     def __init__(self, how: str) -> None:
         self.how, self._on = how, False
+        self._validation = ExitStack()  # within it blocks are their own
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
@@ -52,6 +54,14 @@ class CompileBlocks(Callback):
             switch_on(module.model, self.how)
             self._on = True
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        if self._on:
+            self._validation.enter_context(eager(blocks(module.model)))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation.close()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._off(pl_module)
 
@@ -59,5 +69,6 @@ class CompileBlocks(Callback):
         self._off(pl_module)
 
     def _off(self, pl_module: Any) -> None:
+        self._validation.close()
         switch_off(pl_module.model)
         self._on = False
