@@ -10,8 +10,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from loralab.artifacts.damage import Damage
 from loralab.artifacts.exporting import export_run
 from loralab.artifacts.reopen import open_run, read_run
+from loralab.artifacts.text import completion
 from loralab.errors import ArtifactError
 from loralab.running.inputs import Inputs
 
@@ -53,6 +55,22 @@ def test_its_validation_loss_is_the_recorded_one(finished):
         total, count = total + float(loss) * targets, count + targets
     opened.close()
     assert total / count == pytest.approx(opened.record["metrics"]["val/loss"], rel=1e-5)
+
+
+HALF = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_what_it_writes_and_scores_is_computed_in_its_precision(finished, precision):
+    opened, seen = open_run(finished("llama", f"trainer.precision={precision}")), []
+    layer = opened.model.get_submodule("model.layers.0.self_attn.q_proj")
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    completion(opened, "alpha", {"max_new_tokens": 2})
+    damage = Damage(opened, Inputs().rows(opened.spec), 1000)
+    damage.base(opened.model)
+    opened.close()
+    assert set(seen) == {HALF[precision]}
+    assert damage.about["loss"] == pytest.approx(opened.record["metrics"]["val/loss"], rel=5e-3)
 
 
 def test_runs_of_one_base_share_it(finished):

@@ -19,6 +19,7 @@ from loralab.models import loading
 from loralab.quantization.none import NoQuantization
 from loralab.running.runner import Runner
 from loralab.training.choices import choice_accuracy, log_likelihoods
+from loralab.training.generation import Writer, answers
 
 LETTERS = ["A", "B", "C", "D"]
 LONG = {"config": {"max_position_embeddings": 1024}, "max_length": 1024}
@@ -120,6 +121,31 @@ def test_answers_that_are_equally_likely_are_no_choice(load_base):
         base.model.lm_head.weight.zero_()
     encoder = Encoder(base.tokenizer, "causal_lm", 64)
     assert choice_accuracy(base.model, None, encoder, [Row("q", "a", choices=("a", "b"))], 2) == 0.0
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "bfloat16")])
+def test_choices_and_texts_are_of_the_precision_of_the_passes(make_spec, tmp_path, monkeypatch, precision, dtype):
+    def watched(real):
+        def watch(module, *given):
+            model = module.model if isinstance(module, Writer) else module
+            layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+            handle = layer.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+            try:
+                return real(module, *given)
+            finally:
+                handle.remove()
+
+        return watch
+
+    seen = []
+    monkeypatch.setattr("loralab.running.finish.choice_accuracy", watched(choice_accuracy))
+    monkeypatch.setattr("loralab.training.generation.answers", watched(answers))
+    rows = [{"q": "one", "a": "yes"}, {"q": "two", "a": "no"}]
+    data = Files(**write(tmp_path, rows), choices=["yes", "no"], generate_rows=1, batch_size=1)
+    (done,) = Runner().run([make_spec(data=data, max_steps=1, precision=precision)])
+    assert done["status"] == "completed", done["error"]
+    assert len(seen) > 2
+    assert set(seen) == {getattr(torch, dtype)}
 
 
 def write(folder, rows):

@@ -98,7 +98,7 @@ class Damage:
         labels = moved.pop("labels")
         if self.task == "seq2seq_lm":
             moved["decoder_input_ids"] = decoder_input_ids(model, labels)
-        with within(len(labels)):
+        with self.run.spec.trainer.autocast(), within(len(labels)):
             return model(**moved).logits, labels
 
 

@@ -153,6 +153,9 @@ def open_run(folder: Path, inputs: Inputs | None = None, quantization: Any = Non
             adapter.detach()
             raise ArtifactError(f"{folder / 'adapter'}: {name} holds nan or infinite values; valid: finite ones")
     adapter.to(spec.trainer.device)
+    if spec.trainer.precision == "bf16-true":  # so Lightning has trained them
+        base.model.to(torch.bfloat16)
+        adapter.to(torch.bfloat16)
     return OpenRun(folder, record, spec, base, adapter)
 
 

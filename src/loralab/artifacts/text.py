@@ -38,7 +38,8 @@ def completion(run: OpenRun, prompt: str, options: Mapping[str, Any], seed: int 
     free = length - (0 if writer.task == "seq2seq_lm" else len(head))
     if free < 1 or len(head) > length:
         raise ConfigError(f"the prompt has {len(head)} tokens, and {run.base.record()['name']} has room for {length}")
-    (ids,) = writer.complete([head], [min(free, chosen.get("max_new_tokens") or NEW_TOKENS)])
+    with run.spec.trainer.autocast():
+        (ids,) = writer.complete([head], [min(free, chosen.get("max_new_tokens") or NEW_TOKENS)])
     return str(run.base.tokenizer.decode(ids, skip_special_tokens=True))
 
 
@@ -57,7 +58,7 @@ def class_probabilities(run: OpenRun, prompt: str, adapted: bool = True) -> dict
     if example.truncated:
         raise ConfigError(f"the prompt is longer than the {room} tokens that {run.base.record()['name']} has room for")
     ids = torch.tensor([example.input_ids], device=next(run.model.parameters()).device)
-    with run.adapted(1) if adapted else run.bare():
+    with run.spec.trainer.autocast(), run.adapted(1) if adapted else run.bare():
         logits: Tensor = run.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
     if len(logits) == 1:
         return {"score": float(logits[0])}

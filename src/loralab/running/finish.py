@@ -37,7 +37,8 @@ def generate(trial: Trial, base: Base, prefix: str, split: str) -> None:
         base.model, base.tokenizer, trial.adapter, trial.task, spec.model.length, spec.data.generation
     )
     trial.record["data"].update(generation=writer.settings(), rouge=spec.data.rouge, bleu=spec.data.bleu)
-    made, targets = generation.answers(writer, rows)
+    with spec.trainer.autocast():
+        made, targets = generation.answers(writer, rows)
     trial.predictions[split] = generation.predictions(rows, made, targets, split)
     values = texts.scores(made, targets, spec.data.rouge, spec.data.bleu)
     values |= texts.own_scores(spec.own_metrics(texts=True), made, targets)
@@ -58,7 +59,9 @@ def choose(trial: Trial, base: Base, prefix: str, rows: Iterable[Row], size: int
         return
     spec = trial.spec
     encoder = Encoder(base.tokenizer, trial.task, spec.model.length)
-    trial.score({name: choice_accuracy(base.model, trial.adapter, encoder, rows, size)})
+    with spec.trainer.autocast():
+        share = choice_accuracy(base.model, trial.adapter, encoder, rows, size)
+    trial.score({name: share})
 
 
 def keep_predictions(trial: Trial) -> None:

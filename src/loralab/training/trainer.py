@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -159,6 +159,15 @@ class TrainerSpec:
         if self.precision != "auto":
             return self.precision
         return "bf16-mixed" if device == "cuda" and _has_bfloat16() else "32-true"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Within, a pass that no Trainer makes, of generation for one, is computed in the precision of those it makes:
+        mixed precision is a context, and any other the state of the module and of the process."""
+        import torch
+
+        dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        dtype = dtypes.get(self.precision_on(self.device))
+        return nullcontext() if dtype is None else torch.autocast(self.device, dtype)
 
     def check_precision(self) -> None:
         """Raises ConfigError for what the device would compute otherwise: 16-mixed on a CPU, where Lightning takes
