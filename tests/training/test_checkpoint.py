@@ -254,8 +254,13 @@ def test_where_both_are_damaged_the_trial_begins_anew(killed, curve, caplog):
     assert len(curve(killed.folder)) == 4
 
 
-def test_a_checkpoint_of_another_precision_is_kept_and_not_gone_on_from(killed, monkeypatch, curve):
-    """trainer.precision=auto is another one on a card."""
+@pytest.mark.parametrize("said", [True, False])
+def test_a_checkpoint_of_another_precision_is_kept_and_not_gone_on_from(killed, monkeypatch, curve, said):
+    """trainer.precision=auto is another one on a card; an older checkpoint does not say that it was float32."""
+    if not said:
+        state = torch.load(path(killed.folder), weights_only=True)
+        del state["precision"]
+        torch.save(state, path(killed.folder))
     kept = path(killed.folder).read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(type(killed.trainer), "precision_on", lambda self, device: "bf16-mixed")

@@ -235,7 +235,7 @@ def _take_up(trial: "Trial", source: Path) -> bool | None:
         if state["format"] != FORMAT or state["made_on"] != _made_on(trial):
             log.info("%s is of other settings, data or base weights: the trial begins anew", source)
             return False
-        if (before := state.get("precision")) not in (None, _precision(trial)):
+        if (before := state.get("precision") or _unsaid_precision(trial)) != _precision(trial):
             raise ArtifactError(
                 f"{source} was computed in {before}, and trainer.precision={trial.spec.trainer.precision} is "
                 f"{_precision(trial)} on this device; valid: a device as before, or --fresh, which begins anew"
@@ -285,6 +285,12 @@ def _precision(trial: "Trial") -> str:
     """Of the passes on the device that the trial is on."""
     trainer = trial.spec.trainer
     return trainer.precision_on(trainer.device)
+
+
+def _unsaid_precision(trial: "Trial") -> str:
+    """Of a checkpoint that was written before they said so, when auto was always float32."""
+    precision = trial.spec.trainer.precision
+    return "32-true" if precision == "auto" else precision
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
