@@ -58,6 +58,24 @@ def test_trials_of_two_environments_share_no_mean_and_no_difference_and_are_name
         assert "2 environments" in text, name
 
 
+@pytest.mark.parametrize(("asked", "environments"), [("auto", 2), ("bf16-mixed", 1)])
+def test_what_auto_precision_came_to_is_part_of_the_environment_and_a_given_one_a_setting(
+    write_runs, asked, environments
+):
+    """A record that does not say it, of seeds 0 and 1 here, is of a time when auto was float32."""
+
+    def change(trial, r, seed):
+        trial["config"].setdefault("trainer", {})["precision"] = asked
+        if seed == 2:
+            trial["base"]["precision"] = "bf16-mixed"
+
+    done = report(write_runs(GRID, change))
+    result = json.loads(done.files["results.json"].read_text())
+    assert [arm["n"] for arm in result["arms"]] == ([2, 1, 2, 1] if environments == 2 else [3, 3])
+    for name, text in said(done).items():
+        assert ("precision bf16-mixed" in text) == (environments == 2), name
+
+
 def test_data_rewritten_between_two_runs_of_one_command_gives_two_tables_and_loses_nothing(write_runs):
     write_runs({(2, 0): 1.0}, name="before")
 

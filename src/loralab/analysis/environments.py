@@ -10,9 +10,13 @@ from loralab.analysis.values import Json, lookup
 from loralab.records.shared import Section, distinct, once
 
 AXIS = "environment"
+BEFORE = "32-true"  # what trainer.precision=auto was before records said it
 # Versions that compute: a loss, a quantized weight, an update or a score. Python, Hydra, W&B and git move no number.
 _VERSIONS = ("loralab", "torch", "transformers", "lightning", "bitsandbytes", "torchmetrics")
-COMPARED = f"compared are the versions of {', '.join(_VERSIONS)}, the device and, on a CPU, the number of threads"
+COMPARED = (
+    f"compared are the versions of {', '.join(_VERSIONS)}, the device, what trainer.precision=auto came to "
+    "and, on a CPU, the number of threads"
+)
 
 Environment = Mapping[str, Any]
 
@@ -23,13 +27,16 @@ def environment(record: Json) -> Environment:
     An older record has no thread count: there the number of cores, by which torch chooses it, stays in the CPU's name.
     """
     device = lookup(record, "memory.device") or ("cpu" if record["choices"].get("trainer") == "cpu" else None)
-    return once(_environment, record["environment"], device, record["schema"])
+    asked = lookup(record["config"], "trainer.precision")
+    precision = (lookup(record, "base.precision") or BEFORE) if asked == "auto" else None
+    return once(_environment, record["environment"], device, precision, record["schema"])
 
 
-def _environment(section: Json, device: str | None, schema: int) -> Environment:
+def _environment(section: Json, device: str | None, precision: str | None, schema: int) -> Environment:
     values = {name: lookup(section, f"versions.{name}") for name in _VERSIONS}
     gpu, cpu, threads = (lookup(section, key) for key in ("gpu", "cpu", "threads"))
     values |= {"device": device, "gpu": None if device == "cpu" else gpu, "record schema": schema}
+    values |= {"precision": precision} if precision else {}  # else it is a setting
     if device is None or device == "cpu":
         name = re.sub(r" x \d+$", "", cpu) if isinstance(cpu, str) and threads is not None else cpu
         values |= {"cpu": name, "threads": threads}
