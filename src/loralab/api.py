@@ -158,8 +158,10 @@ def charts(folder: Folder) -> "dict[str, alt.LayerChart]":
 def load(run: Folder) -> "tuple[nn.Module, Any]":
     """(model, tokenizer) of a finished run: the base in evaluation mode with the adapter acting on every pass, ready
     for ``model(**inputs)`` and ``model.generate``, and to be copied and pickled. The adapter is not in its state_dict;
-    ``save_pretrained``, which would write the base alone, raises. Raises ArtifactError where the run has no adapter, or
-    its base has changed since; ConfigError where the base cannot be loaded."""
+    ``save_pretrained``, which would write the base alone, raises. Of a run in mixed precision
+    (``base.precision`` of its record) it is the caller's ``torch.autocast`` that computes as the run did. Raises
+    ArtifactError where the run has no adapter, or its base has changed since; ConfigError where the base cannot be
+    loaded."""
     from loralab.artifacts.reopen import open_run, unsaved
     from loralab.training.trainer import quiet
 

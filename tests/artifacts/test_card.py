@@ -113,6 +113,14 @@ def test_the_base_is_loaded_with_the_run_s_dtype(described, dtype, shown):
     assert f"from_pretrained('llama'{shown}\n" in text
 
 
+def test_of_a_quantized_base_it_says_what_opens_the_adapter_over_that(described):
+    assert "loralab.load(RUN)" not in described()
+    node = {"_target_": "loralab.quantization.four_bit.FourBit"}
+    text = described(config__quantization=node, choices__quantization="nf4_double")
+    assert "The base was quantized (nf4_double)" in text
+    assert "loralab.load(RUN)" in text
+
+
 def test_without_a_finite_metric_there_is_no_model_index(described):
     text = described(metrics={"val/loss": None})
     assert ModelCard(text).data.eval_results is None
