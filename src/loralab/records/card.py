@@ -197,8 +197,8 @@ def _loading(folder: Path, record: Mapping[str, Any]) -> str:
     if not _scheme(record):
         return code
     return (
-        f"{code}\n\nThe base was quantized ({_scheme(record)}); over another one, such as this one, the outputs are not "
-        "quite the same. `loralab.load(RUN)`, where RUN is the folder that holds `adapter/`, opens it on that base."
+        f"{code}\n\nThe base was quantized ({_scheme(record)}); over another one, such as this one, the outputs are "
+        "not quite the same. `loralab.load(RUN)`, where RUN is the folder that holds `adapter/`, opens it on that base."
     )
 
 
