@@ -13,6 +13,7 @@ from loralab.config.build import trial_id
 from loralab.config.compose import compose
 from loralab.records import record
 from loralab.records.lock import hold
+from loralab.scheduling.sweep_file import swept_axes
 from loralab.training.module import FineTuner
 
 FAST = ["hydra/launcher=packed", "data.limit=6"]
@@ -169,9 +170,16 @@ def test_what_a_sweep_was_begun_with_beyond_its_file_needs_no_plus_beside_resume
     assert resumed(["rank"], ["sweep.halving=true"]) == ["rank", "++sweep.halving=true"]
 
 
+def test_what_two_calls_say_differently_of_how_a_sweep_goes_is_no_axis():
+    calls = [[f"adapter.r={r}", "logger=none", "++sweep.halving=true", "+sweep.budget=3"] for r in (2, 4)]
+    calls += [["adapter.r=8", "logger=wandb", "logger.mode=offline", "++sweep.halving=false", "+sweep.budget=5"]]
+    assert swept_axes(calls) == {"adapter.r": ["2", "4", "8"], "sweep.budget": ["3", "5"]}
+    assert swept_axes([["adapter.r=2", "logger=none"]]) == {"adapter.r": ["2"]}
+
+
 def test_how_a_sweep_goes_is_set_without_a_plus_whatever_its_file_has():
-    words = sweep_arguments("rank", ["sweep.halving=true", "sweep.tune={optimizer.lr:[1,2]}", "+sweep.budget=3"])
-    assert words[-3:] == ["++sweep.halving=true", "++sweep.tune={optimizer.lr:[1,2]}", "+sweep.budget=3"]
+    words = sweep_arguments("rank", ["sweep.halving=true", "sweep.tune={optimizer.lr:[1,2]}", "+sweep.extend=3"])
+    assert words[-3:] == ["++sweep.halving=true", "++sweep.tune={optimizer.lr:[1,2]}", "+sweep.extend=3"]
     assert sweep_arguments("rank", ["sweep.halvin=true"])[-1] == "sweep.halvin=true"  # which Hydra refuses
 
 

@@ -10,8 +10,6 @@ from typing import Any
 from loralab.cli.arguments import FRESH, HYDRA, Arguments, Command, Flag
 from loralab.errors import ArtifactError, ConfigError
 
-SETTINGS = ("compare", "tune", "extend", "halving", "question", "fixed", "tags")  # of a sweep file's section sweep
-
 
 def run(arguments: Arguments) -> int:
     """The sweep of a name, or with --resume that of a folder."""
@@ -70,8 +68,9 @@ def sweep_arguments(chosen: str, overrides: list[str]) -> list[str]:
 
 def _added(word: str) -> str:
     """A setting of how a sweep goes needs no plus, whether its file has one of that name or not."""
-    section, _, key = _key(word).partition(".")
-    return f"++{word}" if section == "sweep" and key in SETTINGS and word[0] not in "+~" else word
+    from loralab.config.sweep_files import SETTINGS
+
+    return f"++{word}" if word[0] not in "+~" and _key(word) in SETTINGS else word
 
 
 def at_scale(chosen: str, overrides: list[str]) -> tuple[str, list[str]]:

@@ -110,7 +110,6 @@ class Inputs:
         device, key = spec.trainer.base_device, _base_key(spec, labels)
         if self._base is None or key != self._base_key:
             self.forget_base()
-            log.info("loading the base model")
             tokenizer, _ = self.tokenizer(spec.model)
             self._base = loading.load(spec.model, spec.quantization, tokenizer, labels, device)
             _prepare(self._base, device)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.config import identity
-from loralab.config.sweep_files import own_files
+from loralab.config.sweep_files import SETTINGS, own_files
 from loralab.errors import ArtifactError, ConfigError
 from loralab.records import record
 from loralab.records.lock import hold
@@ -167,7 +167,12 @@ def swept_axes(trials: Sequence[Sequence[str]]) -> dict[str, list[str]]:
                 order.insert(order.index(before) + 1 if before else 0, key)
             axes[key][value] = None
             before = key
-    return {key: list(axes[key]) for key in order if len(axes[key]) > 1 or len(settings) == 1}
+    return {key: list(axes[key]) for key in order if (len(axes[key]) > 1 or len(settings) == 1) and _may_be_axis(key)}
+
+
+def _may_be_axis(key: str) -> bool:
+    """False of what two calls of one sweep may say differently about the same trials."""
+    return key not in SETTINGS and key.partition(".")[0].partition("/")[0] not in ("logger", "plan")
 
 
 def _entry(folder: Path, job: Job) -> dict[str, Any]:
