@@ -14,7 +14,7 @@ from loralab.config.words import PLAIN, in_quotes, own_classes
 from loralab.errors import ConfigError, nearest
 
 AXES = "hydra.sweeper.params"
-NAMES = ("compare", "tune", "extend", "halving", "question", "fixed", "tags", "name")
+NAMES = ("compare", "tune", "extend", "halving", "zip", "when", "claims", "question", "fixed", "tags", "name")
 SETTINGS = tuple(f"sweep.{name}" for name in NAMES)  # how a sweep goes and what it is called, none of them of a trial
 
 
