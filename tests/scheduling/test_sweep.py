@@ -128,6 +128,16 @@ def test_resume_takes_no_word_that_asks_something_else(sweep, folder, capsys, wo
 
 
 @pytest.mark.usefixtures("_no_output")
+def test_resume_keeps_the_order_of_trials_of_which_the_first_has_no_record(sweep, folder):
+    """The first value of an axis is the baseline of its rows."""
+    sweep("adapter.r=2,4")
+    before = record.read_sweep(folder)
+    (folder / before["trials"][0]["trial"] / "result.json").unlink()
+    assert main.run(["sweep", "--resume", str(folder)]) == 0
+    assert record.read_sweep(folder)["axes"] == before["axes"] == {"adapter.r": ["2", "4"]}
+
+
+@pytest.mark.usefixtures("_no_output")
 def test_values_of_axes_beside_resume_add_trials_to_those_that_it_finishes(sweep, folder, capsys):
     """Each call leaves a trial open; the last --resume, by the folder alone, finishes those of all three."""
     sweep("adapter.r=2,4")

@@ -197,8 +197,8 @@ def status_of(folder: Path) -> str:
 def _earlier_entries(
     folder: Path, entries: Mapping[str, Mapping[str, Any]], known: Collection[str], open_too: bool
 ) -> list[dict[str, Any]]:
-    """Trials that sweep.json already lists and that have a record, or (``open_too``) not yet one; without those of an
-    earlier version of loralab that ``entries`` lists under a new id."""
+    """Trials that sweep.json already lists and that are in ``entries``, whose order is kept, or that have a record, or
+    (``open_too``) not yet one; without those of an earlier version of loralab that ``entries`` lists under a new id."""
     try:
         listed: list[dict[str, Any]] = record.read_sweep(folder)["trials"]
     except ArtifactError:
@@ -207,7 +207,10 @@ def _earlier_entries(
     return [
         entry
         for entry in listed
-        if "trial" in entry and (entry["trial"] in known or not _is_left_out(folder, entry, overrides, open_too))
+        if "trial" in entry
+        and (
+            entry["trial"] in known or entry["trial"] in entries or not _is_left_out(folder, entry, overrides, open_too)
+        )
     ]
 
 
