@@ -285,6 +285,20 @@ def test_a_sweep_of_ones_own_is_resumed_and_rerun_from_another_folder(lab, tiny_
     assert f"is gone from {lab}; valid: the file in its place" in capsys.readouterr().err
 
 
+def test_axes_beside_resume_add_trials_of_a_sweep_of_ones_own_whose_files_are_as_they_were(lab, tiny_arguments, capsys):
+    words = [word for word in tiny_arguments if not word.startswith("adapter")]
+    assert main.run(["sweep", "a sweep.yaml", "-cd", "more", *words, "data.limit=2"]) == 0
+    folder = lab / "runs" / "a sweep"
+    assert main.run(["sweep", "--resume", str(folder), "seed=3,4"]) == 0
+    found = [record.read(place) for place in record.find(folder)]
+    assert sorted((one["config"]["adapter"]["r"], one["seed"]) for one in found)[:3] == [(2, 0), (2, 3), (2, 4)]
+    assert len(found) == 6
+    (lab / "more/adapter/mine.yaml").write_text("defaults: [lora]\nr: 5\nlora_alpha: 1.0\n")
+    assert main.run(["sweep", "--resume", str(folder), "seed=5,6"]) == 2
+    assert "one of these has changed since" in capsys.readouterr().err
+    assert len(list(record.find(folder))) == 6
+
+
 CLASSES = {
     "own.Nope": "own (own.py) has no Nope; valid: Thing",
     "owm.Thing": "there is no module owm; did you mean own",

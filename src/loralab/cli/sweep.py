@@ -86,7 +86,7 @@ def at_scale(chosen: str, overrides: list[str]) -> tuple[str, list[str]]:
 
 def resume(folder: Path, arguments: Arguments) -> int:
     """Finishes what every call of the sweep in ``folder`` has asked for; axes beside ``--resume`` are one more call,
-    which runs first. The exit code of the first call that has one."""
+    which runs last, of the files that the others were begun with. The exit code of the first call that has one."""
     from loralab.cli import hydra_run
     from loralab.records import record
     from loralab.scheduling.sweep_file import calls_of
@@ -97,14 +97,15 @@ def resume(folder: Path, arguments: Arguments) -> int:
     axes, how = split(calls, arguments.overrides())
     if axes and arguments.failed:
         raise ConfigError(f"--failed runs nothing but failures again, and {axes[0]} adds trials; valid: one of them")
-    if axes:
-        calls.insert(0, {**calls[0], "overrides": replaced(calls[0]["overrides"], axes)})
+    added = [{**calls[0], "overrides": replaced(calls[0]["overrides"], axes)}] if axes else []
+    calls += added
     if any(call.get("cwd") not in (None, str(Path.cwd())) for call in calls):
         folder = folder.absolute()
     codes = []
     for number, call in enumerate(calls, 1):
         own = copy(arguments)
         overrides = begun_in(folder, call, own, how)
+        own.resume = None if call in added else arguments.resume  # its trials are not listed yet
         codes.append(hydra_run.run(own, overrides, many=True, shows=number == len(calls)))
     return next((code for code in codes if code), 0)
 
