@@ -7,7 +7,7 @@ import time
 import pytest
 from forked import Forked
 
-from loralab.cli import main
+from loralab.cli import hydra_run, main
 from loralab.cli.sweep import resumed, sweep_arguments
 from loralab.config.build import trial_id
 from loralab.config.compose import compose
@@ -178,6 +178,19 @@ def test_what_a_sweep_was_begun_with_beyond_its_file_needs_no_plus_beside_resume
     assert resumed(begun, words) == ["rank", "++sweep.halving=false", "++logger.project=q", "+plan.x=1"]
     assert resumed(begun, ["~sweep.halving"])[-1] == "~sweep.halving"
     assert resumed(["rank"], ["sweep.halving=true"]) == ["rank", "++sweep.halving=true"]
+
+
+@pytest.mark.parametrize(("tune", "asked"), [({"optimizer.lr": [1, 2]}, "seed=0,1,4,5"), (None, "seed=4,5")])
+def test_seeds_beside_resume_are_asked_for_with_those_begun_where_rates_are_chosen_by_them(
+    tmp_path, monkeypatch, tune, asked
+):
+    """A seed alone would have rates of its own."""
+    ran = []
+    monkeypatch.setattr(hydra_run, "run", lambda arguments, words, **_: ran.append(words) or 0)
+    begun = {"overrides": ["+sweeps=rank", "seed=range(0,2)", "adapter.r=2,4"], "trials": [], "tune": tune}
+    record.write_sweep(tmp_path, begun)
+    assert main.run(["sweep", "--resume", str(tmp_path), "seed=4,5"]) == 0
+    assert [next(word for word in words if word.startswith("seed=")) for words in ran] == ["seed=range(0,2)", asked]
 
 
 def test_what_two_calls_say_differently_of_how_a_sweep_goes_is_no_axis():

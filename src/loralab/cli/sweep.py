@@ -91,12 +91,15 @@ def resume(folder: Path, arguments: Arguments) -> int:
     from loralab.records import record
     from loralab.scheduling.sweep_file import calls_of
 
-    calls = calls_of(record.read_sweep(folder))
+    stored = record.read_sweep(folder)
+    calls = calls_of(stored)
     if not calls:
         raise ArtifactError(f"{folder / 'sweep.json'} does not say how the sweep was called; run it by its name")
     axes, how = split(calls, arguments.overrides())
     if axes and arguments.failed:
         raise ConfigError(f"--failed runs nothing but failures again, and {axes[0]} adds trials; valid: one of them")
+    if stored.get("tune"):
+        axes = [_beside_begun(word, calls) if _key(word) == "seed" else word for word in axes]
     added = [{**calls[0], "overrides": replaced(calls[0]["overrides"], axes)}] if axes else []
     calls += added
     if any(call.get("cwd") not in (None, str(Path.cwd())) for call in calls):
@@ -108,6 +111,14 @@ def resume(folder: Path, arguments: Arguments) -> int:
         own.resume = None if call in added else arguments.resume  # its trials are not listed yet
         codes.append(hydra_run.run(own, overrides, many=True, shows=number == len(calls)))
     return next((code for code in codes if code), 0)
+
+
+def _beside_begun(word: str, calls: Sequence[Mapping[str, Any]]) -> str:
+    """The seeds of ``word`` behind those of ``calls``: a rate is chosen, and ended early, by all seeds of its row."""
+    from loralab.scheduling.axes import values_of
+
+    begun = [one for call in calls for one in call["overrides"] if _key(one) == "seed"]
+    return f"seed={','.join(dict.fromkeys(seed for one in (*begun, word) for seed in values_of(one)))}"
 
 
 def split(calls: Sequence[Mapping[str, Any]], words: list[str]) -> tuple[list[str], list[str]]:

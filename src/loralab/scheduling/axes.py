@@ -74,6 +74,12 @@ def _never_there(conditions: Conditions, present: Sequence[tuple[tuple[str, int]
     return set(conditions) - {name for row in present for name, _ in row}
 
 
+def values_of(word: str) -> list[str]:
+    """The values of the axis ``word``, as they are written; of a word with one value that one."""
+    (axis,) = _axes([word], None).values()
+    return [value.word.partition("=")[2] for value in axis.values]
+
+
 def at_ends(words: Sequence[str]) -> list[str]:
     """``words`` with the two ends of each interval in place of it: values of a search's space to try it with."""
     found = []
