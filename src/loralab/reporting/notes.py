@@ -177,7 +177,7 @@ def _effects(comparison: Comparison) -> Iterator[str]:
         shares = found.text.replace("of the variance", f"of the variance of {comparison.results.metric}")
         yield (
             f"{shares} (ANOVA over {len(comparison.contenders)} rows with {found.n} seeds each, without what chance "
-            "adds: epsilon squared)"
+            "adds: epsilon squared, 0% where it is negative)"
         )
 
 
