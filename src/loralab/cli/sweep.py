@@ -101,14 +101,14 @@ def resume(folder: Path, arguments: Arguments) -> int:
     if stored.get("tune"):
         axes = [_beside_begun(word, calls) if _key(word) == "seed" else word for word in axes]
     added = [{**calls[0], "overrides": replaced(calls[0]["overrides"], axes)}] if axes else []
-    calls += added
+    begun, calls = len(calls), [*calls, *added]
     if any(call.get("cwd") not in (None, str(Path.cwd())) for call in calls):
         folder = folder.absolute()
     codes = []
     for number, call in enumerate(calls, 1):
         own = copy(arguments)
         overrides = begun_in(folder, call, own, how)
-        own.resume = None if call in added else arguments.resume  # its trials are not listed yet
+        own.resume = arguments.resume if number <= begun else None  # trials that are added are not listed yet
         codes.append(hydra_run.run(own, overrides, many=True, shows=number == len(calls)))
     return next((code for code in codes if code), 0)
 
