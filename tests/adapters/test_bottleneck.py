@@ -1,9 +1,12 @@
 """Bottleneck adapters are put where the papers put them, with the papers' counts, and compute their formula."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from transformers import AutoModel, GPT2Config, MixtralConfig, RobertaConfig
 
+from loralab.adapters import dropout
 from loralab.adapters.attached import attached
 from loralab.adapters.bottleneck import Bottleneck, BottleneckDelta
 from loralab.adapters.hooks import AdapterHooks, BatchSlice
@@ -100,8 +103,12 @@ def test_it_computes_the_papers_formula(load_any, fed, family, scheme, variant):
         torch.testing.assert_close(ours, model(**fed(family)).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_the_adapters_of_a_stack_are_those_of_each_alone():
-    deltas = [BottleneckDelta(8, 3, "tanh", dropout=0.5) for _ in range(2)]
+@pytest.mark.parametrize("card", [False, True])
+@pytest.mark.parametrize("rates", [(0.5, 0.5), (0.5, 0.2), (0.5, 1.0)])
+def test_the_adapters_of_a_stack_are_those_of_each_alone(monkeypatch, card, rates):
+    if card:  # which draws the masks of a stack together
+        monkeypatch.setattr(dropout, "COUNTED", {"cpu"})
+    deltas = [BottleneckDelta(8, 3, "tanh", dropout=rate) for rate in rates]
     torch.manual_seed(1)
     y = torch.randn(6, 5, 8)
     for delta in deltas:
@@ -110,7 +117,21 @@ def test_the_adapters_of_a_stack_are_those_of_each_alone():
     together = BottleneckDelta.forward_grouped(y, y, [(0, 10, deltas[0], 3), (10, 30, deltas[1], 4)])
     assert torch.equal(together[:2], deltas[0](y[:2], y[:2], 3))
     assert torch.equal(together[2:], deltas[1](y[2:], y[2:], 4))
-    assert not torch.equal(together[2:], deltas[1](y[2:], y[2:], 5))
+    assert torch.equal(together[2:], deltas[1](y[2:], y[2:], 5)) == (rates[1] == 1.0)
+    dropped = together[2:] == y[2:]
+    assert abs(float(dropped.float().mean()) - rates[1]) < 0.12
+
+
+def test_a_card_draws_the_masks_of_a_stack_once(monkeypatch):
+    """Of any number of trials, whatever their rates."""
+    monkeypatch.setattr(dropout, "COUNTED", {"cpu"})
+    monkeypatch.setattr(dropout, "kept", kept := Mock(wraps=dropout.kept))
+    deltas = [BottleneckDelta(8, 3, dropout=0.1 * i) for i in range(5)]
+    y = torch.randn(5, 4, 8)
+    for key, times in ((1, 1), (None, 0)):
+        kept.reset_mock()
+        BottleneckDelta.forward_grouped(y, y, [(4 * i, 4 * i + 4, delta, key) for i, delta in enumerate(deltas)])
+        assert kept.call_count == times
 
 
 def test_unknown_names_are_refused_until_targets_are_given():

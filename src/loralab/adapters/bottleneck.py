@@ -10,6 +10,7 @@ the base's dropout, its residual and its norm.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -27,7 +28,7 @@ from loralab.adapters.base import (
     outside,
     save_modules,
 )
-from loralab.adapters.dropout import keyed_dropout, length_of
+from loralab.adapters.dropout import dropout_of_each, keyed_dropout, length_of
 from loralab.adapters.grouped import Given, by_part
 from loralab.adapters.projections import projections
 from loralab.adapters.targets import TargetsOrNull
@@ -109,17 +110,19 @@ class BottleneckDelta(nn.Module):
                 self.down.weight.copy_(drawn / math.sqrt(self.down.in_features))
 
     def forward(self, x: Tensor, y: Tensor, key: int | None) -> Tensor:  # y (..., width) -> (..., width)
-        return self.adapted(y, key, length_of(y))
+        return self.adapted(y, partial(keyed_dropout, p=self.dropout, key=key, length=length_of(y)))
 
-    def adapted(self, y: Tensor, key: int | None, length: int) -> Tensor:
-        """``length``: positions of a row of y, for its mask of dropout."""
+    def adapted(self, y: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
+        """y with what the adapter adds to it, of which ``drop`` drops elements."""
         autocast = torch.is_autocast_enabled(y.device.type)
         own = y if autocast else y.to(self.down.weight.dtype)
         inner = own if self.norm is None else self.norm(own)
         added = self.up(NON_LINEARITIES[self.non_linearity](self.down(inner)))
-        return y + keyed_dropout(added, self.dropout, key, length).to(y.dtype)
+        return y + drop(added).to(y.dtype)
 
     @staticmethod
     def forward_grouped(x: Tensor, y: Tensor, slices: Sequence[Given]) -> Tensor:
         """The adapters of several trials, each (start, stop, delta, key) at its own positions."""
-        return by_part(y, slices, lambda own, delta, key: delta.adapted(own, key, length_of(y)))
+        parts = [(stop - start, delta.dropout, key) for start, stop, delta, key in slices]
+        drops = iter(dropout_of_each(y, parts, length_of(y)))
+        return by_part(y, slices, lambda own, delta, key: delta.adapted(own, next(drops)))

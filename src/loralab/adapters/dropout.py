@@ -1,7 +1,8 @@
 """Dropout whose masks follow from a key: the same packed, alone, computed again and after a continuation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,28 @@ def dropped(x: Tensor, p: float, parts: Sequence[tuple[int, int]], length: int =
         return (flat * keep).mul_(scale_of(p)).view(x.shape)
     drawn: Tensor = _Dropped.apply(x, p, parts, length)  # type: ignore[no-untyped-call]
     return drawn
+
+
+def dropout_of_each(
+    x: Tensor, parts: Sequence[tuple[int, float, int | None]], length: int = 1
+) -> list[Callable[[Tensor], Tensor]]:
+    """For each of a stack's parts, (positions, rate, key), the dropout of a tensor as wide as x: of as many positions,
+    by its rate and key. A card draws the masks of all parts together."""
+    drops = [key is not None and p > 0.0 for _, p, key in parts]
+    if x.device.type not in COUNTED or not any(drops):
+        return [partial(keyed_dropout, p=p, key=key, length=length) for _, p, key in parts]
+    sizes, rates, keys = zip(*parts, strict=True)
+    masks = kept(sizes, keys, rates, length, x).split_with_sizes(list(sizes))
+    of_drops = zip(rates, masks, drops, strict=True)
+    return [partial(_without, keep=keep, scale=scale_of(p)) if own else _whole for p, keep, own in of_drops]
+
+
+def _without(x: Tensor, keep: Tensor, scale: float) -> Tensor:
+    return (x * keep.view(x.shape)).mul_(scale)
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x
 
 
 def length_of(x: Tensor) -> int:
