@@ -57,6 +57,19 @@ def end_step() -> None:
         waiting()
 
 
+@contextmanager
+def whole() -> Iterator[None]:
+    """Within, the first signal waits for the end; where a step is under way, for that of the step."""
+    if _steps is None or _steps.under_way:
+        yield
+        return
+    begin_step()
+    try:
+        yield
+    finally:
+        end_step()
+
+
 def after_the_step(handler: Handler) -> Handler:
     """``handler`` of a signal, called at the end of a step that is under way."""
 

@@ -46,7 +46,9 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def received(tensor: Tensor) -> Callable[[], Tensor]:
-    """What gives ``tensor``, of a card, on the host, where it is being copied to: only who asks for it waits."""
+    """What gives ``tensor`` on the host, where it is being copied to from a card: only who asks for it waits."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()

@@ -28,7 +28,7 @@ from loralab.training.checkpoint import Checkpoint
 from loralab.training.compiling import compiling
 from loralab.training.first_batch import FirstBatch
 from loralab.training.lightning_rows import LightningRows
-from loralab.training.module import PAUSE, FineTuner
+from loralab.training.module import LATE, PAUSE, FineTuner
 from loralab.training.passes import EvaluationPasses, TrainPasses
 from loralab.training.specs import TrialSpec
 from loralab.training.trial import Trial
@@ -144,7 +144,7 @@ class Fit:
         methods = ", ".join(sorted({trial.spec.adapter.method for trial in self.trials}))
         try:
             with explained(spec.model.compile, methods, spec.quantization.name), signals.whole_steps():
-                trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
+                self._fit(trainer, passes)
         except Exception:
             if trainer.optimizers:  # else the error came before it had states
                 self.states = [None for _ in self.trials]
@@ -159,6 +159,20 @@ class Fit:
             if trainer.optimizers:
                 self._describe(trainer.optimizers[0])
                 managed.release(trainer.optimizers[0])
+
+    def _fit(self, trainer: Any, passes: Any) -> None:
+        self.module.reads_late = self._reads_late(trainer)
+        try:
+            trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
+        finally:
+            self.module.settle()
+
+    def _reads_late(self, trainer: Any) -> bool:
+        """Whether the losses of a step may be read in the next: nobody looks at them in between."""
+        alone = not self.module.others and not self.logs and self.spec.trainer.processes == 1
+        watched = trainer.progress_bar_callback is not None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # waits for the gradients of each step itself
+        return self.spec.trainer.device in LATE and alone and not watched and scaler is None
 
     def evaluate(self, prefix: str, split: str) -> None:
         """Scores the final state over ``split``, by its loss, by choice and by generation."""

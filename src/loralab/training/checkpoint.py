@@ -94,7 +94,7 @@ class Checkpoint(Callback):
         steps = max(step - self._written[trial] for trial, step in self._logged.items())  # since the last file
         timely = self.minutes is not None and time.monotonic() - self._since >= 60 * self.minutes
         if steps and (timely or (self.every_n_steps is not None and steps >= self.every_n_steps)):
-            self._write(trainer, module.trials)
+            self._write(trainer, module)
 
     def _keep_states(self, module: Any) -> None:
         for name, callback in module.others.items():
@@ -114,19 +114,19 @@ class Checkpoint(Callback):
         if module.others:
             self._end_step(trainer, pl_module)
         if self._enabled and time.monotonic() - self._since >= WORTH_SECONDS:  # the last validation may take long
-            self._write(trainer, module.trials)
+            self._write(trainer, module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        module: Any = pl_module
         if self._enabled and isinstance(exception, Interrupted | KeyboardInterrupt) and trainer.optimizers:
-            self._write(trainer, module.trials)
+            self._write(trainer, pl_module)
 
     @property
     def _enabled(self) -> bool:
         return self.minutes is not None or self.every_n_steps is not None
 
-    def _write(self, trainer: Trainer, trials: list["Trial"]) -> None:
-        begun = time.monotonic()
+    def _write(self, trainer: Trainer, module: Any) -> None:
+        module.settle()
+        begun, trials = time.monotonic(), module.trials
         observers = trainer.callbacks  # type: ignore[attr-defined]
         excluded, untimed = observer.excluded_seconds(observers), observer.excluded_tokens(observers)
         for index, trial in enumerate(trials):

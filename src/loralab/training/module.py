@@ -1,8 +1,8 @@
 """The LightningModule: loss, metrics and the optimizer of a list of trials on one frozen base."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from loralab import signals
 from loralab.adapters.hooks import BatchSlice
 from loralab.data.base import FORGETTING
 from loralab.data.passes import BatchShape, Feed, Pass, Weighing, heaviest, heaviest_evaluation
@@ -19,6 +20,7 @@ from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
 from loralab.models.architecture import positions
+from loralab.numerics.stacks import received
 from loralab.optim import packed
 from loralab.optim.groups import rate, trial_of
 from loralab.optim.optimizers import restore
@@ -29,9 +31,20 @@ from loralab.training.passes import stack_batches
 from loralab.training.trainer import TrainerSpec
 from loralab.training.trial import Trial
 
+LATE = {"cuda"}  # where the host may read the losses of a step in the pass after it; a CPU has nothing to go on with
 PAUSE = "pause"  # prefix of the scores of a paused trial, which are no validation of its training
 # by the prefix of their metrics
 SPLITS = {"val": "validation", "test": "test", PAUSE: "validation", FORGETTING: FORGETTING}
+
+
+@dataclass(frozen=True)
+class Unread:
+    """The losses and norms of a step, which may still be on their way from the device."""
+
+    of_losses: list[int]  # the trial of each loss, of every pass of the step
+    of_norms: list[int]  # the trial of each norm
+    values: Callable[[], Tensor]  # losses and norms; waits for them
+    rates: list[float]  # of every trial, in this step
 
 
 class FineTuner(LightningModule):
@@ -57,11 +70,15 @@ class FineTuner(LightningModule):
         unpad = unpad and not self.compiles and all(t.adapter.spec.tokenwise for t in trials)
         self.forward_pass = Forward(model, self.task, unpad, packing=any(t.spec.data.packing for t in trials))
         self.others: dict[str, Any] = {}  # callbacks that are no Observer, by name
+        self.reads_late = False  # the losses of a step are read once the next pass is under way on the device
         self.split = "val"
         self._scores: list[SplitMetrics] = []
         self._unread: list[tuple[int, Tensor]] = []  # (trial, loss) of each pass of the step, still on the device
+        self._unsettled: Unread | None = None  # of the last step, where its losses have not been read
+        self._ahead: list[Trial] = []  # those whose ``step`` counts it already
         self._running: dict[int, float] = {}  # {trial: loss} of the optimizer step under way
         self._norms: dict[int, float] = {}
+        self._rates: list[float] = []
         self._micro = 0  # number of the pass within the step under way
         self._last: dict[int, float] = {}  # {trial: loss} of the last finished step
 
@@ -109,12 +126,15 @@ class FineTuner(LightningModule):
         if not batches:
             return None
         total: list[Tensor] = []
-        for index, (loss_sum, _, _) in self.losses(batches, training=True).items():
+        losses = self.losses(batches, training=True)
+        self.settle()  # while the device is busy with this pass
+        for index, (loss_sum, _, _) in losses.items():
             trial, batch = self.trials[index], batches[index]
             total.append(loss_sum / max(1, batch["step_targets"]))
             self._unread.append((index, together.total(total[-1].detach())))
             self._micro = batch["micro"]
-            trial.tokens += batch["tokens"]
+            if trial.failure is None:  # else the step before, which is known by now, was its last
+                trial.tokens += batch["tokens"]
         # undoes Lightning's division by the number of accumulated passes: the loss is normalised already
         return torch.stack(total).sum() * self.trainer.accumulate_grad_batches
 
@@ -134,27 +154,38 @@ class FineTuner(LightningModule):
         under a loss scaler, which skips that update and goes on with half its scale, only once there is no scale to
         halve.
 
-        What the host must know of the step, losses and norms, it waits for here, once, and not for each trial."""
+        What the host must know of the step, losses and norms, it waits for once, and not for each trial: here, or where
+        it reads late in ``settle``. The update of a trial that has failed is then made, of its own values alone."""
         graded = [[p for p in trial.adapter.parameters() if p.grad is not None] for trial in self.trials]
         clipped, norms = self._clipped(optimizer, graded)
-        read = _read([*(loss for _, loss in self._unread), norms])
-        for (index, _), loss in zip(self._unread, read, strict=False):
-            self._running[index] = self._running.get(index, 0.0) + loss
-        for index in [index for index, loss in self._running.items() if not math.isfinite(loss)]:
-            self.trials[index].fail_on_infinite("the training loss")
-            del self._running[index]
-        for index, norm in zip(clipped, read[len(self._unread) :], strict=True):
-            if not norm < float("inf") and not self._skips_update:
-                self.trials[index].fail_on_infinite("the gradient")
-            elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
-                self.trials[index].fail_on_zero_gradient()
-            self._norms[index] = norm
-        self._unread = []
+        values = torch.cat([*(loss.reshape(1) for _, loss in self._unread), norms])
+        of_losses, self._unread = [index for index, _ in self._unread], []
+        unread = Unread(of_losses, clipped, received(values) if self.reads_late else lambda: values, self._rates)
+        if self.reads_late:
+            self._unsettled = unread
+        else:
+            self._judge(unread)
         for trial, parameters in zip(self.trials, graded, strict=True):
             if trial.failure is not None:
                 for parameter in parameters:
                     parameter.grad = None
             trial.updating = True  # Lightning clips last of all before the update
+
+    def _judge(self, unread: Unread) -> None:
+        """Reads the losses and norms of a step. A trial fails where one is not finite, or its gradient is zero."""
+        values: list[float] = unread.values().tolist()
+        losses, norms = values[: len(unread.of_losses)], values[len(unread.of_losses) :]
+        for index, loss in zip(unread.of_losses, losses, strict=True):
+            self._running[index] = self._running.get(index, 0.0) + loss
+        for index in [index for index, loss in self._running.items() if not math.isfinite(loss)]:
+            self.trials[index].fail_on_infinite("the training loss")
+            del self._running[index]
+        for index, norm in zip(unread.of_norms, norms, strict=True):
+            if not norm < float("inf") and not self._skips_update:
+                self.trials[index].fail_on_infinite("the gradient")
+            elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
+                self.trials[index].fail_on_zero_gradient()
+            self._norms[index] = norm
 
     @property
     def _skips_update(self) -> bool:
@@ -177,11 +208,37 @@ class FineTuner(LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """One step of every trial that took part in this step's passes."""
-        self._norms = {}
-        rates = [rate(optimizer, index) for index in range(len(self.trials))]
+        self._rates = [rate(optimizer, index) for index in range(len(self.trials))]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for trial in self.trials:
             trial.updating = False
+        if self._unsettled is None:
+            self._count(self._rates)
+            return
+        stepped = [self.trials[index] for index in set(self._unsettled.of_losses)]
+        self._ahead = [trial for trial in stepped if trial.failure is None]
+        for trial in self._ahead:
+            trial.step += 1
+        interval = self.trials[0].spec.trainer.val_check_interval
+        last = any(not trial.alive or (interval and trial.step % interval == 0) for trial in self._ahead)
+        if last or not self._ahead:
+            self.settle()
+
+    def settle(self) -> None:
+        """Reads the losses of the last step where they have not been read: a trial of which one is not finite has not
+        made that step, and fails. For whoever writes or shows what a step has come to."""
+        with signals.whole():
+            unread, self._unsettled = self._unsettled, None
+            if unread is None:
+                return
+            for trial in self._ahead:
+                trial.step -= 1
+            self._ahead = []
+            self._judge(unread)
+            self._count(unread.rates)
+
+    def _count(self, rates: list[float]) -> None:
+        """Counts the step that was judged, and logs it."""
         for index, loss in self._running.items():
             trial = self.trials[index]
             if trial.failure is None:
@@ -191,8 +248,9 @@ class FineTuner(LightningModule):
                     found = {"train/grad_norm": norm} if norm < float("inf") else {"train/skipped_update": 1.0}
                     trial.log({"train/loss": loss, "train/lr": rates[index], **found})
         self._last = dict(self._running) or self._last
-        self._running = {}
-        self.log("loss", sum(self._last.values()) / max(1, len(self._last)), prog_bar=True, logger=False)
+        self._running, self._norms = {}, {}
+        if not self.reads_late:  # Lightning's own callbacks alone look at it, and it goes to the device first
+            self.log("loss", sum(self._last.values()) / max(1, len(self._last)), prog_bar=True, logger=False)
         if not any(trial.alive for trial in self.trials):
             self.trainer.should_stop = True
 
@@ -261,6 +319,7 @@ class FineTuner(LightningModule):
         ``own``: {index of a trial: values of its own beside those of the pack}. A trial that has ended before this step
         is given nothing: what goes on is not of it.
         """
+        self.settle()
         under_way, latest = self._under_way, max(trial.step for trial in self.trials)
         for index, trial in enumerate(self.trials):
             row = {**values, **(own or {}).get(index, {})}
@@ -308,6 +367,7 @@ class FineTuner(LightningModule):
 
     def progress(self) -> dict[str, Any]:
         """Step, losses, rate and tokens of the pack, for progress lines; a loss is nan before the first step."""
+        self.settle()
         return {
             "step": max(trial.step for trial in self.trials),
             "steps": max(trial.max_steps for trial in self.trials),
@@ -326,12 +386,6 @@ def _clip(parameters: list[nn.Parameter], settings: TrainerSpec) -> Tensor:
     norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
     torch.nn.utils.clip_grad_value_(parameters, bound)
     return norm
-
-
-def _read(tensors: Sequence[Tensor]) -> list[float]:
-    """All values of the tensors; the host waits for the device once."""
-    values: list[float] = torch.cat([tensor.reshape(-1).double() for tensor in tensors]).tolist()
-    return values
 
 
 def _slice(trial: Trial, batch: Batch, training: bool) -> BatchSlice:

@@ -12,6 +12,7 @@ from loralab.spec import NotNegative, arguments
 
 log = logging.getLogger(__name__)
 
+LIVE_SECONDS = 0.1  # between two looks of the live line
 PACK_SECONDS = 30.0  # between plain lines of a pack, of which a sweep has many
 
 
@@ -24,7 +25,7 @@ class ProgressLines(Callback):
     @arguments("callbacks.progress")
     def __init__(self, seconds: NotNegative = 10.0) -> None:
         self.seconds = seconds
-        self._last = self._start = 0.0
+        self._last = self._start = self._shown = 0.0
         self._steps, self._tokens = 0, 0.0
         self._live: _LiveLine | None = None
 
@@ -41,11 +42,16 @@ class ProgressLines(Callback):
         if trainer.progress_bar_callback is not None:
             return
         now, module = time.monotonic(), pl_module
+        several = len(module.trials) > 1  # type: ignore[arg-type]
+        seconds = max(self.seconds, PACK_SECONDS) if several and self.seconds else self.seconds
+        shown = self._live is not None and now - self._shown >= LIVE_SECONDS
+        if not shown and now - self._last < seconds:  # a card need not be waited for
+            return
         state: dict[str, Any] = module.progress()  # type: ignore[operator]
         if self._live is not None:
             self._live.show(state["step"], _losses(state["losses"]))
-        several = len(state["trials"]) > 1
-        if now - self._last < (max(self.seconds, PACK_SECONDS) if several and self.seconds else self.seconds):
+            self._shown = now
+        if now - self._last < seconds:
             return
         self._last = now
         left = (now - self._start) / max(1, state["step"] - self._steps) * (state["steps"] - state["step"])
