@@ -23,12 +23,12 @@ from loralab.records.wandb import Wandb
 from loralab.running.attach import attach_adapter
 from loralab.running.finish import choose, finish, generate, pause
 from loralab.running.forgetting import compare
-from loralab.training import observer, together
+from loralab.training import observer, step_results, together
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.compiling import compiling
 from loralab.training.first_batch import FirstBatch
 from loralab.training.lightning_rows import LightningRows
-from loralab.training.module import LATE, PAUSE, FineTuner
+from loralab.training.module import PAUSE, FineTuner
 from loralab.training.passes import EvaluationPasses, TrainPasses
 from loralab.training.specs import TrialSpec
 from loralab.training.trial import Trial
@@ -161,18 +161,18 @@ class Fit:
                 managed.release(trainer.optimizers[0])
 
     def _fit(self, trainer: Any, passes: Any) -> None:
-        self.module.reads_late = self._reads_late(trainer)
+        self.module.results.late = self._reads_late(trainer)
         try:
             trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
         finally:
-            self.module.settle()
+            self.module.results.settle()
 
     def _reads_late(self, trainer: Any) -> bool:
         """Whether the losses of a step may be read in the next: nobody looks at them in between."""
         alone = not self.module.others and not self.logs and self.spec.trainer.processes == 1
         watched = trainer.progress_bar_callback is not None
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # waits for the gradients of each step itself
-        return self.spec.trainer.device in LATE and alone and not watched and scaler is None
+        return self.spec.trainer.device in step_results.LATE and alone and not watched and scaler is None
 
     def evaluate(self, prefix: str, split: str) -> None:
         """Scores the final state over ``split``, by its loss, by choice and by generation."""

@@ -1,8 +1,7 @@
 """The LightningModule: loss, metrics and the optimizer of a list of trials on one frozen base."""
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from loralab import signals
 from loralab.adapters.hooks import BatchSlice
 from loralab.data.base import FORGETTING
 from loralab.data.passes import BatchShape, Feed, Pass, Weighing, heaviest, heaviest_evaluation
@@ -20,7 +18,6 @@ from loralab.forward.metrics import SplitMetrics
 from loralab.forward.prefix import Prefix, States
 from loralab.forward.stacked import Forward
 from loralab.models.architecture import positions
-from loralab.numerics.stacks import received
 from loralab.optim import packed
 from loralab.optim.groups import rate, trial_of
 from loralab.optim.optimizers import restore
@@ -28,23 +25,13 @@ from loralab.quantization.sequences import decoder_input_ids
 from loralab.training import together
 from loralab.training.cursor import Batch
 from loralab.training.passes import stack_batches
+from loralab.training.step_results import StepResults
 from loralab.training.trainer import TrainerSpec
 from loralab.training.trial import Trial
 
-LATE = {"cuda"}  # where the host may read the losses of a step in the pass after it; a CPU has nothing to go on with
 PAUSE = "pause"  # prefix of the scores of a paused trial, which are no validation of its training
 # by the prefix of their metrics
 SPLITS = {"val": "validation", "test": "test", PAUSE: "validation", FORGETTING: FORGETTING}
-
-
-@dataclass(frozen=True)
-class Unread:
-    """The losses and norms of a step, which may still be on their way from the device."""
-
-    of_losses: list[int]  # the trial of each loss, of every pass of the step
-    of_norms: list[int]  # the trial of each norm
-    values: Callable[[], Tensor]  # losses and norms; waits for them
-    rates: list[float]  # of every trial, in this step
 
 
 class FineTuner(LightningModule):
@@ -70,17 +57,10 @@ class FineTuner(LightningModule):
         unpad = unpad and not self.compiles and all(t.adapter.spec.tokenwise for t in trials)
         self.forward_pass = Forward(model, self.task, unpad, packing=any(t.spec.data.packing for t in trials))
         self.others: dict[str, Any] = {}  # callbacks that are no Observer, by name
-        self.reads_late = False  # the losses of a step are read once the next pass is under way on the device
         self.split = "val"
         self._scores: list[SplitMetrics] = []
-        self._unread: list[tuple[int, Tensor]] = []  # (trial, loss) of each pass of the step, still on the device
-        self._unsettled: Unread | None = None  # of the last step, where its losses have not been read
-        self._ahead: list[Trial] = []  # those whose ``step`` counts it already
-        self._running: dict[int, float] = {}  # {trial: loss} of the optimizer step under way
-        self._norms: dict[int, float] = {}
-        self._rates: list[float] = []
+        self.results = StepResults(trials)
         self._micro = 0  # number of the pass within the step under way
-        self._last: dict[int, float] = {}  # {trial: loss} of the last finished step
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What the trials train, as Lightning's ModelCheckpoint writes it: ``adapters.0.NAME`` of the first trial, and
@@ -131,7 +111,7 @@ class FineTuner(LightningModule):
         for index, (loss_sum, _, _) in losses.items():
             trial, batch = self.trials[index], batches[index]
             total.append(loss_sum / max(1, batch["step_targets"]))
-            self._unread.append((index, together.total(total[-1].detach())))
+            self.results.add(index, together.total(total[-1].detach()))
             self._micro = batch["micro"]
             if trial.failure is None:  # else the step before, which is known by now, was its last
                 trial.tokens += batch["tokens"]
@@ -155,39 +135,15 @@ class FineTuner(LightningModule):
         halve.
 
         What the host must know of the step, losses and norms, it waits for once, and not for each trial: here, or where
-        it reads late in ``settle``. The update of a trial that has failed is then made, of its own values alone."""
+        results are read late in ``settle``."""
         graded = [[p for p in trial.adapter.parameters() if p.grad is not None] for trial in self.trials]
-        clipped, norms = self._clipped(optimizer, graded)
-        values = torch.cat([*(loss.reshape(1) for _, loss in self._unread), norms])
-        of_losses, self._unread = [index for index, _ in self._unread], []
-        unread = Unread(of_losses, clipped, received(values) if self.reads_late else lambda: values, self._rates)
-        if self.reads_late:
-            self._unsettled = unread
-        else:
-            self._judge(unread)
+        self.results.take(*self._clipped(optimizer, graded), self._skips_update)
         for trial, parameters in zip(self.trials, graded, strict=True):
             if trial.failure is not None:
                 for parameter in parameters:
                     parameter.grad = None
             trial.updating = True  # Lightning clips last of all before the update
 
-    def _judge(self, unread: Unread) -> None:
-        """Reads the losses and norms of a step. A trial fails where one is not finite, or its gradient is zero."""
-        values: list[float] = unread.values().tolist()
-        losses, norms = values[: len(unread.of_losses)], values[len(unread.of_losses) :]
-        for index, loss in zip(unread.of_losses, losses, strict=True):
-            self._running[index] = self._running.get(index, 0.0) + loss
-        for index in [index for index, loss in self._running.items() if not math.isfinite(loss)]:
-            self.trials[index].fail_on_infinite("the training loss")
-            del self._running[index]
-        for index, norm in zip(unread.of_norms, norms, strict=True):
-            if not norm < float("inf") and not self._skips_update:
-                self.trials[index].fail_on_infinite("the gradient")
-            elif norm == 0.0 and self._running.get(index, 0.0) > 0.0:
-                self.trials[index].fail_on_zero_gradient()
-            self._norms[index] = norm
-
-    @property
     def _skips_update(self) -> bool:
         """Whether a gradient that is not finite may be the doing of a loss scaler (16-mixed)."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -208,49 +164,27 @@ class FineTuner(LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """One step of every trial that took part in this step's passes."""
-        self._rates = [rate(optimizer, index) for index in range(len(self.trials))]
+        rates = [rate(optimizer, index) for index in range(len(self.trials))]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         for trial in self.trials:
             trial.updating = False
-        if self._unsettled is None:
-            self._count(self._rates)
-            return
-        stepped = [self.trials[index] for index in set(self._unsettled.of_losses)]
-        self._ahead = [trial for trial in stepped if trial.failure is None]
-        for trial in self._ahead:
-            trial.step += 1
+        self.results.made(rates)
         interval = self.trials[0].spec.trainer.val_check_interval
-        last = any(not trial.alive or (interval and trial.step % interval == 0) for trial in self._ahead)
-        if last or not self._ahead:
-            self.settle()
+        ahead = self.results.ahead
+        if any(not trial.alive or (interval and trial.step % interval == 0) for trial in ahead):
+            self.results.settle()
+        if not self.results.late:  # Lightning's own callbacks alone look at it, and it goes to the device first
+            losses = self.results.losses
+            self.log("loss", sum(losses.values()) / max(1, len(losses)), prog_bar=True, logger=False)
+        self._stop_at_the_end()
 
     def settle(self) -> None:
         """Reads the losses of the last step where they have not been read: a trial of which one is not finite has not
         made that step, and fails. For whoever writes or shows what a step has come to."""
-        with signals.whole():
-            unread, self._unsettled = self._unsettled, None
-            if unread is None:
-                return
-            for trial in self._ahead:
-                trial.step -= 1
-            self._ahead = []
-            self._judge(unread)
-            self._count(unread.rates)
+        if self.results.settle():
+            self._stop_at_the_end()
 
-    def _count(self, rates: list[float]) -> None:
-        """Counts the step that was judged, and logs it."""
-        for index, loss in self._running.items():
-            trial = self.trials[index]
-            if trial.failure is None:
-                trial.finish_step()
-                if trial.step % trial.spec.trainer.log_every_n_steps == 0 or not trial.alive:
-                    norm = self._norms.get(index, 0.0)
-                    found = {"train/grad_norm": norm} if norm < float("inf") else {"train/skipped_update": 1.0}
-                    trial.log({"train/loss": loss, "train/lr": rates[index], **found})
-        self._last = dict(self._running) or self._last
-        self._running, self._norms = {}, {}
-        if not self.reads_late:  # Lightning's own callbacks alone look at it, and it goes to the device first
-            self.log("loss", sum(self._last.values()) / max(1, len(self._last)), prog_bar=True, logger=False)
+    def _stop_at_the_end(self) -> None:
         if not any(trial.alive for trial in self.trials):
             self.trainer.should_stop = True
 
@@ -331,7 +265,7 @@ class FineTuner(LightningModule):
     def _under_way(self) -> bool:
         """True if a step has begun that is not finished."""
         begun: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return bool(self._running or self._unread) or (self.trainer.training and begun.ready > begun.processed)
+        return self.results.under_way or (self.trainer.training and begun.ready > begun.processed)
 
     def heaviest(self) -> int | None:
         """The step with the heaviest pass, of those that early stopping cannot prevent; None where no step is left."""
@@ -372,7 +306,7 @@ class FineTuner(LightningModule):
             "step": max(trial.step for trial in self.trials),
             "steps": max(trial.max_steps for trial in self.trials),
             "trials": [trial.spec.id for trial in self.trials],
-            "losses": [self._last.get(index, float("nan")) for index in range(len(self.trials))],
+            "losses": [self.results.losses.get(index, float("nan")) for index in range(len(self.trials))],
             "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "tokens": sum(trial.tokens for trial in self.trials),
         }
