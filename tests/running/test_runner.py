@@ -241,12 +241,6 @@ def test_a_run_that_dies_of_memory_leaves_what_it_used_in_its_record(make_spec, 
     assert (record["time"]["steps"], record["time"]["train_s"] > 0) == (2, True)
 
 
-def test_flat_state_with_a_loss_scaler_is_refused(make_spec):
-    record = Runner().run([make_spec(optimizer=AdamW(flat=True), precision="16-mixed")])[0]
-    assert record["exit_code"] == 2
-    assert "optimizer.flat=true does not go with trainer.precision=16-mixed" in record["error"]
-
-
 def test_flat_and_unflat_state_do_not_share_a_pack(make_spec):
     records = Runner().run([make_spec("one"), make_spec("two", optimizer=AdamW(flat=True))])
     assert [r["exit_code"] for r in records] == [2, 2]

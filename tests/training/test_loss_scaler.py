@@ -10,7 +10,7 @@ from loralab.records.jsonl import rows
 from loralab.running.runner import Runner, check_pack
 from loralab.training.module import FineTuner
 
-UNFUSED = AdamW("adamw_32bit", lr=1e-3)  # torch's own on a CPU is fused, and would unscale by itself
+OPTIMIZERS = [AdamW(lr=1e-3), AdamW("adamw_32bit", lr=1e-3), AdamW(lr=1e-3, flat=True)]
 
 
 @pytest.fixture
@@ -35,8 +35,9 @@ def scaled(monkeypatch):
     return begin
 
 
-def test_an_overflow_skips_its_update_and_ends_nothing(make_spec, scaled):
-    spec = make_spec(precision="bf16-mixed", optimizer=UNFUSED, max_steps=4)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["torch", "bitsandbytes", "flat"])
+def test_an_overflow_skips_its_update_and_ends_nothing(make_spec, scaled, optimizer):
+    spec = make_spec(precision="bf16-mixed", optimizer=optimizer, max_steps=4)
     made = scaled(2.0**127)  # the first loss overflows, and is scaled by 2^7 from then on
     (done,) = Runner().run([spec])
     assert (done["status"], done["time"]["steps"]) == ("completed", 4), done["error"]
@@ -45,6 +46,27 @@ def test_an_overflow_skips_its_update_and_ends_nothing(make_spec, scaled):
     assert "train/grad_norm" not in first[1]
     assert all(0 < row["train/grad_norm"] < float("inf") and "train/skipped_update" not in row for _, row in others)
     assert made[0].get_scale() == 2.0**7
+
+
+def test_flat_buffers_are_stepped_as_their_members_are(make_spec, scaled, curve):
+    """Also where an update is skipped and where a step has several passes."""
+    flat, apart = (
+        make_spec(
+            f"flat={on}",
+            precision="bf16-mixed",
+            optimizer=AdamW(lr=1e-2, flat=on),
+            accumulate_grad_batches=2,
+            gradient_clip_val=0.1,
+        )
+        for on in (True, False)
+    )
+    for spec in (flat, apart):
+        scaled(2.0**127)
+        (done,) = Runner().run([spec])
+        assert done["status"] == "completed", done["error"]
+    assert curve(flat.folder) == curve(apart.folder)
+    assert curve(flat.folder, "train/grad_norm") == curve(apart.folder, "train/grad_norm")
+    assert curve(flat.folder, "train/skipped_update") == [1.0]
 
 
 def test_a_gradient_that_no_scale_makes_finite_is_a_divergence(make_spec, scaled, monkeypatch):
@@ -56,7 +78,7 @@ def test_a_gradient_that_no_scale_makes_finite_is_a_divergence(make_spec, scaled
 
     monkeypatch.setattr(FineTuner, "training_step", broken)
     scaled(4.0, 0.5)
-    (done,) = Runner().run([make_spec(precision="bf16-mixed", optimizer=UNFUSED, max_steps=6)])
+    (done,) = Runner().run([make_spec(precision="bf16-mixed", optimizer=OPTIMIZERS[0], max_steps=6)])
     assert (done["status"], done["exit_code"]) == ("diverged", 5), done["error"]
     assert "the gradient is not finite at step 3" in done["error"]  # scales of 4, 2 and 1
 

@@ -116,8 +116,9 @@ class AnyOptimizer:
         """A parameter group with all its settings: what it lacks it would have from the pack's first trial."""
         return {**self._tried.settings, "params": parameters, "lr": self.lr}
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """One optimizer over the groups of all trials of a pack. Raises ConfigError where it refuses them."""
+    def build(self, groups: list[dict[str, Any]], scaled: bool = False) -> torch.optim.Optimizer:
+        """One optimizer over the groups of all trials of a pack, the same under a loss scaler (``scaled``). Raises
+        ConfigError where it refuses them."""
         try:
             optimizer: torch.optim.Optimizer = self.cls(groups, **self.arguments)
         except (TypeError, ValueError, RuntimeError) as error:

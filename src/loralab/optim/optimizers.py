@@ -90,8 +90,9 @@ class AdamW:
             "eps": self.eps,
         }
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, Any]], scaled: bool = False) -> torch.optim.Optimizer:
         """One optimizer over the groups of all trials of a pack; warns where a paged one can page none of its state.
+        ``scaled``: it serves under a loss scaler.
 
         Raises ConfigError where ``name`` is one of bitsandbytes' and bitsandbytes cannot be imported."""
         if self.name == TORCH and not self.flat and packed.suits(groups):
@@ -102,8 +103,8 @@ class AdamW:
         buffers = [parameter for group in groups for parameter in group["params"]]
         if any(hasattr(parameter, MEMBERS) for parameter in buffers):
             kind = type(f"Flat{kind.__name__}", (_Flat, kind), {})
-        # one kernel for ten per tensor; CPU only: on CUDA a fused step unscales gradients, which forbids clipping
-        fused = {"fused": True} if self.name == TORCH and all(p.device.type == "cpu" for p in buffers) else {}
+        # one kernel for ten per tensor; under a loss scaler it would unscale the gradients itself, after clipping
+        fused = {"fused": True} if self.name == TORCH and not scaled else {}
         optimizer: torch.optim.Optimizer = kind(groups, **fused)
         if self.name in UNPAGED:
             for group in groups:
@@ -112,6 +113,12 @@ class AdamW:
             if not cannot_page():
                 managed.page(optimizer)
         return optimizer
+
+
+def gather(optimizer: Any) -> None:
+    """Lets a loss scaler find the gradients: those of flat buffers are their members' until the update."""
+    if isinstance(optimizer, _Flat):
+        optimizer.gather()
 
 
 def flatten(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -139,21 +146,29 @@ class _Flat(torch.optim.Optimizer):
         if closure is not None:  # here, because clipping is part of Lightning's closure
             with torch.enable_grad():
                 loss = closure()
-        for buffer in self._buffers():
-            members = getattr(buffer, MEMBERS)
-            if any(member.grad is not None for member in members):  # all None: the trial has left its pack
-                buffer.grad = torch.cat([_gradient(member) for member in members])
-                for member in members:
-                    member.grad = None
+        self.gather()
         super().step()
-        for buffer in self._buffers():
-            buffer.grad = None
+        self.zero_grad()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for buffer in self._buffers():
+            buffer.grad = None
             for member in getattr(buffer, MEMBERS):
                 member.grad = None
+
+    def gather(self) -> None:
+        """Makes one gradient of each buffer, of which its members' become views. The update does it, and a loss scaler
+        needs it before."""
+        for buffer in self._buffers():
+            members = getattr(buffer, MEMBERS)
+            if all(member.grad is None for member in members):  # the trial has left its pack
+                buffer.grad = None
+            elif buffer.grad is None:
+                buffer.grad = torch.cat([_gradient(member) for member in members])
+                parts = torch.split(buffer.grad, [member.numel() for member in members])
+                for member, part in zip(members, parts, strict=True):
+                    member.grad = part.view(member.shape)
 
     def _buffers(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:

@@ -207,7 +207,8 @@ class _Step:
         if hasattr(optimizer, "name2qmap"):  # bitsandbytes computes its maps from values, which fake tensors lack
             optimizer.name2qmap = {name: torch.empty(256) for name in ("dynamic", "udynamic")}
             self.tracker.tag(optimizer.name2qmap.values(), "constants")
-        for group in optimizer.param_groups if self.geometry.cuda else ():
+        unfused = self.geometry.cuda and self.spec.trainer.precision == "16-mixed"  # for its loss scaler
+        for group in optimizer.param_groups if unfused else ():
             if "foreach" in group:
                 group["foreach"], group["fused"] = True, False  # torch's choice on CUDA
         return optimizer

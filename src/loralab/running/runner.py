@@ -161,11 +161,6 @@ def check_pack(specs: Sequence[TrialSpec]) -> None:
     """Raises ConfigError for trials that cannot be one pack."""
     if not specs:
         raise ConfigError("there is no trial to run")
-    if any(spec.optimizer.flat and spec.trainer.precision == "16-mixed" for spec in specs):
-        raise ConfigError(
-            "optimizer.flat=true does not go with trainer.precision=16-mixed, whose loss scaler looks for gradients in "
-            "the optimizer's own buffers; valid: bf16-mixed or 32-true, or optimizer.flat=false"
-        )
     if len(specs) == 1:
         return
     if len({spec.pack_key for spec in specs}) > 1:

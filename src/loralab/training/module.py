@@ -20,7 +20,7 @@ from loralab.forward.stacked import Forward
 from loralab.models.architecture import positions
 from loralab.optim import packed
 from loralab.optim.groups import rate, trial_of
-from loralab.optim.optimizers import restore
+from loralab.optim.optimizers import gather, restore
 from loralab.quantization.sequences import decoder_input_ids
 from loralab.training import together
 from loralab.training.cursor import Batch
@@ -120,9 +120,13 @@ class FineTuner(LightningModule):
 
     def on_after_backward(self) -> None:
         """Adds up the gradients of several processes once a step: before they are unscaled, checked and clipped."""
-        if together.several() and self._micro == self.trainer.accumulate_grad_batches - 1:
+        if self._micro < self.trainer.accumulate_grad_batches - 1:
+            return
+        if together.several():
             for trial in self.trials:
                 together.add_gradients(trial.adapter.parameters())
+        if self._scaler is not None:
+            gather(self.trainer.optimizers[0])
 
     def configure_gradient_clipping(
         self,
@@ -146,8 +150,12 @@ class FineTuner(LightningModule):
 
     def _skips_update(self) -> bool:
         """Whether a gradient that is not finite may be the doing of a loss scaler (16-mixed)."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return scaler is not None and float(scaler.get_scale()) > 1.0
+        return self._scaler is not None and float(self._scaler.get_scale()) > 1.0
+
+    @property
+    def _scaler(self) -> Any:
+        """The loss scaler of 16-mixed; None in every other precision, and outside of a Trainer."""
+        return getattr(getattr(self._trainer, "precision_plugin", None), "scaler", None)
 
     def _clipped(self, optimizer: Optimizer, graded: list[list[nn.Parameter]]) -> tuple[list[int], Tensor]:
         """(trials with a gradient, the norm of each before it was clipped)."""
@@ -235,7 +243,7 @@ class FineTuner(LightningModule):
             raise ConfigError(f"trials of one pack share their optimizer class, got {sorted(names)}")
         named = [trial.adapter.named_parameters() for trial in self.trials]
         groups = [group for index, spec in enumerate(specs) for group in spec.groups(named[index], index)]
-        optimizer = specs[0].build(groups)
+        optimizer = specs[0].build(groups, self._scaler is not None)
         restore(optimizer, [trial.optimizer_state for trial in self.trials])
         for trial in self.trials:
             trial.optimizer_state = {}
