@@ -89,6 +89,7 @@ CONFIGURATION = {
     "two equals signs": (["adapter.r==4"], "adapter.r==4 is not understood: one = stands between key and value; valid"),
     "open bracket": (["adapter.rank_pattern={q: 2"], "a bracket or a quote has no counterpart"),
     "grammar": (["optimizer.lr=1e-3,,1"], "'1e-3,,1' is no value of Hydra's grammar; valid: a number"),
+    "nothing to take away": (["~optimizer.mode"], "~optimizer.mode takes away what is not there; valid: a key that"),
     "dots": (["adapter..r=2"], "'adapter..r=2' is not understood; valid: key=value"),
     "no key": (["=2"], "'=2' is not understood; settings are key=value"),
     "several values": (["adapter.r=2,4"], "adapter.r=2,4 holds several values, and this is one run; valid: "),

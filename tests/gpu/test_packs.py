@@ -1,6 +1,6 @@
 """On a card the products and the step of a pack are those of one trial after the other, and the host waits for none."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,6 +12,9 @@ from loralab.adapters.runs import Part
 from loralab.optim import packed
 from loralab.optim.groups import TRIAL
 from loralab.optim.optimizers import AdamW
+from loralab.running.runner import Runner
+from loralab.training import step_results
+from loralab.training.module import FineTuner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -69,3 +72,26 @@ def test_a_pack_is_stepped_as_each_trial_is(monkeypatch):
         found.append([p.detach() for own in trials for p in own])
     for one, together in zip(*found, strict=True):
         torch.testing.assert_close(together, one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+def test_a_step_waits_for_nothing_but_the_results_of_the_one_before(make_spec, make_data, monkeypatch, curve, trials):
+    """Of which an event tells, and no synchronization of the stream."""
+    step, data = FineTuner.optimizer_step, make_data("ragged", batch_size=2)
+
+    def watched(self, *given, **named):
+        made = 2 <= self.trials[0].step < 5  # by then there are moments, and what is made once for these shapes
+        with without_waiting() if made else nullcontext():
+            step(self, *given, **named)
+
+    def run(prefix):
+        specs = [make_spec(f"{prefix}{i}", seed=i, accelerator="gpu", max_steps=6, data=data) for i in range(trials)]
+        assert [(one["status"], one["error"]) for one in Runner().run(specs)] == [("completed", None)] * trials
+        return [curve(spec.folder) for spec in specs]
+
+    monkeypatch.setattr(FineTuner, "optimizer_step", watched)
+    late = run("late")
+    monkeypatch.setattr(FineTuner, "optimizer_step", step)
+    monkeypatch.setattr(step_results, "LATE", set())
+    for one, other in zip(late, run("early"), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)

@@ -52,6 +52,9 @@ def _paragraph(error: BaseException, words: Sequence[str]) -> str:
     if key and "not in struct" in text:
         full = key.group(1).rstrip(".")
         return f"{full} {_neighbours(full, words)}"
+    if absent := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
+        off = f"{absent[1]}=false, or " if absent[1].startswith("sweep.") else ""
+        return f"~{absent[1]} takes away what is not there; valid: {off}a key that 'loralab train --cfg job' shows"
     inner = re.search(r"Could not override '([^']+)'.*Key '[^']+' not in '([^']+)'", text)
     if inner:
         return f"{inner.group(1)} is not an option of {inner.group(2)}; loralab train --cfg hydra shows what is"

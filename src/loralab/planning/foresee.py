@@ -101,7 +101,7 @@ class Foresight:
             return plan
         whose = "plan.budget_gib allows" if settings.budget_gib else f"{device} has"
         text = (
-            f"predicted to need {plan.device_bytes / GIB:.2f} GiB at its peak, and {whose} {room / GIB:.3g} GiB:"
+            f"predicted to need {plan.device_bytes / GIB:.4g} GiB at its peak, and {whose} {room / GIB:.4g} GiB:"
             " a smaller data.batch_size or model.max_length, model.gradient_checkpointing=true or fewer bits need less;"
             " plan.enforce=false starts it all the same"
         )
