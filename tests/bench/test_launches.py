@@ -26,7 +26,7 @@ def test_overlapping_kernels_are_busy_once_and_a_graph_is_one_launch():
         event("gemm", "CUDA", 400, 50),
     ]
     found = on_card(events, steps=2, seconds=800e-9)
-    assert found == {"launches": 3.5, "waits": 1.5, "busy_share": pytest.approx(0.25), "profiled_steps": 2}
+    assert found == {"launches": 3.5, "waits": 2.0, "busy_share": pytest.approx(0.25), "profiled_steps": 2}
 
 
 def test_the_profiled_steps_are_not_timed():
@@ -43,3 +43,28 @@ def test_without_a_profile_every_step_is_timed():
     for _ in range(3):
         clock()
     assert (len(clock.steps()), clock.launches) == (2, None)
+
+
+def test_a_card_is_waited_for_at_the_end_alone(monkeypatch):
+    """A host that waited after each step could not show what it does while the card is busy."""
+    waits, recorded = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            recorded.append(len(recorded) ** 2)
+            self.at = recorded[-1]
+
+        def elapsed_time(self, other):
+            return 1000.0 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(recorded)))
+    clock = Clock("cuda", steps=4)
+    for _ in range(4):
+        clock()
+    assert waits == []
+    assert clock.steps() == [1.0, 3.0, 5.0]
+    assert waits == [4]

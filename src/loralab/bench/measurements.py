@@ -14,32 +14,48 @@ WARM_UP = 3  # steps at the head of a measurement that are not counted
 
 
 class Clock:
-    """When each step ended, everything queued on the device included; the last ``profiled`` of ``steps`` steps are not
-    timed, but what they launch is counted: ``launches``, None where none is profiled."""
+    """When each step ended, everything queued on the device included, for which the host does not wait: it may be a
+    step ahead, as it is where nobody looks. The last ``profiled`` of ``steps`` steps are not timed, but what they
+    launch is counted: ``launches``, None where none is profiled."""
 
     def __init__(self, device: str, steps: int = 0, profiled: int = 0) -> None:
         self.cuda = device == "cuda"
-        self.ends: list[float] = []
+        self._ends: list[Any] = []
         self.launches: Row | None = None
         self._timed, self._last, self._count = steps - profiled, steps, 0
         self._profile: Launches | None = None
 
     def __call__(self) -> None:
-        if self.cuda:
-            import torch
-
-            torch.cuda.synchronize()
         self._count += 1
         if self._profile is None:
-            self.ends.append(time.perf_counter())
+            self._ends.append(self._mark())
         elif self._count == self._last:
+            self._wait()
             self.launches = self._profile.stop(self._last - self._timed)
         if self._count == self._timed < self._last:
+            self._wait()
             self._profile = Launches(self.cuda)
 
     def steps(self) -> list[float]:
         """Seconds of each step but the first, which has no beginning."""
-        return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
+        self._wait()
+        pairs = zip(self._ends, self._ends[1:], strict=False)
+        return [before.elapsed_time(after) / 1000 if self.cuda else after - before for before, after in pairs]
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        import torch
+
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _wait(self) -> None:
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
 
 
 def interleaved(items: Iterable[T], rounds: int) -> Iterator[tuple[int, T]]:
