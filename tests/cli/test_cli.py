@@ -202,6 +202,8 @@ def test_preview_shows_rows_and_leaves_nothing_behind(tiny_arguments, tmp_path, 
     assert "training row 1" in out
     assert "prompt" in out
     assert "target" in out
+    assert main.run(["train", "-m", "--preview", *tiny_arguments, "adapter.r=2,4"]) == 0
+    assert capsys.readouterr().out.startswith("2 trials in runs/")
     assert not list(tmp_path.iterdir())
 
 

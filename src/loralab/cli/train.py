@@ -10,7 +10,8 @@ RUN_DIR = "hydra.run.dir"
 
 
 def run(arguments: Arguments) -> int:
-    """One run, or with -m many; with --preview none, with --from that of a record again."""
+    """One run, or with -m many; with --preview none, but its rows or the many are shown; with --from that of a record
+    again."""
     from loralab.cli import hydra_run
 
     overrides = arguments.overrides()
@@ -21,7 +22,7 @@ def run(arguments: Arguments) -> int:
         return again(arguments, overrides)
     if arguments.allow_changes:
         raise ConfigError("--allow-changes is about a record that is run again; valid: with --from RUN")
-    if arguments.preview:
+    if arguments.preview and not arguments.many:
         return preview(overrides, arguments.config_dir)
     return hydra_run.run(arguments, overrides, arguments.many)
 
@@ -103,7 +104,7 @@ TRAIN = Command(
             "RUN",
         ),
         Flag(("--allow-changes",), "with --from: runs all the same, and says what has changed"),
-        Flag(("--preview",), "shows the first rows as the model sees them; nothing is trained"),
+        Flag(("--preview",), "shows the first rows as the model sees them, with -m the trials; nothing is trained"),
         FRESH,
         *HYDRA,
     ),
