@@ -16,14 +16,14 @@ import torch
 from loralab import reporting
 from loralab.bench import ours, processes
 from loralab.bench.card import __main__ as command
-from loralab.bench.card import paging, session, shapes, speed, stages
+from loralab.bench.card import constants, paging, session, shapes, speed, stages
 from loralab.bench.card.session import CardSession, Case, Skipped
 from loralab.bench.measurements import Clock
 from loralab.bench.processes import Late, ProcessError
 from loralab.config import compose
 from loralab.config.build import trial_spec
 from loralab.planning import plan
-from loralab.reporting import card_figures
+from loralab.reporting import card, card_figures
 from loralab.training.cursor import DataCursor
 
 NAMES = ["machine", "tests", "speed", "plan", "paged", "resume", "halving", "workers"]
@@ -229,6 +229,24 @@ def test_the_page_has_the_charts_of_speed_and_memory_and_crosses_what_died():
     assert "allocator's peak" in figure.caption
     (figure,) = card_figures.memory([{**arm, "device": "cpu"} for arm in arms])
     assert "resident set" in figure.caption
+
+
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_each_stage_and_chart_of_a_rehearsal_says_so(rehearsal):
+    run = {"model": "tiny llama", "quantization": "none", "case": "", "predicted_over_measured": 1.0}
+    stages = {"plan": {"status": "ok", "seconds": 1.0, "runs": [run]}, "workers": {"status": "ok", "seconds": 1.0}}
+    page = card.page({"rehearsal": rehearsal, "stages": stages})
+    marks = page.count("rehearsal on a CPU with tiny shapes")
+    assert marks == (4 if rehearsal else 0)  # the page's title, two stages, a chart
+
+
+def test_a_measurement_names_the_commit_of_the_code(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants.subprocess, "check_output", lambda *a, **k: '{"checks": []}')
+    found = constants.Constants({}).answer({"used_before": None})["environment"]["git"]
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    assert (found or "").removesuffix("-dirty") == done.stdout.strip()
 
 
 def test_without_what_draws_the_page_the_measurements_are_kept(monkeypatch, tmp_path, read):

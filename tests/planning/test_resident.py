@@ -140,6 +140,27 @@ def test_loralab_plan_says_what_a_run_here_would_keep(tiny_arguments, free, caps
     assert "dense weights" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "said", "unsaid"),
+    [
+        (["model.dtype=float32"], "trainer.precision=bf16-mixed (auto): the base computes in bfloat16", "dequantize"),
+        (["model.dtype=bfloat16", "trainer.precision=32-true"], "=32-true: the base computes in bfloat16", "(auto)"),
+        (["quantization=nf4"], "also keeps {dense} GiB of dense weights", "kept beside the codes"),
+        (["quantization=nf4", "quantization.dequantize=per_use"], "one trial", "dense weights"),
+        (["quantization=nf4", "plan.device=cpu"], "trainer.precision=32-true (auto)", "also keeps"),
+    ],
+)
+def test_a_plan_says_for_which_precision_it_is_and_what_a_larger_card_would_keep(
+    tiny_arguments, capsys, monkeypatch, words, said, unsaid
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kept = [word for word in tiny_arguments if not word.startswith(("plan.", "trainer=", "trainer.precision"))]
+    assert main.run(["plan", *kept, *words]) == 0
+    printed = capsys.readouterr().out
+    assert said.format(dense=f"{2 * WEIGHTS / GIB:.3g}") in printed
+    assert unsaid not in printed
+
+
 def test_where_no_card_is_a_plan_of_one_keeps_nothing_but_within_a_budget(spec, monkeypatch):
     made = []
     monkeypatch.setattr(foresee, "predict", lambda spec, device: made.append(spec[0].quantization.dequantize) or LEAN)

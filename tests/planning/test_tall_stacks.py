@@ -64,3 +64,13 @@ def test_loading_holds_one_dense_layer_at_a_time(device, layers, vocabulary, key
     by_hand = linear * doubled / 8 + 2 * dense + 4 * adapters
     spec = llama(layers, "quantization=nf4_double", "adapter.r=64", vocab_size=vocabulary, **keys)
     assert predict(spec, device, length=64).by_phase["load"] == pytest.approx(by_hand, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("groups", "precision", "larger"), [(1, "32-true", "plain"), (4, "32-true", "masked"), (1, "bf16-mixed", "masked")]
+)
+def test_a_plan_of_full_rows_is_the_larger_of_those_with_a_mask_and_without(groups, precision, larger):
+    words = ("model.dtype=float32", "data.batch_size=2", "adapter.r=2", f"trainer.precision={precision}")
+    spec = llama(2, *words, **{**SMALL, "num_key_value_heads": groups})
+    peaks = {name: predict(spec, ragged=name == "masked").predicted_peak_bytes for name in ("plain", "masked")}
+    assert predict(spec).predicted_peak_bytes == peaks[larger] == max(peaks.values())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from loralab.adapters.bottleneck import Bottleneck
 from loralab.adapters.lora import LoRA
 from loralab.adapters.low_rank import LoRADelta
 from loralab.cli import main
@@ -163,11 +164,17 @@ def test_a_machine_without_a_compiler_is_told_so():
         raise TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found in ...")
 
 
-def test_dropout_is_refused_before_the_first_step(pack):
-    specs = [replace(spec, adapter=replace(spec.adapter, lora_dropout=0.1)) for spec in pack("trial")]
+@pytest.mark.parametrize(
+    ("adapter", "key"),
+    [(LoRA(r=2, lora_dropout=0.1), "lora_dropout"), (Bottleneck(bottleneck_size=2, dropout=0.1), "dropout")],
+    ids=["lora", "bottleneck"],
+)
+def test_dropout_is_refused_before_the_first_step_and_named_by_its_own_key(pack, adapter, key):
+    specs = [replace(spec, adapter=adapter) for spec in pack("trial")]
     records = Runner().run(specs)
     assert {one["exit_code"] for one in records} == {2}
-    assert "the dropout of adapter=lora (0.1)" in records[0]["error"]
+    assert f"the dropout of adapter={adapter.method} (0.1)" in records[0]["error"]
+    assert f"valid: adapter.{key}=0, or model.compile=none" in records[0]["error"]
     assert records[0]["time"]["steps"] == 0
 
 

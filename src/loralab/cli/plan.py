@@ -42,6 +42,7 @@ def run(arguments: Arguments) -> int:
         print(json.dumps(predicted.as_dict()))
         return 0
     print(render(predicted), flush=True)
+    print("\n".join(assumed(spec, predicted)), flush=True)
     if spec.model.compile != "none":
         print(f"model.compile={spec.model.compile}: traced as it is computed without it, but for the padding")
     budget = spec.plan.budget_gib or 0.0
@@ -50,6 +51,31 @@ def run(arguments: Arguments) -> int:
         fits = planning.largest(spec, budget * planning.GIB, what, predicted.device, present)
         print(f"largest {what} in {budget:g} GiB, the rest as it is: {fits:,}", flush=True)
     return 0
+
+
+def assumed(spec: "TrialSpec", plan: "Plan") -> list[str]:
+    """What the numbers hold for: lines of precision, dtypes and optimizer, and of dense weights that depend on a card
+    that is not here."""
+    import torch
+
+    from loralab.planning.plan import GIB
+    from loralab.planning.resident import SHARE, computed_in, dense_bytes
+
+    precision, dtype = spec.trainer.precision_on(plan.device), str(computed_in(spec, plan.device))
+    auto = " (auto)" if spec.trainer.precision == "auto" else ""
+    lines = [
+        f"one trial, trainer.precision={precision}{auto}: the base computes in {dtype.removeprefix('torch.')};"
+        f" model.dtype={spec.model.dtype}, optimizer={spec.optimizer.name}"
+    ]
+    told = spec.plan.budget_gib or spec.memory.cap or torch.cuda.is_available()
+    may_keep = spec.quantization.name != "none" and spec.quantization.dequantize == "auto" and spec.memory.continues
+    if plan.device == "cuda" and may_keep and not told:
+        dense = dense_bytes(spec, plan.device) / GIB
+        lines.append(
+            f"quantization.dequantize=auto: a card with {dense / SHARE:.3g} GiB free or more also keeps {dense:.3g} GiB"
+            " of dense weights where they fit, which are not in these numbers; plan.budget_gib=N plans for its N GiB"
+        )
+    return lines
 
 
 def render(plan: "Plan") -> str:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from loralab.data.passes import BatchShape, Pass
 from loralab.errors import ConfigError, nearest
 from loralab.forward.stacked import ForwardMode
 from loralab.planning.geometry import Geometry
-from loralab.planning.resident import AUTOCAST, dense_bytes
+from loralab.planning.resident import AUTOCAST, computed_in, dense_bytes
 from loralab.planning.sizes import homogeneous_layers, sizes
 from loralab.planning.trace import trace
 from loralab.planning.tracker import Segment
@@ -76,8 +78,8 @@ def predict(
     """The plan of one trial, or of a pack (a sequence of trials on one base).
 
     ``rows`` of each trial (null: its batch_size) padded to ``length`` tokens (null: model.max_length). ``ragged``:
-    some rows are padded, which costs attention masks; null: where there is more than one. ``targets``: share of the
-    positions that enter the loss; prompts and padding do not.
+    some rows are padded, which costs attention masks; null: where there is more than one, and that needs more than
+    rows of one length. ``targets``: share of the positions that enter the loss; prompts and padding do not.
     """
     pack = list(spec) if isinstance(spec, Sequence) else [spec]
     return predict_step(pack, _geometry(pack, device, rows, length, ragged, targets))
@@ -94,8 +96,17 @@ def _geometry(
     counts = [rows or trial.data.batch_size for trial in pack]
     batches = tuple(_full(n, length or trial.model.length, targets) for n, trial in zip(counts, pack, strict=True))
     micros = min(2, pack[0].trainer.accumulate_grad_batches)  # further ones need no more memory
-    ragged = sum(counts) > 1 if ragged is None else ragged
+    ragged = sum(counts) > 1 and not _masks_save(pack[0], device) if ragged is None else ragged
     return Geometry((Pass(0, batches),) * micros, device != "cpu", ragged=ragged)
+
+
+def _masks_save(spec: TrialSpec, device: str) -> bool:
+    """Whether rows of one length need more than padded ones: CUDA has no fused kernel in float32 for fewer key heads
+    than query heads, which transformers repeats only beside a mask (planning/attention.py)."""
+    config = spec.model.architecture().get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    grouped = (getattr(config, "num_key_value_heads", None) or heads) < heads
+    return grouped and device != "cpu" and computed_in(spec, device) == torch.float32
 
 
 def _full(rows: int, length: int, targets: float) -> BatchShape:

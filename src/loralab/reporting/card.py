@@ -1,6 +1,7 @@
 """The page of ``make gpu``: what was measured on one card, from gpu.json alone."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loralab.analysis.values import Json
@@ -38,6 +39,7 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Json]], Iterator[Figure]]]] = {
     "plan": ("runs", card_figures.ratios),
     **dict.fromkeys(("paged", "ballast"), ("arms", card_figures.memory)),
 }
+REHEARSAL = "rehearsal on a CPU with tiny shapes"  # on every chart, since each may be saved alone
 STAGES = ("machine", "tests", "speed", *TABLES)
 TITLES = {
     "length": "tokens",
@@ -62,13 +64,17 @@ def page(result: Json) -> str:
         Tile(stage["status"], f"{name}, {stage['seconds']:.0f} s", stage["status"] in ("failed", "timeout"))
         for name, stage in result["stages"].items()
     ]
-    stages = [_stage(name, stage) for name in STAGES if (stage := result["stages"].get(name))]
-    return render("card.html", title="GPU", rehearsal=result["rehearsal"], tiles=tiles, stages=stages, bundle=bundle())
+    mark = REHEARSAL if result["rehearsal"] else ""
+    stages = [_stage(name, stage, mark) for name in STAGES if (stage := result["stages"].get(name))]
+    title = f"GPU, {mark}" if mark else "GPU"
+    return render("card.html", title=title, mark=mark, tiles=tiles, stages=stages, bundle=bundle())
 
 
-def _stage(name: str, stage: Json) -> Json:
+def _stage(name: str, stage: Json, mark: str) -> Json:
     key, draw = FIGURES.get(name, ("", card_figures.ratios))
     figures = list(draw(stage.get(key, [])))
+    if mark:
+        figures = [replace(figure, spec={**figure.spec, "title": mark}) for figure in figures]
     return {"name": name, "facts": dict(_facts(stage)), "figures": figures, "tables": _tables(name, stage)}
 
 
@@ -78,7 +84,11 @@ def _facts(stage: Json) -> Iterator[tuple[str, str]]:
     named |= {"cuda": "CUDA of torch", "summary": "summary", "output": "output", "loss_difference": "loss difference"}
     named |= {"same_bits": "same bits", "same_paged_bytes": "same paged bytes"}
     yield from ((term, str(stage[key])) for key, term in named.items() if stage.get(key) not in (None, ""))
-    versions = stage.get("environment", {}).get("versions", {})
+    environment = stage.get("environment", {})
+    yield from (
+        (term, environment[key]) for key, term in (("git", "commit"), ("cpu", "processor")) if environment.get(key)
+    )
+    versions = environment.get("versions", {})
     yield from ((name, str(value)) for name, value in versions.items() if value)
     for check in stage.get("doctor", []):
         yield f"doctor: {check['name']}", f"{check['status']}: {check['detail']}"

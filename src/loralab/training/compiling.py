@@ -5,6 +5,7 @@ where an adapter's function has no gradients and could not be in a graph, and th
 """
 
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -32,14 +33,18 @@ class CompileBlocks(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         blocks(module.model)
-        drawn = {"the base": max(base_dropout(module.model), own_dropout(module.model.config))}
-        drawn |= {f"adapter={trial.spec.adapter.method}": base_dropout(trial.adapter) for trial in module.trials}
-        for whose, share in drawn.items():
+        drawn = [
+            ("the base", max(base_dropout(module.model), own_dropout(module.model.config)), "model.dropout=0, or ")
+        ]
+        drawn += [
+            (f"adapter={trial.spec.adapter.method}", base_dropout(trial.adapter), _without_dropout(trial.spec.adapter))
+            for trial in module.trials
+        ]
+        for whose, share, remedy in drawn:
             if share > 0:
                 raise ConfigError(
                     f"model.compile={self.how}: the dropout of {whose} ({share:g}) draws its masks from a key of its "
-                    f"own at each step, which one graph cannot hold; valid: model.dropout=0 and "
-                    f"adapter.lora_dropout=0, or {NONE.removeprefix('valid: ')}"
+                    f"own at each step, which one graph cannot hold; valid: {remedy}{NONE.removeprefix('valid: ')}"
                 )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -72,3 +77,9 @@ class CompileBlocks(Callback):
         self._validation.close()
         switch_off(pl_module.model)
         self._on = False
+
+
+def _without_dropout(adapter: Any) -> str:
+    """What takes an adapter's dropout away, in the words of its own fields; empty where none is named so."""
+    names = [field.name for field in fields(adapter) if field.name.endswith("dropout")]
+    return "".join(f"adapter.{name}=0, or " for name in names)

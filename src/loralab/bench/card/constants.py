@@ -11,12 +11,13 @@ import sys
 import torch
 from torch import nn
 
-from loralab.bench.processes import Row
+from loralab.bench.processes import SOURCE, Row
 from loralab.bench.setup import describe_machine
 from loralab.memory.ledgers import Host
 from loralab.planning.plan import CONTEXT
 from loralab.planning.workspace import THREADS, held_workspaces
 from loralab.quantization.four_bit import FourBit
+from loralab.records.environment import git_state
 
 DOCTOR = [sys.executable, "-m", "loralab.cli.main", "doctor", "--json"]
 
@@ -33,7 +34,11 @@ class Constants:
         planned = {"context_bytes": CONTEXT, "workspaces_bytes": held_workspaces(), "workspaces": THREADS}
         doctor = subprocess.check_output(DOCTOR, stdin=subprocess.DEVNULL)
         findings = json.loads(doctor)["checks"]
-        return {"constants": {**measured, "planned": planned}, "environment": describe_machine(), "doctor": findings}
+        machine = {
+            **describe_machine(),
+            "git": git_state(SOURCE),
+        }  # of the code that is measured; records: of their folder
+        return {"constants": {**measured, "planned": planned}, "environment": machine, "doctor": findings}
 
 
 def on_card(used_before: int | None) -> Row:

@@ -18,7 +18,10 @@ def speed(session: CardSession, stage: Row) -> None:
     dtype and on the same rows. Raises Skipped where the card has memory for none of the bases."""
     stage["bases"] = []
     if session.rehearsal:
-        stage["stood_in"] = "torch's operators, for kernels launched; Liger's kernels need a card"
+        stage["stood_in"] = (
+            "torch's operators, for kernels launched: on a CPU more with each trial, as on no card; "
+            "Liger's kernels need a card"
+        )
     for number, speed in enumerate(session.sizes.speed):
         bases: list[Row] = [_base(speed, shape) for shape in speed.shapes]
         stage["bases"] += bases
