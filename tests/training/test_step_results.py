@@ -199,3 +199,27 @@ def test_it_is_not_late_where_a_callback_of_the_users_own_looks_at_each_step(mak
     Runner().run([make_spec(max_steps=3, callbacks={"looks": Looks})])
     assert "read" not in happened
     assert [step for step, _ in seen] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("reads", ["early", "late"])
+def test_a_trial_that_fails_in_a_step_whose_update_ran_out_of_memory_has_diverged(make_spec, late, monkeypatch, reads):
+    happened = late() if reads == "late" else []
+    taken, clipping = step_results.StepResults.take, FineTuner.configure_gradient_clipping
+
+    def broken(self, of_norms, norms, skips):
+        self._of_passes = [
+            (i, loss * float("nan") if self.trials[0].step == 2 else loss) for i, loss in self._of_passes
+        ]
+        taken(self, of_norms, norms, skips)
+
+    def full(self, *given, **named):
+        clipping(self, *given, **named)
+        if self.trials[0].step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step_results.StepResults, "take", broken)
+    monkeypatch.setattr(FineTuner, "configure_gradient_clipping", full)
+    (failed,) = Runner().run([make_spec(max_steps=4)])
+    assert (failed["status"], failed["time"]["steps"]) == ("diverged", 2)
+    assert "the training loss is not finite at step 3" in failed["error"]
+    assert happened.count("read") == (3 if reads == "late" else 0)

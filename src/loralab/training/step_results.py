@@ -89,17 +89,18 @@ class StepResults:
 
     def made(self, rates: list[float]) -> None:
         """The update was made, with these learning rates of the trials."""
-        taken, self._taken = self._taken, None
-        if taken is None:
-            return
-        took_part = set(taken.of_losses) if isinstance(taken, Unread) else taken[0].keys()
-        stepped = [index for index in took_part if self.trials[index].failure is None]
-        if isinstance(taken, Unread):
+        with signals.whole():
+            taken, self._taken = self._taken, None
+            if taken is None:
+                return
+            took_part = set(taken.of_losses) if isinstance(taken, Unread) else taken[0].keys()
+            stepped = [index for index in took_part if self.trials[index].failure is None]
+            if not isinstance(taken, Unread):
+                self._count(stepped, taken, rates)
+                return
             self._unread, self._ahead = (taken, rates), stepped
             for trial in self.ahead:
                 trial.step += 1
-        else:
-            self._count(stepped, taken, rates)
 
     def settle(self) -> bool:
         """Reads, counts and logs the last step; False, and nothing is done, where that was done before."""
@@ -113,6 +114,14 @@ class StepResults:
             unread, rates = waiting
             self._count(stepped, unread.judged(self.trials), rates)
         return True
+
+    def close(self) -> None:
+        """The fit is over, maybe by an error: settles, and a trial that fails in a step whose update was cut short has
+        failed."""
+        self.settle()
+        taken, self._taken = self._taken, None
+        if isinstance(taken, Unread):
+            taken.judged(self.trials)
 
     def _count(self, stepped: Sequence[int], results: Results, rates: list[float]) -> None:
         losses, norms = results
