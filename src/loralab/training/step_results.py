@@ -62,7 +62,7 @@ class StepResults:
         self._of_passes: list[tuple[int, Tensor]] = []  # (trial, loss) of each pass of the step, still on the device
         self._taken: Unread | Results | None = None  # of a step whose update is under way
         self._unread: tuple[Unread, list[float]] | None = None  # of the last step, and its rates
-        self._ahead: list[int] = []  # those whose ``step`` counts that one
+        self._ahead: dict[int, int] = {}  # those whose ``step`` counts that one, and what it was before
 
     @property
     def under_way(self) -> bool:
@@ -98,21 +98,24 @@ class StepResults:
             if not isinstance(taken, Unread):
                 self._count(stepped, taken, rates)
                 return
-            self._unread, self._ahead = (taken, rates), stepped
-            for trial in self.ahead:
-                trial.step += 1
+            self._unread, self._ahead = (taken, rates), {index: self.trials[index].step for index in stepped}
+            for index, step in self._ahead.items():
+                self.trials[index].step = step + 1
 
     def settle(self) -> bool:
         """Reads, counts and logs the last step; False, and nothing is done, where that was done before."""
         with signals.whole():
-            waiting, self._unread = self._unread, None
-            if waiting is None:
+            if self._unread is None:
                 return False
             for trial in self.ahead:
-                trial.step -= 1
-            stepped, self._ahead = self._ahead, []
-            unread, rates = waiting
-            self._count(stepped, unread.judged(self.trials), rates)
+                trial.counting = True
+            (unread, rates), self._unread = self._unread, None
+            stepped, self._ahead = self._ahead, {}
+            for index, step in stepped.items():
+                self.trials[index].step = step
+            self._count(list(stepped), unread.judged(self.trials), rates)
+            for index in stepped:
+                self.trials[index].counting = False
         return True
 
     def close(self) -> None:
@@ -127,9 +130,11 @@ class StepResults:
         losses, norms = results
         for index in [index for index in stepped if index in losses]:
             trial = self.trials[index]
+            trial.counting = True
             trial.finish_step()
             if trial.step % trial.spec.trainer.log_every_n_steps == 0 or not trial.alive:
                 norm = norms.get(index, 0.0)
                 found = {"train/grad_norm": norm} if norm < float("inf") else {"train/skipped_update": 1.0}
                 trial.log({"train/loss": losses[index], "train/lr": rates[index], **found})
+            trial.counting = False
         self.losses = losses or self.losses
