@@ -240,9 +240,9 @@ def test_a_step_whose_counting_is_cut_short_is_in_no_checkpoint(
     Runner().run([whole])
     if reads == "late":
         late()
-    before = signal.getsignal(signal.SIGTERM)
+    before, real = signal.getsignal(signal.SIGTERM), getattr(Trial, place)
 
-    def twice(self, *given, real=getattr(Trial, place)):
+    def twice(self, *given):
         if self.step == (1 if place == "finish_step" else 2):
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
