@@ -3,6 +3,7 @@ a copy of its factors in half precision."""
 
 import pytest
 
+from loralab.adapters.bottleneck import Bottleneck
 from loralab.adapters.lora import LoRA
 from loralab.data.passes import BatchShape, Pass
 from loralab.numerics.shadows import Shadowed
@@ -35,6 +36,20 @@ def test_the_plan_of_a_pack_on_a_card_counts_the_masks_that_are_kept_for_the_gra
     dry, wet = (plan.by_kind["activations"] for plan in plans)
     inputs = 2 * (6 * 64 + 128)  # of the layers of two blocks, an element each at a position
     assert wet - dry == 4 * LENGTH * inputs  # a byte for each
+
+
+@pytest.mark.parametrize("trials", [1, 4])
+def test_the_plan_for_a_card_counts_the_masks_of_bottleneck_adapters(make_spec, trials):
+    dry, wet = (
+        predict_step(
+            [make_spec(f"{p}-{i}", adapter=Bottleneck(bottleneck_size=2, dropout=p)) for i in range(trials)],
+            Geometry((Pass(0, (BATCH,) * trials),), cuda=True),
+        ).by_phase["forward"]
+        for p in (0.0, 0.1)
+    )
+    assert (
+        wet - dry == trials * LENGTH * 64 * 4
+    )  # a byte for each element of what two adapters in each of two blocks add
 
 
 def test_the_plan_of_a_pack_on_a_card_counts_its_factors_in_half_precision(make_spec, monkeypatch):

@@ -77,6 +77,20 @@ def test_a_users_trainer_makes_the_steps_of_a_run(spec, make_trainer, curve, tmp
     assert "lr-AdamW" in (tmp_path / "csv/lightning_logs/version_0/metrics.csv").read_text()
 
 
+def test_a_fit_that_was_broken_off_within_a_step_leaves_nothing_to_the_next(make_spec, make_trainer):
+    class Breaks(Callback):
+        def on_before_backward(self, *_):
+            raise RuntimeError("broken off")
+
+    module, data = module_and_data(make_spec())
+    with pytest.raises(RuntimeError, match="broken off"):
+        make_trainer(Breaks(), max_steps=2).fit(module, data)
+    again, anew = Logged(), Logged()
+    make_trainer(again, max_steps=2).fit(module, data)
+    make_trainer(anew, max_steps=2).fit(*module_and_data(make_spec()))
+    assert again.losses == anew.losses
+
+
 @pytest.mark.parametrize("family", ["t5", "roberta"])
 def test_every_task_has_the_scores_of_a_run(family, make_spec, make_trainer, curve):
     spec = make_spec(family=family, max_steps=2)

@@ -11,12 +11,14 @@ from loralab import signals
 from loralab.adapters.lora import LoRA
 from loralab.errors import Interrupted
 from loralab.memory.phases import PhaseMemory
+from loralab.optim.foreign import AnyOptimizer
 from loralab.optim.optimizers import AdamW
 from loralab.running.runner import Runner
 from loralab.training import checkpoint, step_results
 from loralab.training.checkpoint import Checkpoint
 from loralab.training.module import FineTuner
 from loralab.training.progress import ProgressLines
+from loralab.training.trial import Trial
 
 TIMED = ("time/", "memory/")
 
@@ -199,3 +201,64 @@ def test_it_is_not_late_where_a_callback_of_the_users_own_looks_at_each_step(mak
     Runner().run([make_spec(max_steps=3, callbacks={"looks": Looks})])
     assert "read" not in happened
     assert [step for step, _ in seen] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("reads", ["early", "late"])
+def test_a_trial_that_fails_in_a_step_whose_update_ran_out_of_memory_has_diverged(make_spec, late, monkeypatch, reads):
+    happened = late() if reads == "late" else []
+    taken, clipping = step_results.StepResults.take, FineTuner.configure_gradient_clipping
+
+    def broken(self, of_norms, norms, skips):
+        self._of_passes = [
+            (i, loss * float("nan") if self.trials[0].step == 2 else loss) for i, loss in self._of_passes
+        ]
+        taken(self, of_norms, norms, skips)
+
+    def full(self, *given, **named):
+        clipping(self, *given, **named)
+        if self.trials[0].step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step_results.StepResults, "take", broken)
+    monkeypatch.setattr(FineTuner, "configure_gradient_clipping", full)
+    (failed,) = Runner().run([make_spec(max_steps=4)])
+    assert (failed["status"], failed["time"]["steps"]) == ("diverged", 2)
+    assert "the training loss is not finite at step 3" in failed["error"]
+    assert happened.count("read") == (3 if reads == "late" else 0)
+
+
+@pytest.mark.parametrize("place", ["finish_step", "log"])
+@pytest.mark.parametrize("reads", ["early", "late"])
+def test_a_step_whose_counting_is_cut_short_is_in_no_checkpoint(
+    make_spec, late, monkeypatch, curve, weights, reads, place
+):
+    """By a second signal, which does not wait; also where no state of the optimizer says its step."""
+    sgd = AnyOptimizer(target="torch.optim.SGD", lr=1e-2, arguments={"momentum": 0.9})
+    shared = {"max_steps": 3, "val_check_interval": 2, "log_every_n_steps": 1, "optimizer": sgd}
+    shared["callbacks"] = {"checkpoint": lambda: Checkpoint(minutes=None, every_n_steps=100)}
+    whole, cut = make_spec("whole", **shared), make_spec("cut", **shared)
+    Runner().run([whole])
+    if reads == "late":
+        late()
+    before, real = signal.getsignal(signal.SIGTERM), getattr(Trial, place)
+
+    def twice(self, *given):
+        if self.step == (1 if place == "finish_step" else 2):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+        real(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trial, place, twice)
+        signals.listen()
+        try:
+            with pytest.raises(Interrupted):
+                Runner().run([cut])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert not checkpoint.path(cut.folder).exists()
+    (done,) = Runner().run([cut])
+    assert done["status"] == "completed", done["error"]
+    assert curve(cut.folder) == curve(whole.folder)
+    assert all(torch.equal(value, weights(cut.folder)[key]) for key, value in weights(whole.folder).items())

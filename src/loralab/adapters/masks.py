@@ -48,8 +48,8 @@ def scale_of(p: float) -> float:
 
 
 def kept(sizes: Sequence[int], keys: Sequence[int | None], rates: Sequence[float], length: int, x: Tensor) -> Tensor:
-    """Which elements of x (positions, width) are kept, bool: of each trial's ``sizes`` positions by its key and rate
-    alone, whoever shares the pass. A trial without a key keeps all.
+    """Which elements of the positions of x (..., width) are kept, bool, (positions, width): of each trial's ``sizes``
+    positions by its key and rate alone, whoever shares the pass. A trial without a key keeps all.
 
     ``length``: positions of a row, padding counted; a longer padding changes no mask.
     """
@@ -57,7 +57,7 @@ def kept(sizes: Sequence[int], keys: Sequence[int | None], rates: Sequence[float
     dropped_of = tuple(0 if key is None else lanes_dropped(p) for key, p in zip(keys, rates, strict=True))
     width = x.shape[-1]
     if isinstance(x, FakeTensor):  # nothing that is kept for the real ones
-        starts, columns = (x.new_empty(*shape, dtype=torch.int64) for shape in ((len(x), 1), (-(-width // 4),)))
+        starts, columns = (x.new_empty(*shape, dtype=torch.int64) for shape in ((sum(sizes), 1), (-(-width // 4),)))
         threshold: Tensor | int = 0
     else:
         trials = tuple(getattr(key, "trial", key or 0) for key in keys)

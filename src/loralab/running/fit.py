@@ -165,7 +165,7 @@ class Fit:
         try:
             trainer.fit(self.module, passes, EvaluationPasses(self.trials, "validation"))
         finally:
-            self.module.results.settle()
+            self.module.results.close()
 
     def _reads_late(self, trainer: Any) -> bool:
         """Whether the losses of a step may be read in the next: nobody looks at them in between."""

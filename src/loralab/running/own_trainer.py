@@ -24,6 +24,7 @@ from loralab.training.first_batch import FirstBatch
 from loralab.training.module import FineTuner
 from loralab.training.passes import EvaluationPasses
 from loralab.training.specs import TrialSpec
+from loralab.training.step_results import StepResults
 from loralab.training.trial import Trial
 
 
@@ -85,6 +86,7 @@ class AdapterModule(FineTuner):
 
     def on_fit_start(self) -> None:
         self.train()  # Lightning keeps the mode of the module, and from_pretrained leaves it in evaluation mode
+        self.results = StepResults(self.trials)  # an earlier fit may have been broken off within a step
 
     def on_train_start(self) -> None:
         self.trial.step, self.trial.last_logged_step = self.trainer.global_step, -1

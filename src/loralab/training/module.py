@@ -174,9 +174,9 @@ class FineTuner(LightningModule):
         """One step of every trial that took part in this step's passes."""
         rates = [rate(optimizer, index) for index in range(len(self.trials))]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.results.made(rates)
         for trial in self.trials:
             trial.updating = False
-        self.results.made(rates)
         interval = self.trials[0].spec.trainer.val_check_interval
         ahead = self.results.ahead
         if any(not trial.alive or (interval and trial.step % interval == 0) for trial in ahead):

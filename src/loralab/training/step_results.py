@@ -62,7 +62,7 @@ class StepResults:
         self._of_passes: list[tuple[int, Tensor]] = []  # (trial, loss) of each pass of the step, still on the device
         self._taken: Unread | Results | None = None  # of a step whose update is under way
         self._unread: tuple[Unread, list[float]] | None = None  # of the last step, and its rates
-        self._ahead: list[int] = []  # those whose ``step`` counts that one
+        self._ahead: dict[int, int] = {}  # those whose ``step`` counts that one, and what it was before
 
     @property
     def under_way(self) -> bool:
@@ -89,38 +89,52 @@ class StepResults:
 
     def made(self, rates: list[float]) -> None:
         """The update was made, with these learning rates of the trials."""
-        taken, self._taken = self._taken, None
-        if taken is None:
-            return
-        took_part = set(taken.of_losses) if isinstance(taken, Unread) else taken[0].keys()
-        stepped = [index for index in took_part if self.trials[index].failure is None]
-        if isinstance(taken, Unread):
-            self._unread, self._ahead = (taken, rates), stepped
-            for trial in self.ahead:
-                trial.step += 1
-        else:
-            self._count(stepped, taken, rates)
+        with signals.whole():
+            taken, self._taken = self._taken, None
+            if taken is None:
+                return
+            took_part = set(taken.of_losses) if isinstance(taken, Unread) else taken[0].keys()
+            stepped = [index for index in took_part if self.trials[index].failure is None]
+            if not isinstance(taken, Unread):
+                self._count(stepped, taken, rates)
+                return
+            self._unread, self._ahead = (taken, rates), {index: self.trials[index].step for index in stepped}
+            for index, step in self._ahead.items():
+                self.trials[index].step = step + 1
 
     def settle(self) -> bool:
         """Reads, counts and logs the last step; False, and nothing is done, where that was done before."""
         with signals.whole():
-            waiting, self._unread = self._unread, None
-            if waiting is None:
+            if self._unread is None:
                 return False
             for trial in self.ahead:
-                trial.step -= 1
-            stepped, self._ahead = self._ahead, []
-            unread, rates = waiting
-            self._count(stepped, unread.judged(self.trials), rates)
+                trial.counting = True
+            (unread, rates), self._unread = self._unread, None
+            stepped, self._ahead = self._ahead, {}
+            for index, step in stepped.items():
+                self.trials[index].step = step
+            self._count(list(stepped), unread.judged(self.trials), rates)
+            for index in stepped:
+                self.trials[index].counting = False
         return True
+
+    def close(self) -> None:
+        """The fit is over, maybe by an error: settles, and a trial that fails in a step whose update was cut short has
+        failed."""
+        self.settle()
+        taken, self._taken = self._taken, None
+        if isinstance(taken, Unread):
+            taken.judged(self.trials)
 
     def _count(self, stepped: Sequence[int], results: Results, rates: list[float]) -> None:
         losses, norms = results
         for index in [index for index in stepped if index in losses]:
             trial = self.trials[index]
+            trial.counting = True
             trial.finish_step()
             if trial.step % trial.spec.trainer.log_every_n_steps == 0 or not trial.alive:
                 norm = norms.get(index, 0.0)
                 found = {"train/grad_norm": norm} if norm < float("inf") else {"train/skipped_update": 1.0}
                 trial.log({"train/loss": losses[index], "train/lr": rates[index], **found})
+            trial.counting = False
         self.losses = losses or self.losses

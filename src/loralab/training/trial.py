@@ -56,6 +56,7 @@ class Trial:
     clock: Clock = field(default_factory=Clock)
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # {split: its generated rows}
     updating: bool = False  # the optimizer has begun to change the parameters and has not ended
+    counting: bool = False  # a step is being counted: ``step``, the parameters and the rows are not all of one
     optimizer_state: State = field(default_factory=dict)  # on the host, between fits; empty before the first step
     callback_states: dict[str, Any] = field(default_factory=dict)  # {callback: its state_dict} after the last step
     scaler_state: dict[str, Any] = field(default_factory=dict)  # of the loss scaler (16-mixed), which a pack shares
@@ -159,7 +160,10 @@ class Trial:
         return self.is_in_step(state or {}) and (state is not None or not self.step)
 
     def is_in_step(self, state: State) -> bool:
-        """True if an optimizer's state is that of the last finished step, False where an update was cut short."""
+        """True if an optimizer's state is that of the last finished step, False where an update was cut short, or the
+        counting of its step."""
+        if self.counting:
+            return False
         if not self.spec.optimizer.counts_steps:
             return not self.updating
         return all(int(moments.get("step", 0)) <= self.step for moments in state.values())
@@ -167,7 +171,7 @@ class Trial:
     def restart(self, adapter: Adapter) -> None:
         """Goes back to the first step with a newly drawn adapter; rows that were logged are not logged again."""
         self.adapter, self.last_logged_step = adapter, max(self.last_logged_step, self.step)
-        self.step, self.tokens, self.updating = 0, 0, False
+        self.step, self.tokens, self.updating, self.counting = 0, 0, False, False
         self.optimizer_state, self.last_validated_step, self.metrics, self.predictions = {}, -1, {}, {}
         self.best, self.last, self.callback_states, self._held = None, None, {}, (0, {})
         self._begin_stopping()
