@@ -19,7 +19,7 @@ def test_overlapping_kernels_are_busy_once_and_a_graph_is_one_launch():
         *[event("cudaLaunchKernel")] * 5,
         *[event("cuLaunchKernelEx"), event("cudaGraphLaunch"), event("aten::mm"), event("cudaMemcpyAsync")],
         *[event("cudaStreamSynchronize")] * 4,
-        event("cudaDeviceSynchronize"),
+        *[event("cudaDeviceSynchronize")] * 2,
         event("gemm", "CUDA", 0, 100),
         event("Memcpy HtoD", "CUDA", 50, 100),  # on another stream
         event("gemm", "CUDA", 60, 10),

@@ -249,5 +249,5 @@ def test_launches_waits_and_the_busy_share_are_counted():
         float(x[0, 0])
         clock()
     assert clock.launches["launches"] >= 10
-    assert clock.launches["waits"] >= 1
+    assert clock.launches["waits"] == 1
     assert 0 < clock.launches["busy_share"] <= 1

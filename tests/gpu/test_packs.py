@@ -95,3 +95,19 @@ def test_a_step_waits_for_nothing_but_the_results_of_the_one_before(make_spec, m
     monkeypatch.setattr(step_results, "LATE", set())
     for one, other in zip(late, run("early"), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_what_is_not_finite_in_one_trial_reaches_no_other(make_spec, make_data, monkeypatch):
+    """It is in one pass more than its last step."""
+    step, data = FineTuner.training_step, make_data("ragged", batch_size=2)
+
+    def spoiled(self, batches, index):
+        if self.trials[1].step == 2:
+            for parameter in self.trials[1].adapter.parameters():
+                parameter.data.fill_(float("nan"))
+        return step(self, batches, index)
+
+    monkeypatch.setattr(FineTuner, "training_step", spoiled)
+    common = {"accelerator": "gpu", "precision": "bf16-mixed", "max_steps": 6, "data": data}
+    records = Runner().run([make_spec(f"{i}", seed=i, **common) for i in range(3)])
+    assert [one["status"] for one in records] == ["completed", "diverged", "completed"]

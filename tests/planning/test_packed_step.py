@@ -47,9 +47,8 @@ def test_the_plan_for_a_card_counts_the_masks_of_bottleneck_adapters(make_spec, 
         ).by_phase["forward"]
         for p in (0.0, 0.1)
     )
-    assert (
-        wet - dry == trials * LENGTH * 64 * 4
-    )  # a byte for each element of what two adapters in each of two blocks add
+    added = trials * LENGTH * 64 * 4  # elements, by two adapters in each of two blocks
+    assert wet - dry == added  # a byte for each
 
 
 def test_the_plan_of_a_pack_on_a_card_counts_its_factors_in_half_precision(make_spec, monkeypatch):

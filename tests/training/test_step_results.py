@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -201,6 +202,15 @@ def test_it_is_not_late_where_a_callback_of_the_users_own_looks_at_each_step(mak
     Runner().run([make_spec(max_steps=3, callbacks={"looks": Looks})])
     assert "read" not in happened
     assert [step for step, _ in seen] == [1, 2, 3]
+
+
+def test_it_is_not_late_where_autograd_raises_at_what_is_not_finite(make_spec, late):
+    happened, spec = late(), make_spec(max_steps=3)
+    trainer = replace(spec.trainer, passed={"detect_anomaly": True})
+    (done,) = Runner().run([replace(spec, trainer=trainer)])
+    assert done["status"] == "completed", done["error"]
+    assert "pass" in happened
+    assert "read" not in happened
 
 
 @pytest.mark.parametrize("reads", ["early", "late"])

@@ -157,7 +157,7 @@ def _way(run: OpenRun) -> str:
 
 def _timed(base: Base, given: Mapping[str, Tensor]) -> list[float]:
     """Seconds of each pass of a block."""
-    clock = Clock(given["input_ids"].device.type)
+    clock = Clock(given["input_ids"].device.type, apart=True)
     for _ in range(BLOCK + 1):
         base.model(**given)
         clock()

@@ -15,11 +15,12 @@ WARM_UP = 3  # steps at the head of a measurement that are not counted
 
 class Clock:
     """When each step ended, everything queued on the device included, for which the host does not wait: it may be a
-    step ahead, as it is where nobody looks. The last ``profiled`` of ``steps`` steps are not timed, but what they
-    launch is counted: ``launches``, None where none is profiled."""
+    step ahead, as it is where nobody looks. ``apart``: it waits, and each step begins on a device at rest. The last
+    ``profiled`` of ``steps`` steps are not timed, but what they launch is counted: ``launches``, None where none is
+    profiled."""
 
-    def __init__(self, device: str, steps: int = 0, profiled: int = 0) -> None:
-        self.cuda = device == "cuda"
+    def __init__(self, device: str, steps: int = 0, profiled: int = 0, apart: bool = False) -> None:
+        self.cuda, self.apart = device == "cuda", apart
         self._ends: list[Any] = []
         self.launches: Row | None = None
         self._timed, self._last, self._count = steps - profiled, steps, 0
@@ -29,6 +30,8 @@ class Clock:
         self._count += 1
         if self._profile is None:
             self._ends.append(self._mark())
+            if self.apart:
+                self._wait()
         elif self._count == self._last:
             self._wait()
             self.launches = self._profile.stop(self._last - self._timed)

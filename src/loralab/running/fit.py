@@ -170,7 +170,8 @@ class Fit:
     def _reads_late(self, trainer: Any) -> bool:
         """Whether the losses of a step may be read in the next: nobody looks at them in between."""
         alone = not self.module.others and not self.logs and self.spec.trainer.processes == 1
-        watched = trainer.progress_bar_callback is not None
+        # autograd raises at what is not finite, of a trial that should have left by then
+        watched = trainer.progress_bar_callback is not None or self.spec.trainer.given("detect_anomaly")
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # waits for the gradients of each step itself
         return self.spec.trainer.device in step_results.LATE and alone and not watched and scaler is None
 

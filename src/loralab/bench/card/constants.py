@@ -34,10 +34,7 @@ class Constants:
         planned = {"context_bytes": CONTEXT, "workspaces_bytes": held_workspaces(), "workspaces": THREADS}
         doctor = subprocess.check_output(DOCTOR, stdin=subprocess.DEVNULL)
         findings = json.loads(doctor)["checks"]
-        machine = {
-            **describe_machine(),
-            "git": git_state(SOURCE),
-        }  # of the code that is measured; records: of their folder
+        machine = {**describe_machine(), "git": git_state(SOURCE)}  # of the code that is measured
         return {"constants": {**measured, "planned": planned}, "environment": machine, "doctor": findings}
 
 
