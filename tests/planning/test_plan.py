@@ -129,6 +129,16 @@ def test_the_prediction_is_within_three_percent_with(make, allocated, what, make
     assert abs(error(spec, allocated)) < 0.03
 
 
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_32bit"])
+def test_the_update_of_one_large_buffer_on_a_cpu_is_counted(make, allocated, name):
+    """Where it is the peak: bitsandbytes' is written in torch's operators there."""
+    small = {"data": replace(make().data, batch_size=1), "model": {"max_length": 8}}
+    spec = make(adapter=LoRA(r=256), optimizer=AdamW(name=name, flat=True), **small)
+    found = predict(spec, "cpu", ragged=False)
+    assert max(found.by_phase, key=found.by_phase.get) == "optimizer"
+    assert abs(error(spec, allocated)) < 0.03
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_padded_rows_cost_masks(make, allocated, family):

@@ -156,7 +156,7 @@ def test_a_plan_says_for_which_precision_it_is_and_what_a_larger_card_would_keep
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     kept = [word for word in tiny_arguments if not word.startswith(("plan.", "trainer=", "trainer.precision"))]
     assert main.run(["plan", *kept, *words]) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert said.format(dense=f"{2 * WEIGHTS / GIB:.3g}") in printed
     assert unsaid not in printed
 

@@ -37,12 +37,14 @@ def run(arguments: Arguments) -> int:
     """Traces a training step, without weights, data or a GPU."""
     spec, predicted = planned(arguments.overrides(), arguments.config_dir)
     from loralab.planning import plan as planning
+    from loralab.reporting.layout import terminal_width, wrapped
 
     if arguments.json:
         print(json.dumps(predicted.as_dict()))
         return 0
     print(render(predicted), flush=True)
-    print("\n".join(assumed(spec, predicted)), flush=True)
+    for line in assumed(spec, predicted):
+        print("\n".join(wrapped(line, terminal_width())), flush=True)
     if spec.model.compile != "none":
         print(f"model.compile={spec.model.compile}: traced as it is computed without it, but for the padding")
     budget = spec.plan.budget_gib or 0.0

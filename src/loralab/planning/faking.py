@@ -1,6 +1,7 @@
 """Contexts for a trace with fake tensors; nothing outside of them is changed."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -48,12 +49,23 @@ def faked(cuda: bool, padded: bool = False) -> Iterator[None]:
             stack.enter_context(patch.object(packed, "DEVICES", {"cpu"}))
             stack.enter_context(patch.object(passes, "MULTIPLES", {"cpu": passes.MULTIPLES["cuda"]}))
             stack.enter_context(patch.object(passes, "has_padding", lambda _: padded))
+        else:
+            for name, update in updates_of_a_cpu().items():
+                stack.enter_context(patch.object(torch.ops.bitsandbytes, name, update))
         # else transformers keeps every attention mask; so it asks the tracker whether anything is masked
         stack.enter_context(patch.object(transformers.masking_utils, "is_tracing", lambda *_: False))
         # modules convert parameters by swap_tensors, which fails for tensors with weak references
         stack.enter_context(patch.object(torch.utils, "swap_tensors", _swap))
         stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _copied))
         yield
+
+
+def updates_of_a_cpu() -> dict[str, Any]:
+    """bitsandbytes' updates on a CPU by the names of their operators: each makes tensors as large as the parameter.
+    Empty where bitsandbytes is not imported, and so makes none."""
+    ops = sys.modules.get("bitsandbytes.backends.cpu.ops")
+    kernels = {f"optimizer_update_{kind}": f"_optimizer_update_{kind}_cpu" for kind in ("32bit", "8bit_blockwise")}
+    return {name: getattr(ops, kernel) for name, kernel in kernels.items() if hasattr(ops, kernel)}
 
 
 def _swap(parameter: Tensor, converted: Tensor) -> None:
