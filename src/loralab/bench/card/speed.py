@@ -19,7 +19,7 @@ def speed(session: CardSession, stage: Row) -> None:
     stage["bases"] = []
     if session.rehearsal:
         stage["stood_in"] = (
-            "torch's operators, for kernels launched: on a CPU more with each trial, as on no card; "
+            "torch's operators, for kernels launched: a CPU makes them for one trial after the other; "
             "Liger's kernels need a card"
         )
     for number, speed in enumerate(session.sizes.speed):
