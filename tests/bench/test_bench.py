@@ -219,8 +219,9 @@ def test_every_part_runs_in_processes_of_its_own(tmp_path):
         assert (part["status"], part["error"]) == ("completed", None), name
         assert all(row["median"] and row["ratio"] for row in part["rows"]), part["rows"]
     for row in found["parts"]["step"]["rows"]:
-        assert row["loss_difference"]["first"] < 1e-4
-        assert row["loss_difference"]["largest"] < 1e-3
+        exact = "medium" not in row["name"]  # whose products are bfloat16 where the processor has them
+        assert row["loss_difference"]["first"] < (1e-4 if exact else 1e-2)
+        assert row["loss_difference"]["largest"] < (1e-3 if exact else 1e-2)
 
 
 def test_a_decision_is_compared_with_the_full_grids_and_peers_are_scaled_from_a_sample(measured, monkeypatch):

@@ -68,7 +68,8 @@ def test_prediction_and_measurement_agree(make_spec, real_data, speeches, name, 
     for one in records:
         memory = one["memory"]
         assert memory["predicted_peak_bytes"] == pytest.approx(memory["measured_peak_bytes"], rel=0.05)
-    if size == 1:  # the largest batch that the rows can make is no smaller than any that came
+    resident = records[0]["base"]["dequantize"] == "resident"  # dense weights, which are kept where there is room
+    if size == 1 and not resident:  # the largest batch that the rows can make is no smaller than any that came
         assert memory["alone_peak_bytes"] >= 0.99 * memory["measured_peak_bytes"]
 
 

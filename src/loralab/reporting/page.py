@@ -28,7 +28,10 @@ MOST_ROWS = 200  # of a table as HTML; further ones are packed, and unfolded by 
 EXPLAINED = {
     "bits/param": "Bits per parameter: packed weights and their statistics over the quantized layers' parameters.",
     "bits overall": "Bits overall: the same over all of the base's weights, quantized or not.",
-    "peak alone": "Peak alone: predicted for a trial by itself, for the largest batch that the data can give.",
+    "peak alone": (
+        "Peak alone: predicted for a trial by itself, for the largest batch that the data can give, without the dense "
+        "weights that quantization.dequantize=auto keeps where there is room."
+    ),
     "peak memory": (
         "Peak memory: measured, the largest over the seeds. On a CPU it is measured of one step only, whatever batch "
         "that step had, so it can be smaller than peak alone, which is for the largest batch."
