@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import compositions
 import torch
 from lightning.fabric.utilities import registry
 
+from loralab import signals
 from loralab.adapters.lora import LoRA
 from loralab.data.files import Files
 from loralab.data.tokenizer import train_tokenizer
@@ -212,6 +214,15 @@ def weights():
         return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
 
     return read
+
+
+@pytest.fixture
+def handlers():
+    """Those of SIGINT and SIGTERM are set again afterwards."""
+    before = {number: signal.getsignal(number) for number in signals.STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -51,15 +51,6 @@ def at_step(monkeypatch):
     return install
 
 
-@pytest.fixture
-def handlers():
-    """Those of SIGINT and SIGTERM are set again afterwards."""
-    before = {number: signal.getsignal(number) for number in signals.STOPPING}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def losses(spec):
     rows = map(json.loads, (spec.folder / "metrics.jsonl").read_text().splitlines())
     return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]

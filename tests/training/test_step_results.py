@@ -161,10 +161,9 @@ def test_out_of_memory_keeps_the_step_that_was_not_read(make_spec, late, monkeyp
 
 
 @pytest.mark.parametrize("place", ["before the read", "within the read"])
-def test_an_interruption_keeps_the_step_that_was_not_read(make_spec, late, monkeypatch, place):
+def test_an_interruption_keeps_the_step_that_was_not_read(make_spec, late, monkeypatch, handlers, place):
     late()
     spec = make_spec(max_steps=5, callbacks={"checkpoint": lambda: Checkpoint(minutes=None, every_n_steps=100)})
-    before = signal.getsignal(signal.SIGTERM)
     patched = (FineTuner, "losses") if place == "before the read" else (step_results.Unread, "judged")
     real = getattr(*patched)
     calls = Mock()
@@ -177,12 +176,8 @@ def test_an_interruption_keeps_the_step_that_was_not_read(make_spec, late, monke
 
     monkeypatch.setattr(*patched, interrupted)
     signals.listen()
-    try:
-        with pytest.raises(Interrupted):
-            Runner().run([spec])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(Interrupted):
+        Runner().run([spec])
     state = torch.load(checkpoint.path(spec.folder), weights_only=True)
     made = 2 if place == "before the read" else 3
     assert state["step"] == made
@@ -240,7 +235,7 @@ def test_a_trial_that_fails_in_a_step_whose_update_ran_out_of_memory_has_diverge
 @pytest.mark.parametrize("place", ["finish_step", "log"])
 @pytest.mark.parametrize("reads", ["early", "late"])
 def test_a_step_whose_counting_is_cut_short_is_in_no_checkpoint(
-    make_spec, late, monkeypatch, curve, weights, reads, place
+    make_spec, late, monkeypatch, handlers, curve, weights, reads, place
 ):
     """By a second signal, which does not wait; also where no state of the optimizer says its step."""
     sgd = AnyOptimizer(target="torch.optim.SGD", lr=1e-2, arguments={"momentum": 0.9})
@@ -250,7 +245,7 @@ def test_a_step_whose_counting_is_cut_short_is_in_no_checkpoint(
     Runner().run([whole])
     if reads == "late":
         late()
-    before, real = signal.getsignal(signal.SIGTERM), getattr(Trial, place)
+    real = getattr(Trial, place)
 
     def twice(self, *given):
         if self.step == (1 if place == "finish_step" else 2):
@@ -261,12 +256,8 @@ def test_a_step_whose_counting_is_cut_short_is_in_no_checkpoint(
     with monkeypatch.context() as patched:
         patched.setattr(Trial, place, twice)
         signals.listen()
-        try:
-            with pytest.raises(Interrupted):
-                Runner().run([cut])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(Interrupted):
+            Runner().run([cut])
     assert not checkpoint.path(cut.folder).exists()
     (done,) = Runner().run([cut])
     assert done["status"] == "completed", done["error"]

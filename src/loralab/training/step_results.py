@@ -104,9 +104,9 @@ class StepResults:
 
     def settle(self) -> bool:
         """Reads, counts and logs the last step; False, and nothing is done, where that was done before."""
+        if self._unread is None:
+            return False
         with signals.whole():
-            if self._unread is None:
-                return False
             for trial in self.ahead:
                 trial.counting = True
             (unread, rates), self._unread = self._unread, None
